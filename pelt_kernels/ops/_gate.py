@@ -1,0 +1,70 @@
+"""Gates: the sentence- or token-wise scalars that scale an adapter, a prefix or a LoRA branch.
+
+Learned gate (UniPELT, Mao et al., ACL 2022): ``g = pool_t( sigmoid( w . x_t + b ) )``, the sigmoid first, then the pooling
+over the S rows of a sentence: ``token`` (none: each row its own gate), ``mean`` (over all rows, padding included, as the
+official code does) or ``masked_mean`` (over rows whose mask is True: independent of padding).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+POOLINGS = ("token", "mean", "masked_mean")
+
+
+class LearnedGate(NamedTuple):
+    """A learned gate: weight [D], bias [1], and how the rows of a sentence are pooled."""
+
+    weight: Tensor
+    bias: Tensor
+    pooling: str = "masked_mean"
+
+
+def check_pooling(operator: str, pooling: str, mask: Tensor | None) -> None:
+    """Raises ValueError for an unknown pooling or a missing mask."""
+    if pooling not in POOLINGS:
+        raise ValueError(f"{operator}: expected a gate's pooling to be one of {', '.join(POOLINGS)}, got {pooling!r}")
+    if pooling == "masked_mean" and mask is None:
+        raise ValueError(
+            f"{operator}: expected mask [B, S] beside a gate with pooling 'masked_mean', got None; "
+            "pass mask= or use pooling 'mean'"
+        )
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of reductions: float32, or float64 for the float64 reference."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def row_gates(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """sigmoid(w . x_t + b) [B, S] in the accumulator dtype; the weight is first rounded to the dtype of x."""
+    acc = accumulator(x.dtype)
+    return torch.sigmoid(x.to(acc) @ weight.to(x.dtype).to(acc) + bias.to(acc))
+
+
+def pool(gates: Tensor, pooling: str, mask: Tensor | None) -> Tensor:
+    """[B] for a pooled gate, [B, S] for ``token``. A sentence without a real token has the gate 0."""
+    if pooling == "token":
+        return gates
+    if pooling == "mean":
+        return gates.mean(dim=1)
+    assert mask is not None
+    return (gates * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+def pool_backward(dgate: Tensor, gates: Tensor, pooling: str, mask: Tensor | None) -> Tensor:
+    """dlogit [B, S] from dgate ([B] or [B, S]) and the rows' gates: d sigmoid = s (1 - s), then the pooling's share."""
+    if pooling == "mean":
+        dgate = dgate[:, None] / gates.shape[1]
+    elif pooling == "masked_mean":
+        assert mask is not None
+        dgate = dgate[:, None] * mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return dgate * gates * (1 - gates)
+
+
+def over_rows(gate: Tensor) -> Tensor:
+    """A gate [B] or [B, S] in a shape that multiplies [B, S, D]."""
+    return gate[:, None, None] if gate.ndim == 1 else gate[:, :, None]

@@ -1,0 +1,63 @@
+"""The only door to the compiled modules: `_C` (CPU and CUDA kernels) and `_C_sim` (CUDA kernels on the host).
+
+Everything here works, and says what is missing, when neither was built.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_poison = False
+
+
+@cache
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module(f"pelt_kernels.{name}"), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+def why_not(name: str) -> str:
+    """Why a compiled module cannot be used; empty if it can."""
+    module, error = _load(name)
+    return "" if module is not None else f"the compiled module {name} is not there ({error}); build it with `make build`"
+
+
+def library(name: str) -> ModuleType:
+    """The compiled module. Raises ImportError with the way out."""
+    module, _ = _load(name)
+    if module is None:
+        raise ImportError(f"pelt_kernels: {why_not(name)}")
+    return module
+
+
+def build_info() -> dict[str, Any]:
+    """Compiler, flags and architectures of `_C`; empty if it was not built."""
+    module, _ = _load("_C")
+    return dict(module.build_info()) if module is not None else {}
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """The address of a tensor's first element, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def empty(shape: tuple[int, ...] | list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory for a kernel to fill; full of NaN under test, so that an unwritten element shows."""
+    out = torch.empty(shape, dtype=dtype, device=device)
+    if _poison and out.is_floating_point():
+        out.fill_(float("nan"))
+    return out
+
+
+def set_poison(enabled: bool) -> None:
+    """Switches the NaN filling of `empty`; tests turn it on."""
+    global _poison
+    _poison = enabled
