@@ -4,6 +4,9 @@ A contract is written once, as three small tables, and everything else reads it:
 (`Contract.bind`), the schema and the fake implementation given to torch, the inputs that tests and benchmarks
 draw, the README's support table and the shape comments of `csrc/ops/<operator>/params.h`.
 
+Attributes are what a backend may decide by; a dropout seed is none of them: it changes with every call, so an
+operator with dropout (`has_seed`) takes it beside them.
+
 An input row is ``name  kind  shapes``. The kind says which dtypes are allowed:
 
 * ``activation``   float32, float16, bfloat16 or float64; all activations of a call share one dtype
@@ -18,7 +21,7 @@ alternatives separated by ``|``. ``grad=dy``: the input's gradient is the output
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,23 +72,21 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Output:
-    """One output row. ``saved``: kept for backward. ``private``: not given to the caller."""
+    """One output row: ``differentiable``, ``saved`` (kept for backward), ``private`` (not given to the caller)."""
 
     name: str
     kind: str
     is_list: bool
-    flags: frozenset[str]
-
-    @property
-    def is_differentiable(self) -> bool:
-        return "differentiable" in self.flags
+    is_differentiable: bool
+    is_saved: bool
+    is_private: bool
 
 
 @dataclass
 class Call:
     """What `bind` learned from one combination of shapes, dtypes and attributes. Backends decide by it alone.
 
-    It holds no tensor, so it is the same for real and for fake inputs and can be kept for the next equal call.
+    It holds no tensor and no seed, so it is the same for real and for fake inputs and is kept for the next equal call.
     """
 
     contract: Contract
@@ -95,8 +96,26 @@ class Call:
     given: frozenset[str]  # the optional inputs that are there
     master: frozenset[str]  # the parameters that are float32 beside 16-bit activations
     attributes: dict[str, Any]
-    backend: str = ""  # set by the dispatch
+    has_index: bool
+    slots: tuple[tuple[str, int], ...]  # for each tensor that is there its input's name, and its place in a list or -1
+    kept: tuple[bool, ...]  # for each of them: does backward need it
+    blank: tuple[Value, ...]  # the inputs with nothing in them: None, or a list of None
+    backend: str = ""  # set by the dispatch, with the two functions of its implementation
+    forward: Callable[..., Any] | None = None
+    backward: Callable[..., Any] | None = None
     selected: dict[str, Call] = field(default_factory=dict)  # request -> this call on its backend
+
+    def place(self, given: Iterable[Tensor | None]) -> dict[str, Value]:
+        """The inputs by name, from the tensors that are there."""
+        inputs = dict(zip(self.contract.input_names, self.blank))
+        if self.contract.has_lists:
+            inputs = {name: list(value) if isinstance(value, list) else value for name, value in inputs.items()}
+        for (name, i), tensor in zip(self.slots, given):
+            if i < 0:
+                inputs[name] = tensor
+            else:
+                inputs[name][i] = tensor
+        return inputs
 
     def __str__(self) -> str:
         sizes = " ".join(f"{k}={v}" for k, v in self.sizes.items())
@@ -111,6 +130,7 @@ class Contract:
     inputs: str
     attributes: str
     outputs: str
+    has_seed: bool
     rules: Callable[[Call, dict[str, Value]], None]
     output_shapes: Callable[[Call], dict[str, Any]]
 
@@ -119,23 +139,25 @@ class Contract:
         self.attribute_rows = [_parse_attribute(row) for row in _rows(self.attributes)]
         self.output_rows = [_parse_output(row) for row in _rows(self.outputs)]
         self.input_names = tuple(row.name for row in self.input_rows)
+        self.has_lists = any(row.is_list for row in self.input_rows)
         self.attribute_names = tuple(row.name for row in self.attribute_rows)
-        self.public_rows = [row for row in self.output_rows if "private" not in row.flags]
-        self.saved_rows = [row for row in self.output_rows if "saved" in row.flags]
-        self.backward_rows = [row for row in self.input_rows if not row.grad_is_dy]
-        self._index_rows = [row for row in self.input_rows if row.bound]
+        self.public_rows = [row for row in self.output_rows if not row.is_private]
+        self.differentiable_rows = [row for row in self.output_rows if row.is_differentiable]
+        self.saved_rows = [row for row in self.output_rows if row.is_saved]
+        self.backward_names = tuple(row.name for row in self.input_rows if not row.grad_is_dy)
+        self._attributes_hash = not any(row.type.endswith("[]") for row in self.attribute_rows)
         self._calls: dict[Any, Call] = {}
 
     def bind(self, values: Sequence[Value], attributes: Sequence[Any]) -> Call:
         """Checks one call and names its sizes; a repeated combination costs one dictionary look-up."""
-        key = (_signature(values), tuple(tuple(a) if isinstance(a, list) else a for a in attributes))
+        key = (_signature(values), tuple(attributes) if self._attributes_hash else _hashable(attributes))
         call = self._calls.get(key)
         if call is None:
             call = self._bind(dict(zip(self.input_names, values)), dict(zip(self.attribute_names, attributes)))
             if len(self._calls) >= 4096:  # shapes that never repeat must not grow without bound
                 self._calls.clear()
             self._calls[key] = call
-        if self._index_rows:
+        if call.has_index:
             self._check_indices(call, values)
         return call
 
@@ -150,17 +172,28 @@ class Contract:
         like = values[first.name]
         master = _check_dtypes(self, first.name, like, values)
         _check_attributes(self, attributes)
+        given = frozenset(row.name for row in self.input_rows if _is_given(values[row.name]))
+        slots = tuple(
+            (row.name, i if row.is_list else -1)
+            for row in self.input_rows
+            for i, value in enumerate(values[row.name] if row.is_list else (values[row.name],))
+            if value is not None
+        )
         call = Call(
             contract=self,
             sizes={k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()},
             dtype=like.dtype,
             device=like.device,
-            given=frozenset(row.name for row in self.input_rows if _is_given(values[row.name])),
+            given=given,
             master=master,
             attributes=attributes,
+            has_index=any(row.bound and row.name in given for row in self.input_rows),
+            slots=slots,
+            kept=tuple(name in self.backward_names for name, _ in slots),
+            blank=tuple([None] * len(values[row.name]) if row.is_list else None for row in self.input_rows),
         )
-        for row in self._index_rows:
-            if row.name in call.given and row.bound not in call.sizes:
+        for row in self.input_rows:
+            if row.bound and row.name in given and row.bound not in call.sizes:
                 raise ValueError(
                     f"{self.name}: expected a bank with a size {row.bound} beside {row.name}, got none; "
                     f"leave {row.name} out or give the bank a leading dimension"
@@ -186,6 +219,27 @@ class Contract:
                         f"{self.name}: expected {row.name} in [0, {limit}) ({row.bound}={limit} bank members), "
                         f"got values from {low} to {high}"
                     )
+
+
+def lengths_of(values: Iterable[Any]) -> tuple[int, ...]:
+    """-1 for a tensor or None, the number of elements for a list."""
+    return tuple(len(value) if isinstance(value, (list, tuple)) else -1 for value in values)
+
+
+def flatten(values: Iterable[Any]) -> list[Any]:
+    """Values with their lists expanded; `unflatten` with their `lengths_of` is the way back."""
+    flat: list[Any] = []
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            flat.extend(value)
+        else:
+            flat.append(value)
+    return flat
+
+
+def unflatten(flat: Iterator[Any], lengths: Iterable[int]) -> list[Any]:
+    """Takes from ``flat`` one value for -1 and a list of n for n."""
+    return [next(flat) if length < 0 else [next(flat) for _ in range(length)] for length in lengths]
 
 
 def _rows(table: str) -> list[str]:
@@ -215,7 +269,8 @@ def _parse_attribute(row: str) -> Attribute:
 
 def _parse_output(row: str) -> Output:
     name, kind, *flags = row.split()
-    return Output(name, kind.rstrip("*"), kind.endswith("*"), frozenset(flags))
+    words = ("differentiable", "saved", "private")
+    return Output(name, kind.rstrip("*"), kind.endswith("*"), *(word in flags for word in words))
 
 
 def _is_given(value: Value) -> bool:
@@ -235,12 +290,16 @@ def _signature(values: Sequence[Value]) -> tuple[Any, ...]:
         if value is None:
             signature.append(None)
         elif isinstance(value, Tensor):
-            signature.append((value.shape, value.dtype, value.device))
+            signature += (value.shape, value.dtype, value.device)
         elif isinstance(value, (list, tuple)):
             signature.append(_signature(value))
         else:
             signature.append(type(value))
     return tuple(signature)
+
+
+def _hashable(attributes: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(tuple(a) if isinstance(a, list) else a for a in attributes)
 
 
 def _elements(contract: Contract, row: Input, value: Value) -> Sequence[Tensor | None]:

@@ -116,7 +116,9 @@ def select(call: Call, request: str) -> Call:
     chosen = call.selected.get(request)
     if chosen is None:
         backend, refusals = _select(call, request)
-        chosen = call.selected[request] = replace(call, backend=backend, selected={})
+        module = implementation(call.contract.name, backend)
+        chosen = replace(call, backend=backend, forward=module.forward, backward=module.backward, selected={})
+        call.selected[request] = chosen
         _remember(chosen, request, refusals)
     elif call.contract.name not in _choices:  # chosen before `forget_choices`
         _remember(chosen, request, {})

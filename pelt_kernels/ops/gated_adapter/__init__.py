@@ -103,9 +103,9 @@ def gated_adapter(
         activation, learned.pooling if learned else "none", residual_from,
         1.0 if scale_tensor is not None else float(scale),
         1e-5 if pre_norm is None else pre_norm.eps, 1e-5 if post_norm is None else post_norm.eps,
-        dropout_p, draw_seed(dropout_p, seed), NEVER_SKIP if skip_below is None else skip_below,
+        dropout_p, NEVER_SKIP if skip_below is None else skip_below,
     )  # fmt: skip
-    y, gate_value = _operator(values, attributes, backend)
+    y, gate_value = _operator(values, attributes, draw_seed(dropout_p, seed), backend)
     y = y[0] if is_flat else y
     return (y, gate_value if learned else None) if return_gate else y
 

@@ -40,6 +40,7 @@ def forward(
     gate_bias: Tensor | None,
     mask: Tensor | None,
     residual: Tensor | None,
+    seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [B, S, D], the learned gate's value (or [0]), and h [B, S, R] for backward."""
     at = call.attributes
@@ -51,7 +52,7 @@ def forward(
     if post_norm_weight is not None and post_norm_bias is not None:
         u = layer_norm(u, post_norm_weight, post_norm_bias, at["post_norm_eps"])
     if at["dropout_p"]:
-        u = u * _dropout(call, u)
+        u = u * _dropout(call, seed, u)
     gate_value = x.new_empty(0, dtype=accumulator(x.dtype))
     if gate_weight is not None and gate_bias is not None:
         gate = gate_value = pool(row_gates(x, gate_weight, gate_bias), at["pooling"], mask)
@@ -84,6 +85,7 @@ def backward(
     gate_bias: Tensor | None,
     mask: Tensor | None,
     residual: Tensor | None,
+    seed: int,
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
     at, acc, grads = call.attributes, accumulator(x.dtype), {}
@@ -93,7 +95,7 @@ def backward(
     per_sample_up = up.ndim == 3
     a = ACTIVATIONS[at["activation"]](h)
     factor = _factor(call, scale, gate_value if has_learned_gate else gate)
-    dropped = dy * _dropout(call, dy) if at["dropout_p"] else dy
+    dropped = dy * _dropout(call, seed, dy) if at["dropout_p"] else dy
     du = dropped * factor.to(x.dtype)
 
     if post_norm_weight is not None and post_norm_bias is not None:
@@ -161,10 +163,10 @@ def _contiguous(grad: Value) -> Value:
     return None if grad is None else grad.contiguous()
 
 
-def _dropout(call: Call, like: Tensor) -> Tensor:
+def _dropout(call: Call, seed: int, like: Tensor) -> Tensor:
     at = call.attributes
     rows = like.shape[0] * like.shape[1]
-    return dropout_factor(rows, like.shape[2], at["dropout_p"], at["seed"], like).view_as(like)
+    return dropout_factor(rows, like.shape[2], at["dropout_p"], seed, like).view_as(like)
 
 
 def _factor(call: Call, scale: Tensor | None, gate: Tensor | None) -> Tensor:
