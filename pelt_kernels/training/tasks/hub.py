@@ -1,0 +1,65 @@
+"""Tasks by the name of a data set for the package `datasets`, such as ``glue/sst2``; that package and a network needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import RunError, UsageError
+from .examples import Example
+from .files import Columns, example_from_row, resolve_columns
+
+# Collections whose second word is a subset; elsewhere a slash separates owner and name, and a colon the subset.
+COLLECTIONS = ("glue", "super_glue")
+UNLABELLED = -1
+
+
+def read_splits(name: str, columns: Columns) -> dict[str, list[Example]]:
+    """The labelled splits of a data set by their names there.
+
+    `name` is ``glue/<subset>``, ``<owner>/<name>`` or ``<owner>/<name>:<subset>``. Raises UsageError without the package,
+    RunError where the data set cannot be loaded.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise UsageError(
+            f"task '{name}' is neither a file nor docstring-match; to read it as the name of a data set, install the "
+            "package datasets (pip install datasets)"
+        ) from error
+    path, subset = split_name(name)
+    try:
+        loaded = datasets.load_dataset(path, subset)
+    except Exception as error:  # its own, the network's and the file system's errors, of many types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RunError(f"task '{name}': the data set cannot be loaded ({reason})") from error
+    splits = {
+        split: _examples(f"{split} of {name}", rows, columns) for split, rows in loaded.items()
+    }
+    return {split: examples for split, examples in splits.items() if examples}
+
+
+def split_name(name: str) -> tuple[str, str | None]:
+    """Path and subset of a data set's name."""
+    collection, _, subset = name.partition("/")
+    if collection in COLLECTIONS and subset:
+        return collection, subset
+    path, _, subset = name.partition(":")
+    return path, subset or None
+
+
+def _examples(where: str, rows: Any, columns: Columns) -> list[Example]:
+    resolved = resolve_columns(where, list(rows.column_names), columns, needs_label=True)
+    names = getattr(
+        rows.features[resolved.label], "names", None
+    )  # a ClassLabel numbers its classes
+    examples = []
+    for number, row in enumerate(rows):
+        label = row[resolved.label]
+        if label in (None, UNLABELLED):
+            continue
+        named = {column: str(value) for column, value in row.items()}
+        named[resolved.label or ""] = names[label] if names else str(label)
+        examples.append(
+            example_from_row(named, resolved, f"row {number} of {where}", needs_label=True)
+        )
+    return examples
