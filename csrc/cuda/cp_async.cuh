@@ -1,0 +1,27 @@
+// Asynchronous copies from global to shared memory (sm_80): issue, commit a group, wait for groups.
+// A wait covers the thread's own copies only; a barrier makes them visible to the others.
+#pragma once
+
+#include "cuda/memory.cuh"
+
+namespace pelt {
+
+// Copies 16 bytes, or writes 16 zero bytes without touching `global` where it is not valid.
+// Goes around L1: a tile is read once by its block.
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool is_valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(global), "r"(is_valid ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most kGroupsInFlight of the newest committed groups are still under way.
+template <int kGroupsInFlight>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsInFlight) : "memory");
+}
+
+}  // namespace pelt

@@ -1,0 +1,47 @@
+// ldmatrix: 8x8 matrices of 2-byte elements from shared memory into the registers of a warp.
+// The address of row r of matrix m is the one that lane 8 m + r passes. Lane l receives, of each
+// matrix, the elements (l / 4, 2 (l % 4)) and (l / 4, 2 (l % 4) + 1), which is the layout of mma
+// operands; .trans exchanges row and column.
+#pragma once
+
+#include "cuda/memory.cuh"
+
+namespace pelt {
+
+__device__ __forceinline__ void ldmatrix_x1(uint32_t (&result)[1], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
+               : "=r"(result[0])
+               : "r"(shared_address(row)));
+}
+
+__device__ __forceinline__ void ldmatrix_x2(uint32_t (&result)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(result[0]), "=r"(result[1])
+               : "r"(shared_address(row)));
+}
+
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&result)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
+               : "r"(shared_address(row)));
+}
+
+__device__ __forceinline__ void ldmatrix_x1_trans(uint32_t (&result)[1], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
+               : "=r"(result[0])
+               : "r"(shared_address(row)));
+}
+
+__device__ __forceinline__ void ldmatrix_x2_trans(uint32_t (&result)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(result[0]), "=r"(result[1])
+               : "r"(shared_address(row)));
+}
+
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&result)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
+               : "r"(shared_address(row)));
+}
+
+}  // namespace pelt

@@ -1,0 +1,40 @@
+// Dynamic shared memory and 16-byte accesses.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/words.h"
+
+namespace pelt {
+
+// The block's dynamic shared memory, seen as a struct of named tiles.
+template <class Shared>
+__device__ __forceinline__ Shared& shared_memory_as() {
+  static_assert(alignof(Shared) <= 1024, "shared memory is aligned to 1024 bytes");
+  extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
+  return *reinterpret_cast<Shared*>(dynamic_shared_memory);
+}
+
+// The 32-bit address that instructions on shared memory take.
+__device__ __forceinline__ uint32_t shared_address(const void* address) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(address));
+}
+
+__device__ __forceinline__ Words4 load_16(const void* address) {
+  return *static_cast<const Words4*>(address);
+}
+
+// For inputs that no thread of the grid writes: they may go through the read-only path.
+__device__ __forceinline__ Words4 load_global_16(const void* address) {
+  Words4 value;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.word[0]), "=r"(value.word[1]), "=r"(value.word[2]), "=r"(value.word[3])
+               : "l"(address));
+  return value;
+}
+
+__device__ __forceinline__ void store_16(void* address, const Words4& value) {
+  *static_cast<Words4*>(address) = value;
+}
+
+}  // namespace pelt
