@@ -1,0 +1,148 @@
+// gated_adapter: y = residual + scale g dropout(post_norm(W_up phi(W_down pre_norm(x) + b_down) +
+// b_up)).
+//
+// Plain pointers, sizes and numbers, filled in by bindings.cpp. A null pointer is an input that is
+// not there. Shapes are the contract's (pelt_kernels/ops/gated_adapter/contract.py), in its
+// letters.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "common/dtype.h"
+#include "common/launch.h"
+#include "cuda/activation.cuh"
+#include "cuda/philox.cuh"
+
+namespace pelt::gated_adapter {
+
+constexpr int kMaxRank = 512;
+
+// A tensor in the activation's dtype, or in float32 beside 16-bit activations.
+struct Parameter {
+  const void* data = nullptr;
+  bool is_float32 = false;
+};
+
+// The same for a gradient, which has its parameter's dtype; null where it is not wanted.
+struct ParameterGrad {
+  void* data = nullptr;
+  bool is_float32 = false;
+};
+
+enum class Pooling : int { kNone = 0, kToken = 1, kMean = 2, kMaskedMean = 3 };
+enum class ResidualFrom : int { kInput = 0, kNone = 1, kTensor = 2 };
+
+struct Inputs {
+  DType dtype = DType::kBF16;
+  int B = 0;
+  int S = 0;
+  int D = 0;
+  int R = 0;
+
+  const void* x = nullptr;              // [B, S, D]
+  Parameter w_down;                     // [R, D] | [M, R, D]
+  Parameter b_down;                     // [R] | [M, R]
+  Parameter w_up;                       // [D, R] | [M_up, D, R]
+  Parameter b_up;                       // [D] | [M_up, D]
+  const int64_t* down_index = nullptr;  // [] | [B]
+  const int64_t* up_index = nullptr;    // [] | [B]
+  Parameter pre_norm_weight;            // [D]
+  Parameter pre_norm_bias;              // [D]
+  Parameter post_norm_weight;           // [D]
+  Parameter post_norm_bias;             // [D]
+  Parameter scale;                      // []
+  Parameter gate;                       // [B] | [B, S]
+  Parameter gate_weight;                // [D]
+  Parameter gate_bias;                  // [1]
+  const bool* mask = nullptr;           // [B, S]
+  const void* residual = nullptr;       // [B, S, D]
+
+  int down_members = 1;  // M, the banks' sizes; 1 also for a single weight
+  int up_members = 1;    // M_up
+  bool has_down_index_per_sample = false;
+  bool has_up_index_per_sample = false;
+  bool has_gate_per_row = false;
+  Activation activation = Activation::kRelu;
+  Pooling pooling = Pooling::kNone;
+  ResidualFrom residual_from = ResidualFrom::kInput;
+  float scale_value = 1.0f;
+  float pre_norm_eps = 1e-5f;
+  float post_norm_eps = 1e-5f;
+  float skip_below = 0.0f;
+  bool has_skip = false;
+  Dropout dropout;
+
+  PELT_HOST_DEVICE bool has_learned_gate() const { return gate_weight.data != nullptr; }
+  PELT_HOST_DEVICE bool has_pooled_gate() const {
+    return has_learned_gate() && pooling != Pooling::kToken;
+  }
+  PELT_HOST_DEVICE bool has_pre_norm() const { return pre_norm_weight.data != nullptr; }
+  PELT_HOST_DEVICE bool has_post_norm() const { return post_norm_weight.data != nullptr; }
+};
+
+// How rows are cut into tiles. A tile never crosses a group: the sentence, where weights or a
+// pooled gate differ from one sentence to the next, otherwise all rows.
+struct Tiling {
+  int groups = 1;
+  int64_t group_rows = 0;
+  int tiles_per_group = 0;
+  int tiles = 0;
+  int wave_tiles = 0;  // what the blocks work on together before they go on: whole groups
+};
+
+struct ForwardParams {
+  Inputs in;
+  void* y = nullptr;            // [B, S, D]
+  void* h = nullptr;            // [B, S, R], before the activation
+  float* gate_value = nullptr;  // [B] | [B, S] of a learned gate
+  float* gate_partial =
+      nullptr;              // [tiles, 2]: a tile's sum of gates, and its number of rows that count
+  int* arrivals = nullptr;  // [B]: tiles of a sentence whose partial sum is there
+  Tiling tiling;
+};
+
+struct BackwardParams {
+  Inputs in;
+  const void* dy = nullptr;           // [B, S, D]
+  const void* h = nullptr;            // [B, S, R]
+  const float* gate_value = nullptr;  // [B] | [B, S]
+
+  void* dx = nullptr;               // [B, S, D]
+  ParameterGrad dw_down;            // [R, D] | [M, R, D]
+  ParameterGrad db_down;            // [R] | [M, R]
+  ParameterGrad dw_up;              // [D, R] | [M_up, D, R]
+  ParameterGrad db_up;              // [D] | [M_up, D]
+  ParameterGrad dpre_norm_weight;   // [D]
+  ParameterGrad dpre_norm_bias;     // [D]
+  ParameterGrad dpost_norm_weight;  // [D]
+  ParameterGrad dpost_norm_bias;    // [D]
+  ParameterGrad dscale;             // []
+  ParameterGrad dgate;              // [B] | [B, S]
+  ParameterGrad dgate_weight;       // [D]
+  ParameterGrad dgate_bias;         // [1]
+
+  // Between the two kernels, and between the blocks of the second.
+  void* dh = nullptr;               // [B, S, R]
+  void* du = nullptr;               // [B, S, D], with a post-norm only
+  float* row_scalars = nullptr;     // [4, B * S], see RowScalar
+  float* norm_partial = nullptr;    // [tiles, 4, D]: pre weight, pre bias, post weight, post bias
+  float* gate_partial = nullptr;    // [tiles, 2]
+  float* weight_partial = nullptr;  // [splits, ...], see bwd_weights_sm80.cu
+  int* arrivals = nullptr;          // [B]
+  int* tickets = nullptr;
+  int splits = 1;
+  Tiling tiling;
+};
+
+// Why the kernels refuse a call, with numbers; empty if they serve it.
+std::string why_not(DType dtype, int64_t B, int64_t S, int64_t D, int64_t R);
+
+// Bytes of device memory that a launch needs beside its inputs and outputs.
+int64_t forward_workspace_bytes(const Inputs& in);
+int64_t backward_workspace_bytes(const BackwardParams& params);
+
+void launch_gated_adapter_fwd(ForwardParams params, void* workspace, Stream stream);
+void launch_gated_adapter_bwd(BackwardParams params, void* workspace, Stream stream);
+
+}  // namespace pelt::gated_adapter
