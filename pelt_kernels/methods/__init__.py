@@ -1,0 +1,26 @@
+"""Methods as data: one immutable config for each, checked when made."""
+
+from ._config import MethodConfig, Parts
+from .adapter import BottleneckAdapterConfig
+from .baselines import FullConfig, HeadConfig
+from .bitfit import BitFitConfig
+from .lora import LoraConfig
+from .prefix import PrefixTuningConfig
+from .registry import METHODS, PRESETS, config_from_dict, make_config
+from .unipelt import UniPELTConfig
+
+__all__ = [
+    "METHODS",
+    "PRESETS",
+    "BitFitConfig",
+    "BottleneckAdapterConfig",
+    "FullConfig",
+    "HeadConfig",
+    "LoraConfig",
+    "MethodConfig",
+    "Parts",
+    "PrefixTuningConfig",
+    "UniPELTConfig",
+    "config_from_dict",
+    "make_config",
+]

@@ -1,0 +1,141 @@
+"""What every config shares: dictionaries, checks of one sentence, and what it asks of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from .adapter import BottleneckAdapterConfig
+    from .lora import LoraConfig
+    from .prefix import PrefixTuningConfig
+
+GATE_POOLINGS = ("masked_mean", "mean")
+
+Config = TypeVar("Config", bound="MethodConfig")
+
+
+class Parts(NamedTuple):
+    """A method as the models read it: what is added, and what is trained beside the head."""
+
+    adapter: BottleneckAdapterConfig | None = None
+    prefix: PrefixTuningConfig | None = None
+    lora: LoraConfig | None = None
+    tune: str = "none"  # "none", "bias" or "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """The base of all configs: immutable, checked when made, equal to what `from_dict` makes of
+    `to_dict`.
+
+    `dataclasses.replace(config, field=value)` gives a changed copy.
+    """
+
+    method: ClassVar[str] = ""
+
+    @property
+    def parts(self) -> Parts:
+        """What the method asks of a model."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it is made of")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: the method's name, then the fields; a part is another such."""
+        values: dict[str, Any] = {"method": self.method}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, MethodConfig):
+                value = value.to_dict()
+            values[field.name] = list(value) if isinstance(value, tuple) else value
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The config that `to_dict` described.
+
+        Raises:
+            ValueError: another method's dictionary, an unknown field, or a value the config
+                refuses.
+        """
+        from .registry import config_from_dict
+
+        if not isinstance(values, dict):
+            raise ValueError(f"{cls.__name__}: expected a dictionary, got {type(values).__name__}")
+        name = values.get("method", cls.method)
+        if name != cls.method:
+            raise ValueError(f"{cls.__name__}: expected method {cls.method!r}, got {name!r}")
+        known = [field.name for field in fields(cls)]
+        unknown = [key for key in values if key not in known and key != "method"]
+        if unknown:
+            raise ValueError(
+                f"{cls.__name__}: expected the fields {', '.join(known) or '(none)'}, got the "
+                "unknown "
+                f"{', '.join(repr(key) for key in unknown)}"
+            )
+        made = {
+            key: config_from_dict(value) if isinstance(value, dict) else value
+            for key, value in values.items()
+            if key != "method"
+        }
+        return cls(**made)
+
+
+def with_changes(config: Config, **changes: Any) -> Config:
+    """`dataclasses.replace` without the fields whose value is already there."""
+    changed = {key: value for key, value in changes.items() if getattr(config, key) != value}
+    return replace(config, **changed) if changed else config
+
+
+def check_int(config: MethodConfig, name: str, at_least: int, optional: bool = False) -> None:
+    """Raises ValueError unless the field is an int >= at_least (or None where that is allowed)."""
+    value = getattr(config, name)
+    if optional and value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ValueError(
+            f"{type(config).__name__}: expected {name} as a whole number >= {at_least}"
+            f"{' or None' if optional else ''}, got {value!r}"
+        )
+
+
+def check_number(config: MethodConfig, name: str) -> None:
+    """Raises ValueError unless the field is a finite number."""
+    value = getattr(config, name)
+    if (
+        not isinstance(value, (int, float))
+        or isinstance(value, bool)
+        or not abs(value) < float("inf")
+    ):
+        raise ValueError(
+            f"{type(config).__name__}: expected {name} as a finite number, got {value!r}"
+        )
+
+
+def check_dropout(config: MethodConfig, name: str) -> None:
+    """Raises ValueError unless the field is a probability below 1."""
+    check_number(config, name)
+    value = getattr(config, name)
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{type(config).__name__}: expected {name} in [0, 1), got {value!r}")
+
+
+def check_choice(config: MethodConfig, name: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless the field is one of the choices."""
+    value = getattr(config, name)
+    if value not in choices:
+        raise ValueError(
+            f"{type(config).__name__}: expected {name} to be one of {', '.join(choices)}, got "
+            f"{value!r}"
+        )
+
+
+def check_gate(config: MethodConfig) -> None:
+    """Checks the two gate fields of a part."""
+    gated = config.gated  # type: ignore[attr-defined]
+    if gated is not None and not isinstance(gated, bool):
+        raise ValueError(
+            f"{type(config).__name__}: expected gated as True, False or None, got {gated!r}"
+        )
+    check_choice(config, "gate_pooling", GATE_POOLINGS)

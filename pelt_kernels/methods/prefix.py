@@ -1,0 +1,56 @@
+"""Prefix tuning in every self-attention layer (Li and Liang 2021)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ._config import MethodConfig, Parts, check_gate, check_int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixTuningConfig(MethodConfig):
+    """P learned keys and values in front of each layer's own: ``K' = [g·Pk ; K]``, ``V' = [g·Pv ;
+    V]``.
+
+    They come from one reparametrisation for all layers, ``W2 tanh(W1 E + b1) + b2``
+    (`pelt_kernels.nn.PrefixAttention`). A gate near 0 does not remove a prefix: its keys become 0
+    and keep their share of the softmax, as in the paper.
+
+    Attributes:
+        prefix_length: P; 0 is allowed and changes nothing.
+        mid: the width of the reparametrisation; None: the prefixes themselves are the parameters.
+        skip_layers: layers without a prefix.
+        gated: whether g (per sentence, from the attention's input) is learned; None: as the method
+            says.
+        gate_pooling: ``masked_mean`` or ``mean``.
+
+    Raises:
+        ValueError: a field outside its range.
+    """
+
+    method: ClassVar[str] = "prefix"
+
+    prefix_length: int = 10
+    mid: int | None = 512
+    skip_layers: tuple[int, ...] = ()
+    gated: bool | None = None
+    gate_pooling: str = "masked_mean"
+
+    def __post_init__(self) -> None:
+        check_int(self, "prefix_length", 0)
+        check_int(self, "mid", 1, optional=True)
+        if not isinstance(self.skip_layers, (list, tuple)) or not all(
+            isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0
+            for layer in self.skip_layers
+        ):
+            raise ValueError(
+                "PrefixTuningConfig: expected skip_layers as a list of layer numbers from 0, got "
+                f"{self.skip_layers!r}"
+            )
+        object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
+        check_gate(self)
+
+    @property
+    def parts(self) -> Parts:
+        return Parts(prefix=self)

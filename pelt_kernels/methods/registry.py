@@ -1,0 +1,67 @@
+"""The methods by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ._config import MethodConfig
+from .adapter import BottleneckAdapterConfig
+from .baselines import FullConfig, HeadConfig
+from .bitfit import BitFitConfig
+from .lora import LoraConfig
+from .prefix import PrefixTuningConfig
+from .unipelt import UniPELTConfig
+
+METHODS: dict[str, type[MethodConfig]] = {
+    config.method: config
+    for config in (
+        UniPELTConfig,
+        BottleneckAdapterConfig,
+        PrefixTuningConfig,
+        LoraConfig,
+        BitFitConfig,
+        HeadConfig,
+        FullConfig,
+    )
+}
+
+PRESETS: dict[str, Callable[..., MethodConfig]] = {**METHODS, "unipelt-ap": UniPELTConfig.ap}
+
+
+def make_config(name: str, **options: Any) -> MethodConfig:
+    """The config of a method or preset by name, such as ``make_config("lora", r=4)`` or
+    ``make_config("unipelt-ap")``.
+
+    Raises:
+        ValueError: an unknown name, an unknown option, or a value the config refuses.
+    """
+    if name not in PRESETS:
+        raise ValueError(
+            f"make_config: expected a method out of {', '.join(PRESETS)}, got {name!r}"
+        )
+    try:
+        return PRESETS[name](**options)
+    except TypeError as error:
+        raise ValueError(
+            f"make_config: the method {name!r} does not take these options: {error}"
+        ) from error
+
+
+def config_from_dict(values: dict[str, Any]) -> MethodConfig:
+    """The config that a ``to_dict`` described, whichever method it is of.
+
+    Raises:
+        ValueError: no dictionary, no or an unknown ``method``, an unknown field, or a value the
+            config refuses.
+    """
+    if not isinstance(values, dict) or "method" not in values:
+        raise ValueError(
+            f"config_from_dict: expected a dictionary with the key 'method', got {values!r:.80}"
+        )
+    if not isinstance(values["method"], str) or values["method"] not in METHODS:
+        raise ValueError(
+            f"config_from_dict: expected method to be one of {', '.join(METHODS)}, got "
+            f"{values['method']!r}"
+        )
+    return METHODS[values["method"]].from_dict(values)

@@ -1,0 +1,95 @@
+"""UniPELT: adapter, prefix tuning and LoRA together, each behind a gate (Mao et al., ACL 2022)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from ._config import GATE_POOLINGS, MethodConfig, Parts, check_choice, with_changes
+from .adapter import BottleneckAdapterConfig
+from .lora import LoraConfig
+from .prefix import PrefixTuningConfig
+
+Part = TypeVar("Part", BottleneckAdapterConfig, PrefixTuningConfig, LoraConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniPELTConfig(MethodConfig):
+    """Any of adapter, prefix and LoRA (None leaves one out), with gates ``g = mean_t sigmoid(w ·
+    x_t + b)`` per sentence and layer: one for the adapter (from its input z), one for the prefix
+    and one for each LoRA target (from the attention's input h).
+
+    Inside UniPELT a part is gated unless it says ``gated=False``. `gate_pooling` holds for all
+    parts: ``masked_mean`` makes a prediction independent of padding; ``mean`` counts padding, as
+        the official code does.
+
+    Presets: `UniPELTConfig.apl()` (adapter, prefix, LoRA: the paper's main model) and
+        `UniPELTConfig.ap()`.
+
+    Raises:
+        ValueError: no part at all, a part of the wrong type, or a pooling that a part contradicts.
+    """
+
+    method: ClassVar[str] = "unipelt"
+
+    adapter: BottleneckAdapterConfig | None = field(default_factory=BottleneckAdapterConfig)
+    prefix: PrefixTuningConfig | None = field(default_factory=PrefixTuningConfig)
+    lora: LoraConfig | None = field(default_factory=LoraConfig)
+    gate_pooling: str = "masked_mean"
+
+    def __post_init__(self) -> None:
+        check_choice(self, "gate_pooling", GATE_POOLINGS)
+        wanted: dict[str, Any] = {
+            "adapter": BottleneckAdapterConfig,
+            "prefix": PrefixTuningConfig,
+            "lora": LoraConfig,
+        }
+        for name, part_type in wanted.items():
+            part = getattr(self, name)
+            if part is None:
+                continue
+            if not isinstance(part, part_type):
+                raise ValueError(
+                    f"UniPELTConfig: expected {name} as {part_type.__name__} or None, got "
+                    f"{type(part).__name__}"
+                )
+            object.__setattr__(self, name, self._resolved(name, part))
+        if self.adapter is None and self.prefix is None and self.lora is None:
+            raise ValueError(
+                "UniPELTConfig: expected at least one of adapter, prefix and lora, got none"
+            )
+
+    def _resolved(self, name: str, part: Part) -> Part:
+        """The part with its gate decided: gated=None becomes True, the pooling this config's."""
+        if part.gate_pooling not in (GATE_POOLINGS[0], self.gate_pooling):
+            raise ValueError(
+                "UniPELTConfig: expected one gate_pooling for all parts, got "
+                f"{self.gate_pooling!r} and "
+                f"{part.gate_pooling!r} ({name}); set it on UniPELTConfig"
+            )
+        gated = True if part.gated is None else part.gated
+        return with_changes(part, gated=gated, gate_pooling=self.gate_pooling)
+
+    @classmethod
+    def apl(cls, *, gated: bool = True, gate_pooling: str = "masked_mean") -> UniPELTConfig:
+        """Adapter, prefix and LoRA with the paper's sizes; ``gated=False``: its NoGate row."""
+        return cls(
+            adapter=BottleneckAdapterConfig(gated=gated),
+            prefix=PrefixTuningConfig(gated=gated),
+            lora=LoraConfig(gated=gated),
+            gate_pooling=gate_pooling,
+        )
+
+    @classmethod
+    def ap(cls, *, gated: bool = True, gate_pooling: str = "masked_mean") -> UniPELTConfig:
+        """Adapter and prefix with the paper's sizes."""
+        return cls(
+            adapter=BottleneckAdapterConfig(gated=gated),
+            prefix=PrefixTuningConfig(gated=gated),
+            lora=None,
+            gate_pooling=gate_pooling,
+        )
+
+    @property
+    def parts(self) -> Parts:
+        return Parts(adapter=self.adapter, prefix=self.prefix, lora=self.lora)

@@ -1,0 +1,254 @@
+"""The hook into transformers' attention: a function and a mask function, both registered as "pelt".
+
+The mask function returns the padding mask [B, N] as it came, so it never becomes dense. The
+attention function gives a layer with a prefix to `prefix_attention`, and any other layer to the
+attention the base model was loaded with.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function
+
+from ..nn import PrefixAttention
+
+PELT = "pelt"
+SITE = "_pelt_site"
+
+
+class InFlight(threading.local):
+    """What travels between the modules of one layer during one forward of that layer.
+
+    It is written and read within a layer's forward, so the recomputation of a checkpointed layer
+    writes its own, and it belongs to one thread, so a model that serves several threads (or is
+    replicated over them) does not mix sentences.
+    """
+
+    mask: Tensor | None = None
+    prefix_gate: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InFlight:
+        return InFlight()
+
+    def __reduce__(self) -> tuple[type[InFlight], tuple[()]]:
+        return InFlight, ()
+
+
+class LayerSite:
+    """What is known about one layer, hung on its attention module.
+
+    Args:
+        layer: the layer's number.
+        base_attention: the attention implementation the base model was loaded with.
+        prefix, prefix_row: the model's prefixes, and which of them is this layer's; None without a
+            prefix.
+        needs_mask: whether a gate of this layer pools over real tokens only.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        base_attention: str,
+        prefix: PrefixAttention | None,
+        prefix_row: int,
+        has_prefix_gate: bool,
+        needs_mask: bool,
+    ) -> None:
+        self.layer, self.base_attention = layer, base_attention
+        self.prefix, self.prefix_row = prefix, prefix_row
+        self.has_prefix_gate, self.needs_mask = has_prefix_gate, needs_mask
+        self.in_flight = InFlight()
+        self.is_recording = False
+        self.gate_values: dict[str, Tensor] = {}
+
+    def record(self, kind: str, value: Tensor) -> None:
+        """Keeps the latest value of a gate, on its device, without waiting for it."""
+        if self.is_recording:
+            self.gate_values[kind] = value.detach()
+
+
+def register_attention() -> None:
+    """Makes "pelt" known; without a mask function transformers would drop the mask in silence."""
+    AttentionInterface.register(PELT, attention_forward)
+    AttentionMaskInterface.register(PELT, padding_mask)
+
+
+def padding_mask(
+    *args: Any,
+    attention_mask: Tensor | None = None,
+    mask_function: Any = bidirectional_mask_function,
+    **kwargs: Any,
+) -> Tensor | None:
+    """transformers' mask function for "pelt": the padding mask [B, N] bool itself, or None."""
+    if mask_function is not bidirectional_mask_function:
+        raise ValueError(
+            "pelt attention: expected a bidirectional encoder's mask, got a causal or overlaid "
+            "one; only encoders are supported"
+        )
+    return attention_mask
+
+
+def read_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of an attention module: takes the layer's mask from the arguments of this
+    very call.
+
+    It sits on the attention and not on the layer, because transformers checkpoints a layer's
+    forward: hooks of the layer are outside of what is computed again, hooks of its modules are
+    inside.
+    """
+    site: LayerSite = getattr(module, SITE)
+    config: Any = module.config
+    if config._attn_implementation != PELT:
+        raise ValueError(
+            f"pelt attention: expected the attention implementation {PELT!r} (set by "
+            "get_pelt_model), got "
+            f"{config._attn_implementation!r}; it was changed afterwards. Choose the base "
+            "model's attention before "
+            "get_pelt_model"
+        )
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    check_mask(mask)
+    site.in_flight.mask = mask if site.needs_mask else None
+    site.in_flight.prefix_gate = None
+
+
+def forget_mask(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Pre-hook of the last LayerNorm of a layer without adapter: no mask outlives the layer."""
+    getattr(module, SITE).in_flight.mask = None
+
+
+def check_mask(mask: Any) -> None:
+    """Raises ValueError unless the mask is None or a padding mask [B, N] bool."""
+    if mask is not None and (
+        not isinstance(mask, Tensor) or mask.ndim != 2 or mask.dtype != torch.bool
+    ):
+        got = (
+            f"{list(mask.shape)} {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+        )
+        raise ValueError(
+            "pelt attention: expected attention_mask [B, N] with 1 for tokens and 0 for padding, "
+            f"got {got}; masks for "
+            "single query-key pairs are not supported by gates and prefixes"
+        )
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention function for "pelt".
+
+    Args:
+        query, key, value: [B, H, S, E] views; nothing is copied.
+        attention_mask: [B, N] bool or None.
+
+    Returns:
+        out [B, S, H, E], and None: attention weights are never made where there is a prefix.
+
+    Raises:
+        ValueError: attention weights asked for in a layer with a prefix; a mask that is not a
+            padding mask.
+    """
+    site: LayerSite | None = getattr(module, SITE, None)
+    if site is None:
+        raise ValueError(
+            "pelt attention: expected a layer prepared by get_pelt_model, got a "
+            f"{type(module).__name__} without; "
+            "the attention implementation 'pelt' cannot be chosen by hand"
+        )
+    check_mask(attention_mask)
+    if site.prefix is None:
+        return _base_attention(
+            site, module, query, key, value, attention_mask, scaling, dropout, kwargs
+        )
+    if kwargs.get("output_attentions"):
+        raise_no_weights()
+    gate = site.in_flight.prefix_gate
+    site.in_flight.prefix_gate = None
+    if site.has_prefix_gate and gate is None:
+        raise RuntimeError(
+            f"pelt attention: layer {site.layer} has a gated prefix but its query projection was "
+            "not called before "
+            "the attention"
+        )
+    out = site.prefix(
+        site.prefix_row,
+        query,
+        key,
+        value,
+        gate=gate,
+        key_mask=attention_mask,
+        scale=scaling,
+        dropout_p=dropout,
+    )
+    return out.transpose(1, 2), None
+
+
+def raise_no_weights() -> None:
+    """The one answer to output_attentions=True."""
+    raise ValueError(
+        "pelt attention: output_attentions=True cannot be served with a prefix, whose attention "
+        "weights are never "
+        "computed as a tensor; leave it out, or ask the base model inside disable_adapter()"
+    )
+
+
+def _base_attention(
+    site: LayerSite,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """The attention the base model was loaded with, and the mask in the form that one wants.
+
+    eager adds its mask and sdpa reads a boolean one; both broadcast over queries, so [B, 1, 1, N]
+    is enough.
+    """
+    name = site.base_attention
+    if name == "eager":
+        function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        if function is None:
+            raise ValueError(
+                f"pelt attention: expected {type(module).__module__} to define "
+                "eager_attention_forward, got none"
+            )
+    else:
+        function = AttentionInterface()[name]
+    if mask is not None:
+        if name == "eager":
+            hidden = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device)
+            mask = hidden.masked_fill(~mask, torch.finfo(query.dtype).min)[:, None, None, :]
+        elif name == "sdpa":
+            mask = mask[:, None, None, :]
+        else:
+            mask = AttentionMaskInterface()[name](
+                batch_size=query.shape[0],
+                q_length=query.shape[2],
+                kv_length=key.shape[2],
+                q_offset=0,
+                kv_offset=0,
+                mask_function=bidirectional_mask_function,
+                attention_mask=mask,
+                allow_is_causal_skip=False,
+                dtype=query.dtype,
+                config=module.config,
+                device=query.device,
+            )
+    return function(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)

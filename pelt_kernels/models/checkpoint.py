@@ -1,0 +1,351 @@
+"""An adapter on disk: adapter_config.json and adapter_model.safetensors, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from ..methods import MethodConfig, PrefixTuningConfig, UniPELTConfig, config_from_dict
+from ..nn import PrefixAttention
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from transformers import PreTrainedModel
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+FORMAT = 1
+SHAPE_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
+
+
+class LoadResult(NamedTuple):
+    """What `load_state_dict` found, as torch's own result."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class Checkpointed(nn.Module):
+    """What `PeltModel` does with files and states: only what is trained goes into them."""
+
+    base_model: PreTrainedModel
+    prefix: PrefixAttention | None
+    method_config: MethodConfig
+    _trained: tuple[str, ...]
+    _is_detached: bool
+
+    if TYPE_CHECKING:
+
+        def _take_out(self, keep_head: bool) -> None: ...
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """The method's parts and the head by name, whether they require a gradient now or not."""
+        named = dict(self.named_parameters())
+        return {name: named[name] for name in self._trained}
+
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], *, collapse_prefix: bool = False, **ignored: Any
+    ) -> None:
+        """Writes adapter_config.json and adapter_model.safetensors: what was trained, the head
+        included, nothing else.
+
+        Args:
+            directory: made if it is not there; earlier files are replaced whole, by os.replace.
+            collapse_prefix: write the prefixes' keys and values instead of their reparametrisation:
+                smaller, but training cannot resume from it. This model keeps its reparametrisation.
+            ignored: further arguments that transformers passes to every model (``state_dict``,
+                ``is_main_process``).
+
+        Raises:
+            OSError: the directory cannot be made or written, or there is no space; earlier files
+                are as they were.
+        """
+        self._check_attached("save_pretrained")
+        tensors: dict[str, Tensor] = dict(self.trained_parameters())
+        config = self.method_config
+        if collapse_prefix and self.prefix is not None:
+            tensors = {
+                name: tensor for name, tensor in tensors.items() if not name.startswith("prefix.")
+            }
+            tensors["prefix.table"] = self.prefix.as_table()
+            config = without_reparametrisation(config)
+        write_adapter(directory, config, describe_base(self.base_model), tensors)
+
+    def load_adapter(self, directory: str | os.PathLike[str]) -> None:
+        """Loads what `save_pretrained` wrote into this model, which must have the same method.
+
+        Raises:
+            FileNotFoundError: a file is missing. ValueError: it is damaged, or of another method or
+                model.
+        """
+        self._check_attached("load_adapter")
+        config, base = read_config(directory)
+        check_base(self.base_model, base, directory)
+        if config != self.method_config:
+            raise ValueError(
+                f"load_adapter: expected {directory} to hold {self.method_config}, got {config}; "
+                "use PeltModel.from_pretrained for it"
+            )
+        copy_weights(self.trained_parameters(), read_weights(directory, config), directory)
+
+    @classmethod
+    def from_pretrained(
+        cls, model: PreTrainedModel, directory: str | os.PathLike[str], is_trainable: bool = False
+    ) -> Self:
+        """The base model with an adapter that `save_pretrained` wrote. On an error the base model
+        is as it was.
+
+        Args:
+            model: a model like the one the adapter was trained in, without a method.
+            is_trainable: whether training goes on; if not, nothing requires a gradient and the
+                model is in evaluation.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a damaged or cut file, another architecture, shape or method.
+        """
+        config, base = read_config(directory)
+        check_base(model, base, directory)
+        tensors = read_weights(directory, config)
+        made = cls(model, config)
+        try:
+            copy_weights(made.trained_parameters(), tensors, directory)
+        except BaseException:
+            made._take_out(keep_head=False)
+            raise
+        if not is_trainable:
+            made.requires_grad_(False)
+            made.eval()
+        return made
+
+    def state_dict(  # type: ignore[override]
+        self, *args: Any, frozen: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """What is trained, by parameter name; with ``frozen`` the base model's weights too.
+
+        transformers.Trainer saves a model's state_dict, so its checkpoints hold what is trained and
+        nothing else.
+        """
+        state = super().state_dict(*args, **kwargs)
+        if not frozen:
+            prefix = kwargs.get("prefix", "")
+            kept = {prefix + name for name in self._trained}
+            for key in [key for key in state if key.startswith(prefix) and key not in kept]:
+                del state[key]
+        return state
+
+    def load_state_dict(  # type: ignore[override]
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> LoadResult:
+        """Loads what `state_dict` gives; names of the frozen base may be left out.
+
+        Raises:
+            RuntimeError: with ``strict``, a trained parameter is missing or a name is unknown; a
+                shape differs.
+        """
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [name for name in result.missing_keys if name in self._trained]
+        if strict and (missing or result.unexpected_keys):
+            raise RuntimeError(
+                "PeltModel.load_state_dict: expected every trained parameter and no other name, "
+                f"got {len(missing)} missing "
+                f"{missing[:3]} and {len(result.unexpected_keys)} unexpected "
+                f"{result.unexpected_keys[:3]}"
+            )
+        return LoadResult(missing, list(result.unexpected_keys))
+
+    def _check_attached(self, who: str) -> None:
+        if self._is_detached:
+            raise ValueError(
+                f"{who}: expected the method to be in the model, got one inside disable_adapter() "
+                "or removed"
+            )
+
+
+def describe_base(model: PreTrainedModel) -> dict[str, Any]:
+    """What an adapter has to know about the model it was trained in."""
+    described: dict[str, Any] = {name: getattr(model.config, name) for name in SHAPE_FIELDS}
+    described["num_labels"] = getattr(model.config, "num_labels", None)
+    described["architecture"] = type(model).__name__
+    described["name_or_path"] = getattr(model.config, "_name_or_path", "") or None
+    return described
+
+
+def check_base(
+    model: PreTrainedModel, described: dict[str, Any], directory: str | os.PathLike[str]
+) -> None:
+    """Raises ValueError where the adapter in the directory was trained in another kind of model."""
+    mine = describe_base(model)
+    differing = [
+        name for name in (*SHAPE_FIELDS, "architecture") if described.get(name) != mine[name]
+    ]
+    if mine["num_labels"] != described.get("num_labels"):
+        differing.append("num_labels")
+    if differing:
+        raise ValueError(
+            f"from_pretrained: expected a model like the one {directory} was trained in, with "
+            f"{', '.join(f'{name}={described.get(name)}' for name in differing)}, got "
+            f"{', '.join(f'{name}={mine[name]}' for name in differing)}"
+        )
+
+
+def without_reparametrisation(config: MethodConfig) -> MethodConfig:
+    """The config of the same method after its prefix was collapsed to plain parameters."""
+    if isinstance(config, PrefixTuningConfig):
+        return replace(config, mid=None)
+    if isinstance(config, UniPELTConfig) and config.prefix is not None:
+        return replace(config, prefix=replace(config.prefix, mid=None))
+    return config
+
+
+def write_adapter(
+    directory: str | os.PathLike[str],
+    config: MethodConfig,
+    base: dict[str, Any],
+    tensors: dict[str, Tensor],
+) -> None:
+    """Writes both files through temporary ones, so that an interruption leaves the earlier pair or
+    the new one.
+
+    The weights carry the config in their header, so a pair torn between two saves is noticed on
+    reading.
+
+    Raises:
+        OSError: the directory cannot be made or written.
+    """
+    from .. import __version__
+
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    described = {
+        "format": FORMAT,
+        "pelt_kernels": __version__,
+        "config": config.to_dict(),
+        "base": base,
+    }
+    text = json.dumps(described, indent=2, sort_keys=True)
+    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    header = {"format": "pt", "pelt_kernels": json.dumps(described["config"], sort_keys=True)}
+    _write_atomically(target / WEIGHTS_FILE, safetensors_bytes(weights, metadata=header))
+    _write_atomically(target / CONFIG_FILE, text.encode() + b"\n")
+
+
+def read_config(directory: str | os.PathLike[str]) -> tuple[MethodConfig, dict[str, Any]]:
+    """The method's config and the description of the base model.
+
+    Raises:
+        FileNotFoundError: no adapter_config.json. ValueError: a damaged one, or one of another
+            program.
+    """
+    path = Path(directory) / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"from_pretrained: expected {CONFIG_FILE} in {directory}, found none"
+        )
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"from_pretrained: {path} is not JSON, it is damaged or cut short ({error})"
+        ) from error
+    if not isinstance(described, dict) or described.get("format") != FORMAT:
+        found = described.get("format") if isinstance(described, dict) else type(described).__name__
+        raise ValueError(
+            f"from_pretrained: expected {path} in format {FORMAT} of pelt_kernels, got {found!r}; "
+            "was it written by another library?"
+        )
+    base = described.get("base")
+    if not isinstance(base, dict):
+        raise ValueError(
+            f"from_pretrained: expected {path} to describe its base model, got "
+            f"{type(base).__name__}"
+        )
+    return config_from_dict(described.get("config", {})), base
+
+
+def read_weights(directory: str | os.PathLike[str], config: MethodConfig) -> dict[str, Tensor]:
+    """The tensors by parameter name, on the CPU.
+
+    Raises:
+        FileNotFoundError: no adapter_model.safetensors. ValueError: a truncated file, or weights of
+            another save.
+    """
+    path = Path(directory) / WEIGHTS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"from_pretrained: expected {WEIGHTS_FILE} in {directory}, found none"
+        )
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(
+            f"from_pretrained: {path} cannot be read, it is damaged or cut short ({error})"
+        ) from error
+    if header.get("pelt_kernels") != json.dumps(config.to_dict(), sort_keys=True):
+        raise ValueError(
+            f"from_pretrained: {CONFIG_FILE} and {WEIGHTS_FILE} in {directory} are not from the "
+            "same save; "
+            "save the adapter again, or use an earlier checkpoint"
+        )
+    return tensors
+
+
+def copy_weights(
+    wanted: Mapping[str, Tensor], tensors: dict[str, Tensor], where: str | os.PathLike[str]
+) -> None:
+    """Copies tensors into the parameters of the same names, after checking all of them.
+
+    Raises:
+        ValueError: a missing or unknown name, or another shape; nothing is copied then.
+    """
+    missing = [name for name in wanted if name not in tensors]
+    unknown = [name for name in tensors if name not in wanted]
+    if missing or unknown:
+        raise ValueError(
+            f"from_pretrained: expected {where} to hold the {len(wanted)} tensors of this method "
+            "in this model, got "
+            f"{len(missing)} missing{_some(missing)} and {len(unknown)} unknown{_some(unknown)}"
+        )
+    for name, parameter in wanted.items():
+        if parameter.shape != tensors[name].shape:
+            raise ValueError(
+                f"from_pretrained: expected {name} {list(parameter.shape)} (from the model), got "
+                f"{list(tensors[name].shape)} in {where}"
+            )
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(tensors[name])
+
+
+def _some(names: list[str]) -> str:
+    return f" ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})" if names else ""
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    """Through a temporary file in the same folder, with the permissions of a plain open()."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,287 @@
+"""Putting a method's parts into a model, and taking them out again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..methods import BottleneckAdapterConfig, LoraConfig, Parts, PrefixTuningConfig
+from ..methods.lora import TARGETS
+from ..nn import GatedAdapter, LoRALinear, PrefixAttention
+from .attention import PELT, SITE, LayerSite, forget_mask, read_mask, register_attention
+from .slots import Slots, embeddings_of, layers_of, place_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PREFIX_GATE = "prefix"
+FIRST_LAYER = "_pelt_first_layer"
+
+
+class AdaptedLinear(LoRALinear):
+    """A `LoRALinear` in a model: it reads the layer's mask and leaves its gates with the layer."""
+
+    def __init__(
+        self, base: nn.Linear, *args: Any, site: LayerSite, target: str, **kwargs: Any
+    ) -> None:
+        super().__init__(base, *args, **kwargs)
+        self.site, self.target = site, target
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """y [B, S, Dout], as the Linear it stands for."""
+        y, values = super().forward(x, self.site.in_flight.mask)
+        if PREFIX_GATE in values:
+            self.site.in_flight.prefix_gate = values[PREFIX_GATE]
+            self.site.record("prefix", values[PREFIX_GATE])
+        if "" in values:
+            self.site.record(f"lora_{self.target}", values[""])
+        return y
+
+
+class AdaptedNorm(nn.Module):
+    """``out = LN( g·u + s )`` with u the adapter of ``z = LN(s)``: the layer's frozen LayerNorm,
+    used twice.
+
+    s [B, S, D] is the FFN's output plus its residual, which is what the LayerNorm it stands for is
+    given. weight and bias are the LayerNorm's own parameters under the same names.
+    """
+
+    def __init__(self, base: nn.LayerNorm, adapter: GatedAdapter, site: LayerSite) -> None:
+        super().__init__()
+        self.normalized_shape, self.eps = base.normalized_shape, base.eps
+        self.weight, self.bias = base.weight, base.bias
+        self.adapter = adapter
+        self.site = site
+
+    def forward(self, s: Tensor) -> Tensor:
+        """out [B, S, D]."""
+        mask = self.site.in_flight.mask
+        self.site.in_flight.mask = None
+        z = self._norm(s)
+        is_gated = self.adapter.gate is not None
+        y, gate = self.adapter(z, residual=s, mask=mask if is_gated else None, return_gate=True)
+        if is_gated:
+            self.site.record("adapter", gate)
+        return self._norm(y)
+
+    def _norm(self, s: Tensor) -> Tensor:
+        return nn.functional.layer_norm(s, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+@dataclass
+class Replacement:
+    """One module of the base model and the one that stands for it."""
+
+    parent: nn.Module
+    name: str
+    original: nn.Module
+    adapted: nn.Module
+
+
+class Injection:
+    """The parts of a method inside one model. `attach` puts them in, `detach` takes them out; both
+    may be repeated.
+
+    Attributes:
+        prefix: the prefixes of all layers, or None.
+        sites: what hangs on each layer's attention module.
+    """
+
+    def __init__(self, model: PreTrainedModel, slots: Slots, parts: Parts) -> None:
+        self.model, self.parts = model, parts
+        self.layers = layers_of(model, slots)
+        self.embeddings = embeddings_of(model, slots)
+        _check_chunking(model, parts)
+        self.made = _parameter_placement(self.layers[0].get_submodule(slots.query))
+        self.prefix, rows = _make_prefix(model, len(self.layers), parts.prefix, self.made)
+        self.sites: list[LayerSite] = []
+        self.replacements: list[Replacement] = []
+        self._attentions: list[nn.Module] = []
+        self._last_norms: list[nn.Module] = []
+        self._handles: list[Any] = []
+        self.base_config = model.config
+        needs_mask = any(_pools_by_mask(part) for part in parts[:3])
+        self.uses_pelt_attention = needs_mask or self.prefix is not None
+        self.pelt_config = (
+            _with_pelt_attention(model.config) if self.uses_pelt_attention else model.config
+        )
+        for i, layer in enumerate(self.layers):
+            has_prefix = i in rows
+            site = LayerSite(
+                layer=i,
+                base_attention=model.config._attn_implementation,
+                prefix=self.prefix if has_prefix else None,
+                prefix_row=rows.get(i, -1),
+                has_prefix_gate=has_prefix and bool(parts.prefix and parts.prefix.gated),
+                needs_mask=needs_mask,
+            )
+            self.sites.append(site)
+            self._attentions.append(layer.get_submodule(slots.attention))
+            self._last_norms.append(layer.get_submodule(slots.ffn_norm))
+            self.replacements.extend(self._adapt(layer, slots, site))
+
+    def _adapt(self, layer: nn.Module, slots: Slots, site: LayerSite) -> Iterator[Replacement]:
+        """The modules that stand for a layer's own; the query's Linear also for a prefix's gate."""
+        lora, prefix, adapter = self.parts.lora, self.parts.prefix, self.parts.adapter
+        for target in TARGETS:
+            has_branch = lora is not None and target in lora.targets
+            extra = (
+                {PREFIX_GATE: prefix.gate_pooling}
+                if prefix and target == "query" and site.has_prefix_gate
+                else {}
+            )
+            if not has_branch and not extra:
+                continue
+            parent, name = place_of(layer, getattr(slots, target))
+            original = getattr(parent, name)
+            adapted = AdaptedLinear(
+                original,
+                lora.r if lora and has_branch else 0,
+                lora.alpha if lora else 1.0,
+                dropout=lora.dropout if lora else 0.0,
+                gate_pooling=lora.gate_pooling if lora and lora.gated else None,
+                extra_gates=extra,
+                dtype=self.made["dtype"],
+                site=site,
+                target=target,
+            )
+            yield Replacement(parent, name, original, adapted)
+        if adapter is not None:
+            parent, name = place_of(layer, slots.ffn_norm)
+            original = getattr(parent, name)
+            hidden_size = original.normalized_shape[0]
+            module = GatedAdapter(
+                hidden_size,
+                adapter.bottleneck_of(hidden_size),
+                activation=adapter.activation,
+                gate_pooling=adapter.gate_pooling if adapter.gated else None,
+                dropout=adapter.dropout,
+                **self.made,
+            )
+            yield Replacement(parent, name, original, AdaptedNorm(original, module, site))
+
+    def attach(self) -> None:
+        """Puts the parts in: modules, the attention function, hooks that read a layer's mask."""
+        for place in self.replacements:
+            place.adapted.train(place.original.training)
+            setattr(place.parent, place.name, place.adapted)
+        if self.uses_pelt_attention:
+            register_attention()
+            self._use_config(self.base_config, self.pelt_config)
+            for attention, norm, site in zip(self._attentions, self._last_norms, self.sites):
+                setattr(attention, SITE, site)
+                self._handles.append(
+                    attention.register_forward_pre_hook(read_mask, with_kwargs=True)
+                )
+                if self.parts.adapter is None and site.needs_mask:
+                    setattr(norm, SITE, site)
+                    self._handles.append(norm.register_forward_pre_hook(forget_mask))
+        # A module attribute would be registered as a submodule; this is a note, not ownership.
+        object.__setattr__(self.embeddings, FIRST_LAYER, self.layers[0])
+        self._handles.append(self.embeddings.register_forward_hook(start_gradient))
+
+    def detach(self) -> None:
+        """Takes the parts out: the model has its own modules, configuration and attention."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for place in self.replacements:
+            # `to_empty` replaces Parameters; the original follows what stood for it.
+            for name in ("weight", "bias"):
+                place.original.register_parameter(name, getattr(place.adapted, name))
+            place.original.train(place.adapted.training)
+            setattr(place.parent, place.name, place.original)
+        if self.uses_pelt_attention:
+            self._use_config(self.pelt_config, self.base_config)
+            for module in (*self._attentions, *self._last_norms):
+                module.__dict__.pop(SITE, None)
+        self.embeddings.__dict__.pop(FIRST_LAYER, None)
+
+    def _use_config(self, old: Any, new: Any) -> None:
+        """The attention implementation is read from the configuration object that modules share;
+        the base model's is never written to, because another model may have been built from it.
+        """
+        for module in self.model.modules():
+            if getattr(module, "config", None) is old:
+                module.config = new
+
+
+def start_gradient(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Forward hook of the embeddings. Reentrant checkpointing passes no gradient to the parameters
+    of a layer none of whose inputs requires one, and the output of frozen embeddings does not.
+    """
+    first: nn.Module = getattr(module, FIRST_LAYER)
+    is_checkpointed = getattr(first, "gradient_checkpointing", False) and first.training
+    if is_checkpointed and torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_(True)
+    return output
+
+
+def _make_prefix(
+    model: PreTrainedModel, num_layers: int, config: PrefixTuningConfig | None, made: dict[str, Any]
+) -> tuple[PrefixAttention | None, dict[int, int]]:
+    """The prefixes, and which row of them belongs to which layer."""
+    if config is None:
+        return None, {}
+    beyond = [layer for layer in config.skip_layers if layer >= num_layers]
+    layers = [layer for layer in range(num_layers) if layer not in config.skip_layers]
+    if beyond or not layers:
+        raise ValueError(
+            f"PrefixTuningConfig: expected skip_layers to leave some of the model's {num_layers} "
+            "layers (0 to "
+            f"{num_layers - 1}), got {list(config.skip_layers)}"
+        )
+    heads = model.config.num_attention_heads
+    prefix = PrefixAttention(
+        len(layers),
+        config.prefix_length,
+        heads,
+        model.config.hidden_size // heads,
+        mid=config.mid,
+        **made,
+    )
+    return prefix, {layer: row for row, layer in enumerate(layers)}
+
+
+def _parameter_placement(linear: nn.Module) -> dict[str, Any]:
+    """Where new parameters live; float32 beside 16-bit weights, which would lose small updates."""
+    weight = linear.weight
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise ValueError(
+            "get_pelt_model: expected a model with floating-point weights, got "
+            f"{type(linear).__name__} with "
+            f"{getattr(weight, 'dtype', type(weight).__name__)}"
+        )
+    is_sixteen_bit = weight.dtype in (torch.float16, torch.bfloat16)
+    return {"device": weight.device, "dtype": torch.float32 if is_sixteen_bit else weight.dtype}
+
+
+def _pools_by_mask(part: BottleneckAdapterConfig | PrefixTuningConfig | LoraConfig | None) -> bool:
+    return part is not None and bool(part.gated) and part.gate_pooling == "masked_mean"
+
+
+def _with_pelt_attention(config: Any) -> Any:
+    """A copy of a configuration object that names the attention function "pelt"."""
+    changed = copy.copy(config)
+    changed._attn_implementation_internal = PELT
+    return changed
+
+
+def _check_chunking(model: PreTrainedModel, parts: Parts) -> None:
+    """A gate is a mean over a sentence's rows; an FFN that sees slices of it cannot make it."""
+    chunk = getattr(model.config, "chunk_size_feed_forward", 0)
+    in_ffn = parts.adapter is not None and parts.adapter.gated
+    in_ffn = in_ffn or (
+        parts.lora is not None and parts.lora.gated and any("ffn" in t for t in parts.lora.targets)
+    )
+    if chunk and in_ffn:
+        raise ValueError(
+            "get_pelt_model: expected chunk_size_feed_forward=0 with a gate in the feed-forward "
+            "network (its value is a "
+            f"mean over the whole sentence), got {chunk}"
+        )

@@ -1,0 +1,65 @@
+"""The parameters of a learned gate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import LearnedGate
+from ..ops._gate import POOLINGS
+
+
+class Gate(nn.Module):
+    """``g = pool_t( sigmoid( weight . x_t + bias ) )``, the scalar that switches a part on or off
+    for a sentence.
+
+    weight [D] starts as N(0, 0.02) and bias [1] as 0, so that a gate starts near 0.5. The operators
+    compute the formula (`pelt_kernels.ops`), because the logit shares their read of x; this class
+    only owns what they need for it.
+
+    ``masked_mean`` pools over the real tokens, ``mean`` over all rows, padding included (what the
+    official code of UniPELT does), ``token`` not at all. Paper: Mao et al., "UniPELT", ACL 2022.
+
+    Raises:
+        ValueError: a hidden size below 1 or an unknown pooling.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        pooling: str = "masked_mean",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if hidden_size < 1:
+            raise ValueError(f"Gate: expected hidden_size >= 1, got {hidden_size}")
+        if pooling not in POOLINGS:
+            raise ValueError(
+                f"Gate: expected pooling to be one of {', '.join(POOLINGS)}, got {pooling!r}"
+            )
+        self.pooling = pooling
+        self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """weight ~ N(0, 0.02), bias = 0."""
+        nn.init.normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)
+
+    def learned(self, mask: Tensor | None) -> LearnedGate:
+        """The gate as an operator takes it.
+
+        Without a mask every row is a real token, so both means are the same.
+        """
+        pooling = "mean" if mask is None and self.pooling == "masked_mean" else self.pooling
+        return LearnedGate(self.weight, self.bias, pooling)
+
+    def mask_for(self, mask: Tensor | None) -> Tensor | None:
+        """The mask, if this gate's pooling reads it."""
+        return mask if self.pooling == "masked_mean" else None
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, pooling={self.pooling!r}"

@@ -1,0 +1,103 @@
+"""The bottleneck adapter with an optional gate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import gated_adapter
+from .gate import Gate
+
+
+class GatedAdapter(nn.Module):
+    """``y = residual + scale · g · dropout( W_up φ( W_down x + b_down ) + b_up )``, see
+    `pelt_kernels.gated_adapter`.
+
+    w_down [R, D] and w_up [D, R] start as N(0, 0.02), both biases as 0: not the identity at the
+    start, but close to it. The gate, if there is one, is a `Gate` [D]. x is [B, S, D].
+
+    Args:
+        hidden_size: D.
+        bottleneck: R.
+        activation: relu, gelu (erf), gelu_tanh, silu, tanh or identity; checked by the operator.
+        gate_pooling: None (no gate), ``masked_mean``, ``mean`` or ``token``.
+        dropout: on the adapter's output, while training.
+        scale: a constant factor.
+
+    Raises:
+        ValueError: sizes below 1, dropout outside [0, 1), an unknown pooling.
+
+    Papers: Houlsby et al. 2019; Pfeiffer et al. 2021 (the position after the FFN); Mao et al. 2022
+        (the gate).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        bottleneck: int,
+        *,
+        activation: str = "relu",
+        gate_pooling: str | None = None,
+        dropout: float = 0.0,
+        scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if hidden_size < 1 or bottleneck < 1:
+            raise ValueError(
+                f"GatedAdapter: expected hidden_size and bottleneck >= 1, got {hidden_size} and "
+                f"{bottleneck}"
+            )
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"GatedAdapter: expected dropout in [0, 1), got {dropout}")
+        self.activation, self.dropout, self.scale = activation, dropout, scale
+        self.w_down = nn.Parameter(torch.empty(bottleneck, hidden_size, device=device, dtype=dtype))
+        self.b_down = nn.Parameter(torch.empty(bottleneck, device=device, dtype=dtype))
+        self.w_up = nn.Parameter(torch.empty(hidden_size, bottleneck, device=device, dtype=dtype))
+        self.b_up = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        self.gate = (
+            None
+            if gate_pooling is None
+            else Gate(hidden_size, gate_pooling, device=device, dtype=dtype)
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Both projections ~ N(0, 0.02), both biases = 0, and the gate's own start."""
+        nn.init.normal_(self.w_down, std=0.02)
+        nn.init.normal_(self.w_up, std=0.02)
+        nn.init.zeros_(self.b_down)
+        nn.init.zeros_(self.b_up)
+        if self.gate is not None:
+            self.gate.reset_parameters()
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        residual: str | Tensor | None = "input",
+        mask: Tensor | None = None,
+        return_gate: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """y [B, S, D]; with return_gate also the gate's value (None without a gate)."""
+        return gated_adapter(
+            x,
+            self.w_down,
+            self.w_up,
+            b_down=self.b_down,
+            b_up=self.b_up,
+            activation=self.activation,
+            scale=self.scale,
+            gate=None if self.gate is None else self.gate.learned(mask),
+            mask=None if self.gate is None else self.gate.mask_for(mask),
+            residual=residual,
+            dropout_p=self.dropout if self.training else 0.0,
+            return_gate=return_gate,
+        )
+
+    def extra_repr(self) -> str:
+        bottleneck, hidden_size = self.w_down.shape
+        return (
+            f"{hidden_size}, {bottleneck}, activation={self.activation!r}, dropout={self.dropout}"
+        )

@@ -1,0 +1,129 @@
+"""A frozen Linear with a low-rank branch, and the gates that are computed from the same input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import LoraBranch, lora_linear
+from .gate import Gate
+
+
+class LoRALinear(nn.Module):
+    """``y = x Wᵀ + b + s · (dropout(x) Aᵀ) Bᵀ``, with s = alpha / R, or s = the gate g(x), which
+    replaces alpha / R.
+
+    W [Dout, Din] and b [Dout] are the very parameters of the `nn.Linear` it stands for, under the
+    same names, so the base model's state_dict does not change. lora_a [R, Din] starts as
+    U(±1/sqrt(Din)) (Kaiming uniform with a = sqrt 5), lora_b [Dout, R] as 0: the branch is exactly
+    0 at the start.
+
+    Extra gates do not scale this layer; their values are returned for another part that is gated by
+    the same input (UniPELT's prefix is gated by the attention's input, which the query's Linear
+    reads anyway). R = 0 means no branch.
+
+    Args:
+        base: the Linear it stands for.
+        r, alpha, dropout: rank R, the numerator of the scale, dropout on the branch's input while
+            training.
+        gate_pooling: None (no gate), ``masked_mean``, ``mean`` or ``token``.
+        extra_gates: name -> pooling.
+
+    Raises:
+        TypeError: base is not an `nn.Linear` with a floating-point weight. ValueError: r < 0,
+            dropout outside [0, 1).
+
+    Papers: Hu et al. 2022 (LoRA); Mao et al. 2022 (the gates).
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        r: int = 8,
+        alpha: float = 16.0,
+        *,
+        dropout: float = 0.0,
+        gate_pooling: str | None = None,
+        extra_gates: Mapping[str, str] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(base, nn.Linear) or not base.weight.is_floating_point():
+            raise TypeError(
+                "LoRALinear: expected base as an nn.Linear with a floating-point weight, "
+                f"got {type(base).__name__} "
+                f"({getattr(getattr(base, 'weight', None), 'dtype', 'no weight')})"
+            )
+        if r < 0:
+            raise ValueError(f"LoRALinear: expected r >= 0, got {r}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"LoRALinear: expected dropout in [0, 1), got {dropout}")
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.r, self.alpha, self.dropout = r, alpha, dropout
+        self.weight = base.weight
+        self.register_parameter("bias", base.bias)
+        made: dict[str, Any] = {"device": base.weight.device, "dtype": dtype or base.weight.dtype}
+        self.gate = (
+            None if gate_pooling is None or r == 0 else Gate(self.in_features, gate_pooling, **made)
+        )
+        self.extra_gates = nn.ModuleDict(
+            {
+                name: Gate(self.in_features, pooling, **made)
+                for name, pooling in (extra_gates or {}).items()
+            }
+        )
+        if r:
+            self.lora_a = nn.Parameter(torch.empty(r, self.in_features, **made))
+            self.lora_b = nn.Parameter(torch.empty(self.out_features, r, **made))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """lora_a ~ U(±1/sqrt(Din)), lora_b = 0, the gates' own start; the frozen weight stays."""
+        if self.r:
+            nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
+            nn.init.zeros_(self.lora_b)
+        for gate in self._gates():
+            gate.reset_parameters()
+
+    def _gates(self) -> list[Gate]:
+        """The extra gates in order, then the branch's own."""
+        gates = [cast(Gate, gate) for gate in self.extra_gates.values()]
+        return gates if self.gate is None else [*gates, self.gate]
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """y [..., Dout] and the values [B] of the gates by name: "" is the branch's own.
+
+        mask is [B, S] bool, True for real tokens, read by gates that pool with ``masked_mean``.
+        """
+        gates = self._gates()
+        branches = []
+        if self.r:
+            scale = self.alpha / self.r if self.gate is None else 1.0
+            learned = None if self.gate is None else self.gate.learned(mask)
+            branches.append(LoraBranch(self.lora_a, self.lora_b, scale=scale, gate=learned))
+        y, extra_values, own = lora_linear(
+            x,
+            self.weight,
+            self.bias,
+            branches,
+            extra_gates=tuple(gate.learned(mask) for gate in gates[: len(self.extra_gates)]),
+            mask=mask if any(gate.mask_for(mask) is not None for gate in gates) else None,
+            dropout_p=self.dropout if self.training else 0.0,
+            return_gates=True,
+        )
+        values = dict(zip(self.extra_gates, extra_values))
+        if self.gate is not None:
+            values[""] = own[0]
+        return y, values
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.out_features}, r={self.r}, alpha={self.alpha}, "
+            f"dropout={self.dropout}"
+        )
