@@ -59,7 +59,16 @@ __device__ __forceinline__ void load_b_pair(FragmentB (&b)[2], const T* tile, in
   b[1] = {{r[2], r[3]}};
 }
 
-// The same from a tile [k, n].
+// One B, columns 0-7.
+template <class T>
+__device__ __forceinline__ FragmentB load_b(const T* tile, int stride) {
+  FragmentB b;
+  const int lane = lane_index();
+  ldmatrix_x2(b.r, tile + (lane % 8) * stride + lane / 8 % 2 * 8);
+  return b;
+}
+
+// Two from a tile [k, n].
 template <class T>
 __device__ __forceinline__ void load_b_pair_transposed(FragmentB (&b)[2], const T* tile,
                                                        int stride) {

@@ -1,4 +1,4 @@
-// Dynamic shared memory and 16-byte accesses.
+// Dynamic shared memory, 4-byte and 16-byte accesses.
 #pragma once
 
 #include <cstdint>
@@ -18,6 +18,15 @@ __device__ __forceinline__ Shared& shared_memory_as() {
 // The 32-bit address that instructions on shared memory take.
 __device__ __forceinline__ uint32_t shared_address(const void* address) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(address));
+}
+
+// A pair of 2-byte elements.
+__device__ __forceinline__ uint32_t load_4(const void* address) {
+  return *static_cast<const uint32_t*>(address);
+}
+
+__device__ __forceinline__ void store_4(void* address, uint32_t value) {
+  *static_cast<uint32_t*>(address) = value;
 }
 
 __device__ __forceinline__ Words4 load_16(const void* address) {

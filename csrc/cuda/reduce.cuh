@@ -30,6 +30,16 @@ struct Moments {
     squares += delta * (value - mean);
   }
 
+  // Of a few values at once: one division instead of one for each.
+  template <int kCount>
+  PELT_HOST_DEVICE static Moments of(const float (&values)[kCount]) {
+    float sum = 0.0f, squares = 0.0f;
+    for (int i = 0; i < kCount; ++i) sum += values[i];
+    const float mean = sum / kCount;
+    for (int i = 0; i < kCount; ++i) squares += (values[i] - mean) * (values[i] - mean);
+    return {static_cast<float>(kCount), mean, squares};
+  }
+
   PELT_HOST_DEVICE void merge(const Moments& other) {
     const float total = count + other.count;
     if (total == 0.0f) return;

@@ -15,6 +15,18 @@ inline Shared& shared_memory_as() {
   return *reinterpret_cast<Shared*>(sim::shared_memory().base);
 }
 
+inline uint32_t load_4(const void* address) {
+  sim::check_aligned("load_4", address, 4);
+  uint32_t value;
+  memcpy(&value, address, sizeof(value));
+  return value;
+}
+
+inline void store_4(void* address, uint32_t value) {
+  sim::check_aligned("store_4", address, 4);
+  memcpy(address, &value, sizeof(value));
+}
+
 inline Words4 load_16(const void* address) {
   sim::check_aligned("load_16", address, 16);
   Words4 value;

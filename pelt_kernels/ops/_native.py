@@ -6,6 +6,8 @@ Everything here works, and says what is missing, when neither was built.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -61,3 +63,26 @@ def set_poison(enabled: bool) -> None:
     """Switches the NaN filling of `empty`; tests turn it on."""
     global _poison
     _poison = enabled
+
+
+def dense(value: Any) -> Any:
+    """The tensor as kernels read it: contiguous, starting at a 16-byte border; copied if it is not. None stays None."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.contiguous()
+    return value if value.data_ptr() % 16 == 0 else value.clone()
+
+
+def workspace(size: int, device: torch.device) -> Tensor | None:
+    """Device memory for a kernel's intermediate results; None where it needs none. Poisoned under test, like `empty`."""
+    return empty(((size + 3) // 4,), torch.float32, device) if size else None
+
+
+@contextmanager
+def on(device: torch.device) -> Iterator[int]:
+    """Makes a GPU the current one and gives its current stream, as the address that launchers take; 0 on a CPU."""
+    if device.type != "cuda":
+        yield 0
+        return
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream(device).cuda_stream

@@ -73,9 +73,10 @@ __device__ __forceinline__ int rank_blocks_of(const Inputs& in) {
 
 template <class C>
 __device__ __forceinline__ void clear_gate_weight(Shared<C>& s) {
-  auto* words = reinterpret_cast<uint32_t*>(&s.gate_weight[0][0]);
-  constexpr int kWords = kStages * 8 * kChunkStride / 2;
-  for (int i = thread_index(); i < kWords; i += kThreads) words[i] = 0;
+  constexpr int kVectors16 = kStages * 8 * kChunkStride / 8;
+  for (int i = thread_index(); i < kVectors16; i += kThreads) {
+    store_16(&s.gate_weight[0][0] + 8 * i, Words4{});
+  }
 }
 
 // One chunk of x, of W_down and, riding along, of the gate's weight.
@@ -111,8 +112,7 @@ __device__ __forceinline__ void put_hidden(const Inputs& in, Shared<C>& s, int64
             has_bias ? load_parameter<T>(in.b_down, member * in.R + column + e) : 0.0f;
         value[e] = sums[n].r[2 * half + e] + bias;
       }
-      *reinterpret_cast<uint32_t*>(&s.hidden[row * C::kHiddenStride + column]) =
-          pack<T>(value[0], value[1]);
+      store_4(&s.hidden[row * C::kHiddenStride + column], pack<T>(value[0], value[1]));
     }
   }
 }
@@ -199,10 +199,10 @@ __device__ __forceinline__ void activate_hidden(const Inputs& in, Shared<C>& s) 
   const int pairs = rank_blocks_of<C>(in) * C::kRankBlock / 2;
   for (int i = thread_index(); i < kBlockT * pairs; i += kThreads) {
     const int column = i % pairs * 2;
-    auto* at = reinterpret_cast<uint32_t*>(&s.hidden[i / pairs * C::kHiddenStride + column]);
-    const Float2 h = unpack<T>(*at);
-    *at = pack<T>(column < in.R ? activate(in.activation, h.low) : 0.0f,
-                  column + 1 < in.R ? activate(in.activation, h.high) : 0.0f);
+    T* at = &s.hidden[i / pairs * C::kHiddenStride + column];
+    const Float2 h = unpack<T>(load_4(at));
+    store_4(at, pack<T>(column < in.R ? activate(in.activation, h.low) : 0.0f,
+                        column + 1 < in.R ? activate(in.activation, h.high) : 0.0f));
   }
   sync_threads();
 }

@@ -140,9 +140,15 @@ std::string why_not(DType dtype, int64_t B, int64_t S, int64_t D, int64_t R);
 
 // Bytes of device memory that a launch needs beside its inputs and outputs.
 int64_t forward_workspace_bytes(const Inputs& in);
-int64_t backward_workspace_bytes(const BackwardParams& params);
+int64_t backward_workspace_bytes(const Inputs& in);
 
-void launch_gated_adapter_fwd(ForwardParams params, void* workspace, Stream stream);
-void launch_gated_adapter_bwd(BackwardParams params, void* workspace, Stream stream);
+void launch_gated_adapter_fwd(const ForwardParams& params, void* workspace, Stream stream);
+void launch_gated_adapter_bwd(const BackwardParams& params, void* workspace, Stream stream);
+
+// One for each architecture's files; launch.cpp chooses.
+void launch_gated_adapter_fwd_sm80(ForwardParams params, void* workspace, Stream stream);
+void launch_gated_adapter_bwd_sm80(BackwardParams params, void* workspace, Stream stream);
+
+Tiling make_tiling(const Inputs& in);
 
 }  // namespace pelt::gated_adapter
