@@ -96,6 +96,8 @@ class Injection:
         self.model, self.parts = model, parts
         self.layers = layers_of(model, slots)
         self.embeddings = embeddings_of(model, slots)
+        if FIRST_LAYER in self.embeddings.__dict__:
+            raise_occupied()
         _check_chunking(model, parts)
         self.made = _parameter_placement(self.layers[0].get_submodule(slots.query))
         self.prefix, rows = _make_prefix(model, len(self.layers), parts.prefix, self.made)
@@ -220,6 +222,13 @@ def start_gradient(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> 
     if is_checkpointed and torch.is_grad_enabled() and not output.requires_grad:
         output.requires_grad_(True)
     return output
+
+
+def raise_occupied() -> None:
+    """The one answer to a second method in the same model."""
+    raise ValueError(
+        "get_pelt_model: expected a plain model, got one that has a method in it; remove() it first"
+    )
 
 
 def _make_prefix(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..methods import MethodConfig
 from .attention import raise_no_weights
 from .checkpoint import Checkpointed, without_reparametrisation
-from .inject import Injection
+from .inject import Injection, raise_occupied
 from .slots import slots_of
 
 if TYPE_CHECKING:
@@ -48,11 +48,8 @@ class PeltModel(Checkpointed):
                 "get_pelt_model: expected config as a method's config such as UniPELTConfig.apl(), "
                 f"got {type(config).__name__}"
             )
-        if isinstance(model, PeltModel) or any(isinstance(m, PeltModel) for m in _modules(model)):
-            raise ValueError(
-                "get_pelt_model: expected a plain model, got one that has a method in it; remove() "
-                "it first"
-            )
+        if isinstance(model, PeltModel):
+            raise_occupied()
         parts = config.parts
         slots = slots_of(model)
         named = dict(model.named_parameters())
@@ -334,7 +331,3 @@ def _head_names(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(
         name for name, parameter in model.named_parameters() if id(parameter) not in inside
     )
-
-
-def _modules(model: Any) -> Iterator[nn.Module]:
-    return model.modules() if isinstance(model, nn.Module) else iter(())
