@@ -1,0 +1,27 @@
+"""Tasks, runs and what they leave behind, on top of transformers.Trainer."""
+
+from .config import TrainConfig
+from .errors import Interrupted, RunError, UsageError
+from .experiment import clear_run, is_run, train
+from .predictor import Prediction, Predictor
+from .run import Watchers
+from .stopping import Stop, stoppable
+from .tasks import Example, Task, load_task
+
+__all__ = [
+    "Example",
+    "Interrupted",
+    "Prediction",
+    "Predictor",
+    "RunError",
+    "Stop",
+    "Task",
+    "TrainConfig",
+    "UsageError",
+    "Watchers",
+    "clear_run",
+    "is_run",
+    "load_task",
+    "stoppable",
+    "train",
+]

@@ -16,13 +16,15 @@ FEWEST_EXAMPLES = 8
 
 
 def load_task(name: str, test_file: str | None = None, columns: Columns | None = None) -> Task:
-    """The task called `name`: ``docstring-match``, a CSV, TSV or JSONL file, or a data set such as ``glue/sst2``.
+    """The task called `name`: ``docstring-match``, a CSV, TSV or JSONL file, or a data set such as
+    ``glue/sst2``.
 
-    The dev part is always held out of the training rows. The test part is `test_file`, or the data set's validation
-    split, or another held-out part. Which rows are held out depends on nothing but the rows.
+    The dev part is always held out of the training rows. The test part is `test_file`, or the data
+    set's validation split, or another held-out part. Which rows are held out depends on nothing but
+    the rows.
 
-    Raises UsageError for what cannot be read, for a label of the test part that training never shows, and for fewer
-    than two labels; RunError where a data set cannot be loaded.
+    Raises UsageError for what cannot be read, for a label of the test part that training never
+    shows, and for fewer than two labels; RunError where a data set cannot be loaded.
     """
     columns = columns or Columns()
     if name == docstring_match.NAME:
@@ -37,7 +39,7 @@ def load_task(name: str, test_file: str | None = None, columns: Columns | None =
         splits = hub.read_splits(name, columns)
         if "train" not in splits:
             raise UsageError(
-                f"task '{name}': expected a labelled split 'train', got {', '.join(splits) or 'none'}"
+                f"task '{name}': expected a split 'train', got {', '.join(splits) or 'none'}"
             )
         pool, title = splits["train"], name
         test_source = next(
@@ -85,7 +87,7 @@ def _assemble(
     dev, train = hold_out(rest, held_out_size(len(rest), LARGEST_DEV), salt="dev")
     if not train:
         raise UsageError(
-            f"{title}: no row is left for training after {len(dev)} for dev and {len(test)} for test"
+            f"{title}: no row is left for training after {len(dev)} for dev, {len(test)} for test"
         )
     sources = {"train": title, "dev": f"held out of {title}", "test": test_source}
     return Task(title, labels, tuple(train), tuple(dev), tuple(test), sources)

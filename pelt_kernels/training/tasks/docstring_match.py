@@ -1,13 +1,14 @@
 """The embedded task: does this docstring describe this function?
 
-Pairs of a name, split into words, and the first paragraph of a docstring, read from the standard library of the running
-Python. Half are true; the other half carry the name of another function of the same file, so that the topic alone gives
-nothing away. The source is parsed, never imported.
+Pairs of a name, split into words, and the first paragraph of a docstring, read from the standard
+library of the running Python. Half are true; the other half carry the name of another function of
+the same file, so that the topic alone gives nothing away. The source is parsed, never imported.
 """
 
 from __future__ import annotations
 
 import ast
+import platform
 import random
 import re
 import sysconfig
@@ -21,8 +22,8 @@ from .examples import LARGEST_DEV, LARGEST_TEST, Example, Task
 NAME = "docstring-match"
 LABELS = ("no", "yes")
 LEAST_WORDS = 5
-# Tests describe nothing; idlelib and turtledemo are programs; lib2to3, distutils and ensurepip come and go with the
-# version and the packager.
+# Tests describe nothing; idlelib and turtledemo are programs; lib2to3, distutils and ensurepip come
+# and go with the version and the packager.
 LEFT_OUT = {
     "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__",
     "idlelib", "turtledemo", "lib2to3", "distutils", "ensurepip",
@@ -35,21 +36,21 @@ _BLANK_LINE = re.compile(r"\n\s*\n")
 def load(root: Path | None = None) -> Task:
     """The task from the source below `root`, by default the running Python's standard library.
 
-    Equal sources give equal splits: files are walked in sorted order, and a docstring that stands at several places is
-    one group, which goes to one part as a whole.
+    Equal sources give equal splits: files are walked in sorted order, and a docstring that stands
+    at several places is one group, which goes to one part as a whole.
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
     by_file = collect(root)
-    groups: dict[str, dict[str, str]] = defaultdict(
-        dict
-    )  # docstring -> name -> the first file that has both
+    # docstring -> name -> the first file that has both
+    groups: dict[str, dict[str, str]] = defaultdict(dict)
     for file, pairs in by_file.items():
         for name, docstring in pairs:
             groups[docstring].setdefault(name, file)
     docstrings = sorted(groups)
     if len(docstrings) < 10:
         raise RunError(
-            f"{NAME}: {root} holds {len(docstrings)} docstrings; the source of the standard library is needed"
+            f"{NAME}: expected the source of the standard library in {root}, "
+            f"got {len(docstrings)} docstrings"
         )
     random.Random(f"{NAME} split").shuffle(docstrings)
     test = min(LARGEST_TEST, len(docstrings) // 5)
@@ -63,18 +64,20 @@ def load(root: Path | None = None) -> Task:
         )
         for part, (a, b) in bounds.items()
     }
-    sources = {part: f"docstrings of {root}, no docstring in two parts" for part in parts}
+    sources = dict.fromkeys(parts, f"docstrings of Python {platform.python_version()}")
     return Task(NAME, LABELS, parts["train"], parts["dev"], parts["test"], sources)
 
 
 def collect(root: Path) -> dict[str, list[tuple[str, str]]]:
-    """Per file, in sorted order, its distinct pairs of a name in words and a docstring's first paragraph."""
+    """Per file, in sorted order, its distinct pairs of a name in words and a docstring's first
+    paragraph.
+    """
     by_file = {}
     for path in _source_files(root):
         try:
             tree = ast.parse(path.read_bytes())
         except SyntaxError:
-            continue  # a template or source of another Python version: there is nothing to read in it
+            continue  # a template, or source of another Python version
         pairs = sorted(set(_described(tree)))
         if pairs:
             by_file[path.relative_to(root).as_posix()] = pairs
@@ -112,8 +115,8 @@ def _pair_up(
 ) -> tuple[Example, ...]:
     """Examples from (docstring, name, file), every second one with another name of the same file.
 
-    Names are drawn from the described functions only and files with one name are left out, so that neither a name nor
-    a docstring tells the answer by itself.
+    Names are drawn from the described functions only and files with one name are left out, so that
+    neither a name nor a docstring tells the answer by itself.
     """
     draw = random.Random(f"{NAME} {part}")
     examples = []

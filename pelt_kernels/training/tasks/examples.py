@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 
-# Parts that a run holds out of a file by itself: a tenth of it, and no more than this, because dev is read every epoch.
+# Parts that a run holds out of a file by itself: a tenth of it, and no more than this, because dev
+# is read every epoch.
 LARGEST_DEV = 500
 LARGEST_TEST = 1000
 
@@ -32,8 +33,9 @@ class Example:
 class Task:
     """A classification task with its three parts.
 
-    `train` is the pool from which a run draws its training examples, `dev` serves early stopping and the choice of a
-    learning rate, `test` is read once, at the end. `sources` says in words where each part comes from.
+    `train` is the pool from which a run draws its training examples, `dev` serves early stopping
+    and the choice of a learning rate, `test` is read once, at the end. `sources` says in words
+    where each part comes from.
     """
 
     name: str
@@ -79,7 +81,9 @@ def label_order(labels: set[str]) -> tuple[str, ...]:
 def hold_out(
     examples: Sequence[Example], count: int, *, salt: str
 ) -> tuple[list[Example], list[Example]]:
-    """`count` examples and the rest of them, chosen by `salt` alone; no text stands on both sides."""
+    """`count` examples and the rest of them, chosen by `salt` alone; no text stands on both
+    sides.
+    """
     order = list(range(len(examples)))
     random.Random(salt).shuffle(order)
     held = [examples[index] for index in sorted(order[:count])]

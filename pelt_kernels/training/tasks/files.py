@@ -40,8 +40,9 @@ def read_examples(
 ) -> list[Example]:
     """The rows of a file.
 
-    Raises UsageError in one sentence for a missing or empty file, an unknown suffix, an absent column, a row with
-    too few fields, an empty text (unless allowed) or, where it is needed, an empty label.
+    Raises UsageError in one sentence for a missing or empty file, an unknown suffix, an absent
+    column, a row with too few fields, an empty text (unless allowed) or, where it is needed, an
+    empty label.
     """
     if not path.is_file():
         raise UsageError(f"{path}: there is no such file")
@@ -50,7 +51,7 @@ def read_examples(
     )
     if read is None:
         raise UsageError(
-            f"{path}: expected a name ending in {', '.join(SUFFIXES)}, got {path.suffix or 'none'!r}"
+            f"{path}: expected a name ending in {', '.join(SUFFIXES)}, got '{path.suffix}'"
         )
     try:
         rows = list(read(path))
@@ -83,7 +84,9 @@ def example_from_row(
     needs_label: bool,
     allows_empty: bool = False,
 ) -> Example:
-    """One example from a row by the names that `resolve_columns` found. Raises UsageError, naming the row."""
+    """One example from a row by the names that `resolve_columns` found. Raises UsageError, naming
+    the row.
+    """
     names = (columns.text, columns.pair, columns.label)
     for name in names:
         if name is not None and name not in row:
@@ -98,7 +101,9 @@ def example_from_row(
 
 
 def resolve_columns(where: str, found: list[str], asked: Columns, *, needs_label: bool) -> Columns:
-    """The columns to read among those found: the ones asked for, else the defaults. Raises UsageError."""
+    """The columns to read among those found: the ones asked for, else the defaults. Raises
+    UsageError.
+    """
     for name in (asked.text, asked.pair, asked.label):
         if name is not None and name not in found:
             raise UsageError(
@@ -113,13 +118,15 @@ def resolve_columns(where: str, found: list[str], asked: Columns, *, needs_label
         if text is None:
             known = ", ".join(dict.fromkeys(name for name, _ in TEXT_COLUMNS))
             raise UsageError(
-                f"{where}: no text column ({known}) among {', '.join(found)}; name it with --text-column"
+                f"{where}: no text column ({known}) among {', '.join(found)}; "
+                "name it with --text-column"
             )
         pair = pair or default_pair
     label = asked.label or next((name for name in LABEL_COLUMNS if name in found), None)
     if label is None and needs_label:
         raise UsageError(
-            f"{where}: there is no column 'label' among {', '.join(found)}; name it with --label-column"
+            f"{where}: there is no column 'label' among {', '.join(found)}; "
+            "name it with --label-column"
         )
     return Columns(text, pair, label)
 

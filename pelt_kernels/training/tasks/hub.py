@@ -1,14 +1,17 @@
-"""Tasks by the name of a data set for the package `datasets`, such as ``glue/sst2``; that package and a network needed."""
+"""Tasks by the name of a data set for the package `datasets`, such as ``glue/sst2``; that package
+and a network needed.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ..errors import RunError, UsageError
+from ..errors import RunError, UsageError, reason
 from .examples import Example
 from .files import Columns, example_from_row, resolve_columns
 
-# Collections whose second word is a subset; elsewhere a slash separates owner and name, and a colon the subset.
+# Collections whose second word is a subset; elsewhere a slash separates owner and name, and a colon
+# the subset.
 COLLECTIONS = ("glue", "super_glue")
 UNLABELLED = -1
 
@@ -16,22 +19,21 @@ UNLABELLED = -1
 def read_splits(name: str, columns: Columns) -> dict[str, list[Example]]:
     """The labelled splits of a data set by their names there.
 
-    `name` is ``glue/<subset>``, ``<owner>/<name>`` or ``<owner>/<name>:<subset>``. Raises UsageError without the package,
-    RunError where the data set cannot be loaded.
+    `name` is ``glue/<subset>``, ``<owner>/<name>`` or ``<owner>/<name>:<subset>``. Raises
+    UsageError without the package, RunError where the data set cannot be loaded.
     """
     try:
         import datasets
     except ImportError as error:
         raise UsageError(
-            f"task '{name}' is neither a file nor docstring-match; to read it as the name of a data set, install the "
-            "package datasets (pip install datasets)"
+            f"task '{name}' is neither a file nor docstring-match; to read it as the name of a "
+            "data set, install the package datasets (pip install datasets)"
         ) from error
     path, subset = split_name(name)
     try:
         loaded = datasets.load_dataset(path, subset)
     except Exception as error:  # its own, the network's and the file system's errors, of many types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RunError(f"task '{name}': the data set cannot be loaded ({reason})") from error
+        raise RunError(f"task '{name}': the data set cannot be loaded ({reason(error)})") from error
     splits = {
         split: _examples(f"{split} of {name}", rows, columns) for split, rows in loaded.items()
     }

@@ -1,0 +1,156 @@
+"""Everything a run was asked for, as it is written to and read from `run.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..ops import BACKENDS
+from .base_model import EMBEDDED
+from .errors import RunError, UsageError
+from .recipes import recipe
+from .storage import write_json
+from .tasks import Columns
+
+FILE = "run.json"
+PRECISIONS = ("fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One experiment: a task, a method on a model, and how to train.
+
+    Attributes:
+        task: ``docstring-match``, a CSV, TSV or JSONL file, or the name of a data set such as
+            ``glue/sst2``.
+        eval: a file with the test part; None takes the task's own or holds one out.
+        model: a hub id, a folder, or the embedded default.
+        method: a name out of `recipes.RECIPES`.
+        train_examples: how many training examples each seed draws; None takes all.
+        seeds: one run for each; the result is their mean and standard deviation.
+        lr: learning rates; of several, the best on dev with the first seed serves all seeds. Empty:
+            the recipe's.
+        epochs, batch_size: None takes the recipe's.
+        max_length: tokens after which a text is cut.
+        patience: evaluations on dev without a gain after which training stops.
+        eval_every: steps between evaluations and checkpoints; 0 means once an epoch.
+        warmup: share of the steps in which the learning rate rises; it then falls linearly to 0.
+        backend: the backend every operator must use; None chooses by itself.
+    """
+
+    task: str = "docstring-match"
+    eval: str | None = None
+    model: str = EMBEDDED
+    method: str = "unipelt"
+    train_examples: int | None = None
+    seeds: tuple[int, ...] = (0,)
+    lr: tuple[float, ...] = ()
+    epochs: int | None = None
+    batch_size: int | None = None
+    max_length: int = 128
+    patience: int = 3
+    eval_every: int = 0
+    warmup: float = 0.06
+    weight_decay: float = 0.0
+    text_column: str | None = None
+    pair_column: str | None = None
+    label_column: str | None = None
+    backend: str | None = None
+    device: str = "auto"
+    precision: str = "fp32"
+
+    @property
+    def columns(self) -> Columns:
+        return Columns(self.text_column, self.pair_column, self.label_column)
+
+    def resolved(self) -> TrainConfig:
+        """The config with the recipe's values where none were given, checked. Raises UsageError."""
+        defaults = recipe(self.method)
+        config = replace(
+            self,
+            lr=tuple(self.lr) or (defaults.lr,),
+            epochs=defaults.epochs if self.epochs is None else self.epochs,
+            batch_size=defaults.batch_size if self.batch_size is None else self.batch_size,
+            seeds=tuple(self.seeds),
+        )
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        at_least_one = ("epochs", "batch_size", "max_length", "patience")
+        for name in at_least_one + (("train_examples",) if self.train_examples is not None else ()):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{_option(name)}: expected at least 1, got {getattr(self, name)}")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise UsageError(f"seeds: expected different numbers from 0, got {list(self.seeds)}")
+        if not all(0 < lr < float("inf") for lr in self.lr) or len(set(self.lr)) < len(self.lr):
+            raise UsageError(f"lr: expected different positive numbers, got {list(self.lr)}")
+        if self.eval_every < 0:
+            raise UsageError(
+                f"eval-every: expected 0 (once an epoch) or more steps, got {self.eval_every}"
+            )
+        if not 0 <= self.warmup < 1:
+            raise UsageError(f"warmup: expected a share in [0, 1), got {self.warmup}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise UsageError(f"weight-decay: expected 0 or more, got {self.weight_decay}")
+        for name, known in (
+            ("backend", tuple(BACKENDS)),
+            ("device", DEVICES),
+            ("precision", PRECISIONS),
+        ):
+            if getattr(self, name) is not None and getattr(self, name) not in known:
+                raise UsageError(
+                    f"{name}: expected one of {', '.join(known)}, got '{getattr(self, name)}'"
+                )
+
+
+def save_config(config: TrainConfig, folder: Path) -> None:
+    """Writes `run.json`."""
+    write_json(folder / FILE, asdict(config))
+
+
+def load_config(folder: Path) -> TrainConfig:
+    """Reads `run.json`. Raises UsageError where there is none, RunError where it is damaged."""
+    path = folder / FILE
+    if not path.is_file():
+        raise UsageError(f"resume: {folder} holds no run ({FILE} is missing)")
+    try:
+        values = json.loads(path.read_text())
+        return TrainConfig(
+            **{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        )
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RunError(f"resume: {path} is damaged ({error})") from error
+
+
+def continued(folder: Path, asked: dict[str, Any]) -> TrainConfig:
+    """The config of the run in `folder`, for resuming it with the options in `asked`.
+
+    Raises UsageError where an option contradicts the run: a continued run must be the run that was
+    begun.
+    """
+    stored = load_config(folder)
+    for name, value in asked.items():
+        before = getattr(stored, name)
+        if (tuple(value) if isinstance(before, tuple) else value) != before:
+            raise UsageError(
+                f"{_option(name)}: the run in {folder} was begun with {_shown(before)}, "
+                f"not {_shown(value)}; leave the option out to resume, or name another --output"
+            )
+    return stored
+
+
+def option_names() -> list[str]:
+    """The fields of a config, in order."""
+    return [field.name for field in fields(TrainConfig)]
+
+
+def _option(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

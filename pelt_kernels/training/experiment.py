@@ -1,0 +1,180 @@
+"""An experiment from one config: choose a learning rate on dev, train each seed, test once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..ops import use_backend
+from .base_model import load_tokenizer, longest_input
+from .config import FILE as CONFIG_FILE
+from .config import TrainConfig, save_config
+from .errors import RunError, UsageError
+from .metrics import score
+from .plots import draw_curves, draw_gates
+from .predictor import Predictor
+from .report import metrics
+from .run import Run, Watchers
+from .storage import clear_partial, replacing, require_writable, write_json
+from .tasks import Task, load_task
+
+METRICS_FILE = "metrics.json"
+TASK_FILE = "data.json"
+PREDICTIONS_FILE = "test_predictions.jsonl"
+_OWN_FILES = (
+    CONFIG_FILE, METRICS_FILE, TASK_FILE, PREDICTIONS_FILE, "curves.png", "gates.png",
+)  # fmt: skip
+
+
+def train(
+    config: TrainConfig, output: Path, *, resume: bool = False, watchers: Watchers | None = None
+) -> dict[str, Any]:
+    """Trains and tests; returns what `metrics.json` holds.
+
+    `output` then holds ``metrics.json``, ``adapter/`` (of the seed that is best on dev),
+    ``curves.png``, ``gates.png`` where the method has gates, ``test_predictions.jsonl`` and a
+    folder for each run. With `resume`, runs that are finished are read, the one that was begun goes
+    on from its last checkpoint and reaches the weights it would have reached without a break.
+
+    Raises:
+        UsageError: what was asked for cannot be done as asked.
+        RunError: the run cannot go on.
+        Interrupted: `watchers.stop` was asked to stop.
+    """
+    watchers = watchers or Watchers()
+    config = config.resolved()
+    _check_machine(config)
+    if not resume and is_run(output):
+        raise UsageError(f"output: {output} holds a run already; --resume or --overwrite it")
+    tokenizer = load_tokenizer(config.model)
+    _check_length(config, tokenizer)
+    task = load_task(config.task, config.eval, config.columns)
+    task.draw_train(config.train_examples, seed=0)  # refuses too many before anything is written
+    require_writable(output)
+    clear_partial(output)
+    if resume:
+        _check_same_data(task, output)
+    save_config(config, output)
+    write_json(output / TASK_FILE, {"fingerprint": task.fingerprint})
+    _describe(task, config, watchers)
+    with use_backend(config.backend):
+        return _experiment(config, task, tokenizer, output, watchers)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether an experiment was begun in the folder."""
+    return (folder / CONFIG_FILE).is_file()
+
+
+def clear_run(folder: Path) -> None:
+    """Removes an experiment from its folder, and nothing else that lies there."""
+    if not is_run(folder):
+        return
+    try:
+        for path in [folder / "adapter", *folder.glob("lr-*-seed-*")]:
+            if path.is_dir():
+                shutil.rmtree(path)
+        for name in _OWN_FILES:
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"output: {folder} cannot be cleared ({error.strerror})") from error
+
+
+def _experiment(
+    config: TrainConfig, task: Task, tokenizer: Any, output: Path, watchers: Watchers
+) -> dict[str, Any]:
+    def run(lr: float, seed: int) -> Run:
+        return Run(config, task, tokenizer, output, lr, seed)
+
+    tried = {}
+    if len(config.lr) > 1:
+        tried = {lr: run(lr, config.seeds[0]).result(watchers)["dev_accuracy"] for lr in config.lr}
+        watchers.say(
+            "dev accuracy by learning rate: "
+            + ", ".join(f"{lr:g}: {accuracy:.3f}" for lr, accuracy in tried.items())
+        )
+    lr = max(tried, key=lambda rate: tried[rate]) if tried else config.lr[0]
+    runs = {seed: run(lr, seed) for seed in config.seeds}
+    results = {seed: one.result(watchers) for seed, one in runs.items()}
+    best = max(config.seeds, key=lambda seed: results[seed]["dev_accuracy"])
+    for seed, one in runs.items():
+        results[seed] |= _test(one, output / PREDICTIONS_FILE if seed == best else None)
+    with replacing(output / "adapter") as partial:
+        shutil.copytree(runs[best].adapter, partial)
+    histories = {f"seed {seed}": result.pop("history") for seed, result in results.items()}
+    title = f"{config.method} on {task.name}"
+    draw_curves(output / "curves.png", title, histories)
+    draw_gates(output / "gates.png", f"{title}, seed {best}", histories[f"seed {best}"])
+    tried_by_name = {f"{rate:g}": accuracy for rate, accuracy in tried.items()}
+    found = metrics(config, task, lr, tried_by_name, list(results.values()))
+    found["adapter_seed"] = best
+    write_json(output / METRICS_FILE, found)
+    return found
+
+
+def _test(run: Run, predictions_path: Path | None) -> dict[str, float]:
+    """The figures on the test part, from the adapter as it was saved."""
+    device = "cuda" if run.config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    examples = run.task.test
+    predictions = Predictor(run.adapter, run.config.model, device)(examples).rows
+    if predictions_path is not None:
+        with replacing(predictions_path) as partial, partial.open("w", encoding="utf-8") as file:
+            for example, prediction in zip(examples, predictions, strict=True):
+                pair = {} if example.pair is None else {"text_pair": example.pair}
+                row = {"text": example.text, **pair, "label": example.label}
+                row |= {"predicted": prediction.label, "probability": prediction.probability}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    number = {label: index for index, label in enumerate(run.task.labels)}
+    return score(
+        np.array([number[prediction.label] for prediction in predictions]),
+        np.array([number[example.label or ""] for example in examples]),
+        len(number),
+    )
+
+
+def _describe(task: Task, config: TrainConfig, watchers: Watchers) -> None:
+    drawn = len(task.train) if config.train_examples is None else config.train_examples
+    watchers.say(
+        f"{task.name}: train {drawn:,} of {len(task.train):,} examples ({task.sources['train']}); "
+        f"dev {len(task.dev):,} for early stopping"
+        f"{' and the learning rate' if len(config.lr) > 1 else ''} ({task.sources['dev']}); "
+        f"test {len(task.test):,}, read once at the end ({task.sources['test']})"
+    )
+
+
+def _check_machine(config: TrainConfig) -> None:
+    has_gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
+        raise UsageError("device: cuda was asked for, but torch sees no GPU here")
+    if config.precision == "fp16" and (config.device == "cpu" or not has_gpu):
+        raise UsageError("precision: fp16 needs a GPU; bf16 and fp32 work here")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("train runs in one process; start it without a distributed launcher")
+
+
+def _check_length(config: TrainConfig, tokenizer: Any) -> None:
+    # Tokenizers without a limit of their own report a huge number.
+    limits = [tokenizer.model_max_length, longest_input(config.model)]
+    longest = min(limit for limit in limits if limit is not None)
+    if config.max_length > longest:
+        raise UsageError(
+            f"max-length: {config.model} reads at most {longest} tokens, not {config.max_length}"
+        )
+
+
+def _check_same_data(task: Task, output: Path) -> None:
+    path = output / TASK_FILE
+    if not path.is_file():
+        return  # stopped before the data was read
+    try:
+        before = json.loads(path.read_text())["fingerprint"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise RunError(f"resume: {path} is damaged") from error
+    if before != task.fingerprint:
+        raise UsageError(f"resume: the data of {task.name} has changed since {output} was begun")

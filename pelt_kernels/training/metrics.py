@@ -1,0 +1,41 @@
+"""Accuracy, F1 and Matthews' correlation of predicted classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+NAMES = ("accuracy", "f1", "matthews")
+
+
+def score(predicted: np.ndarray, expected: np.ndarray, classes: int) -> dict[str, float]:
+    """The three figures. F1 is that of the second class where there are two, the mean over classes
+    otherwise.
+    """
+    if classes == 2:
+        f1 = f1_score(expected, predicted, pos_label=1, average="binary", zero_division=0.0)
+    else:
+        f1 = f1_score(
+            expected, predicted, labels=range(classes), average="macro", zero_division=0.0
+        )
+    return {
+        "accuracy": float(accuracy_score(expected, predicted)),
+        "f1": float(f1),
+        "matthews": float(matthews_corrcoef(expected, predicted)),
+    }
+
+
+def score_logits(prediction: Any) -> dict[str, float]:
+    """`score` of a transformers EvalPrediction, for `Trainer(compute_metrics=...)`."""
+    logits = prediction.predictions
+    return score(logits.argmax(axis=-1), prediction.label_ids, logits.shape[-1])
+
+
+def summarise(values: list[float]) -> dict[str, float]:
+    """Mean and standard deviation (n - 1; 0 for one value)."""
+    return {
+        "mean": float(np.mean(values)),
+        "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0,
+    }

@@ -1,0 +1,65 @@
+"""The two pictures of a run, drawn from the histories that training kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from .stopping import BEST_METRIC
+from .storage import replacing
+
+History = Sequence[dict[str, Any]]
+
+
+def draw_curves(path: Path, title: str, histories: dict[str, History]) -> None:
+    """Training loss and dev accuracy over steps, one line for each run."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    figure.suptitle(title)
+    for panel, key, name in zip(
+        panels, ("loss", BEST_METRIC), ("training loss", "dev accuracy"), strict=True
+    ):
+        for run, history in histories.items():
+            points = [(entry["step"], entry[key]) for entry in history if key in entry]
+            panel.plot(*_columns(points), marker="o" if len(points) < 30 else "", ms=3, label=run)
+        panel.set(xlabel="step", ylabel=name)
+        panel.grid(alpha=0.3)
+    if len(histories) > 1:
+        panels[0].legend(fontsize="small")
+    _save(figure, path)
+
+
+def draw_gates(path: Path, title: str, history: History) -> bool:
+    """Mean gate per layer over steps, one panel for each kind; False where nothing is gated."""
+    lines: dict[str, dict[int, list[tuple[int, float]]]] = {}
+    for entry in history:
+        for name, value in entry.get("gates", {}).items():
+            layer, _, kind = name.partition(".")
+            lines.setdefault(kind, {}).setdefault(int(layer), []).append((entry["step"], value))
+    if not lines:
+        return False
+    figure = Figure(figsize=(max(5.0, 3.2 * len(lines)), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(lines), sharey=True, squeeze=False)[0]
+    figure.suptitle(title)
+    for panel, (kind, layers) in zip(panels, lines.items(), strict=True):
+        for layer, points in sorted(layers.items()):
+            shade = (layer + 1) / (max(layers) + 2)
+            panel.plot(*_columns(points), color=(shade, 0.25, 1 - shade), label=f"layer {layer}")
+        panel.set(title=kind, xlabel="step", ylim=(0, 1))
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("mean gate")
+    panels[-1].legend(fontsize="x-small")
+    _save(figure, path)
+    return True
+
+
+def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)

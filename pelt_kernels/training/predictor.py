@@ -1,0 +1,114 @@
+"""A trained adapter put back into its model, ready to label texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..models import PeltModel
+from .base_model import load_classifier, load_tokenizer
+from .encode import Pad, encode
+from .errors import RunError, UsageError, reason
+from .storage import write_json
+from .tasks import Example
+
+FILE = "task.json"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a saved adapter has to know beside its weights, in `task.json` next to them."""
+
+    task: str
+    model: str
+    labels: tuple[str, ...]
+    has_pairs: bool
+    max_length: int
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / FILE, asdict(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> Card:
+        """Raises UsageError where there is no adapter, RunError where its card is damaged."""
+        if not folder.is_dir():
+            raise UsageError(f"adapter: there is no folder {folder}")
+        path = folder / FILE
+        if not path.is_file():
+            raise UsageError(f"adapter: {folder} holds no trained adapter ({FILE} is missing)")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**values | {"labels": tuple(values["labels"])})
+        except (ValueError, TypeError, LookupError) as error:
+            raise RunError(f"adapter: {path} is damaged ({reason(error)})") from error
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable label of a text, and the probability of each."""
+
+    label: str
+    probability: float
+    probabilities: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """One prediction per example, in order, and how many texts were cut to the longest length."""
+
+    rows: list[Prediction]
+    truncated: int
+
+
+class Predictor:
+    """Labels texts with a saved adapter.
+
+    Args:
+        folder: the adapter, as training leaves it.
+        model: the base model where it is not the one named in the adapter's card.
+        device: where to compute.
+
+    Raises:
+        UsageError: no adapter there. RunError: damaged, of another architecture, or the base model
+            cannot be loaded.
+    """
+
+    def __init__(self, folder: Path, model: str | None = None, device: str = "cpu"):
+        self.card = Card.load(folder)
+        name = model or self.card.model
+        base = load_classifier(name, len(self.card.labels))
+        try:
+            self.model = PeltModel.from_pretrained(base, folder)
+        except (ValueError, OSError) as error:
+            raise RunError(f"adapter {folder} cannot be used: {reason(error)}") from error
+        self.model.to(device).eval()
+        self.tokenizer = load_tokenizer(name)
+
+    def __call__(self, examples: Sequence[Example], batch_size: int = 32) -> Predictions:
+        """The labels of the examples. An empty text is the model's special tokens alone."""
+        encoded = encode(examples, self.tokenizer, self.card.max_length)
+        pad = Pad(self.tokenizer)
+        lengths = encoded.lengths
+        order = sorted(range(len(encoded)), key=lengths.__getitem__)  # little padding per batch
+        found: dict[int, Prediction] = {}
+        for at in range(0, len(order), batch_size):
+            chosen = order[at : at + batch_size]
+            probabilities = self._probabilities(pad([encoded[index] for index in chosen]))
+            found.update(zip(chosen, map(self._prediction, probabilities), strict=True))
+        return Predictions([found[index] for index in range(len(encoded))], encoded.truncated)
+
+    @torch.inference_mode()
+    def _probabilities(self, batch: dict[str, Any]) -> list[list[float]]:
+        device = self.model.device
+        logits = self.model(**{name: value.to(device) for name, value in batch.items()}).logits
+        return logits.float().softmax(dim=-1).tolist()
+
+    def _prediction(self, probabilities: list[float]) -> Prediction:
+        best = max(range(len(probabilities)), key=probabilities.__getitem__)
+        by_label = dict(zip(self.card.labels, probabilities, strict=True))
+        return Prediction(self.card.labels[best], probabilities[best], by_label)

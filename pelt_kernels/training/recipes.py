@@ -1,0 +1,41 @@
+"""What a method needs to train well when nobody says otherwise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..methods import PRESETS
+from .errors import UsageError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Defaults of one method: learning rate, epochs and batch size."""
+
+    lr: float
+    epochs: int
+    batch_size: int = 16
+
+
+# Small added parts want a rate a hundred times that of full fine-tuning, and so does a head on
+# frozen features.
+RECIPES: dict[str, Recipe] = {
+    "unipelt": Recipe(lr=1e-3, epochs=6),
+    "unipelt-ap": Recipe(lr=1e-3, epochs=6),
+    "adapter": Recipe(lr=1e-3, epochs=6),
+    "prefix": Recipe(lr=1e-3, epochs=6),
+    "lora": Recipe(lr=2e-3, epochs=6),
+    "bitfit": Recipe(lr=2e-3, epochs=6),
+    "head": Recipe(lr=1e-2, epochs=6),
+    "full": Recipe(lr=1e-4, epochs=6),
+}
+
+
+def recipe(method: str) -> Recipe:
+    """The defaults of a method by name. Raises UsageError for an unknown one."""
+    if method not in RECIPES:
+        raise UsageError(f"method: expected one of {', '.join(RECIPES)}, got '{method}'")
+    return RECIPES[method]
+
+
+assert set(RECIPES) <= set(PRESETS), f"recipes without a method: {set(RECIPES) - set(PRESETS)}"

@@ -1,0 +1,111 @@
+"""`metrics.json`: what a run reached, at what cost, and on what machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+
+from .. import __version__
+from ..ops import explain
+from .config import TrainConfig
+from .metrics import NAMES, summarise
+from .tasks import Task
+
+
+def backends_used() -> dict[str, str]:
+    """The backends that served each operator since `forget_choices`."""
+    used: dict[str, list[str]] = {}
+    for choice in explain():
+        names = used.setdefault(choice.operator, [])
+        if choice.backend not in names:
+            names.append(choice.backend)
+    return {operator: ", ".join(names) for operator, names in used.items()}
+
+
+def peak_memory() -> int:
+    """Bytes at the peak: of the GPU's allocator where one is used, else resident in the process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def seconds_per_step(history: Iterable[dict[str, Any]]) -> float | None:
+    """The median over the log entries; None where no step was timed."""
+    laps = [entry["seconds_per_step"] for entry in history if entry.get("seconds_per_step")]
+    return median(laps) if laps else None
+
+
+def hardware() -> dict[str, Any]:
+    """The processor, how many threads compute, and the GPU if there is one."""
+    return {
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions a number depends on."""
+    return {
+        "pelt_kernels": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def metrics(
+    config: TrainConfig, task: Task, lr: float, tried: dict[str, float], runs: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The content of `metrics.json`; figures of several seeds are means, spread in `summary`."""
+    summary = {name: summarise([run[name] for run in runs]) for name in NAMES}
+    timed = [run["seconds_per_step"] for run in runs if run["seconds_per_step"] is not None]
+    used: dict[str, str] = {}
+    for run in runs:
+        used |= run["backends"]
+    sizes = {"train": runs[0]["train_examples"], "dev": len(task.dev), "test": len(task.test)}
+    return {
+        **{name: summary[name]["mean"] for name in NAMES},
+        "summary": summary,
+        "seconds_per_step": median(timed) if timed else None,
+        "trainable_parameters": runs[0]["trainable_parameters"],
+        "total_parameters": runs[0]["total_parameters"],
+        "backends": used,
+        "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
+        "method": config.method,
+        "model": config.model,
+        "learning_rate": lr,
+        "learning_rates_tried_on_dev": tried,
+        "seeds": runs,
+        "task": {
+            "name": task.name,
+            "labels": list(task.labels),
+            "fingerprint": task.fingerprint,
+            "examples": sizes,
+            "sources": task.sources,
+        },
+        "hardware": hardware(),
+        "versions": versions(),
+        "torch": torch.__version__,
+        "config": asdict(config),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()} x {os.cpu_count()}"
+    return f"{platform.processor() or platform.machine()} x {os.cpu_count()}"

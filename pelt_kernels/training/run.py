@@ -1,0 +1,217 @@
+"""One trained model: one learning rate, one seed, one folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import IntervalStrategy
+
+from ..methods import make_config
+from ..models import PeltModel, get_pelt_model
+from ..ops import forget_choices
+from .base_model import load_classifier
+from .config import TrainConfig
+from .encode import Encoded, Pad, encode
+from .errors import Interrupted, RunError, UsageError
+from .metrics import score_logits
+from .predictor import Card
+from .report import backends_used, peak_memory, seconds_per_step
+from .stopping import BEST_METRIC, EarlyStopping, Stop, evaluations_without_gain
+from .storage import clear_partial, replacing, require_writable, write_json
+from .tasks import Task
+from .trainer import PeltTrainer, checkpoints, read_state
+
+RESULT_FILE = "result.json"
+LOG_ENTRIES = 100  # of the training loss in a whole run
+
+
+@dataclass
+class Watchers:
+    """Who is told about a run: a person, by sentences and progress, and the means to stop it."""
+
+    say: Callable[[str], None] = lambda sentence: None
+    progress: Callable[[str], Sequence[TrainerCallback]] = lambda title: ()
+    stop: Stop = field(default_factory=Stop)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A learning rate and a seed of an experiment, and the folder of their run."""
+
+    config: TrainConfig
+    task: Task
+    tokenizer: Any
+    output: Path
+    lr: float
+    seed: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.config.method}, lr {self.lr:g}, seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return self.output / f"lr-{self.lr:g}-seed-{self.seed}"
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    def result(self, watchers: Watchers) -> dict[str, Any]:
+        """The finished run: read if it is finished, continued if it was begun, else trained."""
+        path = self.folder / RESULT_FILE
+        if path.is_file():
+            try:
+                return json.loads(path.read_text())
+            except ValueError as error:
+                raise RunError(f"{path} is damaged; remove {self.folder} to train again") from error
+        result = self._train(watchers)
+        write_json(path, result)
+        for checkpoint in checkpoints(self.folder):
+            shutil.rmtree(checkpoint)  # the adapter is saved: they have done their service
+        return result
+
+    def _train(self, watchers: Watchers) -> dict[str, Any]:
+        forget_choices()
+        set_seed(self.seed)
+        model = self._model()
+        trainable, total = model.get_nb_trainable_parameters()
+        # Weights and two Adam moments in float32, for two checkpoints, one more being written, and
+        # the adapter.
+        require_writable(self.folder, needed_bytes=trainable * 4 * (3 * 3 + 1) + 2**24)
+        clear_partial(self.folder)
+        examples = self.task.draw_train(self.config.train_examples, self.seed)
+        train = encode(examples, self.tokenizer, self.config.max_length, self.task.labels)
+        dev = encode(self.task.dev, self.tokenizer, self.config.max_length, self.task.labels)
+        dev.rows.sort(key=lambda row: len(row["input_ids"]))
+        self._note_truncated(watchers, train, dev)
+        trainer = self._trainer(model, train, dev, watchers)
+        try:
+            self._fit(trainer, watchers)
+        except Interrupted as stopped:
+            raise Interrupted(stopped.number, self._kept(stopped)) from stopped
+        trainer.load_best()
+        with replacing(self.adapter) as partial:
+            partial.mkdir()
+            model.save_pretrained(partial)
+            self._card().save(partial)
+        history = trainer.state.log_history
+        return {
+            "seed": self.seed,
+            "learning_rate": self.lr,
+            "dev_accuracy": trainer.state.best_metric,
+            "best_step": trainer.state.best_global_step,
+            "steps": trainer.state.global_step,
+            "seconds_per_step": seconds_per_step(history),
+            "trainable_parameters": trainable,
+            "total_parameters": total,
+            "train_examples": len(train),
+            "backends": backends_used(),
+            "peak_memory_bytes": peak_memory(),
+            "history": history,
+        }
+
+    def _model(self) -> PeltModel:
+        base = load_classifier(self.config.model, len(self.task.labels))
+        try:
+            return get_pelt_model(base, make_config(self.config.method))
+        except ValueError as error:
+            raise UsageError(
+                f"method {self.config.method}: {error}"
+            ) from error
+
+    def _card(self) -> Card:
+        folder = Path(self.config.model)
+        model = str(folder.resolve()) if folder.is_dir() else self.config.model
+        return Card(
+            self.task.name, model, self.task.labels, self.task.has_pairs, self.config.max_length
+        )
+
+    def _trainer(
+        self, model: PeltModel, train: Encoded, dev: Encoded, watchers: Watchers
+    ) -> PeltTrainer:
+        assert self.config.batch_size is not None  # `resolved` set it
+        steps = math.ceil(len(train) / self.config.batch_size) * (self.config.epochs or 1)
+        return PeltTrainer(
+            model,
+            self._arguments(logging_steps=max(1, steps // LOG_ENTRIES)),
+            data_collator=Pad(self.tokenizer),
+            train_dataset=train,
+            eval_dataset=dev,
+            compute_metrics=score_logits,
+            callbacks=[
+                *watchers.progress(self.title),
+                EarlyStopping(self.config.patience),
+                watchers.stop,
+            ],
+            order_seed=self.seed,
+        )
+
+    def _arguments(self, logging_steps: int) -> TrainingArguments:
+        config = self.config
+        assert config.batch_size is not None and config.epochs is not None
+        strategy = IntervalStrategy.STEPS if config.eval_every else IntervalStrategy.EPOCH
+        arguments = TrainingArguments(
+            output_dir=str(self.folder),
+            seed=self.seed,
+            learning_rate=self.lr,
+            num_train_epochs=config.epochs,
+            per_device_train_batch_size=config.batch_size,
+            per_device_eval_batch_size=max(32, config.batch_size),
+            warmup_steps=config.warmup,
+            weight_decay=config.weight_decay,
+            eval_strategy=strategy,
+            eval_steps=config.eval_every or None,
+            save_strategy=strategy,
+            save_steps=config.eval_every or 500,
+            metric_for_best_model=BEST_METRIC,
+            greater_is_better=True,
+            logging_steps=logging_steps,
+            logging_nan_inf_filter=False,
+            bf16=config.precision == "bf16",
+            fp16=config.precision == "fp16",
+            use_cpu=config.device == "cpu",
+            label_names=["labels"],
+            remove_unused_columns=False,
+            dataloader_pin_memory=config.device != "cpu" and torch.cuda.is_available(),
+            report_to="none",
+            disable_tqdm=True,
+        )
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # DataParallel would copy the model and lose the gates' telemetry
+        return arguments
+
+    def _fit(self, trainer: PeltTrainer, watchers: Watchers) -> None:
+        begun = checkpoints(self.folder)
+        if not begun:
+            trainer.train()
+            return
+        state = read_state(begun[-1])
+        watchers.say(f"{self.title}: going on from {begun[-1]}")
+        is_stopped = evaluations_without_gain(state.log_history) >= self.config.patience
+        if state.global_step >= state.max_steps or is_stopped:
+            trainer.state = state
+        else:
+            trainer.train(resume_from_checkpoint=str(begun[-1]))
+
+    def _note_truncated(self, watchers: Watchers, *parts: Encoded) -> None:
+        cut = sum(part.truncated for part in parts)
+        if cut:
+            watchers.say(
+                f"{cut} of {sum(map(len, parts))} texts are longer than {self.config.max_length} "
+                "tokens and were cut (--max-length)"
+            )
+
+    def _kept(self, stopped: Interrupted) -> str:
+        kept = checkpoints(self.folder)
+        if not kept:
+            return f"{stopped} before the first checkpoint"
+        return f"{stopped}; {kept[-1]} is kept, continue with --resume --output {self.output}"

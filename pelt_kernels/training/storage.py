@@ -1,0 +1,89 @@
+"""Writing so that a reader sees the old or the new state and nothing between, and saying early when
+one cannot.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import RunError
+
+_PARTIAL = ".partial-"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all. Raises RunError."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a name beside `path` to write a file or folder under; afterwards that takes the place
+    of `path`.
+
+    If the block raises, what was at `path` is still there. A write that failed raises RunError with
+    the reason.
+    """
+    partial = path.with_name(f"{_PARTIAL}{path.name}")
+    _remove(partial)
+    try:
+        yield partial
+        _flush(partial)
+        if path.is_dir():
+            shutil.rmtree(
+                path
+            )  # a folder cannot be replaced in one step; its content is already written anew
+        os.replace(partial, path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        _remove(partial)
+
+
+def clear_partial(folder: Path) -> None:
+    """Removes what a killed process left half written in `folder`."""
+    for path in folder.glob(f"{_PARTIAL}*"):
+        _remove(path)
+
+
+def require_writable(folder: Path, needed_bytes: int = 0) -> None:
+    """Makes `folder`; raises RunError where it cannot be written or its disk has less than
+    `needed_bytes` free.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=_PARTIAL):
+            free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise RunError(f"output: {folder} cannot be written ({error.strerror or error})") from error
+    if free < needed_bytes:
+        raise RunError(
+            f"output: the run needs about {needed_bytes / 2**20:,.0f} MiB under {folder}, "
+            f"{free / 2**20:,.0f} MiB are free"
+        )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Brings a file, or every file of a folder, to the disk, so that the rename after it never
+    comes first.
+    """
+    for file in (
+        [path] if path.is_file() else [inner for inner in path.rglob("*") if inner.is_file()]
+    ):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())

@@ -1,0 +1,192 @@
+"""transformers.Trainer with checkpoints of the trained part only, gate telemetry and a clock."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..models import PeltModel
+from .encode import LengthGroups
+from .errors import RunError, reason
+from .storage import replacing
+
+STATE_FILE = "trainer_state.json"
+FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    STATE_FILE,
+)
+# What reading a cut or foreign file raises, from json, safetensors, torch and zip.
+_UNREADABLE = (
+    ValueError,
+    OSError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    EOFError,
+    pickle.UnpicklingError,
+)
+
+
+class StepClock(TrainerCallback):
+    """Wall time per step, from one log entry to the next, without evaluations and checkpoints."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self.begun: float | None = None
+        self.steps = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.begun is None:
+            self.begun = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.steps += 1
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._restart()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._restart()
+
+    def lap(self) -> float | None:
+        """Seconds per step since the last lap; None where no step was timed."""
+        begun, steps = self.begun, self.steps
+        self._restart()
+        return (time.perf_counter() - begun) / steps if begun is not None and steps else None
+
+
+class PeltTrainer(Trainer):
+    """Trains a `PeltModel`; the history it keeps is what the plots and the figures are made of.
+
+    Each log entry of a training step also holds ``gates`` (the mean over the last batch, by
+    ``<layer>.<kind>``) and ``seconds_per_step``. A checkpoint appears whole or not at all; the best
+    on dev and the latest are kept.
+
+    Raises RunError for a loss that is not a number, a checkpoint that cannot be written, and one
+    that cannot be read.
+    """
+
+    def __init__(self, model: PeltModel, *args: Any, order_seed: int, **kwargs: Any):
+        super().__init__(model, *args, **kwargs)
+        self.remove_callback(PrinterCallback)
+        # A loss over classes takes no number of items, though BERT's forward accepts anything.
+        self.model_accepts_loss_kwargs = False
+        self._order_seed = order_seed
+        self._clock = StepClock()
+        self.add_callback(self._clock)
+        model.record_gates(True)
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoints lie."""
+        return Path(self.args.output_dir)
+
+    def load_best(self) -> None:
+        """Gives the model the weights that were best on dev."""
+        checkpoint = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        with _reading(checkpoint):
+            self.model.load_adapter(checkpoint)
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise RunError(
+                    f"the loss is {logs['loss']} at step {self.state.global_step}; "
+                    "a smaller --lr may help"
+                )
+            logs = logs | {"gates": self._mean_gates(), "seconds_per_step": self._clock.lap()}
+        super().log(logs, start_time)
+
+    def _mean_gates(self) -> dict[str, float]:
+        gates = self.model.gate_values()
+        if not gates:
+            return {}
+        # One copy from the device for all of them.
+        means = torch.stack([value.float().mean() for value in gates.values()]).tolist()
+        return {f"{layer}.{kind}": mean for (layer, kind), mean in zip(gates, means, strict=True)}
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroups:
+        dataset = train_dataset or self.train_dataset
+        return LengthGroups(dataset.lengths, self.args.train_batch_size, self._order_seed)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        checkpoint = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            with replacing(checkpoint) as partial:
+                partial.mkdir()
+                self.model.save_pretrained(partial)
+                self._save_optimizer_and_scheduler(str(partial))
+                self._save_scaler(str(partial))
+                self._save_rng_state(str(partial))
+                self.state.save_to_json(str(partial / STATE_FILE))
+        except RuntimeError as error:  # torch.save reports a failed write so; RunError is one too
+            raise RunError(
+                f"checkpoint {checkpoint} cannot be written ({reason(error)}); "
+                "earlier checkpoints are intact"
+            ) from error
+        best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        for old in checkpoints(self.folder):
+            if old.name not in (checkpoint.name, best):
+                shutil.rmtree(old)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _reading(Path(resume_from_checkpoint)):
+            self.model.load_adapter(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with _reading(Path(checkpoint)):
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with _reading(Path(checkpoint)):
+                super()._load_rng_state(checkpoint)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    """The trainer's state in a checkpoint, all of whose files are there. Raises RunError."""
+    with _reading(checkpoint):
+        missing = [name for name in FILES if not (checkpoint / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"{', '.join(missing)} missing")
+        return TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+
+
+@contextmanager
+def _reading(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except RunError:
+        raise
+    except _UNREADABLE as error:
+        raise _damaged(checkpoint, error) from error
+
+
+def _damaged(checkpoint: Path, error: Exception) -> RunError:
+    return RunError(
+        f"checkpoint {checkpoint} cannot be read ({reason(error)}); "
+        "remove that folder to go on from an earlier one or from the start"
+    )
