@@ -40,6 +40,8 @@ int resident_blocks(int /*threads*/, size_t /*shared_bytes*/) {
   return 3;
 }
 
+inline int multiprocessors() { return 3; }
+
 inline void zero_async(void* memory, size_t bytes, Stream /*stream*/) { memset(memory, 0, bytes); }
 
 template <auto kKernel, class Params>
@@ -90,20 +92,23 @@ void opt_in_shared(const std::string& name, size_t bytes) {
   granted[device].store(bytes, std::memory_order_relaxed);
 }
 
+inline int multiprocessors() {
+  int count = 0;
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, current_device()),
+             "cudaDevAttrMultiProcessorCount");
+  return count;
+}
+
 // How many blocks of this kernel the whole device holds at once.
 template <auto kKernel>
 int resident_blocks(int threads, size_t shared_bytes) {
   opt_in_shared<kKernel>("resident_blocks", shared_bytes);
   int per_multiprocessor = 0;
-  int multiprocessors = 0;
   check_cuda(
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(
           &per_multiprocessor, reinterpret_cast<const void*>(kKernel), threads, shared_bytes),
       "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-  check_cuda(
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, current_device()),
-      "cudaDevAttrMultiProcessorCount");
-  return per_multiprocessor * multiprocessors;
+  return per_multiprocessor * multiprocessors();
 }
 
 inline void zero_async(void* memory, size_t bytes, Stream stream) {

@@ -25,76 +25,10 @@
 // 180. The schedule keeps x moving (two chunks in flight for each of several blocks on a
 // multiprocessor) and touches it once; nothing of size [T, D] exists between x and y.
 #include "common/type_list.h"
-#include "ops/gated_adapter/tiles.cuh"
+#include "ops/gated_adapter/products.cuh"
 
 namespace pelt::gated_adapter {
 namespace {
-
-template <class T_, int kRankBlock_, int kMaxRank_>
-struct Config {
-  using T = T_;
-  static constexpr int kRankBlock = kRankBlock_;  // ranks whose sums are in registers at a time
-  static constexpr int kRanks = kMaxRank_;        // ranks that fit in shared memory
-  static constexpr int kHiddenStride = kRanks + kTilePad;
-  static constexpr int kUpStride = kRankBlock + kTilePad;
-  static constexpr int kOutStride = kChunk + 4;  // floats; 4 more keep the rows in other banks
-  static constexpr int kRankTiles = kRankBlock / 8;
-  static constexpr int kWeightElements = kRankBlock * kChunkStride > kChunk* kUpStride
-                                             ? kRankBlock * kChunkStride
-                                             : kChunk * kUpStride;
-  static_assert(sizeof(T) == 2, "mma_m16n8k16 multiplies 16-bit elements");
-  static_assert(kRankBlock % 16 == 0, "a rank block is a whole number of k steps of mma_m16n8k16");
-  static_assert(kRanks % kRankBlock == 0, "the ranks are a whole number of rank blocks");
-  static_assert(kRankBlock <= 128, "64 float sums a thread are what the registers hold");
-};
-
-template <class C>
-struct Shared {
-  using T = typename C::T;
-  union {
-    alignas(16) T x[kStages][kBlockT * kChunkStride];
-    alignas(16) float out[kWarps][16 * C::kOutStride];  // a warp's rows of a chunk of y
-  };
-  alignas(16) T weight[kStages][C::kWeightElements];  // of W_down [rank block, chunk], W_up [chunk,
-                                                      // rank block]
-  alignas(16) T gate_weight[kStages][8 * kChunkStride];  // row 0; the others stay zero
-  alignas(16) T hidden[kBlockT * C::kHiddenStride];      // h, then phi(h)
-  RowState rows;
-  float out_mean[kBlockT];  // of the adapter's output, with a post-norm
-  float out_rstd[kBlockT];
-  float pooled_gate;
-  int live_rows;
-};
-
-template <class C>
-__device__ __forceinline__ int rank_blocks_of(const Inputs& in) {
-  return (in.R + C::kRankBlock - 1) / C::kRankBlock;
-}
-
-template <class C>
-__device__ __forceinline__ void clear_gate_weight(Shared<C>& s) {
-  constexpr int kVectors16 = kStages * 8 * kChunkStride / 8;
-  for (int i = thread_index(); i < kVectors16; i += kThreads) {
-    store_16(&s.gate_weight[0][0] + 8 * i, Words4{});
-  }
-}
-
-// One chunk of x, of W_down and, riding along, of the gate's weight.
-template <class C>
-__device__ __forceinline__ void stage_down(const Inputs& in, Shared<C>& s, const TileRows& rows,
-                                           int64_t member, int rank, int first, int stage,
-                                           bool rides_gate) {
-  using T = typename C::T;
-  stage_x(s.x[stage], in, rows, s.rows, first);
-  const int columns = in.D - first;
-  stage_weight<T, C::kRankBlock, kChunk>(
-      s.weight[stage], kChunkStride, in.w_down,
-      {(member * in.R + rank) * in.D + first, in.D, in.R - rank, columns});
-  if (rides_gate) {
-    stage_weight<T, 1, kChunk>(s.gate_weight[stage], kChunkStride, in.gate_weight,
-                               {first, in.D, 1, columns});
-  }
-}
 
 // h + b_down of one rank block, from the warps' registers to shared memory.
 template <class C>
@@ -123,160 +57,16 @@ __device__ __forceinline__ void project_down(const Inputs& in, Shared<C>& s, con
                                              bool rides_gate) {
   using T = typename C::T;
   const int64_t member = member_of(in.down_index, in.has_down_index_per_sample, rows.group);
-  const int chunks = (in.D + kChunk - 1) / kChunk;
-  const int steps = rank_blocks_of<C>(in) * chunks;
-  auto stage = [&](int step) {
-    if (step < steps) {
-      stage_down(in, s, rows, member, step / chunks * C::kRankBlock, step % chunks * kChunk,
-                 step % kStages, rides_gate && step < chunks);
-    }
-    cp_async_commit();
-  };
-  for (int step = 0; step < kStages - 1; ++step) stage(step);
-
-  FragmentD sums[C::kRankTiles];
-  FragmentD logits;
-  for (int step = 0; step < steps; ++step) {
-    cp_async_wait<kStages - 2>();
-    sync_threads();
-    stage(step + kStages - 1);  // into the buffer that was used up before the barrier
-    const T* x = s.x[step % kStages] + warp_index() * 16 * kChunkStride;
-    const T* weight = s.weight[step % kStages];
-    for (int k = 0; k < kChunk; k += 16) {
-      const FragmentA a = load_a(x + k, kChunkStride);
-      for (int n = 0; n < C::kRankTiles; n += 2) {
-        FragmentB b[2];
-        load_b_pair(b, weight + 8 * n * kChunkStride + k, kChunkStride);
-        multiply_add<T>(sums[n], a, b[0]);
-        multiply_add<T>(sums[n + 1], a, b[1]);
-      }
-      if (rides_gate && step < chunks) {
-        multiply_add<T>(logits, a, load_b(s.gate_weight[step % kStages] + k, kChunkStride));
-      }
-    }
-    if (step % chunks == chunks - 1) {
-      put_hidden<C>(in, s, member, step / chunks * C::kRankBlock, sums);
-      for (FragmentD& sum : sums) sum = FragmentD{};
-    }
-  }
+  const FragmentD logits = project_to_ranks<kDown, C>(
+      in, s, in.w_down, member, Rider{in.gate_weight, 0, rides_gate},
+      [&](T* tile, int first) { stage_x(tile, in, rows, s.rows, first); },
+      [&](int rank, const FragmentD(&sums)[C::kRankTiles]) {
+        put_hidden<C>(in, s, member, rank, sums);
+      });
   if (rides_gate && FragmentD::column(0) == 0) {
     const float bias = load_parameter<T>(in.gate_bias, 0);
     s.rows.logit[warp_index() * 16 + FragmentD::row(0)] = logits.r[0] + bias;
     s.rows.logit[warp_index() * 16 + FragmentD::row(2)] = logits.r[2] + bias;
-  }
-  sync_threads();
-}
-
-// Copies h between shared and global memory: out after the down projection, in for a tile that
-// comes back to its up projection later.
-template <bool kStores, class C>
-__device__ __forceinline__ void move_hidden(const ForwardParams& p, Shared<C>& s,
-                                            const TileRows& rows) {
-  using T = typename C::T;
-  const int R = p.in.R;
-  T* g_h = static_cast<T*>(p.h) + rows.first * R;  // [B * S, R]
-  if (R % 8 == 0) {
-    for (int i = thread_index(); i < rows.count * (R / 8); i += kThreads) {
-      T* shared = s.hidden + i / (R / 8) * C::kHiddenStride + i % (R / 8) * 8;
-      T* global = g_h + static_cast<int64_t>(i) * 8;
-      if (kStores) store_16(global, load_16(shared));
-      if (!kStores) store_16(shared, load_16(global));
-    }
-  } else {
-    for (int i = thread_index(); i < rows.count * R; i += kThreads) {
-      T* shared = s.hidden + i / R * C::kHiddenStride + i % R;
-      if (kStores) g_h[i] = *shared;
-      if (!kStores) *shared = g_h[i];
-    }
-  }
-  sync_threads();
-}
-
-// hidden = phi(hidden), in place. Ranks that do not exist are zero, whatever phi is.
-template <class C>
-__device__ __forceinline__ void activate_hidden(const Inputs& in, Shared<C>& s) {
-  using T = typename C::T;
-  const int pairs = rank_blocks_of<C>(in) * C::kRankBlock / 2;
-  for (int i = thread_index(); i < kBlockT * pairs; i += kThreads) {
-    const int column = i % pairs * 2;
-    T* at = &s.hidden[i / pairs * C::kHiddenStride + column];
-    const Float2 h = unpack<T>(load_4(at));
-    store_4(at, pack<T>(column < in.R ? activate(in.activation, h.low) : 0.0f,
-                        column + 1 < in.R ? activate(in.activation, h.high) : 0.0f));
-  }
-  sync_threads();
-}
-
-// For each chunk of 64 columns: visit(first column, sums of this warp's [16, 64] of W_up phi(h)).
-template <class C, class Visit>
-__device__ __forceinline__ void project_up(const Inputs& in, Shared<C>& s, const TileRows& rows,
-                                           Visit&& visit) {
-  using T = typename C::T;
-  const int64_t member = member_of(in.up_index, in.has_up_index_per_sample, rows.group);
-  const int rank_blocks = rank_blocks_of<C>(in);
-  const int steps = (in.D + kChunk - 1) / kChunk * rank_blocks;
-  auto stage = [&](int step) {
-    const int first = step / rank_blocks * kChunk, rank = step % rank_blocks * C::kRankBlock;
-    if (step < steps) {
-      stage_weight<T, kChunk, C::kRankBlock>(
-          s.weight[step % kStages], C::kUpStride, in.w_up,
-          {(member * in.D + first) * in.R + rank, in.R, in.D - first, in.R - rank});
-    }
-    cp_async_commit();
-  };
-  for (int step = 0; step < kStages - 1; ++step) stage(step);
-
-  FragmentD sums[kChunk / 8];
-  for (int step = 0; step < steps; ++step) {
-    cp_async_wait<kStages - 2>();
-    sync_threads();
-    stage(step + kStages - 1);
-    const int rank = step % rank_blocks * C::kRankBlock;
-    const T* hidden = s.hidden + warp_index() * 16 * C::kHiddenStride + rank;
-    for (int k = 0; k < C::kRankBlock; k += 16) {
-      const FragmentA a = load_a(hidden + k, C::kHiddenStride);
-      for (int n = 0; n < kChunk / 8; n += 2) {
-        FragmentB b[2];
-        load_b_pair(b, s.weight[step % kStages] + 8 * n * C::kUpStride + k, C::kUpStride);
-        multiply_add<T>(sums[n], a, b[0]);
-        multiply_add<T>(sums[n + 1], a, b[1]);
-      }
-    }
-    if (step % rank_blocks == rank_blocks - 1) {
-      visit(step / rank_blocks * kChunk, sums);
-      for (FragmentD& sum : sums) sum = FragmentD{};
-    }
-  }
-  sync_threads();
-}
-
-// Mean and deviation of each row of u = W_up phi(h) + b_up: the post-norm needs a whole row before
-// it can scale its first element, so the up projection is done twice.
-template <class C>
-__device__ __forceinline__ void measure_output(const Inputs& in, Shared<C>& s,
-                                               const TileRows& rows) {
-  using T = typename C::T;
-  const int64_t member = member_of(in.up_index, in.has_up_index_per_sample, rows.group);
-  Moments moments[2];  // of rows FragmentD::row(0) and row(2), this lane's columns
-  project_up<C>(in, s, rows, [&](int first, const FragmentD(&sums)[kChunk / 8]) {
-    for (int half = 0; half < 2; ++half) {
-      for (int n = 0; n < kChunk / 8; ++n) {
-        const int column = first + 8 * n + FragmentD::column(0);
-        if (column >= in.D) continue;
-        float u[2] = {sums[n].r[2 * half], sums[n].r[2 * half + 1]};
-        for (int e = 0; e < 2 && in.b_up.data != nullptr; ++e) {
-          u[e] += load_parameter<T>(in.b_up, member * in.D + column + e);
-        }
-        moments[half].merge(Moments::of(u));
-      }
-    }
-  });
-  for (int half = 0; half < 2; ++half) {
-    const Moments all = group_moments<4>(moments[half]);
-    if (FragmentD::column(0) != 0) continue;
-    const int row = warp_index() * 16 + FragmentD::row(2 * half);
-    s.out_mean[row] = all.mean;
-    s.out_rstd[row] = all.reciprocal_deviation(in.post_norm_eps);
   }
   sync_threads();
 }
@@ -313,29 +103,16 @@ __device__ __forceinline__ void store_y_8(const ForwardParams& p, const Shared<C
   store_16(static_cast<T*>(p.y) + at, narrow<T>(u));
 }
 
-// Fragments leave through shared memory: a lane then has eight neighbouring columns, so that the
-// residual comes and y goes in 16-byte accesses.
 template <class C>
 __device__ __forceinline__ void store_y(const ForwardParams& p, Shared<C>& s,
                                         const TileRows& rows) {
   const int64_t member = member_of(p.in.up_index, p.in.has_up_index_per_sample, rows.group);
-  float* out = s.out[warp_index()];  // [16, kChunk]
-  project_up<C>(p.in, s, rows, [&](int first, const FragmentD(&sums)[kChunk / 8]) {
-    sync_warp();  // the chunk before has been read
-    for (int n = 0; n < kChunk / 8; ++n) {
-      for (int i = 0; i < 4; ++i) {
-        out[FragmentD::row(i) * C::kOutStride + 8 * n + FragmentD::column(i)] = sums[n].r[i];
-      }
-    }
-    sync_warp();
-    for (int i = lane_index(); i < 16 * kVectors; i += 32) {
-      const int row = warp_index() * 16 + i / kVectors, column = i % kVectors * 8;
-      if (row >= rows.count || first + column >= p.in.D) continue;
-      Float8 u;
-      for (int e = 0; e < 8; ++e) u.v[e] = out[i / kVectors * C::kOutStride + column + e];
-      store_y_8<C>(p, s, rows, member, row, first + column, u);
-    }
-  });
+  project_to_columns<kUp, C>(
+      p.in, s, p.in.w_up, member, [&](int first, const FragmentD(&sums)[kChunk / 8]) {
+        for_each_8<C>(p.in, s, rows, first, sums, [&](int, int row, int column, const Float8& u) {
+          store_y_8<C>(p, s, rows, member, row, column, u);
+        });
+      });
 }
 
 // y = residual for a tile all of whose gates are below the threshold: no product is computed.
@@ -354,49 +131,27 @@ __device__ __forceinline__ void copy_residual(const ForwardParams& p, const Tile
   }
 }
 
-// Leaves the tile's share of its sentence's gate, and arrives.
+// The tile's share of its sentence's gate.
 template <class C>
 __device__ __forceinline__ void publish_gate(const ForwardParams& p, const Shared<C>& s,
                                              const TileRows& rows, int tile) {
-  const Inputs& in = p.in;
   if (warp_index() != 0) return;
   float sum = 0.0f, count = 0.0f;
   for (int r = lane_index(); r < rows.count; r += 32) {
-    const bool counts = in.pooling == Pooling::kMean || in.mask[rows.first + r];
+    const bool counts = p.in.pooling == Pooling::kMean || p.in.mask[rows.first + r];
     sum += counts ? sigmoid(s.rows.logit[r]) : 0.0f;
     count += counts ? 1.0f : 0.0f;
   }
-  sum = warp_sum(sum);
-  count = warp_sum(count);
-  if (lane_index() != 0) return;
-  p.gate_partial[2 * tile] = sum;
-  p.gate_partial[2 * tile + 1] = count;
-  atomic_add_release(p.arrivals + rows.group, 1);
+  publish_sums(p.gate_partial, p.arrivals, rows, tile, sum, count);
 }
 
-// Waits for the sentence's other tiles and adds the shares, in their order. A sentence without a
-// row that counts has the gate 0.
 template <class C>
 __device__ __forceinline__ void await_gate(const ForwardParams& p, Shared<C>& s,
                                            const TileRows& rows) {
-  const int tiles = p.tiling.tiles_per_group;
-  if (thread_index() == 0) wait_until_at_least(p.arrivals + rows.group, tiles);
-  sync_threads();
-  if (warp_index() == 0) {
-    float sum = 0.0f, count = 0.0f;
-    for (int i = lane_index(); i < tiles; i += 32) {
-      const float* partial = p.gate_partial + 2 * (static_cast<int64_t>(rows.group) * tiles + i);
-      sum += partial[0];
-      count += partial[1];
-    }
-    sum = warp_sum(sum);
-    count = warp_sum(count);
-    if (lane_index() == 0) {
-      s.pooled_gate = sum / (count > 1.0f ? count : 1.0f);
-      if (rows.index_in_group == 0) p.gate_value[rows.group] = s.pooled_gate;
-    }
+  await_sums<C>(p.tiling, p.gate_partial, p.arrivals, s, rows);
+  if (rows.index_in_group == 0 && thread_index() == 0) {
+    p.gate_value[rows.group] = s.pooled[0] / s.pooled[1];
   }
-  sync_threads();
 }
 
 // factor = scale g of each row, and whether any row of the tile is alive.
@@ -411,7 +166,7 @@ __device__ __forceinline__ void settle_factors(const ForwardParams& p, Shared<C>
     for (int r = lane_index(); r < kBlockT; r += 32) {
       float gate = 0.0f;
       if (r < rows.count && in.has_pooled_gate()) {
-        gate = s.pooled_gate;
+        gate = s.pooled[0] / s.pooled[1];
       } else if (r < rows.count && in.has_learned_gate()) {
         gate = sigmoid(s.rows.logit[r]);
         p.gate_value[rows.first + r] = gate;
@@ -438,12 +193,12 @@ __device__ __forceinline__ void finish_tile(const ForwardParams& p, Shared<C>& s
   if (s.live_rows == 0) {
     copy_residual<C>(p, rows);
   } else {
-    if (hidden == Hidden::kIsInMemory) move_hidden</*kStores=*/false, C>(p, s, rows);
+    if (hidden == Hidden::kIsInMemory) load_hidden<C>(p.in, s, rows, p.h);
     if (hidden == Hidden::kIsNotComputed) {
       if (p.in.has_pre_norm()) measure_rows<typename C::T>(p.in, rows, s.rows, false);
       sync_threads();
       project_down<C>(p.in, s, rows, /*rides_gate=*/false);
-      move_hidden</*kStores=*/true, C>(p, s, rows);
+      store_hidden<C>(p.in, s, rows, p.h);
     }
     activate_hidden<C>(p.in, s);
     if (p.in.has_post_norm()) measure_output<C>(p.in, s, rows);
@@ -464,7 +219,7 @@ __global__ void __launch_bounds__(kThreads)
   const bool projects_late = p.in.has_skip;
   const bool rides_gate = is_learned && !projects_late && !p.in.has_pre_norm();
   const bool measures = p.in.has_pre_norm() || (is_learned && !rides_gate);
-  clear_gate_weight<C>(s);
+  clear_rider<C>(s);
   sync_threads();
 
   for (int wave = 0; wave < tiling.tiles; wave += tiling.wave_tiles) {
@@ -478,7 +233,7 @@ __global__ void __launch_bounds__(kThreads)
       }
       if (!projects_late) {
         project_down<C>(p.in, s, rows, rides_gate);
-        move_hidden</*kStores=*/true, C>(p, s, rows);
+        store_hidden<C>(p.in, s, rows, p.h);
       }
       if (is_pooled) {
         publish_gate<C>(p, s, rows, tile);
@@ -516,8 +271,7 @@ void launch_config(ForwardParams& p, void* workspace, Stream stream) {
   shape.is_cooperative = p.in.has_pooled_gate();
   p.tiling.wave_tiles = p.tiling.tiles;
   if (p.in.has_pooled_gate()) {
-    const int whole_groups = shape.blocks_x / p.tiling.tiles_per_group;
-    p.tiling.wave_tiles = (whole_groups > 1 ? whole_groups : 1) * p.tiling.tiles_per_group;
+    p.tiling.wave_tiles = wave_of(p.tiling, shape.blocks_x);
     p.arrivals = static_cast<int*>(workspace);
     p.gate_partial = reinterpret_cast<float*>(p.arrivals + p.in.B);
     zero_async(p.arrivals, sizeof(int) * p.in.B, stream);

@@ -122,17 +122,46 @@ struct BackwardParams {
   ParameterGrad dgate_weight;       // [D]
   ParameterGrad dgate_bias;         // [1]
 
-  // Between the two kernels, and between the blocks of the second.
-  void* dh = nullptr;               // [B, S, R]
-  void* du = nullptr;               // [B, S, D], with a post-norm only
-  float* row_scalars = nullptr;     // [4, B * S], see RowScalar
-  float* norm_partial = nullptr;    // [tiles, 4, D]: pre weight, pre bias, post weight, post bias
-  float* gate_partial = nullptr;    // [tiles, 2]
-  float* weight_partial = nullptr;  // [splits, ...], see bwd_weights_sm80.cu
+  // Between the two kernels, and between the blocks of the second; see BackwardPlan.
+  void* dh = nullptr;            // [B, S, R]
+  void* du = nullptr;            // [B, S, D], gradient of W_up phi(h) + b_up; with a post-norm only
+  float* row_scalars = nullptr;  // [kRowScalars, B * S]
+  float* norm_partial = nullptr;  // [tiles * 4 warps, 2 for each norm, D]: weight, bias
+  float* gate_partial =
+      nullptr;  // [tiles, 2]: a tile's sum of dots, and its number of rows that count
+  float* weight_partial = nullptr;  // for each tile of the weights' gradients, for each split
   int* arrivals = nullptr;          // [B]
-  int* tickets = nullptr;
-  int splits = 1;
+  int* tickets = nullptr;           // for each tile of the weights' gradients
+  int splits = 1;                   // parts of the rows that are summed by different blocks
   Tiling tiling;
+};
+
+// What the first backward kernel leaves for the second of each row.
+enum RowScalar {
+  kFactor,  // of dy after dropout: scale g; 1 with a post-norm, where du is in memory
+  kDot,     // dy . dropout(post_norm(u)), which the gradients of gate and scale are sums of
+  kLogit,   // of a learned gate: first w . x + b, then its gradient
+  kMean,    // of x, with a pre-norm
+  kRstd,
+  kRowScalars
+};
+
+// Where the pieces of backward's workspace are, in bytes.
+struct BackwardPlan {
+  Tiling tiling;
+  int members = 1;       // of the larger bank
+  int column_tiles = 0;  // tiles of a weight's gradient: 64 columns by a block of ranks
+  int rank_tiles = 0;
+  int splits = 1;
+  int64_t arrivals = 0;  // and tickets behind them: one stretch of zeros
+  int64_t zeroed_bytes = 0;
+  int64_t gate_partial = 0;
+  int64_t row_scalars = 0;
+  int64_t norm_partial = 0;
+  int64_t weight_partial = 0;
+  int64_t dh = 0;
+  int64_t du = 0;
+  int64_t total_bytes = 0;
 };
 
 // Why the kernels refuse a call, with numbers; empty if they serve it.
@@ -149,6 +178,10 @@ void launch_gated_adapter_bwd(const BackwardParams& params, void* workspace, Str
 void launch_gated_adapter_fwd_sm80(ForwardParams params, void* workspace, Stream stream);
 void launch_gated_adapter_bwd_sm80(BackwardParams params, void* workspace, Stream stream);
 
+void launch_gated_adapter_bwd_weights_sm80(const BackwardParams& params, const BackwardPlan& plan,
+                                           Stream stream);
+
 Tiling make_tiling(const Inputs& in);
+BackwardPlan plan_backward(const Inputs& in);
 
 }  // namespace pelt::gated_adapter
