@@ -72,9 +72,7 @@ class PeltModel(Checkpointed):
         self._head = head
         self._requires_grad = {name: parameter.requires_grad for name, parameter in named.items()}
         self._first_values = (
-            None
-            if parts.tune == "all"
-            else {name: named[name].detach().clone().cpu() for name in in_place}
+            None if parts.tune == "all" else {name: _kept(named[name]) for name in in_place}
         )
         self._injection = injection
         self._is_detached = False
@@ -331,3 +329,8 @@ def _head_names(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(
         name for name, parameter in model.named_parameters() if id(parameter) not in inside
     )
+
+
+def _kept(parameter: Tensor) -> Tensor:
+    """A copy of a parameter that takes no space on the accelerator."""
+    return parameter.detach().clone() if parameter.is_meta else parameter.detach().cpu().clone()

@@ -78,7 +78,9 @@ def test_training_resumes_where_it_stopped(make_base, make_batch, randomise, tmp
     steps(model, optimizer, 2)
     again = PeltModel.from_pretrained(make_base(), tmp_path, is_trainable=True)
     assert not again.prefix.is_collapsed
-    assert {n for n, p in again.named_parameters() if p.requires_grad} == set(again.trained_parameters())
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == set(
+        again.trained_parameters()
+    )
     steps(again, torch.optim.SGD(again.trained_parameters().values(), lr=0.1), 2)
     for name, parameter in model.trained_parameters().items():
         assert torch.equal(parameter, again.trained_parameters()[name]), name
@@ -94,7 +96,13 @@ def test_a_collapsed_prefix_gives_the_same_logits(
     expected = model(**batch).logits
     model.save_pretrained(tmp_path, collapse_prefix=True)
     assert not model.prefix.is_collapsed and model.method_config == METHODS[method]
-    assert load_file(tmp_path / "adapter_model.safetensors")["prefix.table"].shape == (2, 2, 3, 4, 8)
+    assert load_file(tmp_path / "adapter_model.safetensors")["prefix.table"].shape == (
+        2,
+        2,
+        3,
+        4,
+        8,
+    )
     again = PeltModel.from_pretrained(make_base(), tmp_path)
     assert again.prefix.is_collapsed
     torch.testing.assert_close(again(**batch).logits, expected, rtol=0, atol=1e-6)

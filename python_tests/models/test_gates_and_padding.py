@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pelt_kernels.methods import BottleneckAdapterConfig, LoraConfig, PrefixTuningConfig, UniPELTConfig
+from pelt_kernels.methods import (
+    BottleneckAdapterConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    UniPELTConfig,
+)
 from pelt_kernels.models import get_pelt_model
 
 KINDS = {"adapter", "prefix", "lora_query", "lora_value"}

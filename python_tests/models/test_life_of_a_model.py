@@ -127,7 +127,10 @@ def test_full_fine_tuning_has_no_base_to_go_back_to(make_base):
     assert all(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(ValueError, match="'full', which trains it in place"):
         model.remove()
-    with pytest.raises(ValueError, match="'full', which trains it in place"), model.disable_adapter():
+    with (
+        pytest.raises(ValueError, match="'full', which trains it in place"),
+        model.disable_adapter(),
+    ):
         pass
 
 
@@ -162,7 +165,9 @@ def test_a_model_built_from_the_same_config_object_is_not_touched(make_base, mak
 
 def test_threads_do_not_mix_their_sentences(make_base, make_batch, randomise):
     model = randomise(get_pelt_model(make_base(), APL))
-    batches = [make_batch(lengths, with_labels=False) for lengths in ((9, 4), (3, 8), (6, 11), (5, 5))]
+    batches = [
+        make_batch(lengths, with_labels=False) for lengths in ((9, 4), (3, 8), (6, 11), (5, 5))
+    ]
     with torch.no_grad():
         expected = [model(**batch).logits for batch in batches]
         wrong = []

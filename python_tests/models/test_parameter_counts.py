@@ -66,7 +66,9 @@ def test_trained_parameters_of_bert_base(case, bert_base, capsys):
     assert total == 109_483_778 + added
     assert added == (0 if case in ("head", "bitfit") else expected)
     printed = capsys.readouterr().out
-    assert f"trainable params: {trainable:,} ||" in printed and f"all params: {total:,} ||" in printed
+    assert (
+        f"trainable params: {trainable:,} ||" in printed and f"all params: {total:,} ||" in printed
+    )
 
 
 def test_everything_of_bert_base(bert_base):

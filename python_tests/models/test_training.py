@@ -121,7 +121,10 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         length = int(self.batch["attention_mask"][i].sum())
-        return {name: values[i][:length] if values.ndim == 2 else values[i] for name, values in self.batch.items()}
+        return {
+            name: values[i][:length] if values.ndim == 2 else values[i]
+            for name, values in self.batch.items()
+        }
 
 
 def collate(rows):
@@ -129,7 +132,12 @@ def collate(rows):
     width = max(len(row["input_ids"]) for row in rows)
     pad = {"input_ids": 1, "attention_mask": 0}
     out = {
-        name: torch.stack([torch.nn.functional.pad(row[name], (0, width - len(row[name])), value=value) for row in rows])
+        name: torch.stack(
+            [
+                torch.nn.functional.pad(row[name], (0, width - len(row[name])), value=value)
+                for row in rows
+            ]
+        )
         for name, value in pad.items()
     }
     return out | {"labels": torch.stack([row["labels"] for row in rows])}

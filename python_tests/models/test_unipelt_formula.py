@@ -12,7 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pelt_kernels.methods import BottleneckAdapterConfig, LoraConfig, PrefixTuningConfig, UniPELTConfig
+from pelt_kernels.methods import (
+    BottleneckAdapterConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    UniPELTConfig,
+)
 from pelt_kernels.models import get_pelt_model
 
 HEADS = 4
@@ -87,13 +92,17 @@ def transcription(p, ids, mask, config, eps):
             if config.prefix.gated:
                 name = attention + "query.extra_gates.prefix."
                 g = sentence_gate(h, p[name + "weight"], p[name + "bias"], mask, pooling)
-                prefix_k, prefix_v = g[:, None, None, None] * prefix_k, g[:, None, None, None] * prefix_v
+                prefix_k, prefix_v = (
+                    g[:, None, None, None] * prefix_k,
+                    g[:, None, None, None] * prefix_v,
+                )
             k, v = torch.cat([prefix_k, k], 2), torch.cat([prefix_v, v], 2)
             bias = F.pad(hidden_keys, (prefix_k.shape[2], 0))
         weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(width // HEADS) + bias, -1)
         context = (weights @ v).permute(0, 2, 1, 3).reshape(batch, length, width)
         a = norm(
-            linear(context, layer + "attention.output.dense") + h, layer + "attention.output.LayerNorm"
+            linear(context, layer + "attention.output.dense") + h,
+            layer + "attention.output.LayerNorm",
         )
         f = linear(F.gelu(linear(a, layer + "intermediate.dense")), layer + "output.dense")
         ln = layer + "output.LayerNorm"
@@ -158,9 +167,15 @@ def test_forward_and_gradients_are_the_formulas(case, attention, make_base, make
     torch.testing.assert_close(out.logits, logits, rtol=0, atol=1e-10)
     assert logits.abs().max() > 0.01
     for name, parameter in trained.items():
-        assert leaves[name].grad.abs().max() > 0, f"{name} has no gradient, so it would not be compared"
+        assert leaves[name].grad.abs().max() > 0, (
+            f"{name} has no gradient, so it would not be compared"
+        )
         torch.testing.assert_close(
-            parameter.grad, leaves[name].grad, rtol=0, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}"
+            parameter.grad,
+            leaves[name].grad,
+            rtol=0,
+            atol=1e-10,
+            msg=lambda m, name=name: f"{name}: {m}",
         )
 
 

@@ -1,0 +1,158 @@
+"""Methods as data: presets, round trips, and one sentence for every mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from pelt_kernels.methods import (
+    METHODS,
+    PRESETS,
+    BitFitConfig,
+    BottleneckAdapterConfig,
+    HeadConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    UniPELTConfig,
+    config_from_dict,
+    make_config,
+)
+
+SAMPLES = [
+    UniPELTConfig.apl(),
+    UniPELTConfig.ap(gate_pooling="mean"),
+    UniPELTConfig.apl(gated=False),
+    UniPELTConfig(prefix=None, lora=LoraConfig(r=4, targets=("key",), gated=False)),
+    BottleneckAdapterConfig(bottleneck=7, activation="gelu_tanh", dropout=0.1, gated=True),
+    PrefixTuningConfig(prefix_length=0, mid=None, skip_layers=(1, 3)),
+    LoraConfig(r=256, alpha=0.5, targets=["query"], dropout=0.25),
+    *(config() for config in METHODS.values()),
+]
+
+
+@pytest.mark.parametrize("config", SAMPLES, ids=lambda config: config.method)
+def test_dictionaries_go_there_and_back(config):
+    values = json.loads(json.dumps(config.to_dict()))
+    assert values["method"] == config.method
+    assert config_from_dict(values) == config
+    assert type(config).from_dict(values) == config
+    values.pop("method")
+    assert type(config).from_dict(values) == config
+
+
+def test_defaults_are_the_papers():
+    apl = UniPELTConfig()
+    assert apl == UniPELTConfig.apl()
+    assert apl.adapter.reduction_factor == 16 and apl.adapter.activation == "relu"
+    assert apl.adapter.bottleneck_of(768) == 48 and apl.adapter.dropout == 0
+    assert apl.prefix.prefix_length == 10 and apl.prefix.mid == 512
+    assert (apl.lora.r, apl.lora.alpha, apl.lora.dropout) == (8, 16, 0)
+    assert apl.lora.targets == ("query", "value")
+    assert apl.gate_pooling == "masked_mean"
+    assert UniPELTConfig.ap().lora is None and UniPELTConfig.ap().adapter == apl.adapter
+
+
+def test_a_part_is_gated_inside_unipelt_and_not_alone():
+    parts = UniPELTConfig(lora=LoraConfig(r=4), adapter=BottleneckAdapterConfig(gated=False)).parts
+    assert (parts.adapter.gated, parts.prefix.gated, parts.lora.gated) == (False, True, True)
+    assert not LoraConfig().parts.lora.gated and LoraConfig(gated=True).parts.lora.gated
+    no_gates = UniPELTConfig.apl(gated=False).parts
+    assert [part.gated for part in no_gates[:3]] == [False] * 3
+
+
+def test_the_pooling_of_unipelt_holds_for_its_parts():
+    parts = UniPELTConfig(gate_pooling="mean").parts
+    assert {part.gate_pooling for part in parts[:3]} == {"mean"}
+    same = UniPELTConfig(lora=LoraConfig(gate_pooling="mean"), gate_pooling="mean")
+    assert same.parts.lora.gate_pooling == "mean"
+    with pytest.raises(ValueError, match=r"'masked_mean' and 'mean' \(lora\); set it on UniPELT"):
+        UniPELTConfig(lora=LoraConfig(gate_pooling="mean"))
+
+
+def test_methods_by_name():
+    assert list(METHODS) == ["unipelt", "adapter", "prefix", "lora", "bitfit", "head", "full"]
+    assert make_config("unipelt-ap") == UniPELTConfig.ap()
+    assert make_config("lora", r=4) == LoraConfig(r=4)
+    assert {type(make_config(name)) for name in PRESETS} == set(METHODS.values())
+
+
+def test_what_a_method_trains_in_place():
+    assert BitFitConfig().parts.tune == "bias" and HeadConfig().parts.tune == "none"
+    assert make_config("full").parts.tune == "all"
+
+
+def test_configs_do_not_change():
+    config = LoraConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.r = 4
+    assert dataclasses.replace(config, r=4) == LoraConfig(r=4) != config
+
+
+MISTAKES = {
+    "LoraConfig: expected r as a whole number >= 1, got 0": lambda: LoraConfig(r=0),
+    "expected r as a whole number >= 1, got 8.0": lambda: LoraConfig(r=8.0),
+    "expected r as a whole number >= 1, got True": lambda: LoraConfig(r=True),
+    "expected r <= 256, got 257": lambda: LoraConfig(r=257),
+    "expected alpha as a finite number, got nan": lambda: LoraConfig(alpha=float("nan")),
+    "expected alpha as a finite number, got '16'": lambda: LoraConfig(alpha="16"),
+    r"LoraConfig: expected dropout in \[0, 1\), got 1.0": lambda: LoraConfig(dropout=1.0),
+    r"LoraConfig: expected dropout in \[0, 1\), got -0.1": lambda: LoraConfig(dropout=-0.1),
+    r"targets as a list of .*got \('q',\)": lambda: LoraConfig(targets=("q",)),
+    r"targets as a list of .*got \(\)": lambda: LoraConfig(targets=()),
+    "targets as a list of .*got 'query'": lambda: LoraConfig(targets="query"),
+    "targets as a list of different": lambda: LoraConfig(targets=("query", "query")),
+    "gated as True, False or None, got 'yes'": lambda: LoraConfig(gated="yes"),
+    "gate_pooling to be one of masked_mean, mean, got 'token'": lambda: LoraConfig(
+        gate_pooling="token"
+    ),
+    "expected prefix_length as a whole number >= 0, got -1": lambda: PrefixTuningConfig(
+        prefix_length=-1
+    ),
+    "expected mid as a whole number >= 1 or None, got 0": lambda: PrefixTuningConfig(mid=0),
+    r"skip_layers as a list .*got \(-1,\)": lambda: PrefixTuningConfig(skip_layers=(-1,)),
+    "skip_layers as a list .*got 3": lambda: PrefixTuningConfig(skip_layers=3),
+    "activation to be one of relu, gelu, .*got 'swish'": lambda: BottleneckAdapterConfig(
+        activation="swish"
+    ),
+    "reduction_factor as a whole number >= 1, got 0": lambda: BottleneckAdapterConfig(
+        reduction_factor=0
+    ),
+    "bottleneck as a whole number >= 1 or None, got 0": lambda: BottleneckAdapterConfig(
+        bottleneck=0
+    ),
+    "hidden size 8, got 16": lambda: BottleneckAdapterConfig().bottleneck_of(8),
+    "at least one of adapter, prefix and lora": lambda: UniPELTConfig(
+        adapter=None, prefix=None, lora=None
+    ),
+    "expected lora as LoraConfig or None, got dict": lambda: UniPELTConfig(lora={"r": 8}),
+    "UniPELTConfig: expected gate_pooling": lambda: UniPELTConfig(gate_pooling="max"),
+    "expected the fields r, alpha, .*got the unknown 'rank'": lambda: config_from_dict(
+        {"method": "lora", "rank": 8}
+    ),
+    r"expected the fields \(none\), got the unknown 'r'": lambda: BitFitConfig.from_dict({"r": 1}),
+    "expected method 'lora', got 'prefix'": lambda: LoraConfig.from_dict({"method": "prefix"}),
+    "LoraConfig: expected a dictionary, got list": lambda: LoraConfig.from_dict([]),
+    "method to be one of unipelt, .*got 'ia3'": lambda: config_from_dict({"method": "ia3"}),
+    "method to be one of unipelt, .*got \\['lora'\\]": lambda: config_from_dict(
+        {"method": ["lora"]}
+    ),
+    "a dictionary with the key 'method', got {}": lambda: config_from_dict({}),
+    "a dictionary with the key 'method', got None": lambda: config_from_dict(None),
+    "expected a method out of unipelt, .*unipelt-ap, got 'ia3'": lambda: make_config("ia3"),
+    "the method 'lora' does not take these options: .*'rank'": lambda: make_config("lora", rank=1),
+    "expected the fields adapter, .*got the unknown 'central'": lambda: config_from_dict(
+        UniPELTConfig().to_dict() | {"central": 1}
+    ),
+    "expected adapter as BottleneckAdapterConfig or None, got LoraConfig": lambda: config_from_dict(
+        UniPELTConfig().to_dict() | {"adapter": LoraConfig().to_dict()}
+    ),
+}
+
+
+@pytest.mark.parametrize("sentence", MISTAKES)
+def test_mistakes_are_one_sentence(sentence):
+    with pytest.raises(ValueError, match=sentence) as raised:
+        MISTAKES[sentence]()
+    assert "\n" not in str(raised.value)
