@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -101,10 +102,14 @@ class TrainConfig:
             ("device", DEVICES),
             ("precision", PRECISIONS),
         ):
-            if getattr(self, name) is not None and getattr(self, name) not in known:
-                raise UsageError(
-                    f"{name}: expected one of {', '.join(known)}, got '{getattr(self, name)}'"
-                )
+            if getattr(self, name) is not None:
+                check_choice(name, getattr(self, name), known)
+
+
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Raises UsageError unless the value is known."""
+    if value not in known:
+        raise UsageError(f"{name}: expected one of {', '.join(known)}, got '{value}'")
 
 
 def save_config(config: TrainConfig, folder: Path) -> None:

@@ -13,8 +13,8 @@ import torch
 
 from ..ops import use_backend
 from .base_model import load_tokenizer, longest_input
+from .config import DEVICES, TrainConfig, check_choice, save_config
 from .config import FILE as CONFIG_FILE
-from .config import TrainConfig, save_config
 from .errors import RunError, UsageError
 from .metrics import score
 from .plots import draw_curves, draw_gates
@@ -49,6 +49,7 @@ def train(
     """
     watchers = watchers or Watchers()
     config = config.resolved()
+    computing_device(config.device)
     _check_machine(config)
     if not resume and is_run(output):
         raise UsageError(f"output: {output} holds a run already; --resume or --overwrite it")
@@ -120,8 +121,8 @@ def _experiment(
 
 def _test(run: Run, predictions_path: Path | None) -> dict[str, float]:
     """The figures on the test part, from the adapter as it was saved."""
-    device = "cuda" if run.config.device != "cpu" and torch.cuda.is_available() else "cpu"
     examples = run.task.test
+    device = computing_device(run.config.device)
     predictions = Predictor(run.adapter, run.config.model, device)(examples).rows
     if predictions_path is not None:
         with replacing(predictions_path) as partial, partial.open("w", encoding="utf-8") as file:
@@ -138,6 +139,15 @@ def _test(run: Run, predictions_path: Path | None) -> dict[str, float]:
     )
 
 
+def computing_device(asked: str) -> str:
+    """``cpu`` or ``cuda`` for a device out of `config.DEVICES`. Raises UsageError."""
+    check_choice("device", asked, DEVICES)
+    has_gpu = torch.cuda.is_available()
+    if asked == "cuda" and not has_gpu:
+        raise UsageError("device: cuda was asked for, but torch sees no GPU here")
+    return "cuda" if has_gpu and asked != "cpu" else "cpu"
+
+
 def _describe(task: Task, config: TrainConfig, watchers: Watchers) -> None:
     drawn = len(task.train) if config.train_examples is None else config.train_examples
     watchers.say(
@@ -149,10 +159,7 @@ def _describe(task: Task, config: TrainConfig, watchers: Watchers) -> None:
 
 
 def _check_machine(config: TrainConfig) -> None:
-    has_gpu = torch.cuda.is_available()
-    if config.device == "cuda" and not has_gpu:
-        raise UsageError("device: cuda was asked for, but torch sees no GPU here")
-    if config.precision == "fp16" and (config.device == "cpu" or not has_gpu):
+    if config.precision == "fp16" and computing_device(config.device) == "cpu":
         raise UsageError("precision: fp16 needs a GPU; bf16 and fp32 work here")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("train runs in one process; start it without a distributed launcher")

@@ -124,9 +124,7 @@ class Run:
         try:
             return get_pelt_model(base, make_config(self.config.method))
         except ValueError as error:
-            raise UsageError(
-                f"method {self.config.method}: {error}"
-            ) from error
+            raise UsageError(f"method {self.config.method}: {error}") from error
 
     def _card(self) -> Card:
         folder = Path(self.config.model)

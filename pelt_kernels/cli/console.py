@@ -1,0 +1,77 @@
+"""What every command shares: where it speaks, and one sentence in place of a traceback."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, warnings and debug logs.")]
+
+
+def results() -> Console:
+    """For what a command was asked for."""
+    return Console(highlight=False)
+
+
+def notes() -> Console:
+    """For progress and remarks, which must not get into a pipe."""
+    return Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def speaking_plainly(debug: bool) -> Iterator[None]:
+    """Ends the command with one sentence and an exit code on any error; with `debug` it passes."""
+    from ..ops import BackendError
+    from ..training import Interrupted, RunError, UsageError
+
+    try:
+        with _quiet(debug):
+            yield
+    except (UsageError, RunError, Interrupted, BackendError) as error:
+        if debug:
+            raise
+        print(f"pelt-kernels: {error}", file=sys.stderr)
+        code = error.exit_code if isinstance(error, Interrupted) else 1
+        raise typer.Exit(2 if isinstance(error, UsageError) else code) from None
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader has gone: there is nobody to tell
+        raise typer.Exit(1) from None
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        first = (str(error).strip().splitlines() or ["no message"])[0]
+        print(
+            f"pelt-kernels: unexpected {type(error).__name__}: {first} (--debug shows where)",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1) from None
+
+
+@contextmanager
+def _quiet(debug: bool) -> Iterator[None]:
+    """Leaves the word to the command: no bars, logs and warnings of libraries unless `debug`."""
+    from transformers.utils import logging as transformers_logging
+
+    if debug:
+        logging.basicConfig(level=logging.INFO)
+        yield
+        return
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()

@@ -1,0 +1,90 @@
+"""`pelt-kernels info`"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .console import Debug, results, speaking_plainly
+
+
+def info(
+    adapter: Annotated[Path | None, typer.Option(help="Also describe this adapter.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Show versions, the machine, which backends can serve each operator and why others cannot."""
+    with speaking_plainly(debug):
+        from ..training.report import hardware, versions
+
+        out = results()
+        facts = Table(show_header=False, title="pelt-kernels")
+        for name, value in (versions() | hardware()).items():
+            facts.add_row(name, "none" if value is None else str(value))
+        out.print(facts)
+        backends = Table("operator", "backend", "able here", title="backends")
+        for operator, call in _probes().items():
+            for backend, refusal in _ability(call).items():
+                backends.add_row(operator, backend, refusal or "yes")
+        out.print(backends)
+        if adapter is not None:
+            out.print(_describe(adapter))
+
+
+def _probes() -> dict[str, Callable[[str], Any]]:
+    """A small call of each operator with the backend by name, on the GPU if there is one."""
+    import torch
+
+    from ..ops import gated_adapter, lora_linear, prefix_attention
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.zeros(1, 16, 64, device=device)
+    down, up = x.new_zeros(16, 64), x.new_zeros(64, 16)
+    q, weight = x.new_zeros(1, 2, 16, 32), x.new_zeros(64, 64)
+    return {
+        "gated_adapter": lambda backend: gated_adapter(x, down, up, backend=backend),
+        "prefix_attention": lambda backend: prefix_attention(q, q, q, backend=backend),
+        "lora_linear": lambda backend: lora_linear(x, weight, backend=backend),
+    }
+
+
+def _ability(call: Callable[[str], Any]) -> dict[str, str]:
+    """Per backend, empty if it served the call, else why it did not."""
+    from ..ops import BACKENDS, BackendError
+
+    refusals = {}
+    for backend in BACKENDS:
+        try:
+            call(backend)
+            refusals[backend] = ""
+        except BackendError as error:
+            # "<operator>: backend '<name>' was asked for but <reason>.  Able: <names>."
+            refusals[backend] = "no: " + str(error).partition(" but ")[2].partition(".  Able")[0]
+    return refusals
+
+
+def _describe(folder: Path) -> Table:
+    from ..models.checkpoint import read_config
+    from ..training import RunError
+    from ..training.predictor import Card
+
+    card = Card.load(folder)
+    try:
+        config, base = read_config(folder)
+    except (ValueError, OSError) as error:
+        raise RunError(f"adapter {folder} cannot be used: {error}") from error
+    table = Table(show_header=False, title=str(folder))
+    for name, value in {
+        "task": card.task,
+        "labels": ", ".join(card.labels),
+        "model": card.model,
+    }.items():
+        table.add_row(name, value)
+    table.add_row("architecture", str(base.get("architecture")))
+    table.add_row("longest text", f"{card.max_length} tokens")
+    for name, value in config.to_dict().items():
+        table.add_row(name, str(value))
+    return table

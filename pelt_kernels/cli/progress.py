@@ -1,0 +1,71 @@
+"""A bar with loss and time left, and a line for each evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+
+@contextmanager
+def progress_bars(console: Console) -> Iterator[Bars]:
+    """Bars for runs, one below the other; taken down however the block ends."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        yield Bars(progress, console)
+
+
+class Bars:
+    """Makes the callback for each run."""
+
+    def __init__(self, progress: Progress, console: Console):
+        self.progress = progress
+        self.console = console
+
+    def for_run(self, title: str) -> list[TrainerCallback]:
+        return [RunProgress(self, title)]
+
+
+class RunProgress(TrainerCallback):
+    """Follows one run."""
+
+    def __init__(self, bars: Bars, title: str):
+        self.bars = bars
+        self.title = title
+        self.loss = ""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar = self.bars.progress.add_task(
+            self.title, total=state.max_steps, completed=state.global_step, loss=""
+        )
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.loss = f"loss {logs['loss']:.3f}"
+            self.bars.progress.update(self.bar, loss=self.loss)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bars.progress.update(self.bar, completed=state.global_step)
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any
+    ) -> None:
+        if metrics:
+            self.bars.console.print(
+                f"{self.title}: step {state.global_step}/{state.max_steps}  {self.loss}  "
+                f"dev accuracy {metrics['eval_accuracy']:.3f}"
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bars.progress.remove_task(self.bar)  # a run that stopped early would stay unfinished

@@ -1,0 +1,153 @@
+"""`pelt-kernels train`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .console import Debug, notes, results, speaking_plainly
+
+if TYPE_CHECKING:
+    from ..training import TrainConfig
+
+RUNS = Path("runs")
+_METHODS = "unipelt, unipelt-ap, adapter, prefix, lora, bitfit, head or full"
+
+
+def train(
+    context: typer.Context,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="A CSV, TSV or JSONL file, docstring-match (the default) or a data set: glue/sst2."
+        ),
+    ] = None,
+    eval: Annotated[
+        str | None, typer.Option(help="A file with the test part; else one is held out of --task.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A hub id or a folder; the default lies in a package.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help=f"{_METHODS}.")] = None,
+    train_examples: Annotated[
+        int | None, typer.Option(help="Training examples that each seed draws; default all.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="One run for each, such as 0,1,2.")] = None,
+    lr: Annotated[
+        str | None, typer.Option(help="Learning rate; of several (1e-3,1e-2) the best on dev.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Default by method.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Default by method.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens kept of a text; 128.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Evaluations on dev without a gain before stopping; 3.")
+    ] = None,
+    eval_every: Annotated[
+        int | None, typer.Option(help="Steps between evaluations; 0: once an epoch.")
+    ] = None,
+    warmup: Annotated[
+        float | None, typer.Option(help="Share of the steps with a rising rate; 0.06.")
+    ] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="0.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Default text, sentence, ...")] = None,
+    pair_column: Annotated[str | None, typer.Option(help="The second text's column.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Default label.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Ask every operator for one backend.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the results; default runs/<task>-<method>.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --output.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove the run in --output first.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Train a method on a task, test it, and keep the adapter."""
+    with speaking_plainly(debug):
+        from ..training import UsageError
+
+        if resume and overwrite:
+            raise UsageError("--resume and --overwrite contradict each other")
+        if resume and output is None:
+            raise UsageError("--resume needs the --output of the run to go on with")
+        asked = _asked(context.params)
+        _train(asked, output, resume, overwrite)
+
+
+def _train(asked: dict[str, Any], output: Path | None, resume: bool, overwrite: bool) -> None:
+    from ..training import TrainConfig, Watchers, clear_run, stoppable
+    from ..training import train as train_experiment
+    from ..training.config import continued
+    from .progress import progress_bars
+
+    config = continued(output, asked) if resume and output else TrainConfig(**asked).resolved()
+    folder = output or _free_folder(config)
+    if overwrite:
+        clear_run(folder)
+    console = notes()
+    with stoppable() as stop, progress_bars(console) as bars:
+        watchers = Watchers(
+            say=lambda sentence: console.print(sentence, markup=False),
+            progress=bars.for_run,
+            stop=stop,
+        )
+        found = train_experiment(config, folder, resume=resume, watchers=watchers)
+    results().print(_table(found))
+    results().print(f"adapter, metrics.json and plots: {folder}", markup=False)
+
+
+def _asked(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config that were given on the command line."""
+    from ..training.config import option_names
+
+    asked = {name: parameters[name] for name in option_names() if parameters[name] is not None}
+    if "seeds" in asked:
+        asked["seeds"] = _numbers("seeds", asked["seeds"], int)
+    if "lr" in asked:
+        asked["lr"] = _numbers("lr", asked["lr"], float)
+    return asked
+
+
+def _numbers(option: str, text: str, kind: type[int] | type[float]) -> tuple[Any, ...]:
+    from ..training import UsageError
+
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{option}: expected numbers such as 0,1,2, got '{text}'") from error
+
+
+def _free_folder(config: TrainConfig) -> Path:
+    """``runs/<task>-<method>``, numbered where a run is there already."""
+    from ..training import is_run
+
+    name = f"{Path(config.task).stem}-{config.method}"
+    folder, number = RUNS / name, 2
+    while is_run(folder):
+        folder, number = RUNS / f"{name}-{number}", number + 1
+    return folder
+
+
+def _table(found: dict[str, Any]) -> Table:
+    table = Table(title=f"{found['method']} on {found['task']['name']}", show_header=False)
+    seeds = len(found["seeds"])
+    for key, name in (("accuracy", "accuracy"), ("f1", "F1"), ("matthews", "Matthews")):
+        spread = found["summary"][key]
+        more = f" ± {spread['std']:.3f} over {seeds} seeds" if seeds > 1 else ""
+        table.add_row(f"test {name}", f"{spread['mean']:.3f}{more}")
+    trained, total = found["trainable_parameters"], found["total_parameters"]
+    table.add_row("trainable parameters", f"{trained:,} ({100 * trained / total:.2f} % of all)")
+    table.add_row("learning rate", f"{found['learning_rate']:g}")
+    seconds = found["seconds_per_step"]
+    table.add_row("seconds per step", "not timed" if seconds is None else f"{seconds:.3f}")
+    table.add_row("peak memory", f"{found['peak_memory_bytes'] / 2**20:,.0f} MiB")
+    for operator, backend in found["backends"].items():
+        table.add_row(operator, backend)
+    return table
