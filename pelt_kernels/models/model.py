@@ -157,15 +157,18 @@ class PeltModel(Checkpointed):
         return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """Keeps only the layers' inputs. Reentrant or not, gradients and dropout stay the same."""
+        """Keeps only the layers' inputs. Reentrant or not, gradients and dropout stay the same.
+
+        Args:
+            gradient_checkpointing_kwargs: for `torch.utils.checkpoint`, such as ``use_reentrant``.
+            options: further ones of the base model, such as ``every_n_layers``.
+        """
         model = self.base_model
-        enable = (
-            getattr(model, "activation_checkpointing_enable", None)
-            or model.gradient_checkpointing_enable
-        )
-        enable(gradient_checkpointing_kwargs)
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        enable = enable or model.gradient_checkpointing_enable
+        enable(gradient_checkpointing_kwargs, **options)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keeps activations again."""
