@@ -11,15 +11,19 @@
 #include <string>
 #include <utility>
 
-#include "ops/gated_adapter/params.h"
 #if defined(PELT_SIM)
 #include "sim/executor.h"
+#endif
+#if defined(PELT_SIM) || defined(PELT_WITH_CUDA)
+#define PELT_HAS_CUDA_KERNELS 1
+#include "ops/gated_adapter/params.h"
 #endif
 
 namespace py = pybind11;
 
 namespace {
 
+#if defined(PELT_HAS_CUDA_KERNELS)
 using namespace pelt;
 
 using Address = uintptr_t;
@@ -155,6 +159,19 @@ void bind_gated_adapter(py::module_& m) {
       py::arg("dgate_bias"), py::arg("workspace"), py::arg("stream"),
       py::call_guard<py::gil_scoped_release>());
 }
+#endif
+
+// What the module was made of, for bug reports and benchmark records.
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = __VERSION__;
+#if defined(PELT_WITH_CUDA)
+  info["cuda"] = true;
+#else
+  info["cuda"] = false;
+#endif
+  return info;
+}
 
 }  // namespace
 
@@ -165,7 +182,10 @@ PYBIND11_MODULE(PELT_MODULE, m) {
         "Seeds the order of threads, warps and blocks. A sound kernel's results do not depend on "
         "it.");
 #else
-  m.doc() = "The CUDA kernels.";
+  m.doc() = "The compiled kernels.";
 #endif
+  m.def("build_info", &build_info, "What the module was made of.");
+#if defined(PELT_HAS_CUDA_KERNELS)
   bind_gated_adapter(m);
+#endif
 }

@@ -42,8 +42,7 @@ __device__ __forceinline__ void put_hidden(const Inputs& in, Shared<C>& s, int64
       float value[2];
       for (int e = 0; e < 2; ++e) {
         const bool has_bias = in.b_down.data != nullptr && column + e < in.R;
-        const float bias =
-            has_bias ? load_parameter<T>(in.b_down, member * in.R + column + e) : 0.0f;
+        const float bias = has_bias ? load_rounded<T>(in.b_down, member * in.R + column + e) : 0.0f;
         value[e] = sums[n].r[2 * half + e] + bias;
       }
       store_4(&s.hidden[row * C::kHiddenStride + column], pack<T>(value[0], value[1]));

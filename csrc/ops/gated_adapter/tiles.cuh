@@ -47,6 +47,14 @@ __device__ __forceinline__ Float8 load_parameter_8(const Parameter& parameter, i
                               : load_8(static_cast<const T*>(parameter.data) + i);
 }
 
+// One element as a product would see it: rounded to the activation's type. What is added to h is
+// rounded like that, so that a master in float32 puts no h on another side of phi's corner than the
+// same parameter in 16 bits does.
+template <class T>
+__device__ __forceinline__ float load_rounded(const Parameter& parameter, int64_t i) {
+  return to_float(round_to<T>(load_parameter<T>(parameter, i)));
+}
+
 // Which member of a bank serves a tile. With one index for each sample the group is the sample.
 __device__ __forceinline__ int64_t member_of(const int64_t* index, bool is_per_sample, int group) {
   return index == nullptr ? 0 : index[is_per_sample ? group : 0];
