@@ -94,8 +94,8 @@ def layers_of(model: PreTrainedModel, slots: Slots) -> nn.ModuleList:
     layers = _follow(model.base_model, slots.layers, type(model).__name__)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise ValueError(
-            f"get_pelt_model: expected {type(model).__name__} to have layers in {slots.layers!r}, got "
-            f"{type(layers).__name__} of length {len(list(layers.children()))}"
+            f"get_pelt_model: expected {type(model).__name__} to have layers in {slots.layers!r}, "
+            f"got {type(layers).__name__} of length {len(list(layers.children()))}"
         )
     return layers
 

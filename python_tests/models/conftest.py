@@ -74,7 +74,7 @@ def _randomise(model, std: float = 0.2, seed: int = 2):
 
 @pytest.fixture
 def make_base():
-    """family, attention, dtype, config changes -> a classifier with 2 layers, D = 32, in evaluation mode."""
+    """family, attention, dtype, config changes -> a classifier of 2 layers, D = 32, in eval mode."""
     return _make_base
 
 

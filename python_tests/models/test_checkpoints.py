@@ -63,7 +63,7 @@ def test_every_family_and_method(method, family, make_base, make_batch, randomis
 
 
 def test_training_resumes_where_it_stopped(make_base, make_batch, randomise, tmp_path):
-    """The reparametrisation is in the checkpoint, so two steps and a restart and two steps are four steps."""
+    """The reparametrisation is saved, so two steps, a restart and two steps are four steps."""
 
     def steps(model, optimizer, number):
         for _ in range(number):

@@ -157,7 +157,7 @@ def test_a_closed_gate_leaves_the_prefix_its_share_of_the_softmax(make_base, mak
 
 @torch.no_grad()
 def test_layers_without_a_prefix_run_the_base_models_attention(make_base, make_batch):
-    """With every prefix taken away layer by layer, the rest must be what a model without prefixes computes."""
+    """Under "pelt" attention, too; and a skipped layer has no prefix and no row of parameters."""
     batch = make_batch(with_labels=False)
     for attention in ("sdpa", "eager"):
         base = make_base(attention=attention)

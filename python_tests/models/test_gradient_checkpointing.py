@@ -1,4 +1,4 @@
-"""Gradient checkpointing changes nothing but memory: outputs, gradients, dropout, with prefixes and gates."""
+"""Gradient checkpointing changes memory and nothing else: outputs, gradients, dropout."""
 
 from __future__ import annotations
 

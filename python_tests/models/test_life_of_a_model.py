@@ -76,7 +76,7 @@ def test_remove_gives_back_the_base_model_bit_for_bit(
     method, family, attention, make_base, make_batch
 ):
     base, batch = make_base(family, attention=attention), make_batch()
-    list(base.parameters())[0].requires_grad_(False)
+    next(base.parameters()).requires_grad_(False)
     before, logits = anatomy(base), base(**batch).logits
     model = get_pelt_model(base, METHODS[method])
     train_a_little(model, batch)

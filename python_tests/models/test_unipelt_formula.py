@@ -1,7 +1,8 @@
-"""UniPELT in a BERT against a transcription of its formulas, written from the paper and the official structure.
+"""UniPELT in a BERT against a transcription of its formulas.
 
-The transcription shares no code with the package: plain torch, the prefix expanded to the batch and concatenated to the
-keys, the mask dense, the gates averaged as written. float64, outputs and every gradient to 1e-10.
+The transcription is written from the paper and the official structure and shares no code with the
+package: plain torch, the prefix expanded to the batch and concatenated to the keys, the mask dense,
+the gates averaged as written. float64, outputs and every gradient to 1e-10.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def split_heads(x):
 
 
 def prefix_keys_values(p, batch):
-    """E -> Linear -> tanh -> Linear(mid, 2 L d) -> (2L, B, H, P, d/H); layer i has chunks 2i and 2i + 1."""
+    """E -> Linear -> tanh -> Linear(mid, 2Ld) -> (2L, B, H, P, d/H); layer i: chunks 2i, 2i + 1."""
     up_weight = torch.cat([p[f"prefix.up_weight.{i}"] for i in range(LAYERS)])
     up_bias = torch.cat([p[f"prefix.up_bias.{i}"] for i in range(LAYERS)])
     embedded = p["prefix.embedding.weight"].expand(batch, -1, -1)
