@@ -92,9 +92,13 @@ def _train(asked: dict[str, Any], output: Path | None, resume: bool, overwrite: 
     if overwrite:
         clear_run(folder)
     console = notes()
-    with stoppable() as stop, progress_bars(console) as bars:
+
+    def say(sentence: str) -> None:
+        console.print(sentence, markup=False, soft_wrap=True)
+
+    with stoppable(say) as stop, progress_bars(console) as bars:
         watchers = Watchers(
-            say=lambda sentence: console.print(sentence, markup=False),
+            say=say,
             progress=bars.for_run,
             stop=stop,
         )

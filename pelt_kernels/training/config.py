@@ -35,7 +35,7 @@ class TrainConfig:
         lr: learning rates; of several, the best on dev with the first seed serves all seeds. Empty:
             the recipe's.
         epochs, batch_size: None takes the recipe's.
-        max_length: tokens after which a text is cut.
+        max_length: tokens after which a text is cut; None takes 128, or what the model reads.
         patience: evaluations on dev without a gain after which training stops.
         eval_every: steps between evaluations and checkpoints; 0 means once an epoch.
         warmup: share of the steps in which the learning rate rises; it then falls linearly to 0.
@@ -51,7 +51,7 @@ class TrainConfig:
     lr: tuple[float, ...] = ()
     epochs: int | None = None
     batch_size: int | None = None
-    max_length: int = 128
+    max_length: int | None = None
     patience: int = 3
     eval_every: int = 0
     warmup: float = 0.06
@@ -81,9 +81,8 @@ class TrainConfig:
         return config
 
     def _check(self) -> None:
-        at_least_one = ("epochs", "batch_size", "max_length", "patience")
-        for name in at_least_one + (("train_examples",) if self.train_examples is not None else ()):
-            if getattr(self, name) < 1:
+        for name in ("epochs", "batch_size", "max_length", "patience", "train_examples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UsageError(f"{_option(name)}: expected at least 1, got {getattr(self, name)}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise UsageError(f"seeds: expected different numbers from 0, got {list(self.seeds)}")

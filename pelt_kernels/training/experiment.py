@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .tasks import Task, load_task
 METRICS_FILE = "metrics.json"
 TASK_FILE = "data.json"
 PREDICTIONS_FILE = "test_predictions.jsonl"
+DEFAULT_MAX_LENGTH = 128
 _OWN_FILES = (
     CONFIG_FILE, METRICS_FILE, TASK_FILE, PREDICTIONS_FILE, "curves.png", "gates.png",
 )  # fmt: skip
@@ -54,7 +56,7 @@ def train(
     if not resume and is_run(output):
         raise UsageError(f"output: {output} holds a run already; --resume or --overwrite it")
     tokenizer = load_tokenizer(config.model)
-    _check_length(config, tokenizer)
+    config = replace(config, max_length=_longest_text(config, tokenizer))
     task = load_task(config.task, config.eval, config.columns)
     task.draw_train(config.train_examples, seed=0)  # refuses too many before anything is written
     require_writable(output)
@@ -165,14 +167,17 @@ def _check_machine(config: TrainConfig) -> None:
         raise UsageError("train runs in one process; start it without a distributed launcher")
 
 
-def _check_length(config: TrainConfig, tokenizer: Any) -> None:
+def _longest_text(config: TrainConfig, tokenizer: Any) -> int:
     # Tokenizers without a limit of their own report a huge number.
     limits = [tokenizer.model_max_length, longest_input(config.model)]
     longest = min(limit for limit in limits if limit is not None)
+    if config.max_length is None:
+        return min(DEFAULT_MAX_LENGTH, longest)
     if config.max_length > longest:
         raise UsageError(
             f"max-length: {config.model} reads at most {longest} tokens, not {config.max_length}"
         )
+    return config.max_length
 
 
 def _check_same_data(task: Task, output: Path) -> None:

@@ -40,6 +40,13 @@ class Watchers:
     say: Callable[[str], None] = lambda sentence: None
     progress: Callable[[str], Sequence[TrainerCallback]] = lambda title: ()
     stop: Stop = field(default_factory=Stop)
+    _said: set[str] = field(default_factory=set)
+
+    def say_once(self, topic: str, sentence: str) -> None:
+        """Says a sentence unless one on the topic was said."""
+        if topic not in self._said:
+            self._said.add(topic)
+            self.say(sentence)
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,11 @@ class Run:
     @property
     def folder(self) -> Path:
         return self.output / f"lr-{self.lr:g}-seed-{self.seed}"
+
+    @property
+    def max_length(self) -> int:
+        assert self.config.max_length is not None  # the experiment has set it
+        return self.config.max_length
 
     @property
     def adapter(self) -> Path:
@@ -89,8 +101,8 @@ class Run:
         require_writable(self.folder, needed_bytes=trainable * 4 * (3 * 3 + 1) + 2**24)
         clear_partial(self.folder)
         examples = self.task.draw_train(self.config.train_examples, self.seed)
-        train = encode(examples, self.tokenizer, self.config.max_length, self.task.labels)
-        dev = encode(self.task.dev, self.tokenizer, self.config.max_length, self.task.labels)
+        train = encode(examples, self.tokenizer, self.max_length, self.task.labels)
+        dev = encode(self.task.dev, self.tokenizer, self.max_length, self.task.labels)
         dev.rows.sort(key=lambda row: len(row["input_ids"]))
         self._note_truncated(watchers, train, dev)
         trainer = self._trainer(model, train, dev, watchers)
@@ -129,9 +141,7 @@ class Run:
     def _card(self) -> Card:
         folder = Path(self.config.model)
         model = str(folder.resolve()) if folder.is_dir() else self.config.model
-        return Card(
-            self.task.name, model, self.task.labels, self.task.has_pairs, self.config.max_length
-        )
+        return Card(self.task.name, model, self.task.labels, self.task.has_pairs, self.max_length)
 
     def _trainer(
         self, model: PeltModel, train: Encoded, dev: Encoded, watchers: Watchers
@@ -203,9 +213,10 @@ class Run:
     def _note_truncated(self, watchers: Watchers, *parts: Encoded) -> None:
         cut = sum(part.truncated for part in parts)
         if cut:
-            watchers.say(
-                f"{cut} of {sum(map(len, parts))} texts are longer than {self.config.max_length} "
-                "tokens and were cut (--max-length)"
+            watchers.say_once(
+                "length",
+                f"{cut} of {sum(map(len, parts))} texts are longer than {self.max_length} "
+                "tokens and were cut (--max-length)",
             )
 
     def _kept(self, stopped: Interrupted) -> str:

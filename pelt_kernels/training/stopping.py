@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -19,11 +19,13 @@ BEST_METRIC = "eval_accuracy"
 class Stop(TrainerCallback):
     """A wish to stop, granted after the next checkpoint.
 
-    While training runs, the first signal lets the current step end and a checkpoint be written; a
-    second one ends the process at once. Outside training every signal does.
+    While training runs, the first signal lets the current step (and the evaluation, where one is
+    due) end and a checkpoint be written; a second one ends the run at once. Outside training every
+    signal does. `say` is told of the wait.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None] = lambda sentence: None) -> None:
+        self.say = say
         self.number: int | None = None
         self._can_wait = False
 
@@ -31,6 +33,8 @@ class Stop(TrainerCallback):
         """Handles a signal."""
         if self.number is None and self._can_wait:
             self.number = number
+            name = signal.Signals(number).name
+            self.say(f"{name}: stopping after the next checkpoint; once more to stop at once")
             return
         raise Interrupted(number)
 
@@ -52,9 +56,6 @@ class Stop(TrainerCallback):
             return  # the epoch's evaluation and checkpoint follow; one before would leave it out
         control.should_save = True
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._grant()
-
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._grant()
 
@@ -65,9 +66,9 @@ class Stop(TrainerCallback):
 
 
 @contextmanager
-def stoppable() -> Iterator[Stop]:
+def stoppable(say: Callable[[str], None]) -> Iterator[Stop]:
     """Sends SIGINT and SIGTERM to a `Stop` while the block runs. Main thread only."""
-    stop = Stop()
+    stop = Stop(say)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:
         signal.signal(number, stop.request)

@@ -1,0 +1,164 @@
+"""The commands from end to end on a tiny encoder."""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+from pathlib import Path
+
+import pytest
+from command import Run, options
+
+from pelt_kernels.training import load_task
+from pelt_kernels.training.recipes import RECIPES
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+def test_train_tells_figures_and_leaves_everything(
+    run: Run, tiny_model: Path, toy_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    done = run("train", *options(tiny_model, toy_files), "--output", output, "--seeds", "0,3")
+    assert done.code == 0, done.err
+    found = json.loads((output / "metrics.json").read_text())
+    assert f"{found['accuracy']:.3f} ± {found['summary']['accuracy']['std']:.3f}" in done.out
+    assert f"{found['trainable_parameters']:,}" in done.out
+    for operator, backend in found["backends"].items():
+        assert operator in done.out and backend in done.out
+    assert [run["seed"] for run in found["seeds"]] == [0, 3]
+    assert "early stopping" in done.err and "read once at the end" in done.err
+    assert done.err.count("dev accuracy") == 4  # two epochs, two seeds
+    names = {path.name for path in output.iterdir()}
+    assert {"metrics.json", "adapter", "curves.png", "gates.png", "run.json"} <= names
+
+
+def test_nothing_reaches_for_a_network(
+    run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    assert run("predict", "--adapter", trained / "adapter", "a good film").code == 0
+
+
+def test_a_second_run_goes_elsewhere_and_an_explicit_folder_is_kept(
+    run: Run,
+    tiny_model: Path,
+    toy_files: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", *options(tiny_model, toy_files), "--method", "head", "--epochs", 1]
+    for _ in range(2):
+        assert run(*arguments).code == 0
+    assert {path.name for path in Path("runs").iterdir()} == {"train-head", "train-head-2"}
+    again = run(*arguments, "--output", "runs/train-head")
+    assert "holds a run already" in again.refused(2)
+    (tmp_path / "runs" / "train-head" / "notes.txt").write_text("mine")
+    assert run(*arguments, "--output", "runs/train-head", "--overwrite", "--seeds", 5).code == 0
+    found = json.loads(Path("runs/train-head/metrics.json").read_text())
+    assert [run["seed"] for run in found["seeds"]] == [5]
+    assert Path("runs/train-head/notes.txt").read_text() == "mine"
+
+
+def test_resume_of_a_finished_run_repeats_its_figures(run: Run, trained: Path) -> None:
+    before = (trained / "metrics.json").read_text()
+    done = run("train", "--resume", "--output", trained)
+    assert done.code == 0 and "dev accuracy" not in done.err
+    assert (trained / "metrics.json").read_text() == before
+
+
+def test_predict_in_all_its_forms_agrees(
+    run: Run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["a good film", "this book is awful", "", "so so warm"]
+    adapter = ["--adapter", trained / "adapter"]
+    asked = run("predict", *adapter, "--json", *texts)
+    rows = [json.loads(line) for line in asked.out.splitlines()]
+    assert [row["text"] for row in rows] == texts
+    for row in rows:
+        assert row["probability"] == max(row["probabilities"].values())
+        assert set(row["probabilities"]) == {"0", "1"}
+    assert "1 texts are empty" in asked.err
+    lines = tmp_path / "texts.txt"
+    lines.write_text("\n".join(texts) + "\n")
+    table = tmp_path / "texts.tsv"
+    table.write_text("text\n" + "\n".join(text or " " for text in texts) + "\n")
+    assert run("predict", *adapter, "--json", "--file", lines).out == asked.out
+    from_table = run("predict", *adapter, "--json", "--file", table).out.splitlines()
+    assert [json.loads(line)["label"] for line in from_table] == [row["label"] for row in rows]
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines.read_text()))
+    assert run("predict", *adapter, "--json").out == asked.out
+    plain = run("predict", *adapter, *texts).out.splitlines()
+    assert [line.split("\t")[0] for line in plain] == [row["label"] for row in rows]
+
+
+def test_predict_tells_the_accuracy_of_labelled_rows(
+    run: Run, trained: Path, toy_files: tuple[Path, Path]
+) -> None:
+    done = run("predict", "--adapter", trained / "adapter", "--file", toy_files[1])
+    accuracy = json.loads((trained / "metrics.json").read_text())["accuracy"]
+    assert f"accuracy {accuracy:.4f} on 60 labelled texts" in done.err
+
+
+def test_an_over_long_text_is_cut_with_one_note(run: Run, trained: Path) -> None:
+    long = "good film " * 300
+    done = run("predict", "--adapter", trained / "adapter", long, "--json")
+    cut = run("predict", "--adapter", trained / "adapter", "good film " * 7, "--json")
+    assert done.code == 0 and done.err.count("cut") == 1
+    assert json.loads(done.out)["label"] == json.loads(cut.out)["label"]
+    assert json.loads(done.out)["probability"] == pytest.approx(json.loads(cut.out)["probability"])
+
+
+def test_pairs_are_read_from_tabs_options_and_files(
+    run: Run, tiny_model: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "pairs.tsv"
+    rows = [f"good film {n % 7}\tbad book\t{n % 2}" for n in range(60)]
+    table.write_text("sentence1\tsentence2\tlabel\n" + "\n".join(rows) + "\n")
+    output = tmp_path / "out"
+    short = ["--model", tiny_model, "--method", "head", "--epochs", 1, "--device", "cpu"]
+    assert run("train", "--task", table, *short, "--output", output).code == 0
+    adapter = ["--adapter", output / "adapter", "--json"]
+    by_tab = run("predict", *adapter, "good film\tbad book")
+    by_option = run("predict", *adapter, "good film", "--pair", "bad book")
+    assert by_tab.code == 0 and by_tab.out == by_option.out
+    assert json.loads(by_tab.out)["text_pair"] == "bad book"
+    reply = run("predict", *adapter, "no second text").refused(2)
+    assert "argument 1: the adapter reads two texts" in reply
+    assert "expected one --pair for each" in run(
+        "predict", *adapter, "a", "b", "--pair", "c"
+    ).refused(2)
+
+
+def test_info_names_versions_backends_and_the_adapter(run: Run, trained: Path) -> None:
+    done = run("info", "--adapter", trained / "adapter")
+    assert done.code == 0, done.err
+    for word in ("torch", "gated_adapter", "prefix_attention", "lora_linear", "eager", "yes"):
+        assert word in done.out
+    assert "unipelt" in done.out and "BertForSequenceClassification" in done.out
+
+
+def test_help_names_every_method(run: Run) -> None:
+    done = run("train", "--help")
+    assert done.code == 0
+    for method in RECIPES:
+        assert method in done.out
+
+
+def test_sst2_as_a_newcomer_types_it(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    folder = DATA / "sst2"
+    if not folder.is_dir():
+        pytest.skip(f"the data of SST-2 is not in {DATA}")
+    files = ["--task", folder / "train.tsv", "--eval", folder / "dev.tsv"]
+    small = ["--model", tiny_model, "--epochs", 1, "--train-examples", 64]
+    done = run("train", *files, *small, "--output", tmp_path / "out")
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert found["task"]["examples"] == {"train": 64, "dev": 500, "test": 872}
+    assert found["task"]["fingerprint"] == load_task(*map(str, files[1::2])).fingerprint

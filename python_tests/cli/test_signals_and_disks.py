@@ -1,0 +1,85 @@
+"""Runs in a process of their own that are stopped from outside or may not write."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from command import Run, options, start
+from safetensors.torch import load_file
+
+from pelt_kernels.training.trainer import FILES, checkpoints
+
+
+def long_options(model: Path, files: tuple[Path, Path]) -> list[object]:
+    """A run of some seconds, on one thread like the process it is compared with."""
+    return [*options(model, files), "--epochs", 10, "--patience", 10, "--lr", "1e-3"]
+
+
+def wait_for_checkpoint(output: Path, process: object) -> None:
+    deadline = time.monotonic() + 60
+    while not list(output.glob("lr-*/checkpoint-*")):
+        assert time.monotonic() < deadline and process.poll() is None, "no checkpoint"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_keeps_a_checkpoint_from_which_the_same_end_is_reached(
+    run: Run,
+    tiny_model: Path,
+    toy_files: tuple[Path, Path],
+    tmp_path: Path,
+    number: signal.Signals,
+) -> None:
+    output = tmp_path / "stopped"
+    arguments = ["train", *long_options(tiny_model, toy_files)]
+    process = start(*arguments, "--output", output)
+    wait_for_checkpoint(output, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert "Traceback" not in err
+    last = err.strip().splitlines()[-1]
+    (folder,) = output.glob("lr-*")
+    kept = checkpoints(folder)
+    assert last.startswith(f"pelt-kernels: stopped by {number.name}; {kept[-1]} is kept")
+    assert all(sorted(p.name for p in one.iterdir()) == sorted(FILES) for one in kept)
+    assert not (output / "metrics.json").exists()
+    if number == signal.SIGINT:
+        return  # the rest is the same
+    assert run("train", "--resume", "--output", output).code == 0
+    assert run(*arguments, "--output", tmp_path / "whole").code == 0
+    names = [
+        folder / "adapter" / "adapter_model.safetensors" for folder in (output, tmp_path / "whole")
+    ]
+    one, two = map(load_file, names)
+    assert one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)
+    figures = [
+        json.loads((folder / "metrics.json").read_text()) for folder in (output, tmp_path / "whole")
+    ]
+    assert figures[0]["accuracy"] == figures[1]["accuracy"]
+
+
+def test_a_write_that_fails_leaves_earlier_checkpoints(
+    run: Run, tiny_model: Path, toy_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The first checkpoint is written; then files may no longer grow as large as the next needs."""
+    output = tmp_path / "out"
+    arguments = ["train", *long_options(tiny_model, toy_files), "--output", output]
+    process = start(*arguments)
+    wait_for_checkpoint(output, process)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1, err
+    assert "Traceback" not in err
+    sentence = err.strip().splitlines()[-1]
+    assert sentence.startswith("pelt-kernels: checkpoint ") and "cannot be written" in sentence
+    (folder,) = output.glob("lr-*")
+    kept = checkpoints(folder)
+    assert kept and all(sorted(p.name for p in one.iterdir()) == sorted(FILES) for one in kept)
+    assert not list(folder.glob(".partial-*"))
+    assert run("train", "--resume", "--output", output).code == 0

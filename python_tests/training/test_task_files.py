@@ -1,0 +1,198 @@
+"""Tasks from files and data sets: columns, splits, and one sentence for what is wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_encoder import rows, write_csv, write_tsv
+
+from pelt_kernels.training import RunError, Task, UsageError, load_task
+from pelt_kernels.training.tasks import Columns, read_examples
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+def contents(part: Any) -> set[Any]:
+    return {example.content for example in part}
+
+
+def assert_disjoint(task: Task) -> None:
+    train, dev, test = contents(task.train), contents(task.dev), contents(task.test)
+    assert train and dev and test
+    assert not train & dev and not train & test and not dev & test
+
+
+def test_csv_tsv_and_json_lines_give_the_same_examples(tmp_path: Path) -> None:
+    table = rows(20, seed=3)
+    paths = [
+        write_tsv(tmp_path / "a.tsv", table),
+        write_csv(tmp_path / "a.csv", table, ("text", "label")),
+        tmp_path / "a.jsonl",
+    ]
+    lines = (json.dumps({"label": int(label), "text": text}) for text, label in table)
+    paths[2].write_text("\n".join(lines) + "\n")
+    read = [
+        [(e.text, e.pair, e.label) for e in read_examples(path, Columns(), needs_label=True)]
+        for path in paths
+    ]
+    assert read[0] == read[1] == read[2] == [(text, None, label) for text, label in table]
+
+
+def test_quotes_belong_to_the_text_in_tsv_and_to_the_format_in_csv(tmp_path: Path) -> None:
+    tsv = write_tsv(tmp_path / "a.tsv", [('"so" he said', "x")])
+    csv = write_csv(tmp_path / "a.csv", [['one, "two"\nthree', "x"]], ["text", "label"])
+    assert read_examples(tsv, Columns(), needs_label=True)[0].text == '"so" he said'
+    assert read_examples(csv, Columns(), needs_label=True)[0].text == 'one, "two"\nthree'
+
+
+def test_a_text_may_be_longer_than_the_csv_module_likes(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "a.csv", [["word " * 50_000, "x"]], ["text", "label"])
+    assert len(read_examples(path, Columns(), needs_label=True)[0].text) == 250_000
+
+
+@pytest.mark.parametrize(
+    ("header", "asked", "expected"),
+    [
+        ("sentence\tlabel", Columns(), ("A", None)),
+        ("sentence1\tsentence2\tlabel", Columns(), ("A", "B")),
+        ("question\tsentence\tlabel", Columns(), ("A", "B")),
+        ("text\tsentence\tlabel", Columns(), ("A", None)),
+        ("left\tright\tlabel", Columns(text="right"), ("B", None)),
+        ("left\tright\tlabel", Columns(text="right", pair="left"), ("B", "A")),
+        ("text\tkind\tclass", Columns(label="kind"), ("A", None)),
+    ],
+)
+def test_columns_are_found_by_their_usual_names_or_as_told(
+    tmp_path: Path, header: str, asked: Columns, expected: tuple[str, str | None]
+) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text(header + "\n" + "\t".join("ABC"[: header.count("\t") + 1]) + "\n")
+    assert read_examples(path, asked, needs_label=True)[0].content == expected
+
+
+WRONG_FILES = {
+    "missing": ("nothing.tsv", None, "there is no such file"),
+    "suffix": ("a.xlsx", b"x", "expected a name ending in .csv, .tsv, .jsonl"),
+    "empty": ("a.tsv", b"", "holds no rows"),
+    "header only": ("a.tsv", b"text\tlabel\n", "holds no rows"),
+    "no text column": ("a.tsv", b"words\tlabel\nx\t1\n", "no text column"),
+    "no label column": ("a.tsv", b"text\tmark\nx\t1\n", "no column 'label' among text, mark"),
+    "short row": ("a.tsv", b"text\tlabel\nx\t1\ny\n", "line 3 of .*expected 2 fields, got 1"),
+    "empty text": ("a.tsv", b"text\tlabel\nx\t1\n \t1\n", "line 3 of .*the text is empty"),
+    "empty label": ("a.tsv", b"text\tlabel\nx\t1\ny\t\n", "line 3 of .*the label is empty"),
+    "not UTF-8": ("a.tsv", b"text\tlabel\n\xff\xfe\t1\n", "expected UTF-8, got byte 0xff"),
+    "open quote": ("a.csv", b'text,label\n"x,1\n', "not CSV"),
+    "not JSON": ("a.jsonl", b'{"text": "x", "label": 1}\n{"text"\n', "line 2 of .*not JSON"),
+    "not an object": ("a.jsonl", b"[1]\n", "expected an object, got list"),
+    "key missing": ("a.jsonl", b'{"text": "x", "label": 1}\n{"label": 1}\n', "'text' is missing"),
+    "one label": ("a.tsv", b"text\tlabel\n" + b"x\t1\n" * 20, "at least two labels, got only '1'"),
+    "few rows": ("a.tsv", b"text\tlabel\nx\t1\ny\t0\n", "at least 8 rows, got 2"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FILES)
+def test_a_wrong_file_is_refused_in_one_sentence(tmp_path: Path, case: str) -> None:
+    name, content, sentence = WRONG_FILES[case]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=sentence) as error:
+        load_task(str(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+
+def test_a_column_that_was_named_must_be_there(tmp_path: Path) -> None:
+    path = write_tsv(tmp_path / "a.tsv", rows(20, seed=0))
+    with pytest.raises(UsageError, match="no column 'body'; its columns are text, label"):
+        load_task(str(path), columns=Columns(text="body"))
+
+
+def test_parts_share_no_text_even_where_rows_repeat(tmp_path: Path) -> None:
+    table = rows(60, seed=4)
+    task = load_task(str(write_tsv(tmp_path / "a.tsv", table * 5)))
+    assert_disjoint(task)
+    test = write_tsv(tmp_path / "test.tsv", table[:20])
+    task = load_task(str(write_tsv(tmp_path / "b.tsv", table * 2)), str(test))
+    assert_disjoint(task)
+    assert [e.text for e in task.test] == [text for text, _ in table[:20]]
+    assert task.sources["test"] == str(test) and "held out" in task.sources["dev"]
+
+
+def test_labels_have_a_fixed_order_and_unknown_ones_are_refused(tmp_path: Path) -> None:
+    table = [(f"text {number}", str(number % 11)) for number in range(110)]
+    path = write_tsv(tmp_path / "a.tsv", table)
+    assert load_task(str(path)).labels == tuple(map(str, range(11)))
+    words = write_tsv(
+        tmp_path / "b.tsv", [(text, "yes" if "1" in text else "no") for text, _ in table]
+    )
+    assert load_task(str(words)).labels == ("no", "yes")
+    test = write_tsv(tmp_path / "test.tsv", [("text", "yes"), ("text", "maybe")])
+    with pytest.raises(UsageError, match="line 3 of .*label 'maybe' is not one of no, yes"):
+        load_task(str(words), str(test))
+
+
+def test_more_examples_than_there_are_is_refused(tmp_path: Path) -> None:
+    task = load_task(str(write_tsv(tmp_path / "a.tsv", rows(50, seed=0))))
+    with pytest.raises(UsageError, match=r"100 were asked for but a.tsv leaves \d+"):
+        task.draw_train(100, seed=0)
+
+
+class FakeRows(list[dict[str, Any]]):
+    """As much of a data set's split as is read."""
+
+    def __init__(self, table: list[dict[str, Any]], names: list[str]):
+        super().__init__(table)
+        self.column_names = list(table[0])
+        self.features = {"label": types.SimpleNamespace(names=names), "sentence": None, "idx": None}
+
+
+def install_fake_datasets(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    names = ["negative", "positive"]
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(path: str, subset: str | None) -> dict[str, FakeRows]:
+        asked.append((path, subset))
+        if path != "glue":
+            raise ConnectionError(f"cannot reach {path}\nsecond line")
+        made = [
+            {"idx": i, "sentence": text, "label": int(label)}
+            for i, (text, label) in enumerate(rows(50, seed=5))
+        ]
+        return {
+            "train": FakeRows(made[:40], names),
+            "validation": FakeRows(made[40:], names),
+            "test": FakeRows([row | {"label": -1} for row in made], names),
+        }
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    return asked
+
+
+def test_a_data_set_by_name_uses_its_labelled_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = install_fake_datasets(monkeypatch)
+    task = load_task("glue/sst2")
+    assert asked == [("glue", "sst2")]
+    assert task.labels == ("negative", "positive") and task.sources["test"] == "validation"
+    assert len(task.test) == 10 and {e.label for e in task.test} <= set(task.labels)
+    assert_disjoint(task)
+    with pytest.raises(RunError, match=r"cannot be loaded \(cannot reach someone/texts\)$"):
+        load_task("someone/texts:small")
+    assert asked[-1] == ("someone/texts", "small")
+
+
+def test_a_data_set_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UsageError, match="pip install datasets"):
+        load_task("glue/sst2")
+
+
+def test_sst2_is_read_as_it_is() -> None:
+    if not (DATA / "sst2").is_dir():
+        pytest.skip(f"the data of SST-2 is not in {DATA}")
+    task = load_task(str(DATA / "sst2" / "train.tsv"), str(DATA / "sst2" / "dev.tsv"))
+    assert task.labels == ("0", "1") and len(task.test) == 872 and len(task.train) > 6000
+    assert_disjoint(task)
