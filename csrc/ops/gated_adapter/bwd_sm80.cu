@@ -177,24 +177,30 @@ __device__ __forceinline__ void put_hidden_gradient(const BackwardParams& p, Sha
                                                     const FragmentD (&v)[C::kRankTiles],
                                                     float (&dot)[2]) {
   using T = typename C::T;
-  for (int n = 0; n < C::kRankTiles; ++n) {
-    for (int half = 0; half < 2; ++half) {
-      const int row = warp_index() * 16 + FragmentD::row(2 * half);
-      const int column = rank + 8 * n + FragmentD::column(0);
-      T* at = &s.hidden[row * C::kHiddenStride + column];
-      const Float2 pair = unpack<T>(load_4(at));
-      const float h[2] = {pair.low, pair.high};
-      const float factor = p.in.has_post_norm() ? 1.0f : s.rows.factor[row];
-      float dh[2] = {0.0f, 0.0f};  // also where no h was loaded
-      for (int e = 0; e < 2; ++e) {
-        if (row >= rows.count || column + e >= p.in.R) continue;
-        const float gradient = v[n].r[2 * half + e];
-        dot[half] += gradient * to_float(round_to<T>(activate(p.in.activation, h[e])));
-        dh[e] = factor * gradient * activation_derivative(p.in.activation, h[e]);
+  with_activation(p.in.activation, [&](auto phi) {
+    constexpr Activation kPhi = decltype(phi)::value;
+#pragma unroll
+    for (int n = 0; n < C::kRankTiles; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = warp_index() * 16 + FragmentD::row(2 * half);
+        const int column = rank + 8 * n + FragmentD::column(0);
+        T* at = &s.hidden[row * C::kHiddenStride + column];
+        const Float2 pair = unpack<T>(load_4(at));
+        const float h[2] = {pair.low, pair.high};
+        const float factor = p.in.has_post_norm() ? 1.0f : s.rows.factor[row];
+        float dh[2] = {0.0f, 0.0f};  // also where no h was loaded
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if (row >= rows.count || column + e >= p.in.R) continue;
+          const float gradient = v[n].r[2 * half + e];
+          dot[half] += gradient * to_float(round_to<T>(activate(kPhi, h[e])));
+          dh[e] = factor * gradient * activation_derivative(kPhi, h[e]);
+        }
+        store_4(at, pack<T>(dh[0], dh[1]));
       }
-      store_4(at, pack<T>(dh[0], dh[1]));
     }
-  }
+  });
 }
 
 // s.hidden = dh, and the row's scalars, in shared and in global memory.
@@ -350,7 +356,7 @@ __device__ __forceinline__ void finish_tile(const BackwardParams& p, Shared<C>& 
 }
 
 template <class C>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, C::kMinBlocks)
     gated_adapter_bwd_sm80(const __grid_constant__ BackwardParams p) {
   auto& s = shared_memory_as<Shared<C>>();
   const Tiling& tiling = p.tiling;

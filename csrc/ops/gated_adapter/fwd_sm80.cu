@@ -207,7 +207,7 @@ __device__ __forceinline__ void finish_tile(const ForwardParams& p, Shared<C>& s
 }
 
 template <class C>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, C::kMinBlocks)
     gated_adapter_fwd_sm80(const __grid_constant__ ForwardParams p) {
   auto& s = shared_memory_as<Shared<C>>();
   const Tiling& tiling = p.tiling;

@@ -11,7 +11,7 @@
 
 #include "common/dtype.h"
 #include "common/launch.h"
-#include "cuda/activation.cuh"
+#include "cuda/activation_kind.h"
 #include "cuda/philox.cuh"
 
 namespace pelt::gated_adapter {

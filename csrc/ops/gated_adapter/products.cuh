@@ -25,6 +25,9 @@ struct Config {
   static constexpr int kWeightElements = kRankBlock * kChunkStride > kChunk* kUpStride
                                              ? kRankBlock * kChunkStride
                                              : kChunk * kUpStride;
+  // Blocks that share a multiprocessor's registers: left alone, the compiler goes for more of them
+  // and spills.
+  static constexpr int kMinBlocks = kMaxRank_ > 64 ? 2 : 3;
   static_assert(sizeof(T) == 2, "mma_m16n8k16 multiplies 16-bit elements");
   static_assert(kRankBlock % 16 == 0, "a rank block is a whole number of k steps of mma_m16n8k16");
   static_assert(kRanks % kRankBlock == 0, "the ranks are a whole number of rank blocks");
@@ -214,6 +217,7 @@ __device__ __forceinline__ void for_each_8(const Inputs& in, Shared<C>& s, const
   }
   sync_warp();
   const int column = lane_index() % kVectors * 8;
+#pragma unroll
   for (int turn = 0; turn < 4; ++turn) {
     const int row = lane_index() / kVectors + 4 * turn;
     if (warp_index() * 16 + row >= rows.count || first + column >= in.D) continue;
@@ -264,13 +268,16 @@ template <class C>
 __device__ __forceinline__ void activate_hidden(const Inputs& in, Shared<C>& s) {
   using T = typename C::T;
   const int pairs = rank_blocks_of<C>(in) * C::kRankBlock / 2;
-  for (int i = thread_index(); i < kBlockT * pairs; i += kThreads) {
-    const int column = i % pairs * 2;
-    T* at = &s.hidden[i / pairs * C::kHiddenStride + column];
-    const Float2 h = unpack<T>(load_4(at));
-    store_4(at, pack<T>(column < in.R ? activate(in.activation, h.low) : 0.0f,
-                        column + 1 < in.R ? activate(in.activation, h.high) : 0.0f));
-  }
+  with_activation(in.activation, [&](auto phi) {
+    constexpr Activation kPhi = decltype(phi)::value;
+    for (int i = thread_index(); i < kBlockT * pairs; i += kThreads) {
+      const int column = i % pairs * 2;
+      T* at = &s.hidden[i / pairs * C::kHiddenStride + column];
+      const Float2 h = unpack<T>(load_4(at));
+      store_4(at, pack<T>(column < in.R ? activate(kPhi, h.low) : 0.0f,
+                          column + 1 < in.R ? activate(kPhi, h.high) : 0.0f));
+    }
+  });
   sync_threads();
 }
 

@@ -1,0 +1,98 @@
+"""gated_adapter's CUDA kernels under hostile orders: no result depends on the seed, nor on which other sentences there are.
+
+Closeness to the reference is the parity test's business; here every comparison is bitwise.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pelt_kernels.ops import _native
+from pelt_kernels.ops._cases import Case, make_attributes, make_inputs
+from pelt_kernels.ops.gated_adapter import _operator
+from pelt_kernels.ops.gated_adapter.contract import CASES, CONTRACT, DRAWS
+
+CSRC = Path(__file__).parents[2] / "csrc"
+UNIPELT = "b_down b_up gate_weight gate_bias mask residual"
+POOLED = {"pooling": "masked_mean", "residual_from": "tensor"}
+NORMS = " pre_norm_weight pre_norm_bias post_norm_weight post_norm_bias"
+
+# More tiles in a sentence than the simulator has blocks (three), so that blocks come back to their tiles.
+LONG = [
+    Case("long", {"B": 2, "S": 300, "D": 72, "R": 20}, UNIPELT, POOLED),
+    Case("long_norms", {"B": 2, "S": 260, "D": 64, "R": 16}, UNIPELT + NORMS, {**POOLED, "dropout_p": 0.1}),
+    Case("sentences_in_waves", {"B": 7, "S": 70, "D": 64, "R": 48}, UNIPELT, POOLED),
+    Case("long_skipped", {"B": 3, "S": 270, "D": 64, "R": 48}, UNIPELT, {**POOLED, "skip_below": 0.5}, is_inference=True),
+]
+SERVED = [case for case in CASES if case.sizes["D"] % 8 == 0 and case.sizes["B"] > 0]
+
+
+@pytest.fixture(scope="module")
+def simulator():
+    reason = _native.why_not("_C_sim")
+    if reason:
+        pytest.skip(reason)
+    _native.set_poison(True)
+    yield _native.library("_C_sim")
+    _native.set_poison(False)
+    _native.library("_C_sim").set_seed(1)
+
+
+def _run(case: Case, values: list, dy: Tensor | None = None) -> list[Tensor]:
+    """y and the gate's value; with dy also every gradient."""
+    leaves = [None if v is None else v.detach().requires_grad_(dy is not None and v.is_floating_point()) for v in values]
+    y, gate = _operator(leaves, make_attributes(CONTRACT, case), 5, "cuda_sim")
+    if dy is None:
+        return [y, gate]
+    asked = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    return [y.detach(), gate, *torch.autograd.grad(y, asked, dy, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("case", SERVED + LONG, ids=lambda case: case.id)
+def test_no_result_depends_on_the_order(case: Case, simulator) -> None:
+    values = make_inputs(CONTRACT, case, torch.bfloat16, draws=DRAWS)
+    dy = None if case.is_inference else torch.randn(values[0].shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    results = []
+    for seed in (1, 2, 3):
+        simulator.set_seed(seed)
+        results.append(_run(case, values, dy))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+    assert all(torch.isfinite(a).all() for a in results[0])
+
+
+@pytest.mark.parametrize("case", [LONG[0], LONG[2], LONG[3]], ids=lambda case: case.id)
+def test_a_sentence_does_not_see_the_others(case: Case, simulator) -> None:
+    values = make_inputs(CONTRACT, case, torch.bfloat16, draws=DRAWS)
+    batched = {"x", "mask", "residual"}
+    y, gate = _run(case, values)
+    for b in range(case.sizes["B"]):
+        alone = [v[b : b + 1] if name in batched else v for name, v in zip(CONTRACT.input_names, values)]
+        y_alone, gate_alone = _run(case, alone)
+        assert torch.equal(y[b], y_alone[0])
+        assert torch.equal(gate[b], gate_alone[0])
+
+
+def test_refusals_are_sentences_with_numbers(simulator) -> None:
+    def why_not(**changes: int) -> str:
+        return simulator.gated_adapter_why_not(**{"dtype": 2, "B": 2, "S": 8, "D": 64, "R": 16, **changes})
+
+    assert why_not() == ""
+    assert "D must be a multiple of 8, and D=37" in why_not(D=37)
+    assert "R must be 1 to 512, and R=513" in why_not(R=513)
+    assert "x is float32" in why_not(dtype=0)
+    assert f"they are {2**32}" in why_not(B=2**16, S=2**16)
+
+
+def test_shape_comments_are_the_contracts() -> None:
+    text = (CSRC / "ops" / "gated_adapter" / "params.h").read_text()
+    inputs = text[text.index("struct Inputs") : text.index("struct Tiling")]
+    for row in CONTRACT.input_rows:
+        wanted = " | ".join(f"[{', '.join(shape)}]" for shape in row.shapes)
+        found = re.search(rf"\b{row.name}(?: = nullptr)?;\s+// (.*)", inputs)
+        assert found is not None and found.group(1) == wanted, row.name
