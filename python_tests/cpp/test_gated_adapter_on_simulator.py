@@ -66,6 +66,23 @@ def test_no_result_depends_on_the_order(case: Case, simulator) -> None:
     assert all(torch.isfinite(a).all() for a in results[0])
 
 
+@pytest.mark.parametrize("asked", ["x", "w_down", "b_up gate_weight", "x pre_norm_weight"])
+def test_a_gradient_does_not_depend_on_which_others_are_asked(asked: str, simulator) -> None:
+    case = LONG[1]
+    values = make_inputs(CONTRACT, case, torch.bfloat16, draws=DRAWS)
+    dy = torch.randn(values[0].shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    floating = [n for n, v in zip(CONTRACT.input_names, values) if v is not None and v.is_floating_point()]
+    whole = dict(zip(floating, _run(case, values, dy)[2:]))
+    names = asked.split()
+    for name, value in zip(CONTRACT.input_names, values):
+        if value is not None and value.is_floating_point():
+            value.requires_grad_(name in names)
+    y, _ = _operator(values, make_attributes(CONTRACT, case), 5, "cuda_sim")
+    leaves = [v for n, v in zip(CONTRACT.input_names, values) if n in names]
+    for name, grad in zip(sorted(names, key=CONTRACT.input_names.index), torch.autograd.grad(y, leaves, dy)):
+        assert torch.equal(grad, whole[name]), name
+
+
 @pytest.mark.parametrize("case", [LONG[0], LONG[2], LONG[3]], ids=lambda case: case.id)
 def test_a_sentence_does_not_see_the_others(case: Case, simulator) -> None:
     values = make_inputs(CONTRACT, case, torch.bfloat16, draws=DRAWS)

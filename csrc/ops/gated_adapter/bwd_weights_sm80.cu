@@ -227,6 +227,7 @@ __device__ __forceinline__ void write_gradients(const BackwardParams& p, const W
   const float* partial = p.weight_partial + work.tile * p.splits * C::kPartialFloats;
   auto total = [&](int i) {
     float sum = 0.0f;
+#pragma unroll 8  // the loads of a group are under way together; the order of the sum stays
     for (int split = 0; split < p.splits; ++split) {
       sum += partial[static_cast<int64_t>(split) * C::kPartialFloats + i];
     }
@@ -422,8 +423,9 @@ BackwardPlan plan_backward(const Inputs& in) {
   plan.members = in.down_members > in.up_members ? in.down_members : in.up_members;
   plan.column_tiles = (in.D + kChunk - 1) / kChunk;
   plan.rank_tiles = (in.R + rank_block - 1) / rank_block;
-  // Enough blocks for four on each multiprocessor, which is what hides the latency of their loads.
-  const int wanted = 4 * multiprocessors() / (plan.column_tiles * plan.rank_tiles);
+  // Two blocks for each multiprocessor: more splits would mean more partial sums to write and to
+  // add.
+  const int wanted = 2 * multiprocessors() / (plan.column_tiles * plan.rank_tiles * plan.members);
   plan.splits = wanted < 1 ? 1 : wanted > plan.tiling.tiles ? plan.tiling.tiles : wanted;
 
   const int64_t weight_tiles =
@@ -449,6 +451,13 @@ BackwardPlan plan_backward(const Inputs& in) {
 
 void launch_gated_adapter_bwd_weights_sm80(const BackwardParams& p, const BackwardPlan& plan,
                                            Stream stream) {
+  const ParameterGrad* grads[] = {
+      &p.dw_down,        &p.db_down,           &p.dw_up,           &p.db_up,  &p.dpre_norm_weight,
+      &p.dpre_norm_bias, &p.dpost_norm_weight, &p.dpost_norm_bias, &p.dscale, &p.dgate,
+      &p.dgate_weight,   &p.dgate_bias};
+  bool is_wanted = false;
+  for (const ParameterGrad* grad : grads) is_wanted |= grad->data != nullptr;
+  if (!is_wanted) return;  // a frozen adapter: dx was all
   const bool found = run_first_fit(
       Configs{},
       [&](auto tag) {
