@@ -13,6 +13,7 @@ from .console import Debug, results, speaking_plainly
 
 
 def info(
+    model: Annotated[str | None, typer.Option(help="Also describe this model.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Also describe this adapter.")] = None,
     debug: Debug = False,
 ) -> None:
@@ -30,8 +31,10 @@ def info(
             for backend, refusal in _ability(call).items():
                 backends.add_row(operator, backend, refusal or "yes")
         out.print(backends)
+        if model is not None:
+            out.print(_describe_model(model))
         if adapter is not None:
-            out.print(_describe(adapter))
+            out.print(_describe_adapter(adapter))
 
 
 def _probes() -> dict[str, Callable[[str], Any]]:
@@ -66,7 +69,21 @@ def _ability(call: Callable[[str], Any]) -> dict[str, str]:
     return refusals
 
 
-def _describe(folder: Path) -> Table:
+def _describe_model(name: str) -> Table:
+    from ..models import FAMILIES
+    from ..training.base_model import load_config, locate
+
+    config = load_config(name)
+    table = Table(show_header=False, title=name)
+    table.add_row("found in", locate(name)[0])
+    is_known = config.model_type in FAMILIES
+    table.add_row("family", config.model_type + ("" if is_known else " (not supported)"))
+    for field in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
+        table.add_row(field.replace("_", " "), str(getattr(config, field, "unknown")))
+    return table
+
+
+def _describe_adapter(folder: Path) -> Table:
     from ..models.checkpoint import read_config
     from ..training import RunError
     from ..training.predictor import Card

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -63,7 +64,7 @@ def predict(
         where = computing_device(device)
         if backend is not None:
             check_choice("backend", backend, tuple(BACKENDS))
-        with use_backend(backend):
+        with use_backend(backend) if backend else nullcontext():
             predictions = Predictor(adapter, model, where)(examples, batch_size)
         _print(examples, predictions.rows, as_json)
         _remark(examples, predictions.rows, predictions.truncated, card.max_length)

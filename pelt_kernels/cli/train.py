@@ -82,15 +82,13 @@ def train(
 
 
 def _train(asked: dict[str, Any], output: Path | None, resume: bool, overwrite: bool) -> None:
-    from ..training import TrainConfig, Watchers, clear_run, stoppable
+    from ..training import TrainConfig, Watchers, stoppable
     from ..training import train as train_experiment
     from ..training.config import continued
     from .progress import progress_bars
 
     config = continued(output, asked) if resume and output else TrainConfig(**asked).resolved()
     folder = output or _free_folder(config)
-    if overwrite:
-        clear_run(folder)
     console = notes()
 
     def say(sentence: str) -> None:
@@ -102,7 +100,9 @@ def _train(asked: dict[str, Any], output: Path | None, resume: bool, overwrite: 
             progress=bars.for_run,
             stop=stop,
         )
-        found = train_experiment(config, folder, resume=resume, watchers=watchers)
+        found = train_experiment(
+            config, folder, resume=resume, overwrite=overwrite, watchers=watchers
+        )
     results().print(_table(found))
     results().print(f"adapter, metrics.json and plots: {folder}", markup=False)
 

@@ -2,7 +2,7 @@
 
 from .config import TrainConfig
 from .errors import Interrupted, RunError, UsageError
-from .experiment import clear_run, is_run, train
+from .experiment import is_run, train
 from .predictor import Prediction, Predictor
 from .run import Watchers
 from .stopping import Stop, stoppable
@@ -19,7 +19,6 @@ __all__ = [
     "TrainConfig",
     "UsageError",
     "Watchers",
-    "clear_run",
     "is_run",
     "load_task",
     "stoppable",

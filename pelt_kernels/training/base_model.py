@@ -51,11 +51,10 @@ def load_classifier(name: str, classes: int) -> Any:
     )
 
 
-def longest_input(name: str) -> int | None:
-    """How many tokens the model's position embeddings reach, where it says so."""
+def load_config(name: str) -> Any:
+    """The model's configuration. Raises UsageError or RunError in one sentence."""
     place, is_local = locate(name)
-    config = _load(name, lambda: AutoConfig.from_pretrained(place, local_files_only=is_local))
-    return getattr(config, "max_position_embeddings", None)
+    return _load(name, lambda: AutoConfig.from_pretrained(place, local_files_only=is_local))
 
 
 def _load(name: str, load: Any) -> Any:

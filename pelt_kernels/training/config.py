@@ -122,10 +122,9 @@ def load_config(folder: Path) -> TrainConfig:
     if not path.is_file():
         raise UsageError(f"resume: {folder} holds no run ({FILE} is missing)")
     try:
-        values = json.loads(path.read_text())
-        return TrainConfig(
-            **{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        )
+        values: dict[str, Any] = json.loads(path.read_text())
+        values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return TrainConfig(**values)
     except (ValueError, TypeError, AttributeError) as error:
         raise RunError(f"resume: {path} is damaged ({error})") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..ops import use_backend
-from .base_model import load_tokenizer, longest_input
+from ..ops import BACKENDS, use_backend
+from .base_model import load_config, load_tokenizer
 from .config import DEVICES, TrainConfig, check_choice, save_config
 from .config import FILE as CONFIG_FILE
 from .errors import RunError, UsageError
@@ -28,6 +29,7 @@ from .tasks import Task, load_task
 METRICS_FILE = "metrics.json"
 TASK_FILE = "data.json"
 PREDICTIONS_FILE = "test_predictions.jsonl"
+ADAPTER_FOLDER = "adapter"
 DEFAULT_MAX_LENGTH = 128
 _OWN_FILES = (
     CONFIG_FILE, METRICS_FILE, TASK_FILE, PREDICTIONS_FILE, "curves.png", "gates.png",
@@ -35,7 +37,12 @@ _OWN_FILES = (
 
 
 def train(
-    config: TrainConfig, output: Path, *, resume: bool = False, watchers: Watchers | None = None
+    config: TrainConfig,
+    output: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    watchers: Watchers | None = None,
 ) -> dict[str, Any]:
     """Trains and tests; returns what `metrics.json` holds.
 
@@ -43,6 +50,7 @@ def train(
     ``curves.png``, ``gates.png`` where the method has gates, ``test_predictions.jsonl`` and a
     folder for each run. With `resume`, runs that are finished are read, the one that was begun goes
     on from its last checkpoint and reaches the weights it would have reached without a break.
+    With `overwrite`, a run that is there gives way once everything asked for has been checked.
 
     Raises:
         UsageError: what was asked for cannot be done as asked.
@@ -53,20 +61,22 @@ def train(
     config = config.resolved()
     computing_device(config.device)
     _check_machine(config)
-    if not resume and is_run(output):
-        raise UsageError(f"output: {output} holds a run already; --resume or --overwrite it")
+    _check_output(output, resume or overwrite)
     tokenizer = load_tokenizer(config.model)
     config = replace(config, max_length=_longest_text(config, tokenizer))
     task = load_task(config.task, config.eval, config.columns)
     task.draw_train(config.train_examples, seed=0)  # refuses too many before anything is written
     require_writable(output)
     clear_partial(output)
+    if overwrite and is_run(output):
+        _clear_run(output)
     if resume:
         _check_same_data(task, output)
     save_config(config, output)
     write_json(output / TASK_FILE, {"fingerprint": task.fingerprint})
     _describe(task, config, watchers)
-    with use_backend(config.backend):
+    # Without a name the request of the environment stands.
+    with use_backend(config.backend) if config.backend else nullcontext():
         return _experiment(config, task, tokenizer, output, watchers)
 
 
@@ -75,12 +85,22 @@ def is_run(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file()
 
 
-def clear_run(folder: Path) -> None:
-    """Removes an experiment from its folder, and nothing else that lies there."""
-    if not is_run(folder):
+def _check_output(folder: Path, may_hold_run: bool) -> None:
+    if is_run(folder):
+        if not may_hold_run:
+            raise UsageError(f"output: {folder} holds a run already; --resume or --overwrite it")
         return
+    for name in (*_OWN_FILES, ADAPTER_FOLDER):
+        if (folder / name).exists():
+            raise UsageError(
+                f"output: {folder / name} is there already, and no run of ours left it"
+            )
+
+
+def _clear_run(folder: Path) -> None:
+    """Removes an experiment from its folder, and nothing else that lies there."""
     try:
-        for path in [folder / "adapter", *folder.glob("lr-*-seed-*")]:
+        for path in [folder / ADAPTER_FOLDER, *folder.glob("lr-*-seed-*")]:
             if path.is_dir():
                 shutil.rmtree(path)
         for name in _OWN_FILES:
@@ -108,7 +128,7 @@ def _experiment(
     best = max(config.seeds, key=lambda seed: results[seed]["dev_accuracy"])
     for seed, one in runs.items():
         results[seed] |= _test(one, output / PREDICTIONS_FILE if seed == best else None)
-    with replacing(output / "adapter") as partial:
+    with replacing(output / ADAPTER_FOLDER) as partial:
         shutil.copytree(runs[best].adapter, partial)
     histories = {f"seed {seed}": result.pop("history") for seed, result in results.items()}
     title = f"{config.method} on {task.name}"
@@ -131,8 +151,8 @@ def _test(run: Run, predictions_path: Path | None) -> dict[str, float]:
             for example, prediction in zip(examples, predictions, strict=True):
                 pair = {} if example.pair is None else {"text_pair": example.pair}
                 row = {"text": example.text, **pair, "label": example.label}
-                row |= {"predicted": prediction.label, "probability": prediction.probability}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                found = {"predicted": prediction.label, "probability": prediction.probability}
+                file.write(json.dumps(row | found, ensure_ascii=False) + "\n")
     number = {label: index for index, label in enumerate(run.task.labels)}
     return score(
         np.array([number[prediction.label] for prediction in predictions]),
@@ -163,14 +183,17 @@ def _describe(task: Task, config: TrainConfig, watchers: Watchers) -> None:
 def _check_machine(config: TrainConfig) -> None:
     if config.precision == "fp16" and computing_device(config.device) == "cpu":
         raise UsageError("precision: fp16 needs a GPU; bf16 and fp32 work here")
+    requested = os.environ.get("PELT_KERNELS_BACKEND")
+    if requested:
+        check_choice("PELT_KERNELS_BACKEND", requested, tuple(BACKENDS))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("train runs in one process; start it without a distributed launcher")
 
 
 def _longest_text(config: TrainConfig, tokenizer: Any) -> int:
     # Tokenizers without a limit of their own report a huge number.
-    limits = [tokenizer.model_max_length, longest_input(config.model)]
-    longest = min(limit for limit in limits if limit is not None)
+    positions = getattr(load_config(config.model), "max_position_embeddings", None)
+    longest = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
     if config.max_length is None:
         return min(DEFAULT_MAX_LENGTH, longest)
     if config.max_length > longest:

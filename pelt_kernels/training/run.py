@@ -93,6 +93,8 @@ class Run:
 
     def _train(self, watchers: Watchers) -> dict[str, Any]:
         forget_choices()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         set_seed(self.seed)
         model = self._model()
         trainable, total = model.get_nb_trainable_parameters()
@@ -151,9 +153,9 @@ class Run:
         return PeltTrainer(
             model,
             self._arguments(logging_steps=max(1, steps // LOG_ENTRIES)),
+            train,
+            dev,
             data_collator=Pad(self.tokenizer),
-            train_dataset=train,
-            eval_dataset=dev,
             compute_metrics=score_logits,
             callbacks=[
                 *watchers.progress(self.title),

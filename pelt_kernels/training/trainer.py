@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..models import PeltModel
-from .encode import LengthGroups
+from .encode import Encoded, LengthGroups
 from .errors import RunError, reason
 from .storage import replacing
 
@@ -82,8 +82,19 @@ class PeltTrainer(Trainer):
     that cannot be read.
     """
 
-    def __init__(self, model: PeltModel, *args: Any, order_seed: int, **kwargs: Any):
-        super().__init__(model, *args, **kwargs)
+    def __init__(
+        self,
+        model: PeltModel,
+        arguments: TrainingArguments,
+        train: Encoded,
+        dev: Encoded,
+        *,
+        order_seed: int,
+        **kwargs: Any,
+    ):
+        super().__init__(model, arguments, train_dataset=train, eval_dataset=dev, **kwargs)
+        self.pelt = model
+        self._lengths = train.lengths
         self.remove_callback(PrinterCallback)
         # A loss over classes takes no number of items, though BERT's forward accepts anything.
         self.model_accepts_loss_kwargs = False
@@ -95,13 +106,13 @@ class PeltTrainer(Trainer):
     @property
     def folder(self) -> Path:
         """Where the checkpoints lie."""
-        return Path(self.args.output_dir)
+        return Path(self.args.output_dir or ".")
 
     def load_best(self) -> None:
         """Gives the model the weights that were best on dev."""
         checkpoint = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         with _reading(checkpoint):
-            self.model.load_adapter(checkpoint)
+            self.pelt.load_adapter(checkpoint)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -114,7 +125,7 @@ class PeltTrainer(Trainer):
         super().log(logs, start_time)
 
     def _mean_gates(self) -> dict[str, float]:
-        gates = self.model.gate_values()
+        gates = self.pelt.gate_values()
         if not gates:
             return {}
         # One copy from the device for all of them.
@@ -122,15 +133,14 @@ class PeltTrainer(Trainer):
         return {f"{layer}.{kind}": mean for (layer, kind), mean in zip(gates, means, strict=True)}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroups:
-        dataset = train_dataset or self.train_dataset
-        return LengthGroups(dataset.lengths, self.args.train_batch_size, self._order_seed)
+        return LengthGroups(self._lengths, self.args.train_batch_size, self._order_seed)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         checkpoint = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             with replacing(checkpoint) as partial:
                 partial.mkdir()
-                self.model.save_pretrained(partial)
+                self.pelt.save_pretrained(partial)
                 self._save_optimizer_and_scheduler(str(partial))
                 self._save_scaler(str(partial))
                 self._save_rng_state(str(partial))
@@ -147,7 +157,7 @@ class PeltTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with _reading(Path(resume_from_checkpoint)):
-            self.model.load_adapter(resume_from_checkpoint)
+            self.pelt.load_adapter(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

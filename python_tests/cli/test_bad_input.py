@@ -151,6 +151,14 @@ def test_a_backend_that_cannot_serve_ends_with_1(
     assert "backend 'cuda' was asked for but" in sentence and "Able: " in sentence
 
 
+def test_a_wrong_name_in_the_environment_ends_with_2(
+    run: Run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PELT_KERNELS_BACKEND", "cudnn")
+    sentence = run("train", "--output", tmp_path / "out").refused(2)
+    assert "PELT_KERNELS_BACKEND: expected one of" in sentence
+
+
 def test_debug_shows_where_an_error_came_from(run: Run, tmp_path: Path) -> None:
     from pelt_kernels.training import UsageError
 

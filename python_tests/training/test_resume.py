@@ -257,6 +257,23 @@ def test_a_run_is_not_overwritten_by_accident(config: TrainConfig, broken_run: P
         train(config, broken_run)
 
 
+def test_files_of_others_are_not_overwritten(config: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(UsageError, match="adapter is there already, and no run of ours left it"):
+        train(config, tmp_path, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_what_replaces_a_run_is_checked_before_the_run_gives_way(
+    config: TrainConfig, broken_run: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(broken_run, output)
+    with pytest.raises(UsageError, match="there is no such file"):
+        train(replace(config, task="nothing.tsv"), output, overwrite=True)
+    assert checkpoints(run_folder(output))
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run(config: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(
         RunError, match=r"the loss is (nan|inf) at step \d+; a smaller --lr may help"

@@ -119,7 +119,7 @@ def _pair_up(
     neither a name nor a docstring tells the answer by itself.
     """
     draw = random.Random(f"{NAME} {part}")
-    examples = []
+    examples: list[Example] = []
     for docstring, name, file in described:
         true_names = {other for other, text in by_file[file] if text == docstring}
         others = sorted({other for other, _ in by_file[file]} - true_names)
