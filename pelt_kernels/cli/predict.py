@@ -97,14 +97,14 @@ def _examples(
     elif file is None:
         if sys.stdin.isatty():
             raise UsageError("no text: give texts, --file, or lines on standard input")
-        lines, origin = sys.stdin.read().splitlines(), "line"
+        lines, origin = _lines(sys.stdin.read()), "line"
     elif file.suffix.lower() in SUFFIXES:
         examples = read_examples(file, Columns(*columns), needs_label=False, allows_empty=True)
         if (examples[0].pair is not None) != has_pairs:
             raise UsageError(f"{file}: the adapter reads {_count(has_pairs)} a row")
         return examples
     else:
-        lines, origin = _lines(file), f"line of {file}"
+        lines, origin = _lines(_read(file)), f"line of {file}"
     if not lines:
         raise UsageError("no text: the input is empty")
     split = [line.split("\t") if has_pairs else [line] for line in lines]
@@ -119,11 +119,16 @@ def _examples(
     ]
 
 
-def _lines(file: Path) -> list[str]:
+def _lines(text: str) -> list[str]:
+    """Lines as other tools count them; str.splitlines would also cut at U+2028 and its like."""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
+def _read(file: Path) -> str:
     from ..training import UsageError
 
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        return file.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UsageError(f"{file}: there is no such file") from error
     except (OSError, UnicodeDecodeError) as error:

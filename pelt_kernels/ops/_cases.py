@@ -30,6 +30,7 @@ class Case:
     attributes: dict[str, Any] = field(default_factory=dict)
     fill: dict[str, float] = field(default_factory=dict)
     layout: str = "contiguous"
+    is_inference: bool = False  # has no gradient
     is_quick: bool = False  # belongs to the short list used under sanitizers and in slow interpreters
 
 
@@ -107,8 +108,9 @@ def _draw(
     draws: dict[str, Draw],
 ) -> Tensor:
     if row.kind == "index":
-        limit = _size(case, row.bound, i) if row.bound else 2**31
-        return torch.randint(0, limit, shape, generator=generator).to(device)
+        if row.bound is None:
+            return draws[row.name](shape, generator).to(device)
+        return torch.randint(0, _size(case, row.bound, i), shape, generator=generator).to(device)
     if row.kind == "bool":
         mask = torch.rand(shape, generator=generator) < 0.7
         return torch.full(shape, bool(case.fill[row.name])).to(device) if row.name in case.fill else mask.to(device)

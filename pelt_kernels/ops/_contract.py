@@ -99,6 +99,7 @@ class Call:
     has_index: bool
     slots: tuple[tuple[str, int], ...]  # for each tensor that is there its input's name, and its place in a list or -1
     kept: tuple[bool, ...]  # for each of them: does backward need it
+    output_lengths: tuple[int, ...]  # for each public output -1, or the length of a list
     blank: tuple[Value, ...]  # the inputs with nothing in them: None, or a list of None
     backend: str = ""  # set by the dispatch, with the two functions of its implementation
     forward: Callable[..., Any] | None = None
@@ -190,6 +191,7 @@ class Contract:
             has_index=any(row.bound and row.name in given for row in self.input_rows),
             slots=slots,
             kept=tuple(name in self.backward_names for name, _ in slots),
+            output_lengths=(),
             blank=tuple([None] * len(values[row.name]) if row.is_list else None for row in self.input_rows),
         )
         for row in self.input_rows:
@@ -199,6 +201,9 @@ class Contract:
                     f"leave {row.name} out or give the bank a leading dimension"
                 )
         self.rules(call, values)
+        shapes = self.output_shapes(call)
+        lists = {row.name: len(shapes[row.name]) for row in self.public_rows if row.is_list}
+        call.output_lengths = tuple(lists.get(row.name, -1) for row in self.public_rows)
         return call
 
     def _check_indices(self, call: Call, values: Sequence[Value]) -> None:

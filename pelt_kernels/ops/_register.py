@@ -47,7 +47,7 @@ class Operator:
         call = _dispatch.select(self.contract.bind(values, attributes), request)
         if torch.is_grad_enabled() and _requires_grad(values):
             given = [value for value in flatten(values) if value is not None]
-            return _group(_Eager.apply(call, seed, *given), self.contract)
+            return tuple(unflatten(iter(_Eager.apply(call, seed, *given)), call.output_lengths))
         outputs = _run_forward(call, dict(zip(self.contract.input_names, values)), seed)
         return tuple(out for out, row in zip(outputs, self.contract.output_rows) if not row.is_private)
 
@@ -130,7 +130,8 @@ class Operator:
                 result.append(outputs[0] if need else None)
             else:
                 result.append(next(fresh) if need else None)
-        return (*result, *[None] * len(ctx.rest))
+        nothing = [[None] * len(value) if isinstance(value, (list, tuple)) else None for value in ctx.rest]
+        return (*result, *nothing)
 
 
 class _Eager(torch.autograd.Function):
@@ -145,7 +146,7 @@ class _Eager(torch.autograd.Function):
         rows = call.contract.output_rows
         public = [out for out, row in zip(outputs, rows) if not row.is_private]
         saved = [out for out, row in zip(outputs, rows) if row.is_saved]
-        ctx.call, ctx.seed, ctx.saved_lengths, ctx.public_lengths = call, seed, lengths_of(saved), lengths_of(public)
+        ctx.call, ctx.seed, ctx.saved_lengths = call, seed, lengths_of(saved)
         ctx.save_for_backward(*[t for t, is_kept in zip(given, call.kept) if is_kept], *flatten(saved))
         ctx.likes = [_like(out) for out, row in zip(outputs, rows) if row.is_differentiable]
         ctx.set_materialize_grads(False)
@@ -158,7 +159,7 @@ class _Eager(torch.autograd.Function):
         call, contract = ctx.call, ctx.call.contract
         tensors = iter(ctx.saved_tensors)
         inputs = call.place([next(tensors) if is_kept else None for is_kept in call.kept])
-        grads = zip(unflatten(iter(flat_grads), ctx.public_lengths), contract.public_rows)
+        grads = zip(unflatten(iter(flat_grads), call.output_lengths), contract.public_rows)
         named = _named_grads(contract, [grad for grad, row in grads if row.is_differentiable], ctx.likes)
         named.update(zip([row.name for row in contract.saved_rows], unflatten(tensors, ctx.saved_lengths)))
         dy = named[f"d{contract.differentiable_rows[0].name}"]
@@ -280,11 +281,6 @@ def _arguments(contract: Contract, input_rows: Sequence[Any]) -> str:
     attributes = [f"{row.type} {row.name}" for row in contract.attribute_rows]
     seed = ["int seed"] if contract.has_seed else []
     return ", ".join([row.schema for row in input_rows] + attributes + seed + ["str backend"])
-
-
-def _group(flat: Sequence[Tensor], contract: Contract) -> tuple[Any, ...]:
-    """Public outputs from the flat ones; only the last may be a list, so its length is what is left."""
-    return tuple(list(flat[i:]) if row.is_list else flat[i] for i, row in enumerate(contract.public_rows))
 
 
 def _any(need: Any) -> bool:

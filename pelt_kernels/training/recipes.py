@@ -26,7 +26,7 @@ RECIPES: dict[str, Recipe] = {
     "prefix": Recipe(lr=1e-3, epochs=6),
     "lora": Recipe(lr=2e-3, epochs=6),
     "bitfit": Recipe(lr=2e-3, epochs=6),
-    "head": Recipe(lr=1e-2, epochs=6),
+    "head": Recipe(lr=1e-2, epochs=3),
     "full": Recipe(lr=1e-4, epochs=6),
 }
 

@@ -40,7 +40,7 @@ def test_a_signal_keeps_a_checkpoint_from_which_the_same_end_is_reached(
     process = start(*arguments, "--output", output)
     wait_for_checkpoint(output, process)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err
     assert "Traceback" not in err
     last = err.strip().splitlines()[-1]
@@ -73,7 +73,7 @@ def test_a_write_that_fails_leaves_earlier_checkpoints(
     process = start(*arguments)
     wait_for_checkpoint(output, process)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 1, err
     assert "Traceback" not in err
     sentence = err.strip().splitlines()[-1]

@@ -1,0 +1,82 @@
+"""Attention over learned prefixes and the model's own keys, with the prefix's gate inside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._autocast import cast_activation
+from .._register import Operator
+from .._seed import draw_seed
+from .contract import CONTRACT
+
+_operator = Operator(CONTRACT)
+
+
+class Prefix(NamedTuple):
+    """One prefix segment: k and v [P, G, E] shared by the batch, or tables [A, P, G, E] with index int64 [B]."""
+
+    k: Tensor
+    v: Tensor
+    index: Tensor | None = None
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefixes: Sequence[Prefix] = (),
+    *,
+    gate: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    is_causal: bool = False,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``out = softmax([g · scale · Q Pkᵀ ; scale · Q Kᵀ + bias + mask]) [g · Pv ; V]``
+
+    Args:
+        q: [B, H, S, E]; float32, float16 or bfloat16. Any strides with E contiguous, so a [B, S, H, E] view costs no copy.
+        k, v: [B, G, N, E]; H a multiple of G (grouped-query attention).
+        prefixes: up to four `Prefix` segments, in order, in front of k: [P, G, E] shared by the batch, or a table
+            [A, P, G, E] with an index int64 [B]. Nothing is expanded to the batch or concatenated to k. They have q's
+            dtype, or float32 beside 16-bit activations.
+        gate: [B] or [B, H], multiplies prefix keys and values; a gate of 0 leaves zero keys that take softmax mass.
+        key_mask or lengths: [B, N] bool (True: seen), or the number of seen keys [B]. Prefix columns are always seen.
+        is_causal: bottom-right aligned: row i sees keys j <= i + N - S.
+        bias: additive, [B or 1, H or 1, S, N] (T5's relative positions); 0 on prefix columns.
+        scale: default 1 / sqrt(E); T5 uses 1.
+        dropout_p, seed: attention dropout, prefix columns included; the mask is a function of the seed (Philox4x32-10).
+            Without a seed one is drawn from torch's CPU generator.
+        return_lse: also return the log-sum-exp of the scores, float32 [B, H, S], without gradient.
+        backend: a backend's name; None: `use_backend`'s, else the first able one.
+
+    Returns:
+        out [B, H, S, E], or (out, lse). A row that sees nothing is 0 with gradient 0, and its lse is -inf.
+
+    Raises:
+        ValueError: a shape, dtype, device or index that does not fit; a backend that was asked for and cannot serve the
+            call. TypeError: not a tensor where one is needed.
+
+    Saved for backward: q, k, v, out and the log-sum-exp. Papers: Li and Liang 2021 (prefix tuning); Mao et al. 2022
+    (UniPELT's gate); Clive et al. 2022 (Control Prefixes: tables).
+    """
+    q, k, v = cast_activation(q), cast_activation(k), cast_activation(v)
+    if lengths is not None:
+        lengths = lengths.to(torch.int64)
+    values = (
+        q, k, v, [prefix.k for prefix in prefixes], [prefix.v for prefix in prefixes],
+        [prefix.index for prefix in prefixes], gate, key_mask, lengths, bias,
+    )  # fmt: skip
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    out, lse = _operator(values, (is_causal, float(scale), dropout_p), draw_seed(dropout_p, seed), backend)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,200 @@
+"""prefix_attention: what it takes and gives, its formula in plain PyTorch, and the cases it is tested on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._cases import Case, uniform
+from .._contract import Call, Contract, Value
+from .._gate import accumulator
+from .._philox import dropout_factor
+
+MAX_SEGMENTS = 4
+
+
+def rules(call: Call, values: dict[str, Value]) -> None:
+    """What shapes cannot say: which inputs go together."""
+    name, sizes, given = call.contract.name, call.sizes, call.given
+    if sizes["G"] == 0 or sizes["H"] % sizes["G"]:
+        raise ValueError(
+            f"{name}: expected the query heads H to be a multiple of the key-value heads G, "
+            f"got H={sizes['H']} (from q) and G={sizes['G']} (from k)"
+        )
+    segments = len(values["prefix_k"])
+    if segments > MAX_SEGMENTS:
+        raise ValueError(f"{name}: expected at most {MAX_SEGMENTS} prefixes, got {segments}; concatenate some of them")
+    if not segments == len(values["prefix_v"]) == len(values["prefix_index"]):
+        raise ValueError(
+            f"{name}: expected as many prefix_v and prefix_index as prefix_k ({segments}), "
+            f"got {len(values['prefix_v'])} and {len(values['prefix_index'])}"
+        )
+    for i, (keys, index) in enumerate(zip(values["prefix_k"], values["prefix_index"])):
+        if (keys.ndim == 4) != (index is not None):
+            raise ValueError(
+                f"{name}: expected an index [B] with a table of prefixes [A, P, G, E] and none with a shared prefix "
+                f"[P, G, E], got prefix {i} {list(keys.shape)} {'with' if index is not None else 'without'} an index"
+            )
+    if "key_mask" in given and "lengths" in given:
+        raise ValueError(f"{name}: expected key_mask or lengths, got both; leave one out")
+
+
+def output_shapes(call: Call) -> dict[str, Any]:
+    """The shapes of the outputs of a call."""
+    b, h, s, e = (call.sizes[letter] for letter in "BHSE")
+    return {"out": (b, h, s, e), "lse": (b, h, s)}
+
+
+CONTRACT = Contract(
+    name="prefix_attention",
+    inputs="""
+        q             activation    [B, H, S, E]
+        k             activation    [B, G, N, E]
+        v             activation    [B, G, N, E]
+        prefix_k      parameter*    [P_i, G, E] | [A_i, P_i, G, E]
+        prefix_v      parameter*    [P_i, G, E] | [A_i, P_i, G, E]
+        prefix_index  index(A_i)?*  [B]
+        gate          parameter?    [B] | [B, H]
+        key_mask      bool?         [B, N]
+        lengths       index?        [B]
+        bias          parameter?    [B, H, S, N] | [1, H, S, N] | [B, 1, S, N] | [1, 1, S, N]
+    """,
+    attributes="""
+        is_causal  bool = false
+        scale      float = 1.0
+        dropout_p  float = 0.0   [0, 1)
+    """,
+    outputs="""
+        out  activation  differentiable saved
+        lse  float32     saved
+    """,
+    has_seed=True,
+    rules=rules,
+    output_shapes=output_shapes,
+)
+
+DRAWS = {
+    "gate": uniform,
+    "lengths": lambda shape, generator: torch.randint(0, 6, shape, generator=generator),
+}
+
+
+def visible_keys(
+    call_sizes: dict[str, Any], key_mask: Tensor | None, lengths: Tensor | None, is_causal: bool, device: torch.device
+) -> Tensor | None:
+    """[B or 1, 1, S or 1, N] bool: which keys a query sees; None if all. Causal is bottom-right aligned."""
+    s, n = call_sizes["S"], call_sizes["N"]
+    visible = None if key_mask is None else key_mask[:, None, None, :]
+    if lengths is not None:
+        visible = (torch.arange(n, device=device) < lengths[:, None])[:, None, None, :]
+    if is_causal:
+        rows, columns = torch.arange(s, device=device)[:, None], torch.arange(n, device=device)
+        causal = (columns <= rows + n - s)[None, None]
+        visible = causal if visible is None else visible & causal
+    return visible
+
+
+def softmax_with_lse(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities and log-sum-exp over the last dimension; a row of -inf gives zeros and -inf, never NaN."""
+    lse = torch.logsumexp(scores, dim=-1)
+    return torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse)[..., None]), lse
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: list[Tensor],
+    prefix_v: list[Tensor],
+    prefix_index: list[Tensor | None],
+    gate: Tensor | None,
+    key_mask: Tensor | None,
+    lengths: Tensor | None,
+    bias: Tensor | None,
+    *,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """out and log-sum-exp by the formula, with every prefix gathered, expanded and concatenated as the papers write it."""
+    acc = accumulator(q.dtype)
+    (batch, heads, s, _), (groups, n) = q.shape, k.shape[1:3]
+    keys, values = k.repeat_interleave(heads // groups, 1), v.repeat_interleave(heads // groups, 1)
+    scores = scale * (q @ keys.transpose(-1, -2)).to(acc)
+    if bias is not None:
+        scores = scores + bias.to(acc)
+    visible = visible_keys({"S": s, "N": n}, key_mask, lengths, is_causal, q.device)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -math.inf)
+
+    def expanded(prefixes: list[Tensor]) -> Tensor:
+        parts = [
+            prefix[None].expand(batch, -1, -1, -1) if index is None else prefix[index]
+            for prefix, index in zip(prefixes, prefix_index)
+        ]
+        joined = torch.cat(parts, dim=1).to(q.dtype).transpose(1, 2)  # [B, G, P, E]
+        if gate is not None:
+            by_head = (gate if gate.ndim == 2 else gate[:, None].expand(-1, heads))[:, :, None, None]
+            return joined.repeat_interleave(heads // groups, 1) * by_head.to(acc)
+        return joined.repeat_interleave(heads // groups, 1)
+
+    if prefix_k:
+        before = expanded(prefix_k).to(q.dtype)
+        scores = torch.cat([scale * (q @ before.transpose(-1, -2)).to(acc), scores], dim=-1)
+        values = torch.cat([expanded(prefix_v).to(q.dtype), values], dim=2)
+    p, lse = softmax_with_lse(scores)
+    if dropout_p:
+        p = p * dropout_factor(batch * heads * s, p.shape[-1], dropout_p, seed, p).view_as(p)
+    return p.to(q.dtype) @ values, lse.detach()
+
+
+_SIZES = {"B": 2, "H": 4, "G": 4, "S": 17, "N": 17, "E": 32, "P_i": (10,)}
+_PREFIX = "prefix_k:0 prefix_v:0 prefix_index:-"
+_TABLE = {"B": 3, "H": 2, "G": 2, "S": 9, "N": 11, "E": 32, "P_i": (3, 5), "A_i": (4, None)}
+
+
+def _case(id: str, sizes: dict[str, Any], inputs: str = _PREFIX, **more: Any) -> Case:
+    """A case with the default scale 1 / sqrt(E)."""
+    attributes = {"scale": sizes["E"] ** -0.5, **more.pop("attributes", {})}
+    return Case(id, sizes, inputs, attributes, **more)
+
+
+CASES = [
+    _case("no_prefix", _SIZES, ""),
+    _case("prefix", _SIZES, is_quick=True),
+    _case("unipelt", _SIZES, f"{_PREFIX} gate key_mask", is_quick=True),
+    _case("unipelt_minilm", {**_SIZES, "H": 12, "G": 12, "S": 33, "N": 33}, f"{_PREFIX} gate key_mask"),
+    _case("unipelt_bert", {**_SIZES, "B": 1, "E": 64, "S": 65, "N": 65}, f"{_PREFIX} gate key_mask"),
+    _case("gate_per_head", _SIZES, f"{_PREFIX} gate:1"),
+    _case("gate_zero", _SIZES, f"{_PREFIX} gate", fill={"gate": 0.0}),
+    _case("gate_one", _SIZES, f"{_PREFIX} gate", fill={"gate": 1.0}),
+    _case("lengths", _SIZES, f"{_PREFIX} gate lengths"),
+    _case("causal", {**_SIZES, "S": 13, "N": 19}, attributes={"is_causal": True}, is_quick=True),
+    _case("causal_more_queries", {**_SIZES, "S": 9, "N": 5}, "", attributes={"is_causal": True}),
+    _case("control_prefixes", _TABLE, "prefix_k:1,0 prefix_v:1,0 prefix_index:0,- gate key_mask", is_quick=True),
+    _case("two_segments", {**_SIZES, "P_i": (4, 6)}, "prefix_k:0,0 prefix_v:0,0 prefix_index:-,-"),
+    _case("grouped_query", {**_SIZES, "H": 6, "G": 2}, f"{_PREFIX} gate key_mask", is_quick=True),
+    _case("t5", _SIZES, f"{_PREFIX} bias:1 key_mask", attributes={"scale": 1.0}, is_quick=True),
+    _case("bias_per_sample", _SIZES, f"{_PREFIX} bias", attributes={"is_causal": True}),
+    _case("bias_shared", {**_SIZES, "B": 3}, f"{_PREFIX} bias:3"),
+    _case("dropout", _SIZES, f"{_PREFIX} gate key_mask", attributes={"dropout_p": 0.1}, is_quick=True),
+    _case("decode", {**_SIZES, "S": 1, "N": 40}, attributes={"is_causal": True}),
+    _case("only_prefix", {**_SIZES, "N": 0}, f"{_PREFIX} gate"),
+    _case("all_masked", _SIZES, "key_mask", fill={"key_mask": 0}),
+    _case("all_masked_with_prefix", _SIZES, f"{_PREFIX} key_mask", fill={"key_mask": 0}),
+    _case("empty_prefix", {**_SIZES, "P_i": (0,)}),
+    _case("prefix_1", {**_SIZES, "P_i": (1,)}),
+    _case("prefix_67", {**_SIZES, "P_i": (67,)}),
+    _case("head_96", {**_SIZES, "E": 96, "H": 2, "G": 2}),
+    _case("head_128", {**_SIZES, "E": 128, "H": 2, "G": 2}),
+    _case("head_odd", {**_SIZES, "E": 20}),
+    _case("length_128", {**_SIZES, "B": 1, "S": 128, "N": 128}),
+    _case("length_129", {**_SIZES, "B": 1, "H": 2, "G": 2, "S": 129, "N": 131}),
+    _case("no_rows", {**_SIZES, "B": 0}),
+    _case("offset_view", _SIZES, f"{_PREFIX} gate key_mask", layout="offset"),
+    _case("transposed_view", _SIZES, layout="transposed"),
+]

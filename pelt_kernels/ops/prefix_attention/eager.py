@@ -1,0 +1,194 @@
+"""prefix_attention composed of PyTorch operations, with the closed form of its gradient.
+
+The gate multiplies scores and probabilities of the prefix columns instead of its keys and values, and a shared prefix is
+never expanded to the batch. Backward rebuilds the probabilities from the log-sum-exp: with D = rowsum(dout · out),
+``dS = P (dout Vᵀ - D)``, dropout included.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .._contract import Call, Value
+from .._gate import accumulator
+from .._philox import dropout_factor
+from .contract import softmax_with_lse, visible_keys
+
+
+def supports(call: Call) -> str:
+    """PyTorch serves every call."""
+    return ""
+
+
+def forward(
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: list[Tensor],
+    prefix_v: list[Tensor],
+    prefix_index: list[Tensor | None],
+    gate: Tensor | None,
+    key_mask: Tensor | None,
+    lengths: Tensor | None,
+    bias: Tensor | None,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """out [B, H, S, E] and log-sum-exp [B, H, S]."""
+    g = _by_head(call, gate)
+    scores, _ = _scores(call, q, k, _joined(prefix_k, prefix_index), g, key_mask, lengths, bias)
+    p, lse = softmax_with_lse(scores)
+    if call.attributes["dropout_p"]:
+        p = p * _dropout(call, p, seed)
+    prefix = p.shape[-1] - k.shape[2]
+    out = p[..., prefix:].to(q.dtype) @ v.unsqueeze(2)
+    if prefix:
+        out = out + _gated(p[..., :prefix], g).to(q.dtype) @ _joined(prefix_v, prefix_index).to(q.dtype)
+    return out.reshape(q.shape), lse.reshape(q.shape[:3])
+
+
+def backward(
+    call: Call,
+    needs: dict[str, bool],
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: list[Tensor],
+    prefix_v: list[Tensor],
+    prefix_index: list[Tensor | None],
+    gate: Tensor | None,
+    key_mask: Tensor | None,
+    lengths: Tensor | None,
+    bias: Tensor | None,
+    seed: int,
+) -> dict[str, Value]:
+    """The gradients that ``needs`` names, by input name."""
+    acc, scale = accumulator(q.dtype), call.attributes["scale"]
+    g, keys = _by_head(call, gate), _joined(prefix_k, prefix_index)
+    scores, raw = _scores(call, q, k, keys, g, key_mask, lengths, bias)
+    prefix = scores.shape[-1] - k.shape[2]
+    grouped = _grouped(call, q)
+    d = _grouped(call, dout)
+    lse = lse.reshape(scores.shape[:-1])
+    p = torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse)[..., None])
+    dp = (d @ v.unsqueeze(2).transpose(-1, -2)).to(acc)
+    grads: dict[str, Value] = {}
+    if prefix:
+        values = _joined(prefix_v, prefix_index).to(q.dtype)
+        raw_dp = (d @ values.transpose(-1, -2)).to(acc)
+        dp = torch.cat([_gated(raw_dp, g), dp], dim=-1)
+    dropped = p
+    if call.attributes["dropout_p"]:
+        factor = _dropout(call, p, seed)
+        dropped, dp = p * factor, dp * factor
+    rows = (dout.to(acc) * out).sum(-1).reshape(lse.shape)
+    ds = p * (dp - rows[..., None])
+    own = (scale * ds[..., prefix:]).to(q.dtype)
+    dq = own @ k.unsqueeze(2)
+    grads["k"] = (own.transpose(-1, -2) @ grouped).sum(2)
+    grads["v"] = (dropped[..., prefix:].to(q.dtype).transpose(-1, -2) @ d).sum(2)
+    if bias is not None and needs["bias"]:
+        grads["bias"] = ds[..., prefix:].flatten(1, 2).sum_to_size(bias.shape).to(bias.dtype)
+    if prefix:
+        first = (scale * _gated(ds[..., :prefix], g)).to(q.dtype)
+        dq = dq + first @ keys.to(q.dtype)
+        weights = _gated(dropped[..., :prefix], g).to(q.dtype)
+        grads["prefix_k"] = _split_prefix_grad(first, grouped, prefix_k, prefix_index)
+        grads["prefix_v"] = _split_prefix_grad(weights, d, prefix_v, prefix_index)
+        if gate is not None:
+            both = (ds[..., :prefix] * raw + dropped[..., :prefix] * raw_dp).sum((-1, -2)).flatten(1)  # [B, H]
+            grads["gate"] = (both if gate.ndim == 2 else both.sum(1)).to(gate.dtype)
+    elif gate is not None:
+        grads["gate"] = torch.zeros_like(gate)
+    if not prefix:
+        grads["prefix_k"] = [torch.zeros_like(t) for t in prefix_k]
+        grads["prefix_v"] = [torch.zeros_like(t) for t in prefix_v]
+    grads["q"] = dq.reshape(q.shape)
+    return {name: grads[name] for name, need in needs.items() if need}
+
+
+def _grouped(call: Call, q: Tensor) -> Tensor:
+    """[B, H, S, E] -> [B, G, H / G, S, E]: the query heads that share a key-value head."""
+    groups = call.sizes["G"]
+    return q.unflatten(1, (groups, call.sizes["H"] // groups))
+
+
+def _by_head(call: Call, gate: Tensor | None) -> Tensor | None:
+    """The gate as [B, G or 1, H / G or 1, 1, 1] in the accumulator dtype."""
+    if gate is None:
+        return None
+    gate = gate.to(accumulator(call.dtype))
+    if gate.ndim == 1:
+        return gate[:, None, None, None, None]
+    return _grouped(call, gate[:, :, None, None])
+
+
+def _gated(columns: Tensor, gate: Tensor | None) -> Tensor:
+    return columns if gate is None else columns * gate
+
+
+def _joined(prefixes: list[Tensor], indices: list[Tensor | None]) -> Tensor:
+    """All segments in order, [1 or B, G, 1, P, E]; expanded to the batch only beside a table."""
+    if not prefixes:
+        return torch.empty(0)
+    batch = next((len(index) for index in indices if index is not None), 1)
+    parts = [
+        prefix[None].expand(batch, -1, -1, -1) if index is None else prefix[index]
+        for prefix, index in zip(prefixes, indices)
+    ]
+    return torch.cat(parts, dim=1).transpose(1, 2).unsqueeze(2)
+
+
+def _scores(
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    keys: Tensor,
+    gate: Tensor | None,
+    key_mask: Tensor | None,
+    lengths: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Scores [B, G, H / G, S, P + N], -inf where a key is not seen; and the prefix columns' scores before the gate."""
+    acc, scale = accumulator(q.dtype), call.attributes["scale"]
+    grouped = _grouped(call, q)
+    scores = scale * (grouped @ k.unsqueeze(2).transpose(-1, -2)).to(acc)
+    if bias is not None:
+        by_head = bias.to(acc)
+        scores = scores + (by_head.unsqueeze(2) if bias.shape[1] == 1 else _grouped(call, by_head))
+    visible = visible_keys(call.sizes, key_mask, lengths, call.attributes["is_causal"], q.device)
+    if visible is not None:
+        scores = scores.masked_fill(~visible.unsqueeze(2), -math.inf)
+    if not keys.numel():
+        return scores, None
+    raw = scale * (grouped @ keys.to(q.dtype).transpose(-1, -2)).to(acc)
+    return torch.cat([_gated(raw, gate), scores], dim=-1), raw
+
+
+def _split_prefix_grad(
+    columns: Tensor, rows: Tensor, prefixes: list[Tensor], indices: list[Tensor | None]
+) -> list[Tensor]:
+    """columnsᵀ rows for each segment: summed over the batch for a shared one, by index for a table."""
+    grads: list[Tensor] = []
+    position = 0
+    for prefix, index in zip(prefixes, indices):
+        length = prefix.shape[-3]
+        part = columns[..., position : position + length]
+        position += length
+        if index is None:
+            grads.append(torch.einsum("bghsp,bghse->pge", part, rows).to(prefix.dtype).contiguous())
+        else:
+            each = torch.einsum("bghsp,bghse->bpge", part, rows).to(prefix.dtype)
+            grads.append(torch.zeros_like(prefix).index_add_(0, index, each))
+    return grads
+
+
+def _dropout(call: Call, p: Tensor, seed: int) -> Tensor:
+    rows = p.numel() // max(p.shape[-1], 1)
+    return dropout_factor(rows, p.shape[-1], call.attributes["dropout_p"], seed, p).view_as(p)
