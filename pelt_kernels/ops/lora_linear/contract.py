@@ -10,7 +10,7 @@ from torch import Tensor
 from .._bank import check_bank, linear, member
 from .._cases import Case, uniform
 from .._contract import Call, Contract, Value
-from .._gate import check_pooling, over_rows, pool, row_gates
+from .._gate import accumulator, check_pooling, over_rows, pool, row_gates
 from .._philox import dropout_factor
 
 MAX_RANK = 256
@@ -153,7 +153,7 @@ def reference(
     for i, offset in enumerate(offsets):
         s = linear(dropped, member(a[i], a_index[i], 2), None)
         delta = scales[i] * linear(s, member(b[i], b_index[i], 2), None)
-        g, value = gate[i], x.new_empty(0, dtype=torch.float32)
+        g, value = gate[i], x.new_empty(0, dtype=accumulator(x.dtype))
         if gate_weight[i] is not None:
             g = value = pool(row_gates(x, gate_weight[i], gate_bias[i]), poolings[i], mask)
         gate_values.append(value)

@@ -1,0 +1,162 @@
+"""Runs one case of an operator on one backend and holds outputs and every gradient to the closeness rule."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from closeness import assert_close
+from torch import Tensor
+
+from pelt_kernels.ops import BACKENDS, OPERATORS
+from pelt_kernels.ops import _dispatch as dispatch
+from pelt_kernels.ops import _native as native
+from pelt_kernels.ops._cases import Case, make_attributes, make_inputs
+
+SEED = 1234  # of dropout
+OTHER_DRAWS = 4  # of inputs, for the error of the baseline where a tensor has few elements
+# float16 and bfloat16 with parameters of the same dtype, and with float32 master parameters.
+PRECISIONS = {
+    "float32": (torch.float32, False),
+    "float16": (torch.float16, False),
+    "float16-master": (torch.float16, True),
+    "bfloat16": (torch.bfloat16, False),
+    "bfloat16-master": (torch.bfloat16, True),
+}
+CELLS = [(o, b) for o in OPERATORS for b, backend in BACKENDS.items() if dispatch.has_file(o, backend.file)]
+
+Results = dict[str, Tensor]  # outputs by name, gradients by name with a `d` in front; list elements with [i]
+
+
+def contract_of(operator: str) -> ModuleType:
+    """The module with CONTRACT, reference, CASES and DRAWS."""
+    return importlib.import_module(f"pelt_kernels.ops.{operator}.contract")
+
+
+def operator_of(operator: str) -> Any:
+    """The registered operator, that takes the contract's inputs and attributes."""
+    return importlib.import_module(f"pelt_kernels.ops.{operator}")._operator
+
+
+def case_of(operator: str, name: str) -> Case:
+    return next(case for case in contract_of(operator).CASES if case.id == name)
+
+
+def device_of(backend: str) -> str:
+    """Where a backend's tests run: on the GPU if it serves one and there is one."""
+    return "cuda" if "cuda" in BACKENDS[backend].devices and torch.cuda.is_available() else "cpu"
+
+
+def inputs_of(operator: str, case: Case, precision: str, device: str = "cpu", draw: int = 0) -> list[Any]:
+    """The case's inputs in the contract's order."""
+    module, (dtype, master) = contract_of(operator), PRECISIONS[precision]
+    return make_inputs(module.CONTRACT, case, dtype, device, seed=draw, master=master, draws=module.DRAWS)
+
+
+def why_unavailable(operator: str, backend: str) -> str:
+    """Why this backend cannot run here at all: a library, a GPU or a setting is missing. Empty if it can."""
+    device = device_of(backend)
+    if device not in (BACKENDS[backend].devices or (device,)):
+        return f"backend {backend} needs a {' or '.join(BACKENDS[backend].devices)} device, and there is none"
+    library = BACKENDS[backend].library
+    if library and native.why_not(library):
+        return native.why_not(library)
+    module = dispatch.implementation(operator, backend)
+    return module.unavailable(device) if hasattr(module, "unavailable") else ""
+
+
+def why_refused(operator: str, backend: str, case: Case, precision: str) -> str:
+    """Why this backend refuses this case; empty if it serves it."""
+    module = contract_of(operator)
+    values = inputs_of(operator, case, precision, device_of(backend))
+    call = module.CONTRACT.bind(values, make_attributes(module.CONTRACT, case))
+    return dispatch.why_not(backend, call)
+
+
+def evaluate(operator: str, case: Case, values: Sequence[Any], function: Callable[..., Sequence[Any]]) -> Results:
+    """Public outputs of ``function(values)``, and the gradients of every floating input for a fixed random dy."""
+    contract = contract_of(operator).CONTRACT
+    needs_grad = not case.is_inference
+    leaves: dict[str, Tensor] = {}
+
+    def leaf(name: str, value: Tensor | None) -> Tensor | None:
+        if value is None or not value.is_floating_point() or not needs_grad:
+            return value
+        leaves[name] = value.detach().requires_grad_()
+        return leaves[name]
+
+    values = [
+        [leaf(f"d{row.name}[{i}]", v) for i, v in enumerate(value)] if row.is_list else leaf(f"d{row.name}", value)
+        for row, value in zip(contract.input_rows, values)
+    ]
+    results: Results = {}
+    differentiable: list[Tensor] = []
+    with torch.set_grad_enabled(needs_grad):
+        outputs = function(values)
+    for row, output in zip(contract.public_rows, outputs):
+        elements = {f"{row.name}[{i}]": v for i, v in enumerate(output)} if row.is_list else {row.name: output}
+        results.update(elements)
+        if row.is_differentiable:
+            differentiable += elements.values()
+    if needs_grad:
+        generator = torch.Generator().manual_seed(99)
+        dys = [
+            torch.randn(y.shape, generator=generator, dtype=torch.float64).to(_dy_dtype(y)).to(y)
+            for y in differentiable
+        ]
+        grads = torch.autograd.grad(differentiable, list(leaves.values()), dys, allow_unused=True)
+        for (name, value), grad in zip(leaves.items(), grads):
+            results[name] = torch.zeros_like(value) if grad is None else grad
+    return {name: value.detach() for name, value in results.items()}
+
+
+def _dy_dtype(y: Tensor) -> torch.dtype:
+    """A gradient that every dtype under test can represent, so that the truth sees the same one."""
+    return torch.bfloat16 if y.is_floating_point() else y.dtype
+
+
+def _with_reference(operator: str, case: Case, values: Sequence[Any]) -> Results:
+    module = contract_of(operator)
+    attributes = dict(zip(module.CONTRACT.attribute_names, make_attributes(module.CONTRACT, case)))
+    if module.CONTRACT.has_seed:
+        attributes["seed"] = SEED
+    return evaluate(operator, case, values, lambda given: module.reference(*given, **attributes))
+
+
+@lru_cache(maxsize=32)
+def expected(operator: str, case_id: str, precision: str, device: str = "cpu", draw: int = 0) -> tuple[Results, Results]:
+    """Baseline (the dtype) and truth (float64) by the reference."""
+    case = case_of(operator, case_id)
+    values = inputs_of(operator, case, precision, device, draw)
+
+    def double(value: Any) -> Any:
+        if isinstance(value, list):
+            return [double(v) for v in value]
+        return value.double() if value is not None and value.is_floating_point() else value
+
+    truth = _with_reference(operator, case, [double(value) for value in values])
+    return _with_reference(operator, case, values), truth
+
+
+def run(operator: str, backend: str, case: Case, precision: str) -> Results:
+    """Outputs and gradients by a backend, through the path that users take."""
+    attributes = make_attributes(contract_of(operator).CONTRACT, case)
+    values = inputs_of(operator, case, precision, device_of(backend))
+    return evaluate(operator, case, values, lambda given: operator_of(operator)(given, attributes, SEED, backend))
+
+
+def check(operator: str, backend: str, case: Case, precision: str) -> Results:
+    """What `run` returns; raises AssertionError where an output or a gradient is not close enough."""
+    device = device_of(backend)
+    baseline, truth = expected(operator, case.id, precision, device)
+    found = run(operator, backend, case, precision)
+    assert found.keys() == truth.keys()
+    for name, value in found.items():
+        others = (expected(operator, case.id, precision, device, draw) for draw in range(1, 1 + OTHER_DRAWS))
+        pairs = ((b[name], t[name]) for b, t in others)
+        assert_close(value, baseline[name], truth[name], PRECISIONS[precision][0], name, pairs)
+    return found
