@@ -51,10 +51,6 @@ class Input:
     def is_differentiable(self) -> bool:
         return self.kind in ("activation", "parameter")
 
-    @property
-    def schema(self) -> str:
-        return f"Tensor{'?' if self.is_optional else ''}{'[]' if self.is_list else ''} {self.name}"
-
 
 @dataclass(frozen=True)
 class Attribute:
@@ -152,7 +148,10 @@ class Contract:
     def bind(self, values: Sequence[Value], attributes: Sequence[Any]) -> Call:
         """Checks one call and names its sizes; a repeated combination costs one dictionary look-up."""
         key = (_signature(values), tuple(attributes) if self._attributes_hash else _hashable(attributes))
-        call = self._calls.get(key)
+        try:
+            call = self._calls.get(key)
+        except TypeError:  # symbolic sizes, while torch.compile traces dynamic shapes: they have no hash
+            return self._bind(dict(zip(self.input_names, values)), dict(zip(self.attribute_names, attributes)))
         if call is None:
             call = self._bind(dict(zip(self.input_names, values)), dict(zip(self.attribute_names, attributes)))
             if len(self._calls) >= 4096:  # shapes that never repeat must not grow without bound
@@ -214,7 +213,7 @@ class Contract:
             if row.bound is None:
                 continue
             for i, tensor in enumerate(value if row.is_list else (value,)):
-                if tensor is None or not tensor.numel() or _is_fake(tensor):
+                if tensor is None or _is_fake(tensor) or not tensor.numel():
                     continue
                 bound = call.sizes[row.bound]
                 limit = bound[i] if isinstance(bound, tuple) else bound

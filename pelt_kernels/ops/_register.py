@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _dispatch
-from ._contract import Call, Contract, Value, flatten, lengths_of, unflatten
+from ._contract import Call, Contract, Input, Value, flatten, lengths_of, unflatten
 
 _LIBRARY = torch.library.Library("pelt_kernels", "DEF")
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -42,7 +42,7 @@ class Operator:
         """The contract's public outputs, as a tuple. Builds no graph where no gradient can be asked for."""
         request = _dispatch.current_request() if backend is None else backend
         if torch.compiler.is_compiling() or not _is_plain(values):
-            outputs = self.fwd(*values, *attributes, *self._seed(seed), request)
+            outputs = self.fwd(*_pack(self.contract.input_rows, values), *attributes, *self._seed(seed), request)
             return tuple(out for out, row in zip(outputs, self.contract.output_rows) if not row.is_private)
         call = _dispatch.select(self.contract.bind(values, attributes), request)
         if torch.is_grad_enabled() and _requires_grad(values):
@@ -60,18 +60,23 @@ class Operator:
     def _seed(self, seed: int) -> tuple[int, ...]:
         return (seed,) if self.contract.has_seed else ()
 
-    def _bind(self, args: Sequence[Any]) -> tuple[Call, dict[str, Value], int]:
-        """The call, its named inputs and its seed, from an operator's arguments."""
-        inputs, attributes = len(self.contract.input_names), len(self.contract.attribute_names)
-        values, request = args[:inputs], args[-1]
-        call = _dispatch.select(self.contract.bind(values, args[inputs : inputs + attributes]), request)
-        return call, dict(zip(self.contract.input_names, values)), args[-2] if self.contract.has_seed else 0
+    def _bind(self, args: Sequence[Any]) -> tuple[Call, dict[str, Value]]:
+        """The call and its named inputs, from an operator's arguments."""
+        contract, rest = self.contract, iter(args)
+        values = _unpack(contract.input_rows, rest)
+        attributes = [next(rest) for _ in contract.attribute_rows]
+        return contract.bind(values, attributes), dict(zip(contract.input_names, values))
+
+    def _select(self, args: Sequence[Any]) -> tuple[Call, dict[str, Value], int]:
+        """The call on its backend, its named inputs and its seed."""
+        call, inputs = self._bind(args)
+        return _dispatch.select(call, args[-1]), inputs, args[-2] if self.contract.has_seed else 0
 
     def _forward(self, *args: Any) -> tuple[Any, ...]:
-        return tuple(_run_forward(*self._bind(args)))
+        return tuple(_run_forward(*self._select(args)))
 
     def _fake_forward(self, *args: Any) -> tuple[Any, ...]:
-        call, _, _ = self._bind(args)
+        call, _ = self._bind(args)  # no backend is chosen: sizes may be symbols
         shapes = self.contract.output_shapes(call)
         return tuple(_empty_output(call, row, shapes[row.name]) for row in self.contract.output_rows)
 
@@ -85,53 +90,62 @@ class Operator:
         named = dict(zip(names, args))
         needs = dict(zip(contract.backward_names, args[len(names)]))
         rest = iter(args[len(names) + 1 :])
-        inputs = [None if row.grad_is_dy else next(rest) for row in contract.input_rows]
-        return named, needs, [*inputs, *rest]
+        packed: list[Any] = []
+        for row in contract.input_rows:
+            packed += [None] if row.grad_is_dy else [next(rest) for _ in range(_width(row))]
+        return named, needs, [*packed, *rest]
 
     def _backward(self, *args: Any) -> list[Tensor]:
         named, needs, forward_args = self._split(args)
-        call, inputs, seed = self._bind(forward_args)
+        call, inputs, seed = self._select(forward_args)
         return _flatten_grads(call.contract, needs, inputs, _run_backward(call, needs, named, inputs, seed))
 
     def _fake_backward(self, *args: Any) -> list[Tensor]:
         _, needs, forward_args = self._split(args)
-        inputs = dict(zip(self.contract.input_names, forward_args))
+        inputs = dict(zip(self.contract.input_names, _unpack(self.contract.input_rows, iter(forward_args))))
         like = {name: _new_empty(inputs[name]) for name in needs}
         return _flatten_grads(self.contract, needs, inputs, like)
 
     def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         """Keeps for the formula the inputs that backward needs, the saved outputs, and the arguments after the inputs."""
-        contract = self.contract
-        values, ctx.rest = inputs[: len(contract.input_rows)], inputs[len(contract.input_rows) :]
-        kept = [value for value, row in zip(values, contract.input_rows) if not row.grad_is_dy]
+        contract, rest = self.contract, iter(inputs)
+        packed = [[next(rest) for _ in range(_width(row))] for row in contract.input_rows]
+        ctx.flags = [tuple(flags) for _, *flags in packed]  # of each row: none, or which elements of a list are there
+        ctx.rest = list(rest)
+        kept = [value for (value, *_), row in zip(packed, contract.input_rows) if not row.grad_is_dy]
         saved = [out for out, row in zip(output, contract.output_rows) if row.is_saved]
         ctx.lengths = lengths_of([*saved, *kept])
         ctx.save_for_backward(*flatten([*saved, *kept]))
         ctx.likes = [_like(out) for out, row in zip(output, contract.output_rows) if row.is_differentiable]
 
     def _formula(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        """The autograd formula of the forward operator: one call of the backward operator."""
+        """The autograd formula of the forward operator: one call of the backward operator.
+
+        torch wants for each argument None, or for a list of tensors (and for any empty list) a list of the same length.
+        """
         contract = self.contract
         tensors = unflatten(iter(ctx.saved_tensors), ctx.lengths)
-        kept = tensors[len(contract.saved_rows) :]
+        saved, kept = tensors[: len(contract.saved_rows)], iter(tensors[len(contract.saved_rows) :])
         dys = [grad for grad, row in zip(grads, contract.output_rows) if row.is_differentiable]
         named = _named_grads(contract, dys, ctx.likes)
-        asked = [_any(need) for need in ctx.needs_input_grad[: len(contract.input_rows)]]
+        values = [None if row.grad_is_dy else next(kept) for row in contract.input_rows]
+        needs_grad = iter(ctx.needs_input_grad)
+        asked = [[_any(next(needs_grad)) for _ in range(_width(row))][0] for row in contract.input_rows]
         needs = [need for need, row in zip(asked, contract.input_rows) if not row.grad_is_dy]
-        outputs = [*named.values(), *tensors[: len(contract.saved_rows)]]
-        fresh = iter(self.bwd(*outputs, needs, *kept, *ctx.rest) if any(needs) else [])
-        values = iter(kept)
+        packed: list[Any] = []
+        for row, value, flags in zip(contract.input_rows, values, ctx.flags):
+            packed += [] if row.grad_is_dy else [value, *flags]
+        fresh = iter(self.bwd(*named.values(), *saved, needs, *packed, *ctx.rest) if any(needs) else [])
         result: list[Any] = []
-        for row, need in zip(contract.input_rows, asked):
-            value = None if row.grad_is_dy else next(values)
+        for row, need, value, flags in zip(contract.input_rows, asked, values, ctx.flags):
             if row.is_list:
-                result.append([next(fresh) if need and v is not None else None for v in value])
+                result.append([next(fresh) if need else None for _ in value])
             elif row.grad_is_dy:
-                result.append(outputs[0] if need else None)
+                result.append(next(iter(named.values())) if need else None)
             else:
                 result.append(next(fresh) if need else None)
-        nothing = [[None] * len(value) if isinstance(value, (list, tuple)) else None for value in ctx.rest]
-        return (*result, *nothing)
+            result += map(_nothing, flags)
+        return (*result, *map(_nothing, ctx.rest))
 
 
 class _Eager(torch.autograd.Function):
@@ -277,10 +291,52 @@ def _backward_schema(contract: Contract) -> str:
     return f"({outputs}, bool[] needs, {_arguments(contract, kept)}) -> Tensor[]"
 
 
-def _arguments(contract: Contract, input_rows: Sequence[Any]) -> str:
+def _arguments(contract: Contract, input_rows: Sequence[Input]) -> str:
+    inputs = [_argument(row) for row in input_rows]
     attributes = [f"{row.type} {row.name}" for row in contract.attribute_rows]
     seed = ["int seed"] if contract.has_seed else []
-    return ", ".join([row.schema for row in input_rows] + attributes + seed + ["str backend"])
+    return ", ".join([*inputs, *attributes, *seed, "str backend"])
+
+
+def _argument(row: Input) -> str:
+    if not row.is_list:
+        return f"Tensor{'?' if row.is_optional else ''} {row.name}"
+    return f"Tensor[] {row.name}" + (f", bool[] has_{row.name}" if row.is_optional else "")
+
+
+def _width(row: Input) -> int:
+    """How many arguments an input takes: a list whose elements may be absent comes as those there, and which they are.
+
+    torch's autograd formulas see a list of tensors, but not one with None in it: its gradients would be lost.
+    """
+    return 2 if row.is_list and row.is_optional else 1
+
+
+def _pack(rows: Sequence[Input], values: Sequence[Value]) -> list[Any]:
+    """Inputs as the registered operator takes them."""
+    packed: list[Any] = []
+    for row, value in zip(rows, values):
+        if _width(row) == 2:
+            packed += [[v for v in value if v is not None], [v is not None for v in value]]
+        else:
+            packed.append(value)
+    return packed
+
+
+def _unpack(rows: Sequence[Input], packed: Iterator[Any]) -> list[Value]:
+    """The way back from `_pack`."""
+    values: list[Value] = []
+    for row in rows:
+        value = next(packed)
+        if _width(row) == 2:
+            there = iter(value)
+            value = [next(there) if flag else None for flag in next(packed)]
+        values.append(value)
+    return values
+
+
+def _nothing(argument: Any) -> Any:
+    return [] if isinstance(argument, (list, tuple)) and not len(argument) else None
 
 
 def _any(need: Any) -> bool:
