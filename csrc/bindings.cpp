@@ -7,12 +7,17 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <utility>
+#include <vector>
 
 #if defined(PELT_SIM)
 #include "sim/executor.h"
+#else
+#include "cpu/isa.h"
+#include "cpu/philox.h"
 #endif
 #if defined(PELT_SIM) || defined(PELT_WITH_CUDA)
 #define PELT_HAS_CUDA_KERNELS 1
@@ -23,7 +28,6 @@ namespace py = pybind11;
 
 namespace {
 
-#if defined(PELT_HAS_CUDA_KERNELS)
 using namespace pelt;
 
 using Address = uintptr_t;
@@ -35,6 +39,7 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+#if defined(PELT_HAS_CUDA_KERNELS)
 void bind_gated_adapter(py::module_& m) {
   using namespace pelt::gated_adapter;
   auto parameter = [](const TypedAddress& a) { return Parameter{at(a.first), a.second}; };
@@ -161,6 +166,51 @@ void bind_gated_adapter(py::module_& m) {
 }
 #endif
 
+#if !defined(PELT_SIM)
+void bind_cpu(py::module_& m) {
+  m.def(
+      "cpu_isa", [] { return std::string(cpu::name_of(cpu::current_isa())); },
+      "The instruction set that the CPU kernels use.");
+  m.def("choose_cpu_isa", &cpu::choose_isa, py::arg("name"),
+        "Makes the CPU kernels use an instruction set by name; \"\" is the best again.");
+  m.def(
+      "cpu_isas",
+      [] {
+        std::vector<std::string> names;
+        for (int i = 0; i < cpu::kIsaCount; ++i) {
+          const auto isa = static_cast<cpu::Isa>(i);
+          if (cpu::is_supported(isa)) names.push_back(cpu::name_of(isa));
+        }
+        return names;
+      },
+      "The instruction sets that this processor runs.");
+
+  m.def(
+      "fill_dropout",
+      [](Address out, int64_t rows, int64_t columns, int element_bytes, uint64_t kept_bits,
+         uint32_t threshold, uint64_t seed, uint64_t first_group, int threads) {
+        const cpu::DropoutFill fill{at(out),   rows, columns,     element_bytes, kept_bits,
+                                    threshold, seed, first_group, threads};
+        cpu::with_isa([&](auto isa) { cpu::fill_dropout<decltype(isa)::value>(fill); });
+      },
+      py::kw_only(), py::arg("out"), py::arg("rows"), py::arg("columns"), py::arg("element_bytes"),
+      py::arg("kept_bits"), py::arg("threshold"), py::arg("seed"), py::arg("first_group"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "philox4x32_10",
+      [](std::pair<uint64_t, uint64_t> counter, uint64_t key) {
+        std::array<uint32_t, 4> words;
+        cpu::with_isa([&](auto isa) {
+          cpu::philox_block<decltype(isa)::value>({counter.first, counter.second}, key, words);
+        });
+        return words;
+      },
+      py::kw_only(), py::arg("counter"), py::arg("key"),
+      "The four words of one counter and key, given in 64-bit halves, the low one first.");
+}
+#endif
+
 // What the module was made of, for bug reports and benchmark records.
 py::dict build_info() {
   py::dict info;
@@ -187,5 +237,8 @@ PYBIND11_MODULE(PELT_MODULE, m) {
   m.def("build_info", &build_info, "What the module was made of.");
 #if defined(PELT_HAS_CUDA_KERNELS)
   bind_gated_adapter(m);
+#endif
+#if !defined(PELT_SIM)
+  bind_cpu(m);
 #endif
 }

@@ -86,3 +86,23 @@ def on(device: torch.device) -> Iterator[int]:
         return
     with torch.cuda.device(device):
         yield torch.cuda.current_stream(device).cuda_stream
+
+
+def can_fill_dropout(device: torch.device) -> bool:
+    """Can `fill_dropout` write tensors made here and now: `_C` is there, and no tracer or mode has to see the work."""
+    if device.type != "cpu" or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    module, _ = _load("_C")
+    return module is not None and hasattr(module, "fill_dropout")
+
+
+def fill_dropout(out: Tensor, kept_bits: int, threshold: int, seed: int, first_group: int = 0) -> None:
+    """Writes ``kept_bits`` where dropout keeps an element of ``out`` [rows, columns], 0 elsewhere.
+
+    The bits do not depend on the number of threads. ``first_group`` is the counter of the first four elements.
+    """
+    library("_C").fill_dropout(
+        out=out.data_ptr(), rows=out.shape[0], columns=out.shape[1], element_bytes=out.element_size(),
+        kept_bits=kept_bits, threshold=threshold, seed=seed & 0xFFFFFFFFFFFFFFFF, first_group=first_group,
+        threads=torch.get_num_threads(),
+    )  # fmt: skip

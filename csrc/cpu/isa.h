@@ -1,0 +1,53 @@
+// Which instruction set the CPU kernels use.
+//
+// A *_cpu.cpp file is compiled once for each entry of Isa, with that entry's flags and PELT_CPU_ISA
+// defined as its name, and gives one specialization of each function it offers. The processor is
+// asked at run time. So that no linker can pick a function compiled for a newer processor where an
+// older one runs it, those files keep every helper, headers included, in unnamed namespaces.
+#pragma once
+
+#include <string>
+
+namespace pelt::cpu {
+
+enum class Isa : int {
+  kBaseline,    // what the compiler assumes: SSE2 on x86-64, NEON on aarch64
+  kAvx2,        // x86-64-v3: AVX2 and FMA, 8 floats
+  kAvx512,      // x86-64-v4: 16 floats
+  kAvx512Bf16,  // and conversion to bfloat16 in one instruction
+};
+
+constexpr int kIsaCount = 4;
+
+const char* name_of(Isa isa);
+bool is_supported(Isa isa);  // by this processor, and compiled into this module
+
+// The best that the processor supports, or the one that `choose_isa` asked for.
+Isa current_isa();
+
+// By name, for tests and measurements; "" is the best again. Throws Error if it cannot run here.
+void choose_isa(const std::string& name);
+
+template <Isa kIsa>
+struct IsaTag {
+  static constexpr Isa value = kIsa;
+};
+
+// Calls visit(IsaTag<isa>{}) for the current instruction set.
+template <class Visit>
+auto with_isa(Visit&& visit) {
+  switch (current_isa()) {
+#if defined(__x86_64__)
+    case Isa::kAvx2:
+      return visit(IsaTag<Isa::kAvx2>{});
+    case Isa::kAvx512:
+      return visit(IsaTag<Isa::kAvx512>{});
+    case Isa::kAvx512Bf16:
+      return visit(IsaTag<Isa::kAvx512Bf16>{});
+#endif
+    default:
+      return visit(IsaTag<Isa::kBaseline>{});
+  }
+}
+
+}  // namespace pelt::cpu
