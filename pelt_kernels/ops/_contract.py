@@ -20,6 +20,7 @@ alternatives separated by ``|``. ``grad=dy``: the input's gradient is the output
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -95,24 +96,26 @@ class Call:
     has_index: bool
     slots: tuple[tuple[str, int], ...]  # for each tensor that is there its input's name, and its place in a list or -1
     kept: tuple[bool, ...]  # for each of them: does backward need it
-    output_lengths: tuple[int, ...]  # for each public output -1, or the length of a list
-    blank: tuple[Value, ...]  # the inputs with nothing in them: None, or a list of None
+    places: tuple[tuple[str, Any], ...]  # for each input its number among those tensors, None, or a tuple of both
+    # Outputs with their lists expanded: which are public, ...; and -1 or the length of a list for each row of a kind.
+    public: tuple[bool, ...] = ()
+    saved: tuple[bool, ...] = ()
+    differentiable: tuple[bool, ...] = ()
+    frozen: tuple[bool, ...] = ()  # public and not differentiable
+    output_lengths: tuple[int, ...] = ()
+    saved_lengths: tuple[int, ...] = ()
+    differentiable_lengths: tuple[int, ...] = ()
     backend: str = ""  # set by the dispatch, with the two functions of its implementation
     forward: Callable[..., Any] | None = None
     backward: Callable[..., Any] | None = None
     selected: dict[str, Call] = field(default_factory=dict)  # request -> this call on its backend
 
-    def place(self, given: Iterable[Tensor | None]) -> dict[str, Value]:
+    def place(self, given: Sequence[Tensor | None]) -> dict[str, Value]:
         """The inputs by name, from the tensors that are there."""
-        inputs = dict(zip(self.contract.input_names, self.blank))
-        if self.contract.has_lists:
-            inputs = {name: list(value) if isinstance(value, list) else value for name, value in inputs.items()}
-        for (name, i), tensor in zip(self.slots, given):
-            if i < 0:
-                inputs[name] = tensor
-            else:
-                inputs[name][i] = tensor
-        return inputs
+        return {
+            name: given[at] if at.__class__ is int else None if at is None else [None if i is None else given[i] for i in at]
+            for name, at in self.places
+        }
 
     def __str__(self) -> str:
         sizes = " ".join(f"{k}={v}" for k, v in self.sizes.items())
@@ -137,10 +140,13 @@ class Contract:
         self.output_rows = [_parse_output(row) for row in _rows(self.outputs)]
         self.input_names = tuple(row.name for row in self.input_rows)
         self.has_lists = any(row.is_list for row in self.input_rows)
+        self.has_list_outputs = any(row.is_list for row in self.output_rows)
         self.attribute_names = tuple(row.name for row in self.attribute_rows)
         self.public_rows = [row for row in self.output_rows if not row.is_private]
         self.differentiable_rows = [row for row in self.output_rows if row.is_differentiable]
         self.saved_rows = [row for row in self.output_rows if row.is_saved]
+        self.gradient_names = tuple(f"d{row.name}" for row in self.differentiable_rows)
+        self.saved_names = tuple(row.name for row in self.saved_rows)
         self.backward_names = tuple(row.name for row in self.input_rows if not row.grad_is_dy)
         self._attributes_hash = not any(row.type.endswith("[]") for row in self.attribute_rows)
         self._calls: dict[Any, Call] = {}
@@ -179,6 +185,13 @@ class Contract:
             for i, value in enumerate(values[row.name] if row.is_list else (values[row.name],))
             if value is not None
         )
+        numbers = itertools.count()
+
+        def place(value: Value) -> Any:
+            if isinstance(value, (list, tuple)):
+                return tuple(place(v) for v in value)
+            return None if value is None else next(numbers)
+
         call = Call(
             contract=self,
             sizes={k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()},
@@ -190,8 +203,7 @@ class Contract:
             has_index=any(row.bound and row.name in given for row in self.input_rows),
             slots=slots,
             kept=tuple(name in self.backward_names for name, _ in slots),
-            output_lengths=(),
-            blank=tuple([None] * len(values[row.name]) if row.is_list else None for row in self.input_rows),
+            places=tuple((row.name, place(values[row.name])) for row in self.input_rows),
         )
         for row in self.input_rows:
             if row.bound and row.name in given and row.bound not in call.sizes:
@@ -200,10 +212,23 @@ class Contract:
                     f"leave {row.name} out or give the bank a leading dimension"
                 )
         self.rules(call, values)
-        shapes = self.output_shapes(call)
-        lists = {row.name: len(shapes[row.name]) for row in self.public_rows if row.is_list}
-        call.output_lengths = tuple(lists.get(row.name, -1) for row in self.public_rows)
+        self._plan_outputs(call)
         return call
+
+    def _plan_outputs(self, call: Call) -> None:
+        shapes = self.output_shapes(call)
+        lengths = {row.name: len(shapes[row.name]) if row.is_list else -1 for row in self.output_rows}
+
+        def flags(is_of_kind: Callable[[Output], bool]) -> tuple[bool, ...]:
+            return tuple(is_of_kind(row) for row in self.output_rows for _ in range(abs(lengths[row.name])))
+
+        call.public = flags(lambda row: not row.is_private)
+        call.saved = flags(lambda row: row.is_saved)
+        call.differentiable = flags(lambda row: row.is_differentiable)
+        call.frozen = flags(lambda row: not row.is_private and not row.is_differentiable)
+        call.output_lengths = tuple(lengths[row.name] for row in self.public_rows)
+        call.saved_lengths = tuple(lengths[row.name] for row in self.saved_rows)
+        call.differentiable_lengths = tuple(lengths[row.name] for row in self.differentiable_rows)
 
     def _check_indices(self, call: Call, values: Sequence[Value]) -> None:
         """Index values are read where that costs nothing: on the CPU. On a GPU it would stop the stream."""
@@ -296,7 +321,7 @@ def _signature(values: Sequence[Value]) -> tuple[Any, ...]:
         elif isinstance(value, Tensor):
             signature += (value.shape, value.dtype, value.device)
         elif isinstance(value, (list, tuple)):
-            signature.append(_signature(value))
+            signature.append(_signature(value) if value else ())
         else:
             signature.append(type(value))
     return tuple(signature)

@@ -12,7 +12,7 @@ or transform take one `autograd.Function` straight to the backend: same binding,
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from itertools import compress
 from typing import Any
 
 import torch
@@ -46,8 +46,9 @@ class Operator:
             return tuple(out for out, row in zip(outputs, self.contract.output_rows) if not row.is_private)
         call = _dispatch.select(self.contract.bind(values, attributes), request)
         if torch.is_grad_enabled() and _requires_grad(values):
-            given = [value for value in flatten(values) if value is not None]
-            return tuple(unflatten(iter(_Eager.apply(call, seed, *given)), call.output_lengths))
+            given = [value for value in (flatten(values) if self.contract.has_lists else values) if value is not None]
+            flat = _apply(call, seed, *given)
+            return tuple(unflatten(iter(flat), call.output_lengths)) if self.contract.has_list_outputs else flat
         outputs = _run_forward(call, dict(zip(self.contract.input_names, values)), seed)
         return tuple(out for out, row in zip(outputs, self.contract.output_rows) if not row.is_private)
 
@@ -86,7 +87,7 @@ class Operator:
         An input whose gradient is dy itself is not kept: it stands as None, and the attributes tell that it was there.
         """
         contract = self.contract
-        names = [f"d{row.name}" for row in contract.differentiable_rows] + [row.name for row in contract.saved_rows]
+        names = contract.gradient_names + contract.saved_names
         named = dict(zip(names, args))
         needs = dict(zip(contract.backward_names, args[len(names)]))
         rest = iter(args[len(names) + 1 :])
@@ -157,30 +158,28 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, seed: int, *given: Tensor) -> tuple[Tensor, ...]:
         outputs = _run_forward(call, call.place(given), seed)
-        rows = call.contract.output_rows
-        public = [out for out, row in zip(outputs, rows) if not row.is_private]
-        saved = [out for out, row in zip(outputs, rows) if row.is_saved]
-        ctx.call, ctx.seed, ctx.saved_lengths = call, seed, lengths_of(saved)
-        ctx.save_for_backward(*[t for t, is_kept in zip(given, call.kept) if is_kept], *flatten(saved))
-        ctx.likes = [_like(out) for out, row in zip(outputs, rows) if row.is_differentiable]
+        flat = flatten(outputs) if call.contract.has_list_outputs else outputs
+        ctx.call, ctx.seed = call, seed
+        ctx.save_for_backward(*compress(given, call.kept), *compress(flat, call.saved))
         ctx.set_materialize_grads(False)
-        frozen = [out for out, row in zip(outputs, rows) if not row.is_private and not row.is_differentiable]
-        ctx.mark_non_differentiable(*flatten(frozen))
-        return tuple(flatten(public))
+        ctx.likes = [_like(out) for out in compress(flat, call.differentiable)]
+        ctx.mark_non_differentiable(*compress(flat, call.frozen))
+        return tuple(compress(flat, call.public))
 
     @staticmethod
     def backward(ctx: Any, *flat_grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call, contract = ctx.call, ctx.call.contract
         tensors = iter(ctx.saved_tensors)
         inputs = call.place([next(tensors) if is_kept else None for is_kept in call.kept])
-        grads = zip(unflatten(iter(flat_grads), call.output_lengths), contract.public_rows)
-        named = _named_grads(contract, [grad for grad, row in grads if row.is_differentiable], ctx.likes)
-        named.update(zip([row.name for row in contract.saved_rows], unflatten(tensors, ctx.saved_lengths)))
-        dy = named[f"d{contract.differentiable_rows[0].name}"]
+        dys = compress(flat_grads, compress(call.differentiable, call.public))
+        filled = iter([_filled(dy, like) for dy, like in zip(dys, ctx.likes)])
+        named = dict(zip(contract.gradient_names, unflatten(filled, call.differentiable_lengths)))
+        named.update(zip(contract.saved_names, unflatten(tensors, call.saved_lengths)))
+        dy = named[contract.gradient_names[0]]
         needs = dict.fromkeys(contract.backward_names, False)
         asked = ctx.needs_input_grad[2:]
-        for (name, _), need in zip(call.slots, asked):
-            if need and name in needs:
+        for name, _ in compress(call.slots, asked):
+            if name in needs:
                 needs[name] = True
         found = _run_backward(call, needs, named, inputs, ctx.seed) if any(needs.values()) else {}
         result: list[Tensor | None] = [None, None]
@@ -194,12 +193,16 @@ class _Eager(torch.autograd.Function):
         return tuple(result)
 
 
+# `_is_plain` has seen to it that no transform is active, which is what `Function.apply` looks for in every argument.
+_apply = super(torch.autograd.Function, _Eager).apply
+
+
 def _like(out: Any) -> Any:
     return [_like(o) for o in out] if isinstance(out, (list, tuple)) else (out.shape, out.dtype, out.device)
 
 
 def _named_grads(contract: Contract, dys: Sequence[Any], likes: Sequence[Any]) -> dict[str, Any]:
-    return {f"d{row.name}": _filled(dy, like) for row, dy, like in zip(contract.differentiable_rows, dys, likes)}
+    return {name: _filled(dy, like) for name, dy, like in zip(contract.gradient_names, dys, likes)}
 
 
 def _filled(dy: Any, like: Any) -> Any:
@@ -215,25 +218,27 @@ def _filled(dy: Any, like: Any) -> Any:
 def _run_forward(call: Call, inputs: dict[str, Value], seed: int) -> Sequence[Any]:
     if call.contract.has_seed:
         inputs["seed"] = seed
-    with _without_autocast(call):
-        return call.forward(call, **inputs)
+    if _is_autocast(call):
+        with torch.autocast(call.device.type, enabled=False):
+            return call.forward(call, **inputs)
+    return call.forward(call, **inputs)
 
 
 def _run_backward(
     call: Call, needs: dict[str, bool], named: dict[str, Value], inputs: dict[str, Value], seed: int
 ) -> dict[str, Value]:
     if call.contract.has_seed:
-        inputs = {**inputs, "seed": seed}
-    with _without_autocast(call):
-        return call.backward(call, needs, **named, **inputs)
+        inputs["seed"] = seed
+    if _is_autocast(call):
+        with torch.autocast(call.device.type, enabled=False):
+            return call.backward(call, needs, **named, **inputs)
+    return call.backward(call, needs, **named, **inputs)
 
 
-def _without_autocast(call: Call) -> Any:
-    """Backends choose their dtypes themselves: under autocast torch would recast what they keep in float32."""
+def _is_autocast(call: Call) -> bool:
+    """Then a backend runs outside of it: it chooses its dtypes itself, and torch would recast what it keeps in float32."""
     device = call.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _is_plain(values: Sequence[Value]) -> bool:
