@@ -1,9 +1,10 @@
-"""What an operator costs on the host: microseconds around a backend's own work, at a size where nothing else counts.
+"""What an operator costs on the host: microseconds around a backend's own work, at a size where
+nothing else counts.
 
     python -m benchmarks.host_overhead [--json FILE]
 
-A probe takes the place of a backend's forward and backward and notes the time at its door, so the rows hold for every
-backend:
+A probe takes the place of a backend's forward and backward and notes the time at its door, so the
+rows hold for every backend:
 
 * ``entry``     from the Python call to the backend's forward, without and with gradients
 * ``around``    the whole call without the backend's own time
@@ -41,7 +42,9 @@ class Probe:
         self.grads: dict[str, Any] = {}
 
     def install(self, operator: str) -> None:
-        """Takes the place of the eager backend of one operator, whose results of the first call it then repeats."""
+        """Takes the place of the eager backend of one operator, whose results of the first call it
+        then repeats.
+        """
         self.outputs, self.grads = None, {}
         module = _dispatch.implementation(operator, "eager")
         self.forward, self.backward = module.forward, module.backward
@@ -57,7 +60,10 @@ class Probe:
         if self.outputs is None:
             self.outputs = self.forward(call, **inputs)
         # An output is a fresh tensor: autograd refuses to see one twice.
-        outputs = [[o.detach() for o in out] if isinstance(out, list) else out.detach() for out in self.outputs]
+        outputs = [
+            [o.detach() for o in out] if isinstance(out, list) else out.detach()
+            for out in self.outputs
+        ]
         self.left = now()
         return outputs
 
@@ -77,7 +83,12 @@ def calls(needs_grad: bool) -> dict[str, Callable[[], Any]]:
     x, down, up, bias, bias_down = tensor(1, 1, 8), tensor(4, 8), tensor(8, 4), tensor(8), tensor(4)
     gate = ops.LearnedGate(tensor(8), tensor(1))
     mask = torch.ones(1, 1, dtype=torch.bool)
-    q, k, v, prefix = tensor(1, 2, 1, 8), tensor(1, 2, 1, 8), tensor(1, 2, 1, 8), ops.Prefix(tensor(3, 2, 8), tensor(3, 2, 8))
+    q, k, v, prefix = (
+        tensor(1, 2, 1, 8),
+        tensor(1, 2, 1, 8),
+        tensor(1, 2, 1, 8),
+        ops.Prefix(tensor(3, 2, 8), tensor(3, 2, 8)),
+    )
     given, weight = torch.rand(1), torch.randn(8, 8)
     branch = ops.LoraBranch(tensor(4, 8), tensor(8, 4), gate=gate)
     options: dict[str, Any] = {"backend": "eager"}
@@ -85,16 +96,25 @@ def calls(needs_grad: bool) -> dict[str, Callable[[], Any]]:
         "gated_adapter": lambda: ops.gated_adapter(
             x, down, up, b_down=bias_down, b_up=bias, gate=gate, mask=mask, residual=x, **options
         ),
-        "prefix_attention": lambda: ops.prefix_attention(q, k, v, [prefix], gate=given, key_mask=mask, **options),
-        "lora_linear": lambda: ops.lora_linear(x, weight, None, [branch], mask=mask, extra_gates=[gate], **options),
+        "prefix_attention": lambda: ops.prefix_attention(
+            q, k, v, [prefix], gate=given, key_mask=mask, **options
+        ),
+        "lora_linear": lambda: ops.lora_linear(
+            x, weight, None, [branch], mask=mask, extra_gates=[gate], **options
+        ),
     }
 
 
 def _median_us(once: Callable[[], tuple[int, ...]]) -> list[float]:
-    """What ``once`` measures, in us: the median of each round, and of those the least, which no neighbour disturbed."""
+    """What ``once`` measures, in us: the median of each round, and of those the least, which no
+    neighbour disturbed.
+    """
     for _ in range(REPEATS):
         once()
-    rounds = [[statistics.median(column) for column in zip(*(once() for _ in range(REPEATS)))] for _ in range(ROUNDS)]
+    rounds = [
+        [statistics.median(column) for column in zip(*(once() for _ in range(REPEATS)))]
+        for _ in range(ROUNDS)
+    ]
     return [min(column) / 1e3 for column in zip(*rounds)]
 
 
@@ -136,7 +156,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = [{"operator": operator, **measure(operator)} for operator in OPERATORS]
-    print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}")
+    print(
+        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, torch"
+        f" {torch.__version__}"
+    )
     columns = list(rows[0])
     print("  ".join(f"{name:>16}" for name in columns))
     for row in rows:

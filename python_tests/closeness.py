@@ -1,11 +1,13 @@
 """How close a backend has to be to the truth: the one place where tolerances live.
 
-Truth is the reference in float64 on inputs already rounded to the dtype; the baseline is the reference in the dtype
-itself. A backend may be twice as far from the truth as the baseline, plus two units of rounding of the largest true
-value. NaN and infinities have to be exactly where the truth has them.
+Truth is the reference in float64 on inputs already rounded to the dtype; the baseline is the
+reference in the dtype itself. A backend may be twice as far from the truth as the baseline, plus
+two units of rounding of the largest true value. NaN and infinities have to be exactly where the
+truth has them.
 
-A tensor of few elements, such as the gradient of a gate's bias, shows the baseline's error badly: one sum of many terms
-may be right by chance. Then other draws of the same case's inputs are looked at too, and the largest error counts.
+A tensor of few elements, such as the gradient of a gate's bias, shows the baseline's error badly:
+one sum of many terms may be right by chance. Then other draws of the same case's inputs are looked
+at too, and the largest error counts.
 """
 
 from __future__ import annotations
@@ -31,12 +33,15 @@ def assert_close(
     what: str,
     other_draws: Iterable[tuple[Tensor, Tensor]] = (),
 ) -> None:
-    """Raises AssertionError with the numbers unless ``found`` is as close to the truth as the rule asks.
+    """Raises AssertionError with the numbers unless ``found`` is as close to the truth as the rule
+    asks.
 
-    ``max|found - truth| <= 2 max|baseline - truth| + 2 eps(dtype) max|truth|``; ``other_draws`` are further pairs of
-    baseline and truth, read only where the first pair does not suffice.
+    ``max|found - truth| <= 2 max|baseline - truth| + 2 eps(dtype) max|truth|``; ``other_draws`` are
+    further pairs of baseline and truth, read only where the first pair does not suffice.
     """
-    assert found.shape == truth.shape, f"{what}: expected shape {list(truth.shape)}, got {list(found.shape)}"
+    assert found.shape == truth.shape, (
+        f"{what}: expected shape {list(truth.shape)}, got {list(found.shape)}"
+    )
     assert found.dtype == baseline.dtype, f"{what}: expected {baseline.dtype}, got {found.dtype}"
     found, exact = _exact(found), _exact(truth)
     assert torch.equal(found.isnan(), exact.isnan()), f"{what}: {int(found.isnan().sum())} NaN"

@@ -16,17 +16,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--require-backend",
         default="",
         metavar="NAMES",
-        help="backends that have to be there, with commas: where one cannot run, its tests fail instead of being skipped",
+        help=(
+            "backends that have to be there, with commas: where one cannot run, its tests fail"
+            " instead of being skipped"
+        ),
     )
     parser.addoption(
-        "--simulator-seeds", default=1, type=int, help="orders of threads under which cuda_sim has to give the same bits"
+        "--simulator-seeds",
+        default=1,
+        type=int,
+        help="orders of threads under which cuda_sim has to give the same bits",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     unknown = required_backends(config) - set(BACKENDS)
     if unknown:
-        raise pytest.UsageError(f"--require-backend: expected some of {', '.join(BACKENDS)}, got {', '.join(unknown)}")
+        raise pytest.UsageError(
+            f"--require-backend: expected some of {', '.join(BACKENDS)}, got {', '.join(unknown)}"
+        )
     # Workers of pytest-xdist share the processor; results do not depend on the number of threads.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
@@ -45,7 +53,7 @@ def poisoned_memory():
 
 @pytest.fixture
 def need(request: pytest.FixtureRequest):
-    """need(backend, reason): goes on if there is no reason; skips, or fails for a required backend."""
+    """need(backend, reason): without a reason goes on; skips, or fails if required."""
 
     def need(backend: str, reason: str) -> None:
         if reason and backend in required_backends(request.config):

@@ -1,4 +1,6 @@
-"""Runs one case of an operator on one backend and holds outputs and every gradient to the closeness rule."""
+"""Runs one case of an operator on one backend and holds outputs and every gradient to the closeness
+rule.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,16 @@ PRECISIONS = {
     "bfloat16": (torch.bfloat16, False),
     "bfloat16-master": (torch.bfloat16, True),
 }
-CELLS = [(o, b) for o in OPERATORS for b, backend in BACKENDS.items() if dispatch.has_file(o, backend.file)]
+CELLS = [
+    (o, b)
+    for o in OPERATORS
+    for b, backend in BACKENDS.items()
+    if dispatch.has_file(o, backend.file)
+]
 
-Results = dict[str, Tensor]  # outputs by name, gradients by name with a `d` in front; list elements with [i]
+Results = dict[
+    str, Tensor
+]  # outputs by name, gradients by name with a `d` in front; list elements with [i]
 
 
 def contract_of(operator: str) -> ModuleType:
@@ -51,17 +60,26 @@ def device_of(backend: str) -> str:
     return "cuda" if "cuda" in BACKENDS[backend].devices and torch.cuda.is_available() else "cpu"
 
 
-def inputs_of(operator: str, case: Case, precision: str, device: str = "cpu", draw: int = 0) -> list[Any]:
+def inputs_of(
+    operator: str, case: Case, precision: str, device: str = "cpu", draw: int = 0
+) -> list[Any]:
     """The case's inputs in the contract's order."""
     module, (dtype, master) = contract_of(operator), PRECISIONS[precision]
-    return make_inputs(module.CONTRACT, case, dtype, device, seed=draw, master=master, draws=module.DRAWS)
+    return make_inputs(
+        module.CONTRACT, case, dtype, device, seed=draw, master=master, draws=module.DRAWS
+    )
 
 
 def why_unavailable(operator: str, backend: str) -> str:
-    """Why this backend cannot run here at all: a library, a GPU or a setting is missing. Empty if it can."""
+    """Why this backend cannot run here at all: a library, a GPU or a setting is missing. Empty if
+    it can.
+    """
     device = device_of(backend)
     if device not in (BACKENDS[backend].devices or (device,)):
-        return f"backend {backend} needs a {' or '.join(BACKENDS[backend].devices)} device, and there is none"
+        return (
+            f"backend {backend} needs a {' or '.join(BACKENDS[backend].devices)} device, and there"
+            " is none"
+        )
     library = BACKENDS[backend].library
     if library and native.why_not(library):
         return native.why_not(library)
@@ -77,8 +95,12 @@ def why_refused(operator: str, backend: str, case: Case, precision: str) -> str:
     return dispatch.why_not(backend, call)
 
 
-def evaluate(operator: str, case: Case, values: Sequence[Any], function: Callable[..., Sequence[Any]]) -> Results:
-    """Public outputs of ``function(values)``, and the gradients of every floating input for a fixed random dy."""
+def evaluate(
+    operator: str, case: Case, values: Sequence[Any], function: Callable[..., Sequence[Any]]
+) -> Results:
+    """Public outputs of ``function(values)``, and the gradients of every floating input for a fixed
+    random dy.
+    """
     contract = contract_of(operator).CONTRACT
     needs_grad = not case.is_inference
     leaves: dict[str, Tensor] = {}
@@ -90,7 +112,11 @@ def evaluate(operator: str, case: Case, values: Sequence[Any], function: Callabl
         return leaves[name]
 
     values = [
-        [leaf(f"d{row.name}[{i}]", v) for i, v in enumerate(value)] if row.is_list else leaf(f"d{row.name}", value)
+        (
+            [leaf(f"d{row.name}[{i}]", v) for i, v in enumerate(value)]
+            if row.is_list
+            else leaf(f"d{row.name}", value)
+        )
         for row, value in zip(contract.input_rows, values)
     ]
     results: Results = {}
@@ -98,7 +124,11 @@ def evaluate(operator: str, case: Case, values: Sequence[Any], function: Callabl
     with torch.set_grad_enabled(needs_grad):
         outputs = function(values)
     for row, output in zip(contract.public_rows, outputs):
-        elements = {f"{row.name}[{i}]": v for i, v in enumerate(output)} if row.is_list else {row.name: output}
+        elements = (
+            {f"{row.name}[{i}]": v for i, v in enumerate(output)}
+            if row.is_list
+            else {row.name: output}
+        )
         results.update(elements)
         if row.is_differentiable:
             differentiable += elements.values()
@@ -128,7 +158,9 @@ def _with_reference(operator: str, case: Case, values: Sequence[Any]) -> Results
 
 
 @lru_cache(maxsize=32)
-def expected(operator: str, case_id: str, precision: str, device: str = "cpu", draw: int = 0) -> tuple[Results, Results]:
+def expected(
+    operator: str, case_id: str, precision: str, device: str = "cpu", draw: int = 0
+) -> tuple[Results, Results]:
     """Baseline (the dtype) and truth (float64) by the reference."""
     case = case_of(operator, case_id)
     values = inputs_of(operator, case, precision, device, draw)
@@ -146,17 +178,25 @@ def run(operator: str, backend: str, case: Case, precision: str) -> Results:
     """Outputs and gradients by a backend, through the path that users take."""
     attributes = make_attributes(contract_of(operator).CONTRACT, case)
     values = inputs_of(operator, case, precision, device_of(backend))
-    return evaluate(operator, case, values, lambda given: operator_of(operator)(given, attributes, SEED, backend))
+    return evaluate(
+        operator,
+        case,
+        values,
+        lambda given: operator_of(operator)(given, attributes, SEED, backend),
+    )
 
 
 def check(operator: str, backend: str, case: Case, precision: str) -> Results:
-    """What `run` returns; raises AssertionError where an output or a gradient is not close enough."""
+    """What `run` returns; AssertionError where an output or a gradient is too far."""
     device = device_of(backend)
     baseline, truth = expected(operator, case.id, precision, device)
     found = run(operator, backend, case, precision)
     assert found.keys() == truth.keys()
     for name, value in found.items():
-        others = (expected(operator, case.id, precision, device, draw) for draw in range(1, 1 + OTHER_DRAWS))
+        others = (
+            expected(operator, case.id, precision, device, draw)
+            for draw in range(1, 1 + OTHER_DRAWS)
+        )
         pairs = ((b[name], t[name]) for b, t in others)
         assert_close(value, baseline[name], truth[name], PRECISIONS[precision][0], name, pairs)
     return found

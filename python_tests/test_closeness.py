@@ -11,7 +11,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 def _product(dtype):
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(48, 48, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    a, b = (
+        torch.randn(48, 48, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2)
+    )
     return a @ b, a.double() @ b.double()
 
 
@@ -47,7 +49,9 @@ def _with_infinity(x):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("spoil", [_scaled, _with_lost_row, _with_transposed_tile, _with_nan, _with_infinity])
+@pytest.mark.parametrize(
+    "spoil", [_scaled, _with_lost_row, _with_transposed_tile, _with_nan, _with_infinity]
+)
 def test_a_mistake_is_rejected(spoil, dtype):
     baseline, truth = _product(dtype)
     with pytest.raises(AssertionError):

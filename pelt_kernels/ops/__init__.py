@@ -1,6 +1,14 @@
 """The operators and the means to choose and ask for their backends."""
 
-from ._dispatch import BACKENDS, BackendError, Choice, explain, forget_choices, support_table, use_backend
+from ._dispatch import (
+    BACKENDS,
+    BackendError,
+    Choice,
+    explain,
+    forget_choices,
+    support_table,
+    use_backend,
+)
 from ._gate import LearnedGate
 from .gated_adapter import Norm, gated_adapter
 from .lora_linear import LoraBranch, lora_linear

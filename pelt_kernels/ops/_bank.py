@@ -1,13 +1,30 @@
-"""Banks: several weights of one shape, of which an index picks one per batch (AdaMix) or one per sample."""
+"""Banks: several weights of one shape, of which an index picks one per batch (AdaMix) or one per
+sample.
+"""
 
 from __future__ import annotations
+
+from typing import overload
 
 import torch
 from torch import Tensor
 
 
+@overload
+def member(bank: Tensor, index: Tensor | None, rank: int) -> Tensor: ...
+
+
+@overload
+def member(bank: None, index: Tensor | None, rank: int) -> None: ...
+
+
+@overload
+def member(bank: Tensor | None, index: Tensor | None, rank: int) -> Tensor | None: ...
+
+
 def member(bank: Tensor | None, index: Tensor | None, rank: int) -> Tensor | None:
-    """The weight itself, the member of a bank that ``index`` [] names, or the members [B, ...] that ``index`` [B] names.
+    """The weight itself, the member of a bank that ``index`` [] names, or the members [B, ...] that
+    ``index`` [B] names.
 
     ``rank`` is the number of dimensions of one member. A bank of one needs no index.
     """
@@ -19,7 +36,9 @@ def member(bank: Tensor | None, index: Tensor | None, rank: int) -> Tensor | Non
 
 
 def member_grad(grad: Tensor, bank: Tensor, index: Tensor | None) -> Tensor:
-    """A bank's gradient from the gradient of what `member` returned: added where it was picked, 0 elsewhere."""
+    """A bank's gradient from the gradient of what `member` returned: added where it was picked, 0
+    elsewhere.
+    """
     grad = grad.to(bank.dtype)
     if grad.shape == bank.shape and index is None:
         return grad

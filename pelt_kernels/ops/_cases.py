@@ -1,4 +1,6 @@
-"""Test and benchmark cases: named sizes and options from which inputs are drawn by reading the contract."""
+"""Test and benchmark cases: named sizes and options from which inputs are drawn by reading the
+contract.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._contract import Contract, Input, Value
+from ._contract import Contract, Value
+from ._rows import Input
 
 Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
 
@@ -18,10 +21,11 @@ Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
 class Case:
     """One case of an operator.
 
-    ``inputs`` names the optional inputs that are there and, after a colon, which shape alternative of the contract an
-    input takes (0 is the first); a list has one number per element, ``-`` for a missing one: ``"b_down w_down:1
-    prefix_k:0,1 prefix_index:-,0"``. ``fill`` sets whole inputs to a constant, ``layout`` makes activations views:
-    "offset" and "strided" are slices of a wider tensor with the last stride 1, "transposed" has another stride.
+    ``inputs`` names the optional inputs that are there and, after a colon, which shape alternative
+    of the contract an input takes (0 is the first); a list has one number per element, ``-`` for a
+    missing one: ``"b_down w_down:1 prefix_k:0,1 prefix_index:-,0"``. ``fill`` sets whole inputs to
+    a constant, ``layout`` makes activations views: "offset" and "strided" are slices of a wider
+    tensor with the last stride 1, "transposed" has another stride.
     """
 
     id: str
@@ -31,7 +35,7 @@ class Case:
     fill: dict[str, float] = field(default_factory=dict)
     layout: str = "contiguous"
     is_inference: bool = False  # has no gradient
-    is_quick: bool = False  # belongs to the short list used under sanitizers and in slow interpreters
+    is_quick: bool = False  # on the short list for sanitizers and slow interpreters
 
 
 def uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -61,7 +65,9 @@ def make_inputs(
     master: bool = False,
     draws: dict[str, Draw] | None = None,
 ) -> list[Value]:
-    """Inputs in the contract's order, already rounded to ``dtype`` (parameters to float32 with ``master``)."""
+    """Inputs in the contract's order, already rounded to ``dtype`` (parameters to float32 with
+    ``master``).
+    """
     generator = torch.Generator().manual_seed(seed)
     chosen = _chosen(contract, case)
     values: list[Value] = []
@@ -74,7 +80,9 @@ def make_inputs(
                 continue
             letters = row.shapes[number]
             shape = tuple(_size(case, letter, i) for letter in letters)
-            elements.append(_draw(row, shape, case, i, dtype, device, generator, master, draws or {}))
+            elements.append(
+                _draw(row, shape, case, i, dtype, device, generator, master, draws or {})
+            )
         values.append(elements if row.is_list else (elements[0] if elements else None))
     return values
 
@@ -113,7 +121,11 @@ def _draw(
         return torch.randint(0, _size(case, row.bound, i), shape, generator=generator).to(device)
     if row.kind == "bool":
         mask = torch.rand(shape, generator=generator) < 0.7
-        return torch.full(shape, bool(case.fill[row.name])).to(device) if row.name in case.fill else mask.to(device)
+        return (
+            torch.full(shape, bool(case.fill[row.name])).to(device)
+            if row.name in case.fill
+            else mask.to(device)
+        )
     if row.name in case.fill:
         value = torch.full(shape, case.fill[row.name], dtype=torch.float64)
     elif row.name in draws:
@@ -133,7 +145,12 @@ def _with_layout(value: Tensor, layout: str) -> Tensor:
     if layout == "transposed":
         return value.transpose(-1, -2).contiguous().transpose(-1, -2)
     margin = 8 if layout == "offset" else 3  # "strided": rows that do not start at 16-byte borders
-    wide = torch.full((*value.shape[:-1], value.shape[-1] + 2 * margin), float("nan"), dtype=value.dtype, device=value.device)
+    wide = torch.full(
+        (*value.shape[:-1], value.shape[-1] + 2 * margin),
+        float("nan"),
+        dtype=value.dtype,
+        device=value.device,
+    )
     view = wide[..., margin : margin + value.shape[-1]]
     view.copy_(value)
     return view

@@ -1,7 +1,7 @@
 """Which backend serves a call: the table of backends, the choice, and the means to ask why.
 
-A backend is one file in an operator's folder with three functions, `supports(call)`, `forward(call, ...)` and
-`backward(call, ...)`. A file that is not there is a cell that does not exist.
+A backend is one file in an operator's folder with three functions, `supports(call)`, `forward(call,
+...)` and `backward(call, ...)`. A file that is not there is a cell that does not exist.
 """
 
 from __future__ import annotations
@@ -69,9 +69,10 @@ class BackendError(ValueError):
 def use_backend(name: str | None) -> Iterator[None]:
     """Asks for one backend by name for every operator inside the block (``None``: automatic again).
 
-    The request is process-wide, like `torch.set_default_dtype`, so that it also reaches the threads in which autograd
-    runs. A call's own ``backend=`` goes first; the environment variable PELT_KERNELS_BACKEND is the initial value.
-    Raises ValueError for an unknown name, and later, at the call, BackendError if that backend cannot serve it.
+    The request is process-wide, like `torch.set_default_dtype`, so that it also reaches the threads
+    in which autograd runs. A call's own ``backend=`` goes first; the environment variable
+    PELT_KERNELS_BACKEND is the initial value. Raises ValueError for an unknown name, and later, at
+    the call, BackendError if that backend cannot serve it.
     """
     global _requested
     check_name(name or "")
@@ -88,15 +89,17 @@ def check_name(name: str) -> None:
 
 
 def current_request() -> str:
-    """The backend asked for by `use_backend` or PELT_KERNELS_BACKEND; empty for the automatic choice."""
+    """The backend asked for by `use_backend` or PELT_KERNELS_BACKEND; empty for the automatic
+    choice.
+    """
     return _requested
 
 
 def explain(operator: str | None = None) -> list[Choice]:
     """The decisions made in this process, per operator and combination of sizes, newest last.
 
-    Each `Choice` tells the backend that serves the call, whether it was asked for, and why each backend tried before
-    it was refused; ``print(*explain(), sep="\\n")`` reads well.
+    Each `Choice` tells the backend that serves the call, whether it was asked for, and why each
+    backend tried before it was refused; ``print(*explain(), sep="\\n")`` reads well.
     """
     if operator is not None:
         return list(_choices.get(operator, {}).values())
@@ -111,13 +114,16 @@ def forget_choices() -> None:
 def select(call: Call, request: str) -> Call:
     """The call with its backend: the one asked for, or the first able one. Raises BackendError.
 
-    It reads the call's sizes, dtype and device only, so forward and backward of one call always agree.
+    It reads the call's sizes, dtype and device only, so forward and backward of one call always
+    agree.
     """
     chosen = call.selected.get(request)
     if chosen is None:
         backend, refusals = _select(call, request)
         module = implementation(call.contract.name, backend)
-        chosen = replace(call, backend=backend, forward=module.forward, backward=module.backward, selected={})
+        chosen = replace(
+            call, backend=backend, forward=module.forward, backward=module.backward, selected={}
+        )
         call.selected[request] = chosen
         _remember(chosen, request, refusals)
     elif call.contract.name not in _choices:  # chosen before `forget_choices`
@@ -132,7 +138,8 @@ def _select(call: Call, request: str) -> tuple[str, dict[str, str]]:
         if reason:
             able = [name for name in BACKENDS if name != request and not why_not(name, call)]
             raise BackendError(
-                f"{call.contract.name}: backend '{request}' was asked for but {reason}.  Able: {', '.join(able)}."
+                f"{call.contract.name}: backend '{request}' was asked for but {reason}.  Able:"
+                f" {', '.join(able)}."
             )
         return request, {}
     refusals: dict[str, str] = {}
@@ -152,7 +159,9 @@ def _select(call: Call, request: str) -> tuple[str, dict[str, str]]:
 def _remember(call: Call, request: str, refusals: dict[str, str]) -> None:
     choices = _choices.setdefault(call.contract.name, {})
     if len(choices) < 1024:  # enough to read; more would only be a leak
-        choices[f"{call} {request}"] = Choice(call.contract.name, str(call), call.backend, request, refusals)
+        choices[f"{call} {request}"] = Choice(
+            call.contract.name, str(call), call.backend, request, refusals
+        )
 
 
 def why_not(name: str, call: Call) -> str:
@@ -166,7 +175,9 @@ def why_not(name: str, call: Call) -> str:
         reason = _native.why_not(backend.library)
         if reason:
             return reason
-    return implementation(call.contract.name, name).supports(replace(call, backend=name, selected={}))
+    return implementation(call.contract.name, name).supports(
+        replace(call, backend=name, selected={})
+    )
 
 
 def _serves_device(backend: Backend, call: Call) -> bool:

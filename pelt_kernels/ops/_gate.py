@@ -1,8 +1,9 @@
 """Gates: the sentence- or token-wise scalars that scale an adapter, a prefix or a LoRA branch.
 
-Learned gate (UniPELT, Mao et al., ACL 2022): ``g = pool_t( sigmoid( w . x_t + b ) )``, the sigmoid first, then the pooling
-over the S rows of a sentence: ``token`` (none: each row its own gate), ``mean`` (over all rows, padding included, as the
-official code does) or ``masked_mean`` (over rows whose mask is True: independent of padding).
+Learned gate (UniPELT, Mao et al., ACL 2022): ``g = pool_t( sigmoid( w . x_t + b ) )``, the sigmoid
+first, then the pooling over the S rows of a sentence: ``token`` (none: each row its own gate),
+``mean`` (over all rows, padding included, as the official code does) or ``masked_mean`` (over rows
+whose mask is True: independent of padding).
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ class LearnedGate(NamedTuple):
 def check_pooling(operator: str, pooling: str, mask: Tensor | None) -> None:
     """Raises ValueError for an unknown pooling or a missing mask."""
     if pooling not in POOLINGS:
-        raise ValueError(f"{operator}: expected a gate's pooling to be one of {', '.join(POOLINGS)}, got {pooling!r}")
+        raise ValueError(
+            f"{operator}: expected a gate's pooling to be one of {', '.join(POOLINGS)}, got"
+            f" {pooling!r}"
+        )
     if pooling == "masked_mean" and mask is None:
         raise ValueError(
             f"{operator}: expected mask [B, S] beside a gate with pooling 'masked_mean', got None; "
@@ -40,13 +44,15 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def row_gates(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """sigmoid(w . x_t + b) [B, S] in the accumulator dtype; the weight is first rounded to the dtype of x."""
+    """sigmoid(w . x_t + b) [B, S] in the accumulator dtype; the weight is first rounded to the
+    dtype of x.
+    """
     acc = accumulator(x.dtype)
     return torch.sigmoid(x.to(acc) @ weight.to(x.dtype).to(acc) + bias.to(acc))
 
 
 def pool(gates: Tensor, pooling: str, mask: Tensor | None) -> Tensor:
-    """[B] for a pooled gate, [B, S] for ``token``. A sentence without a real token has the gate 0."""
+    """[B] for a pooled gate, [B, S] for ``token``. A sentence without real tokens: 0."""
     if pooling == "token":
         return gates
     if pooling == "mean":
@@ -56,7 +62,9 @@ def pool(gates: Tensor, pooling: str, mask: Tensor | None) -> Tensor:
 
 
 def pool_backward(dgate: Tensor, gates: Tensor, pooling: str, mask: Tensor | None) -> Tensor:
-    """dlogit [B, S] from dgate ([B] or [B, S]) and the rows' gates: d sigmoid = s (1 - s), then the pooling's share."""
+    """dlogit [B, S] from dgate ([B] or [B, S]) and the rows' gates: d sigmoid = s (1 - s), then the
+    pooling's share.
+    """
     if pooling == "mean":
         dgate = dgate[:, None] / gates.shape[1]
     elif pooling == "masked_mean":

@@ -1,4 +1,5 @@
-"""The only door to the compiled modules: `_C` (CPU and CUDA kernels) and `_C_sim` (CUDA kernels on the host).
+"""The only door to the compiled modules: `_C` (CPU and CUDA kernels) and `_C_sim` (CUDA kernels on
+the host).
 
 Everything here works, and says what is missing, when neither was built.
 """
@@ -29,7 +30,11 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
 def why_not(name: str) -> str:
     """Why a compiled module cannot be used; empty if it can."""
     module, error = _load(name)
-    return "" if module is not None else f"the compiled module {name} is not there ({error}); build it with `make build`"
+    return (
+        ""
+        if module is not None
+        else f"the compiled module {name} is not there ({error}); build it with `make build`"
+    )
 
 
 def library(name: str) -> ModuleType:
@@ -52,7 +57,9 @@ def pointer(tensor: Tensor | None) -> int:
 
 
 def empty(shape: tuple[int, ...] | list[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory for a kernel to fill; full of NaN under test, so that an unwritten element shows."""
+    """Uninitialised memory for a kernel to fill; full of NaN under test, so that an unwritten
+    element shows.
+    """
     out = torch.empty(shape, dtype=dtype, device=device)
     if _poison and out.is_floating_point():
         out.fill_(float("nan"))
@@ -66,7 +73,9 @@ def set_poison(enabled: bool) -> None:
 
 
 def dense(value: Any) -> Any:
-    """The tensor as kernels read it: contiguous, starting at a 16-byte border; copied if it is not. None stays None."""
+    """The tensor as kernels read it: contiguous, starting at a 16-byte border; copied if it is not.
+    None stays None.
+    """
     if not isinstance(value, Tensor):
         return value
     value = value.contiguous()
@@ -74,13 +83,17 @@ def dense(value: Any) -> Any:
 
 
 def workspace(size: int, device: torch.device) -> Tensor | None:
-    """Device memory for a kernel's intermediate results; None where it needs none. Poisoned under test, like `empty`."""
+    """Device memory for a kernel's intermediate results; None where it needs none. Poisoned under
+    test, like `empty`.
+    """
     return empty(((size + 3) // 4,), torch.float32, device) if size else None
 
 
 @contextmanager
 def on(device: torch.device) -> Iterator[int]:
-    """Makes a GPU the current one and gives its current stream, as the address that launchers take; 0 on a CPU."""
+    """Makes a GPU the current one and gives its current stream, as the address that launchers take;
+    0 on a CPU.
+    """
     if device.type != "cuda":
         yield 0
         return
@@ -89,20 +102,31 @@ def on(device: torch.device) -> Iterator[int]:
 
 
 def can_fill_dropout(device: torch.device) -> bool:
-    """Can `fill_dropout` write tensors made here and now: `_C` is there, and no tracer or mode has to see the work."""
-    if device.type != "cpu" or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    """Can `fill_dropout` write tensors made here and now: `_C` is there, and no tracer or mode has
+    to see the work.
+    """
+    if (
+        device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+    ):
         return False
     module, _ = _load("_C")
     return module is not None and hasattr(module, "fill_dropout")
 
 
-def fill_dropout(out: Tensor, kept_bits: int, threshold: int, seed: int, first_group: int = 0) -> None:
+def fill_dropout(
+    out: Tensor, kept_bits: int, threshold: int, seed: int, first_group: int = 0
+) -> None:
     """Writes ``kept_bits`` where dropout keeps an element of ``out`` [rows, columns], 0 elsewhere.
 
-    The bits do not depend on the number of threads. ``first_group`` is the counter of the first four elements.
+    The bits do not depend on the number of threads. ``first_group`` is the counter of the first
+    four elements.
     """
     library("_C").fill_dropout(
-        out=out.data_ptr(), rows=out.shape[0], columns=out.shape[1], element_bytes=out.element_size(),
-        kept_bits=kept_bits, threshold=threshold, seed=seed & 0xFFFFFFFFFFFFFFFF, first_group=first_group,
+        out=out.data_ptr(), rows=out.shape[0], columns=out.shape[1],
+        element_bytes=out.element_size(),
+        kept_bits=kept_bits, threshold=threshold, seed=seed & 0xFFFFFFFFFFFFFFFF,
+        first_group=first_group,
         threads=torch.get_num_threads(),
     )  # fmt: skip

@@ -1,12 +1,13 @@
 """Dropout whose mask is never stored: each element's fate is a function of a seed and its place.
 
-Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011). A tensor is seen as rows of
-``columns`` elements; a row starts at a multiple of 4, so element (row, column) has the index
-``e = row * round_up(columns, 4) + column``. Its 32-bit word is ``philox(counter=(e // 4, 0 ... 64 bits), key=seed)[e % 4]``
-and it is kept if ``word >= floor(p * 2**32)``. Every backend computes exactly these words.
+Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011). A tensor is
+seen as rows of ``columns`` elements; a row starts at a multiple of 4, so element (row, column) has
+the index ``e = row * round_up(columns, 4) + column``. Its 32-bit word is ``philox(counter=(e // 4,
+0 ... 64 bits), key=seed)[e % 4]`` and it is kept if ``word >= floor(p * 2**32)``. Every backend
+computes exactly these words.
 
-On CPU tensors the compiled module writes them; torch's own integer arithmetic, which takes some 40 times as long, is for
-other devices and for tracers.
+On CPU tensors the compiled module writes them; torch's own integer arithmetic, which takes some 40
+times as long, is for other devices and for tracers.
 """
 
 from __future__ import annotations
@@ -31,10 +32,17 @@ def threshold(p: float) -> int:
 
 
 def philox4x32(counter_low: Tensor, counter_high: Tensor, seed: int) -> list[Tensor]:
-    """The four output words of Philox4x32-10 with the counter (low, high, 0, 0), as int64 tensors in [0, 2**32)."""
+    """The four output words of Philox4x32-10 with the counter (low, high, 0, 0), as int64 tensors
+    in [0, 2**32).
+    """
     seed &= 0xFFFFFFFFFFFFFFFF
     k0, k1 = seed & _LOW, seed >> 32
-    c0, c1, c2, c3 = counter_low, counter_high, torch.zeros_like(counter_low), torch.zeros_like(counter_low)
+    c0, c1, c2, c3 = (
+        counter_low,
+        counter_high,
+        torch.zeros_like(counter_low),
+        torch.zeros_like(counter_low),
+    )
     for _ in range(10):
         high0, low0 = _multiply(c0, _M0)
         high1, low1 = _multiply(c2, _M1)
@@ -44,7 +52,9 @@ def philox4x32(counter_low: Tensor, counter_high: Tensor, seed: int) -> list[Ten
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low word of a 32 x 32 bit product. Two 16-bit halves of b keep each product inside int64."""
+    """High and low word of a 32 x 32 bit product. Two 16-bit halves of b keep each product inside
+    int64.
+    """
     by_low, by_high = a * (b & 0xFFFF), a * (b >> 16)
     middle = (by_low >> 16) + by_high
     return middle >> 16, ((middle & 0xFFFF) << 16) | (by_low & 0xFFFF)
@@ -63,7 +73,9 @@ def keep_mask(rows: int, columns: int, p: float, seed: int, device: torch.device
 
 
 def dropout_factor(rows: int, columns: int, p: float, seed: int, like: Tensor) -> Tensor:
-    """[rows, columns]: 0 where an element is dropped, 1 / (1 - p) where it is kept, in the dtype of ``like``."""
+    """[rows, columns]: 0 where an element is dropped, 1 / (1 - p) where it is kept, in the dtype of
+    ``like``.
+    """
     if _native.can_fill_dropout(like.device):
         out = torch.empty(rows, columns, dtype=like.dtype, device=like.device)
         _native.fill_dropout(out, _kept_bits(p, like.dtype), threshold(p), seed)

@@ -1,56 +1,85 @@
-"""From a contract to what torch knows: two library operators, their autograd formula, and a short way for eager mode.
+"""From a contract to what torch knows: two library operators, their autograd formula, and a short
+way for eager mode.
 
-``torch.ops.pelt_kernels.<name>_fwd`` and ``_bwd`` take the contract's inputs and attributes, the seed, and the request for
-a backend. They carry a fake implementation and an autograd formula, so `torch.compile`, `opcheck`, `torch.export` and
-function transforms see ordinary operators.
+``torch.ops.pelt_kernels.<name>_fwd`` and ``_bwd`` take the contract's inputs and attributes, the
+seed, and the request for a backend. They carry a fake implementation and an autograd formula, so
+`torch.compile`, `opcheck`, `torch.export` and function transforms see ordinary operators.
 
-In eager mode a call of 27 arguments through torch's dispatcher and that formula costs more than a small adapter does:
-55 us a call without and 140 us with gradients, against 13 and 29 us (2-core EPYC, torch 2.13). So plain tensors outside of any mode
-or transform take one `autograd.Function` straight to the backend: same binding, same choice, same numbers.
+In eager mode a call of 27 arguments through torch's dispatcher and that formula costs more than a
+small adapter does: 55 us a call without and 140 us with gradients, against 13 and 29 us (2-core
+EPYC, torch 2.13). So plain tensors outside of any mode or transform take one `autograd.Function`
+straight to the backend: same binding, same choice, same numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import _dispatch
-from ._contract import Call, Contract, Input, Value, flatten, lengths_of, unflatten
+from ._contract import Call, Contract, Value, flatten, lengths_of, unflatten
+from ._schema import backward_schema, forward_schema, nothing, pack, unpack, width
 
 _LIBRARY = torch.library.Library("pelt_kernels", "DEF")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Operator:
-    """A registered operator: call it with the contract's inputs and attributes, in the contract's order."""
+    """A registered operator: call it with the contract's inputs and attributes, in the contract's
+    order.
+    """
 
     def __init__(self, contract: Contract) -> None:
         self.contract = contract
-        self.fwd = self._define(f"{contract.name}_fwd", _forward_schema(contract), self._forward, self._fake_forward)
-        self.bwd = self._define(f"{contract.name}_bwd", _backward_schema(contract), self._backward, self._fake_backward)
+        self.fwd = self._define(
+            f"{contract.name}_fwd", forward_schema(contract), self._forward, self._fake_forward
+        )
+        self.bwd = self._define(
+            f"{contract.name}_bwd", backward_schema(contract), self._backward, self._fake_backward
+        )
         torch.library.register_autograd(
-            f"pelt_kernels::{contract.name}_fwd", self._formula, setup_context=self._keep, lib=_LIBRARY
+            f"pelt_kernels::{contract.name}_fwd",
+            self._formula,
+            setup_context=self._keep,
+            lib=_LIBRARY,
         )
 
     def __call__(
         self, values: Sequence[Value], attributes: Sequence[Any], seed: int, backend: str | None
     ) -> tuple[Any, ...]:
-        """The contract's public outputs, as a tuple. Builds no graph where no gradient can be asked for."""
+        """The contract's public outputs, as a tuple. Builds no graph where no gradient can be asked
+        for.
+        """
         request = _dispatch.current_request() if backend is None else backend
         if torch.compiler.is_compiling() or not _is_plain(values):
-            outputs = self.fwd(*_pack(self.contract.input_rows, values), *attributes, *self._seed(seed), request)
-            return tuple(out for out, row in zip(outputs, self.contract.output_rows) if not row.is_private)
+            outputs = self.fwd(
+                *pack(self.contract.input_rows, values), *attributes, *self._seed(seed), request
+            )
+            return tuple(
+                out for out, row in zip(outputs, self.contract.output_rows) if not row.is_private
+            )
         call = _dispatch.select(self.contract.bind(values, attributes), request)
         if torch.is_grad_enabled() and _requires_grad(values):
-            given = [value for value in (flatten(values) if self.contract.has_lists else values) if value is not None]
+            given = [
+                value
+                for value in (flatten(values) if self.contract.has_lists else values)
+                if value is not None
+            ]
             flat = _apply(call, seed, *given)
-            return tuple(unflatten(iter(flat), call.output_lengths)) if self.contract.has_list_outputs else flat
+            return (
+                tuple(unflatten(iter(flat), call.output_lengths))
+                if self.contract.has_list_outputs
+                else flat
+            )
         outputs = _run_forward(call, dict(zip(self.contract.input_names, values)), seed)
-        return tuple(out for out, row in zip(outputs, self.contract.output_rows) if not row.is_private)
+        return tuple(
+            out for out, row in zip(outputs, self.contract.output_rows) if not row.is_private
+        )
 
     def _define(self, name: str, schema: str, implementation: Any, fake: Any) -> Any:
         _LIBRARY.define(f"{name}{schema}")
@@ -64,7 +93,7 @@ class Operator:
     def _bind(self, args: Sequence[Any]) -> tuple[Call, dict[str, Value]]:
         """The call and its named inputs, from an operator's arguments."""
         contract, rest = self.contract, iter(args)
-        values = _unpack(contract.input_rows, rest)
+        values = unpack(contract.input_rows, rest)
         attributes = [next(rest) for _ in contract.attribute_rows]
         return contract.bind(values, attributes), dict(zip(contract.input_names, values))
 
@@ -79,12 +108,16 @@ class Operator:
     def _fake_forward(self, *args: Any) -> tuple[Any, ...]:
         call, _ = self._bind(args)  # no backend is chosen: sizes may be symbols
         shapes = self.contract.output_shapes(call)
-        return tuple(_empty_output(call, row, shapes[row.name]) for row in self.contract.output_rows)
+        return tuple(
+            _empty_output(call, row, shapes[row.name]) for row in self.contract.output_rows
+        )
 
     def _split(self, args: Sequence[Any]) -> tuple[dict[str, Any], dict[str, bool], list[Any]]:
-        """Backward's arguments: gradients and saved outputs by name, needs, and then forward's arguments.
+        """Backward's arguments: gradients and saved outputs by name, needs, and then forward's
+        arguments.
 
-        An input whose gradient is dy itself is not kept: it stands as None, and the attributes tell that it was there.
+        An input whose gradient is dy itself is not kept: it stands as None, and the attributes tell
+            that it was there.
         """
         contract = self.contract
         names = contract.gradient_names + contract.saved_names
@@ -93,36 +126,49 @@ class Operator:
         rest = iter(args[len(names) + 1 :])
         packed: list[Any] = []
         for row in contract.input_rows:
-            packed += [None] if row.grad_is_dy else [next(rest) for _ in range(_width(row))]
+            packed += [None] if row.grad_is_dy else [next(rest) for _ in range(width(row))]
         return named, needs, [*packed, *rest]
 
     def _backward(self, *args: Any) -> list[Tensor]:
         named, needs, forward_args = self._split(args)
         call, inputs, seed = self._select(forward_args)
-        return _flatten_grads(call.contract, needs, inputs, _run_backward(call, needs, named, inputs, seed))
+        return _flatten_grads(
+            call.contract, needs, inputs, _run_backward(call, needs, named, inputs, seed)
+        )
 
     def _fake_backward(self, *args: Any) -> list[Tensor]:
         _, needs, forward_args = self._split(args)
-        inputs = dict(zip(self.contract.input_names, _unpack(self.contract.input_rows, iter(forward_args))))
+        inputs = dict(
+            zip(self.contract.input_names, unpack(self.contract.input_rows, iter(forward_args)))
+        )
         like = {name: _new_empty(inputs[name]) for name in needs}
         return _flatten_grads(self.contract, needs, inputs, like)
 
     def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        """Keeps for the formula the inputs that backward needs, the saved outputs, and the arguments after the inputs."""
+        """Keeps for the formula the inputs that backward needs, the saved outputs, and the
+        arguments after the inputs.
+        """
         contract, rest = self.contract, iter(inputs)
-        packed = [[next(rest) for _ in range(_width(row))] for row in contract.input_rows]
-        ctx.flags = [tuple(flags) for _, *flags in packed]  # of each row: none, or which elements of a list are there
+        packed = [[next(rest) for _ in range(width(row))] for row in contract.input_rows]
+        ctx.flags = [
+            tuple(flags) for _, *flags in packed
+        ]  # of each row: none, or which elements of a list are there
         ctx.rest = list(rest)
-        kept = [value for (value, *_), row in zip(packed, contract.input_rows) if not row.grad_is_dy]
+        kept = [
+            value for (value, *_), row in zip(packed, contract.input_rows) if not row.grad_is_dy
+        ]
         saved = [out for out, row in zip(output, contract.output_rows) if row.is_saved]
         ctx.lengths = lengths_of([*saved, *kept])
         ctx.save_for_backward(*flatten([*saved, *kept]))
-        ctx.likes = [_like(out) for out, row in zip(output, contract.output_rows) if row.is_differentiable]
+        ctx.likes = [
+            _like(out) for out, row in zip(output, contract.output_rows) if row.is_differentiable
+        ]
 
     def _formula(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
         """The autograd formula of the forward operator: one call of the backward operator.
 
-        torch wants for each argument None, or for a list of tensors (and for any empty list) a list of the same length.
+        torch wants for each argument None, or for a list of tensors (and for any empty list) a list
+        of the same length.
         """
         contract = self.contract
         tensors = unflatten(iter(ctx.saved_tensors), ctx.lengths)
@@ -131,28 +177,35 @@ class Operator:
         named = _named_grads(contract, dys, ctx.likes)
         values = [None if row.grad_is_dy else next(kept) for row in contract.input_rows]
         needs_grad = iter(ctx.needs_input_grad)
-        asked = [[_any(next(needs_grad)) for _ in range(_width(row))][0] for row in contract.input_rows]
+        asked = []
+        for row, flags in zip(contract.input_rows, ctx.flags):
+            asked.append(_any(next(needs_grad)))
+            for _ in flags:
+                next(needs_grad)
         needs = [need for need, row in zip(asked, contract.input_rows) if not row.grad_is_dy]
         packed: list[Any] = []
         for row, value, flags in zip(contract.input_rows, values, ctx.flags):
             packed += [] if row.grad_is_dy else [value, *flags]
-        fresh = iter(self.bwd(*named.values(), *saved, needs, *packed, *ctx.rest) if any(needs) else [])
+        fresh = iter(
+            self.bwd(*named.values(), *saved, needs, *packed, *ctx.rest) if any(needs) else []
+        )
         result: list[Any] = []
         for row, need, value, flags in zip(contract.input_rows, asked, values, ctx.flags):
-            if row.is_list:
+            if isinstance(value, list):
                 result.append([next(fresh) if need else None for _ in value])
             elif row.grad_is_dy:
                 result.append(next(iter(named.values())) if need else None)
             else:
                 result.append(next(fresh) if need else None)
-            result += map(_nothing, flags)
-        return (*result, *map(_nothing, ctx.rest))
+            result += map(nothing, flags)
+        return (*result, *map(nothing, ctx.rest))
 
 
 class _Eager(torch.autograd.Function):
     """The short way: one node around the backend's forward and backward.
 
-    Tensors come flat, so that autograd sees them, and without the absent ones: `Call.slots` tells where each belongs.
+    Tensors come flat, so that autograd sees them, and without the absent ones: `Call.slots` tells
+        where each belongs.
     """
 
     @staticmethod
@@ -167,6 +220,7 @@ class _Eager(torch.autograd.Function):
         return tuple(compress(flat, call.public))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *flat_grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call, contract = ctx.call, ctx.call.contract
         tensors = iter(ctx.saved_tensors)
@@ -193,12 +247,17 @@ class _Eager(torch.autograd.Function):
         return tuple(result)
 
 
-# `_is_plain` has seen to it that no transform is active, which is what `Function.apply` looks for in every argument.
+# `_is_plain` has seen to it that no transform is active, which is what `Function.apply` looks for
+# in every argument.
 _apply = super(torch.autograd.Function, _Eager).apply
 
 
 def _like(out: Any) -> Any:
-    return [_like(o) for o in out] if isinstance(out, (list, tuple)) else (out.shape, out.dtype, out.device)
+    return (
+        [_like(o) for o in out]
+        if isinstance(out, (list, tuple))
+        else (out.shape, out.dtype, out.device)
+    )
 
 
 def _named_grads(contract: Contract, dys: Sequence[Any], likes: Sequence[Any]) -> dict[str, Any]:
@@ -236,7 +295,9 @@ def _run_backward(
 
 
 def _is_autocast(call: Call) -> bool:
-    """Then a backend runs outside of it: it chooses its dtypes itself, and torch would recast what it keeps in float32."""
+    """Then a backend runs outside of it: it chooses its dtypes itself, and torch would recast what
+    it keeps in float32.
+    """
     device = call.device.type
     return device != "meta" and torch.is_autocast_enabled(device)
 
@@ -258,7 +319,9 @@ def _is_plain(values: Sequence[Value]) -> bool:
 def _flatten_grads(
     contract: Contract, needs: dict[str, bool], inputs: dict[str, Value], grads: dict[str, Value]
 ) -> list[Tensor]:
-    """The gradients that were asked for, in the contract's order, lists expanded, absent elements left out."""
+    """The gradients that were asked for, in the contract's order, lists expanded, absent elements
+    left out.
+    """
     flat: list[Tensor] = []
     for name in contract.backward_names:
         if needs[name]:
@@ -281,67 +344,6 @@ def _empty_output(call: Call, row: Any, shape: Any) -> Any:
     if row.is_list:
         return [torch.empty(s, dtype=dtype, device=call.device) for s in shape]
     return torch.empty(shape, dtype=dtype, device=call.device)
-
-
-def _forward_schema(contract: Contract) -> str:
-    outputs = ", ".join("Tensor[]" if row.is_list else "Tensor" for row in contract.output_rows)
-    return f"({_arguments(contract, contract.input_rows)}) -> ({outputs})"
-
-
-def _backward_schema(contract: Contract) -> str:
-    named = [(f"d{row.name}", row) for row in contract.differentiable_rows]
-    named += [(row.name, row) for row in contract.saved_rows]
-    outputs = ", ".join(f"Tensor{'[]' if row.is_list else ''} {name}" for name, row in named)
-    kept = [row for row in contract.input_rows if not row.grad_is_dy]
-    return f"({outputs}, bool[] needs, {_arguments(contract, kept)}) -> Tensor[]"
-
-
-def _arguments(contract: Contract, input_rows: Sequence[Input]) -> str:
-    inputs = [_argument(row) for row in input_rows]
-    attributes = [f"{row.type} {row.name}" for row in contract.attribute_rows]
-    seed = ["int seed"] if contract.has_seed else []
-    return ", ".join([*inputs, *attributes, *seed, "str backend"])
-
-
-def _argument(row: Input) -> str:
-    if not row.is_list:
-        return f"Tensor{'?' if row.is_optional else ''} {row.name}"
-    return f"Tensor[] {row.name}" + (f", bool[] has_{row.name}" if row.is_optional else "")
-
-
-def _width(row: Input) -> int:
-    """How many arguments an input takes: a list whose elements may be absent comes as those there, and which they are.
-
-    torch's autograd formulas see a list of tensors, but not one with None in it: its gradients would be lost.
-    """
-    return 2 if row.is_list and row.is_optional else 1
-
-
-def _pack(rows: Sequence[Input], values: Sequence[Value]) -> list[Any]:
-    """Inputs as the registered operator takes them."""
-    packed: list[Any] = []
-    for row, value in zip(rows, values):
-        if _width(row) == 2:
-            packed += [[v for v in value if v is not None], [v is not None for v in value]]
-        else:
-            packed.append(value)
-    return packed
-
-
-def _unpack(rows: Sequence[Input], packed: Iterator[Any]) -> list[Value]:
-    """The way back from `_pack`."""
-    values: list[Value] = []
-    for row in rows:
-        value = next(packed)
-        if _width(row) == 2:
-            there = iter(value)
-            value = [next(there) if flag else None for flag in next(packed)]
-        values.append(value)
-    return values
-
-
-def _nothing(argument: Any) -> Any:
-    return [] if isinstance(argument, (list, tuple)) and not len(argument) else None
 
 
 def _any(need: Any) -> bool:

@@ -6,7 +6,8 @@ import torch
 
 
 def draw_seed(dropout_p: float, seed: int | None) -> int:
-    """The given seed, or one from torch's default CPU generator, whose state activation checkpointing restores.
+    """The given seed, or one from torch's default CPU generator, whose state activation
+    checkpointing restores.
 
     Nothing is drawn without dropout, so that a model in evaluation leaves the generator as it was.
     """

@@ -1,7 +1,9 @@
-"""Every operator on every backend, case and precision against the reference in float64, gradients of all inputs included.
+"""Every operator on every backend, case and precision against the reference in float64, gradients
+of all inputs included.
 
-A backend that is asked for with ``--require-backend`` has to be able to run; a case that it refuses by an honest sentence
-is skipped with that sentence, and `test_a_backend_serves_the_short_list` keeps refusals rare.
+A backend that is asked for with ``--require-backend`` has to be able to run; a case that it refuses
+by an honest sentence is skipped with that sentence, and `test_a_backend_serves_the_short_list`
+keeps refusals rare.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from parity import CELLS, PRECISIONS, case_of, check, contract_of, run, why_refu
 from pelt_kernels.ops import _native as native
 
 MATRIX = [
-    pytest.param(operator, backend, case.id, precision, id=f"{operator}-{case.id}-{precision}-{backend}")
+    pytest.param(
+        operator, backend, case.id, precision, id=f"{operator}-{case.id}-{precision}-{backend}"
+    )
     for operator in dict.fromkeys(operator for operator, _ in CELLS)
     for case in contract_of(operator).CASES
     for precision in PRECISIONS
@@ -37,7 +41,9 @@ def test_parity(operator, backend, case_id, precision, need, request):
     for seed in range(2, 1 + request.config.getoption("--simulator-seeds")):
         simulator.set_seed(seed)
         for name, value in run(operator, backend, case, precision).items():
-            assert torch.equal(value, first[name]), f"{name}: depends on the order of threads (seed {seed})"
+            assert torch.equal(value, first[name]), (
+                f"{name}: depends on the order of threads (seed {seed})"
+            )
 
 
 @pytest.mark.parametrize(("operator", "backend"), CELLS)
@@ -47,6 +53,7 @@ def test_a_backend_serves_the_short_list(operator, backend, need):
     refused = {
         case.id: why_refused(operator, backend, case, "bfloat16")
         for case in contract_of(operator).CASES
-        if case.is_quick and all(why_refused(operator, backend, case, precision) for precision in PRECISIONS)
+        if case.is_quick
+        and all(why_refused(operator, backend, case, precision) for precision in PRECISIONS)
     }
     assert not refused

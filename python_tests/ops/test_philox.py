@@ -1,4 +1,6 @@
-"""Dropout's bits: the compiled module and torch's integer arithmetic agree, and both are Philox4x32-10."""
+"""Dropout's bits: the compiled module and torch's integer arithmetic agree, and both are
+Philox4x32-10.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,26 @@ from pelt_kernels.ops import _philox as philox
 
 # counter (four words), key (two words), output: Random123's kat_vectors.
 KNOWN = [
-    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    (
+        "00000000 00000000 00000000 00000000",
+        "00000000 00000000",
+        "6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+    ),
+    (
+        "ffffffff ffffffff ffffffff ffffffff",
+        "ffffffff ffffffff",
+        "408f276d 41c83b0e a20bc7c6 6d5451fd",
+    ),
+    (
+        "243f6a88 85a308d3 13198a2e 03707344",
+        "a4093822 299f31d0",
+        "d16cfe09 94fdcceb 5001e420 24126ea1",
+    ),
 ]
 CPU = torch.device("cpu")
-needs_module = pytest.mark.skipif(not native.can_fill_dropout(CPU), reason="the compiled module _C is not there")
+needs_module = pytest.mark.skipif(
+    not native.can_fill_dropout(CPU), reason="the compiled module _C is not there"
+)
 
 
 @pytest.fixture
@@ -30,7 +46,9 @@ def by_torch(monkeypatch):
     return call
 
 
-@pytest.fixture(params=native.library("_C").cpu_isas() if native.can_fill_dropout(CPU) else ["none"])
+@pytest.fixture(
+    params=native.library("_C").cpu_isas() if native.can_fill_dropout(CPU) else ["none"]
+)
 def isa(request):
     """Each instruction set that this processor runs."""
     library = native.library("_C")
@@ -55,7 +73,9 @@ def _words(text: str) -> list[int]:
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
 def test_known_answers_of_the_compiled_module(counter, key, expected, isa):
     c, k = _words(counter), _words(key)
-    found = native.library("_C").philox4x32_10(counter=(c[0] | c[1] << 32, c[2] | c[3] << 32), key=k[0] | k[1] << 32)
+    found = native.library("_C").philox4x32_10(
+        counter=(c[0] | c[1] << 32, c[2] | c[3] << 32), key=k[0] | k[1] << 32
+    )
     assert found == _words(expected)
 
 
@@ -66,8 +86,12 @@ def test_known_answer_of_torch():
 
 
 @needs_module
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 4), (5, 30), (64, 158), (2, 40000), (0, 8), (3, 0)])
-@pytest.mark.parametrize(("p", "seed"), [(0.1, 0), (0.5, 7), (0.999, 2**40 + 3), (1e-12, 5), (0.3, 2**64 - 1)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (3, 5), (7, 4), (5, 30), (64, 158), (2, 40000), (0, 8), (3, 0)]
+)
+@pytest.mark.parametrize(
+    ("p", "seed"), [(0.1, 0), (0.5, 7), (0.999, 2**40 + 3), (1e-12, 5), (0.3, 2**64 - 1)]
+)
 def test_both_ways_give_the_same_bits(shape, p, seed, by_torch, isa, threads):
     mask = philox.keep_mask(*shape, p, seed, CPU)
     assert mask.dtype == torch.bool
@@ -97,7 +121,9 @@ def test_elements_past_32_bits(first_group, isa):
 
 @needs_module
 def test_an_unknown_instruction_set_is_refused():
-    with pytest.raises(RuntimeError, match=r"instruction set: expected one that .*baseline.*, got 'mmx'"):
+    with pytest.raises(
+        RuntimeError, match=r"instruction set: expected one that .*baseline.*, got 'mmx'"
+    ):
         native.library("_C").choose_cpu_isa("mmx")
 
 

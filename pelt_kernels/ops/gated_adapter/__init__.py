@@ -1,4 +1,6 @@
-"""The gated bottleneck adapter: one operator for UniPELT's, AdaMix's, VLM's and HyperPELT's adapters."""
+"""The gated bottleneck adapter: one operator for UniPELT's, AdaMix's, VLM's and HyperPELT's
+adapters.
+"""
 
 from __future__ import annotations
 
@@ -48,56 +50,69 @@ def gated_adapter(
     """``y = residual + scale · g · dropout(post_norm(W_up φ(W_down pre_norm(x) + b_down) + b_up))``
 
     Args:
-        x: [B, S, D], or [T, D] which is one sequence (B = 1, S = T); float32, float16 or bfloat16 (float64: eager only).
-            A last stride other than 1 is made contiguous by the native backends.
-        w_down, b_down: [R, D] and [R], or banks [M, R, D] and [M, R]. Parameters have x's dtype, or float32 beside
-            16-bit activations; then they are rounded to it for the products and their gradients are float32.
+        x: [B, S, D], or [T, D] which is one sequence (B = 1, S = T); float32, float16 or bfloat16
+            (float64: eager only). A last stride other than 1 is made contiguous by the native
+            backends.
+        w_down, b_down: [R, D] and [R], or banks [M, R, D] and [M, R]. Parameters have x's dtype, or
+            float32 beside 16-bit activations; then they are rounded to it for the products and
+            their gradients are float32.
         w_up, b_up: [D, R] and [D], or banks [M_up, D, R] and [M_up, D].
-        bank_index: int64 [] (one member for the batch) or [B] (one for each sample), for both projections, or a pair
-            (for w_down, for w_up). On a GPU its values are not checked.
-        activation: φ: relu, gelu (erf), gelu_tanh, silu, tanh or identity, on h = W_down pre_norm(x) + b_down.
+        bank_index: int64 [] (one member for the batch) or [B] (one for each sample), for both
+            projections, or a pair (for w_down, for w_up). On a GPU its values are not checked.
+        activation: φ: relu, gelu (erf), gelu_tanh, silu, tanh or identity, on h = W_down
+            pre_norm(x) + b_down.
         pre_norm, post_norm: `Norm` on x (VLM) or on the adapter's output (HyperPELT).
         scale: a number, or a [] tensor with a gradient.
         gate: [B] or [B, S], or `LearnedGate` g = pool(sigmoid(w · x_t + b)).
         mask: [B, S] bool, True for real tokens; needed by the pooling ``masked_mean``.
         residual: "input" (x), None, or a tensor [B, S, D].
-        dropout_p, seed: dropout on the adapter's output before the gate. The mask is a function of the seed
-            (Philox4x32-10), so none is stored. Without a seed one is drawn from torch's CPU generator.
+        dropout_p, seed: dropout on the adapter's output before the gate. The mask is a function of
+            the seed (Philox4x32-10), so none is stored. Without a seed one is drawn from torch's
+            CPU generator.
         skip_below: inference only: a row whose gate is below it gives its residual untouched.
-        return_gate: also return the learned gate's value, float32, [B] ([B, S] for ``token``); None without one.
-            It carries no gradient.
+        return_gate: also return the learned gate's value, float32, [B] ([B, S] for ``token``); None
+            without one. It carries no gradient.
         backend: a backend's name; None: `use_backend`'s, else the first able one.
 
     Returns:
         y like x, or (y, gate value).
 
     Raises:
-        ValueError: a shape, dtype, device, choice or index that does not fit; `skip_below` where a gradient is wanted;
-            a backend that was asked for and cannot serve the call. TypeError: not a tensor where one is needed.
+        ValueError: a shape, dtype, device, choice or index that does not fit; `skip_below` where a
+            gradient is wanted; a backend that was asked for and cannot serve the call. TypeError:
+            not a tensor where one is needed.
 
-    Saved for backward: x, h [B, S, R] and the gate's value. Papers: Houlsby et al. 2019; Mao et al. 2022 (UniPELT);
-    Wang et al. 2022 (AdaMix); Lin et al. 2020 (VLM); Zhang et al. 2022 (HyperPELT).
+    Saved for backward: x, h [B, S, R] and the gate's value. Papers: Houlsby et al. 2019; Mao et al.
+    2022 (UniPELT); Wang et al. 2022 (AdaMix); Lin et al. 2020 (VLM); Zhang et al. 2022 (HyperPELT).
     """
     is_flat = isinstance(x, Tensor) and x.ndim == 2
     x = cast_activation(x[None] if is_flat else x)
     learned = gate if isinstance(gate, LearnedGate) else None
     down_index, up_index = bank_index if isinstance(bank_index, tuple) else (bank_index, bank_index)
-    if not isinstance(bank_index, tuple) and bank_index is not None:  # one index serves the sides that are banks
+    if (
+        not isinstance(bank_index, tuple) and bank_index is not None
+    ):  # one index serves the sides that are banks
         down_index = bank_index if w_down.ndim == 3 else None
         up_index = bank_index if w_up.ndim == 3 else None
     residual_from, residual_tensor = _residual(residual, is_flat)
-    if skip_below is not None and torch.is_grad_enabled() and _wants_grad(x, w_down, w_up, scale, gate):
+    if (
+        skip_below is not None
+        and torch.is_grad_enabled()
+        and _wants_grad(x, w_down, w_up, scale, gate)
+    ):
         raise ValueError(
-            "gated_adapter: expected skip_below only without gradients (it is for inference), got inputs that require "
-            "one; call it under torch.no_grad()"
+            "gated_adapter: expected skip_below only without gradients (it is for inference), got"
+            " inputs that require one; call it under torch.no_grad()"
         )
     scale_tensor = scale if isinstance(scale, Tensor) else None
     values = (
         x, w_down, b_down, w_up, b_up, down_index, up_index,
         None if pre_norm is None else pre_norm.weight, None if pre_norm is None else pre_norm.bias,
-        None if post_norm is None else post_norm.weight, None if post_norm is None else post_norm.bias,
+        None if post_norm is None else post_norm.weight,
+        None if post_norm is None else post_norm.bias,
         scale_tensor, None if learned else gate,
-        learned.weight if learned else None, learned.bias if learned else None, mask, residual_tensor,
+        learned.weight if learned else None, learned.bias if learned else None,
+        mask, residual_tensor,
     )  # fmt: skip
     attributes = (
         activation, learned.pooling if learned else "none", residual_from,
@@ -116,7 +131,9 @@ def _residual(residual: str | Tensor | None, is_flat: bool) -> tuple[str, Tensor
     if isinstance(residual, Tensor):
         return "tensor", cast_activation(residual[None] if is_flat else residual)
     if residual != "input":
-        raise ValueError(f"gated_adapter: expected residual 'input', None or a tensor, got {residual!r}")
+        raise ValueError(
+            f"gated_adapter: expected residual 'input', None or a tensor, got {residual!r}"
+        )
     return "input", None
 
 

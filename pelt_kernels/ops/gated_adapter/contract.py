@@ -1,4 +1,6 @@
-"""gated_adapter: what it takes and gives, its formula in plain PyTorch, and the cases it is tested on."""
+"""gated_adapter: what it takes and gives, its formula in plain PyTorch, and the cases it is tested
+on.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +32,18 @@ def rules(call: Call, values: dict[str, Value]) -> None:
     name, given, attributes = call.contract.name, call.given, call.attributes
     for norm in ("pre_norm", "post_norm"):
         if (f"{norm}_weight" in given) != (f"{norm}_bias" in given):
-            raise ValueError(f"{name}: expected {norm} with weight and bias, got only one of the two")
+            raise ValueError(
+                f"{name}: expected {norm} with weight and bias, got only one of the two"
+            )
     if ("gate_weight" in given) != ("gate_bias" in given):
-        raise ValueError(f"{name}: expected a learned gate with weight [D] and bias [1], got only one of the two")
+        raise ValueError(
+            f"{name}: expected a learned gate with weight [D] and bias [1], got only one of the two"
+        )
     if "gate_weight" in given:
         if "gate" in given:
-            raise ValueError(f"{name}: expected a gate tensor or a learned gate, got both; leave one out")
+            raise ValueError(
+                f"{name}: expected a gate tensor or a learned gate, got both; leave one out"
+            )
         check_pooling(name, attributes["pooling"], values["mask"])
     check_bank(name, "w_down", call.sizes.get("M", 1), "down_index", "down_index" in given)
     check_bank(name, "w_up", call.sizes.get("M_up", 1), "up_index", "up_index" in given)
@@ -46,13 +54,16 @@ def rules(call: Call, values: dict[str, Value]) -> None:
                 f"{list(values[bias].shape)} and {weight} {list(values[weight].shape)}"
             )
     if "residual" in given and attributes["residual_from"] != "tensor":
-        raise ValueError(f"{name}: expected residual_from 'tensor' beside a residual, got {attributes['residual_from']!r}")
+        raise ValueError(
+            f"{name}: expected residual_from 'tensor' beside a residual, got"
+            f" {attributes['residual_from']!r}"
+        )
 
 
 def output_shapes(call: Call) -> dict[str, Any]:
     """The shapes of the outputs of a call."""
     b, s, d, r = (call.sizes[letter] for letter in "BSDR")
-    gate = (0,)
+    gate: tuple[int, ...] = (0,)
     if "gate_weight" in call.given:
         gate = (b, s) if call.attributes["pooling"] == "token" else (b,)
     return {"y": (b, s, d), "gate_value": gate, "h": (b, s, r)}
@@ -104,7 +115,9 @@ DRAWS = {"gate": uniform, "pre_norm_weight": around_one, "post_norm_weight": aro
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last dimension, statistics in the accumulator dtype."""
-    return torch.nn.functional.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
+    return torch.nn.functional.layer_norm(
+        x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps
+    )
 
 
 def reference(
@@ -136,7 +149,9 @@ def reference(
     seed: int,
     skip_below: float,
 ) -> tuple[Tensor, Tensor]:
-    """y and the learned gate's value, by the formula, differentiable by autograd: the truth that backends are held to."""
+    """y and the learned gate's value, by the formula, differentiable by autograd: the truth that
+    backends are held to.
+    """
     acc = accumulator(x.dtype)
     z = x
     if pre_norm_weight is not None and pre_norm_bias is not None:
@@ -170,8 +185,19 @@ _SMALL = {"B": 2, "S": 17, "D": 64, "R": 12}
 
 CASES = [
     Case("plain", {"B": 2, "S": 8, "D": 32, "R": 8}, is_quick=True),
-    Case("unipelt", {"B": 2, "S": 17, "D": 128, "R": 48}, _UNIPELT, {**_MASKED, **_TENSOR}, is_quick=True),
-    Case("unipelt_mean", {"B": 3, "S": 13, "D": 64, "R": 16}, _UNIPELT, {"pooling": "mean", **_TENSOR}),
+    Case(
+        "unipelt",
+        {"B": 2, "S": 17, "D": 128, "R": 48},
+        _UNIPELT,
+        {**_MASKED, **_TENSOR},
+        is_quick=True,
+    ),
+    Case(
+        "unipelt_mean",
+        {"B": 3, "S": 13, "D": 64, "R": 16},
+        _UNIPELT,
+        {"pooling": "mean", **_TENSOR},
+    ),
     Case("unipelt_minilm", {"B": 4, "S": 33, "D": 384, "R": 24}, _UNIPELT, {**_MASKED, **_TENSOR}),
     Case("unipelt_bert", {"B": 1, "S": 65, "D": 768, "R": 48}, _UNIPELT, {**_MASKED, **_TENSOR}),
     Case("token_gate", _SMALL, "b_down b_up gate_weight gate_bias", {"pooling": "token"}),
@@ -182,8 +208,18 @@ CASES = [
     Case("gate_one", _SMALL, "b_down b_up gate", fill={"gate": 1.0}),
     Case("learned_scale", _SMALL, "b_down b_up scale gate"),
     Case("scale_value", _SMALL, "b_up", {"scale_value": 2.5, "activation": "silu"}),
-    Case("adamix", {**_SMALL, "M": 4}, "w_down:1 b_down:1 b_up down_index", {"activation": "gelu"}, is_quick=True),
-    Case("adamix_both", {**_SMALL, "M": 4, "M_up": 3}, "w_down:1 b_down:1 w_up:1 b_up:1 down_index up_index"),
+    Case(
+        "adamix",
+        {**_SMALL, "M": 4},
+        "w_down:1 b_down:1 b_up down_index",
+        {"activation": "gelu"},
+        is_quick=True,
+    ),
+    Case(
+        "adamix_both",
+        {**_SMALL, "M": 4, "M_up": 3},
+        "w_down:1 b_down:1 w_up:1 b_up:1 down_index up_index",
+    ),
     Case(
         "bank_per_sample",
         {"B": 5, "S": 9, "D": 64, "R": 16, "M": 3, "M_up": 3},
@@ -208,10 +244,21 @@ CASES = [
         {**_MASKED, **_TENSOR, "activation": "tanh", "dropout_p": 0.2, "scale_value": 0.5},
     ),
     Case("identity", _SMALL, "b_down", {"activation": "identity", "residual_from": "none"}),
-    Case("no_residual", _SMALL, _UNIPELT.replace(" residual", ""), {**_MASKED, "residual_from": "none"}),
+    Case(
+        "no_residual",
+        _SMALL,
+        _UNIPELT.replace(" residual", ""),
+        {**_MASKED, "residual_from": "none"},
+    ),
     Case("dropout", _SMALL, "b_down b_up gate", {"dropout_p": 0.3}, is_quick=True),
     Case("skip_rows", _SMALL, "b_down b_up gate:1", {"skip_below": 0.5}, is_inference=True),
-    Case("skip_sentences", {**_SMALL, "B": 6}, "b_down b_up gate", {"skip_below": 0.5}, is_inference=True),
+    Case(
+        "skip_sentences",
+        {**_SMALL, "B": 6},
+        "b_down b_up gate",
+        {"skip_below": 0.5},
+        is_inference=True,
+    ),
     Case("one_row", {"B": 1, "S": 1, "D": 64, "R": 16}, _UNIPELT, {**_MASKED, **_TENSOR}),
     Case("no_rows", {"B": 0, "S": 5, "D": 64, "R": 16}, "b_down b_up"),
     Case("rank_1", {"B": 2, "S": 31, "D": 64, "R": 1}, "b_down b_up"),
@@ -221,7 +268,12 @@ CASES = [
     Case("rows_64", {"B": 1, "S": 64, "D": 64, "R": 16}, "b_down b_up"),
     Case("rows_65", {"B": 1, "S": 65, "D": 64, "R": 16}, "b_down b_up"),
     Case("rows_prime", {"B": 1, "S": 127, "D": 96, "R": 24}, "b_down b_up", {"activation": "silu"}),
-    Case("width_odd", {"B": 2, "S": 7, "D": 37, "R": 5}, "b_down b_up gate_weight gate_bias", {"pooling": "mean"}),
+    Case(
+        "width_odd",
+        {"B": 2, "S": 7, "D": 37, "R": 5},
+        "b_down b_up gate_weight gate_bias",
+        {"pooling": "mean"},
+    ),
     Case("offset_view", _SMALL, _UNIPELT, {**_MASKED, **_TENSOR}, layout="offset"),
     Case("strided_view", _SMALL, _UNIPELT, {**_MASKED, **_TENSOR}, layout="strided"),
     Case("transposed_view", _SMALL, _UNIPELT, {**_MASKED, **_TENSOR}, layout="transposed"),

@@ -1,7 +1,9 @@
-"""gated_adapter by the hand-written CUDA kernels: on a GPU (`cuda`), or on CPU tensors by the simulator (`cuda_sim`).
+"""gated_adapter by the hand-written CUDA kernels: on a GPU (`cuda`), or on CPU tensors by the
+simulator (`cuda_sim`).
 
-Forward is one launch, backward two (see csrc/ops/gated_adapter). Tensors that are not contiguous, or do not start at a
-16-byte border, are copied first. Gradients are summed in a fixed order: two runs give the same bits.
+Forward is one launch, backward two (see csrc/ops/gated_adapter). Tensors that are not contiguous,
+or do not start at a 16-byte border, are copied first. Gradients are summed in a fixed order: two
+runs give the same bits.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ def _library(call: Call) -> ModuleType:
 
 
 def supports(call: Call) -> str:
-    """Why the kernels cannot serve a call; empty if they can. Decided by the C++ side, which knows its configurations."""
+    """Why the kernels cannot serve a call; empty if they can. Decided by the C++ side, which knows
+    its configurations.
+    """
     library = _library(call)
     if not hasattr(library, "gated_adapter_why_not"):
         return "the compiled module was built without its CUDA kernels"
@@ -58,7 +62,13 @@ def forward(call: Call, seed: int, **inputs: Value) -> tuple[Tensor, Tensor, Ten
 
 
 def backward(
-    call: Call, needs: dict[str, bool], dy: Tensor, gate_value: Tensor, h: Tensor, seed: int, **inputs: Value
+    call: Call,
+    needs: dict[str, bool],
+    dy: Tensor,
+    gate_value: Tensor,
+    h: Tensor,
+    seed: int,
+    **inputs: Value,
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
     grads: dict[str, Value] = {}
@@ -94,7 +104,10 @@ def _inputs(call: Call, inputs: dict[str, Value], seed: int) -> Any:
         dtype=_DTYPES[call.dtype],
         **{letter: sizes[letter] for letter in "BSDR"},
         **{name: _typed(call, name, inputs[name]) for name in _PARAMETERS},
-        **{name: _native.pointer(inputs[name]) for name in ("x", "down_index", "up_index", "mask", "residual")},
+        **{
+            name: _native.pointer(inputs[name])
+            for name in ("x", "down_index", "up_index", "mask", "residual")
+        },
         down_members=sizes.get("M", 1),
         up_members=sizes.get("M_up", 1),
         has_down_index_per_sample=down_index is not None and down_index.ndim == 1,

@@ -1,7 +1,8 @@
 """gated_adapter composed of PyTorch operations, with the closed form of its gradient.
 
-Backward keeps x and h only. With v = dy' W_up (dy' = dy after dropout), the gate's gradient needs no up projection again:
-``<dy', W_up a + b_up> = <v, a> + <dy', b_up>``; with a post-norm the adapter's output is recomputed from h.
+Backward keeps x and h only. With v = dy' W_up (dy' = dy after dropout), the gate's gradient needs
+no up projection again: ``<dy', W_up a + b_up> = <v, a> + <dy', b_up>``; with a post-norm the
+    adapter's output is recomputed from h.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def forward(
     if pre_norm_weight is not None and pre_norm_bias is not None:
         z = layer_norm(x, pre_norm_weight, pre_norm_bias, at["pre_norm_eps"])
     h = linear(z, member(w_down, down_index, 2), member(b_down, down_index, 1))
-    u = linear(ACTIVATIONS[at["activation"]](h), member(w_up, up_index, 2), member(b_up, up_index, 1))
+    u = linear(
+        ACTIVATIONS[at["activation"]](h), member(w_up, up_index, 2), member(b_up, up_index, 1)
+    )
     if post_norm_weight is not None and post_norm_bias is not None:
         u = layer_norm(u, post_norm_weight, post_norm_bias, at["post_norm_eps"])
     if at["dropout_p"]:
@@ -89,19 +92,23 @@ def backward(
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
     at, acc, grads = call.attributes, accumulator(x.dtype), {}
-    has_learned_gate = gate_weight is not None and gate_bias is not None
+    value = gate if gate_weight is None else gate_value
     up = member(w_up, up_index, 2)
     up_bias = member(b_up, up_index, 1)
     per_sample_up = up.ndim == 3
     a = ACTIVATIONS[at["activation"]](h)
-    factor = _factor(call, scale, gate_value if has_learned_gate else gate)
+    factor = _factor(call, scale, value)
     dropped = dy * _dropout(call, seed, dy) if at["dropout_p"] else dy
     du = dropped * factor.to(x.dtype)
 
     if post_norm_weight is not None and post_norm_bias is not None:
         u = linear(a, up, up_bias)
         normed, mean, rstd = torch.ops.aten.native_layer_norm(
-            u, u.shape[-1:], post_norm_weight.to(u.dtype), post_norm_bias.to(u.dtype), at["post_norm_eps"]
+            u,
+            u.shape[-1:],
+            post_norm_weight.to(u.dtype),
+            post_norm_bias.to(u.dtype),
+            at["post_norm_eps"],
         )
         row_dot = (dropped.to(acc) * normed).sum(-1)
         du, grads["post_norm_weight"], grads["post_norm_bias"] = _norm_backward(
@@ -117,7 +124,7 @@ def backward(
 
     if needs["w_up"]:
         grads["w_up"] = member_grad(weight_grad(du, a, per_sample_up), w_up, up_index)
-    if needs["b_up"]:
+    if b_up is not None and needs["b_up"]:
         grads["b_up"] = member_grad(bias_grad(du, per_sample_up, acc), b_up, up_index)
 
     dh = _activation_backward(at["activation"], da, h)
@@ -126,11 +133,15 @@ def backward(
     z = x
     if pre_norm_weight is not None and pre_norm_bias is not None:
         z, mean, rstd = torch.ops.aten.native_layer_norm(
-            x, x.shape[-1:], pre_norm_weight.to(x.dtype), pre_norm_bias.to(x.dtype), at["pre_norm_eps"]
+            x,
+            x.shape[-1:],
+            pre_norm_weight.to(x.dtype),
+            pre_norm_bias.to(x.dtype),
+            at["pre_norm_eps"],
         )
     if needs["w_down"]:
         grads["w_down"] = member_grad(weight_grad(dh, z, per_sample_down), w_down, down_index)
-    if needs["b_down"]:
+    if b_down is not None and needs["b_down"]:
         grads["b_down"] = member_grad(bias_grad(dh, per_sample_down, acc), b_down, down_index)
     dx = dh @ down.to(x.dtype)
     if pre_norm_weight is not None and pre_norm_bias is not None:
@@ -141,17 +152,18 @@ def backward(
         dx = dx + dy
 
     scale_number = at["scale_value"] * (1.0 if scale is None else scale.to(acc))
-    if has_learned_gate or gate is not None:
-        value = gate_value if has_learned_gate else gate
+    if value is not None:
         dgate = row_dot * scale_number if value.ndim == 2 else (row_dot * scale_number).sum(1)
-        if has_learned_gate:
+        if gate_weight is not None and gate_bias is not None:
             gates = row_gates(x, gate_weight, gate_bias)
             dlogit = pool_backward(dgate, gates, at["pooling"], mask)
             dx = (dx + dlogit[..., None] * gate_weight.to(x.dtype)).to(x.dtype)
-            grads["gate_weight"] = torch.einsum("bs,bsd->d", dlogit, x.to(acc)).to(gate_weight.dtype)
+            grads["gate_weight"] = torch.einsum("bs,bsd->d", dlogit, x.to(acc)).to(
+                gate_weight.dtype
+            )
             grads["gate_bias"] = dlogit.sum().reshape(1).to(gate_bias.dtype)
         else:
-            grads["gate"] = dgate.to(gate.dtype)
+            grads["gate"] = dgate.to(value.dtype)
         row_dot = row_dot * (value[:, None] if value.ndim == 1 else value)
     if scale is not None:
         grads["scale"] = (row_dot.sum() * at["scale_value"]).to(scale.dtype)
@@ -170,7 +182,9 @@ def _dropout(call: Call, seed: int, like: Tensor) -> Tensor:
 
 
 def _factor(call: Call, scale: Tensor | None, gate: Tensor | None) -> Tensor:
-    """scale · g, broadcastable over [B, S, D], in the accumulator dtype; 0 where the gate is below `skip_below`."""
+    """scale · g, broadcastable over [B, S, D], in the accumulator dtype; 0 where the gate is below
+    `skip_below`.
+    """
     at, acc = call.attributes, accumulator(call.dtype)
     factor = torch.full((1, 1, 1), at["scale_value"], dtype=acc, device=call.device)
     if scale is not None:
@@ -186,7 +200,14 @@ def _norm_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        dy.contiguous(), x.contiguous(), x.shape[-1:], mean, rstd, weight.to(x.dtype), bias.to(x.dtype), [True, True, True]
+        dy.contiguous(),
+        x.contiguous(),
+        x.shape[-1:],
+        mean,
+        rstd,
+        weight.to(x.dtype),
+        bias.to(x.dtype),
+        [True, True, True],
     )
     return dx, dweight.to(weight.dtype), dbias.to(bias.dtype)
 

@@ -1,4 +1,6 @@
-"""lora_linear: what it takes and gives, its formula in plain PyTorch, and the cases it is tested on."""
+"""lora_linear: what it takes and gives, its formula in plain PyTorch, and the cases it is tested
+on.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,16 @@ MAX_RANK = 256
 
 
 def rules(call: Call, values: dict[str, Value]) -> None:
-    """What shapes cannot say: which inputs go together, and that each branch stays inside the output."""
+    """What shapes cannot say: which inputs go together, and that each branch stays inside the
+    output.
+    """
     name, sizes, attributes = call.contract.name, call.sizes, call.attributes
     wanted = ("Din", "Dout") if attributes["transposed"] else ("Dout", "Din")
     if tuple(values["weight"].shape) != tuple(sizes[letter] for letter in wanted):
         raise ValueError(
-            f"{name}: expected weight[{', '.join(wanted)}] = [{', '.join(str(sizes[w]) for w in wanted)}] "
-            f"(transposed={attributes['transposed']}), got {list(values['weight'].shape)}"
+            f"{name}: expected weight[{', '.join(wanted)}] ="
+            f" [{', '.join(str(sizes[w]) for w in wanted)}]"
+            f" (transposed={attributes['transposed']}), got {list(values['weight'].shape)}"
         )
     branches = len(values["a"])
     per_branch = ("b", "a_index", "b_index", "gate", "gate_weight", "gate_bias")
@@ -31,7 +36,9 @@ def rules(call: Call, values: dict[str, Value]) -> None:
     counts.update({key: len(attributes[key]) for key in ("offsets", "scales", "poolings")})
     for key, count in counts.items():
         if count != branches:
-            raise ValueError(f"{name}: expected {branches} elements of {key} (one for each branch), got {count}")
+            raise ValueError(
+                f"{name}: expected {branches} elements of {key} (one for each branch), got {count}"
+            )
     extras = len(values["extra_weight"])
     if not extras == len(values["extra_bias"]) == len(attributes["extra_poolings"]):
         raise ValueError(
@@ -59,10 +66,15 @@ def _check_branch(call: Call, values: dict[str, Value], i: int) -> None:
         size = members[i] if i < len(members) and members[i] is not None else 1
         check_bank(name, f"{factor}[{i}]", size, f"{index}[{i}]", values[index][i] is not None)
     if (values["gate_weight"][i] is None) != (values["gate_bias"][i] is None):
-        raise ValueError(f"{name}: expected a learned gate with weight [Din] and bias [1], got only one (branch {i})")
+        raise ValueError(
+            f"{name}: expected a learned gate with weight [Din] and bias [1], got only one (branch"
+            f" {i})"
+        )
     if values["gate_weight"][i] is not None:
         if values["gate"][i] is not None:
-            raise ValueError(f"{name}: expected a gate tensor or a learned gate for branch {i}, got both")
+            raise ValueError(
+                f"{name}: expected a gate tensor or a learned gate for branch {i}, got both"
+            )
         check_pooling(name, attributes["poolings"][i], values["mask"])
 
 
@@ -144,29 +156,45 @@ def reference(
     dropout_p: float,
     seed: int,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """y, the extra gates and the branches' learned gates, by the formula, differentiable by autograd."""
+    """y, the extra gates and the branches' learned gates, by the formula, differentiable by
+    autograd.
+    """
     y = linear(x, weight.T if transposed else weight, bias)
     dropped = x
     if dropout_p:
-        dropped = x * dropout_factor(x.shape[0] * x.shape[1], x.shape[2], dropout_p, seed, x).view_as(x)
+        dropped = x * dropout_factor(
+            x.shape[0] * x.shape[1], x.shape[2], dropout_p, seed, x
+        ).view_as(x)
     gate_values: list[Tensor] = []
     for i, offset in enumerate(offsets):
         s = linear(dropped, member(a[i], a_index[i], 2), None)
         delta = scales[i] * linear(s, member(b[i], b_index[i], 2), None)
         g, value = gate[i], x.new_empty(0, dtype=accumulator(x.dtype))
-        if gate_weight[i] is not None:
-            g = value = pool(row_gates(x, gate_weight[i], gate_bias[i]), poolings[i], mask)
+        w, c = gate_weight[i], gate_bias[i]
+        if w is not None and c is not None:
+            g = value = pool(row_gates(x, w, c), poolings[i], mask)
         gate_values.append(value)
         if g is not None:
             delta = delta * over_rows(g)
         columns = torch.nn.functional.pad(delta, (offset, y.shape[-1] - offset - delta.shape[-1]))
         y = y + columns.to(y.dtype)
-    extras = [pool(row_gates(x, w, c), p, mask) for w, c, p in zip(extra_weight, extra_bias, extra_poolings)]
+    extras = [
+        pool(row_gates(x, w, c), p, mask)
+        for w, c, p in zip(extra_weight, extra_bias, extra_poolings)
+    ]
     return y, extras, gate_values
 
 
 def _branches(*ranks: int, d_in: int, size: int, **more: Any) -> dict[str, Any]:
-    return {"B": 2, "S": 13, "Din": d_in, "Dout": d_in, "R_i": ranks, "size_i": (size,) * len(ranks), **more}
+    return {
+        "B": 2,
+        "S": 13,
+        "Din": d_in,
+        "Dout": d_in,
+        "R_i": ranks,
+        "size_i": (size,) * len(ranks),
+        **more,
+    }
 
 
 def _case(id: str, sizes: dict[str, Any], inputs: str, scales: list[float], **more: Any) -> Case:
@@ -177,7 +205,12 @@ def _case(id: str, sizes: dict[str, Any], inputs: str, scales: list[float], **mo
         inputs += f" {name}:{absent}" if n and name not in words else ""
     for name in ("a", "b"):
         inputs += f" {name}:{','.join('0' * n)}" if n and name not in words else ""
-    attributes = {"offsets": [0] * n, "scales": scales, "poolings": ["none"] * n, **more.pop("attributes", {})}
+    attributes = {
+        "offsets": [0] * n,
+        "scales": scales,
+        "poolings": ["none"] * n,
+        **more.pop("attributes", {}),
+    }
     return Case(id, sizes, inputs, attributes, **more)
 
 
@@ -188,7 +221,14 @@ CASES = [
     _case("no_branch", {"B": 2, "S": 5, "Din": 32, "Dout": 48}, "bias", []),
     _case("lora", _ONE, "bias", [2.0], is_quick=True),
     _case("lora_no_bias", _branches(3, d_in=32, size=32), "", [0.5]),
-    _case("unipelt", _ONE, "bias gate_weight:0 gate_bias:0 mask", [1.0], attributes=_GATED, is_quick=True),
+    _case(
+        "unipelt",
+        _ONE,
+        "bias gate_weight:0 gate_bias:0 mask",
+        [1.0],
+        attributes=_GATED,
+        is_quick=True,
+    ),
     _case(
         "unipelt_query",
         _branches(8, d_in=96, size=96),
@@ -212,12 +252,24 @@ CASES = [
         attributes={"offsets": [0, 96], "poolings": ["masked_mean", "mean"]},
         is_quick=True,
     ),
-    _case("conv1d", {**_branches(4, d_in=48, size=48), "Dout": 144}, "bias weight:1", [8.0], attributes={"transposed": True}),
+    _case(
+        "conv1d",
+        {**_branches(4, d_in=48, size=48), "Dout": 144},
+        "bias weight:1",
+        [8.0],
+        attributes={"transposed": True},
+    ),
     _case("overlapping", _branches(4, 6, d_in=32, size=32), "bias", [1.0, 0.5]),
     _case("gate_per_sample", _ONE, "bias gate:0", [2.0]),
     _case("gate_per_row", _ONE, "bias gate:1", [2.0]),
     _case("gate_zero", _ONE, "bias gate:0", [2.0], fill={"gate": 0.0}),
-    _case("token_gate", _ONE, "bias gate_weight:0 gate_bias:0", [2.0], attributes={"poolings": ["token"]}),
+    _case(
+        "token_gate",
+        _ONE,
+        "bias gate_weight:0 gate_bias:0",
+        [2.0],
+        attributes={"poolings": ["token"]},
+    ),
     _case("adamix", {**_ONE, "M_i": (4,)}, "bias a:1 a_index:0", [8.0]),
     _case(
         "bank_per_sample",
@@ -233,10 +285,15 @@ CASES = [
     _case("rank_64", _branches(64, d_in=64, size=64), "bias", [1.0]),
     _case("rank_256", _branches(256, d_in=64, size=64), "bias", [1.0]),
     _case("rows_129", {**_branches(16, d_in=128, size=128), "B": 1, "S": 129}, "bias", [1.0]),
-    _case("width_odd", {**_branches(5, d_in=37, size=11), "Dout": 29}, "bias", [1.0], attributes={"offsets": [18]}),
+    _case(
+        "width_odd",
+        {**_branches(5, d_in=37, size=11), "Dout": 29},
+        "bias",
+        [1.0],
+        attributes={"offsets": [18]},
+    ),
     _case("no_rows", {**_ONE, "B": 0}, "bias", [2.0]),
     _case("offset_view", _ONE, "bias", [2.0], layout="offset"),
     _case("strided_view", _ONE, "bias", [2.0], layout="strided"),
     _case("transposed_view", _ONE, "bias", [2.0], layout="transposed"),
 ]
-

@@ -1,7 +1,8 @@
 """lora_linear composed of PyTorch operations, with the closed form of its gradient.
 
-Backward keeps x and s = dropout(x) Aᵀ [T, ΣR]. With raw = dy B (the branch's columns of dy), the gate's gradient is
-``scale <raw, s>`` and that of s is ``scale g raw``: no branch output is made again.
+Backward keeps x and s = dropout(x) Aᵀ [T, ΣR]. With raw = dy B (the branch's columns of dy), the
+gate's gradient is ``scale <raw, s>`` and that of s is ``scale g raw``: no branch output is made
+again.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def forward(
     mask: Tensor | None,
     seed: int,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-    """y [B, S, Dout], the extra gates, the branches' learned gates (or [0] each), and s [B, S, ΣR] for backward."""
+    """y [B, S, Dout], the extra gates, the branches' learned gates (or [0] each), and s [B, S, ΣR]
+    for backward.
+    """
     at, acc = call.attributes, accumulator(x.dtype)
     y = linear(x, weight.T if at["transposed"] else weight, bias)
     dropped = _dropped(call, x, seed)
@@ -46,14 +49,18 @@ def forward(
     for i, offset in enumerate(at["offsets"]):
         parts.append(linear(dropped, member(a[i], a_index[i], 2), None))
         g, value = gate[i], x.new_empty(0, dtype=acc)
-        if gate_weight[i] is not None:
-            g = value = pool(row_gates(x, gate_weight[i], gate_bias[i]), at["poolings"][i], mask)
+        w, c = gate_weight[i], gate_bias[i]
+        if w is not None and c is not None:
+            g = value = pool(row_gates(x, w, c), at["poolings"][i], mask)
         values.append(value)
         delta = linear(parts[-1] * _factor(call, i, g), member(b[i], b_index[i], 2), None)
         y[..., offset : offset + delta.shape[-1]] += delta
     s = torch.cat(parts, dim=-1) if parts else x.new_empty(*x.shape[:2], 0)
     poolings = at["extra_poolings"]
-    extras = [pool(row_gates(x, w, c), p, mask).clone() for w, c, p in zip(extra_weight, extra_bias, poolings)]
+    extras = [
+        pool(row_gates(x, w, c), p, mask).clone()
+        for w, c, p in zip(extra_weight, extra_bias, poolings)
+    ]
     return y, extras, values, s
 
 
@@ -81,7 +88,9 @@ def backward(
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
     at, acc = call.attributes, accumulator(x.dtype)
-    grads: dict[str, Value] = {name: [None] * len(a) for name in ("a", "b", "gate", "gate_weight", "gate_bias")}
+    grads: dict[str, Value] = {
+        name: [None] * len(a) for name in ("a", "b", "gate", "gate_weight", "gate_bias")
+    }
     grads |= {"extra_weight": [], "extra_bias": []}
     base = (weight.T if at["transposed"] else weight).to(x.dtype)
     dx = dy @ base if needs["x"] else torch.zeros_like(x)
@@ -91,25 +100,28 @@ def backward(
     for i, offset in enumerate(at["offsets"]):
         up, down = member(b[i], b_index[i], 2), member(a[i], a_index[i], 2)
         d = dy[..., offset : offset + up.shape[-2]]
-        is_learned = gate_weight[i] is not None
-        value = gate_values[i] if is_learned else gate[i]
+        w, c = gate_weight[i], gate_bias[i]
+        value = gate[i] if w is None else gate_values[i]
         factor = _factor(call, i, value)
         raw = d @ up.to(x.dtype)
         ds = raw * factor
-        grads["b"][i] = member_grad(weight_grad(d, parts[i] * factor, up.ndim == 3), b[i], b_index[i])
+        grads["b"][i] = member_grad(
+            weight_grad(d, parts[i] * factor, up.ndim == 3), b[i], b_index[i]
+        )
         grads["a"][i] = member_grad(weight_grad(ds, dropped, down.ndim == 3), a[i], a_index[i])
         ddropped += ds @ down.to(x.dtype)
         if value is None:
             continue
         row_dot = at["scales"][i] * (raw.to(acc) * parts[i]).sum(-1)
         dgate = row_dot if value.ndim == 2 else row_dot.sum(1)
-        if is_learned:
-            step = _gate_step(x, dgate, gate_weight[i], gate_bias[i], at["poolings"][i], mask)
+        if w is not None and c is not None:
+            step = _gate_step(x, dgate, w, c, at["poolings"][i], mask)
             dx, grads["gate_weight"][i], grads["gate_bias"][i] = dx + step[0], step[1], step[2]
         else:
             grads["gate"][i] = dgate.to(value.dtype)
-    for dgate, w, c, pooling in zip(dextra_gates, extra_weight, extra_bias, at["extra_poolings"]):
-        step = _gate_step(x, dgate, w, c, pooling, mask)
+    extras = zip(dextra_gates, extra_weight, extra_bias, at["extra_poolings"])
+    for dgate, weight_row, bias_row, pooling in extras:
+        step = _gate_step(x, dgate, weight_row, bias_row, pooling, mask)
         dx = dx + step[0]
         grads["extra_weight"].append(step[1])
         grads["extra_bias"].append(step[2])
@@ -130,7 +142,11 @@ def _gate_step(
     """What a learned gate adds to dx, and its weight's and bias's gradients."""
     dlogit = pool_backward(dgate, row_gates(x, weight, bias), pooling, mask)
     dweight = torch.einsum("bs,bsd->d", dlogit, x.to(dlogit.dtype)).to(weight.dtype)
-    return (dlogit[..., None] * weight.to(x.dtype)).to(x.dtype), dweight, dlogit.sum().reshape(1).to(bias.dtype)
+    return (
+        (dlogit[..., None] * weight.to(x.dtype)).to(x.dtype),
+        dweight,
+        dlogit.sum().reshape(1).to(bias.dtype),
+    )
 
 
 def _factor(call: Call, i: int, gate: Tensor | None) -> Tensor | float:

@@ -17,11 +17,13 @@ _operator = Operator(CONTRACT)
 
 
 class Prefix(NamedTuple):
-    """One prefix segment: k and v [P, G, E] shared by the batch, or tables [A, P, G, E] with index int64 [B]."""
+    """One prefix segment: k and v [P, G, E] shared by the batch, or tables [A, P, G, E] with index
+    int64 [B].
+    """
 
     k: Tensor
     v: Tensor
-    index: Tensor | None = None
+    index: Tensor | None = None  # type: ignore[assignment]  # tuple.index is not needed here
 
 
 def prefix_attention(
@@ -44,30 +46,34 @@ def prefix_attention(
     """``out = softmax([g · scale · Q Pkᵀ ; scale · Q Kᵀ + bias + mask]) [g · Pv ; V]``
 
     Args:
-        q: [B, H, S, E]; float32, float16 or bfloat16. Any strides with E contiguous, so a [B, S, H, E] view costs no copy.
+        q: [B, H, S, E]; float32, float16 or bfloat16. Any strides with E contiguous, so a [B, S, H,
+            E] view costs no copy.
         k, v: [B, G, N, E]; H a multiple of G (grouped-query attention).
-        prefixes: up to four `Prefix` segments, in order, in front of k: [P, G, E] shared by the batch, or a table
-            [A, P, G, E] with an index int64 [B]. Nothing is expanded to the batch or concatenated to k. They have q's
-            dtype, or float32 beside 16-bit activations.
-        gate: [B] or [B, H], multiplies prefix keys and values; a gate of 0 leaves zero keys that take softmax mass.
-        key_mask or lengths: [B, N] bool (True: seen), or the number of seen keys [B]. Prefix columns are always seen.
+        prefixes: up to four `Prefix` segments, in order, in front of k: [P, G, E] shared by the
+            batch, or a table [A, P, G, E] with an index int64 [B]. Nothing is expanded to the batch
+            or concatenated to k. They have q's dtype, or float32 beside 16-bit activations.
+        gate: [B] or [B, H], multiplies prefix keys and values; a gate of 0 leaves zero keys that
+            take softmax mass.
+        key_mask or lengths: [B, N] bool (True: seen), or the number of seen keys [B]. Prefix
+            columns are always seen.
         is_causal: bottom-right aligned: row i sees keys j <= i + N - S.
         bias: additive, [B or 1, H or 1, S, N] (T5's relative positions); 0 on prefix columns.
         scale: default 1 / sqrt(E); T5 uses 1.
-        dropout_p, seed: attention dropout, prefix columns included; the mask is a function of the seed (Philox4x32-10).
-            Without a seed one is drawn from torch's CPU generator.
+        dropout_p, seed: attention dropout, prefix columns included; the mask is a function of the
+            seed (Philox4x32-10). Without a seed one is drawn from torch's CPU generator.
         return_lse: also return the log-sum-exp of the scores, float32 [B, H, S], without gradient.
         backend: a backend's name; None: `use_backend`'s, else the first able one.
 
     Returns:
-        out [B, H, S, E], or (out, lse). A row that sees nothing is 0 with gradient 0, and its lse is -inf.
+        out [B, H, S, E], or (out, lse). A row that sees nothing is 0 with gradient 0, and its lse
+        is -inf.
 
     Raises:
-        ValueError: a shape, dtype, device or index that does not fit; a backend that was asked for and cannot serve the
-            call. TypeError: not a tensor where one is needed.
+        ValueError: a shape, dtype, device or index that does not fit; a backend that was asked for
+            and cannot serve the call. TypeError: not a tensor where one is needed.
 
-    Saved for backward: q, k, v, out and the log-sum-exp. Papers: Li and Liang 2021 (prefix tuning); Mao et al. 2022
-    (UniPELT's gate); Clive et al. 2022 (Control Prefixes: tables).
+    Saved for backward: q, k, v, out and the log-sum-exp. Papers: Li and Liang 2021 (prefix tuning);
+    Mao et al. 2022 (UniPELT's gate); Clive et al. 2022 (Control Prefixes: tables).
     """
     q, k, v = cast_activation(q), cast_activation(k), cast_activation(v)
     if lengths is not None:
@@ -78,5 +84,7 @@ def prefix_attention(
     )  # fmt: skip
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    out, lse = _operator(values, (is_causal, float(scale), dropout_p), draw_seed(dropout_p, seed), backend)
+    out, lse = _operator(
+        values, (is_causal, float(scale), dropout_p), draw_seed(dropout_p, seed), backend
+    )
     return (out, lse) if return_lse else out

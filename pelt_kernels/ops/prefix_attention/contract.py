@@ -1,4 +1,6 @@
-"""prefix_attention: what it takes and gives, its formula in plain PyTorch, and the cases it is tested on."""
+"""prefix_attention: what it takes and gives, its formula in plain PyTorch, and the cases it is
+tested on.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ def rules(call: Call, values: dict[str, Value]) -> None:
         )
     segments = len(values["prefix_k"])
     if segments > MAX_SEGMENTS:
-        raise ValueError(f"{name}: expected at most {MAX_SEGMENTS} prefixes, got {segments}; concatenate some of them")
+        raise ValueError(
+            f"{name}: expected at most {MAX_SEGMENTS} prefixes, got {segments}; concatenate some of"
+            " them"
+        )
     if not segments == len(values["prefix_v"]) == len(values["prefix_index"]):
         raise ValueError(
             f"{name}: expected as many prefix_v and prefix_index as prefix_k ({segments}), "
@@ -35,8 +40,9 @@ def rules(call: Call, values: dict[str, Value]) -> None:
     for i, (keys, index) in enumerate(zip(values["prefix_k"], values["prefix_index"])):
         if (keys.ndim == 4) != (index is not None):
             raise ValueError(
-                f"{name}: expected an index [B] with a table of prefixes [A, P, G, E] and none with a shared prefix "
-                f"[P, G, E], got prefix {i} {list(keys.shape)} {'with' if index is not None else 'without'} an index"
+                f"{name}: expected an index [B] with a table of prefixes [A, P, G, E] and none with"
+                f" a shared prefix [P, G, E], got prefix {i} {list(keys.shape)}"
+                f" {'with' if index is not None else 'without'} an index"
             )
     if "key_mask" in given and "lengths" in given:
         raise ValueError(f"{name}: expected key_mask or lengths, got both; leave one out")
@@ -83,9 +89,15 @@ DRAWS = {
 
 
 def visible_keys(
-    call_sizes: dict[str, Any], key_mask: Tensor | None, lengths: Tensor | None, is_causal: bool, device: torch.device
+    call_sizes: dict[str, Any],
+    key_mask: Tensor | None,
+    lengths: Tensor | None,
+    is_causal: bool,
+    device: torch.device,
 ) -> Tensor | None:
-    """[B or 1, 1, S or 1, N] bool: which keys a query sees; None if all. Causal is bottom-right aligned."""
+    """[B or 1, 1, S or 1, N] bool: which keys a query sees; None if all. Causal is bottom-right
+    aligned.
+    """
     s, n = call_sizes["S"], call_sizes["N"]
     visible = None if key_mask is None else key_mask[:, None, None, :]
     if lengths is not None:
@@ -98,7 +110,9 @@ def visible_keys(
 
 
 def softmax_with_lse(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities and log-sum-exp over the last dimension; a row of -inf gives zeros and -inf, never NaN."""
+    """Probabilities and log-sum-exp over the last dimension; a row of -inf gives zeros and -inf,
+    never NaN.
+    """
     lse = torch.logsumexp(scores, dim=-1)
     return torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse)[..., None]), lse
 
@@ -120,7 +134,9 @@ def reference(
     dropout_p: float,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """out and log-sum-exp by the formula, with every prefix gathered, expanded and concatenated as the papers write it."""
+    """out and log-sum-exp by the formula, with every prefix gathered, expanded and concatenated as
+    the papers write it.
+    """
     acc = accumulator(q.dtype)
     (batch, heads, s, _), (groups, n) = q.shape, k.shape[1:3]
     keys, values = k.repeat_interleave(heads // groups, 1), v.repeat_interleave(heads // groups, 1)
@@ -138,7 +154,9 @@ def reference(
         ]
         joined = torch.cat(parts, dim=1).to(q.dtype).transpose(1, 2)  # [B, G, P, E]
         if gate is not None:
-            by_head = (gate if gate.ndim == 2 else gate[:, None].expand(-1, heads))[:, :, None, None]
+            by_head = (gate if gate.ndim == 2 else gate[:, None].expand(-1, heads))[
+                :, :, None, None
+            ]
             return joined.repeat_interleave(heads // groups, 1) * by_head.to(acc)
         return joined.repeat_interleave(heads // groups, 1)
 
@@ -167,21 +185,32 @@ CASES = [
     _case("no_prefix", _SIZES, ""),
     _case("prefix", _SIZES, is_quick=True),
     _case("unipelt", _SIZES, f"{_PREFIX} gate key_mask", is_quick=True),
-    _case("unipelt_minilm", {**_SIZES, "H": 12, "G": 12, "S": 33, "N": 33}, f"{_PREFIX} gate key_mask"),
-    _case("unipelt_bert", {**_SIZES, "B": 1, "E": 64, "S": 65, "N": 65}, f"{_PREFIX} gate key_mask"),
+    _case(
+        "unipelt_minilm", {**_SIZES, "H": 12, "G": 12, "S": 33, "N": 33}, f"{_PREFIX} gate key_mask"
+    ),
+    _case(
+        "unipelt_bert", {**_SIZES, "B": 1, "E": 64, "S": 65, "N": 65}, f"{_PREFIX} gate key_mask"
+    ),
     _case("gate_per_head", _SIZES, f"{_PREFIX} gate:1"),
     _case("gate_zero", _SIZES, f"{_PREFIX} gate", fill={"gate": 0.0}),
     _case("gate_one", _SIZES, f"{_PREFIX} gate", fill={"gate": 1.0}),
     _case("lengths", _SIZES, f"{_PREFIX} gate lengths"),
     _case("causal", {**_SIZES, "S": 13, "N": 19}, attributes={"is_causal": True}, is_quick=True),
     _case("causal_more_queries", {**_SIZES, "S": 9, "N": 5}, "", attributes={"is_causal": True}),
-    _case("control_prefixes", _TABLE, "prefix_k:1,0 prefix_v:1,0 prefix_index:0,- gate key_mask", is_quick=True),
+    _case(
+        "control_prefixes",
+        _TABLE,
+        "prefix_k:1,0 prefix_v:1,0 prefix_index:0,- gate key_mask",
+        is_quick=True,
+    ),
     _case("two_segments", {**_SIZES, "P_i": (4, 6)}, "prefix_k:0,0 prefix_v:0,0 prefix_index:-,-"),
     _case("grouped_query", {**_SIZES, "H": 6, "G": 2}, f"{_PREFIX} gate key_mask", is_quick=True),
     _case("t5", _SIZES, f"{_PREFIX} bias:1 key_mask", attributes={"scale": 1.0}, is_quick=True),
     _case("bias_per_sample", _SIZES, f"{_PREFIX} bias", attributes={"is_causal": True}),
     _case("bias_shared", {**_SIZES, "B": 3}, f"{_PREFIX} bias:3"),
-    _case("dropout", _SIZES, f"{_PREFIX} gate key_mask", attributes={"dropout_p": 0.1}, is_quick=True),
+    _case(
+        "dropout", _SIZES, f"{_PREFIX} gate key_mask", attributes={"dropout_p": 0.1}, is_quick=True
+    ),
     _case("decode", {**_SIZES, "S": 1, "N": 40}, attributes={"is_causal": True}),
     _case("only_prefix", {**_SIZES, "N": 0}, f"{_PREFIX} gate"),
     _case("all_masked", _SIZES, "key_mask", fill={"key_mask": 0}),

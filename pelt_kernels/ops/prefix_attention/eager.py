@@ -1,8 +1,8 @@
 """prefix_attention composed of PyTorch operations, with the closed form of its gradient.
 
-The gate multiplies scores and probabilities of the prefix columns instead of its keys and values, and a shared prefix is
-never expanded to the batch. Backward rebuilds the probabilities from the log-sum-exp: with D = rowsum(dout · out),
-``dS = P (dout Vᵀ - D)``, dropout included.
+The gate multiplies scores and probabilities of the prefix columns instead of its keys and values,
+and a shared prefix is never expanded to the batch. Backward rebuilds the probabilities from the
+log-sum-exp: with D = rowsum(dout · out), ``dS = P (dout Vᵀ - D)``, dropout included.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def forward(
     prefix = p.shape[-1] - k.shape[2]
     out = p[..., prefix:].to(q.dtype) @ v.unsqueeze(2)
     if prefix:
-        out = out + _gated(p[..., :prefix], g).to(q.dtype) @ _joined(prefix_v, prefix_index).to(q.dtype)
+        out = out + _gated(p[..., :prefix], g).to(q.dtype) @ _joined(prefix_v, prefix_index).to(
+            q.dtype
+        )
     return out.reshape(q.shape), lse.reshape(q.shape[:3])
 
 
@@ -101,8 +103,9 @@ def backward(
         weights = _gated(dropped[..., :prefix], g).to(q.dtype)
         grads["prefix_k"] = _split_prefix_grad(first, grouped, prefix_k, prefix_index)
         grads["prefix_v"] = _split_prefix_grad(weights, d, prefix_v, prefix_index)
-        if gate is not None:
-            both = (ds[..., :prefix] * raw + dropped[..., :prefix] * raw_dp).sum((-1, -2)).flatten(1)  # [B, H]
+        if gate is not None and raw is not None:
+            both = ds[..., :prefix] * raw + dropped[..., :prefix] * raw_dp
+            both = both.sum((-1, -2)).flatten(1)  # [B, H]
             grads["gate"] = (both if gate.ndim == 2 else both.sum(1)).to(gate.dtype)
     elif gate is not None:
         grads["gate"] = torch.zeros_like(gate)
@@ -155,7 +158,9 @@ def _scores(
     lengths: Tensor | None,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Scores [B, G, H / G, S, P + N], -inf where a key is not seen; and the prefix columns' scores before the gate."""
+    """Scores [B, G, H / G, S, P + N], -inf where a key is not seen; and the prefix columns' scores
+    before the gate.
+    """
     acc, scale = accumulator(q.dtype), call.attributes["scale"]
     grouped = _grouped(call, q)
     scores = scale * (grouped @ k.unsqueeze(2).transpose(-1, -2)).to(acc)
@@ -174,7 +179,7 @@ def _scores(
 def _split_prefix_grad(
     columns: Tensor, rows: Tensor, prefixes: list[Tensor], indices: list[Tensor | None]
 ) -> list[Tensor]:
-    """columnsᵀ rows for each segment: summed over the batch for a shared one, by index for a table."""
+    """columnsᵀ rows for each segment: summed over the batch if shared, by index for a table."""
     grads: list[Tensor] = []
     position = 0
     for prefix, index in zip(prefixes, indices):

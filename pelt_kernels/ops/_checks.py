@@ -1,0 +1,155 @@
+"""The checks of a call against its contract: shapes, dtypes, devices, choices; a sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ._rows import Input
+
+if TYPE_CHECKING:
+    from ._contract import Contract, Value
+
+ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+
+
+def elements(contract: Contract, row: Input, value: Value) -> Sequence[Tensor | None]:
+    """An input's tensors, one or a list's; TypeError for anything else."""
+    if row.is_list:
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(
+                f"{contract.name}: expected {row.name} as a list of tensors, got"
+                f" {type(value).__name__}"
+            )
+        found: Sequence[Any] = value
+    else:
+        found = (value,)
+    for element in found:
+        if element is None:
+            if not row.is_optional:
+                raise TypeError(f"{contract.name}: {row.name} is required, got None")
+        elif not isinstance(element, Tensor):
+            raise TypeError(
+                f"{contract.name}: expected {row.name} as a torch.Tensor, got"
+                f" {type(element).__name__}"
+            )
+    return found
+
+
+def bind_shape(
+    contract: Contract,
+    row: Input,
+    i: int,
+    tensor: Tensor,
+    sizes: dict[str, Any],
+    source: dict[str, str],
+) -> None:
+    """Finds the alternative whose rank and known sizes fit, and names its new sizes."""
+    label = f"{row.name}[{i}]" if row.is_list else row.name
+    known = {letter: _at(sizes, letter, i) for shape in row.shapes for letter in shape}
+    for shape in row.shapes:
+        if len(shape) == tensor.ndim and all(
+            known[letter] is None or known[letter] == size
+            for letter, size in zip(shape, tensor.shape)
+        ):
+            break
+    else:
+        raise ValueError(f"{contract.name}: {_shape_sentence(row, label, tensor, known, source)}")
+    for letter, size in zip(shape, tensor.shape):
+        if known[letter] is None:
+            source[letter] = label
+            if letter.endswith("_i"):
+                column = sizes.setdefault(letter, [])
+                column.extend([None] * (i + 1 - len(column)))
+                column[i] = size
+            else:
+                sizes[letter] = size
+
+
+def _at(sizes: dict[str, Any], letter: str, i: int) -> int | None:
+    """The size known for a letter, if any; a shape may also name a number, such as the 1 of a
+    gate's bias.
+    """
+    if letter.isdigit():
+        return int(letter)
+    if letter.endswith("_i"):
+        column = sizes.get(letter, [])
+        return column[i] if i < len(column) else None
+    return sizes.get(letter)
+
+
+def _shape_sentence(
+    row: Input, label: str, tensor: Tensor, known: dict[str, int | None], source: dict[str, str]
+) -> str:
+    fitting = [shape for shape in row.shapes if len(shape) == tensor.ndim] or list(row.shapes)
+    wanted = " or ".join(
+        f"[{', '.join(shape)}] ="
+        f" [{', '.join(str(known[s]) if known[s] is not None else s for s in shape)}]"
+        for shape in fitting
+    )
+    letters = dict.fromkeys(
+        s for shape in fitting for s in shape if known[s] is not None and not s.isdigit()
+    )
+    origin = ", ".join(f"{s}={known[s]} from {source[s]}" for s in letters)
+    return f"expected {label}{wanted}{f' ({origin})' if origin else ''}, got {list(tensor.shape)}"
+
+
+def check_dtypes(
+    contract: Contract, first: str, like: Tensor, values: dict[str, Value]
+) -> frozenset[str]:
+    """Checks dtype and device of each input against the first activation; returns the float32
+    master parameters.
+    """
+    dtype = like.dtype
+    if dtype not in ACTIVATION_DTYPES:
+        raise ValueError(
+            f"{contract.name}: expected {first} in float32, float16 or bfloat16, got {_name(dtype)}"
+        )
+    master = set()
+    for row in contract.input_rows:
+        allowed: tuple[torch.dtype, ...] = (dtype,)
+        if row.kind == "parameter" and dtype in SIXTEEN_BIT:
+            allowed = (dtype, torch.float32)
+        elif row.kind == "bool":
+            allowed = (torch.bool,)
+        elif row.kind == "index":
+            allowed = (torch.int64,)
+        for tensor in elements(contract, row, values[row.name]):
+            if tensor is None:
+                continue
+            if tensor.dtype not in allowed:
+                wanted = " or ".join(_name(d) for d in allowed)
+                raise ValueError(
+                    f"{contract.name}: expected {row.name} in {wanted} ({first} is {_name(dtype)}),"
+                    f" got {_name(tensor.dtype)}"
+                )
+            if tensor.device != like.device:
+                raise ValueError(
+                    f"{contract.name}: expected {row.name} on {like.device} (where {first} is), got"
+                    f" {tensor.device}"
+                )
+            if row.kind == "parameter" and tensor.dtype != dtype:
+                master.add(row.name)
+    return frozenset(master)
+
+
+def check_attributes(contract: Contract, attributes: dict[str, Any]) -> None:
+    """Checks each attribute against the values its row allows."""
+    for row in contract.attribute_rows:
+        value = attributes[row.name]
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if row.choices and item not in row.choices:
+                raise ValueError(
+                    f"{contract.name}: expected {row.name} to be one of {', '.join(row.choices)},"
+                    f" got {item!r}"
+                )
+            if row.allowed == "[0, 1)" and not 0.0 <= item < 1.0:
+                raise ValueError(f"{contract.name}: expected {row.name} in [0, 1), got {item}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

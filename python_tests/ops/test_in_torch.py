@@ -1,0 +1,199 @@
+"""The operators inside torch: opcheck, torch.compile, checkpointing, autocast, autograd's rules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from parity import SEED, case_of, contract_of, evaluate, inputs_of, operator_of
+from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
+
+from pelt_kernels.ops import (
+    OPERATORS,
+    LearnedGate,
+    LoraBranch,
+    Prefix,
+    gated_adapter,
+    lora_linear,
+    prefix_attention,
+)
+from pelt_kernels.ops._cases import make_attributes
+from pelt_kernels.ops._schema import pack
+
+QUICK = [
+    (operator, case.id)
+    for operator in OPERATORS
+    for case in contract_of(operator).CASES
+    if case.is_quick
+]
+
+
+def with_gradients(value):
+    if isinstance(value, list):
+        return [with_gradients(v) for v in value]
+    return (
+        value.detach().requires_grad_()
+        if value is not None and value.is_floating_point()
+        else value
+    )
+
+
+@pytest.mark.parametrize(("operator", "case_id"), QUICK)
+def test_opcheck(operator, case_id):
+    case, contract = case_of(operator, case_id), contract_of(operator).CONTRACT
+    values = [with_gradients(value) for value in inputs_of(operator, case, "float32")]
+    seed = (SEED,) if contract.has_seed else ()
+    opcheck(
+        operator_of(operator).fwd,
+        (*pack(contract.input_rows, values), *make_attributes(contract, case), *seed, "eager"),
+    )
+
+
+@pytest.mark.parametrize(("operator", "case_id"), QUICK)
+def test_a_compiled_call_is_one_graph_with_the_same_numbers(operator, case_id):
+    case, op = case_of(operator, case_id), operator_of(operator)
+    attributes = make_attributes(contract_of(operator).CONTRACT, case)
+    values = inputs_of(operator, case, "float32")
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda given: op(given, attributes, SEED, "eager"), fullgraph=True, backend="aot_eager"
+    )
+    expected = evaluate(operator, case, values, lambda given: op(given, attributes, SEED, "eager"))
+    found = evaluate(operator, case, values, compiled)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_public_functions_compile_without_a_graph_break():
+    x, w_down, w_up, weight = (
+        torch.randn(2, 5, 16),
+        torch.randn(4, 16),
+        torch.randn(16, 4),
+        torch.randn(16, 16),
+    )
+    gate, mask = LearnedGate(torch.randn(16), torch.randn(1)), torch.ones(2, 5, dtype=torch.bool)
+    prefix = Prefix(torch.randn(3, 2, 8), torch.randn(3, 2, 8))
+
+    def layer(x):
+        y, (g,) = lora_linear(
+            x, weight, None, [LoraBranch(w_down, w_up, gate=gate)], extra_gates=[gate], mask=mask
+        )
+        heads = y.unflatten(-1, (2, 8)).transpose(1, 2)
+        y = (
+            prefix_attention(heads, heads, heads, [prefix], gate=g, key_mask=mask)
+            .transpose(1, 2)
+            .flatten(2)
+        )
+        return gated_adapter(y, w_down, w_up, gate=gate, mask=mask, residual=x)
+
+    torch._dynamo.reset()
+    for shape in (x, torch.randn(2, 5, 16)):
+        assert torch.equal(
+            torch.compile(layer, fullgraph=True, backend="aot_eager")(shape), layer(shape)
+        )
+
+
+def test_gradients_reach_lists_with_absent_elements_under_compile():
+    """One prefix from a table and one shared: the list of indices has a tensor and None in it."""
+    q = torch.randn(2, 2, 5, 8)
+    table, shared, index = torch.randn(3, 4, 2, 8), torch.randn(2, 2, 8), torch.tensor([2, 0])
+
+    def loss(table, shared):
+        return (
+            prefix_attention(q, q, q, [Prefix(table, table, index), Prefix(shared, shared)])
+            .square()
+            .sum()
+        )
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    given = (table.requires_grad_(), shared.requires_grad_())
+    for found, expected in zip(
+        torch.autograd.grad(compiled(*given), given),
+        torch.autograd.grad(loss(*given), given),
+        strict=True,
+    ):
+        assert expected.abs().max() > 0 and torch.equal(found, expected)
+
+
+def dropout_calls():
+    """Each operator with dropout and no given seed, as functions of one tensor."""
+    a, b = torch.randn(4, 16), torch.randn(16, 4)
+    prefix = Prefix(torch.randn(3, 2, 8), torch.randn(3, 2, 8))
+
+    def attention(x):
+        heads = x.unflatten(-1, (2, 8)).transpose(1, 2)
+        return prefix_attention(heads, heads, heads, [prefix], dropout_p=0.5)
+
+    return {
+        "gated_adapter": lambda x: gated_adapter(x, a, b, dropout_p=0.5),
+        "prefix_attention": attention,
+        "lora_linear": lambda x: lora_linear(
+            x, torch.eye(16), None, [LoraBranch(a, b)], dropout_p=0.5
+        ),
+    }
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_dropout_draws_its_seed_from_torch(operator):
+    call, x = dropout_calls()[operator], torch.randn(2, 5, 16)
+    torch.manual_seed(1)
+    first, second = call(x), call(x)
+    torch.manual_seed(1)
+    assert torch.equal(call(x), first) and not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_with_dropout_gives_the_same_gradient(operator, reentrant):
+    call, x = dropout_calls()[operator], torch.randn(2, 5, 16, requires_grad=True)
+    torch.manual_seed(1)
+    (expected,) = torch.autograd.grad(call(x).square().sum(), x)
+    torch.manual_seed(1)
+    checkpoint(call, x, use_reentrant=reentrant).square().sum().backward()
+    assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_autocast_computes_in_its_dtype_with_float32_parameters(operator):
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    a, b = torch.randn(4, 16, requires_grad=True), torch.randn(16, 4, requires_grad=True)
+
+    def call(x, a, b):
+        heads = x.unflatten(-1, (2, 8)).transpose(1, 2)
+        prefix = Prefix(a.unflatten(-1, (2, 8)), a.unflatten(-1, (2, 8)))
+        return {
+            "gated_adapter": lambda: gated_adapter(x, a, b),
+            "prefix_attention": lambda: prefix_attention(heads, heads, heads, [prefix]),
+            "lora_linear": lambda: lora_linear(x, torch.eye(16), None, [LoraBranch(a, b)]),
+        }[operator]()
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = call(x, a, b)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, call(x.bfloat16(), a, b))
+    y.float().sum().backward()
+    assert x.grad.dtype == a.grad.dtype == torch.float32 and a.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_second_derivative_is_refused(operator):
+    case = case_of(operator, "unipelt")
+    values = [with_gradients(value) for value in inputs_of(operator, case, "float32")]
+    y = operator_of(operator)(
+        values, make_attributes(contract_of(operator).CONTRACT, case), SEED, "eager"
+    )[0]
+    (grad,) = torch.autograd.grad(y.square().sum(), values[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_a_frozen_input_gets_no_gradient_and_no_graph_is_built_without_one():
+    x, a, b = torch.randn(2, 5, 16), torch.randn(4, 16), torch.randn(16, 4)
+    assert not gated_adapter(x, a, b).requires_grad
+    y = gated_adapter(x, a.requires_grad_(), b)
+    y.sum().backward()
+    assert a.grad is not None and b.grad is None
+    with torch.no_grad():
+        assert not gated_adapter(x, a, b).requires_grad
