@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ._checks import bind_shape, check_attributes, check_dtypes, elements
 from ._rows import Output, parse_attribute, parse_input, parse_output, rows_of
@@ -124,11 +125,19 @@ class Contract:
         self._attributes_hash = not any(row.type.endswith("[]") for row in self.attribute_rows)
         self._calls: dict[Any, Call] = {}
 
-    def bind(self, values: Sequence[Value], attributes: Sequence[Any]) -> Call:
-        """Checks one call and names its sizes; a repeated combination costs one look-up."""
+    def bind(
+        self,
+        values: Sequence[Value],
+        attributes: Sequence[Any],
+        signature: list[Any] | None = None,
+    ) -> Call:
+        """Checks one call and names its sizes; a repeated combination costs one look-up.
+
+        ``signature`` is what `scan` told of the values, if the caller has it already.
+        """
         key = (
-            _signature(values),
-            tuple(attributes) if self._attributes_hash else _hashable(attributes),
+            *(scan(values)[0] if signature is None else signature),
+            *(attributes if self._attributes_hash else _hashable(attributes)),
         )
         try:
             call = self._calls.get(key)
@@ -269,21 +278,36 @@ def _is_fake(tensor: Tensor) -> bool:
     )
 
 
-def _signature(values: Sequence[Value]) -> tuple[Any, ...]:
-    """What a call is recognised by. A wrong type has no shape: it is its own signature and fails in
-    `_bind`.
+def scan(values: Sequence[Value]) -> tuple[list[Any], list[Tensor], bool, bool]:
+    """One look at each input: what a call is recognised by, the tensors that are there, whether all
+    are ordinary tensors, and whether one of them requires a gradient.
+
+    A wrong type is its own signature and fails in `Contract.bind`. Written for speed: this runs at
+    every call.
     """
     signature: list[Any] = []
+    given: list[Tensor] = []
+    is_plain, requires_grad = True, False
     for value in values:
         if value is None:
             signature.append(None)
-        elif isinstance(value, Tensor):
+        elif value.__class__ is Tensor or value.__class__ is Parameter:
+            given.append(value)
             signature += (value.shape, value.dtype, value.device)
+            requires_grad = requires_grad or value.requires_grad
         elif isinstance(value, (list, tuple)):
-            signature.append(_signature(value) if value else ())
+            signature.append(len(value))
+            if value:
+                of_list, more, plain, needs = scan(value)
+                signature += of_list
+                given += more
+                is_plain, requires_grad = is_plain and plain, requires_grad or needs
+        elif isinstance(value, Tensor):
+            is_plain = False
+            signature += (value.shape, value.dtype, value.device)
         else:
             signature.append(type(value))
-    return tuple(signature)
+    return signature, given, is_plain, requires_grad
 
 
 def _hashable(attributes: Sequence[Any]) -> tuple[Any, ...]:

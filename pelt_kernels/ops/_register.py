@@ -22,11 +22,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _dispatch
-from ._contract import Call, Contract, Value, flatten, lengths_of, unflatten
+from ._contract import Call, Contract, Value, flatten, lengths_of, scan, unflatten
 from ._schema import backward_schema, forward_schema, nothing, pack, unpack, width
 
 _LIBRARY = torch.library.Library("pelt_kernels", "DEF")
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Operator:
@@ -55,31 +54,28 @@ class Operator:
         """The contract's public outputs, as a tuple. Builds no graph where no gradient can be asked
         for.
         """
+        contract = self.contract
         request = _dispatch.current_request() if backend is None else backend
-        if torch.compiler.is_compiling() or not _is_plain(values):
-            outputs = self.fwd(
-                *pack(self.contract.input_rows, values), *attributes, *self._seed(seed), request
-            )
-            return tuple(
-                out for out, row in zip(outputs, self.contract.output_rows) if not row.is_private
-            )
-        call = _dispatch.select(self.contract.bind(values, attributes), request)
-        if torch.is_grad_enabled() and _requires_grad(values):
-            given = [
-                value
-                for value in (flatten(values) if self.contract.has_lists else values)
-                if value is not None
-            ]
-            flat = _apply(call, seed, *given)
-            return (
-                tuple(unflatten(iter(flat), call.output_lengths))
-                if self.contract.has_list_outputs
-                else flat
-            )
-        outputs = _run_forward(call, dict(zip(self.contract.input_names, values)), seed)
-        return tuple(
-            out for out, row in zip(outputs, self.contract.output_rows) if not row.is_private
-        )
+        if torch.compiler.is_compiling() or _is_watched():
+            return self._through_torch(values, attributes, seed, request)
+        signature, given, is_plain, requires_grad = scan(values)
+        if not is_plain:
+            return self._through_torch(values, attributes, seed, request)
+        call = _dispatch.select(contract.bind(values, attributes, signature), request)
+        if requires_grad and torch.is_grad_enabled():
+            flat = _apply(call, values, seed, *given)
+            if contract.has_list_outputs:
+                return tuple(unflatten(iter(flat), call.output_lengths))
+            return flat
+        outputs = _run_forward(call, dict(zip(contract.input_names, values)), seed)
+        return tuple(o for o, row in zip(outputs, contract.output_rows) if not row.is_private)
+
+    def _through_torch(
+        self, values: Sequence[Value], attributes: Sequence[Any], seed: int, request: str
+    ) -> tuple[Any, ...]:
+        packed = pack(self.contract.input_rows, values)
+        outputs = self.fwd(*packed, *attributes, *self._seed(seed), request)
+        return tuple(o for o, row in zip(outputs, self.contract.output_rows) if not row.is_private)
 
     def _define(self, name: str, schema: str, implementation: Any, fake: Any) -> Any:
         _LIBRARY.define(f"{name}{schema}")
@@ -209,8 +205,10 @@ class _Eager(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, seed: int, *given: Tensor) -> tuple[Tensor, ...]:
-        outputs = _run_forward(call, call.place(given), seed)
+    def forward(
+        ctx: Any, call: Call, values: Sequence[Value], seed: int, *given: Tensor
+    ) -> tuple[Tensor, ...]:
+        outputs = _run_forward(call, dict(zip(call.contract.input_names, values)), seed)
         flat = flatten(outputs) if call.contract.has_list_outputs else outputs
         ctx.call, ctx.seed = call, seed
         ctx.save_for_backward(*compress(given, call.kept), *compress(flat, call.saved))
@@ -231,12 +229,12 @@ class _Eager(torch.autograd.Function):
         named.update(zip(contract.saved_names, unflatten(tensors, call.saved_lengths)))
         dy = named[contract.gradient_names[0]]
         needs = dict.fromkeys(contract.backward_names, False)
-        asked = ctx.needs_input_grad[2:]
+        asked = ctx.needs_input_grad[3:]
         for name, _ in compress(call.slots, asked):
             if name in needs:
                 needs[name] = True
         found = _run_backward(call, needs, named, inputs, ctx.seed) if any(needs.values()) else {}
-        result: list[Tensor | None] = [None, None]
+        result: list[Tensor | None] = [None, None, None]
         for (name, i), need in zip(call.slots, asked):
             if not need:
                 result.append(None)
@@ -247,7 +245,7 @@ class _Eager(torch.autograd.Function):
         return tuple(result)
 
 
-# `_is_plain` has seen to it that no transform is active, which is what `Function.apply` looks for
+# No transform is active here, which is what `Function.apply` looks for
 # in every argument.
 _apply = super(torch.autograd.Function, _Eager).apply
 
@@ -302,18 +300,10 @@ def _is_autocast(call: Call) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def _is_plain(values: Sequence[Value]) -> bool:
-    """No mode, no transform, no tensor subclass: nobody but the backend has to see this call."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
-        return False
-    for value in values:
-        if value is not None and type(value) not in _PLAIN:
-            if isinstance(value, (list, tuple)):
-                if not all(v is None or type(v) in _PLAIN for v in value):
-                    return False
-            elif isinstance(value, Tensor):
-                return False
-    return True
+def _is_watched() -> bool:
+    """A mode or a function transform is active, which has to see the call."""
+    c = torch._C
+    return c._len_torch_dispatch_stack() > 0 or c._are_functorch_transforms_active()
 
 
 def _flatten_grads(
@@ -348,13 +338,3 @@ def _empty_output(call: Call, row: Any, shape: Any) -> Any:
 
 def _any(need: Any) -> bool:
     return any(need) if isinstance(need, (list, tuple)) else bool(need)
-
-
-def _requires_grad(values: Sequence[Value]) -> bool:
-    for value in values:
-        if isinstance(value, (list, tuple)):
-            if _requires_grad(value):
-                return True
-        elif value is not None and value.requires_grad:
-            return True
-    return False
