@@ -297,11 +297,17 @@ def scan(values: Sequence[Value]) -> tuple[list[Any], list[Tensor], bool, bool]:
             requires_grad = requires_grad or value.requires_grad
         elif isinstance(value, (list, tuple)):
             signature.append(len(value))
-            if value:
-                of_list, more, plain, needs = scan(value)
-                signature += of_list
-                given += more
-                is_plain, requires_grad = is_plain and plain, requires_grad or needs
+            for element in value:
+                if element is None:
+                    signature.append(None)
+                elif isinstance(element, Tensor):
+                    given.append(element)
+                    signature += (element.shape, element.dtype, element.device)
+                    requires_grad = requires_grad or element.requires_grad
+                    if element.__class__ is not Tensor and element.__class__ is not Parameter:
+                        is_plain = False
+                else:
+                    signature.append(type(element))
         elif isinstance(value, Tensor):
             is_plain = False
             signature += (value.shape, value.dtype, value.device)
@@ -311,4 +317,4 @@ def scan(values: Sequence[Value]) -> tuple[list[Any], list[Tensor], bool, bool]:
 
 
 def _hashable(attributes: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(tuple(a) if isinstance(a, list) else a for a in attributes)
+    return tuple([tuple(a) if a.__class__ is list else a for a in attributes])

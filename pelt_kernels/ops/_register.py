@@ -6,7 +6,7 @@ seed, and the request for a backend. They carry a fake implementation and an aut
 `torch.compile`, `opcheck`, `torch.export` and function transforms see ordinary operators.
 
 In eager mode a call of 27 arguments through torch's dispatcher and that formula costs more than a
-small adapter does: 55 us a call without and 140 us with gradients, against 13 and 29 us (2-core
+small adapter does: 40 us a call without and 330 us with gradients, against 13 and 30 us (2-core
 EPYC, torch 2.13). So plain tensors outside of any mode or transform take one `autograd.Function`
 straight to the backend: same binding, same choice, same numbers.
 """

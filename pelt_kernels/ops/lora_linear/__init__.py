@@ -76,41 +76,46 @@ def lora_linear(
         al. 2022 (UniPELT).
     """
     x = cast_activation(x)
-    leading = x.shape[:-1] if isinstance(x, Tensor) else ()
-    if len(leading) != 2 and isinstance(x, Tensor):
+    leading = None
+    if isinstance(x, Tensor) and x.ndim != 3:
+        leading = x.shape[:-1]
         x = x.reshape(leading[0] if len(leading) > 2 else 1, -1, x.shape[-1])
-    learned = [branch.gate if isinstance(branch.gate, LearnedGate) else None for branch in branches]
-    indices = [_indices(branch) for branch in branches]
+    a, b, a_index, b_index, gate, gate_weight, gate_bias, offsets, scales, poolings = _columns(
+        branches
+    )
     values = (
-        x, weight, bias,
-        [branch.a for branch in branches], [branch.b for branch in branches],
-        [index[0] for index in indices], [index[1] for index in indices],
-        [None if gate else branch.gate for branch, gate in zip(branches, learned)],
-        [gate.weight if gate else None for gate in learned],
-        [gate.bias if gate else None for gate in learned],
+        x, weight, bias, a, b, a_index, b_index, gate, gate_weight, gate_bias,
         [gate.weight for gate in extra_gates], [gate.bias for gate in extra_gates], mask,
     )  # fmt: skip
-    attributes = (
-        transposed, [branch.offset for branch in branches],
-        [float(branch.scale) for branch in branches],
-        [gate.pooling if gate else "none" for gate in learned],
-        [gate.pooling for gate in extra_gates], dropout_p,
-    )  # fmt: skip
+    extra_poolings = [gate.pooling for gate in extra_gates]
+    attributes = (transposed, offsets, scales, poolings, extra_poolings, dropout_p)
     y, extras, gate_values = _operator(values, attributes, draw_seed(dropout_p, seed), backend)
-    if len(leading) != 2:
+    if leading is not None:
         y = y.reshape(*leading, y.shape[-1])
     if return_gates:
-        return (
-            y,
-            tuple(extras),
-            tuple(value if gate else None for value, gate in zip(gate_values, learned)),
-        )
+        branch_values = (v if p != "none" else None for v, p in zip(gate_values, poolings))
+        return y, tuple(extras), tuple(branch_values)
     return (y, tuple(extras)) if extra_gates else y
 
 
-def _indices(branch: LoraBranch) -> tuple[Tensor | None, Tensor | None]:
-    """One index serves the sides that are banks; a pair names each side's own."""
-    index = branch.bank_index
+def _columns(branches: Sequence[LoraBranch]) -> Any:
+    """The branches' fields, a list for each: a, b, a_index, b_index, gate, gate_weight, gate_bias,
+    offset, scale, pooling.
+    """
+    if not branches:
+        return [[] for _ in range(10)]
+    return map(list, zip(*[_fields(branch) for branch in branches]))
+
+
+def _fields(branch: LoraBranch) -> tuple[Any, ...]:
+    a, b, offset, scale, gate, index = branch
+    a_index = b_index = None
     if isinstance(index, tuple):
-        return index
-    return (index if branch.a.ndim == 3 else None), (index if branch.b.ndim == 3 else None)
+        a_index, b_index = index
+    elif index is not None:  # one index serves the sides that are banks
+        a_index = index if a.ndim == 3 else None
+        b_index = index if b.ndim == 3 else None
+    if gate.__class__ is LearnedGate:
+        weight, bias, pooling = gate
+        return a, b, a_index, b_index, None, weight, bias, offset, float(scale), pooling
+    return a, b, a_index, b_index, gate, None, None, offset, float(scale), "none"
