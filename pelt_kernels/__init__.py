@@ -1,3 +1,88 @@
-"""Fused kernels for parameter-efficient tuning of transformers."""
+"""Fused kernels for parameter-efficient tuning of transformers.
+
+Names below load on first use, so that importing the package costs nothing and needs neither a
+compiled module nor a GPU, Triton or transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .methods import (
+        METHODS,
+        BitFitConfig,
+        BottleneckAdapterConfig,
+        FullConfig,
+        HeadConfig,
+        LoraConfig,
+        PrefixTuningConfig,
+        UniPELTConfig,
+        config_from_dict,
+        make_config,
+    )
+    from .models import PeltModel, get_pelt_model
+    from .ops import (
+        LearnedGate,
+        LoraBranch,
+        Norm,
+        Prefix,
+        explain,
+        gated_adapter,
+        lora_linear,
+        prefix_attention,
+        use_backend,
+    )
 
 __version__ = "0.1.0"
+
+_LAYERS = {
+    "ops": (
+        "LearnedGate", "LoraBranch", "Norm", "Prefix", "explain", "gated_adapter", "lora_linear",
+        "prefix_attention", "use_backend",
+    ),
+    "methods": (
+        "METHODS", "BitFitConfig", "BottleneckAdapterConfig", "FullConfig", "HeadConfig",
+        "LoraConfig", "PrefixTuningConfig", "UniPELTConfig", "config_from_dict", "make_config",
+    ),
+    "models": ("PeltModel", "get_pelt_model"),
+}  # fmt: skip
+_LAYER_OF = {name: layer for layer, names in _LAYERS.items() for name in names}
+
+__all__ = [
+    "METHODS",
+    "BitFitConfig",
+    "BottleneckAdapterConfig",
+    "FullConfig",
+    "HeadConfig",
+    "LearnedGate",
+    "LoraBranch",
+    "LoraConfig",
+    "Norm",
+    "PeltModel",
+    "Prefix",
+    "PrefixTuningConfig",
+    "UniPELTConfig",
+    "__version__",
+    "config_from_dict",
+    "explain",
+    "gated_adapter",
+    "get_pelt_model",
+    "lora_linear",
+    "make_config",
+    "prefix_attention",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAYER_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_LAYER_OF[name]}", __name__), name)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

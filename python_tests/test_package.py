@@ -1,0 +1,68 @@
+"""The package as a whole: what importing it needs, and what it offers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pelt_kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A finder in front of all others refuses the modules that may be absent.
+_WITHOUT = """
+import sys
+
+class Refusing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ABSENT or name in ABSENT:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+ABSENT = %r
+sys.meta_path.insert(0, Refusing())
+"""
+COMPILED = {"pelt_kernels._C", "pelt_kernels._C_sim"}
+
+
+def _in_a_new_process(absent: set[str], code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT % (absent,) + code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_needs_nothing_and_costs_nothing():
+    absent = COMPILED | {"triton", "transformers", "torch", "numpy", "matplotlib"}
+    code = "import pelt_kernels\nprint(pelt_kernels.__version__, *dir(pelt_kernels))"
+    version, *names = _in_a_new_process(absent, code).split()
+    assert version == pelt_kernels.__version__
+    assert set(pelt_kernels.__all__) <= set(names)
+
+
+def test_operators_need_neither_compiled_modules_nor_triton_nor_transformers():
+    code = """
+import torch
+from pelt_kernels import explain, gated_adapter, lora_linear, prefix_attention
+
+x, w = torch.randn(4, 8), torch.randn(2, 8)
+assert gated_adapter(x, w, w.t().contiguous()).shape == (4, 8)
+assert lora_linear(x, torch.randn(8, 8)).shape == (4, 8)
+q = torch.randn(1, 2, 4, 32)
+assert prefix_attention(q, q, q).shape == q.shape
+print(*sorted({choice.backend for choice in explain()}))
+"""
+    assert _in_a_new_process(COMPILED | {"triton", "transformers"}, code).split() == ["eager"]
+
+
+def test_every_public_name_loads():
+    for name in pelt_kernels.__all__:
+        assert getattr(pelt_kernels, name) is not None
+    assert {name for names in pelt_kernels._LAYERS.values() for name in names} | {
+        "__version__"
+    } == set(pelt_kernels.__all__)
