@@ -1,0 +1,79 @@
+"""Rewrites the generated tables of README.md: what each backend supports, what each method reaches.
+
+    python -m benchmarks.readme
+
+A table stands between two comments that name it; everything else in the file is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pelt_kernels.ops import OPERATORS, support_table
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+METHODS = ROOT / "benchmarks" / "results" / "methods.json"
+
+
+def block(text: str, name: str) -> str:
+    """What stands between the comments of a table. Raises ValueError where one is missing."""
+    return text[slice(*_bounds(text, name))]
+
+
+def with_block(text: str, name: str, content: str) -> str:
+    """The text with another table in the place of the named one."""
+    begin, end = _bounds(text, name)
+    return f"{text[:begin]}{content}{text[end:]}"
+
+
+def _bounds(text: str, name: str) -> tuple[int, int]:
+    marks = [f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"]
+    places = [text.find(mark) for mark in marks]
+    if -1 in places:
+        raise ValueError(f"{README.name}: expected the comments of the table '{name}'")
+    return places[0] + len(marks[0]), places[1]
+
+
+def methods_table(found: dict[str, Any]) -> str:
+    """The methods' accuracy and cost, in Markdown, from what `benchmarks.methods_table` wrote."""
+    head = found["rows"][0]
+    lines = [
+        "| method | test accuracy | trained parameters | of all | seconds per step | peak memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        share = 100 * row["trainable_parameters"] / row["total_parameters"]
+        lines.append(
+            f"| `{row['method']}` | {row['accuracy']['mean']:.3f} ± {row['accuracy']['std']:.3f} "
+            f"| {row['trainable_parameters']:,} | {share:.2f} % "
+            f"| {row['seconds_per_step']:.2f} | {row['peak_memory_bytes'] / 2**20:,.0f} MiB |"
+        )
+    hardware = f"{head['hardware']['cpu']}, {head['hardware']['threads']} thread(s)"
+    seeds = len(head["seeds"])
+    lines += [
+        "",
+        f"Mean and standard deviation of {seeds} seeds, {head['train_examples']:,} training "
+        f"examples, {head['test_examples']:,} test examples; {hardware}; torch {head['torch']}; "
+        f"commit {head['commit'][:10]}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def rewritten(text: str) -> str:
+    """README.md as it should be."""
+    text = with_block(text, "support table", support_table(list(OPERATORS)))
+    if METHODS.is_file():
+        text = with_block(text, "methods table", methods_table(json.loads(METHODS.read_text())))
+    return text
+
+
+def main() -> None:
+    """Rewrites the file in place."""
+    README.write_text(rewritten(README.read_text()))
+
+
+if __name__ == "__main__":
+    main()
