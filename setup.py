@@ -1,0 +1,59 @@
+"""Builds the compiled modules with CMake; everything else is in pyproject.toml.
+
+PELT_KERNELS_CUDA=1 builds the CUDA kernels, 0 leaves them out; by default nvcc and a GPU decide.
+``build_ext --inplace --sim`` also builds `_C_sim` for the tests, which no wheel holds.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+# Tools installed by pip stand beside the interpreter, whose folder need not be on PATH.
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+def cuda() -> str:
+    asked = os.environ.get("PELT_KERNELS_CUDA", "auto")
+    if asked not in ("0", "1", "auto"):
+        sys.exit(f"setup.py: expected PELT_KERNELS_CUDA to be 0, 1 or auto, got '{asked}'")
+    if asked != "auto":
+        return "on" if asked == "1" else "off"
+    nvcc = shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()
+    missing = ["nvcc"] * (not nvcc) + ["GPU"] * (not Path("/dev/nvidiactl").exists())
+    found = f"no {' and no '.join(missing)}, no CUDA kernels" if missing else "CUDA kernels too"
+    print(f"pelt_kernels: {found} (PELT_KERNELS_CUDA=0 or 1 decides)", file=sys.stderr)
+    return "off" if missing else "on"
+
+
+class CMakeBuild(build_ext):
+    user_options = [*build_ext.user_options, ("sim", None, "build the test module _C_sim too")]
+    sim = None
+
+    def finalize_options(self):
+        if self.sim:
+            self.distribution.ext_modules.append(Extension("pelt_kernels._C_sim", []))
+        super().finalize_options()
+
+    def build_extensions(self):
+        build = ROOT / "build" / sys.implementation.cache_tag
+        cmake, ninja = (shutil.which(tool, path=PATH) or tool for tool in ("cmake", "ninja"))
+        options = [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPELT_KERNELS_CUDA={cuda()}",
+                   f"-DPython_EXECUTABLE={sys.executable}",
+                   f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "--log-level=WARNING"]  # fmt: skip
+        subprocess.run([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *options], check=True)
+        names = {ext.name: ext.name.rpartition(".")[2] for ext in self.extensions}
+        subprocess.run([cmake, "--build", build, "--target", *names.values()], check=True)
+        for module, name in names.items():
+            target = Path(self.get_ext_fullpath(module))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(next(build.glob(f"{name}.*")), target)
+
+
+setup(ext_modules=[Extension("pelt_kernels._C", [])], cmdclass={"build_ext": CMakeBuild})
