@@ -6,7 +6,7 @@ JOBS ?= 2
 export PELT_KERNELS_CUDA ?= auto
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 SETUP := .venv/.setup
 CXX_FILES = $(shell git ls-files '*.h' '*.cuh' '*.cu' '*.cpp')
 

@@ -46,8 +46,9 @@ class CMakeBuild(build_ext):
         cmake, ninja = (shutil.which(tool, path=PATH) or tool for tool in ("cmake", "ninja"))
         options = [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPELT_KERNELS_CUDA={cuda()}",
                    f"-DPython_EXECUTABLE={sys.executable}",
-                   f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "--log-level=WARNING"]  # fmt: skip
-        subprocess.run([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *options], check=True)
+                   f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]  # fmt: skip
+        configure = [cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *options]
+        subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
         names = {ext.name: ext.name.rpartition(".")[2] for ext in self.extensions}
         subprocess.run([cmake, "--build", build, "--target", *names.values()], check=True)
         for module, name in names.items():
