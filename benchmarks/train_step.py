@@ -1,0 +1,133 @@
+"""One training step on the embedded task: seconds and peak memory of each method beside the head
+alone.
+
+    python -m benchmarks.train_step [--methods unipelt,head] [--steps 30] [--backend NAME]
+                                    [--device cuda] [--json FILE]
+
+Each method runs in a process of its own, so that the peak is its own. ``saved`` is what autograd
+keeps from forward for backward in one step, counted once per storage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from .methods_table import METHODS
+
+BATCH, WARM_UP = 16, 3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints a row for each method, and writes them with ``--json``."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--backend", help="ask every operator for one backend")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.one:
+        print(json.dumps(_measure(options.one, options.steps, options.backend, options.device)))
+        return 0
+    passed = ["--steps", str(options.steps), "--device", options.device]
+    passed += ["--backend", options.backend] if options.backend else []
+    command = [sys.executable, "-m", "benchmarks.train_step", *passed]
+    rows = []
+    print(f"{'method':12} {'ms / step':>10} {'peak MiB':>10} {'saved MiB':>10}  backends")
+    for method in options.methods.split(","):
+        done = subprocess.run([*command, "--one", method], stdout=subprocess.PIPE, check=True)
+        row = json.loads(done.stdout)
+        rows.append(row)
+        sizes = (f"{row[key] / 2**20:10,.1f}" for key in ("peak_bytes", "saved_bytes"))
+        print(f"{method:12} {1e3 * row['seconds']:10.1f} {' '.join(sizes)}  {row['backends']}")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+def _measure(method: str, steps: int, backend: str | None, device: str) -> dict[str, Any]:
+    import torch
+    from transformers.utils import logging
+
+    from pelt_kernels import get_pelt_model, make_config, use_backend
+    from pelt_kernels.training.base_model import EMBEDDED, load_classifier
+    from pelt_kernels.training.report import backends_used, hardware, peak_memory, versions
+
+    logging.set_verbosity_error()  # that the head is new is the point
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    batches = _batches(WARM_UP + steps)
+    model = get_pelt_model(load_classifier(EMBEDDED, 2), make_config(method)).to(device).train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+
+    def step(batch: dict[str, Any]) -> float:
+        begun = time.perf_counter()
+        model(**{name: value.to(device) for name, value in batch.items()}).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+    with use_backend(backend) if backend else nullcontext():
+        saved = _saved_bytes(model, batches[0], device)
+        seconds = [step(batch) for batch in batches][WARM_UP:]
+    return {
+        "method": method,
+        "seconds": statistics.median(seconds),
+        "peak_bytes": peak_memory(),
+        "saved_bytes": saved,
+        "trainable_parameters": sum(parameter.numel() for parameter in parameters),
+        "batch": BATCH,
+        "steps": steps,
+        "backends": backends_used(),
+        "hardware": hardware(),
+        "versions": versions(),
+    }
+
+
+def _batches(count: int) -> list[dict[str, Any]]:
+    from pelt_kernels.training.base_model import EMBEDDED, load_tokenizer
+    from pelt_kernels.training.encode import LengthGroups, Pad, encode
+    from pelt_kernels.training.tasks import Columns, load_task
+
+    task = load_task("docstring-match", None, Columns(None, None, None))
+    tokenizer = load_tokenizer(EMBEDDED)
+    examples = encode(task.train[: count * BATCH], tokenizer, 128, task.labels)
+    order = list(LengthGroups(examples.lengths, BATCH, seed=0))
+    pad = Pad(tokenizer)
+    starts = range(0, len(order), BATCH)
+    return [pad([examples[index] for index in order[at : at + BATCH]]) for at in starts]
+
+
+def _saved_bytes(model: Any, batch: dict[str, Any], device: str) -> int:
+    import torch
+
+    # Weights are there anyway; only what a forward makes counts.
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(**{name: value.to(device) for name, value in batch.items()})
+    return sum(kept.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
