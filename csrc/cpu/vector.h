@@ -1,0 +1,163 @@
+// Vectors of floats, and loads and stores of them from float32 and bfloat16 memory.
+//
+// Compiler vectors rather than intrinsics: one source for every instruction set. Compiled once for
+// each of them (see isa.h), so everything is in an unnamed namespace.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/dtype.h"
+
+#if defined(__AVX512BF16__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace pelt::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+constexpr int kWidth = kVectorBytes / 4;
+typedef float Vector __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+
+constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Minus zero, because only that gives every value back, -0 included: adding zero would be an
+// instruction at every broadcast.
+inline Vector splat(float value) { return value - Vector{}; }
+
+inline Vector from_bits(Words bits) {
+  Vector v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+inline Words bits_of(Vector v) {
+  Words bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return bits;
+}
+
+// ---- memory ----
+
+inline Vector load(const float* from) {
+  Vector v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+inline Vector load(const bf16* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return from_bits(__builtin_convertvector(halves, Words) << 16);
+}
+
+inline void store(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
+
+// To the nearest, ties to even. A NaN must not be rounded up into infinity.
+inline void store(bf16* to, Vector v) {
+#if defined(__AVX512BF16__)
+  const __m256bh halves = _mm512_cvtneps_pbh((__m512)v);
+#else
+  const Words bits = bits_of(v);
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Words words = (v == v) ? rounded : (Words{} + 0x7fffu);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // gcc 12 narrows element by element; the words fit, so saturation changes nothing.
+  const __m256i packed = _mm256_packus_epi32((__m256i)words, (__m256i)words);
+  const __m128i halves = _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+  const Halves halves = __builtin_convertvector(words, Halves);
+#endif
+#endif
+  std::memcpy(to, &halves, sizeof halves);
+}
+
+// The first `count` elements, 0 behind them.
+template <class T>
+inline Vector load_part(const T* from, int64_t count) {
+  T whole[kWidth] = {};
+  std::memcpy(whole, from, static_cast<size_t>(count) * sizeof(T));
+  return load(whole);
+}
+
+template <class T>
+inline void store_part(T* to, Vector v, int64_t count) {
+  T whole[kWidth];
+  store(whole, v);
+  std::memcpy(to, whole, static_cast<size_t>(count) * sizeof(T));
+}
+
+// Calls visit(column, loader, storer) for each vector of a row: whole ones, and a last part.
+struct Whole {
+  template <class T>
+  Vector load_from(const T* from) const {
+    return load(from);
+  }
+  template <class T>
+  void store_to(T* to, Vector v) const {
+    store(to, v);
+  }
+};
+
+struct Part {
+  int64_t count;
+  template <class T>
+  Vector load_from(const T* from) const {
+    return load_part(from, count);
+  }
+  template <class T>
+  void store_to(T* to, Vector v) const {
+    store_part(to, v, count);
+  }
+};
+
+template <class Visit>
+inline void for_vectors(int64_t columns, Visit&& visit) {
+  int64_t column = 0;
+  for (; column + kWidth <= columns; column += kWidth) visit(column, Whole{});
+  if (column < columns) visit(column, Part{columns - column});
+}
+
+// ---- across lanes ----
+
+inline float sum_of(Vector v) {
+  float lanes[kWidth];
+  store(lanes, v);
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// Transposes kWidth vectors in place: each step swaps the off-diagonal halves of smaller blocks.
+inline void transpose(Vector (&rows)[kWidth]) {
+  Ints lane;
+  for (int i = 0; i < kWidth; ++i) lane[i] = i;
+#pragma GCC unroll 4
+  for (int step = kWidth / 2; step > 0; step /= 2) {
+    const Ints is_high = (lane & step) != 0;
+    const Ints to_low = is_high ? lane - step + kWidth : lane;
+    const Ints to_high = is_high ? lane + kWidth : lane + step;
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {
+      if (i & step) continue;
+      const Vector low = rows[i], high = rows[i + step];
+      rows[i] = __builtin_shuffle(low, high, to_low);
+      rows[i + step] = __builtin_shuffle(low, high, to_high);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace pelt::cpu
