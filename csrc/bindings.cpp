@@ -20,6 +20,7 @@
 #else
 #include "cpu/isa.h"
 #include "cpu/philox.h"
+#include "ops/gated_adapter/cpu.h"
 #include "ops/prefix_attention/cpu.h"
 #endif
 #if defined(PELT_SIM) || defined(PELT_WITH_CUDA)
@@ -284,6 +285,78 @@ void bind_prefix_attention_cpu(py::module_& m) {
       py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("dgate"), py::arg("dbias"),
       py::arg("chunks"), py::call_guard<py::gil_scoped_release>());
 }
+
+// A call without its tensors is made once and kept; forward and backward take the addresses of the
+// contract's inputs, in its order.
+void bind_gated_adapter_cpu(py::module_& m) {
+  using namespace pelt::gated_adapter;
+  using Addresses = std::array<Address, kInputs>;
+  auto with_inputs = [](const CpuCall& plan, const Addresses& inputs, Address workspace,
+                        uint64_t seed, int threads) {
+    CpuCall call = plan;
+    std::transform(inputs.begin(), inputs.end(), call.input, [](Address a) { return at(a); });
+    call.workspace = at(workspace), call.seed = seed, call.threads = threads;
+    return call;
+  };
+  py::class_<CpuCall>(m, "GatedAdapterCpu")
+      .def(py::init([](int dtype, uint32_t masters, const std::array<int64_t, 6>& sizes,
+                       const std::array<bool, 3>& per_sample_or_row, int activation, int pooling,
+                       int residual_from, const std::array<float, 3>& scale_and_eps, bool has_skip,
+                       float skip_below, uint32_t threshold, float dropout_scale) {
+             CpuCall call;
+             call.dtype = static_cast<DType>(dtype), call.masters = masters;
+             std::tie(call.B, call.S, call.D, call.R, call.M, call.M_up) = std::tuple_cat(sizes);
+             std::tie(call.has_down_index_per_sample, call.has_up_index_per_sample,
+                      call.has_gate_per_row) = std::tuple_cat(per_sample_or_row);
+             std::tie(call.scale_value, call.pre_norm_eps, call.post_norm_eps) =
+                 std::tuple_cat(scale_and_eps);
+             call.activation = static_cast<Activation>(activation);
+             call.pooling = static_cast<CpuPooling>(pooling);
+             call.residual_from = static_cast<CpuResidual>(residual_from);
+             call.has_skip = has_skip, call.skip_below = skip_below;
+             call.dropout_threshold = threshold, call.dropout_scale = dropout_scale;
+             return call;
+           }),
+           py::kw_only(), py::arg("dtype"), py::arg("masters"), py::arg("sizes"),
+           py::arg("per_sample_or_row"), py::arg("activation"), py::arg("pooling"),
+           py::arg("residual_from"), py::arg("scale_and_eps"), py::arg("has_skip"),
+           py::arg("skip_below"), py::arg("threshold"), py::arg("dropout_scale"))
+      .def(
+          "workspace_bytes",
+          [](const CpuCall& plan, bool is_backward, uint32_t given, int threads) {
+            CpuCall call = plan;
+            for (int i = 0; i < kInputs; ++i) call.input[i] = given >> i & 1u ? &plan : nullptr;
+            call.threads = threads;
+            return cpu::with_isa([&](auto isa) {
+              return is_backward ? cpu_backward_workspace_bytes<decltype(isa)::value>(call)
+                                 : cpu_forward_workspace_bytes<decltype(isa)::value>(call);
+            });
+          },
+          py::kw_only(), py::arg("is_backward"), py::arg("given"), py::arg("threads"))
+      .def(
+          "forward",
+          [=](const CpuCall& plan, const Addresses& inputs, Address y, Address gate_value,
+              Address h, Address workspace, uint64_t seed, int threads) {
+            CpuCall call = with_inputs(plan, inputs, workspace, seed, threads);
+            call.y = at(y), call.gate_value = at<float>(gate_value), call.h = at(h);
+            cpu::with_isa([&](auto isa) { cpu_forward<decltype(isa)::value>(call); });
+          },
+          py::kw_only(), py::arg("inputs"), py::arg("y"), py::arg("gate_value"), py::arg("h"),
+          py::arg("workspace"), py::arg("seed"), py::arg("threads"),
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "backward",
+          [=](const CpuCall& plan, const Addresses& inputs, const Addresses& grads, Address dy,
+              Address gate_value, Address h, Address workspace, uint64_t seed, int threads) {
+            CpuCall call = with_inputs(plan, inputs, workspace, seed, threads);
+            std::transform(grads.begin(), grads.end(), call.grad, [](Address a) { return at(a); });
+            call.dy = at(dy), call.gate_value = at<float>(gate_value), call.h = at(h);
+            cpu::with_isa([&](auto isa) { cpu_backward<decltype(isa)::value>(call); });
+          },
+          py::kw_only(), py::arg("inputs"), py::arg("grads"), py::arg("dy"), py::arg("gate_value"),
+          py::arg("h"), py::arg("workspace"), py::arg("seed"), py::arg("threads"),
+          py::call_guard<py::gil_scoped_release>());
+}
 #endif
 
 // What the module was made of, for bug reports and benchmark records.
@@ -315,6 +388,7 @@ PYBIND11_MODULE(PELT_MODULE, m) {
 #endif
 #if !defined(PELT_SIM)
   bind_cpu(m);
+  bind_gated_adapter_cpu(m);
   bind_prefix_attention_cpu(m);
 #endif
 }

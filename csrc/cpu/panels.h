@@ -1,0 +1,200 @@
+// Products of a tall matrix with a skinny one, from packed panels.
+//
+// B of every product lies in panels: two vectors of columns wide, all its rows (k) in a stretch, so
+// that the inner loop reads memory in order. kBlockRows x two vectors of sums stay in registers:
+//
+//        panel:        k -> [ vector | vector ]
+//   A: kBlockRows x k  ->   sums[kBlockRows][2],  one broadcast feeds two multiply-adds
+//
+// Sums over k run in stretches of kDepth, which start from 0 and are added up in order: short
+// chains of rounding errors, and bits that do not depend on how rows are cut into tiles.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/vector.h"
+
+namespace pelt::cpu {
+namespace {
+
+// Sums take 2 kBlockRows registers of 16, or of 32 with AVX-512 and NEON.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kBlockRows = 12;
+#else
+constexpr int kBlockRows = 6;
+#endif
+constexpr int kRowUnit = kBlockRows / 3;  // rows are padded to a multiple of it
+constexpr int kPanel = 2 * kWidth;
+constexpr int64_t kDepth = 256;
+
+constexpr int64_t panel_floats(int64_t depth, int64_t columns) {
+  return depth * round_up(columns, kWidth);
+}
+
+template <int kRows, int kVectors>
+using Sums = Vector[kRows][kVectors];
+
+// sums = A B over `depth`; A's element (row, k) is at row * row_stride + k * k_stride.
+template <int kRows, int kVectors>
+inline __attribute__((always_inline)) void multiply(const float* a, int64_t row_stride,
+                                                    int64_t k_stride, const float* panel,
+                                                    int64_t depth, Sums<kRows, kVectors>& sums) {
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = Vector{};
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vector b[kVectors];
+    for (int v = 0; v < kVectors; ++v) b[v] = load(panel + v * kWidth);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const Vector element = splat(a[r * row_stride]);
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += element * b[v];
+    }
+    a += k_stride;
+    panel += kVectors * kWidth;
+  }
+}
+
+template <int kRows, int kVectors>
+struct BlockTag {
+  static constexpr int rows = kRows;
+  static constexpr int vectors = kVectors;
+};
+
+// Cuts `rows`, a multiple of kRowUnit, into blocks: visit(tag, first row).
+template <int kVectors, class Visit>
+inline void for_row_blocks(int64_t rows, Visit&& visit) {
+  int64_t row = 0;
+  for (; row + kBlockRows <= rows; row += kBlockRows) visit(BlockTag<kBlockRows, kVectors>{}, row);
+  if (rows - row >= 2 * kRowUnit) {
+    visit(BlockTag<2 * kRowUnit, kVectors>{}, row);
+    row += 2 * kRowUnit;
+  }
+  if (row < rows) visit(BlockTag<kRowUnit, kVectors>{}, row);
+}
+
+// A stretch of k of all the panels of B.
+struct Panels {
+  const float* data;
+  int64_t pitch;  // rows of a whole panel
+  int64_t begin;  // the stretch
+  int64_t depth;
+};
+
+// C [rows, columns] = or += A [rows, depth] B; columns a multiple of kWidth, rows of kRowUnit.
+inline void multiply_into(const float* a, int64_t row_stride, int64_t k_stride, const Panels& b,
+                          float* c, int64_t ldc, int64_t rows, int64_t columns, bool accumulate) {
+  auto run = [&](auto tag, int64_t row, int64_t column, const float* panel) {
+    constexpr int kRows = decltype(tag)::rows, kVectors = decltype(tag)::vectors;
+    Sums<kRows, kVectors> sums;
+    multiply<kRows, kVectors>(a + row * row_stride, row_stride, k_stride, panel, b.depth, sums);
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVectors; ++v) {
+        float* to = c + (row + r) * ldc + column + v * kWidth;
+        store(to, accumulate ? load(to) + sums[r][v] : sums[r][v]);
+      }
+    }
+  };
+  int64_t column = 0;
+  for (; column + kPanel <= columns; column += kPanel) {
+    const float* panel = b.data + column * b.pitch + b.begin * kPanel;
+    for_row_blocks<2>(rows, [&](auto tag, int64_t row) { run(tag, row, column, panel); });
+  }
+  if (column < columns) {
+    const float* panel = b.data + column * b.pitch + b.begin * kWidth;
+    for_row_blocks<1>(rows, [&](auto tag, int64_t row) { run(tag, row, column, panel); });
+  }
+}
+
+// The product A [rows, depth] B with `finish(row, column, sum)` called for each vector of the
+// result instead of storing it. For a short depth: B passes by once for every few rows.
+template <class Finish>
+inline void multiply_each(const float* a, int64_t lda, const float* panels, int64_t depth,
+                          int64_t rows, int64_t columns, Finish&& finish) {
+  auto run = [&](auto tag, int64_t row, int64_t column) {
+    constexpr int kRows = decltype(tag)::rows, kVectors = decltype(tag)::vectors;
+    Sums<kRows, kVectors> sums;
+    multiply<kRows, kVectors>(a + row * lda, lda, 1, panels + column * depth, depth, sums);
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVectors; ++v) finish(row + r, column + v * kWidth, sums[r][v]);
+    }
+  };
+  constexpr int64_t kRowsAtOnce = 2 * kBlockRows;
+  for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
+    const int64_t count = std::min(kRowsAtOnce, rows - first);
+    int64_t column = 0;
+    for (; column + kPanel <= columns; column += kPanel) {
+      for_row_blocks<2>(count, [&](auto tag, int64_t row) { run(tag, first + row, column); });
+    }
+    if (column < columns) {
+      for_row_blocks<1>(count, [&](auto tag, int64_t row) { run(tag, first + row, column); });
+    }
+  }
+}
+
+// ---- packing ----
+
+// One panel of B = W [depth, columns], row-major: columns from `column` on, zeros past the last.
+template <class T>
+inline void pack_panel(const T* w, int64_t depth, int64_t columns, int64_t column, float* panels) {
+  const int64_t width = std::min<int64_t>(kPanel, round_up(columns - column, kWidth));
+  float* to = panels + column * depth;
+  for (int64_t k = 0; k < depth; ++k) {
+    const T* from = w + k * columns + column;
+    const int64_t count = std::min<int64_t>(width, columns - column);
+    for_vectors(count, [&](int64_t i, auto part) { store(to + i, part.load_from(from + i)); });
+    to += width;
+  }
+}
+
+// One panel of B = the transpose of W [columns, depth], row-major.
+template <class T>
+inline void pack_panel_transposed(const T* w, int64_t depth, int64_t columns, int64_t column,
+                                  float* panels) {
+  const int64_t width = std::min<int64_t>(kPanel, round_up(columns - column, kWidth));
+  float* to = panels + column * depth;
+  for (int64_t part = 0; part < width; part += kWidth) {
+    const int64_t count = std::min<int64_t>(kWidth, columns - column - part);
+    for_vectors(depth, [&](int64_t k, auto piece) {
+      Vector block[kWidth];
+      for (int64_t i = 0; i < kWidth; ++i) {
+        block[i] = i < count ? piece.load_from(w + (column + part + i) * depth + k) : Vector{};
+      }
+      transpose(block);
+      for (int64_t i = 0; i < std::min<int64_t>(kWidth, depth - k); ++i) {
+        store(to + (k + i) * width + part, block[i]);
+      }
+    });
+  }
+}
+
+// Puts `count` floats into panels of `rows` rows, as row r; padded to whole vectors on both sides.
+inline void put_row(const float* from, int64_t r, int64_t rows, int64_t count, float* panels) {
+  const int64_t padded = round_up(count, kWidth);
+  for (int64_t column = 0; column < padded; column += kPanel) {
+    const int64_t width = std::min<int64_t>(kPanel, padded - column);
+    for (int64_t i = 0; i < width; i += kWidth) {
+      store(panels + column * rows + r * width + i, load(from + column + i));
+    }
+  }
+}
+
+// sums [columns] += weight [rows] times a panel [rows, columns]; four sums at a time hide the
+// latency of an addition.
+inline void add_weighted_rows(const float* panel, const float* weight, int64_t rows,
+                              int64_t columns, float* sums) {
+  for (int64_t column = 0; column < columns; column += kWidth) {
+    Vector sum[4] = {};
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) {
+      for (int j = 0; j < 4; ++j) {
+        sum[j] += weight[r + j] * load(panel + (r + j) * columns + column);
+      }
+    }
+    for (; r < rows; ++r) sum[0] += weight[r] * load(panel + r * columns + column);
+    store(sums + column, load(sums + column) + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
+  }
+}
+
+}  // namespace
+}  // namespace pelt::cpu

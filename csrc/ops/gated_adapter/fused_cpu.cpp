@@ -1,0 +1,313 @@
+// gated_adapter forward on the CPU:
+//
+//   h = W_down pre_norm(x) + b_down,  u = W_up phi(h) + b_up
+//   y = residual + scale g dropout(post_norm(u))
+//
+// Rows are cut into tiles; a tile's x is read once, in stretches of kDepth columns that fit the
+// first cache, converted to float32 (and normed) on the way, with the gate's logit summed up:
+//
+//   x [tile, D]  --pack-->  [tile, 256]  x  W_down panels [D, R]  -->  h [tile, R]   (stored)
+//                 \-- . w_gate -> sigmoid
+//   phi(h) [tile, R]  x  W_up panels [R, D]  -->  registers, + b_up, x scale g, + residual  --> y
+//
+// A pooled gate scales a sentence only when all its rows have been seen: then the first half runs
+// over all tiles, and the second half, which needs h and the residual but not x, runs after it.
+// With a post-norm or dropout a tile of u goes through memory, because a row is needed whole.
+//
+// Each row is computed alone and every sum has one order, so bits depend neither on tiles nor on
+// threads. Sums are float32; weights in float32 beside bfloat16 activations are used as they are.
+#include "ops/gated_adapter/cpu_rows.h"
+
+namespace pelt::gated_adapter {
+namespace {
+
+struct Forward {
+  const CpuCall& call;
+  Tiles tiles;
+  Parameters parameters;
+  Weights down, up;
+  float* gates = nullptr;  // [B * S] of a learned gate, for each row
+
+  // One for each thread.
+  struct Scratch {
+    float* x;          // [tile, kDepth], a stretch of columns
+    float* h;          // [tile, rank_stride], before and after the activation
+    float* logits;     // [tile, kWidth], sums in vectors
+    Moments* moments;  // [tile], of x
+    float* u;          // [tile, padded width], where a row is needed whole
+  };
+  float* scratch = nullptr;
+  int64_t scratch_floats = 0;
+
+  explicit Forward(const CpuCall& c) : call(c), tiles(cut_evenly(c)) {}
+
+  bool needs_rows_whole() const { return has_post_norm(call) || has_dropout(call); }
+
+  int64_t place(Arena arena) {
+    parameters.place(call, arena);
+    down = {kWDown, true, call.D, call.R};
+    up = {kWUp, true, call.R, call.D};
+    down.place(arena, parameters.down);
+    up.place(arena, parameters.up);
+    gates = arena.floats(has_learned_gate(call) ? rows_of(call) : 0);
+    const int64_t rows = tiles.tile_rows;
+    scratch_floats = round_up(rows * (kDepth + rank_stride(call) + kWidth + 2 +
+                                      (needs_rows_whole() ? padded_width(call) : 0)),
+                              16);
+    scratch = arena.floats(scratch_floats * call.threads);
+    return arena.used;
+  }
+
+  Scratch scratch_of(int thread) const {
+    const int64_t rows = tiles.tile_rows;
+    float* x = scratch + thread * scratch_floats;
+    float* h = x + rows * kDepth;
+    float* logits = h + rows * rank_stride(call);
+    float* moments = logits + rows * kWidth;
+    return {x, h, logits, reinterpret_cast<Moments*>(moments), moments + 2 * rows};
+  }
+
+  template <class T>
+  void run() {
+    parameters.read<T>(call);
+    const int64_t down_tasks = parameters.down.slots * down.panels_per_slot();
+    const int64_t up_tasks = parameters.up.slots * up.panels_per_slot();
+    parallel_for(down_tasks + up_tasks, worth_threads(), [&](int64_t task) {
+      if (task < down_tasks) {
+        down.pack<T>(call, parameters.down, task);
+      } else {
+        up.pack<T>(call, parameters.up, task - down_tasks);
+      }
+    });
+    if (call.has_skip && has_learned_gate(call)) {
+      // Which rows need no work is known only when the gates are.
+      parallel_for(rows_of(call), call.threads, [&](int64_t row) {
+        const T* x = static_cast<const T*>(call.input[kX]) + row * call.D;
+        gates[row] = sigmoid_of(dot_of(x, parameters.gate_weight, call.D) + parameters.gate_bias);
+      });
+      pool_gates(call, gates);
+    }
+    if (has_pooled_gate(call) && !call.has_skip) {
+      parallel_for_on(tiles.count(), call.threads, [&](int64_t i, int thread) {
+        project_down<T>(tiles.at(i), scratch_of(thread));
+      });
+      pool_gates(call, gates);
+      parallel_for_on(tiles.count(), call.threads, [&](int64_t i, int thread) {
+        project_up<T>(tiles.at(i), scratch_of(thread));
+      });
+      return;
+    }
+    parallel_for_on(tiles.count(), call.threads, [&](int64_t i, int thread) {
+      const Tile tile = tiles.at(i);
+      if (skip_tile<T>(tile)) return;
+      project_down<T>(tile, scratch_of(thread));
+      if (has_learned_gate(call) && !call.has_skip) {
+        std::copy(gates + tile.row, gates + tile.row + tile.rows, call.gate_value + tile.row);
+      }
+      project_up<T>(tile, scratch_of(thread));
+    });
+  }
+
+  // A few rows are done before a second thread has woken up.
+  int worth_threads() const { return rows_of(call) * call.D < 1 << 14 ? 1 : call.threads; }
+
+  template <class T>
+  bool is_skipped(int64_t row) const {
+    return call.has_skip && !(gate_of<T>(call, row) >= call.skip_below);
+  }
+
+  // True if every row keeps its residual: then that is all that happens to the tile.
+  template <class T>
+  bool skip_tile(const Tile& tile) {
+    if (!call.has_skip) return false;
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      if (!is_skipped<T>(tile.row + r)) return false;
+    }
+    T* h = static_cast<T*>(call.h) + tile.row * call.R;
+    std::memset(h, 0, static_cast<size_t>(tile.rows * call.R) * sizeof(T));
+    for (int64_t r = 0; r < tile.rows; ++r) copy_residual<T>(tile.row + r);
+    return true;
+  }
+
+  template <class T>
+  const T* residual() const {
+    if (call.residual_from == CpuResidual::kNone) return nullptr;
+    const int which = call.residual_from == CpuResidual::kInput ? kX : kResidual;
+    return static_cast<const T*>(call.input[which]);
+  }
+
+  template <class T>
+  void copy_residual(int64_t row) {
+    T* y = static_cast<T*>(call.y) + row * call.D;
+    const size_t bytes = static_cast<size_t>(call.D) * sizeof(T);
+    if (residual<T>() == nullptr) {
+      std::memset(y, 0, bytes);
+    } else {
+      std::memcpy(y, residual<T>() + row * call.D, bytes);
+    }
+  }
+
+  // ---- h = W_down pre_norm(x) + b_down, and the rows' gates ----
+
+  template <class T>
+  void project_down(const Tile& tile, const Scratch& s) {
+    const bool wants_gates = has_learned_gate(call) && !call.has_skip;
+    const T* x = static_cast<const T*>(call.input[kX]) + tile.row * call.D;
+    for (int64_t r = 0; has_pre_norm(call) && r < tile.rows; ++r) {
+      s.moments[r] = moments_of(x + r * call.D, call.D, call.pre_norm_eps);
+    }
+    std::fill(s.logits, s.logits + tile.rows * kWidth, 0.0f);
+    const int64_t rank = padded_rank(call), stride = rank_stride(call);
+    const float* panels = down.of(parameters.down.slot_of(tile.sentence));
+    for (int64_t begin = 0; begin < call.D; begin += kDepth) {
+      const int64_t depth = std::min(kDepth, call.D - begin);
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        const T* from = x + r * call.D + begin;
+        if (wants_gates) {
+          pack_row<true>(from, begin, depth, s, r);
+        } else {
+          pack_row<false>(from, begin, depth, s, r);
+        }
+      }
+      multiply_into(s.x, kDepth, 1, {panels, call.D, begin, depth}, s.h, stride, tile.padded, rank,
+                    begin > 0);
+    }
+    const float* bias = parameters.b_down + parameters.down.slot_of(tile.sentence) * rank;
+    T* h = static_cast<T*>(call.h) + tile.row * call.R;
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      for_vectors(call.R, [&](int64_t i, auto part) {
+        part.store_to(h + r * call.R + i, load(s.h + r * stride + i) + load(bias + i));
+      });
+      if (wants_gates) {
+        gates[tile.row + r] =
+            sigmoid_of(sum_of(load(s.logits + r * kWidth)) + parameters.gate_bias);
+      }
+    }
+  }
+
+  template <bool kWantsGate, class T>
+  void pack_row(const T* from, int64_t begin, int64_t depth, const Scratch& s, int64_t r) {
+    float* to = s.x + r * kDepth;
+    const float* weight = parameters.gate_weight + begin;
+    Vector logit = load(s.logits + r * kWidth);
+    if (has_pre_norm(call)) {
+      const Moments m = s.moments[r];
+      const float *scale = parameters.pre_weight + begin, *shift = parameters.pre_bias + begin;
+      for_vectors(depth, [&](int64_t i, auto part) {
+        const Vector x = part.load_from(from + i);
+        store(to + i, (x - m.mean) * m.rstd * load(scale + i) + load(shift + i));
+        if (kWantsGate) logit += x * load(weight + i);
+      });
+    } else {
+      for_vectors(depth, [&](int64_t i, auto part) {
+        const Vector x = part.load_from(from + i);
+        store(to + i, x);
+        if (kWantsGate) logit += x * load(weight + i);
+      });
+    }
+    store(s.logits + r * kWidth, logit);
+  }
+
+  // ---- y = residual + scale g dropout(post_norm(W_up phi(h) + b_up)) ----
+
+  template <class T>
+  void project_up(const Tile& tile, const Scratch& s) {
+    const int64_t stride = rank_stride(call);
+    const T* h = static_cast<const T*>(call.h) + tile.row * call.R;
+    with_activation(call.activation, [&](auto activation) {
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        for_vectors(call.R, [&](int64_t i, auto part) {
+          store(s.h + r * stride + i,
+                activate<decltype(activation)::value>(part.load_from(h + r * call.R + i)));
+        });
+      }
+    });
+    if (needs_rows_whole()) {
+      finish_rows<T>(tile, s);
+    } else if (residual<T>() != nullptr) {
+      finish_vectors<true, T>(tile, s);
+    } else {
+      finish_vectors<false, T>(tile, s);
+    }
+    for (int64_t r = 0; call.has_skip && r < tile.rows; ++r) {
+      if (is_skipped<T>(tile.row + r)) copy_residual<T>(tile.row + r);
+    }
+  }
+
+  // Straight from the registers of the product.
+  template <bool kHasResidual, class T>
+  void finish_vectors(const Tile& tile, const Scratch& s) {
+    const int64_t slot = parameters.up.slot_of(tile.sentence), width = call.D;
+    const float* bias = parameters.b_up + slot * padded_width(call);
+    const T* residual = kHasResidual ? this->residual<T>() + tile.row * width : nullptr;
+    T* y = static_cast<T*>(call.y) + tile.row * width;
+    float* factor = s.logits;  // its sums have become gates
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      factor[r] = parameters.scale * gate_of<T>(call, tile.row + r);
+    }
+    multiply_each(s.h, rank_stride(call), up.of(slot), call.R, tile.padded, padded_width(call),
+                  [&](int64_t r, int64_t column, Vector sum) {
+                    if (r >= tile.rows) return;
+                    const int64_t place = r * width + column;
+                    const Vector u = factor[r] * (sum + load(bias + column));
+                    if (column + kWidth <= width) {
+                      store(y + place, kHasResidual ? load(residual + place) + u : u);
+                    } else {
+                      const Part part{width - column};
+                      part.store_to(y + place,
+                                    kHasResidual ? part.load_from(residual + place) + u : u);
+                    }
+                  });
+  }
+
+  template <class T>
+  void finish_rows(const Tile& tile, const Scratch& s) {
+    const int64_t slot = parameters.up.slot_of(tile.sentence), width = padded_width(call);
+    const float* bias = parameters.b_up + slot * width;
+    multiply_each(s.h, rank_stride(call), up.of(slot), call.R, tile.padded, width,
+                  [&](int64_t r, int64_t column, Vector sum) {
+                    store(s.u + r * width + column, sum + load(bias + column));
+                  });
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const int64_t row = tile.row + r;
+      float* u = s.u + r * width;
+      if (has_post_norm(call)) {
+        const Moments m = moments_of(u, call.D, call.post_norm_eps);
+        for (int64_t i = 0; i < width; i += kWidth) {
+          store(u + i, (load(u + i) - m.mean) * m.rstd * load(parameters.post_weight + i) +
+                           load(parameters.post_bias + i));
+        }
+      }
+      if (has_dropout(call)) apply_dropout(call, row, 0, call.D, u);
+      const float factor = parameters.scale * gate_of<T>(call, row);
+      const T* residual = this->residual<T>();
+      T* y = static_cast<T*>(call.y) + row * call.D;
+      for_vectors(call.D, [&](int64_t i, auto part) {
+        const Vector scaled = factor * load(u + i);
+        part.store_to(y + i, residual == nullptr
+                                 ? scaled
+                                 : part.load_from(residual + row * call.D + i) + scaled);
+      });
+    }
+  }
+};
+
+}  // namespace
+
+template <>
+int64_t cpu_forward_workspace_bytes<cpu::Isa::PELT_CPU_ISA>(const CpuCall& call) {
+  return Forward(call).place(Arena{});
+}
+
+template <>
+void cpu_forward<cpu::Isa::PELT_CPU_ISA>(const CpuCall& call) {
+  Forward forward(call);
+  forward.place(Arena{static_cast<char*>(call.workspace)});
+  if (call.dtype == DType::kF32) {
+    forward.run<float>();
+  } else {
+    forward.run<bf16>();
+  }
+}
+
+}  // namespace pelt::gated_adapter
