@@ -31,9 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1, 2 for wrong usage, 130 and 143 for
     signals.
     """
-    # OpenMP reads it when torch loads, which the commands do. Threads that wait by spinning take the
-    # processor from whoever else needs it: two busy processes beside a run of two threads made its
-    # step nine times as long (3.1 s against 0.35 s, linear probe on two cores).
+    # OpenMP reads it when torch loads, which the commands do. Threads that spin while they wait
+    # take the processor from whoever else needs it: with two busy processes beside it, a step of
+    # the linear probe on two cores took nine times as long (3.1 s against 0.35 s).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = app(
