@@ -1,4 +1,4 @@
-"""gated_adapter by the fused C++ kernels (csrc/ops/gated_adapter/fused_cpu.cpp and fused_bwd_cpu.cpp).
+"""gated_adapter by the fused C++ kernels: csrc/ops/gated_adapter, fused_cpu.cpp and fused_bwd_cpu.cpp.
 
 float32 and bfloat16, sums in float32; float32 parameters beside bfloat16 activations are used
 unrounded. Every sum has an order fixed by the shapes: results depend neither on the run nor on the

@@ -1,0 +1,188 @@
+"""The CPU kernels of gated_adapter: what they refuse, sizes around their blocks, every instruction set
+this processor runs, and bits that do not depend on threads.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from closeness import assert_close
+from parity import PRECISIONS, SEED, case_of, check, contract_of, evaluate, inputs_of, run
+
+from pelt_kernels import gated_adapter
+from pelt_kernels.ops import _dispatch as dispatch
+from pelt_kernels.ops import _native as native
+from pelt_kernels.ops._cases import Case, make_attributes
+from pelt_kernels.ops.gated_adapter import cpu
+
+OPERATOR = "gated_adapter"
+CONTRACT = contract_of(OPERATOR).CONTRACT
+HAS_KERNELS = not native.why_not("_C") and hasattr(native.library("_C"), "GatedAdapterCpu")
+pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="the compiled module _C is not there")
+
+UNIPELT = "b_down b_up gate_weight gate_bias mask residual"
+POOLED = {"pooling": "masked_mean", "residual_from": "tensor"}
+BANKS = "w_down:1 b_down:1 w_up:1 b_up:1 down_index:1 up_index:1"
+NORMS = "pre_norm_weight pre_norm_bias post_norm_weight post_norm_bias scale"
+# Several tiles for each of several threads, rows that no tile divides, a width that no vector does.
+LARGE = {
+    "unipelt": Case("unipelt", {"B": 3, "S": 150, "D": 270, "R": 24}, UNIPELT, POOLED),
+    "token": Case(
+        "token", {"B": 2, "S": 301, "D": 96, "R": 9}, UNIPELT, {**POOLED, "pooling": "token"}
+    ),
+    "banks": Case("banks", {"B": 5, "S": 90, "D": 64, "R": 16, "M": 3, "M_up": 3}, BANKS),
+    "norms": Case(
+        "norms", {"B": 2, "S": 201, "D": 72, "R": 12}, f"b_down b_up {NORMS}", {"dropout_p": 0.2}
+    ),
+}
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=native.library("_C").cpu_isas() if HAS_KERNELS else [])
+def isa(request):
+    """Each instruction set that this processor runs."""
+    native.library("_C").choose_cpu_isa(request.param)
+    yield request.param
+    native.library("_C").choose_cpu_isa("")
+
+
+def _call(dtype=torch.float32, rank=8):
+    x, w = torch.zeros(1, 3, 16, dtype=dtype), torch.zeros(rank, 16, dtype=dtype)
+    values = dict.fromkeys(CONTRACT.input_names)
+    values.update(x=x, w_down=w, w_up=w.T.contiguous())
+    attributes = make_attributes(CONTRACT, Case("plain", {}))
+    return CONTRACT.bind(list(values.values()), attributes)
+
+
+def test_every_refusal_is_a_sentence(monkeypatch):
+    assert cpu.supports(_call()) == ""
+    assert cpu.supports(_call(torch.bfloat16)) == ""
+    assert cpu.supports(_call(torch.float16)) == "it takes float32 or bfloat16, and x is float16"
+    assert cpu.supports(_call(torch.float64)) == "it takes float32 or bfloat16, and x is float64"
+    assert cpu.supports(_call(rank=1025)) == (
+        "its tiles hold a bottleneck of at most 1024, and R is 1025"
+    )
+    monkeypatch.setattr(native, "library", lambda name: SimpleNamespace())
+    assert cpu.supports(_call()).startswith("the compiled module is older than this kernel")
+
+
+def test_a_refusal_reaches_the_caller():
+    x, w = torch.zeros(3, 16, dtype=torch.float16), torch.zeros(4, 16, dtype=torch.float16)
+    with pytest.raises(dispatch.BackendError, match=r"'cpu' was asked for but it takes float32"):
+        gated_adapter(x, w, w.T.contiguous(), backend="cpu")
+
+
+def _agrees(case: Case, precision: str) -> None:
+    """Outputs and gradients of a case that is not in the contract's list, by the closeness rule."""
+    values, module = inputs_of(OPERATOR, case, precision), contract_of(OPERATOR)
+    attributes = dict(zip(CONTRACT.attribute_names, make_attributes(CONTRACT, case)))
+
+    def by_reference(given):
+        return module.reference(*given, **attributes, seed=SEED)
+
+    exact = [v.double() if v is not None and v.is_floating_point() else v for v in values]
+    truth = evaluate(OPERATOR, case, exact, by_reference)
+    baseline = evaluate(OPERATOR, case, values, by_reference)
+    for name, value in run(OPERATOR, "cpu", case, precision).items():
+        assert_close(value, baseline[name], truth[name], PRECISIONS[precision][0], name)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 6, 7, 71, 73, 145])
+def test_rows_around_a_tile(rows, threads):
+    threads(2)
+    _agrees(Case("rows", {"B": 1, "S": rows, "D": 40, "R": 8}, "b_down b_up"), "float32")
+
+
+@pytest.mark.parametrize("width", [1, 3, 8, 15, 16, 17, 33, 127, 129, 255, 256, 257, 520])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16-master"])
+def test_widths_around_vectors_panels_and_stretches(width, precision):
+    sizes = {"B": 2, "S": 7, "D": width, "R": 6}
+    _agrees(Case("width", sizes, f"b_down b_up {NORMS}" if width > 8 else "b_down b_up"), precision)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 100])
+def test_ranks_around_vectors_and_blocks(rank):
+    _agrees(Case("rank", {"B": 1, "S": 19, "D": 40, "R": rank}, "b_down b_up"), "float32")
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "tanh", "identity"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_activations(activation, precision, isa):
+    sizes = {"B": 1, "S": 33, "D": 48, "R": 24}
+    _agrees(Case("activation", sizes, "b_down b_up", {"activation": activation}), precision)
+
+
+@pytest.mark.parametrize(
+    "value", [-60.0, -1e-30, 0.0, 1e-30, 3e-4, 0.62, 0.64, 0.99, 1.01, 4.1, 90.0]
+)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "tanh"])
+def test_activations_where_their_formulas_change(value, activation, isa):
+    """By an adapter that is the activation itself; 4 units of rounding of the exact value."""
+    x = torch.full((1, 8), value)
+    one = torch.eye(8)
+    found = gated_adapter(x, one, one, activation=activation, residual=None, backend="cpu")
+    exact = gated_adapter(
+        x.double(), one.double(), one.double(), activation=activation, residual=None
+    )
+    assert_close(found, x[:0].sum() + exact.float(), exact, torch.float32, activation)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "bfloat16-master"])
+@pytest.mark.parametrize(
+    "name", ["plain", "token_gate", "everything", "bank_per_sample", "adamix_both"]
+)
+def test_every_instruction_set(name, precision, isa):
+    check(OPERATOR, "cpu", case_of(OPERATOR, name), precision)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", LARGE)
+def test_bits_depend_neither_on_threads_nor_on_the_run(name, precision, isa, threads):
+    threads(1)
+    alone = run(OPERATOR, "cpu", LARGE[name], precision)
+    for count in (1, 2, 5):
+        threads(count)
+        for what, value in run(OPERATOR, "cpu", LARGE[name], precision).items():
+            assert torch.equal(value, alone[what]), f"{what} with {count} threads"
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_several_tiles_agree_with_the_reference(name, threads):
+    threads(3)
+    _agrees(LARGE[name], "float32")
+
+
+def test_a_nan_stays_in_its_row():
+    x = torch.randn(70, 32)
+    x[40, 3] = float("nan")
+    y = gated_adapter(x, torch.randn(8, 32), torch.randn(32, 8), backend="cpu")
+    assert y[40].isnan().all()
+    assert not y[:40].isnan().any()
+    assert not y[41:].isnan().any()
+
+
+@pytest.mark.parametrize("gate", [torch.tensor([0.1, 0.9]), torch.tensor([[0.1] * 40, [0.9] * 40])])
+def test_skipped_rows_do_no_work(gate):
+    """The skipped sentence's own member of the bank is NaN: only a product could bring it out."""
+    x, bank = torch.randn(2, 40, 32), torch.randn(2, 8, 32)
+    bank[0] = float("nan")
+    y = gated_adapter(
+        x,
+        bank,
+        bank.transpose(1, 2).contiguous(),
+        bank_index=torch.tensor([0, 1]),
+        gate=gate,
+        skip_below=0.5,
+        backend="cpu",
+    )
+    assert torch.equal(y[0], x[0])
+    assert y[1].isfinite().all()
+    assert not torch.equal(y[1], x[1])
