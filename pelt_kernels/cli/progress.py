@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,6 +50,7 @@ class RunProgress(TrainerCallback):
         self.bar = self.bars.progress.add_task(
             self.title, total=state.max_steps, completed=state.global_step, loss=""
         )
+        self.begun, self.first_step = time.monotonic(), state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs and "loss" in logs:
@@ -64,8 +66,14 @@ class RunProgress(TrainerCallback):
         if metrics:
             self.bars.console.print(
                 f"{self.title}: step {state.global_step}/{state.max_steps}  {self.loss}  "
-                f"dev accuracy {metrics['eval_accuracy']:.3f}"
+                f"dev accuracy {metrics['eval_accuracy']:.3f}  {self._left(state)}"
             )
+
+    def _left(self, state: Any) -> str:
+        """For those without a terminal, whom no bar tells. Early stopping may cut it short."""
+        pace = (time.monotonic() - self.begun) / max(1, state.global_step - self.first_step)
+        minutes, seconds = divmod(round(pace * (state.max_steps - state.global_step)), 60)
+        return f"at most {minutes}:{seconds:02} left"
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bars.progress.remove_task(self.bar)  # a run that stopped early would stay unfinished
