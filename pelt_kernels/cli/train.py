@@ -147,7 +147,7 @@ def _table(found: dict[str, Any]) -> Table:
         more = f" ± {spread['std']:.3f} over {seeds} seeds" if seeds > 1 else ""
         table.add_row(f"test {name}", f"{spread['mean']:.3f}{more}")
     trained, total = found["trainable_parameters"], found["total_parameters"]
-    table.add_row("trainable parameters", f"{trained:,} ({100 * trained / total:.2f} % of all)")
+    table.add_row("trainable parameters", f"{trained:,} ({100 * trained / total:.2g} % of all)")
     table.add_row("learning rate", f"{found['learning_rate']:g}")
     seconds = found["seconds_per_step"]
     table.add_row("seconds per step", "not timed" if seconds is None else f"{seconds:.3f}")
