@@ -327,10 +327,16 @@ void bind_gated_adapter_cpu(py::module_& m) {
             CpuCall call = plan;
             for (int i = 0; i < kInputs; ++i) call.input[i] = given >> i & 1u ? &plan : nullptr;
             call.threads = threads;
-            return cpu::with_isa([&](auto isa) {
-              return is_backward ? cpu_backward_workspace_bytes<decltype(isa)::value>(call)
-                                 : cpu_forward_workspace_bytes<decltype(isa)::value>(call);
-            });
+            int64_t bytes = 0;  // enough for each instruction set that may be chosen
+            for (int i = 0; i < cpu::kIsaCount; ++i) {
+              if (!cpu::is_supported(static_cast<cpu::Isa>(i))) continue;
+              bytes = std::max(
+                  bytes, cpu::with_isa(static_cast<cpu::Isa>(i), [&](auto isa) {
+                    return is_backward ? cpu_backward_workspace_bytes<decltype(isa)::value>(call)
+                                       : cpu_forward_workspace_bytes<decltype(isa)::value>(call);
+                  }));
+            }
+            return bytes;
           },
           py::kw_only(), py::arg("is_backward"), py::arg("given"), py::arg("threads"))
       .def(

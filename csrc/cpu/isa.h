@@ -33,10 +33,10 @@ struct IsaTag {
   static constexpr Isa value = kIsa;
 };
 
-// Calls visit(IsaTag<isa>{}) for the current instruction set.
+// Calls visit(IsaTag<isa>{}).
 template <class Visit>
-auto with_isa(Visit&& visit) {
-  switch (current_isa()) {
+auto with_isa(Isa isa, Visit&& visit) {
+  switch (isa) {
 #if defined(__x86_64__)
     case Isa::kAvx2:
       return visit(IsaTag<Isa::kAvx2>{});
@@ -48,6 +48,12 @@ auto with_isa(Visit&& visit) {
     default:
       return visit(IsaTag<Isa::kBaseline>{});
   }
+}
+
+// For the current instruction set.
+template <class Visit>
+auto with_isa(Visit&& visit) {
+  return with_isa(current_isa(), visit);
 }
 
 }  // namespace pelt::cpu

@@ -81,10 +81,42 @@ struct Panels {
   int64_t depth;
 };
 
+// Rows of memory that a later step reads, fetched a few lines at a time between the blocks of a
+// product: a product keeps the arithmetic busy and the memory idle, packing does the opposite.
+class Ahead {
+ public:
+  Ahead() = default;
+  // `count` bytes of each of `rows` rows, in about `steps` steps.
+  Ahead(const void* first, int64_t pitch, int64_t rows, int64_t count, int64_t steps)
+      : row_(static_cast<const char*>(first)), pitch_(pitch), rows_(rows), count_(count) {
+    lines_ = rows * ((count + kLine - 1) / kLine) / std::max<int64_t>(1, steps) + 1;
+  }
+
+  void step() {
+    for (int64_t i = 0; i < lines_ && rows_ > 0; ++i) {
+      __builtin_prefetch(row_ + done_);
+      done_ += kLine;
+      if (done_ >= count_) done_ = 0, row_ += pitch_, --rows_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char* row_ = nullptr;
+  int64_t pitch_ = 0, rows_ = 0, count_ = 0, lines_ = 0, done_ = 0;
+};
+
+// How many blocks multiply_into computes.
+constexpr int64_t blocks_of(int64_t rows, int64_t columns) {
+  return (rows + kBlockRows - 1) / kBlockRows * ((columns + kPanel - 1) / kPanel);
+}
+
 // C [rows, columns] = or += A [rows, depth] B; columns a multiple of kWidth, rows of kRowUnit.
 inline void multiply_into(const float* a, int64_t row_stride, int64_t k_stride, const Panels& b,
-                          float* c, int64_t ldc, int64_t rows, int64_t columns, bool accumulate) {
+                          float* c, int64_t ldc, int64_t rows, int64_t columns, bool accumulate,
+                          Ahead ahead = {}) {
   auto run = [&](auto tag, int64_t row, int64_t column, const float* panel) {
+    ahead.step();
     constexpr int kRows = decltype(tag)::rows, kVectors = decltype(tag)::vectors;
     Sums<kRows, kVectors> sums;
     multiply<kRows, kVectors>(a + row * row_stride, row_stride, k_stride, panel, b.depth, sums);
@@ -106,8 +138,11 @@ inline void multiply_into(const float* a, int64_t row_stride, int64_t k_stride, 
   }
 }
 
+constexpr int64_t kEachRows = 2 * kBlockRows;
+
 // The product A [rows, depth] B with `finish(row, column, sum)` called for each vector of the
-// result instead of storing it. For a short depth: B passes by once for every few rows.
+// result instead of storing it. For a short depth: B passes by once for
+// every kEachRows rows.
 template <class Finish>
 inline void multiply_each(const float* a, int64_t lda, const float* panels, int64_t depth,
                           int64_t rows, int64_t columns, Finish&& finish) {
@@ -119,9 +154,8 @@ inline void multiply_each(const float* a, int64_t lda, const float* panels, int6
       for (int v = 0; v < kVectors; ++v) finish(row + r, column + v * kWidth, sums[r][v]);
     }
   };
-  constexpr int64_t kRowsAtOnce = 2 * kBlockRows;
-  for (int64_t first = 0; first < rows; first += kRowsAtOnce) {
-    const int64_t count = std::min(kRowsAtOnce, rows - first);
+  for (int64_t first = 0; first < rows; first += kEachRows) {
+    const int64_t count = std::min(kEachRows, rows - first);
     int64_t column = 0;
     for (; column + kPanel <= columns; column += kPanel) {
       for_row_blocks<2>(count, [&](auto tag, int64_t row) { run(tag, first + row, column); });

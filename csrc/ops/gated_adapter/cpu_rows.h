@@ -9,6 +9,7 @@
 
 #include "common/parallel.h"
 #include "cpu/math.h"
+#include "cpu/pages.h"
 #include "cpu/panels.h"
 #include "cpu/philox_lanes.h"
 #include "ops/gated_adapter/cpu.h"

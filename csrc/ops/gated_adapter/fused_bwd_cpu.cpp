@@ -83,6 +83,7 @@ struct Backward {
 
   template <class T>
   void run() {
+    prefer_huge_pages(call.grad[kX], rows_of(call) * call.D * static_cast<int64_t>(sizeof(T)));
     parameters.read<T>(call);
     clear_unused_members<T>();
     pack<T>();

@@ -69,6 +69,7 @@ struct Forward {
 
   template <class T>
   void run() {
+    prefer_huge_pages(call.y, rows_of(call) * call.D * static_cast<int64_t>(sizeof(T)));
     parameters.read<T>(call);
     const int64_t down_tasks = parameters.down.slots * down.panels_per_slot();
     const int64_t up_tasks = parameters.up.slots * up.panels_per_slot();
@@ -169,8 +170,11 @@ struct Forward {
           pack_row<false>(from, begin, depth, s, r);
         }
       }
+      const int64_t next = begin + depth, bytes = sizeof(T);
+      const Ahead ahead(x + next, call.D * bytes, tile.rows,
+                        std::min(kDepth, call.D - next) * bytes, blocks_of(tile.rows, rank));
       multiply_into(s.x, kDepth, 1, {panels, call.D, begin, depth}, s.h, stride, tile.padded, rank,
-                    begin > 0);
+                    begin > 0, next < call.D ? ahead : Ahead());
     }
     const float* bias = parameters.b_down + parameters.down.slot_of(tile.sentence) * rank;
     T* h = static_cast<T*>(call.h) + tile.row * call.R;
@@ -245,10 +249,16 @@ struct Forward {
     for (int64_t r = 0; r < tile.rows; ++r) {
       factor[r] = parameters.scale * gate_of<T>(call, tile.row + r);
     }
+    // Rows a multiple of 4 KB apart fall on the same few lines of the first cache and would push
+    // each other out before they are written.
+    const bool fetches_y = width * static_cast<int64_t>(sizeof(T)) % 4096 != 0;
     multiply_each(s.h, rank_stride(call), up.of(slot), call.R, tile.padded, padded_width(call),
                   [&](int64_t r, int64_t column, Vector sum) {
                     if (r >= tile.rows) return;
                     const int64_t place = r * width + column;
+                    if (kHasResidual)
+                      __builtin_prefetch(residual + place + kEachRows * width, 0, 2);
+                    if (fetches_y) __builtin_prefetch(y + place + kEachRows * width, 1);
                     const Vector u = factor[r] * (sum + load(bias + column));
                     if (column + kWidth <= width) {
                       store(y + place, kHasResidual ? load(residual + place) + u : u);

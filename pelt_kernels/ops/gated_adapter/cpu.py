@@ -1,4 +1,4 @@
-"""gated_adapter by the fused C++ kernels: csrc/ops/gated_adapter, fused_cpu.cpp and fused_bwd_cpu.cpp.
+"""gated_adapter by the fused C++ kernels (csrc/ops/gated_adapter/fused_cpu.cpp and its backward).
 
 float32 and bfloat16, sums in float32; float32 parameters beside bfloat16 activations are used
 unrounded. Every sum has an order fixed by the shapes: results depend neither on the run nor on the
@@ -40,15 +40,13 @@ def supports(call: Call) -> str:
 
 def forward(call: Call, seed: int, **inputs: Value) -> tuple[Tensor, Tensor, Tensor]:
     """y [B, S, D], the learned gate's value (or [0]), and h [B, S, R] for backward."""
-    shapes = CONTRACT.output_shapes(call)
-    y = _native.empty(shapes["y"], call.dtype, call.device)
-    gate_value = _native.empty(shapes["gate_value"], torch.float32, call.device)
-    h = _native.empty(shapes["h"], call.dtype, call.device)
-    if y.numel() == 0:
-        return y, gate_value.zero_(), h
     plan, threads = _plan_of(call, inputs), torch.get_num_threads()
-    dense = [inputs[name] for name in _NAMES]
-    dense = [value if value is None else value.contiguous() for value in dense]
+    y = _native.empty(plan.y_shape, call.dtype, call.device)
+    gate_value = _native.empty(plan.gate_shape, torch.float32, call.device)
+    h = _native.empty(plan.h_shape, call.dtype, call.device)
+    if plan.is_empty:
+        return y, gate_value.zero_(), h
+    dense = _dense(inputs)
     workspace = _native.workspace(plan.bytes(False, threads), call.device)
     plan.native.forward(
         inputs=[0 if value is None else value.data_ptr() for value in dense], y=y.data_ptr(),
@@ -68,17 +66,15 @@ def backward(
     **inputs: Value,
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
+    plan, threads = _plan_of(call, inputs), torch.get_num_threads()
     grads: dict[str, Value] = {}
     for name, need in needs.items():
         if need:
             like = inputs[name]
-            grads[name] = _native.empty(like.shape, like.dtype, like.device)
-    if dy.numel() == 0:
+            grads[name] = _native.empty(like.shape, like.dtype, call.device)
+    if plan.is_empty:
         return {name: grad.zero_() for name, grad in grads.items()}
-    plan, threads = _plan_of(call, inputs), torch.get_num_threads()
-    dense = [inputs[name] for name in _NAMES]
-    dense = [value if value is None else value.contiguous() for value in dense]
-    dy, h = dy.contiguous(), h.contiguous()
+    dense, dy, h = _dense(inputs), dy.contiguous(), h.contiguous()
     workspace = _native.workspace(plan.bytes(True, threads), call.device)
     plan.native.backward(
         inputs=[0 if value is None else value.data_ptr() for value in dense],
@@ -89,9 +85,14 @@ def backward(
     return grads
 
 
+def _dense(inputs: dict[str, Value]) -> list[Value]:
+    """The inputs in the contract's order, contiguous; the list keeps copies alive."""
+    return [None if inputs[name] is None else inputs[name].contiguous() for name in _NAMES]
+
+
 class _Plan:
-    """What is the same for every call with these shapes: the kernels' description of it, and how
-    much memory each direction needs.
+    """What is the same for every call with these shapes: the kernels' description of it, the
+    outputs' shapes, and how much memory each direction needs.
     """
 
     def __init__(self, call: Call, inputs: dict[str, Value]) -> None:
@@ -115,16 +116,22 @@ class _Plan:
             threshold=threshold(p) if p else 0,
             dropout_scale=1.0 / (1.0 - p),
         )
-        self.given = _bits(name in call.given for name in _NAMES)
-        self._bytes: dict[tuple[bool, int, str], int] = {}
+        shapes = CONTRACT.output_shapes(call)
+        self.y_shape, self.gate_shape, self.h_shape = (
+            shapes["y"],
+            shapes["gate_value"],
+            shapes["h"],
+        )
+        self.is_empty = 0 in shapes["y"]
+        self._given = _bits(name in call.given for name in _NAMES)
+        self._bytes: dict[tuple[bool, int], int] = {}
 
     def bytes(self, is_backward: bool, threads: int) -> int:
-        """The size of the workspace; the instruction set decides how rows are padded."""
-        key = (is_backward, threads, _native.library("_C").cpu_isa())
-        size = self._bytes.get(key)
+        """The size of the workspace."""
+        size = self._bytes.get((is_backward, threads))
         if size is None:
-            size = self._bytes[key] = self.native.workspace_bytes(
-                is_backward=is_backward, given=self.given, threads=threads
+            size = self._bytes[is_backward, threads] = self.native.workspace_bytes(
+                is_backward=is_backward, given=self._given, threads=threads
             )
         return size
 
