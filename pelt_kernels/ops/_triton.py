@@ -1,3 +1,4 @@
+# ruff: noqa: N803  (compile-time constants and the contract's letters are upper case)
 """Device functions that Triton kernels share: Philox dropout, activations, LayerNorm statistics,
 banks and matrix products.
 
@@ -153,8 +154,5 @@ def member(index_ptr, group, IS_PER_SAMPLE: tl.constexpr):
     """Which member of a bank a group of rows uses; 0 without an index."""
     found = tl.full([], 0, tl.int64)
     if index_ptr is not None:
-        if IS_PER_SAMPLE:
-            found = tl.load(index_ptr + group)
-        else:
-            found = tl.load(index_ptr)
+        found = tl.load(index_ptr + group) if IS_PER_SAMPLE else tl.load(index_ptr)
     return found

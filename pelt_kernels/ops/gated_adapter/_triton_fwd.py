@@ -1,6 +1,8 @@
+# ruff: noqa: N803  (compile-time constants and the contract's letters are upper case)
 """The forward kernel of gated_adapter in Triton.
 
-    y = residual + scale · g · dropout(post_norm( W_up φ(h) + b_up )),  h = W_down pre_norm(x) + b_down
+    h = W_down pre_norm(x) + b_down
+    y = residual + scale · g · dropout(post_norm( W_up φ(h) + b_up ))
 
 A program owns BLOCK_T rows of one group (a group is a sample where banks are picked per sample or
 the gate is pooled, else all T rows) and streams D twice in chunks of BLOCK_D:
@@ -28,24 +30,24 @@ from .._triton import activate, keep_mask, member, merge_moments, product, row_n
 
 
 @triton.jit
-def _row_factor(
-    t, row_ok, S, scale_ptr, gate_ptr, scale_value, skip_below,
-    GATE_PER_ROW: tl.constexpr, HAS_SKIP: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    """scale · g of rows t and whether they are above skip_below; both [BLOCK_T]."""
-    factor = tl.full([BLOCK_T], 1.0, tl.float32) * scale_value
-    active = row_ok
+def scale_number(scale_ptr, scale_value):
+    """scale as a float32 scalar."""
+    number = tl.full([], 1.0, tl.float32) * scale_value
     if scale_ptr is not None:
-        factor *= tl.load(scale_ptr).to(tl.float32)
+        number *= tl.load(scale_ptr).to(tl.float32)
+    return number
+
+
+@triton.jit
+def row_gate(t, row_ok, S, gate_ptr, GATE_PER_ROW: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The gates of rows t [BLOCK_T], from a gate of each row [B, S] or of each sentence [B]; 1
+    without one.
+    """
+    gate = tl.full([BLOCK_T], 1.0, tl.float32)
     if gate_ptr is not None:
-        if GATE_PER_ROW:
-            gate = vector(gate_ptr, t, row_ok)
-        else:
-            gate = vector(gate_ptr, t // S, row_ok)
-        factor *= gate
-        if HAS_SKIP:
-            active = row_ok & (gate >= skip_below)
-    return factor, active
+        at = t if GATE_PER_ROW else t // S
+        gate = vector(gate_ptr, at, row_ok)
+    return gate
 
 
 @triton.jit
@@ -166,9 +168,7 @@ def _gated_adapter_fwd_kernel(
     h_ok = row_ok[:, None] & (r < R)[None, :]
     dtype = y_ptr.dtype.element_ty
 
-    factor, active = _row_factor(
-        t, row_ok, S, scale_ptr, gate_ptr, scale_value, skip_below, GATE_PER_ROW, HAS_SKIP, BLOCK_T
-    )
+    gate = row_gate(t, row_ok, S, gate_ptr, GATE_PER_ROW, BLOCK_T)
     if READS_GATES:
         if POOLING == "token":
             gate = vector(row_gate_ptr, t, row_ok)
@@ -176,11 +176,10 @@ def _gated_adapter_fwd_kernel(
             pooled = _pooled_gate(row_gate_ptr, mask_ptr, group, S, POOLING == "masked_mean")
             gate = tl.full([BLOCK_T], 1.0, tl.float32) * pooled
             tl.store(gate_value_ptr + group, pooled, mask=first == 0)
-        factor *= gate
-        if HAS_SKIP:
-            active = row_ok & (gate >= skip_below)
+    active = row_ok
     has_work = True
     if HAS_SKIP:
+        active = row_ok & (gate >= skip_below)
         has_work = tl.max(active.to(tl.int32), axis=0) > 0
 
     if PART == "up":
@@ -191,7 +190,7 @@ def _gated_adapter_fwd_kernel(
         if b_down_ptr is not None:
             b_down_ptr += down * R
         if has_work:
-            wide, row_gate = _project_down(
+            wide, own_gate = _project_down(
                 x_ptr + t0 * D, w_down_ptr + down * R * D, b_down_ptr,
                 pre_weight_ptr, pre_bias_ptr, gate_weight_ptr, gate_bias_ptr,
                 rows, row_ok, pre_eps,
@@ -199,13 +198,14 @@ def _gated_adapter_fwd_kernel(
             )  # fmt: skip
             h = wide.to(dtype)
             if gate_weight_ptr is not None:
-                tl.store(row_gate_ptr + t, row_gate, mask=row_ok)
-                factor *= row_gate  # read below only where each row has its own gate
+                tl.store(row_gate_ptr + t, own_gate, mask=row_ok)
+                gate = own_gate  # read below only where each row has its own gate
         if PART != "gates":
             tl.store(h_ptr + t0 * R + h_at, h, mask=h_ok)
 
     if PART == "up" or PART == "all":
         a = activate(h.to(tl.float32), ACTIVATION).to(dtype)
+        factor = scale_number(scale_ptr, scale_value) * gate
         up = member(up_index_ptr, group, UP_PER_SAMPLE)
         w_up_ptr += up * D * R
         if b_up_ptr is not None:
