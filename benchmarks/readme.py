@@ -16,6 +16,7 @@ from pelt_kernels.ops import OPERATORS, support_table
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 METHODS = ROOT / "benchmarks" / "results" / "methods.json"
+STEPS = ROOT / "benchmarks" / "results" / "train_step.json"
 
 
 def block(text: str, name: str) -> str:
@@ -41,15 +42,14 @@ def methods_table(found: dict[str, Any]) -> str:
     """The methods' accuracy and cost, in Markdown, from what `benchmarks.methods_table` wrote."""
     head = found["rows"][0]
     lines = [
-        "| method | test accuracy | trained parameters | of all | seconds per step | peak memory |",
-        "|---|---|---|---|---|---|",
+        "| method | test accuracy | trained parameters | of all |",
+        "|---|---|---|---|",
     ]
     for row in found["rows"]:
         share = 100 * row["trainable_parameters"] / row["total_parameters"]
         lines.append(
             f"| `{row['method']}` | {row['accuracy']['mean']:.3f} ± {row['accuracy']['std']:.3f} "
-            f"| {row['trainable_parameters']:,} | {share:.2f} % "
-            f"| {row['seconds_per_step']:.2f} | {row['peak_memory_bytes'] / 2**20:,.0f} MiB |"
+            f"| {row['trainable_parameters']:,} | {share:.2g} % |"
         )
     hardware = f"{head['hardware']['cpu']}, {head['hardware']['threads']} thread(s)"
     seeds = len(head["seeds"])
@@ -62,11 +62,32 @@ def methods_table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def steps_table(rows: list[dict[str, Any]]) -> str:
+    """What a training step costs, in Markdown, from what `benchmarks.train_step` wrote."""
+    lines = [
+        "| method | processor time | peak memory of the process | kept for backward | backends |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        used = ", ".join(f"`{name}` {backend}" for name, backend in row["backends"].items())
+        lines.append(
+            f"| `{row['method']}` | {1e3 * row['processor_seconds']:.0f} ms "
+            f"| {row['peak_bytes'] / 2**20:,.0f} MiB | {row['saved_bytes'] / 2**20:.0f} MiB "
+            f"| {used or '–'} |"
+        )
+    first = rows[0]
+    hardware = f"{first['hardware']['cpu']}, {first['hardware']['threads']} thread(s)"
+    lines += ["", f"Batch {first['batch']}; {hardware}; torch {first['versions']['torch']}."]
+    return "\n".join(lines) + "\n"
+
+
 def rewritten(text: str) -> str:
     """README.md as it should be."""
     text = with_block(text, "support table", support_table(list(OPERATORS)))
     if METHODS.is_file():
         text = with_block(text, "methods table", methods_table(json.loads(METHODS.read_text())))
+    if STEPS.is_file():
+        text = with_block(text, "steps table", steps_table(json.loads(STEPS.read_text())))
     return text
 
 

@@ -5,7 +5,8 @@ alone.
                                     [--device cuda] [--json FILE]
 
 Each method runs in a process of its own, so that the peak is its own. ``saved`` is what autograd
-keeps from forward for backward in one step, counted once per storage.
+keeps from forward for backward in one step, counted once per storage. ``processor`` is the time of
+all threads together, which other work on the machine disturbs less than it does the clock.
 """
 
 from __future__ import annotations
@@ -43,13 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     passed += ["--backend", options.backend] if options.backend else []
     command = [sys.executable, "-m", "benchmarks.train_step", *passed]
     rows = []
-    print(f"{'method':12} {'ms / step':>10} {'peak MiB':>10} {'saved MiB':>10}  backends")
+    columns = ("ms / step", "processor", "peak MiB", "saved MiB")
+    print(f"{'method':12} {' '.join(f'{name:>10}' for name in columns)}  backends")
     for method in options.methods.split(","):
         done = subprocess.run([*command, "--one", method], stdout=subprocess.PIPE, check=True)
         row = json.loads(done.stdout)
         rows.append(row)
-        sizes = (f"{row[key] / 2**20:10,.1f}" for key in ("peak_bytes", "saved_bytes"))
-        print(f"{method:12} {1e3 * row['seconds']:10.1f} {' '.join(sizes)}  {row['backends']}")
+        figures = [1e3 * row["seconds"], 1e3 * row["processor_seconds"]]
+        figures += [row[key] / 2**20 for key in ("peak_bytes", "saved_bytes")]
+        shown = " ".join(f"{figure:10,.1f}" for figure in figures)
+        print(f"{method:12} {shown}  {row['backends']}", flush=True)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     return 0
@@ -71,21 +75,22 @@ def _measure(method: str, steps: int, backend: str | None, device: str) -> dict[
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
 
-    def step(batch: dict[str, Any]) -> float:
-        begun = time.perf_counter()
+    def step(batch: dict[str, Any]) -> tuple[float, float]:
+        begun = time.perf_counter(), time.process_time()
         model(**{name: value.to(device) for name, value in batch.items()}).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - begun
+        return time.perf_counter() - begun[0], time.process_time() - begun[1]
 
     with use_backend(backend) if backend else nullcontext():
         saved = _saved_bytes(model, batches[0], device)
-        seconds = [step(batch) for batch in batches][WARM_UP:]
+        laps = [step(batch) for batch in batches][WARM_UP:]
     return {
         "method": method,
-        "seconds": statistics.median(seconds),
+        "seconds": statistics.median(clock for clock, _ in laps),
+        "processor_seconds": statistics.median(processor for _, processor in laps),
         "peak_bytes": peak_memory(),
         "saved_bytes": saved,
         "trainable_parameters": sum(parameter.numel() for parameter in parameters),
