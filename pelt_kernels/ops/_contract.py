@@ -273,8 +273,8 @@ def _is_given(value: Value) -> bool:
 
 
 def _is_fake(tensor: Tensor) -> bool:
-    return (
-        tensor.is_meta or type(tensor) is not Tensor and not isinstance(tensor, torch.nn.Parameter)
+    return tensor.is_meta or (
+        type(tensor) is not Tensor and not isinstance(tensor, torch.nn.Parameter)
     )
 
 

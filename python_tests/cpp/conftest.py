@@ -11,7 +11,11 @@ import pytest
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+SANITIZED = (
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer",
+)
 Runner = Callable[..., list[str]]
 
 
@@ -32,7 +36,9 @@ def _build(folder: Path, flags: tuple[str, ...]) -> Path:
 def _runner(binary: Path) -> Runner:
     def run(case: str, seeds: int = 1, may_crash: bool = False) -> list[str]:
         """The lines that a case prints, one for each seed; with `may_crash` also what a sanitizer says."""
-        result = subprocess.run([binary, case, str(seeds)], capture_output=True, text=True, timeout=60, check=False)
+        result = subprocess.run(
+            [binary, case, str(seeds)], capture_output=True, text=True, timeout=60, check=False
+        )
         assert may_crash or result.returncode == 0, result.stderr
         return (result.stdout + (result.stderr if may_crash else "")).splitlines()
 

@@ -25,9 +25,20 @@ NORMS = " pre_norm_weight pre_norm_bias post_norm_weight post_norm_bias"
 # More tiles in a sentence than the simulator has blocks (three), so that blocks come back to their tiles.
 LONG = [
     Case("long", {"B": 2, "S": 300, "D": 72, "R": 20}, UNIPELT, POOLED),
-    Case("long_norms", {"B": 2, "S": 260, "D": 64, "R": 16}, UNIPELT + NORMS, {**POOLED, "dropout_p": 0.1}),
+    Case(
+        "long_norms",
+        {"B": 2, "S": 260, "D": 64, "R": 16},
+        UNIPELT + NORMS,
+        {**POOLED, "dropout_p": 0.1},
+    ),
     Case("sentences_in_waves", {"B": 7, "S": 70, "D": 64, "R": 48}, UNIPELT, POOLED),
-    Case("long_skipped", {"B": 3, "S": 270, "D": 64, "R": 48}, UNIPELT, {**POOLED, "skip_below": 0.5}, is_inference=True),
+    Case(
+        "long_skipped",
+        {"B": 3, "S": 270, "D": 64, "R": 48},
+        UNIPELT,
+        {**POOLED, "skip_below": 0.5},
+        is_inference=True,
+    ),
 ]
 SERVED = [case for case in CASES if case.sizes["D"] % 8 == 0 and case.sizes["B"] > 0]
 
@@ -45,7 +56,10 @@ def simulator():
 
 def _run(case: Case, values: list, dy: Tensor | None = None) -> list[Tensor]:
     """y and the gate's value; with dy also every gradient."""
-    leaves = [None if v is None else v.detach().requires_grad_(dy is not None and v.is_floating_point()) for v in values]
+    leaves = [
+        None if v is None else v.detach().requires_grad_(dy is not None and v.is_floating_point())
+        for v in values
+    ]
     y, gate = _operator(leaves, make_attributes(CONTRACT, case), 5, "cuda_sim")
     if dy is None:
         return [y, gate]
@@ -56,7 +70,11 @@ def _run(case: Case, values: list, dy: Tensor | None = None) -> list[Tensor]:
 @pytest.mark.parametrize("case", SERVED + LONG, ids=lambda case: case.id)
 def test_no_result_depends_on_the_order(case: Case, simulator) -> None:
     values = make_inputs(CONTRACT, case, torch.bfloat16, draws=DRAWS)
-    dy = None if case.is_inference else torch.randn(values[0].shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    dy = (
+        None
+        if case.is_inference
+        else torch.randn(values[0].shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    )
     results = []
     for seed in (1, 2, 3):
         simulator.set_seed(seed)
@@ -71,7 +89,9 @@ def test_a_gradient_does_not_depend_on_which_others_are_asked(asked: str, simula
     case = LONG[1]
     values = make_inputs(CONTRACT, case, torch.bfloat16, draws=DRAWS)
     dy = torch.randn(values[0].shape, generator=torch.Generator().manual_seed(1)).bfloat16()
-    floating = [n for n, v in zip(CONTRACT.input_names, values) if v is not None and v.is_floating_point()]
+    floating = [
+        n for n, v in zip(CONTRACT.input_names, values) if v is not None and v.is_floating_point()
+    ]
     whole = dict(zip(floating, _run(case, values, dy)[2:]))
     names = asked.split()
     for name, value in zip(CONTRACT.input_names, values):
@@ -79,7 +99,9 @@ def test_a_gradient_does_not_depend_on_which_others_are_asked(asked: str, simula
             value.requires_grad_(name in names)
     y, _ = _operator(values, make_attributes(CONTRACT, case), 5, "cuda_sim")
     leaves = [v for n, v in zip(CONTRACT.input_names, values) if n in names]
-    for name, grad in zip(sorted(names, key=CONTRACT.input_names.index), torch.autograd.grad(y, leaves, dy)):
+    for name, grad in zip(
+        sorted(names, key=CONTRACT.input_names.index), torch.autograd.grad(y, leaves, dy)
+    ):
         assert torch.equal(grad, whole[name]), name
 
 
@@ -89,7 +111,9 @@ def test_a_sentence_does_not_see_the_others(case: Case, simulator) -> None:
     batched = {"x", "mask", "residual"}
     y, gate = _run(case, values)
     for b in range(case.sizes["B"]):
-        alone = [v[b : b + 1] if name in batched else v for name, v in zip(CONTRACT.input_names, values)]
+        alone = [
+            v[b : b + 1] if name in batched else v for name, v in zip(CONTRACT.input_names, values)
+        ]
         y_alone, gate_alone = _run(case, alone)
         assert torch.equal(y[b], y_alone[0])
         assert torch.equal(gate[b], gate_alone[0])
@@ -97,7 +121,9 @@ def test_a_sentence_does_not_see_the_others(case: Case, simulator) -> None:
 
 def test_refusals_are_sentences_with_numbers(simulator) -> None:
     def why_not(**changes: int) -> str:
-        return simulator.gated_adapter_why_not(**{"dtype": 2, "B": 2, "S": 8, "D": 64, "R": 16, **changes})
+        return simulator.gated_adapter_why_not(
+            **{"dtype": 2, "B": 2, "S": 8, "D": 64, "R": 16, **changes}
+        )
 
     assert why_not() == ""
     assert "D must be a multiple of 8, and D=37" in why_not(D=37)

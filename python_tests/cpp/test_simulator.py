@@ -24,11 +24,16 @@ SOUND = {
     "flags": [11 * i for i in range(7)] + [231] * 7,
     "last_block": [11 * i for i in range(7)] + [231],
     "shuffle_and_vote": [
-        sum(range(t // 32 * 32, t // 32 * 32 + 32)) * 100000 + sum(range(t // 4 * 4, t // 4 * 4 + 4)) * 100 + 30 + (t >= 32)
+        sum(range(t // 32 * 32, t // 32 * 32 + 32)) * 100000
+        + sum(range(t // 4 * 4, t // 4 * 4 + 4)) * 100
+        + 30
+        + (t >= 32)
         for t in range(64)
     ],
     # ldmatrix of the matrix 16 i + j: (i, j), (i, j + 1) of lane 4 i + j / 2, and transposed; then of its lower right quarter.
-    "ldmatrix_narrow": [(16 * i + j) | (16 * i + j + 1) << 16 for i in range(8) for j in range(0, 8, 2)]
+    "ldmatrix_narrow": [
+        (16 * i + j) | (16 * i + j + 1) << 16 for i in range(8) for j in range(0, 8, 2)
+    ]
     + [(16 * j + i) | (16 * (j + 1) + i) << 16 for i in range(8) for j in range(0, 8, 2)]
     + [(16 * i + j) | (16 * i + j + 1) << 16 for i in range(8, 16) for j in range(8, 16, 2)]
     + [(16 * j + i) | (16 * (j + 1) + i) << 16 for i in range(8, 16) for j in range(8, 16, 2)],
@@ -133,7 +138,16 @@ def test_vocabulary_compiles_with_nvcc(arch: str, tmp_path: Path) -> None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc on PATH: the CUDA bodies cannot be compiled here")
-    command = [nvcc, "-std=c++17", f"-arch={arch}", "-cubin", "-Xptxas=-v", f"-I{CSRC}", f"-I{HERE}", "--Werror=all-warnings"]
+    command = [
+        nvcc,
+        "-std=c++17",
+        f"-arch={arch}",
+        "-cubin",
+        "-Xptxas=-v",
+        f"-I{CSRC}",
+        f"-I{HERE}",
+        "--Werror=all-warnings",
+    ]
     command += [str(HERE / "vocabulary.cu"), "-o", str(tmp_path / "out.cubin")]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
