@@ -75,7 +75,7 @@ class Probe:
 
 
 def calls(needs_grad: bool) -> dict[str, Callable[[], Any]]:
-    """One call of each operator as UniPELT makes it, one row long."""
+    """One call of each operator as its method makes it, one row long."""
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.randn(shape, requires_grad=needs_grad)
@@ -102,6 +102,10 @@ def calls(needs_grad: bool) -> dict[str, Callable[[], Any]]:
         "lora_linear": lambda: ops.lora_linear(
             x, weight, None, [branch], mask=mask, extra_gates=[gate], **options
         ),
+        "masked_weight": lambda: ops.masked_weight(
+            weight, up, down, up, down, bias, bias, 32, **options
+        ),
+        "symmetric_kl": lambda: ops.symmetric_kl(up, down.T, **options),
     }
 
 

@@ -46,6 +46,11 @@ def contract_of(operator: str) -> ModuleType:
     return importlib.import_module(f"pelt_kernels.ops.{operator}.contract")
 
 
+def has_true_gradient(operator: str) -> bool:
+    """False where a gradient is defined by the method (straight-through, a detached target)."""
+    return getattr(contract_of(operator), "HAS_TRUE_GRADIENT", True)
+
+
 def operator_of(operator: str) -> Any:
     """The registered operator, that takes the contract's inputs and attributes."""
     return importlib.import_module(f"pelt_kernels.ops.{operator}")._operator

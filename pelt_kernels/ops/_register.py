@@ -331,6 +331,7 @@ def _new_empty(value: Value) -> Value:
 
 def _empty_output(call: Call, row: Any, shape: Any) -> Any:
     dtype = torch.float32 if row.kind == "float32" and call.dtype != torch.float64 else call.dtype
+    dtype = torch.bool if row.kind == "bool" else dtype
     if row.is_list:
         return [torch.empty(s, dtype=dtype, device=call.device) for s in shape]
     return torch.empty(shape, dtype=dtype, device=call.device)

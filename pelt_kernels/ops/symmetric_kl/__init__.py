@@ -1,0 +1,50 @@
+"""The symmetric Kullback-Leibler divergence of two forward passes: AdaMix's consistency loss."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .._register import Operator
+from .contract import CONTRACT
+
+_operator = Operator(CONTRACT)
+
+
+def symmetric_kl(
+    z1: Tensor, z2: Tensor, mask: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """``mean over rows of 0.5 [ KL(p2 ‖ p1) + KL(p1 ‖ p2) ]`` with ``p = softmax(z)``
+
+    The gradient treats the target of each divergence as a constant, as the papers' code does:
+    ``dz1 = 0.5 (p1 - p2) / count`` and ``dz2 = 0.5 (p2 - p1) / count``. It is not the derivative of
+    the value.
+
+    Args:
+        z1, z2: logits [..., C] of the same shape; float32, float16 or bfloat16 (float64: eager
+            only). The softmax is in float32. With C = 1 (a regression) the loss and its gradient
+            are 0.
+        mask: bool, the shape of z1 without C: rows that count (an LM's target tokens); None: all.
+        backend: a backend's name; None: `use_backend`'s, else the first able one.
+
+    Returns:
+        float32 []; 0 where no row counts.
+
+    Raises:
+        ValueError: a shape, dtype or device that does not fit; a backend that was asked for and
+            cannot serve the call. TypeError: not a tensor where one is needed.
+
+    Saved for backward: z1, z2 and their log-sum-exps [2, T]. Paper: Wang et al. 2022 (AdaMix).
+    """
+    if isinstance(z1, Tensor) and isinstance(z2, Tensor) and z1.ndim != 2 and z1.shape == z2.shape:
+        if not z1.ndim:
+            raise ValueError("symmetric_kl: expected z1[..., C] with at least one size, got []")
+        if mask is not None and mask.shape != z1.shape[:-1]:
+            raise ValueError(
+                f"symmetric_kl: expected mask {list(z1.shape[:-1])} (z1 without its last size), got"
+                f" {list(mask.shape)}"
+            )
+        rows = z1.shape[:-1].numel()
+        z1, z2 = z1.reshape(rows, z1.shape[-1]), z2.reshape(rows, z2.shape[-1])
+        mask = None if mask is None else mask.reshape(rows)
+    (loss,) = _operator((z1, z2, mask), (), 0, backend)
+    return loss

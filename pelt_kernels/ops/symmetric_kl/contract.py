@@ -1,0 +1,78 @@
+"""symmetric_kl: what it takes and gives, its formula in plain PyTorch, and the cases it is tested
+on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .._cases import Case
+from .._contract import Call, Contract, Value
+from .._gate import accumulator
+
+# Each divergence's target is a constant for the gradient, so it is not a limit of differences.
+HAS_TRUE_GRADIENT = False
+
+
+def rules(call: Call, values: dict[str, Value]) -> None:
+    """What shapes cannot say: a softmax needs a class."""
+    if not call.sizes["C"]:
+        raise ValueError(f"{call.contract.name}: expected at least one logit (C) in z1, got C=0")
+
+
+def output_shapes(call: Call) -> dict[str, Any]:
+    """The shapes of the outputs of a call."""
+    return {"loss": (), "lse": (2, call.sizes["T"])}
+
+
+CONTRACT = Contract(
+    name="symmetric_kl",
+    inputs="""
+        z1    activation  [T, C]
+        z2    activation  [T, C]
+        mask  bool?       [T]
+    """,
+    attributes="",
+    outputs="""
+        loss  float32  differentiable
+        lse   float32  saved private
+    """,
+    has_seed=False,
+    rules=rules,
+    output_shapes=output_shapes,
+)
+
+DRAWS: dict[str, Any] = {}
+
+
+def reference(z1: Tensor, z2: Tensor, mask: Tensor | None) -> tuple[Tensor]:
+    """The loss by the formula, differentiable by autograd with detached targets."""
+    acc = accumulator(z1.dtype)
+    log_p1, log_p2 = z1.to(acc).log_softmax(-1), z2.to(acc).log_softmax(-1)
+    fixed1, fixed2 = log_p1.detach(), log_p2.detach()
+    rows = 0.5 * (fixed2.exp() * (fixed2 - log_p1) + fixed1.exp() * (fixed1 - log_p2)).sum(-1)
+    if mask is None:
+        return (rows.sum() / max(rows.shape[0], 1),)
+    return ((rows * mask).sum() / mask.sum().clamp(min=1),)
+
+
+_ONE = {"T": 16, "C": 2}
+
+CASES = [
+    Case("classes", _ONE, is_quick=True),
+    Case("tokens", {"T": 13, "C": 131}, "mask", is_quick=True),
+    Case("one_logit", {"T": 5, "C": 1}, is_quick=True),
+    Case("one_row", {"T": 1, "C": 3}),
+    Case("vocabulary", {"T": 9, "C": 5003}, "mask"),
+    Case("tile_edge", {"T": 7, "C": 1024}),
+    Case("past_tile_edge", {"T": 7, "C": 1025}, "mask"),
+    Case("nothing_counts", {"T": 6, "C": 17}, "mask", fill={"mask": 0.0}),
+    Case("everything_counts", {"T": 6, "C": 17}, "mask", fill={"mask": 1.0}),
+    Case("equal", {"T": 6, "C": 17}, fill={"z1": 1.5, "z2": 1.5}),
+    Case("no_rows", {"T": 0, "C": 4}),
+    Case("offset_view", {"T": 11, "C": 64}, layout="offset"),
+    Case("strided_view", {"T": 11, "C": 65}, layout="strided"),
+    Case("transposed_view", {"T": 11, "C": 64}, layout="transposed"),
+]
