@@ -54,8 +54,8 @@ def isa(request):
     native.library("_C").choose_cpu_isa("")
 
 
-def _call(dtype=torch.float32, rank=8):
-    x, w = torch.zeros(1, 3, 16, dtype=dtype), torch.zeros(rank, 16, dtype=dtype)
+def _call(dtype=torch.float32, rank=8, width=16, rows=3):
+    x, w = torch.zeros(1, rows, width, dtype=dtype), torch.zeros(rank, width, dtype=dtype)
     values = dict.fromkeys(CONTRACT.input_names)
     values.update(x=x, w_down=w, w_up=w.T.contiguous())
     attributes = make_attributes(CONTRACT, Case("plain", {}))
@@ -70,6 +70,10 @@ def test_every_refusal_is_a_sentence(monkeypatch):
     assert cpu.supports(_call(rank=1025)) == (
         "its tiles hold a bottleneck of at most 1024, and R is 1025"
     )
+    assert cpu.supports(_call(rank=64, width=4096, rows=1)) == (
+        "for 1 rows it would mostly pack weights of D x R = 262144 numbers"
+    )
+    assert cpu.supports(_call(rank=64, width=4096)) == ""
     monkeypatch.setattr(native, "library", lambda name: SimpleNamespace())
     assert cpu.supports(_call()).startswith("the compiled module is older than this kernel")
 

@@ -133,7 +133,7 @@ struct Backward {
     const int64_t a = parameters.up.slots * up.panels_per_slot();
     const int64_t b = call.grad[kX] ? parameters.down.slots * down.panels_per_slot() : 0;
     const int64_t c = has_post_norm(call) ? parameters.up.slots * up_again.panels_per_slot() : 0;
-    parallel_for(a + b + c, call.threads, [&](int64_t i) {
+    parallel_for(a + b + c, pack_threads(call), [&](int64_t i) {
       if (i < a) {
         up.pack<T>(call, parameters.up, i);
       } else if (i < a + b) {

@@ -73,7 +73,7 @@ struct Forward {
     parameters.read<T>(call);
     const int64_t down_tasks = parameters.down.slots * down.panels_per_slot();
     const int64_t up_tasks = parameters.up.slots * up.panels_per_slot();
-    parallel_for(down_tasks + up_tasks, worth_threads(), [&](int64_t task) {
+    parallel_for(down_tasks + up_tasks, pack_threads(call), [&](int64_t task) {
       if (task < down_tasks) {
         down.pack<T>(call, parameters.down, task);
       } else {
@@ -108,9 +108,6 @@ struct Forward {
       project_up<T>(tile, scratch_of(thread));
     });
   }
-
-  // A few rows are done before a second thread has woken up.
-  int worth_threads() const { return rows_of(call) * call.D < 1 << 14 ? 1 : call.threads; }
 
   template <class T>
   bool is_skipped(int64_t row) const {
