@@ -95,28 +95,28 @@ def _gated_adapter_bwd_columns_kernel(
     dscale = tl.zeros([BLOCK_T], tl.float32)
     dgate_bias = tl.zeros([BLOCK_T], tl.float32)
 
+    at = rows[:, None] * D + cols[None, :]  # in a tile: 32 bits keep the addresses cheap
+    h_at = rows[:, None] * R + r[None, :]
     for first in range(begin, end, BLOCK_T):
         row_ok = rows < end - first
         t0 = group.to(tl.int64) * N + first
         t = t0 + rows
-        at = t0 * D + rows[:, None] * D + cols[None, :]
         ok = row_ok[:, None] & col_ok[None, :]
-        h_at = t0 * R + rows[:, None] * R + r[None, :]
         h_ok = row_ok[:, None] & r_ok[None, :]
         gate = row_gate(t, row_ok, S, gate_ptr, GATE_PER_ROW, BLOCK_T)
         factor = number * gate
         if HAS_SKIP:
             factor = tl.where(gate >= skip_below, factor, 0.0)
-        dh = tl.load(dh_ptr + h_at, mask=h_ok, other=0.0)
+        dh = tl.load(dh_ptr + t0 * R + h_at, mask=h_ok, other=0.0)
         dy, dropped = dropped_chunk(
             dy_ptr + t0 * D, t, rows, ok, start_col, seed_low, seed_high, threshold, keep_scale,
             D, HAS_DROPOUT, BLOCK_D,
         )  # fmt: skip
         if NEEDS_X:
-            x = tl.load(x_ptr + at, mask=ok, other=0.0)
+            x = tl.load(x_ptr + t0 * D + at, mask=ok, other=0.0)
 
         if NEEDS_DU:
-            h = tl.load(h_ptr + h_at, mask=h_ok, other=0.0).to(tl.float32)
+            h = tl.load(h_ptr + t0 * R + h_at, mask=h_ok, other=0.0).to(tl.float32)
             a = activate(h, ACTIVATION).to(dtype)
             du = factor[:, None] * dropped
             if post_weight_ptr is not None:
@@ -168,15 +168,15 @@ def _gated_adapter_bwd_columns_kernel(
             if RESIDUAL == "input":
                 dz += dy
             if dx_ptr is not None:
-                tl.store(dx_ptr + at, dz.to(dtype), mask=ok)
+                tl.store(dx_ptr + t0 * D + at, dz.to(dtype), mask=ok)
 
     part_ptr += part.to(tl.int64) * PART_SIZE
     if W_DOWN >= 0:
-        at = part_ptr + W_DOWN + r[:, None] * D + cols[None, :]
-        tl.store(at, dw_down, mask=r_ok[:, None] & col_ok[None, :])
+        part_at = part_ptr + W_DOWN + r[:, None] * D + cols[None, :]
+        tl.store(part_at, dw_down, mask=r_ok[:, None] & col_ok[None, :])
     if W_UP >= 0:
-        at = part_ptr + W_UP + cols[:, None] * R + r[None, :]
-        tl.store(at, dw_up, mask=col_ok[:, None] & r_ok[None, :])
+        part_at = part_ptr + W_UP + cols[:, None] * R + r[None, :]
+        tl.store(part_at, dw_up, mask=col_ok[:, None] & r_ok[None, :])
     if B_UP >= 0:
         tl.store(part_ptr + B_UP + cols, db_up, mask=col_ok)
     if PRE_WEIGHT >= 0:

@@ -80,7 +80,7 @@ def _gated_adapter_bwd_rows_kernel(
     t0 = group.to(tl.int64) * N + first
     t = t0 + rows
     r = tl.arange(0, BLOCK_R)
-    h_at = t0 * R + rows[:, None] * R + r[None, :]  # [BLOCK_T, BLOCK_R]
+    h_at = rows[:, None] * R + r[None, :]  # [BLOCK_T, BLOCK_R]
     h_ok = row_ok[:, None] & (r < R)[None, :]
     dtype = dh_ptr.dtype.element_ty
     x_ptr += t0 * D
@@ -91,7 +91,7 @@ def _gated_adapter_bwd_rows_kernel(
     factor = number * gate
     if HAS_SKIP:
         factor = tl.where(gate >= skip_below, factor, 0.0)
-    h = tl.load(h_ptr + h_at, mask=h_ok, other=0.0).to(tl.float32)
+    h = tl.load(h_ptr + t0 * R + h_at, mask=h_ok, other=0.0).to(tl.float32)
     a = activate(h, ACTIVATION).to(dtype)
     up = member(up_index_ptr, group, UP_PER_SAMPLE)
     w_up_ptr += up * D * R
@@ -167,7 +167,7 @@ def _gated_adapter_bwd_rows_kernel(
         row_dot += tl.sum(v * a.to(tl.float32), axis=1)
         v = factor[:, None] * v
     dh = (v * activation_slope(h, ACTIVATION)).to(dtype)
-    tl.store(dh_ptr + h_at, dh, mask=h_ok)
+    tl.store(dh_ptr + t0 * R + h_at, dh, mask=h_ok)
     if pre_weight_ptr is not None:
         wide = dh.to(tl.float32)
         dot = tl.sum(wide * weight_sum[None, :], axis=1) / D

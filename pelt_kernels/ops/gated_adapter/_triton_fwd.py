@@ -216,7 +216,7 @@ def _gated_adapter_fwd_kernel(
             cols = start + tl.arange(0, BLOCK_D)
             col_ok = cols < D
             ok = row_ok[:, None] & col_ok[None, :]
-            at = t0 * D + rows[:, None] * D + cols[None, :]
+            at = rows[:, None] * D + cols[None, :]
             y = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
             if has_work:
                 u = up_chunk(a, w_up_ptr, b_up_ptr, start, D, R, BLOCK_T, BLOCK_D, BLOCK_R)
@@ -231,5 +231,5 @@ def _gated_adapter_fwd_kernel(
                 if HAS_SKIP:
                     y = tl.where(active[:, None], y, 0.0)
             if residual_ptr is not None:
-                y += tl.load(residual_ptr + at, mask=ok, other=0.0).to(tl.float32)
-            tl.store(y_ptr + at, y.to(dtype), mask=ok)
+                y += tl.load(residual_ptr + t0 * D + at, mask=ok, other=0.0).to(tl.float32)
+            tl.store(y_ptr + t0 * D + at, y.to(dtype), mask=ok)

@@ -1,0 +1,216 @@
+"""What gated_adapter's Triton kernels are launched with: tiles, shares of rows, constants.
+
+Nothing here reads a tensor, and importing it imports no Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from .._contract import Call, Value
+from .._philox import threshold
+from .contract import NEVER_SKIP
+
+
+class Config(NamedTuple):
+    """Tile sizes and how Triton schedules them."""
+
+    block_t: int
+    block_d: int
+    warps: int
+    stages: int
+
+
+# For each kernel and each bottleneck up to the number: 16-bit and float32 activations. Chosen so
+# that the accumulators fit in registers and a tile's operands in 64 KiB of shared memory, which
+# every GPU that Triton serves has; not measured. What a GPU cannot hold is made smaller.
+_ROWS = {
+    64: (Config(64, 64, 4, 2), Config(32, 32, 4, 2)),
+    128: (Config(64, 64, 8, 2), Config(32, 32, 8, 1)),
+    256: (Config(32, 32, 8, 2), Config(16, 16, 8, 1)),
+    512: (Config(16, 32, 8, 1), Config(16, 16, 8, 1)),
+}
+_COLUMNS = {
+    64: (Config(32, 64, 4, 2), Config(32, 32, 4, 1)),
+    128: (Config(32, 64, 8, 2), Config(16, 32, 8, 1)),
+    256: (Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
+    512: (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+}
+_DEFAULTS = {"forward": _ROWS, "rows": _ROWS, "columns": _COLUMNS}
+
+
+# The gradients that are summed over rows, in the order in which they lie in a part.
+PARTS = {
+    "w_down": "W_DOWN",
+    "w_up": "W_UP",
+    "b_down": "B_DOWN",
+    "b_up": "B_UP",
+    "pre_norm_weight": "PRE_WEIGHT",
+    "pre_norm_bias": "PRE_BIAS",
+    "post_norm_weight": "POST_WEIGHT",
+    "post_norm_bias": "POST_BIAS",
+    "gate_weight": "GATE_WEIGHT",
+    "scale": "SCALE",
+    "gate_bias": "GATE_BIAS",
+}
+
+
+def part_sizes(call: Call) -> dict[str, int]:
+    d, r = call.sizes["D"], call.sizes["R"]
+    sizes = dict.fromkeys(PARTS, d)
+    return {**sizes, "w_down": r * d, "w_up": d * r, "b_down": r, "scale": 1, "gate_bias": 1}
+
+
+def layout_of(call: Call, grads: dict[str, Value]) -> dict[str, int]:
+    """Where each wanted gradient lies in a part, -1 for the others, and the size of a part. Starts
+    are multiples of 16 bytes.
+    """
+    layout, end = {}, 0
+    for name, size in part_sizes(call).items():
+        layout[PARTS[name]] = end if name in grads else -1
+        end += -(-size // 4) * 4 if name in grads else 0
+    return {**layout, "PART_SIZE": end}
+
+
+def shares_of(call: Call, plan: Plan, config: Config, chunks: int) -> tuple[int, int]:
+    """Into how many shares the rows of a group are cut, and how many rows each has: enough programs
+    for two on each processor, and no share smaller than a tile.
+    """
+    tiles = -(-plan.shared_rows // config.block_t)
+    wanted = -(-2 * _processors(call.device) // (chunks * plan.shared_groups))
+    tiles_per_share = -(-tiles // min(tiles, wanted))
+    return -(-tiles // tiles_per_share), tiles_per_share * config.block_t
+
+
+class Plan:
+    """What is the same for every call with these shapes: constants, and tiles that fit."""
+
+    def __init__(self, call: Call, inputs: dict[str, Value]) -> None:
+        at, (b, s, d, r) = call.attributes, (call.sizes[letter] for letter in "BSDR")
+        p = at["dropout_p"]
+        self.is_learned = "gate_weight" in call.given
+        self.is_pooled = self.is_learned and at["pooling"] != "token"
+        self.has_gate_per_row = inputs["gate"] is not None and inputs["gate"].ndim == 2
+        self.has_value_per_row = self.has_gate_per_row or at["pooling"] == "token"
+        self.has_skip = at["skip_below"] > NEVER_SKIP and (self.is_learned or "gate" in call.given)
+        self.dropout = (signed(threshold(p))[0] if p else 0, 1.0 / (1.0 - p))
+        self.numbers = tuple(
+            at[name] for name in ("scale_value", "pre_norm_eps", "post_norm_eps", "skip_below")
+        )
+        self.parts = [("all", False)]  # of forward, and whether each reads row gates from memory
+        if self.is_learned and self.has_skip:
+            self.parts = [("gates", False), ("all", True)]
+        elif self.is_pooled:
+            self.parts = [("down", False), ("up", True)]
+        down_per_sample, up_per_sample = (
+            inputs[name] is not None and inputs[name].ndim == 1
+            for name in ("down_index", "up_index")
+        )
+        self.constants = {
+            "D": d,
+            "R": r,
+            "ACTIVATION": at["activation"],
+            "HAS_DROPOUT": p > 0,
+            "DOWN_PER_SAMPLE": down_per_sample,
+            "UP_PER_SAMPLE": up_per_sample,
+            "BLOCK_R": max(16, power_of_two(r)),
+        }
+        # Rows whose tiles share weights; forward's tiles of a pooled gate share a sentence as well.
+        is_per_sample = down_per_sample or up_per_sample
+        self.shared_groups: int = b if is_per_sample else 1
+        self.shared_rows: int = s if is_per_sample else b * s
+        self.groups, self.rows = (
+            (b, s) if self.is_pooled else (self.shared_groups, self.shared_rows)
+        )
+        self.configs = {
+            "forward": _config(call, "forward", self.groups, self.rows),
+            "rows": _config(call, "rows", self.shared_groups, self.shared_rows),
+            "columns": _config(call, "columns", self.shared_groups, self.shared_rows),
+        }
+
+    def launch(self, kernel: str, launch: Callable[[Config], None]) -> None:
+        """Launches with the first config that the GPU can hold, and remembers it."""
+        from .._triton import OutOfResources
+
+        while True:
+            config = self.configs[kernel]
+            try:
+                launch(config)
+                return
+            except OutOfResources:
+                self.configs[kernel] = _smaller(config)
+                if self.configs[kernel] == config:
+                    raise
+
+
+def options_of(config: Config) -> dict[str, int]:
+    return {
+        "BLOCK_T": config.block_t,
+        "BLOCK_D": config.block_d,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+
+
+def _config(call: Call, kernel: str, groups: int, rows: int) -> Config:
+    """The default tile; with fewer rows where that many are not there, or where tiles of rows are
+    too few for the processors.
+    """
+    is_wide, r = call.dtype == torch.float32, call.sizes["R"]
+    config = next(c[is_wide] for limit, c in _DEFAULTS[kernel].items() if r <= limit)
+    if call.device.type == "cpu":  # the interpreter pays for each program and operation
+        return config._replace(block_t=64, block_d=64 if call.sizes["D"] < 512 else 256)
+    while config.block_t > 16 and (
+        config.block_t >= 2 * rows
+        or (kernel != "columns" and groups * -(-rows // config.block_t) < _processors(call.device))
+    ):
+        config = config._replace(block_t=config.block_t // 2)
+    return config
+
+
+def _smaller(config: Config) -> Config:
+    """Fewer stages first, then half the larger side of the tile, down to the matrix units' 16."""
+    if config.stages > 1:
+        return config._replace(stages=1)
+    if config.block_d >= config.block_t:
+        return config._replace(block_d=max(16, config.block_d // 2))
+    return config._replace(block_t=max(16, config.block_t // 2))
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    """How many programs run at once, at least; 4 for the interpreter, so that tests see several
+    shares of a sum.
+    """
+    if device.type == "cpu":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_plans: dict[int, tuple[Call, Plan]] = {}
+
+
+def plan_of(call: Call, inputs: dict[str, Value]) -> Plan:
+    found = _plans.get(id(call))
+    if found is None or found[0] is not call:
+        if len(_plans) >= 4096:  # as many as the contract keeps calls
+            _plans.clear()
+        found = _plans[id(call)] = (call, Plan(call, inputs))
+    return found[1]
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not less."""
+    return 1 << (number - 1).bit_length()
+
+
+def signed(bits: int) -> tuple[int, int]:
+    """The low and the high half of 64 bits as signed integers: an argument of one kind compiles
+    once.
+    """
+    low, high = bits & 0xFFFFFFFF, bits >> 32 & 0xFFFFFFFF
+    return (low ^ 0x80000000) - 0x80000000, (high ^ 0x80000000) - 0x80000000
