@@ -8,6 +8,8 @@ export PELT_KERNELS_CUDA ?= auto
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 SETUP := .venv/.setup
+# A worker on each processor with one thread: what is tested is small.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 CXX_FILES = $(shell git ls-files '*.h' '*.cuh' '*.cu' '*.cpp')
 
 .PHONY: demo test bench lint build build-sim table clean
@@ -15,8 +17,11 @@ CXX_FILES = $(shell git ls-files '*.h' '*.cuh' '*.cu' '*.cpp')
 demo: build $(SETUP)-demo
 	$(BIN)/pelt-kernels demo
 
+# On a machine without a GPU, Triton's kernels run in its interpreter, which has to be chosen before
+# Python starts.
 test: build-sim $(SETUP)-demo $(SETUP)-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) $(TEST_OPTIONS)
+	$(PYTEST) --require-backend cuda_sim,cpu $(TEST_OPTIONS)
+	TRITON_INTERPRET=1 $(PYTEST) --require-backend triton -k triton python_tests/ops $(TEST_OPTIONS)
 
 bench: build $(SETUP)-demo
 	$(BIN)/python -m benchmarks.run $(BENCH_OPTIONS)
