@@ -1,5 +1,5 @@
 # Each target sets up .venv by itself and does again only what has changed. It needs Python 3.10 or
-# later with venv, g++ and make; everything else comes from the package registry.
+# later with venv, g++ and make; everything else comes by pip.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 JOBS ?= 2
