@@ -174,7 +174,7 @@ class Operator:
         values = [None if row.grad_is_dy else next(kept) for row in contract.input_rows]
         needs_grad = iter(ctx.needs_input_grad)
         asked = []
-        for row, flags in zip(contract.input_rows, ctx.flags):
+        for flags in ctx.flags:
             asked.append(_any(next(needs_grad)))
             for _ in flags:
                 next(needs_grad)
