@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .methods import (
         METHODS,
+        AdaMixConfig,
         BitFitConfig,
         BottleneckAdapterConfig,
         FullConfig,
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
         explain,
         gated_adapter,
         lora_linear,
+        masked_weight,
         prefix_attention,
+        symmetric_kl,
         use_backend,
     )
 
@@ -40,11 +43,11 @@ __version__ = "0.1.0"
 _LAYERS = {
     "ops": (
         "LearnedGate", "LoraBranch", "Norm", "Prefix", "explain", "gated_adapter", "lora_linear",
-        "prefix_attention", "use_backend",
+        "masked_weight", "prefix_attention", "symmetric_kl", "use_backend",
     ),
     "methods": (
-        "METHODS", "BitFitConfig", "BottleneckAdapterConfig", "FullConfig", "HeadConfig",
-        "LoraConfig", "PrefixTuningConfig", "UniPELTConfig", "config_from_dict", "make_config",
+        "METHODS", "AdaMixConfig", "BitFitConfig", "BottleneckAdapterConfig", "FullConfig",
+        "HeadConfig", "LoraConfig", "PrefixTuningConfig", "UniPELTConfig", "config_from_dict", "make_config",
     ),
     "models": ("PeltModel", "get_pelt_model"),
 }  # fmt: skip
@@ -52,6 +55,7 @@ _LAYER_OF = {name: layer for layer, names in _LAYERS.items() for name in names}
 
 __all__ = [
     "METHODS",
+    "AdaMixConfig",
     "BitFitConfig",
     "BottleneckAdapterConfig",
     "FullConfig",
@@ -71,7 +75,9 @@ __all__ = [
     "get_pelt_model",
     "lora_linear",
     "make_config",
+    "masked_weight",
     "prefix_attention",
+    "symmetric_kl",
     "use_backend",
 ]
 

@@ -1,6 +1,7 @@
 """Methods as data: one immutable config for each, checked when made."""
 
 from ._config import MethodConfig, Parts
+from .adamix import AdaMixConfig
 from .adapter import BottleneckAdapterConfig
 from .baselines import FullConfig, HeadConfig
 from .bitfit import BitFitConfig
@@ -12,6 +13,7 @@ from .unipelt import UniPELTConfig
 __all__ = [
     "METHODS",
     "PRESETS",
+    "AdaMixConfig",
     "BitFitConfig",
     "BottleneckAdapterConfig",
     "FullConfig",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from .adamix import AdaMixConfig
     from .adapter import BottleneckAdapterConfig
     from .lora import LoraConfig
     from .prefix import PrefixTuningConfig
@@ -24,6 +25,7 @@ class Parts(NamedTuple):
     prefix: PrefixTuningConfig | None = None
     lora: LoraConfig | None = None
     tune: str = "none"  # "none", "bias" or "all"
+    mixture: AdaMixConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

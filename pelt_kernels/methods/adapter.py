@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ..ops.gated_adapter.contract import ACTIVATIONS
 from ._config import MethodConfig, Parts, check_choice, check_dropout, check_gate, check_int
+
+if TYPE_CHECKING:
+    from .adamix import AdaMixConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +63,15 @@ class BottleneckAdapterConfig(MethodConfig):
         Raises:
             ValueError: the reduction factor leaves nothing of D.
         """
-        bottleneck = self.bottleneck or hidden_size // self.reduction_factor
-        if bottleneck < 1:
-            raise ValueError(
-                "BottleneckAdapterConfig: expected reduction_factor <= the model's hidden size "
-                f"{hidden_size}, got "
-                f"{self.reduction_factor}; lower it or set bottleneck"
-            )
-        return bottleneck
+        return bottleneck_of(self, hidden_size)
+
+
+def bottleneck_of(config: BottleneckAdapterConfig | AdaMixConfig, hidden_size: int) -> int:
+    """R of an adapter for a model of size D. Raises ValueError where nothing of D is left."""
+    bottleneck = config.bottleneck or hidden_size // config.reduction_factor
+    if bottleneck < 1:
+        raise ValueError(
+            f"{type(config).__name__}: expected reduction_factor <= the model's hidden size "
+            f"{hidden_size}, got {config.reduction_factor}; lower it or set bottleneck"
+        )
+    return bottleneck

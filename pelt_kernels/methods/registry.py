@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ._config import MethodConfig
+from .adamix import AdaMixConfig
 from .adapter import BottleneckAdapterConfig
 from .baselines import FullConfig, HeadConfig
 from .bitfit import BitFitConfig
@@ -20,6 +21,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         BottleneckAdapterConfig,
         PrefixTuningConfig,
         LoraConfig,
+        AdaMixConfig,
         BitFitConfig,
         HeadConfig,
         FullConfig,

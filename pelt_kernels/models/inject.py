@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +11,10 @@ from torch import Tensor, nn
 
 from ..methods import BottleneckAdapterConfig, LoraConfig, Parts, PrefixTuningConfig
 from ..methods.lora import TARGETS
-from ..nn import GatedAdapter, LoRALinear, PrefixAttention
+from ..nn import GatedAdapter, LoRALinear, PrefixAttention, Router
 from .attention import PELT, SITE, LayerSite, forget_mask, read_mask, register_attention
+from .mixture import adapt_with_experts
+from .replacement import Replacement
 from .slots import Slots, embeddings_of, layers_of, place_of
 
 if TYPE_CHECKING:
@@ -73,16 +74,6 @@ class AdaptedNorm(nn.Module):
         return nn.functional.layer_norm(s, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-@dataclass
-class Replacement:
-    """One module of the base model and the one that stands for it."""
-
-    parent: nn.Module
-    name: str
-    original: nn.Module
-    adapted: nn.Module
-
-
 class Injection:
     """The parts of a method inside one model. `attach` puts them in, `detach` takes them out; both
     may be repeated.
@@ -90,6 +81,7 @@ class Injection:
     Attributes:
         prefix: the prefixes of all layers, or None.
         sites: what hangs on each layer's attention module.
+        router: what draws AdaMix's experts, or None.
     """
 
     def __init__(self, model: PreTrainedModel, slots: Slots, parts: Parts) -> None:
@@ -106,6 +98,10 @@ class Injection:
         self._attentions: list[nn.Module] = []
         self._last_norms: list[nn.Module] = []
         self._handles: list[Any] = []
+        self.router: Router | None = None
+        mixture = parts.mixture
+        if mixture is not None:
+            self.router = Router(mixture.experts, mixture.routing_seed, self.made["device"])
         self.base_config = model.config
         needs_mask = any(_pools_by_mask(part) for part in parts[:3])
         self.uses_pelt_attention = needs_mask or self.prefix is not None
@@ -126,6 +122,10 @@ class Injection:
             self._attentions.append(layer.get_submodule(slots.attention))
             self._last_norms.append(layer.get_submodule(slots.ffn_norm))
             self.replacements.extend(self._adapt(layer, slots, site))
+            if mixture is not None and self.router is not None:
+                self.replacements += adapt_with_experts(
+                    layer, slots, mixture, self.router, self.made
+                )
 
     def _adapt(self, layer: nn.Module, slots: Slots, site: LayerSite) -> Iterator[Replacement]:
         """The modules that stand for a layer's own; the query's Linear also for a prefix's gate."""

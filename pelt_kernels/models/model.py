@@ -5,15 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..methods import MethodConfig
+from ..methods import AdaMixConfig, MethodConfig
+from ..nn import Bank, Router
 from .attention import raise_no_weights
 from .checkpoint import Checkpointed, without_reparametrisation
 from .inject import Injection, raise_occupied
+from .mixture import compares_passes, consistent_forward
 from .slots import slots_of
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ class PeltModel(Checkpointed):
         base_model: the model, with the parts in it.
         method_config: the method's config.
         prefix: the prefixes of all layers (`pelt_kernels.nn.PrefixAttention`), or None.
+        router: what draws AdaMix's experts (`pelt_kernels.nn.Router`), or None.
     """
 
     def __init__(self, model: PreTrainedModel, config: MethodConfig) -> None:
@@ -68,6 +72,8 @@ class PeltModel(Checkpointed):
         injection = Injection(model, slots, parts)
         self.base_model = model
         self.prefix = injection.prefix
+        self.router = injection.router
+        self._compares_passes = isinstance(config, AdaMixConfig) and compares_passes(model, config)
         self.method_config = config
         self._head = head
         self._requires_grad = {name: parameter.requires_grad for name, parameter in named.items()}
@@ -85,6 +91,8 @@ class PeltModel(Checkpointed):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in trained)
         self._trained = tuple(name for name, _ in self.named_parameters() if name in trained)
+
+    router: Router | None
 
     def forward(
         self,
@@ -121,6 +129,12 @@ class PeltModel(Checkpointed):
             default = getattr(self.base_model.config, "output_attentions", False)
             if kwargs.get("output_attentions", default):
                 raise_no_weights()
+        if self.router is not None and self.training and not self._is_detached:
+            assert isinstance(self.method_config, AdaMixConfig)
+            if labels is not None and self._compares_passes:
+                consistency = self.method_config.consistency
+                return consistent_forward(self.base_model, self.router, consistency, kwargs)
+            self.router.draw()
         return self.base_model(**kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -233,6 +247,26 @@ class PeltModel(Checkpointed):
         named = [name for name, _ in self.named_parameters()]
         kept = set(self._trained) | {name for name in named if name.startswith("prefix.")}
         self._trained = tuple(name for name in named if name in kept)
+
+    def merge_experts(self) -> None:
+        """Replaces AdaMix's experts by their average, a single adapter: the evaluation's logits bit
+        for bit, with the memory of one. What is saved afterwards is that adapter.
+
+        An optimizer made before holds parameters that are gone.
+
+        Raises:
+            ValueError: the method has no experts.
+        """
+        if not isinstance(self.method_config, AdaMixConfig):
+            raise ValueError(
+                f"merge_experts: expected the method 'adamix', got {self.method_config.method!r}"
+            )
+        self._check_attached("merge_experts")
+        for module in self.modules():
+            if isinstance(module, Bank):
+                module.merge()
+        self.method_config = replace(self.method_config, experts=1)
+        self._compares_passes = False
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

@@ -1,8 +1,19 @@
 """Modules: the parameters of an operator, their initialisation, and a forward that calls it."""
 
+from .experts import Bank, ExpertAdapter, ExpertLoRALinear, Router, spare_unselected
 from .gate import Gate
 from .gated_adapter import GatedAdapter
 from .lora_linear import LoRALinear
 from .prefix_attention import PrefixAttention
 
-__all__ = ["Gate", "GatedAdapter", "LoRALinear", "PrefixAttention"]
+__all__ = [
+    "Bank",
+    "ExpertAdapter",
+    "ExpertLoRALinear",
+    "Gate",
+    "GatedAdapter",
+    "LoRALinear",
+    "PrefixAttention",
+    "Router",
+    "spare_unselected",
+]

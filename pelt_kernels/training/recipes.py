@@ -25,6 +25,7 @@ RECIPES: dict[str, Recipe] = {
     "adapter": Recipe(lr=1e-3, epochs=6),
     "prefix": Recipe(lr=1e-3, epochs=6),
     "lora": Recipe(lr=2e-3, epochs=6),
+    "adamix": Recipe(lr=1e-3, epochs=6),
     "bitfit": Recipe(lr=2e-3, epochs=6),
     "head": Recipe(lr=1e-2, epochs=3),
     "full": Recipe(lr=1e-4, epochs=6),

@@ -16,6 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..models import PeltModel
+from ..nn import Router, spare_unselected
 from .encode import Encoded, LengthGroups
 from .errors import RunError, reason
 from .storage import replacing
@@ -71,6 +72,18 @@ class StepClock(TrainerCallback):
         return (time.perf_counter() - begun) / steps if begun is not None and steps else None
 
 
+class Routing(TrainerCallback):
+    """Makes AdaMix's draws a function of the run's seed and step, so that a resumed run repeats
+    them.
+    """
+
+    def __init__(self, router: Router, seed: int) -> None:
+        self.router, self.seed = router, seed
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.router.seek(state.global_step, self.seed)
+
+
 class PeltTrainer(Trainer):
     """Trains a `PeltModel`; the history it keeps is what the plots and the figures are made of.
 
@@ -101,6 +114,8 @@ class PeltTrainer(Trainer):
         self._order_seed = order_seed
         self._clock = StepClock()
         self.add_callback(self._clock)
+        if model.router is not None:
+            self.add_callback(Routing(model.router, order_seed))
         model.record_gates(True)
 
     @property
@@ -131,6 +146,13 @@ class PeltTrainer(Trainer):
         # One copy from the device for all of them.
         means = torch.stack([value.float().mean() for value in gates.values()]).tolist()
         return {f"{layer}.{kind}": mean for (layer, kind), mean in zip(gates, means, strict=True)}
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self.pelt.router is not None:
+            spare_unselected(optimizer, self.pelt)
+        return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroups:
         return LengthGroups(self._lengths, self.args.train_batch_size, self._order_seed)

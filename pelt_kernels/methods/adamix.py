@@ -1,0 +1,96 @@
+"""AdaMix: a mixture of adapters or LoRA branches with random routing (Wang et al., EMNLP 2022)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..ops.gated_adapter.contract import ACTIVATIONS
+from ._config import (
+    MethodConfig,
+    Parts,
+    check_choice,
+    check_dropout,
+    check_int,
+    check_number,
+)
+from .lora import LoraConfig
+
+KINDS = ("adapter", "lora")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaMixConfig(MethodConfig):
+    """M experts for each side of a module, one drawn for every forward pass while training, their
+    average at evaluation.
+
+    ``adapter``: ``W_up φ(W_down f + b_d) + b_u + f`` on the FFN's output f, before its dropout and
+    residual. ``lora``: ``alpha / r · (x Aᵀ) Bᵀ`` beside the target projections. The draws of both
+    sides are independent, for each layer and pass, one for the whole batch.
+
+    With ``consistency`` c > 0 a training step makes two passes over the batch with draws and
+    dropout of their own, in one call of the model, and the loss is ``CE(z1) + c · symmetric_kl(z1,
+    z2)``. It holds for every family: the official code forgets it for BERT.
+
+    Attributes:
+        kind: adapter or lora.
+        experts: M; 1 is what `PeltModel.merge_experts` leaves.
+        share_down: one W_down (A) for all experts. share_up: one W_up (B) for all.
+        reduction_factor, bottleneck, activation: the adapter's, as in BottleneckAdapterConfig.
+        r, alpha, targets: the LoRA branches', as in LoraConfig.
+        dropout: on the adapter's output, or on the branches' input.
+        identical_start: all A of a bank start equal, as in the official LoRA code, where only the
+            routing tells them apart later; else each has its own draw. Adapters always differ.
+        consistency: c; the papers use 1 for classification and 100 for language models.
+        routing_seed: of the draws.
+
+    Raises:
+        ValueError: a field outside its range, or both sides shared with more than one expert.
+    """
+
+    method: ClassVar[str] = "adamix"
+
+    kind: str = "adapter"
+    experts: int = 4
+    share_down: bool = False
+    share_up: bool = True
+    reduction_factor: int = 16
+    bottleneck: int | None = None
+    activation: str = "gelu"
+    r: int = 4
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("query", "value")
+    dropout: float = 0.0
+    identical_start: bool = False
+    consistency: float = 1.0
+    routing_seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice(self, "kind", KINDS)
+        check_int(self, "experts", 1)
+        check_int(self, "reduction_factor", 1)
+        check_int(self, "bottleneck", 1, optional=True)
+        check_choice(self, "activation", tuple(ACTIVATIONS))
+        check_dropout(self, "dropout")
+        check_int(self, "routing_seed", 0)
+        check_number(self, "consistency")
+        if self.consistency < 0:
+            raise ValueError(f"AdaMixConfig: expected consistency >= 0, got {self.consistency}")
+        if self.experts > 1 and self.share_down and self.share_up:
+            raise ValueError(
+                "AdaMixConfig: expected share_down or share_up to be False with"
+                f" {self.experts} experts, got both True, which leaves nothing to draw"
+            )
+        object.__setattr__(self, "targets", self.as_lora().targets)
+
+    def as_lora(self) -> LoraConfig:
+        """The LoRA branch of one expert; checks rank, alpha and targets."""
+        return LoraConfig(r=self.r, alpha=self.alpha, targets=self.targets, dropout=self.dropout)
+
+    def bank_sizes(self) -> tuple[int, int]:
+        """How many W_down (A) and how many W_up (B) a module holds."""
+        return (1 if self.share_down else self.experts, 1 if self.share_up else self.experts)
+
+    @property
+    def parts(self) -> Parts:
+        return Parts(mixture=self)
