@@ -25,9 +25,10 @@ class Config(NamedTuple):
     stages: int
 
 
-# For each kernel and each bottleneck up to the number: 16-bit and float32 activations. Chosen so
-# that the accumulators fit in registers and a tile's operands in 64 KiB of shared memory, which
-# every GPU that Triton serves has; not measured. What a GPU cannot hold is made smaller.
+# For each kernel and each bottleneck up to the number: 16-bit and float32 activations. Not timed:
+# chosen for the most rows in flight whose accumulators ptxas keeps in registers (sm_80, sm_90,
+# sm_100; rank 512 spills 32 bytes) and whose operands fit in the 99 KiB of shared memory of the
+# smallest NVIDIA GPU and the 64 KiB of AMD's. `tune` times the candidates on the GPU that is there.
 _ROWS = {
     64: (Config(64, 64, 4, 2), Config(32, 32, 4, 2)),
     128: (Config(64, 64, 8, 2), Config(32, 32, 8, 1)),
@@ -37,9 +38,15 @@ _ROWS = {
 _COLUMNS = {
     64: (Config(32, 64, 4, 2), Config(32, 32, 4, 1)),
     128: (Config(32, 64, 8, 2), Config(16, 32, 8, 1)),
-    256: (Config(32, 32, 8, 1), Config(16, 16, 8, 1)),
-    512: (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+    256: (Config(16, 32, 8, 1), Config(16, 16, 16, 1)),
+    512: (Config(16, 32, 16, 1), Config(16, 16, 16, 1)),
 }
+CANDIDATES = tuple(
+    Config(block_t, block_d, warps, stages)
+    for block_t, block_d in ((16, 64), (32, 32), (32, 64), (64, 64), (32, 128), (128, 64))
+    for warps in (4, 8)
+    for stages in (2, 3)
+)
 _DEFAULTS = {"forward": _ROWS, "rows": _ROWS, "columns": _COLUMNS}
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 from .. import _native
 from .._contract import Call, Value
 from ._triton_plan import (
+    CANDIDATES,
     PARTS,
     Config,
     layout_of,
@@ -34,11 +36,11 @@ from ._triton_plan import (
 )
 from .contract import CONTRACT
 
-_MAX_RANK = 512
+# Above, one tile's operands are more than the shared memory of smaller GPUs.
+_MAX_RANK = {torch.float32: 256, torch.float16: 512, torch.bfloat16: 512}
 _RESIDUAL, _GATE_WEIGHT, _GATE_BIAS = (
     CONTRACT.input_names.index(name) for name in ("residual", "gate_weight", "gate_bias")
 )
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ON = ("1", "true", "on", "yes", "y")
 
 
@@ -66,13 +68,16 @@ def unavailable(device: torch.device | str) -> str:
 
 def supports(call: Call) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    if call.dtype not in _DTYPES:
+    if call.dtype not in _MAX_RANK:
         return (
             "it takes float32, float16 or bfloat16, and x is"
             f" {str(call.dtype).removeprefix('torch.')}"
         )
-    if call.sizes["R"] > _MAX_RANK:
-        return f"its tiles hold a bottleneck of at most {_MAX_RANK}, and R is {call.sizes['R']}"
+    if call.sizes["R"] > _MAX_RANK[call.dtype]:
+        return (
+            f"its tiles hold a bottleneck of at most {_MAX_RANK[call.dtype]} in"
+            f" {str(call.dtype).removeprefix('torch.')}, and R is {call.sizes['R']}"
+        )
     if call.sizes["B"] * call.sizes["S"] >= 2**31:
         return "it counts rows in 32 bits, and there are 2**31 or more"
     return unavailable(call.device)
@@ -139,6 +144,33 @@ def backward(
     with _native.on(call.device):
         _Backward(call, inputs, grads, dy.contiguous(), gate_value, h.contiguous(), seed).run()
     return grads
+
+
+def tune(
+    call: Call, dy: Tensor, measure: Callable[[Callable[[], object]], float], **inputs: Value
+) -> dict[str, Config]:
+    """Times every candidate on inputs of a call, keeps the fastest for this process, and returns
+    them by kernel.
+
+    ``measure`` takes a function and returns its time, such as `triton.testing.do_bench`. Nothing
+    calls this by itself: a choice by time would make the order of sums, and so their last bits,
+    depend on the run. The seed of dropout changes no time, so it is 0.
+    """
+    plan = plan_of(call, inputs)
+    _, gate_value, h = forward(call, 0, **inputs)
+    needs = {row.name: row.is_differentiable for row in CONTRACT.input_rows}
+    needs = {n: needs[n] and inputs[n] is not None for n in CONTRACT.backward_names}
+    for kernel in plan.configs:
+        times: dict[Config, float] = {}
+        for candidate in (plan.configs[kernel], *CANDIDATES):
+            plan.configs[kernel] = candidate
+            if kernel == "forward":
+                time = measure(lambda: forward(call, 0, **inputs))
+            else:
+                time = measure(lambda: backward(call, needs, dy, gate_value, h, 0, **inputs))
+            times.setdefault(plan.configs[kernel], time)  # a smaller one if that did not fit
+        plan.configs[kernel] = min(times, key=lambda config: times[config])
+    return dict(plan.configs)
 
 
 class _Backward:
