@@ -47,7 +47,8 @@ _LAYERS = {
     ),
     "methods": (
         "METHODS", "AdaMixConfig", "BitFitConfig", "BottleneckAdapterConfig", "FullConfig",
-        "HeadConfig", "LoraConfig", "PrefixTuningConfig", "UniPELTConfig", "config_from_dict", "make_config",
+        "HeadConfig", "LoraConfig", "PrefixTuningConfig", "UniPELTConfig", "config_from_dict",
+        "make_config",
     ),
     "models": ("PeltModel", "get_pelt_model"),
 }  # fmt: skip
