@@ -140,6 +140,20 @@ inline float sum_of(Vector v) {
   return lanes[0];
 }
 
+// Lane i is lane index[i] of a followed by b.
+inline Vector shuffle(Vector a, Vector b, Ints index) {
+#if defined(__clang__)  // has shuffles by constants only
+  float lanes[2 * kWidth];
+  store(lanes, a);
+  store(lanes + kWidth, b);
+  Vector v;
+  for (int i = 0; i < kWidth; ++i) v[i] = lanes[index[i]];
+  return v;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
 // Transposes kWidth vectors in place: each step swaps the off-diagonal halves of smaller blocks.
 inline void transpose(Vector (&rows)[kWidth]) {
   Ints lane;
@@ -153,8 +167,8 @@ inline void transpose(Vector (&rows)[kWidth]) {
     for (int i = 0; i < kWidth; ++i) {
       if (i & step) continue;
       const Vector low = rows[i], high = rows[i + step];
-      rows[i] = __builtin_shuffle(low, high, to_low);
-      rows[i + step] = __builtin_shuffle(low, high, to_high);
+      rows[i] = shuffle(low, high, to_low);
+      rows[i + step] = shuffle(low, high, to_high);
     }
   }
 }
