@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         HeadConfig,
         LoraConfig,
         PrefixTuningConfig,
+        PSTConfig,
         UniPELTConfig,
         config_from_dict,
         make_config,
@@ -47,8 +48,8 @@ _LAYERS = {
     ),
     "methods": (
         "METHODS", "AdaMixConfig", "BitFitConfig", "BottleneckAdapterConfig", "FullConfig",
-        "HeadConfig", "LoraConfig", "PrefixTuningConfig", "UniPELTConfig", "config_from_dict",
-        "make_config",
+        "HeadConfig", "LoraConfig", "PSTConfig", "PrefixTuningConfig", "UniPELTConfig",
+        "config_from_dict", "make_config",
     ),
     "models": ("PeltModel", "get_pelt_model"),
 }  # fmt: skip
@@ -65,6 +66,7 @@ __all__ = [
     "LoraBranch",
     "LoraConfig",
     "Norm",
+    "PSTConfig",
     "PeltModel",
     "Prefix",
     "PrefixTuningConfig",

@@ -7,6 +7,7 @@ from .baselines import FullConfig, HeadConfig
 from .bitfit import BitFitConfig
 from .lora import LoraConfig
 from .prefix import PrefixTuningConfig
+from .pst import PSTConfig
 from .registry import METHODS, PRESETS, config_from_dict, make_config
 from .unipelt import UniPELTConfig
 
@@ -20,6 +21,7 @@ __all__ = [
     "HeadConfig",
     "LoraConfig",
     "MethodConfig",
+    "PSTConfig",
     "Parts",
     "PrefixTuningConfig",
     "UniPELTConfig",

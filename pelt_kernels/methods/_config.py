@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .adapter import BottleneckAdapterConfig
     from .lora import LoraConfig
     from .prefix import PrefixTuningConfig
+    from .pst import PSTConfig
 
 GATE_POOLINGS = ("masked_mean", "mean")
 
@@ -26,6 +27,8 @@ class Parts(NamedTuple):
     lora: LoraConfig | None = None
     tune: str = "none"  # "none", "bias" or "all"
     mixture: AdaMixConfig | None = None
+    pruning: PSTConfig | None = None
+    tune_head: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

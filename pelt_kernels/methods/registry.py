@@ -12,6 +12,7 @@ from .baselines import FullConfig, HeadConfig
 from .bitfit import BitFitConfig
 from .lora import LoraConfig
 from .prefix import PrefixTuningConfig
+from .pst import PSTConfig
 from .unipelt import UniPELTConfig
 
 METHODS: dict[str, type[MethodConfig]] = {
@@ -22,6 +23,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         PrefixTuningConfig,
         LoraConfig,
         AdaMixConfig,
+        PSTConfig,
         BitFitConfig,
         HeadConfig,
         FullConfig,

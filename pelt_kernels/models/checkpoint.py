@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..methods import MethodConfig, PrefixTuningConfig, UniPELTConfig, config_from_dict
 from ..nn import PrefixAttention
+from .pruning import Prunable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,6 +124,8 @@ class Checkpointed(nn.Module):
         except BaseException:
             made._take_out(keep_head=False)
             raise
+        if isinstance(made, Prunable):
+            made.set_progress(1.0)
         if not is_trainable:
             made.requires_grad_(False)
             made.eval()

@@ -14,6 +14,7 @@ from ..methods.lora import TARGETS
 from ..nn import GatedAdapter, LoRALinear, PrefixAttention, Router
 from .attention import PELT, SITE, LayerSite, forget_mask, read_mask, register_attention
 from .mixture import adapt_with_experts
+from .pruning import prune_linears
 from .replacement import Replacement
 from .slots import Slots, embeddings_of, layers_of, place_of
 
@@ -122,6 +123,8 @@ class Injection:
             self._attentions.append(layer.get_submodule(slots.attention))
             self._last_norms.append(layer.get_submodule(slots.ffn_norm))
             self.replacements.extend(self._adapt(layer, slots, site))
+            if parts.pruning is not None:
+                self.replacements += prune_linears(layer, slots, parts.pruning, self.made)
             if mixture is not None and self.router is not None:
                 self.replacements += adapt_with_experts(
                     layer, slots, mixture, self.router, self.made

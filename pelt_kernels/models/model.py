@@ -17,6 +17,7 @@ from .attention import raise_no_weights
 from .checkpoint import Checkpointed, without_reparametrisation
 from .inject import Injection, raise_occupied
 from .mixture import compares_passes, consistent_forward
+from .pruning import Prunable
 from .slots import slots_of
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 BASE = "base_model."
 
 
-class PeltModel(Checkpointed):
+class PeltModel(Prunable, Checkpointed):
     """A frozen transformers encoder, a method's parts inside it, and its trained classification
     head.
 
@@ -67,7 +68,9 @@ class PeltModel(Checkpointed):
         in_place = [
             name
             for name in named
-            if name in head or parts.tune == "all" or (parts.tune == "bias" and "bias" in name)
+            if (name in head and parts.tune_head)
+            or parts.tune == "all"
+            or (parts.tune == "bias" and "bias" in name)
         ]
         injection = Injection(model, slots, parts)
         self.base_model = model

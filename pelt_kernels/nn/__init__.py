@@ -5,6 +5,7 @@ from .gate import Gate
 from .gated_adapter import GatedAdapter
 from .lora_linear import LoRALinear
 from .prefix_attention import PrefixAttention
+from .pruned_linear import PrunedLinear
 
 __all__ = [
     "Bank",
@@ -14,6 +15,7 @@ __all__ = [
     "GatedAdapter",
     "LoRALinear",
     "PrefixAttention",
+    "PrunedLinear",
     "Router",
     "spare_unselected",
 ]

@@ -14,6 +14,7 @@ from transformers.trainer_utils import IntervalStrategy
 from .errors import Interrupted
 
 BEST_METRIC = "eval_accuracy"
+IS_PRUNING = "is_pruning"  # marks an evaluation at a sparsity below the final one
 
 
 class Stop(TrainerCallback):
@@ -94,6 +95,12 @@ class EarlyStopping(TrainerCallback):
 
 
 def evaluations_without_gain(history: Sequence[dict[str, Any]]) -> int:
-    """How many evaluations lie behind the (first) best one."""
-    values = [entry[BEST_METRIC] for entry in history if BEST_METRIC in entry]
+    """How many evaluations lie behind the (first) best one; those at a sparsity that still rose do
+    not count.
+    """
+    values = [
+        entry[BEST_METRIC]
+        for entry in history
+        if BEST_METRIC in entry and not entry.get(IS_PRUNING)
+    ]
     return len(values) - 1 - values.index(max(values)) if values else 0

@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
+from ..methods import PSTConfig
 from ..models import PeltModel
 from ..nn import Router, spare_unselected
 from .encode import Encoded, LengthGroups
 from .errors import RunError, reason
+from .stopping import BEST_METRIC, IS_PRUNING
 from .storage import replacing
 
 STATE_FILE = "trainer_state.json"
@@ -84,6 +86,23 @@ class Routing(TrainerCallback):
         self.router.seek(state.global_step, self.seed)
 
 
+class Pruning(TrainerCallback):
+    """Raises PST's sparsity with the steps taken, and has the end of training evaluated: a model
+    counts only at its final sparsity.
+    """
+
+    def __init__(self, model: PeltModel) -> None:
+        self.model = model
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.model.set_progress(state.global_step / state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.model.set_progress(state.global_step / state.max_steps)
+        if state.global_step >= state.max_steps and args.eval_strategy == IntervalStrategy.STEPS:
+            control.should_evaluate = True
+
+
 class PeltTrainer(Trainer):
     """Trains a `PeltModel`; the history it keeps is what the plots and the figures are made of.
 
@@ -114,6 +133,8 @@ class PeltTrainer(Trainer):
         self._order_seed = order_seed
         self._clock = StepClock()
         self.add_callback(self._clock)
+        if isinstance(model.method_config, PSTConfig):
+            self.add_callback(Pruning(model))
         if model.router is not None:
             self.add_callback(Routing(model.router, order_seed))
         model.record_gates(True)
@@ -128,6 +149,16 @@ class PeltTrainer(Trainer):
         checkpoint = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         with _reading(checkpoint):
             self.pelt.load_adapter(checkpoint)
+        self.pelt.set_progress(1.0)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        return not self._is_pruning() and super()._determine_best_metric(metrics, trial)
+
+    def _is_pruning(self) -> bool:
+        config, state = self.pelt.method_config, self.state
+        if not isinstance(config, PSTConfig) or not state.max_steps:
+            return False
+        return config.sparsity_at(state.global_step / state.max_steps) < config.sparsity
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -137,6 +168,8 @@ class PeltTrainer(Trainer):
                     "a smaller --lr may help"
                 )
             logs = logs | {"gates": self._mean_gates(), "seconds_per_step": self._clock.lap()}
+        if BEST_METRIC in logs and self._is_pruning():
+            logs = logs | {IS_PRUNING: True}
         super().log(logs, start_time)
 
     def _mean_gates(self) -> dict[str, float]:

@@ -73,7 +73,7 @@ def test_the_pooling_of_unipelt_holds_for_its_parts():
 
 def test_methods_by_name():
     assert list(METHODS) == [
-        "unipelt", "adapter", "prefix", "lora", "adamix", "bitfit", "head", "full"
+        "unipelt", "adapter", "prefix", "lora", "adamix", "pst", "bitfit", "head", "full"
     ]  # fmt: skip
     assert make_config("unipelt-ap") == UniPELTConfig.ap()
     assert make_config("lora", r=4) == LoraConfig(r=4)

@@ -1,0 +1,90 @@
+"""PST in a model: where it prunes, how dense that leaves it, and the plain sparse model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..methods import MethodConfig, PSTConfig
+from ..nn import PrunedLinear
+from .replacement import Replacement
+from .slots import Slots, place_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def prune_linears(
+    layer: nn.Module, slots: Slots, config: PSTConfig, made: dict[str, Any]
+) -> Iterator[Replacement]:
+    """The pruned Linears that stand for a layer's own."""
+    for target in config.targets:
+        parent, name = place_of(layer, getattr(slots, target))
+        original = getattr(parent, name)
+        adapted = PrunedLinear(
+            original,
+            config.r1,
+            config.r2,
+            beta=config.beta,
+            alpha1=config.alpha1,
+            alpha2=config.alpha2,
+            dtype=made["dtype"],
+        )
+        yield Replacement(parent, name, original, adapted)
+
+
+class Prunable(nn.Module):
+    """What `PeltModel` does for PST."""
+
+    if TYPE_CHECKING:
+        base_model: PreTrainedModel
+        method_config: MethodConfig
+
+        def _check_attached(self, who: str) -> None: ...
+        def _take_out(self, keep_head: bool) -> None: ...
+        def _put(self, values: dict[str, Tensor]) -> None: ...
+
+    def set_progress(self, progress: float) -> None:
+        """Tells the method which share of the training is done: PST's sparsity follows it, for
+        every forward from here on. A new model stands at 0, a loaded one at 1.
+        """
+        if isinstance(self.method_config, PSTConfig):
+            sparsity = self.method_config.sparsity_at(progress)
+            for module in self._pruned("set_progress").values():
+                module.sparsity = sparsity
+
+    @torch.no_grad()
+    def density(self) -> dict[str, float]:
+        """Of each matrix that PST prunes, by its Linear's name, the share that is not 0 now."""
+        weights = self._pruned_weights("density")
+        counts = torch.stack([(weight != 0).sum() for weight in weights.values()]).tolist()
+        return {
+            name: count / weight.numel()
+            for (name, weight), count in zip(weights.items(), counts, strict=True)
+        }
+
+    @torch.no_grad()
+    def export_pruned(self) -> PreTrainedModel:
+        """Takes PST out and leaves its pruned weights in the plain base model, with the trained
+        head: the same logits, without this package. This object is of no use afterwards.
+
+        Raises:
+            ValueError: the method is not 'pst', or it is not in the model now.
+        """
+        weights = self._pruned_weights("export_pruned")
+        self._check_attached("export_pruned")
+        self._take_out(keep_head=True)
+        self._put({f"{name}.weight": weight for name, weight in weights.items()})
+        return self.base_model
+
+    def _pruned_weights(self, who: str) -> dict[str, Tensor]:
+        return {name: module.pruned_weight() for name, module in self._pruned(who).items()}
+
+    def _pruned(self, who: str) -> dict[str, PrunedLinear]:
+        if not isinstance(self.method_config, PSTConfig):
+            raise ValueError(f"{who}: expected the method 'pst', got {self.method_config.method!r}")
+        named = self.base_model.named_modules()
+        return {name: module for name, module in named if isinstance(module, PrunedLinear)}
