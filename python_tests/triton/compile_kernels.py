@@ -68,6 +68,10 @@ CASES = {
             {**_POOLED, "activation": "gelu_tanh", "dropout_p": 0.1},
         ),
     ),
+    "one_row-f16": (
+        torch.float16,
+        Case("", {"B": 1, "S": 1, "D": 64, "R": 1, "M": 1, "M_up": 1}, _EVERY_INPUT, _POOLED),
+    ),
     "skip-bf16": (
         torch.bfloat16,
         Case("", _BERT, _UNIPELT, {**_POOLED, "skip_below": 0.5, "activation": "tanh"}),
@@ -89,15 +93,17 @@ class Recorder:
     ) -> None:
         given = dict(zip(self.kernel.arg_names, args))
         signature, constexprs, attributes = {}, {}, {}
-        for i, name in enumerate(self.kernel.arg_names):
+        for i, (name, parameter) in enumerate(zip(self.kernel.arg_names, self.kernel.params)):
             value = given.get(name)
-            if name in constants or value is None:
-                signature[name], constexprs[name] = "constexpr", constants.get(name)
+            is_special = isinstance(value, int) and not parameter.do_not_specialize
+            if name in constants or value is None or (is_special and value == 1):
+                signature[name], constexprs[name] = "constexpr", constants.get(name, value)
             elif isinstance(value, torch.Tensor):
                 signature[name] = _TYPES[value.dtype]
-                attributes[(i,)] = [["tt.divisibility", 16]]
             else:
                 signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, torch.Tensor) or (is_special and value % 16 == 0):
+                attributes[(i,)] = [["tt.divisibility", 16]]
         key = json.dumps([self.kernel.__name__, signature, constexprs, num_warps, num_stages])
         if key in self.done:
             return

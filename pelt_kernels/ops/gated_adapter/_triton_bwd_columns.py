@@ -60,9 +60,11 @@ def _gated_adapter_bwd_columns_kernel(
     cols = start_col + tl.arange(0, BLOCK_D)
     col_ok = cols < D
     dtype = dh_ptr.dtype.element_ty
-    NEEDS_DZ: tl.constexpr = (dx_ptr is not None) or (max(PRE_WEIGHT, PRE_BIAS) >= 0)
-    NEEDS_DU: tl.constexpr = max(W_UP, B_UP, POST_WEIGHT, POST_BIAS) >= 0
-    NEEDS_X: tl.constexpr = (max(W_DOWN, GATE_WEIGHT) >= 0) or (
+    NEEDS_DZ: tl.constexpr = (dx_ptr is not None) or ((PRE_WEIGHT >= 0) or (PRE_BIAS >= 0))
+    NEEDS_DU: tl.constexpr = ((W_UP >= 0) or (B_UP >= 0)) or (
+        (POST_WEIGHT >= 0) or (POST_BIAS >= 0)
+    )
+    NEEDS_X: tl.constexpr = ((W_DOWN >= 0) or (GATE_WEIGHT >= 0)) or (
         (pre_weight_ptr is not None) and NEEDS_DZ
     )
 

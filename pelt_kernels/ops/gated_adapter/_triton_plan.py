@@ -155,7 +155,11 @@ class Plan:
 
 
 def options_of(config: Config) -> dict[str, int]:
+    """A launch's options. Multiplications and additions may be fused, as in every other backend;
+    Triton's own default changes between its versions.
+    """
     return {
+        "enable_fp_fusion": True,
         "BLOCK_T": config.block_t,
         "BLOCK_D": config.block_d,
         "num_warps": config.warps,
