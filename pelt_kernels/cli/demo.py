@@ -45,7 +45,7 @@ def demo(
 
 
 def _run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    notes().print(f"$ pelt-kernels {' '.join(arguments)}", markup=False)
+    notes().print(f"$ pelt-kernels {' '.join(arguments)}", markup=False, soft_wrap=True)
     command = [sys.executable, "-m", "pelt_kernels.cli", *arguments]
     done = subprocess.run(command, text=True, check=False, **options)
     if done.returncode:

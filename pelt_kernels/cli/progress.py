@@ -66,7 +66,8 @@ class RunProgress(TrainerCallback):
         if metrics:
             self.bars.console.print(
                 f"{self.title}: step {state.global_step}/{state.max_steps}  {self.loss}  "
-                f"dev accuracy {metrics['eval_accuracy']:.3f}  {self._left(state)}"
+                f"dev accuracy {metrics['eval_accuracy']:.3f}  {self._left(state)}",
+                soft_wrap=True,
             )
 
     def _left(self, state: Any) -> str:
