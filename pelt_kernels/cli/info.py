@@ -41,7 +41,7 @@ def _probes() -> dict[str, Callable[[str], Any]]:
     """A small call of each operator with the backend by name, on the GPU if there is one."""
     import torch
 
-    from ..ops import gated_adapter, lora_linear, prefix_attention
+    from ..ops import gated_adapter, lora_linear, masked_weight, prefix_attention, symmetric_kl
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.zeros(1, 16, 64, device=device)
@@ -51,6 +51,10 @@ def _probes() -> dict[str, Callable[[str], Any]]:
         "gated_adapter": lambda backend: gated_adapter(x, down, up, backend=backend),
         "prefix_attention": lambda backend: prefix_attention(q, q, q, backend=backend),
         "lora_linear": lambda backend: lora_linear(x, weight, backend=backend),
+        "masked_weight": lambda backend: masked_weight(
+            weight, up, down, up, down, weight[0], weight[0], 1, backend=backend
+        ),
+        "symmetric_kl": lambda backend: symmetric_kl(x, x, backend=backend),
     }
 
 
