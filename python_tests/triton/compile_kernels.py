@@ -88,9 +88,9 @@ class Recorder:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return self.compile
 
-    def compile(
-        self, *args: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any
-    ) -> None:
+    def compile(self, *args: Any, **constants: Any) -> None:
+        names = ("num_warps", "num_stages", "enable_fp_fusion")
+        options = {name: constants.pop(name) for name in names if name in constants}
         given = dict(zip(self.kernel.arg_names, args))
         signature, constexprs, attributes = {}, {}, {}
         for i, (name, parameter) in enumerate(zip(self.kernel.arg_names, self.kernel.params)):
@@ -104,11 +104,10 @@ class Recorder:
                 signature[name] = "fp32" if isinstance(value, float) else "i32"
             if isinstance(value, torch.Tensor) or (is_special and value % 16 == 0):
                 attributes[(i,)] = [["tt.divisibility", 16]]
-        key = json.dumps([self.kernel.__name__, signature, constexprs, num_warps, num_stages])
+        key = json.dumps([self.kernel.__name__, signature, constexprs, options])
         if key in self.done:
             return
         self.done.add(key)
-        options = {"num_warps": num_warps, "num_stages": num_stages}
         source = ASTSource(self.kernel, signature, constexprs, attributes)
         found = triton.compile(source, target=self.target, options=options)
         line = {
