@@ -190,3 +190,27 @@ def test_skipped_rows_do_no_work(gate):
     assert torch.equal(y[0], x[0])
     assert y[1].isfinite().all()
     assert not torch.equal(y[1], x[1])
+
+
+@pytest.mark.parametrize("width", [1, 16, 130, 257])
+@pytest.mark.parametrize("rank", [1, 9, 33])
+def test_nothing_is_written_beside_results_and_workspace(width, rank, isa, threads, monkeypatch):
+    """Each piece of memory that the kernels get lies between two stretches of a known value."""
+    pieces = []
+
+    def between_guards(shape, dtype, device):
+        count = torch.Size(shape).numel()
+        memory = torch.full((count + 128,), -777.0, dtype=dtype)
+        pieces.append((memory, count))
+        return memory[64 : 64 + count].view(shape)
+
+    threads(3)
+    monkeypatch.setattr(native, "empty", between_guards)
+    sizes = {"B": 2, "S": 80, "D": width, "R": rank}
+    inputs = f"b_down b_up gate_weight gate_bias mask {NORMS}"
+    attributes = {"pooling": "masked_mean", "dropout_p": 0.1}
+    run(OPERATOR, "cpu", Case("guards", sizes, inputs, attributes), "bfloat16-master")
+    assert len(pieces) > 15
+    for memory, count in pieces:
+        beside = torch.cat([memory[:64], memory[64 + count :]])
+        assert torch.equal(beside, torch.full((128,), -777.0, dtype=memory.dtype))
