@@ -53,8 +53,6 @@ CASES = {
     "rank_128-bf16": (torch.bfloat16, Case("", {**_BERT, "R": 128}, "b_down b_up gate:1")),
     "rank_256-bf16": (torch.bfloat16, Case("", {**_BERT, "R": 256}, "b_down b_up")),
     "rank_256-f32": (torch.float32, Case("", {**_BERT, "R": 256}, "b_down b_up")),
-    "rank_512-bf16": (torch.bfloat16, Case("", {**_BERT, "R": 512}, "b_down b_up")),
-    "rank_512-f32": (torch.float32, Case("", {**_BERT, "R": 512}, "b_down b_up")),
     "token-bf16": (
         torch.bfloat16,
         Case("", _BERT, "b_up gate_weight gate_bias", {"pooling": "token", "activation": "silu"}),

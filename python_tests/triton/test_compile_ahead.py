@@ -22,8 +22,8 @@ KERNELS = {
 # Every branch at once, and products of float32; where registers are counted also what the methods
 # use, and sizes of 1, which Triton makes constants.
 SHORT = ("everything-bf16", "plain-f32")
-METHODS = ("unipelt-bf16", "token-bf16", "rank_128-bf16")
-LARGEST_SHARED = {"cuda": 99 * 1024, "hip": 64 * 1024}  # of sm_86 and sm_89, and of any AMD GPU
+METHODS = ("unipelt-bf16", "token-bf16", "rank_128-bf16", "rank_256-bf16")
+LARGEST_SHARED = 64 * 1024  # of any AMD GPU; the smallest NVIDIA GPU has 99 KiB
 
 
 def compiled(target: str, cases: tuple[str, ...], cache: Path) -> list[dict[str, object]]:
@@ -40,17 +40,17 @@ def compiled(target: str, cases: tuple[str, ...], cache: Path) -> list[dict[str,
     "target", ["cuda:80", "cuda:100", "hip:gfx942", "hip:gfx90a", "hip:gfx1100"]
 )
 def test_every_kernel_compiles(target, tmp_path):
-    check(target, compiled(target, SHORT, tmp_path))
+    check(compiled(target, SHORT, tmp_path))
 
 
 def test_the_methods_kernels_do_not_spill(tmp_path):
     """On sm_90 ptxas keeps every accumulator in registers for what the methods use."""
     found = compiled("cuda:90", (*SHORT, *METHODS, "one_row-f16"), tmp_path)
-    check("cuda:90", found)
+    check(found)
     assert not [kernel for kernel in found if kernel["case"] in METHODS and kernel["spilled"]]
 
 
-def check(target: str, found: list[dict[str, object]]) -> None:
+def check(found: list[dict[str, object]]) -> None:
     assert {kernel["kernel"] for kernel in found} == KERNELS
     for kernel in found:
-        assert kernel["shared"] <= LARGEST_SHARED[target.split(":")[0]], kernel
+        assert kernel["shared"] <= LARGEST_SHARED, kernel

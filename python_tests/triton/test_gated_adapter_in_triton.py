@@ -51,11 +51,8 @@ def test_refusals_name_the_number():
     assert backend.supports(bind(torch.float64)) == (
         "it takes float32, float16 or bfloat16, and x is float64"
     )
-    assert backend.supports(bind(torch.float32, R=257)) == (
-        "its tiles hold a bottleneck of at most 256 in float32, and R is 257"
-    )
-    assert backend.supports(bind(torch.bfloat16, R=513)) == (
-        "its tiles hold a bottleneck of at most 512 in bfloat16, and R is 513"
+    assert backend.supports(bind(torch.bfloat16, R=257)) == (
+        "its registers hold the sums for a bottleneck of at most 256, and R is 257"
     )
     assert "2**31" in backend.supports(bind(B=2**16, S=2**15, D=1))
 

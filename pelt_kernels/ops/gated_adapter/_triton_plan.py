@@ -26,20 +26,18 @@ class Config(NamedTuple):
 
 
 # For each kernel and each bottleneck up to the number: 16-bit and float32 activations. Not timed:
-# chosen for the most rows in flight whose accumulators ptxas keeps in registers (sm_80, sm_90,
-# sm_100; rank 512 spills 32 bytes) and whose operands fit in the 99 KiB of shared memory of the
-# smallest NVIDIA GPU and the 64 KiB of AMD's. `tune` times the candidates on the GPU that is there.
+# chosen for the most rows in flight whose accumulators ptxas keeps in registers (on sm_80, sm_90
+# and sm_100) and whose operands fit in 64 KiB of shared memory, which every GPU has that Triton
+# serves. `tune` times the candidates on the GPU that is there.
 _ROWS = {
     64: (Config(64, 64, 4, 2), Config(32, 32, 4, 2)),
     128: (Config(64, 64, 8, 2), Config(32, 32, 8, 1)),
     256: (Config(32, 32, 8, 2), Config(16, 16, 8, 1)),
-    512: (Config(16, 32, 8, 1), Config(16, 16, 8, 1)),
 }
 _COLUMNS = {
     64: (Config(32, 64, 4, 2), Config(32, 32, 4, 1)),
     128: (Config(32, 64, 8, 2), Config(16, 32, 8, 1)),
     256: (Config(16, 32, 8, 1), Config(16, 16, 16, 1)),
-    512: (Config(16, 32, 16, 1), Config(16, 16, 16, 1)),
 }
 CANDIDATES = tuple(
     Config(block_t, block_d, warps, stages)

@@ -36,8 +36,8 @@ from ._triton_plan import (
 )
 from .contract import CONTRACT
 
-# Above, one tile's operands are more than the shared memory of smaller GPUs.
-_MAX_RANK = {torch.float32: 256, torch.float16: 512, torch.bfloat16: 512}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MAX_RANK = 256  # above, ptxas spills the accumulators of the weights' gradients
 _RESIDUAL, _GATE_WEIGHT, _GATE_BIAS = (
     CONTRACT.input_names.index(name) for name in ("residual", "gate_weight", "gate_bias")
 )
@@ -68,15 +68,15 @@ def unavailable(device: torch.device | str) -> str:
 
 def supports(call: Call) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    if call.dtype not in _MAX_RANK:
+    if call.dtype not in _DTYPES:
         return (
             "it takes float32, float16 or bfloat16, and x is"
             f" {str(call.dtype).removeprefix('torch.')}"
         )
-    if call.sizes["R"] > _MAX_RANK[call.dtype]:
+    if call.sizes["R"] > _MAX_RANK:
         return (
-            f"its tiles hold a bottleneck of at most {_MAX_RANK[call.dtype]} in"
-            f" {str(call.dtype).removeprefix('torch.')}, and R is {call.sizes['R']}"
+            f"its registers hold the sums for a bottleneck of at most {_MAX_RANK}, and R is"
+            f" {call.sizes['R']}"
         )
     if call.sizes["B"] * call.sizes["S"] >= 2**31:
         return "it counts rows in 32 bits, and there are 2**31 or more"
