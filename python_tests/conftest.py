@@ -22,6 +22,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         ),
     )
     parser.addoption(
+        "--cuda-module",
+        metavar="FILE",
+        help="a _C built with the CUDA kernels, whose machine code is to be checked",
+    )
+    parser.addoption(
         "--simulator-seeds",
         default=1,
         type=int,
@@ -35,6 +40,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"--require-backend: expected some of {', '.join(BACKENDS)}, got {', '.join(unknown)}"
         )
+    config.addinivalue_line("markers", "quick: the short list of parity, for sanitizers")
     # Workers of pytest-xdist share the processor; results do not depend on the number of threads.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 

@@ -16,7 +16,12 @@ from pelt_kernels.ops import _native as native
 
 MATRIX = [
     pytest.param(
-        operator, backend, case.id, precision, id=f"{operator}-{case.id}-{precision}-{backend}"
+        operator,
+        backend,
+        case.id,
+        precision,
+        id=f"{operator}-{case.id}-{precision}-{backend}",
+        marks=[pytest.mark.quick] if case.is_quick else [],
     )
     for operator in dict.fromkeys(operator for operator, _ in CELLS)
     for case in contract_of(operator).CASES
