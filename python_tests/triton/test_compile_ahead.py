@@ -20,7 +20,7 @@ KERNELS = {
     for name in ("fwd", "bwd_rows", "bwd_pool", "bwd_columns", "bwd_sum")
 }
 # Every branch at once, and products of float32; where registers are counted also what the methods
-# use, and sizes of 1, which Triton makes constants.
+# use, and sizes of 1.
 SHORT = ("everything-bf16", "plain-f32")
 METHODS = ("unipelt-bf16", "token-bf16", "rank_128-bf16", "rank_256-bf16")
 LARGEST_SHARED = 64 * 1024  # of any AMD GPU; the smallest NVIDIA GPU has 99 KiB

@@ -24,7 +24,18 @@ from ._triton_bwd_rows import (
 from ._triton_fwd import row_gate, scale_number, up_chunk
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
+@triton.jit(
+    do_not_specialize=[
+        "N",
+        "S",
+        "shares",
+        "T",
+        "rows_per_share",
+        "seed_low",
+        "seed_high",
+        "threshold",
+    ]
+)
 def _gated_adapter_bwd_columns_kernel(
     x_ptr, w_down_ptr, w_up_ptr, b_up_ptr, down_index_ptr, up_index_ptr,
     pre_weight_ptr, pre_bias_ptr, post_weight_ptr, scale_ptr, gate_ptr, gate_weight_ptr,
@@ -225,7 +236,7 @@ def _sum_parts(
     return block - blocks * members
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "shares", "M", "M_up"])
 def _gated_adapter_bwd_sum_kernel(
     part_ptr, down_index_ptr, up_index_ptr,
     w_down_ptr, w_up_ptr, b_down_ptr, b_up_ptr, pre_weight_ptr, pre_bias_ptr, post_weight_ptr,

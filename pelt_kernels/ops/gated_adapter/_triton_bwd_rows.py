@@ -56,7 +56,7 @@ def dropped_chunk(
     return dy, dropped
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
+@triton.jit(do_not_specialize=["N", "S", "tiles", "T", "seed_low", "seed_high", "threshold"])
 def _gated_adapter_bwd_rows_kernel(
     x_ptr, w_down_ptr, b_down_ptr, w_up_ptr, b_up_ptr, down_index_ptr, up_index_ptr,
     pre_weight_ptr, pre_bias_ptr, post_weight_ptr, post_bias_ptr, scale_ptr, gate_ptr,
@@ -190,7 +190,7 @@ def _gated_adapter_bwd_rows_kernel(
         tl.store(dgate_ptr + t, (row_dot * number).to(dgate_ptr.dtype.element_ty), mask=row_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])
 def _gated_adapter_bwd_pool_kernel(
     row_ptr, mask_ptr, scale_ptr, dgate_ptr, pool_ptr, S, scale_value,
     POOLING: tl.constexpr, BLOCK: tl.constexpr,

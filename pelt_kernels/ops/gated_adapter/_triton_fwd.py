@@ -137,7 +137,8 @@ def up_norm(
     return mean, tl.rsqrt(m2 / D + eps)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
+# Batches change their sizes: an argument that is 1 or a multiple of 16 must not compile anew.
+@triton.jit(do_not_specialize=["N", "S", "tiles", "seed_low", "seed_high", "threshold"])
 def _gated_adapter_fwd_kernel(
     x_ptr, w_down_ptr, b_down_ptr, w_up_ptr, b_up_ptr, down_index_ptr, up_index_ptr,
     pre_weight_ptr, pre_bias_ptr, post_weight_ptr, post_bias_ptr, scale_ptr, gate_ptr,
