@@ -131,6 +131,7 @@ class Plan:
         self.groups, self.rows = (
             (b, s) if self.is_pooled else (self.shared_groups, self.shared_rows)
         )
+        self.layouts: dict[tuple[str, ...], dict[str, int]] = {}  # by the gradients wanted
         self.configs = {
             "forward": _config(call, "forward", self.groups, self.rows),
             "rows": _config(call, "rows", self.shared_groups, self.shared_rows),

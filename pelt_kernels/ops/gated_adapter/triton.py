@@ -236,7 +236,10 @@ class _Backward:
         plan, given, call = self.plan, self.given, self.call
         chunks = -(-call.sizes["D"] // config.block_d)
         self.shares, rows_per_share = shares_of(call, plan, config, chunks)
-        self.layout = layout_of(call, self.grads)
+        wanted = tuple(self.grads)
+        if wanted not in plan.layouts:
+            plan.layouts[wanted] = layout_of(call, self.grads)
+        self.layout = plan.layouts[wanted]
         part_count = plan.shared_groups * self.shares
         self.parts = _native.empty(
             (part_count, self.layout["PART_SIZE"]), torch.float32, call.device
