@@ -12,7 +12,7 @@ SETUP := .venv/.setup
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 CXX_FILES = $(shell git ls-files '*.h' '*.cuh' '*.cu' '*.cpp')
 
-.PHONY: demo test bench lint build build-sim table clean
+.PHONY: demo test lint build build-sim table clean
 
 demo: build $(SETUP)-demo
 	$(BIN)/pelt-kernels demo
@@ -22,9 +22,6 @@ demo: build $(SETUP)-demo
 test: build-sim $(SETUP)-demo $(SETUP)-test
 	$(PYTEST) --require-backend cuda_sim,cpu $(TEST_OPTIONS)
 	TRITON_INTERPRET=1 $(PYTEST) --require-backend triton -k triton python_tests/ops $(TEST_OPTIONS)
-
-bench: build $(SETUP)-demo
-	$(BIN)/python -m benchmarks.run $(BENCH_OPTIONS)
 
 lint: $(SETUP)-package $(SETUP)-dev
 	$(BIN)/ruff check .

@@ -38,6 +38,11 @@ def _bounds(text: str, name: str) -> tuple[int, int]:
     return places[0] + len(marks[0]), places[1]
 
 
+def _digits(share: float) -> str:
+    """Two digits, however small, and no exponent for a hundred."""
+    return f"{share:.2g}" if share < 99.5 else "100"
+
+
 def methods_table(found: dict[str, Any]) -> str:
     """The methods' accuracy and cost, in Markdown, from what `benchmarks.methods_table` wrote."""
     head = found["rows"][0]
@@ -49,15 +54,16 @@ def methods_table(found: dict[str, Any]) -> str:
         share = 100 * row["trainable_parameters"] / row["total_parameters"]
         lines.append(
             f"| `{row['method']}` | {row['accuracy']['mean']:.3f} ± {row['accuracy']['std']:.3f} "
-            f"| {row['trainable_parameters']:,} | {share:.2g} % |"
+            f"| {row['trainable_parameters']:,} | {_digits(share)} % |"
         )
     hardware = f"{head['hardware']['cpu']}, {head['hardware']['threads']} thread(s)"
     seeds = len(head["seeds"])
+    commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in found["rows"]))
     lines += [
         "",
         f"Mean and standard deviation of {seeds} seeds, {head['train_examples']:,} training "
         f"examples, {head['test_examples']:,} test examples; {hardware}; torch {head['torch']}; "
-        f"commit {head['commit'][:10]}.",
+        f"commit {commits}.",
     ]
     return "\n".join(lines) + "\n"
 
