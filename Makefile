@@ -20,8 +20,8 @@ demo: build $(SETUP)-demo
 # On a machine without a GPU, Triton's kernels run in its interpreter, which has to be chosen before
 # Python starts.
 test: build-sim $(SETUP)-demo $(SETUP)-test
-	$(PYTEST) --require-backend cuda_sim,cpu $(TEST_OPTIONS)
-	TRITON_INTERPRET=1 $(PYTEST) --require-backend triton -k triton python_tests/ops $(TEST_OPTIONS)
+	$(PYTEST) --require-backend=cuda_sim,cpu $(TEST_OPTIONS)
+	TRITON_INTERPRET=1 $(PYTEST) --require-backend=triton -k triton python_tests/ops $(TEST_OPTIONS)
 
 lint: $(SETUP)-package $(SETUP)-dev
 	$(BIN)/ruff check .
