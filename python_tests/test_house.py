@@ -108,7 +108,7 @@ def _lines_with(pattern: str, paths: list[Path]) -> set[str]:
 
 def test_each_door_has_one_place():
     assert _lines_with(r"<<<", SOURCES) <= {"csrc/common/launch.h"}
-    assert _lines_with(r"#include <pybind11", SOURCES) <= {"csrc/bindings.cpp"}
+    assert _lines_with(r"#include <pybind11", SOURCES) <= {"csrc/bindings/bind.h"}
     assert not _lines_with(r"#include [<\"](torch|ATen|c10)/", SOURCES)
     package = [path for path in PYTHON if path.is_relative_to(PACKAGE)]
     assert _lines_with(r"import _C\b|import_module\(f?[\"']pelt_kernels\.", package) == {

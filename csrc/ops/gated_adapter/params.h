@@ -1,7 +1,7 @@
 // gated_adapter: y = residual + scale g dropout(post_norm(W_up phi(W_down pre_norm(x) + b_down) +
 // b_up)).
 //
-// Plain pointers, sizes and numbers, filled in by bindings.cpp. A null pointer is an input that is
+// Plain pointers, sizes and numbers, filled in by csrc/bindings. A null pointer is an input that is
 // not there. Shapes are the contract's (pelt_kernels/ops/gated_adapter/contract.py), in its
 // letters.
 #pragma once

@@ -1,51 +1,25 @@
-// The Python module: `_C` with the CUDA kernels, or `_C_sim` with the same kernels on the
-// simulator.
-//
-// Tensors come as addresses: this file and everything below it know nothing of torch. Every
-// function takes keywords only. A launcher releases the GIL; shapes and dtypes were checked by the
-// contract.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bindings/bind.h"
 
-#include <algorithm>
-#include <array>
-#include <cstdint>
-#include <string>
-#include <tuple>
-#include <utility>
-#include <vector>
-
-#if defined(PELT_SIM)
-#include "sim/executor.h"
-#else
-#include "cpu/isa.h"
-#include "cpu/philox.h"
-#include "ops/gated_adapter/cpu.h"
-#include "ops/prefix_attention/cpu.h"
-#endif
-#if defined(PELT_SIM) || defined(PELT_WITH_CUDA)
-#define PELT_HAS_CUDA_KERNELS 1
+#if defined(PELT_HAS_CUDA_KERNELS)
 #include "ops/gated_adapter/params.h"
 #endif
+#if defined(PELT_HAS_CPU_KERNELS)
+#include <algorithm>
+#include <array>
+#include <tuple>
 
-namespace py = pybind11;
+#include "cpu/isa.h"
+#include "ops/gated_adapter/cpu.h"
+#endif
+
+namespace pelt::bindings {
 
 namespace {
 
-using namespace pelt;
-
-using Address = uintptr_t;
-using TypedAddress =
-    std::pair<Address, bool>;  // and whether it is float32 beside 16-bit activations
-
-template <class T = void>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
+using namespace pelt::gated_adapter;
 
 #if defined(PELT_HAS_CUDA_KERNELS)
-void bind_gated_adapter(py::module_& m) {
-  using namespace pelt::gated_adapter;
+void bind_on_cuda(py::module_& m) {
   auto parameter = [](const TypedAddress& a) { return Parameter{at(a.first), a.second}; };
   auto grad = [](const TypedAddress& a) { return ParameterGrad{at(a.first), a.second}; };
 
@@ -170,126 +144,10 @@ void bind_gated_adapter(py::module_& m) {
 }
 #endif
 
-#if !defined(PELT_SIM)
-void bind_cpu(py::module_& m) {
-  m.def(
-      "cpu_isa", [] { return std::string(cpu::name_of(cpu::current_isa())); },
-      "The instruction set that the CPU kernels use.");
-  m.def("choose_cpu_isa", &cpu::choose_isa, py::arg("name"),
-        "Makes the CPU kernels use an instruction set by name; \"\" is the best again.");
-  m.def(
-      "cpu_isas",
-      [] {
-        std::vector<std::string> names;
-        for (int i = 0; i < cpu::kIsaCount; ++i) {
-          const auto isa = static_cast<cpu::Isa>(i);
-          if (cpu::is_supported(isa)) names.push_back(cpu::name_of(isa));
-        }
-        return names;
-      },
-      "The instruction sets that this processor runs.");
-
-  m.def(
-      "fill_dropout",
-      [](Address out, int64_t rows, int64_t columns, int element_bytes, uint64_t kept_bits,
-         uint32_t threshold, uint64_t seed, uint64_t first_group, int threads) {
-        const cpu::DropoutFill fill{at(out),   rows, columns,     element_bytes, kept_bits,
-                                    threshold, seed, first_group, threads};
-        cpu::with_isa([&](auto isa) { cpu::fill_dropout<decltype(isa)::value>(fill); });
-      },
-      py::kw_only(), py::arg("out"), py::arg("rows"), py::arg("columns"), py::arg("element_bytes"),
-      py::arg("kept_bits"), py::arg("threshold"), py::arg("seed"), py::arg("first_group"),
-      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
-
-  m.def(
-      "philox4x32_10",
-      [](std::pair<uint64_t, uint64_t> counter, uint64_t key) {
-        std::array<uint32_t, 4> words;
-        cpu::with_isa([&](auto isa) {
-          cpu::philox_block<decltype(isa)::value>({counter.first, counter.second}, key, words);
-        });
-        return words;
-      },
-      py::kw_only(), py::arg("counter"), py::arg("key"),
-      "The four words of one counter and key, given in 64-bit halves, the low one first.");
-}
-// Of a prefix: k, v, index, length, and where its gradients go (0 in forward).
-using SegmentArguments = std::tuple<TypedAddress, TypedAddress, Address, int64_t, Address, Address>;
-
-void bind_prefix_attention_cpu(py::module_& m) {
-  using namespace pelt::prefix_attention;
-  auto tensor = [](const TypedAddress& a) { return CpuTensor{at(a.first), a.second}; };
-
-  // What forward and backward of one call have in common; it borrows every address.
-  py::class_<CpuInputs>(m, "PrefixAttentionCpuInputs")
-      .def(py::init([=](bool is_float32, const std::array<int64_t, 6>& sizes, Address q, Address k,
-                        Address v, const std::array<int64_t, 3>& q_strides,
-                        const std::array<int64_t, 3>& k_strides,
-                        const std::array<int64_t, 3>& v_strides,
-                        const std::vector<SegmentArguments>& prefixes, TypedAddress gate,
-                        bool has_gate_per_head, Address key_mask, Address lengths,
-                        TypedAddress bias, std::pair<int64_t, int64_t> bias_strides, bool is_causal,
-                        float scale, float kept, uint32_t threshold, uint64_t seed, int threads) {
-             CpuInputs in;
-             in.is_float32 = is_float32;
-             std::tie(in.B, in.H, in.G, in.S, in.N, in.E) = std::tuple_cat(sizes);
-             in.q = at(q), in.k = at(k), in.v = at(v);
-             std::copy(q_strides.begin(), q_strides.end(), in.q_strides);
-             std::copy(k_strides.begin(), k_strides.end(), in.k_strides);
-             std::copy(v_strides.begin(), v_strides.end(), in.v_strides);
-             for (const auto& [keys, values, index, length, dk, dv] : prefixes) {
-               in.prefix[in.segments++] = {tensor(keys), tensor(values), at<const int64_t>(index),
-                                           length,       at<float>(dk),  at<float>(dv)};
-             }
-             in.gate = tensor(gate);
-             in.has_gate_per_head = has_gate_per_head;
-             in.key_mask = at<const bool>(key_mask);
-             in.lengths = at<const int64_t>(lengths);
-             in.bias = tensor(bias);
-             in.bias_strides[0] = bias_strides.first;
-             in.bias_strides[1] = bias_strides.second;
-             in.is_causal = is_causal;
-             in.scale = scale;
-             in.kept = kept;
-             in.threshold = threshold;
-             in.seed = seed;
-             in.threads = threads;
-             return in;
-           }),
-           py::kw_only(), py::arg("is_float32"), py::arg("sizes"), py::arg("q"), py::arg("k"),
-           py::arg("v"), py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"),
-           py::arg("prefixes"), py::arg("gate"), py::arg("has_gate_per_head"), py::arg("key_mask"),
-           py::arg("lengths"), py::arg("bias"), py::arg("bias_strides"), py::arg("is_causal"),
-           py::arg("scale"), py::arg("kept"), py::arg("threshold"), py::arg("seed"),
-           py::arg("threads"));
-
-  m.def(
-      "prefix_attention_cpu_fwd",
-      [](const CpuInputs& inputs, Address out, Address lse) {
-        cpu::with_isa([&](auto isa) {
-          forward_on_cpu<decltype(isa)::value>(inputs, at(out), at<float>(lse));
-        });
-      },
-      py::kw_only(), py::arg("inputs"), py::arg("out"), py::arg("lse"),
-      py::call_guard<py::gil_scoped_release>());
-
-  m.def(
-      "prefix_attention_cpu_bwd",
-      [](const CpuInputs& inputs, Address dout, Address out, Address lse, Address dq, Address dk,
-         Address dv, Address dgate, Address dbias, int64_t chunks) {
-        const CpuBackward grad{at(dout), at(out),          at<const float>(lse), at(dq), at(dk),
-                               at(dv),   at<float>(dgate), at<float>(dbias),     chunks};
-        cpu::with_isa([&](auto isa) { backward_on_cpu<decltype(isa)::value>(inputs, grad); });
-      },
-      py::kw_only(), py::arg("inputs"), py::arg("dout"), py::arg("out"), py::arg("lse"),
-      py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("dgate"), py::arg("dbias"),
-      py::arg("chunks"), py::call_guard<py::gil_scoped_release>());
-}
-
+#if defined(PELT_HAS_CPU_KERNELS)
 // A call without its tensors is made once and kept; forward and backward take the addresses of the
 // contract's inputs, in its order.
-void bind_gated_adapter_cpu(py::module_& m) {
-  using namespace pelt::gated_adapter;
+void bind_on_cpu(py::module_& m) {
   using Addresses = std::array<Address, kInputs>;
   auto with_inputs = [](const CpuCall& plan, const Addresses& inputs, Address workspace,
                         uint64_t seed, int threads) {
@@ -365,36 +223,15 @@ void bind_gated_adapter_cpu(py::module_& m) {
 }
 #endif
 
-// What the module was made of, for bug reports and benchmark records.
-py::dict build_info() {
-  py::dict info;
-  info["compiler"] = __VERSION__;
-#if defined(PELT_WITH_CUDA)
-  info["cuda"] = true;
-#else
-  info["cuda"] = false;
-#endif
-  return info;
-}
-
 }  // namespace
 
-PYBIND11_MODULE(PELT_MODULE, m) {
-#if defined(PELT_SIM)
-  m.doc() = "The CUDA kernels on the simulator: CPU memory in, CPU memory out.";
-  m.def("set_seed", &sim::set_seed, py::arg("seed"),
-        "Seeds the order of threads, warps and blocks. A sound kernel's results do not depend on "
-        "it.");
-#else
-  m.doc() = "The compiled kernels.";
-#endif
-  m.def("build_info", &build_info, "What the module was made of.");
+void bind_gated_adapter(py::module_& m) {
 #if defined(PELT_HAS_CUDA_KERNELS)
-  bind_gated_adapter(m);
+  bind_on_cuda(m);
 #endif
-#if !defined(PELT_SIM)
-  bind_cpu(m);
-  bind_gated_adapter_cpu(m);
-  bind_prefix_attention_cpu(m);
+#if defined(PELT_HAS_CPU_KERNELS)
+  bind_on_cpu(m);
 #endif
 }
+
+}  // namespace pelt::bindings

@@ -1,0 +1,57 @@
+#include "bindings/bind.h"
+
+#if defined(PELT_HAS_CPU_KERNELS)
+#include <array>
+#include <string>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/philox.h"
+
+namespace pelt::bindings {
+
+void bind_cpu(py::module_& m) {
+  m.def(
+      "cpu_isa", [] { return std::string(cpu::name_of(cpu::current_isa())); },
+      "The instruction set that the CPU kernels use.");
+  m.def("choose_cpu_isa", &cpu::choose_isa, py::arg("name"),
+        "Makes the CPU kernels use an instruction set by name; \"\" is the best again.");
+  m.def(
+      "cpu_isas",
+      [] {
+        std::vector<std::string> names;
+        for (int i = 0; i < cpu::kIsaCount; ++i) {
+          const auto isa = static_cast<cpu::Isa>(i);
+          if (cpu::is_supported(isa)) names.push_back(cpu::name_of(isa));
+        }
+        return names;
+      },
+      "The instruction sets that this processor runs.");
+
+  m.def(
+      "fill_dropout",
+      [](Address out, int64_t rows, int64_t columns, int element_bytes, uint64_t kept_bits,
+         uint32_t threshold, uint64_t seed, uint64_t first_group, int threads) {
+        const cpu::DropoutFill fill{at(out),   rows, columns,     element_bytes, kept_bits,
+                                    threshold, seed, first_group, threads};
+        cpu::with_isa([&](auto isa) { cpu::fill_dropout<decltype(isa)::value>(fill); });
+      },
+      py::kw_only(), py::arg("out"), py::arg("rows"), py::arg("columns"), py::arg("element_bytes"),
+      py::arg("kept_bits"), py::arg("threshold"), py::arg("seed"), py::arg("first_group"),
+      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "philox4x32_10",
+      [](std::pair<uint64_t, uint64_t> counter, uint64_t key) {
+        std::array<uint32_t, 4> words;
+        cpu::with_isa([&](auto isa) {
+          cpu::philox_block<decltype(isa)::value>({counter.first, counter.second}, key, words);
+        });
+        return words;
+      },
+      py::kw_only(), py::arg("counter"), py::arg("key"),
+      "The four words of one counter and key, given in 64-bit halves, the low one first.");
+}
+
+}  // namespace pelt::bindings
+#endif

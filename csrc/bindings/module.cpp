@@ -1,0 +1,40 @@
+#include "bindings/bind.h"
+
+#if defined(PELT_SIM)
+#include "sim/executor.h"
+#endif
+
+namespace pelt::bindings {
+
+namespace {
+
+// What the module was made of, for bug reports and benchmark records.
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = __VERSION__;
+#if defined(PELT_WITH_CUDA)
+  info["cuda"] = true;
+#else
+  info["cuda"] = false;
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(PELT_MODULE, m) {
+#if defined(PELT_SIM)
+  m.doc() = "The CUDA kernels on the simulator: CPU memory in, CPU memory out.";
+  m.def("set_seed", &sim::set_seed, py::arg("seed"),
+        "Seeds the order of threads, warps and blocks. A sound kernel's results do not depend on "
+        "it.");
+#else
+  m.doc() = "The compiled kernels.";
+  bind_cpu(m);
+#endif
+  m.def("build_info", &build_info, "What the module was made of.");
+  bind_gated_adapter(m);
+  bind_prefix_attention(m);
+}
+
+}  // namespace pelt::bindings
