@@ -26,8 +26,8 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from pelt_kernels.ops import _triton_host as host
 from pelt_kernels.ops._cases import Case, make_attributes, make_inputs
-from pelt_kernels.ops.gated_adapter import _triton_plan as plans
 from pelt_kernels.ops.gated_adapter import contract
 from pelt_kernels.ops.gated_adapter import triton as backend
 
@@ -147,7 +147,7 @@ def main(target: str, names: list[str]) -> None:
     kind, arch = target.split(":")
     warp = 64 if arch.startswith("gfx9") else 32
     gpu = GPUTarget(kind, int(arch) if kind == "cuda" else arch, warp)
-    plans._processors = lambda device: 132
+    host.processors = lambda device: 132
     modules = [backend._kernels(name) for name in ("fwd", "bwd_rows", "bwd_columns")]
     done: set[str] = set()
     recorders = []

@@ -6,24 +6,14 @@ Nothing here reads a tensor, and importing it imports no Triton.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import NamedTuple
 
 import torch
 
+from .. import _triton_host
 from .._contract import Call, Value
 from .._philox import threshold
+from .._triton_host import Config, launch_fitting, power_of_two, signed
 from .contract import NEVER_SKIP
-
-
-class Config(NamedTuple):
-    """Tile sizes and how Triton schedules them."""
-
-    block_t: int
-    block_d: int
-    warps: int
-    stages: int
-
 
 # For each kernel and each bottleneck up to the number: 16-bit and float32 activations. Not timed:
 # chosen for the most rows in flight whose accumulators ptxas keeps in registers (on sm_80, sm_90
@@ -86,7 +76,7 @@ def shares_of(call: Call, plan: Plan, config: Config, chunks: int) -> tuple[int,
     for two on each processor, and no share smaller than a tile.
     """
     tiles = -(-plan.shared_rows // config.block_t)
-    wanted = -(-2 * _processors(call.device) // (chunks * plan.shared_groups))
+    wanted = -(-2 * _triton_host.processors(call.device) // (chunks * plan.shared_groups))
     tiles_per_share = -(-tiles // min(tiles, wanted))
     return -(-tiles // tiles_per_share), tiles_per_share * config.block_t
 
@@ -140,30 +130,7 @@ class Plan:
 
     def launch(self, kernel: str, launch: Callable[[Config], None]) -> None:
         """Launches with the first config that the GPU can hold, and remembers it."""
-        from .._triton import OutOfResources
-
-        while True:
-            config = self.configs[kernel]
-            try:
-                launch(config)
-                return
-            except OutOfResources:
-                self.configs[kernel] = _smaller(config)
-                if self.configs[kernel] == config:
-                    raise
-
-
-def options_of(config: Config) -> dict[str, int]:
-    """A launch's options. Multiplications and additions may be fused, as in every other backend;
-    Triton's own default changes between its versions.
-    """
-    return {
-        "enable_fp_fusion": True,
-        "BLOCK_T": config.block_t,
-        "BLOCK_D": config.block_d,
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-    }
+        launch_fitting(self.configs, kernel, launch)
 
 
 def _config(call: Call, kernel: str, groups: int, rows: int) -> Config:
@@ -176,29 +143,13 @@ def _config(call: Call, kernel: str, groups: int, rows: int) -> Config:
         return config._replace(block_t=64, block_d=64 if call.sizes["D"] < 512 else 256)
     while config.block_t > 16 and (
         config.block_t >= 2 * rows
-        or (kernel != "columns" and groups * -(-rows // config.block_t) < _processors(call.device))
+        or (
+            kernel != "columns"
+            and groups * -(-rows // config.block_t) < _triton_host.processors(call.device)
+        )
     ):
         config = config._replace(block_t=config.block_t // 2)
     return config
-
-
-def _smaller(config: Config) -> Config:
-    """Fewer stages first, then half the larger side of the tile, down to the matrix units' 16."""
-    if config.stages > 1:
-        return config._replace(stages=1)
-    if config.block_d >= config.block_t:
-        return config._replace(block_d=max(16, config.block_d // 2))
-    return config._replace(block_t=max(16, config.block_t // 2))
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    """How many programs run at once, at least; 4 for the interpreter, so that tests see several
-    shares of a sum.
-    """
-    if device.type == "cpu":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 _plans: dict[int, tuple[Call, Plan]] = {}
@@ -211,16 +162,3 @@ def plan_of(call: Call, inputs: dict[str, Value]) -> Plan:
             _plans.clear()
         found = _plans[id(call)] = (call, Plan(call, inputs))
     return found[1]
-
-
-def power_of_two(number: int) -> int:
-    """The smallest power of two that is not less."""
-    return 1 << (number - 1).bit_length()
-
-
-def signed(bits: int) -> tuple[int, int]:
-    """The low and the high half of 64 bits as signed integers: an argument of one kind compiles
-    once.
-    """
-    low, high = bits & 0xFFFFFFFF, bits >> 32 & 0xFFFFFFFF
-    return (low ^ 0x80000000) - 0x80000000, (high ^ 0x80000000) - 0x80000000

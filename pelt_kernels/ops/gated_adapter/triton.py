@@ -10,8 +10,6 @@ is first imported.
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -22,53 +20,26 @@ from torch import Tensor
 
 from .. import _native
 from .._contract import Call, Value
-from ._triton_plan import (
-    CANDIDATES,
-    PARTS,
+from .._triton_host import (
+    DTYPES,
     Config,
-    layout_of,
     options_of,
-    part_sizes,
-    plan_of,
     power_of_two,
-    shares_of,
     signed,
+    unavailable,
 )
+from ._triton_plan import CANDIDATES, PARTS, layout_of, part_sizes, plan_of, shares_of
 from .contract import CONTRACT
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MAX_RANK = 256  # above, ptxas spills the accumulators of the weights' gradients
 _RESIDUAL, _GATE_WEIGHT, _GATE_BIAS = (
     CONTRACT.input_names.index(name) for name in ("residual", "gate_weight", "gate_bias")
 )
-_ON = ("1", "true", "on", "yes", "y")
-
-
-def unavailable(device: torch.device | str) -> str:
-    """Why no call can be served here at all; empty if some can."""
-    device = torch.device(device)
-    found = importlib.util.find_spec("triton")
-    if found is None or found.origin is None:  # a folder of that name is not the package
-        return "Triton is not installed (pip install triton)"
-    if device.type == "cpu":
-        if os.environ.get("TRITON_INTERPRET", "").lower() not in _ON:
-            return (
-                "on CPU tensors Triton's kernels run only in its interpreter; set"
-                " TRITON_INTERPRET=1 before Python starts"
-            )
-        from .. import _triton
-
-        if not _triton.is_interpreted():
-            return "TRITON_INTERPRET was set after Triton was imported; set it before Python starts"
-    elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"Triton serves compute capability 8.0 and above, and this GPU has {major}.{minor}"
-    return ""
 
 
 def supports(call: Call) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    if call.dtype not in _DTYPES:
+    if call.dtype not in DTYPES:
         return (
             "it takes float32, float16 or bfloat16, and x is"
             f" {str(call.dtype).removeprefix('torch.')}"

@@ -1,0 +1,111 @@
+"""What the host side of every Triton backend shares: whether it can run here, tiles, and launches
+that fit.
+
+Nothing here reads a tensor, and importing it imports no Triton.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+_ON = ("1", "true", "on", "yes", "y")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Config(NamedTuple):
+    """Tile sizes and how Triton schedules them."""
+
+    block_t: int
+    block_d: int
+    warps: int
+    stages: int
+
+
+def unavailable(device: torch.device | str) -> str:
+    """Why no call can be served here at all; empty if some can."""
+    device = torch.device(device)
+    found = importlib.util.find_spec("triton")
+    if found is None or found.origin is None:  # a folder of that name is not the package
+        return "Triton is not installed (pip install triton)"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET", "").lower() not in _ON:
+            return (
+                "on CPU tensors Triton's kernels run only in its interpreter; set"
+                " TRITON_INTERPRET=1 before Python starts"
+            )
+        from . import _triton
+
+        if not _triton.is_interpreted():
+            return "TRITON_INTERPRET was set after Triton was imported; set it before Python starts"
+    elif torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"Triton serves compute capability 8.0 and above, and this GPU has {major}.{minor}"
+    return ""
+
+
+def options_of(config: Config) -> dict[str, int]:
+    """A launch's options. Multiplications and additions may be fused, as in every other backend;
+    Triton's own default changes between its versions.
+    """
+    return {
+        "enable_fp_fusion": True,
+        "BLOCK_T": config.block_t,
+        "BLOCK_D": config.block_d,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+
+
+def launch_fitting(
+    configs: dict[str, Config], kernel: str, launch: Callable[[Config], None]
+) -> None:
+    """Launches with the first config that the GPU can hold, and remembers it."""
+    from ._triton import OutOfResources
+
+    while True:
+        config = configs[kernel]
+        try:
+            launch(config)
+            return
+        except OutOfResources:
+            configs[kernel] = _smaller(config)
+            if configs[kernel] == config:
+                raise
+
+
+def _smaller(config: Config) -> Config:
+    """Fewer stages first, then half the larger side of the tile, down to the matrix units' 16."""
+    if config.stages > 1:
+        return config._replace(stages=1)
+    if config.block_d >= config.block_t:
+        return config._replace(block_d=max(16, config.block_d // 2))
+    return config._replace(block_t=max(16, config.block_t // 2))
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """How many programs run at once, at least; 4 for the interpreter, so that tests see several
+    shares of a sum.
+    """
+    if device.type == "cpu":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not less."""
+    return 1 << (number - 1).bit_length()
+
+
+def signed(bits: int) -> tuple[int, int]:
+    """The low and the high half of 64 bits as signed integers: an argument of one kind compiles
+    once.
+    """
+    low, high = bits & 0xFFFFFFFF, bits >> 32 & 0xFFFFFFFF
+    return (low ^ 0x80000000) - 0x80000000, (high ^ 0x80000000) - 0x80000000
