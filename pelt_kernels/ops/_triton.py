@@ -1,6 +1,6 @@
 # ruff: noqa: N803  (compile-time constants and the contract's letters are upper case)
 """Device functions that Triton kernels share: Philox dropout, activations, LayerNorm statistics,
-banks and matrix products.
+banks, matrix products and sums of parts.
 
 Importing this file imports Triton; only a backend's `triton.py` does so, and only once it serves a
 call.
@@ -156,3 +156,28 @@ def member(index_ptr, group, IS_PER_SAMPLE: tl.constexpr):
     if index_ptr is not None:
         found = tl.load(index_ptr + group) if IS_PER_SAMPLE else tl.load(index_ptr)
     return found
+
+
+@triton.jit
+def sum_parts(
+    out_ptr, part_ptr, index_ptr, members, block, groups, shares,
+    AT: tl.constexpr, SIZE: tl.constexpr, IS_PER_SAMPLE: tl.constexpr, PART_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums one gradient over all parts, or for a bank over the groups that picked a member, if
+    ``block`` is one of its blocks. Returns the block's number counted from the next gradient.
+    """
+    blocks: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    if block >= 0 and block < blocks * members:
+        which = block // blocks
+        at = (block % blocks) * BLOCK + tl.arange(0, BLOCK)
+        ok = at < SIZE
+        total = tl.zeros([BLOCK], tl.float32)
+        for group in range(groups):
+            if member(index_ptr, group, IS_PER_SAMPLE) == which:
+                for share in range(shares):
+                    part = (group * shares + share).to(tl.int64)
+                    total += vector(part_ptr + part * PART_SIZE + AT, at, ok)
+        out_at = which.to(tl.int64) * SIZE + at
+        tl.store(out_ptr + out_at, total.to(out_ptr.dtype.element_ty), mask=ok)
+    return block - blocks * members

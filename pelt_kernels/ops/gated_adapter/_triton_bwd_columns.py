@@ -7,7 +7,7 @@ See _triton_bwd_rows.py for the formulas and the schedule of all four kernels.
 import triton
 import triton.language as tl
 
-from .._triton import activate, member, product, vector
+from .._triton import activate, member, product, sum_parts, vector
 from ._triton_bwd_rows import (
     POST_DOT,
     POST_HAT_DOT,
@@ -211,31 +211,6 @@ def _gated_adapter_bwd_columns_kernel(
             tl.store(part_ptr + GATE_BIAS, tl.sum(dgate_bias, axis=0))
 
 
-@triton.jit
-def _sum_parts(
-    out_ptr, part_ptr, index_ptr, members, block, groups, shares,
-    AT: tl.constexpr, SIZE: tl.constexpr, IS_PER_SAMPLE: tl.constexpr, PART_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sums one gradient over all parts, or for a bank over the groups that picked a member, if
-    ``block`` is one of its blocks. Returns the block's number counted from the next gradient.
-    """
-    blocks: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
-    if block >= 0 and block < blocks * members:
-        which = block // blocks
-        at = (block % blocks) * BLOCK + tl.arange(0, BLOCK)
-        ok = at < SIZE
-        total = tl.zeros([BLOCK], tl.float32)
-        for group in range(groups):
-            if member(index_ptr, group, IS_PER_SAMPLE) == which:
-                for share in range(shares):
-                    part = (group * shares + share).to(tl.int64)
-                    total += vector(part_ptr + part * PART_SIZE + AT, at, ok)
-        out_at = which.to(tl.int64) * SIZE + at
-        tl.store(out_ptr + out_at, total.to(out_ptr.dtype.element_ty), mask=ok)
-    return block - blocks * members
-
-
 @triton.jit(do_not_specialize=["groups", "shares", "M", "M_up"])
 def _gated_adapter_bwd_sum_kernel(
     part_ptr, down_index_ptr, up_index_ptr,
@@ -251,35 +226,35 @@ def _gated_adapter_bwd_sum_kernel(
     """BLOCK elements of one parameter's gradient: the sum of the parts, in their order."""
     block = tl.program_id(0)
     if W_DOWN >= 0:
-        block = _sum_parts(w_down_ptr, part_ptr, down_index_ptr, M, block, groups, shares,
+        block = sum_parts(w_down_ptr, part_ptr, down_index_ptr, M, block, groups, shares,
                            W_DOWN, R * D, DOWN_PER_SAMPLE, PART_SIZE, BLOCK)  # fmt: skip
     if W_UP >= 0:
-        block = _sum_parts(w_up_ptr, part_ptr, up_index_ptr, M_up, block, groups, shares,
+        block = sum_parts(w_up_ptr, part_ptr, up_index_ptr, M_up, block, groups, shares,
                            W_UP, D * R, UP_PER_SAMPLE, PART_SIZE, BLOCK)  # fmt: skip
     if B_DOWN >= 0:
-        block = _sum_parts(b_down_ptr, part_ptr, down_index_ptr, M, block, groups, shares,
+        block = sum_parts(b_down_ptr, part_ptr, down_index_ptr, M, block, groups, shares,
                            B_DOWN, R, DOWN_PER_SAMPLE, PART_SIZE, BLOCK)  # fmt: skip
     if B_UP >= 0:
-        block = _sum_parts(b_up_ptr, part_ptr, up_index_ptr, M_up, block, groups, shares,
+        block = sum_parts(b_up_ptr, part_ptr, up_index_ptr, M_up, block, groups, shares,
                            B_UP, D, UP_PER_SAMPLE, PART_SIZE, BLOCK)  # fmt: skip
     if PRE_WEIGHT >= 0:
-        block = _sum_parts(pre_weight_ptr, part_ptr, None, 1, block, groups, shares,
+        block = sum_parts(pre_weight_ptr, part_ptr, None, 1, block, groups, shares,
                            PRE_WEIGHT, D, False, PART_SIZE, BLOCK)  # fmt: skip
     if PRE_BIAS >= 0:
-        block = _sum_parts(pre_bias_ptr, part_ptr, None, 1, block, groups, shares,
+        block = sum_parts(pre_bias_ptr, part_ptr, None, 1, block, groups, shares,
                            PRE_BIAS, D, False, PART_SIZE, BLOCK)  # fmt: skip
     if POST_WEIGHT >= 0:
-        block = _sum_parts(post_weight_ptr, part_ptr, None, 1, block, groups, shares,
+        block = sum_parts(post_weight_ptr, part_ptr, None, 1, block, groups, shares,
                            POST_WEIGHT, D, False, PART_SIZE, BLOCK)  # fmt: skip
     if POST_BIAS >= 0:
-        block = _sum_parts(post_bias_ptr, part_ptr, None, 1, block, groups, shares,
+        block = sum_parts(post_bias_ptr, part_ptr, None, 1, block, groups, shares,
                            POST_BIAS, D, False, PART_SIZE, BLOCK)  # fmt: skip
     if GATE_WEIGHT >= 0:
-        block = _sum_parts(gate_weight_ptr, part_ptr, None, 1, block, groups, shares,
+        block = sum_parts(gate_weight_ptr, part_ptr, None, 1, block, groups, shares,
                            GATE_WEIGHT, D, False, PART_SIZE, BLOCK)  # fmt: skip
     if SCALE >= 0:
-        block = _sum_parts(scale_ptr, part_ptr, None, 1, block, groups, shares,
+        block = sum_parts(scale_ptr, part_ptr, None, 1, block, groups, shares,
                            SCALE, 1, False, PART_SIZE, BLOCK)  # fmt: skip
     if GATE_BIAS >= 0:
-        _sum_parts(gate_bias_ptr, part_ptr, None, 1, block, groups, shares,
+        sum_parts(gate_bias_ptr, part_ptr, None, 1, block, groups, shares,
                    GATE_BIAS, 1, False, PART_SIZE, BLOCK)  # fmt: skip

@@ -1,0 +1,203 @@
+"""What lora_linear's Triton kernels are launched with: tiles, shares of rows, constants.
+
+Nothing here reads a tensor, and importing it imports no Triton.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import _triton_host
+from .._contract import Call, Value
+from .._philox import threshold
+from .._triton_host import Config, power_of_two, signed
+
+# For each kernel and each padded width of all ranks up to the number: 16-bit and float32
+# activations. Not timed: chosen for the most bytes in flight whose accumulators stay in registers
+# and whose operands fit in 64 KiB of shared memory, which every GPU has that Triton serves.
+_ROWS = {
+    32: (Config(32, 128, 4, 3), Config(32, 64, 4, 2)),
+    64: (Config(64, 64, 4, 3), Config(32, 32, 4, 2)),
+    128: (Config(64, 64, 8, 2), Config(32, 32, 8, 1)),
+    256: (Config(32, 64, 8, 1), Config(16, 16, 8, 1)),
+}
+_EXPAND = {
+    64: (Config(64, 128, 4, 1), Config(32, 64, 4, 1)),
+    128: (Config(64, 64, 4, 1), Config(32, 32, 4, 1)),
+    256: (Config(32, 64, 4, 1), Config(16, 16, 8, 1)),
+}
+_COLUMNS = {
+    64: (Config(32, 64, 4, 2), Config(32, 32, 4, 1)),
+    128: (Config(32, 64, 8, 2), Config(16, 32, 8, 1)),
+    256: (Config(16, 32, 8, 1), Config(16, 16, 16, 1)),
+}
+_DEFAULTS = {
+    "shrink": _ROWS,
+    "expand": _EXPAND,
+    "rows": _ROWS,
+    "columns_in": _COLUMNS,
+    "columns_out": _COLUMNS,
+}
+MAX_WIDTH = 256  # of all ranks: above, the accumulators of the parameters' gradients spill
+
+
+class Learned(NamedTuple):
+    """A learned gate: its pooling, and the branch or the extra gate it is."""
+
+    pooling: str
+    branch: int
+    extra: int
+
+    @property
+    def is_token(self) -> bool:
+        return self.pooling == "token"
+
+
+class Plan:
+    """What is the same for every call with these shapes: constants, and tiles that fit."""
+
+    def __init__(self, call: Call, inputs: dict[str, Value]) -> None:
+        at, sizes, p = call.attributes, call.sizes, call.attributes["dropout_p"]
+        self.call = call
+        self.branches: int = len(inputs["a"])
+        self.ranks: tuple[int, ...] = sizes.get("R_i", ())[: self.branches]
+        self.begins = (0, *itertools.accumulate(self.ranks))[: self.branches]
+        self.width = sum(self.ranks)
+        self.sizes: tuple[int, ...] = sizes.get("size_i", ())[: self.branches]
+        self.offsets = tuple(at["offsets"])
+        self.scales = tuple(at["scales"])
+        self.a_per_sample = _per_sample(inputs["a_index"])
+        self.b_per_sample = _per_sample(inputs["b_index"])
+        self.learned = [
+            Learned(at["poolings"][i], i, -1)
+            for i, weight in enumerate(inputs["gate_weight"])
+            if weight is not None
+        ]
+        self.learned += [Learned(p, -1, i) for i, p in enumerate(at["extra_poolings"])]
+        self.is_masked = tuple(gate.pooling == "masked_mean" for gate in self.learned)
+        token_gates = {gate.branch for gate in self.learned if gate.is_token}
+        self.gate_per_row = tuple(
+            i in token_gates or (gate is not None and gate.ndim == 2)
+            for i, gate in enumerate(inputs["gate"])
+        )
+        self.dropout = (signed(threshold(p))[0] if p else 0, 1.0 / (1.0 - p))
+        self.has_dropout = p > 0 and self.branches > 0
+        self.block_w = max(16, power_of_two(self.width))
+        joint = max(16, power_of_two(self.width + len(self.learned)))
+        self.gates_apart = self.has_dropout or joint > self.block_w or not self.branches
+        self.rows_total: int = sizes["B"] * sizes["S"]
+        per_sample = any(self.a_per_sample) or any(self.b_per_sample)
+        self.groups: int = sizes["B"] if per_sample else 1
+        self.rows: int = sizes["S"] if per_sample else self.rows_total
+        self.first_column = min(self.offsets, default=0)
+        self.last_column = max((o + n for o, n in zip(self.offsets, self.sizes)), default=0)
+        self.configs = {kernel: self._config(kernel) for kernel in _DEFAULTS}
+        self.slots = {"BEGINS": self.begins, "RANKS": self.ranks, "W": self.width}
+        self.inner = {**self.slots, "D": sizes["Din"], "HAS_DROPOUT": self.has_dropout}
+        self.layouts: dict[Any, Any] = {}  # by the gradients wanted
+
+    def _config(self, kernel: str) -> Config:
+        """The default tile; with fewer rows where that many are not there, or where tiles of rows
+        are too few for the processors.
+        """
+        call = self.call
+        is_wide = call.dtype == torch.float32
+        limits = _DEFAULTS[kernel].items()
+        config = next(c[is_wide] for limit, c in limits if self.block_w <= limit)
+        if call.device.type == "cpu":  # the interpreter pays for each program and operation
+            return config._replace(block_t=64, block_d=64 if call.sizes["Din"] < 512 else 256)
+        is_split = kernel not in ("shrink", "rows")  # has more programs than tiles of rows
+        while config.block_t > 16 and (
+            config.block_t >= 2 * self.rows
+            or (
+                not is_split
+                and self.groups * self.tiles(config) < _triton_host.processors(call.device)
+            )
+        ):
+            config = config._replace(block_t=config.block_t // 2)
+        return config
+
+    def tiles(self, config: Config) -> int:
+        """Tiles of rows in a group."""
+        return -(-self.rows // config.block_t)
+
+    def outer(self, config: Config) -> dict[str, Any]:
+        """The constants of a kernel that goes over the columns that some branch reaches."""
+        return {
+            **self.slots,
+            "DOUT": self.call.sizes["Dout"],
+            "FIRST": self.first_column,
+            "CHUNKS": -(-(self.last_column - self.first_column) // config.block_d),
+            "OFFSETS": self.offsets,
+            "SIZES": self.sizes,
+            "GATE_PER_ROW": self.gate_per_row,
+        }
+
+    def shares(self, config: Config, chunks: int) -> tuple[int, int]:
+        """Into how many shares the rows of a group are cut, and how many rows each has: enough
+        programs for two on each processor, and no share smaller than a tile.
+        """
+        tiles = self.tiles(config)
+        wanted = -(-2 * _triton_host.processors(self.call.device) // (chunks * self.groups))
+        tiles_per_share = -(-tiles // min(tiles, wanted))
+        return -(-tiles // tiles_per_share), tiles_per_share * config.block_t
+
+
+def _per_sample(indices: list[Any]) -> tuple[bool, ...]:
+    return tuple(index is not None and index.ndim == 1 for index in indices)
+
+
+_plans: dict[int, tuple[Call, Plan]] = {}
+
+
+def plan_of(call: Call, inputs: dict[str, Value]) -> Plan:
+    found = _plans.get(id(call))
+    if found is None or found[0] is not call:
+        if len(_plans) >= 4096:  # as many as the contract keeps calls
+            _plans.clear()
+        found = _plans[id(call)] = (call, Plan(call, inputs))
+    return found[1]
+
+
+class Part(NamedTuple):
+    """A gradient that is summed from parts: which one, and where it lies."""
+
+    name: str
+    place: int
+    is_out: bool  # among the parts of "columns_out"
+    at: int
+    size: int  # of one member
+
+
+class Layout:
+    """Where each wanted gradient lies in a part. Starts are multiples of 16 bytes."""
+
+    def __init__(self, plan: Plan, needs: dict[str, bool]) -> None:
+        d_in = plan.call.sizes["Din"]
+        self.parts: list[Part] = []
+        self.sizes = {False: 0, True: 0}  # of the parts of columns_in, of columns_out
+        branches = range(plan.branches)
+        self.a = [self._add(needs["a"], "a", i, False, plan.ranks[i] * d_in) for i in branches]
+        self.b = [
+            self._add(needs["b"], "b", i, True, plan.sizes[i] * plan.ranks[i]) for i in branches
+        ]
+        weights, biases = [], []
+        for gate in plan.learned:
+            prefix, i = ("gate", gate.branch) if gate.extra < 0 else ("extra", gate.extra)
+            name = f"{prefix}_weight"
+            weights.append(self._add(needs[name], name, i, False, d_in))
+            name = f"{prefix}_bias"
+            biases.append(self._add(needs[name], name, i, False, 1))
+        self.inner = {"A_AT": tuple(self.a), "WEIGHT_AT": tuple(weights), "BIAS_AT": tuple(biases)}
+        self.has_inner = needs["x"] or self.sizes[False] > 0
+
+    def _add(self, is_wanted: bool, name: str, place: int, is_out: bool, size: int) -> int:
+        if not is_wanted:
+            return -1
+        at = self.sizes[is_out]
+        self.parts.append(Part(name, place, is_out, at, size))
+        self.sizes[is_out] += -(-size // 4) * 4
+        return at
