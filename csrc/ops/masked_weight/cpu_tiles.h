@@ -1,0 +1,99 @@
+// Tiles of W and of its scores, made from the factors: what forward and backward share.
+//
+// A tile is a few rows by kColumns columns. W = w0 + beta u v and a b come as products of packed
+// panels (cpu/panels.h) and are never stored for the whole matrix.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "common/parallel.h"
+#include "cpu/math.h"
+#include "cpu/panels.h"
+#include "ops/masked_weight/cpu.h"
+
+namespace pelt::masked_weight {
+namespace {
+
+using namespace pelt::cpu;
+
+constexpr int64_t kColumns = 256;  // of a tile: its buffers stay in the first-level cache
+
+// Cuts consecutive arrays out of one piece of memory; from address 0 it only measures.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class Element>
+  Element* take(int64_t count) {
+    char* here = base_ + bytes_;
+    bytes_ += round_up(count * static_cast<int64_t>(sizeof(Element)), 64);
+    return reinterpret_cast<Element*>(here);
+  }
+
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  char* base_;
+  int64_t bytes_ = 0;
+};
+
+inline int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
+
+// A factor [depth, Din] in panels, as the right side of products.
+inline void pack_factor(const float* from, int64_t depth, const CpuInputs& in, float* panels) {
+  parallel_for(panels_of(in.Din), in.threads,
+               [&](int64_t i) { pack_panel(from, depth, in.Din, i * kPanel, panels); });
+}
+
+// factor * from [count, depth], and rows of zeros behind: products take whole blocks of rows.
+inline void scale_rows(const float* from, int64_t count, int64_t depth, float factor, int64_t rows,
+                       float* to) {
+  for (int64_t i = 0; i < count * depth; ++i) to[i] = factor * from[i];
+  std::fill(to + count * depth, to + rows * depth, 0.0f);
+}
+
+// The vector at `column` of a row that ends at `end`; 0 past it.
+template <class T>
+inline Vector load_up_to(const T* row, int64_t column, int64_t end) {
+  return column + kWidth <= end ? load(row + column) : load_part(row + column, end - column);
+}
+
+template <class T>
+inline void store_up_to(T* row, int64_t column, int64_t end, Vector v) {
+  if (column + kWidth <= end) {
+    store(row + column, v);
+  } else {
+    store_part(row + column, v, end - column);
+  }
+}
+
+// A rectangle of the matrix; `columns` is at most kColumns.
+struct Area {
+  int64_t row, rows;
+  int64_t column, columns;
+};
+
+// visit(area) for the stretches of columns of some rows, from left to right.
+template <class Visit>
+inline void for_areas(const CpuInputs& in, int64_t row, int64_t rows, Visit&& visit) {
+  for (int64_t column = 0; column < in.Din; column += kColumns) {
+    visit(Area{row, rows, column, std::min(kColumns, in.Din - column)});
+  }
+}
+
+// w [rows, kColumns] = w0 + (beta u) v. `u` holds the area's rows; those past the matrix are 0.
+template <class T>
+inline void update_weight(const CpuInputs& in, const Area& area, const float* u, const float* v,
+                          float* w) {
+  const T* w0 = static_cast<const T*>(in.w0) + area.row * in.w0_stride;
+  multiply_each(u, in.R, v + area.column * in.R, in.R, round_up(area.rows, kRowUnit),
+                round_up(area.columns, kWidth), [&](int64_t r, int64_t c, Vector product) {
+                  if (r >= area.rows) return;
+                  const T* from = w0 + r * in.w0_stride;
+                  store(w + r * kColumns + c, load_up_to(from, area.column + c, in.Din) + product);
+                });
+}
+
+}  // namespace
+}  // namespace pelt::masked_weight

@@ -1,0 +1,158 @@
+"""The CPU kernels of masked_weight: exact counts where a sample, ties or misleading scores decide,
+every instruction set this processor runs, and bits that do not depend on threads.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from closeness import assert_close
+from parity import case_of, check, contract_of, evaluate, inputs_of, run
+
+from pelt_kernels.ops import _dispatch as dispatch
+from pelt_kernels.ops import _native as native
+from pelt_kernels.ops import masked_weight
+from pelt_kernels.ops._cases import Case, make_attributes
+from pelt_kernels.ops.masked_weight.contract import highest
+
+OPERATOR = "masked_weight"
+HAS_KERNELS = not native.why_not("_C") and hasattr(native.library("_C"), "masked_weight_cpu_fwd")
+pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="the compiled module _C is not there")
+
+# More entries than are looked at without a sample; several bands and parts, no size a multiple.
+ROWS, COLUMNS = 131, 403
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=native.library("_C").cpu_isas() if HAS_KERNELS else [])
+def isa(request):
+    """Each instruction set that this processor runs."""
+    native.library("_C").choose_cpu_isa(request.param)
+    yield request.param
+    native.library("_C").choose_cpu_isa("")
+
+
+def _large(sparsity, **sizes):
+    sizes = {"Dout": ROWS, "Din": COLUMNS, "R": 5, "R2": 3, **sizes}
+    entries = sizes["Dout"] * sizes["Din"]
+    attributes = {"keep": entries - int(entries * sparsity), "beta": 0.7, "alpha1": 0.5}
+    return Case("large", sizes, attributes=attributes)
+
+
+def _by_scores(scores, keep):
+    """What stays of a matrix whose scores are its own sizes: no factor adds anything."""
+    rows, columns = scores.shape
+    nothing = [torch.zeros(s) for s in ((rows, 1), (1, columns), (rows, 1), (1, columns))]
+    return masked_weight(
+        scores, *nothing, torch.zeros(rows), torch.zeros(columns), keep, backend="cpu"
+    )
+
+
+def test_refusals_are_sentences():
+    w = torch.zeros(2, 2, dtype=torch.float16)
+    with pytest.raises(dispatch.BackendError, match="it takes float32 or bfloat16, and w0 is"):
+        masked_weight(w, w, w, w, w, w[0], w[0], 1, backend="cpu")
+    refusal = native.library("_C").masked_weight_cpu_why_not(Dout=2**16, Din=2**16)
+    assert refusal == (
+        "its entries have indices of 32 bits, so Dout Din must be below 4294967296, and it is"
+        " 4294967296"
+    )
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "bfloat16-master"])
+@pytest.mark.parametrize("name", ["pst", "half", "all_equal", "factors", "wide"])
+def test_every_instruction_set(name, precision, isa):
+    check(OPERATOR, "cpu", case_of(OPERATOR, name), precision)
+
+
+@pytest.mark.parametrize("sparsity", [0.01, 0.5, 0.9, 0.999, 0.99999])
+def test_large_matrices_agree_with_the_reference(sparsity, isa):
+    case, module = _large(sparsity), contract_of(OPERATOR)
+    attributes = dict(zip(module.CONTRACT.attribute_names, make_attributes(module.CONTRACT, case)))
+
+    def by_reference(given):
+        return module.reference(*given, **attributes)
+
+    values = inputs_of(OPERATOR, case, "float32")
+    truth = evaluate(OPERATOR, case, [v.double() for v in values], by_reference)
+    baseline = evaluate(OPERATOR, case, values, by_reference)
+    for name, value in run(OPERATOR, "cpu", case, "float32").items():
+        assert_close(value, baseline[name], truth[name], torch.float32, name)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16-master"])
+@pytest.mark.parametrize("ranks", [(1, 1), (5, 3), (17, 33)])
+def test_bits_do_not_depend_on_threads(precision, ranks, isa, threads):
+    case = _large(0.9, R=ranks[0], R2=ranks[1])
+    threads(1)
+    alone = run(OPERATOR, "cpu", case, precision)
+    for count in (2, 5):
+        threads(count)
+        for name, value in run(OPERATOR, "cpu", case, precision).items():
+            assert torch.equal(value, alone[name]), f"{name} with {count} threads"
+
+
+def _hard_scores():
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(ROWS, COLUMNS, generator=generator)
+    flat = torch.arange(ROWS * COLUMNS, dtype=torch.float32).view(ROWS, COLUMNS)
+    with_nan = random.clone()
+    with_nan[random > 1.5] = float("nan")
+    with_nan[random < -1.5] = float("inf")
+    return {
+        "random": random,
+        "equal": torch.full((ROWS, COLUMNS), 0.5),
+        "two_values": (random > 0).float() + 1,
+        "few_values": (random * 4).round(),
+        "bfloat16": random.bfloat16().float(),
+        "one_row_is_large": torch.where(torch.arange(ROWS)[:, None] == 77, random + 100, random),
+        "descending": flat.flip(0, 1) + 1,
+        "ascending": flat + 1,
+        "huge_range": random.sign() * torch.exp(20 * random),
+        "nan_and_inf": with_nan,
+        "subnormal": random * 1e-41,
+    }
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2, 1000, 26396, 26397, 52000, 52792, 52793])
+@pytest.mark.parametrize("name", _hard_scores())
+def test_the_mask_is_that_of_a_stable_sort(name, keep, isa, threads):
+    threads(3)
+    scores = _hard_scores()[name]
+    y = _by_scores(scores, keep)
+    expected = torch.where(highest(scores.abs(), keep), scores, 0.0)
+    assert torch.equal(y.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def test_rows_with_a_stride_are_read_where_they_are():
+    wide = torch.full((ROWS, COLUMNS + 9), float("nan"))
+    wide[:, 4:-5] = _hard_scores()["random"]
+    y = _by_scores(wide[:, 4:-5], 20000)
+    assert torch.equal(y, _by_scores(wide[:, 4:-5].contiguous(), 20000))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_nothing_is_written_beside_results_and_workspace(precision, isa, threads, monkeypatch):
+    """Each piece of memory that the kernels get lies between two stretches of a known value."""
+    pieces = []
+
+    def between_guards(shape, dtype, device):
+        count = torch.Size(shape).numel()
+        memory = torch.full((count + 128,), 1, dtype=dtype)
+        pieces.append((memory, count))
+        return memory[64 : 64 + count].view(shape)
+
+    threads(3)
+    monkeypatch.setattr(native, "empty", between_guards)
+    run(OPERATOR, "cpu", _large(0.9), precision)
+    run(OPERATOR, "cpu", Case("small", {"Dout": 7, "Din": 9, "R": 2, "R2": 1},
+                              attributes={"keep": 20}), precision)  # fmt: skip
+    assert len(pieces) == 2 * (2 + 1 + 7 + 1)
+    for memory, count in pieces:
+        assert bool((memory[:64] == 1).all()) and bool((memory[64 + count :] == 1).all())
