@@ -34,6 +34,7 @@ T* at(Address address) {
 
 void bind_cpu(py::module_& m);
 void bind_gated_adapter(py::module_& m);
+void bind_lora_linear(py::module_& m);
 void bind_masked_weight(py::module_& m);
 void bind_prefix_attention(py::module_& m);
 

@@ -34,6 +34,7 @@ PYBIND11_MODULE(PELT_MODULE, m) {
 #endif
   m.def("build_info", &build_info, "What the module was made of.");
   bind_gated_adapter(m);
+  bind_lora_linear(m);
   bind_masked_weight(m);
   bind_prefix_attention(m);
 }

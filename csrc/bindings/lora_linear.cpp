@@ -1,0 +1,148 @@
+#include "bindings/bind.h"
+
+#if defined(PELT_HAS_CPU_KERNELS)
+#include <algorithm>
+#include <array>
+#include <tuple>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "ops/lora_linear/cpu.h"
+#endif
+
+namespace pelt::bindings {
+
+namespace {
+
+#if defined(PELT_HAS_CPU_KERNELS)
+using namespace pelt::lora_linear;
+
+// Sizes R, size, offset, M, N; scale; is there an index for each sample (of a, of b), is the gate
+// per row; the learned gate's number; which of a, b and gate are float32.
+using BranchPlan =
+    std::tuple<std::array<int64_t, 5>, float, std::array<bool, 3>, int, std::array<bool, 3>>;
+using GatePlan = std::tuple<int, bool, bool>;    // pooling; are weight and bias float32
+using BranchInputs = std::array<Address, 5>;     // a, b, a_index, b_index, gate
+using GateInputs = std::array<Address, 4>;       // weight, bias, value, dvalue
+using BranchGradients = std::array<Address, 3>;  // of a, b, gate
+using GateGradients = std::array<Address, 2>;    // of weight, bias
+
+CpuCall make_plan(int dtype, const std::array<int64_t, 4>& sizes,
+                  const std::vector<BranchPlan>& branches, const std::vector<GatePlan>& gates,
+                  uint32_t threshold, float dropout_scale) {
+  CpuCall call;
+  call.dtype = static_cast<DType>(dtype);
+  std::tie(call.B, call.S, call.Din, call.Dout) = std::tuple_cat(sizes);
+  call.branches = static_cast<int>(std::min<size_t>(branches.size(), kCpuBranches));
+  for (int i = 0; i < call.branches; ++i) {
+    CpuBranch& b = call.branch[i];
+    const auto& [of, scale, per_sample_or_row, learned_gate, is_float32] = branches[i];
+    std::tie(b.R, b.size, b.offset, b.M, b.N) = std::tuple_cat(of);
+    b.scale = scale, b.learned_gate = learned_gate;
+    std::tie(b.has_a_index_per_sample, b.has_b_index_per_sample, b.has_gate_per_row) =
+        std::tuple_cat(per_sample_or_row);
+    std::tie(b.a.is_float32, b.b.is_float32, b.gate.is_float32) = std::tuple_cat(is_float32);
+  }
+  call.gates = static_cast<int>(std::min<size_t>(gates.size(), kCpuGates));
+  for (int j = 0; j < call.gates; ++j) {
+    CpuGate& gate = call.gate[j];
+    gate.pooling = static_cast<CpuPooling>(std::get<0>(gates[j]));
+    gate.weight.is_float32 = std::get<1>(gates[j]), gate.bias.is_float32 = std::get<2>(gates[j]);
+  }
+  call.dropout_threshold = threshold, call.dropout_scale = dropout_scale;
+  return call;
+}
+
+CpuCall with_inputs(const CpuCall& plan, Address x, Address mask, Address s,
+                    const std::vector<BranchInputs>& branches, const std::vector<GateInputs>& gates,
+                    Address workspace, uint64_t seed, int threads) {
+  CpuCall call = plan;
+  call.x = at(x), call.mask = at<const bool>(mask), call.s = at(s), call.workspace = at(workspace);
+  call.seed = seed, call.threads = threads;
+  for (int i = 0; i < call.branches; ++i) {
+    CpuBranch& b = call.branch[i];
+    const BranchInputs& from = branches.at(i);
+    b.a.data = at(from[0]), b.b.data = at(from[1]);
+    b.a_index = at<const int64_t>(from[2]), b.b_index = at<const int64_t>(from[3]);
+    b.gate.data = at(from[4]);
+  }
+  for (int j = 0; j < call.gates; ++j) {
+    CpuGate& gate = call.gate[j];
+    const GateInputs& from = gates.at(j);
+    gate.weight.data = at(from[0]), gate.bias.data = at(from[1]);
+    gate.value = at<float>(from[2]), gate.dvalue = at<const float>(from[3]);
+  }
+  return call;
+}
+
+void bind_on_cpu(py::module_& m) {
+  py::class_<CpuCall>(m, "LoraLinearCpu")
+      .def(py::init(&make_plan), py::kw_only(), py::arg("dtype"), py::arg("sizes"),
+           py::arg("branches"), py::arg("gates"), py::arg("threshold"), py::arg("dropout_scale"))
+      .def_property_readonly_static("max_branches", [](const py::object&) { return kCpuBranches; })
+      .def_property_readonly_static("max_gates", [](const py::object&) { return kCpuGates; })
+      .def(
+          "workspace_bytes",
+          [](const CpuCall& plan, bool is_backward, int threads) {
+            CpuCall call = plan;
+            call.threads = threads;
+            int64_t bytes = 0;  // enough for each instruction set that may be chosen
+            for (int i = 0; i < cpu::kIsaCount; ++i) {
+              if (!cpu::is_supported(static_cast<cpu::Isa>(i))) continue;
+              bytes = std::max(
+                  bytes, cpu::with_isa(static_cast<cpu::Isa>(i), [&](auto isa) {
+                    return is_backward ? cpu_backward_workspace_bytes<decltype(isa)::value>(call)
+                                       : cpu_forward_workspace_bytes<decltype(isa)::value>(call);
+                  }));
+            }
+            return bytes;
+          },
+          py::kw_only(), py::arg("is_backward"), py::arg("threads"))
+      .def(
+          "forward",
+          [](const CpuCall& plan, Address x, Address mask, Address s,
+             const std::vector<BranchInputs>& branches, const std::vector<GateInputs>& gates,
+             Address y, Address workspace, uint64_t seed, int threads) {
+            CpuCall call = with_inputs(plan, x, mask, s, branches, gates, workspace, seed, threads);
+            call.y = at(y);
+            cpu::with_isa([&](auto isa) { cpu_forward<decltype(isa)::value>(call); });
+          },
+          py::kw_only(), py::arg("x"), py::arg("mask"), py::arg("s"), py::arg("branches"),
+          py::arg("gates"), py::arg("y"), py::arg("workspace"), py::arg("seed"), py::arg("threads"),
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "backward",
+          [](const CpuCall& plan, Address x, Address mask, Address s,
+             const std::vector<BranchInputs>& branches, const std::vector<GateInputs>& gates,
+             const std::vector<BranchGradients>& branch_grads,
+             const std::vector<GateGradients>& gate_grads, Address dy, Address dx,
+             Address workspace, uint64_t seed, int threads) {
+            CpuCall call = with_inputs(plan, x, mask, s, branches, gates, workspace, seed, threads);
+            call.dy = at(dy), call.dx = at(dx);
+            for (int i = 0; i < call.branches; ++i) {
+              CpuBranch& b = call.branch[i];
+              const BranchGradients& to = branch_grads.at(i);
+              b.a.grad = at(to[0]), b.b.grad = at(to[1]), b.gate.grad = at(to[2]);
+            }
+            for (int j = 0; j < call.gates; ++j) {
+              const GateGradients& to = gate_grads.at(j);
+              call.gate[j].weight.grad = at(to[0]), call.gate[j].bias.grad = at(to[1]);
+            }
+            cpu::with_isa([&](auto isa) { cpu_backward<decltype(isa)::value>(call); });
+          },
+          py::kw_only(), py::arg("x"), py::arg("mask"), py::arg("s"), py::arg("branches"),
+          py::arg("gates"), py::arg("branch_grads"), py::arg("gate_grads"), py::arg("dy"),
+          py::arg("dx"), py::arg("workspace"), py::arg("seed"), py::arg("threads"),
+          py::call_guard<py::gil_scoped_release>());
+}
+#endif
+
+}  // namespace
+
+void bind_lora_linear([[maybe_unused]] py::module_& m) {
+#if defined(PELT_HAS_CPU_KERNELS)
+  bind_on_cpu(m);
+#endif
+}
+
+}  // namespace pelt::bindings

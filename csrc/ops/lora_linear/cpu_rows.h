@@ -1,0 +1,295 @@
+// What forward and backward of lora_linear on the CPU have in common: the columns that are products
+// with x, the cut into tiles of rows, parameters as float32, gates and dropout.
+//
+// Compiled once for each instruction set (see cpu/isa.h), so everything is in an unnamed namespace.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "common/parallel.h"
+#include "cpu/philox_lanes.h"
+#include "cpu/skinny.h"
+#include "ops/lora_linear/cpu.h"
+
+namespace pelt::lora_linear {
+namespace {
+
+using namespace pelt::cpu;
+
+constexpr int64_t kTileRows = 24;  // a multiple of the rows of a block of sums
+
+inline int64_t rows_of(const CpuCall& call) { return call.B * call.S; }
+inline bool has_dropout(const CpuCall& call) { return call.dropout_threshold != 0; }
+
+inline int64_t rank_sum(const CpuCall& call) {
+  int64_t sum = 0;
+  for (int i = 0; i < call.branches; ++i) sum += call.branch[i].R;
+  return sum;
+}
+
+// Hands out pieces of the workspace; without memory it only counts.
+struct Arena {
+  char* base = nullptr;
+  int64_t used = 0;
+
+  template <class T = float>
+  T* take(int64_t count) {
+    used = round_up(used, 64);
+    T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += count * static_cast<int64_t>(sizeof(T));
+    return piece;
+  }
+};
+
+// ---- parameters ----
+
+// Calls visit(pointer) with the parameter's own element type.
+template <class T, class Visit>
+inline void with_data(const CpuParameter& p, Visit&& visit) {
+  if (p.is_float32) {
+    visit(static_cast<const float*>(p.data));
+  } else {
+    visit(static_cast<const T*>(p.data));
+  }
+}
+
+template <class T, class Visit>
+inline void with_grad(const CpuParameter& p, Visit&& visit) {
+  if (p.is_float32) {
+    visit(static_cast<float*>(p.grad));
+  } else {
+    visit(static_cast<T*>(p.grad));
+  }
+}
+
+template <class T>
+inline float element(const CpuParameter& p, int64_t i) {
+  float value = 0.0f;
+  with_data<T>(p, [&](const auto* from) { value = load_part(from + i, 1)[0]; });
+  return value;
+}
+
+template <class T>
+inline void write_element(const CpuParameter& p, int64_t i, float value) {
+  with_grad<T>(p, [&](auto* to) { store_part(to + i, splat(value), 1); });
+}
+
+// to [columns padded] = a row in float32.
+template <class T>
+inline void read_row(const T* from, int64_t columns, float* to) {
+  for_vectors(columns, [&](int64_t i, auto part) { store(to + i, part.load_from(from + i)); });
+}
+
+// W [rows, columns] -> [columns, stride] in float32, from column `first` of the result on. Beyond
+// the rows whole vectors are zero.
+template <class T>
+inline void read_transposed(const T* w, int64_t rows, int64_t columns, float* to, int64_t stride) {
+  for (int64_t row = 0; row < rows; row += kWidth) {
+    const int64_t count = std::min<int64_t>(kWidth, rows - row);
+    for_vectors(columns, [&](int64_t column, auto part) {
+      Vector block[kWidth];
+      for (int64_t i = 0; i < kWidth; ++i) {
+        block[i] = i < count ? part.load_from(w + (row + i) * columns + column) : Vector{};
+      }
+      transpose(block);
+      for (int64_t i = 0; i < std::min<int64_t>(kWidth, columns - column); ++i) {
+        store(to + (column + i) * stride + row, block[i]);
+      }
+    });
+  }
+}
+
+// The members of a bank that a call uses: slot 0 is the one of the batch, or slot i is member i.
+struct Bank {
+  int64_t first_member = 0;
+  int64_t slots = 1;
+  const int64_t* index = nullptr;  // [B], where each sentence has its own
+
+  int64_t slot_of(int64_t sentence) const { return index ? index[sentence] : 0; }
+};
+
+inline Bank make_bank(const int64_t* index, bool is_per_sample, int64_t members) {
+  Bank bank;
+  if (is_per_sample) {
+    bank.slots = members;
+    bank.index = index;
+  } else if (index != nullptr) {
+    bank.first_member = index[0];
+  }
+  return bank;
+}
+
+inline Bank a_bank(const CpuBranch& branch) {
+  return make_bank(branch.a_index, branch.has_a_index_per_sample, branch.M);
+}
+inline Bank b_bank(const CpuBranch& branch) {
+  return make_bank(branch.b_index, branch.has_b_index_per_sample, branch.N);
+}
+
+// ---- columns: what x is multiplied by ----
+
+// Columns that are computed together: A's rows of one branch, or the learned gates' weights; all of
+// them, where all see the same x and no sentence has its own.
+struct Group {
+  int first_branch = 0;  // the branches whose rows it holds
+  int end_branch = 0;
+  bool has_gates = false;  // and the gates behind them
+  bool is_dropped = false;
+  int64_t place = 0;  // its first column
+  int64_t count = 0;
+  int64_t slots = 1;
+};
+
+struct Columns {
+  Group group[kCpuBranches + 1];
+  int groups = 0;
+  int64_t of_branch[kCpuBranches] = {};
+  int64_t of_gates = 0;
+  int64_t stride = 0;  // of a row of all columns
+
+  explicit Columns(const CpuCall& call) {
+    bool is_one = !has_dropout(call);
+    for (int i = 0; i < call.branches; ++i) is_one &= !call.branch[i].has_a_index_per_sample;
+    int64_t place = 0;
+    for (int i = 0; i < call.branches; ++i) {
+      if (!is_one || i == 0) open(place, i, call);
+      of_branch[i] = place;
+      place += call.branch[i].R;
+      close(place, i + 1);
+    }
+    if (call.gates > 0) {
+      if (!is_one || call.branches == 0) open(place, call.branches, call);
+      of_gates = place;
+      place += call.gates;
+      group[groups - 1].has_gates = true;
+      if (!is_one) group[groups - 1].is_dropped = false;
+      close(place, call.branches);
+    }
+    stride = row_distance(std::max<int64_t>(place, 1));
+  }
+
+ private:
+  void open(int64_t& place, int branch, const CpuCall& call) {
+    place = padded(place);
+    Group& g = group[groups++];
+    g.first_branch = g.end_branch = branch;
+    g.place = place;
+    g.is_dropped = has_dropout(call);
+    if (branch < call.branches) g.slots = a_bank(call.branch[branch]).slots;
+  }
+  void close(int64_t place, int end_branch) {
+    group[groups - 1].count = place - group[groups - 1].place;
+    group[groups - 1].end_branch = end_branch;
+  }
+};
+
+// ---- tiles ----
+
+struct Tile {
+  int64_t row;  // the first
+  int64_t rows;
+  int64_t sentence;  // where factors differ between sentences; else 0
+};
+
+// Rows in tiles, which cross from one sentence to the next unless each has its own factors. The cut
+// does not depend on the threads.
+struct Tiles {
+  int64_t groups = 1, group_rows = 0, per_group = 0;
+
+  explicit Tiles(const CpuCall& call) {
+    for (int i = 0; i < call.branches; ++i) {
+      const CpuBranch& branch = call.branch[i];
+      if (branch.has_a_index_per_sample || branch.has_b_index_per_sample) groups = call.B;
+    }
+    group_rows = rows_of(call) / groups;
+    per_group = (group_rows + kTileRows - 1) / kTileRows;
+  }
+  int64_t count() const { return groups * per_group; }
+  Tile at(int64_t i) const {
+    const int64_t group = i / per_group, begin = i % per_group * kTileRows;
+    return {group * group_rows + begin, std::min(kTileRows, group_rows - begin), group};
+  }
+};
+
+// Columns [begin, begin + count) of a tile's rows -> [rows, kStretchStride] in float32.
+template <class T>
+inline void read_stretch(const void* from, int64_t width, const Tile& tile, int64_t begin,
+                         int64_t count, float* to) {
+  const T* row = static_cast<const T*>(from) + tile.row * width + begin;
+  for (int64_t r = 0; r < tile.rows; ++r) read_row(row + r * width, count, to + r * kStretchStride);
+}
+
+// What dropout multiplies a stretch of x by: 0 or 1 / (1 - p); `begin` is a multiple of 4.
+inline void read_dropout(const CpuCall& call, const Tile& tile, int64_t begin, int64_t count,
+                         float* to) {
+  alignas(64) uint32_t words[4 * kPhiloxGroups];
+  for (int64_t r = 0; r < tile.rows; ++r, to += kStretchStride) {
+    const int64_t group = (tile.row + r) * ((call.Din + 3) / 4) + begin / 4;
+    for (int64_t done = 0; done < count; done += 4 * kPhiloxGroups) {
+      philox_words(static_cast<uint64_t>(group + done / 4), 0, call.seed, words);
+      const int64_t here = std::min<int64_t>(4 * kPhiloxGroups, padded(count) - done);
+      for (int64_t i = 0; i < here; ++i) {
+        to[done + i] = words[i] >= call.dropout_threshold ? call.dropout_scale : 0.0f;
+      }
+    }
+  }
+}
+
+inline void multiply_stretch(const Tile& tile, int64_t count, const float* factor, float* values) {
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    for (int64_t i = r * kStretchStride; i < r * kStretchStride + count; i += kWidth) {
+      store(values + i, load(values + i) * load(factor + i));
+    }
+  }
+}
+
+// ---- gates ----
+
+// One for each row, not for each element: float64 costs nothing, and a sentence's sum of gates or
+// of their gradients keeps its digits.
+inline float sigmoid_of(float x) {
+  return static_cast<float>(1.0 / (1.0 + std::exp(-static_cast<double>(x))));
+}
+
+inline bool is_pooled(const CpuGate& gate) { return gate.pooling != CpuPooling::kToken; }
+
+// What a branch's rows are multiplied by: scale times the gate, 1 where there is none.
+template <class T>
+inline float factor_of(const CpuCall& call, const CpuBranch& branch, int64_t row) {
+  if (branch.learned_gate >= 0) {
+    const CpuGate& gate = call.gate[branch.learned_gate];
+    return branch.scale * gate.value[is_pooled(gate) ? row / call.S : row];
+  }
+  if (branch.gate.data == nullptr) return branch.scale;
+  return branch.scale * element<T>(branch.gate, branch.has_gate_per_row ? row : row / call.S);
+}
+
+// [rows, stride]: scale g s of a branch, whose ranks begin at column `first` of s.
+template <class T>
+inline void read_scaled(const CpuCall& call, const CpuBranch& branch, const Tile& tile,
+                        int64_t first, int64_t ranks, float* to, int64_t stride) {
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const T* s = static_cast<const T*>(call.s) + (tile.row + r) * ranks + first;
+    const float factor = factor_of<T>(call, branch, tile.row + r);
+    for_vectors(branch.R, [&](int64_t i, auto part) {
+      store(to + r * stride + i, factor * part.load_from(s + i));
+    });
+  }
+}
+
+// Does a row count in its sentence's gate.
+inline bool counts(const CpuCall& call, const CpuGate& gate, int64_t row) {
+  return gate.pooling != CpuPooling::kMaskedMean || call.mask[row];
+}
+
+// By how many rows a sentence's sum of gates is divided; 1 where gates are not pooled.
+inline double divisor_of(const CpuCall& call, const CpuGate& gate, int64_t sentence) {
+  if (gate.pooling == CpuPooling::kToken) return 1.0;
+  if (gate.pooling == CpuPooling::kMean) return static_cast<double>(call.S);
+  const bool* mask = call.mask + sentence * call.S;
+  return static_cast<double>(std::max<int64_t>(std::count(mask, mask + call.S, true), 1));
+}
+
+}  // namespace
+}  // namespace pelt::lora_linear
