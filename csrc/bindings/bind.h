@@ -37,5 +37,6 @@ void bind_gated_adapter(py::module_& m);
 void bind_lora_linear(py::module_& m);
 void bind_masked_weight(py::module_& m);
 void bind_prefix_attention(py::module_& m);
+void bind_symmetric_kl(py::module_& m);
 
 }  // namespace pelt::bindings

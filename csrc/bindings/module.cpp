@@ -37,6 +37,7 @@ PYBIND11_MODULE(PELT_MODULE, m) {
   bind_lora_linear(m);
   bind_masked_weight(m);
   bind_prefix_attention(m);
+  bind_symmetric_kl(m);
 }
 
 }  // namespace pelt::bindings

@@ -1,0 +1,209 @@
+// symmetric_kl on the CPU.
+//
+//   loss = mean over rows of 0.5 [KL(p2 ‖ p1) + KL(p1 ‖ p2)],  p = softmax(z)
+//
+// The two divergences add up to Σ (p1 - p2) (log p1 - log p2), and because both p sum to 1 the
+// log-sum-exps drop out of it: Σ (p1 - p2) d with d = z1 - z2, or d less any constant. So one pass
+// over the vocabulary does: with the maximum m so far, l = Σ exp(z - m) and t = Σ exp(z - m) d for
+// both, rescaled where m grows, and in the end t1 / l1 - t2 / l2. The constant is the mean of d
+// under p1 over the block that weighs most: without it the quotients could be much larger than
+// their difference. To find it, such a block is summed twice; the first one always is.
+//
+// Backward is a second pass: dz1 = -dz2 = 0.5 dloss (exp(z1 - lse1) - exp(z2 - lse2)) / count.
+// Rows that do not count are not read. Everything is float32 inside; the order of sums follows from
+// the sizes alone.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "common/parallel.h"
+#include "cpu/math.h"
+#include "cpu/pages.h"
+#include "ops/symmetric_kl/cpu.h"
+
+namespace pelt::symmetric_kl {
+namespace {
+
+using namespace pelt::cpu;
+
+constexpr int64_t kBlock = 512;         // columns between two looks at the maximum
+constexpr int64_t kWorkUnit = 1 << 14;  // elements that are worth a thread's while
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+inline bool counts(const CpuInputs& in, int64_t row) { return !in.mask || in.mask[row]; }
+
+// How many rows count; 1 where none does, so that an empty mean is 0.
+inline int64_t count_of(const CpuInputs& in) {
+  int64_t count = 0;
+  for (int64_t t = 0; t < in.T; ++t) count += counts(in, t);
+  return std::max<int64_t>(count, 1);
+}
+
+// body(row) on several threads, in groups of rows that are worth it.
+template <class Body>
+void for_rows(const CpuInputs& in, Body&& body) {
+  const int64_t each = std::max<int64_t>(1, kWorkUnit / in.C);
+  parallel_for((in.T + each - 1) / each, in.threads, [&](int64_t group) {
+    const int64_t end = std::min(in.T, (group + 1) * each);
+    for (int64_t t = group * each; t < end; ++t) body(t);
+  });
+}
+
+template <class T>
+float largest(const T* z, int64_t count) {
+  Vector most = splat(kMinusInfinity);
+  int64_t c = 0;
+  for (; c + kWidth <= count; c += kWidth) {
+    const Vector v = load(z + c);
+    most = v > most ? v : most;
+  }
+  float lanes[kWidth];
+  store(lanes, most);
+  float largest = kMinusInfinity;
+  for (float lane : lanes) largest = lane > largest ? lane : largest;
+  for (; c < count; ++c) largest = to_float(z[c]) > largest ? to_float(z[c]) : largest;
+  return largest;
+}
+
+// Sums of one distribution over the columns so far, and over those of the block at hand: chains of
+// rounding errors stay short.
+struct Sums {
+  float m = kMinusInfinity;
+  Vector l = {}, t = {};
+  Vector block_l = {}, block_t = {};
+
+  // Takes a block's maximum into account; true where most of the weight may now be in this block.
+  // A maximum that is not finite would make every difference from it NaN: a row that begins with
+  // -inf is summed as it is, one with +inf becomes NaN either way.
+  bool raise(float largest) {
+    if (!(largest > m)) return false;
+    const float factor = m == kMinusInfinity ? 0.0f : std::exp(m - largest);
+    l *= factor, t *= factor;
+    m = largest;
+    return factor < 0.5f;
+  }
+
+  Vector weight(Vector z) const { return exp_of_negative(z - (m == kMinusInfinity ? 0.0f : m)); }
+
+  void add(Vector e, Vector d) { block_l += e, block_t += e * d; }
+
+  // The same sums for d less another `step`, and an empty block.
+  void move(float step) {
+    t -= step * l;
+    block_l = block_t = Vector{};
+  }
+
+  void close_block() {
+    l += block_l, t += block_t;
+    block_l = block_t = Vector{};
+  }
+};
+
+template <class T>
+void add_block(const T* z1, const T* z2, int64_t count, float shift, Sums& first, Sums& second) {
+  int64_t c = 0;
+  for (; c + kWidth <= count; c += kWidth) {
+    const Vector x = load(z1 + c), y = load(z2 + c), d = (x - y) - shift;
+    first.add(first.weight(x), d);
+    second.add(second.weight(y), d);
+  }
+  if (c == count) return;
+  float exists[kWidth];
+  for (int i = 0; i < kWidth; ++i) exists[i] = i < count - c;
+  const auto is_there = load(exists) > 0.0f;
+  const Vector x = load_part(z1 + c, count - c), y = load_part(z2 + c, count - c);
+  const Vector d = is_there ? (x - y) - shift : Vector{};
+  first.add(is_there ? first.weight(x) : Vector{}, d);
+  second.add(is_there ? second.weight(y) : Vector{}, d);
+}
+
+template <class T>
+void forward_row(const CpuInputs& in, int64_t row, float* rows, float* lse) {
+  const T* z1 = static_cast<const T*>(in.z1) + row * in.z1_stride;
+  const T* z2 = static_cast<const T*>(in.z2) + row * in.z2_stride;
+  Sums first, second;
+  float shift = 0.0f;
+  for (int64_t begin = 0; begin < in.C; begin += kBlock) {
+    const int64_t count = std::min(kBlock, in.C - begin);
+    const T *a = z1 + begin, *b = z2 + begin;
+    const bool is_heavy = first.raise(largest(a, count));
+    second.raise(largest(b, count));
+    add_block(a, b, count, shift, first, second);
+    if (is_heavy) {
+      const float step = sum_of(first.block_t) / sum_of(first.block_l);
+      if (std::isfinite(step) && step != 0.0f) {
+        shift += step;
+        first.move(step);
+        second.move(step);
+        add_block(a, b, count, shift, first, second);
+      }
+    }
+    first.close_block();
+    second.close_block();
+  }
+  const float l1 = sum_of(first.l), l2 = sum_of(second.l);
+  const float difference = sum_of(first.t) / l1 - sum_of(second.t) / l2;
+  // Never negative but by rounding; a NaN stays one.
+  rows[row] = difference < 0.0f ? 0.0f : 0.5f * difference;
+  lse[row] = first.m + std::log(l1);
+  lse[in.T + row] = second.m + std::log(l2);
+}
+
+template <class T>
+void forward_all(const CpuInputs& in, float* rows, float* lse, float* loss) {
+  for_rows(in, [&](int64_t t) {
+    if (counts(in, t)) {
+      forward_row<T>(in, t, rows, lse);
+    } else {
+      rows[t] = lse[t] = lse[in.T + t] = 0.0f;
+    }
+  });
+  double sum = 0.0;
+  for (int64_t t = 0; t < in.T; ++t) sum += rows[t];
+  *loss = static_cast<float>(sum / static_cast<double>(count_of(in)));
+}
+
+template <class T>
+void backward_all(const CpuInputs& in, float dloss, const float* lse, T* dz1, T* dz2) {
+  const int64_t bytes = in.T * in.C * static_cast<int64_t>(sizeof(T));
+  prefer_huge_pages(dz1, bytes);
+  prefer_huge_pages(dz2, bytes);
+  const float factor = 0.5f * dloss / static_cast<float>(count_of(in));
+  for_rows(in, [&](int64_t row) {
+    const T* z1 = static_cast<const T*>(in.z1) + row * in.z1_stride;
+    const T* z2 = static_cast<const T*>(in.z2) + row * in.z2_stride;
+    T* to1 = dz1 ? dz1 + row * in.C : nullptr;
+    T* to2 = dz2 ? dz2 + row * in.C : nullptr;
+    const float lse1 = lse[row], lse2 = lse[in.T + row];
+    const bool is_read = counts(in, row);
+    for_vectors(in.C, [&](int64_t c, auto part) {
+      Vector d = {};
+      if (is_read) {
+        const Vector p1 = exp_of_negative(part.load_from(z1 + c) - lse1);
+        d = factor * (p1 - exp_of_negative(part.load_from(z2 + c) - lse2));
+      }
+      if (to1) part.store_to(to1 + c, d);
+      if (to2) part.store_to(to2 + c, -d);
+    });
+  });
+}
+
+}  // namespace
+
+template <>
+void forward_on_cpu<cpu::Isa::PELT_CPU_ISA>(const CpuInputs& in, float* rows, float* lse,
+                                            float* loss) {
+  in.is_float32 ? forward_all<float>(in, rows, lse, loss) : forward_all<bf16>(in, rows, lse, loss);
+}
+
+template <>
+void backward_on_cpu<cpu::Isa::PELT_CPU_ISA>(const CpuInputs& in, const float* dloss,
+                                             const float* lse, void* dz1, void* dz2) {
+  if (in.is_float32) {
+    backward_all(in, *dloss, lse, static_cast<float*>(dz1), static_cast<float*>(dz2));
+  } else {
+    backward_all(in, *dloss, lse, static_cast<bf16*>(dz1), static_cast<bf16*>(dz2));
+  }
+}
+
+}  // namespace pelt::symmetric_kl

@@ -1,0 +1,118 @@
+"""The CPU kernels of symmetric_kl: every instruction set this processor runs, bits that do not
+depend on threads, values that are no numbers, and rows that do not count.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from closeness import assert_close
+from parity import case_of, check, contract_of, evaluate, inputs_of, run
+
+from pelt_kernels.ops import _dispatch as dispatch
+from pelt_kernels.ops import _native as native
+from pelt_kernels.ops import symmetric_kl
+from pelt_kernels.ops._cases import Case
+
+OPERATOR = "symmetric_kl"
+HAS_KERNELS = not native.why_not("_C") and hasattr(native.library("_C"), "symmetric_kl_cpu_fwd")
+pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="the compiled module _C is not there")
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=native.library("_C").cpu_isas() if HAS_KERNELS else [])
+def isa(request):
+    """Each instruction set that this processor runs."""
+    native.library("_C").choose_cpu_isa(request.param)
+    yield request.param
+    native.library("_C").choose_cpu_isa("")
+
+
+def _agrees(values):
+    """Loss and gradients of any float32 logits, by the closeness rule; eager's errors are a second
+    baseline, because a kept log-sum-exp has a rounding that the reference has not.
+    """
+    case, module = Case("given", {}), contract_of(OPERATOR)
+    exact = [v.double() if v is not None and v.is_floating_point() else v for v in values]
+    truth = evaluate(OPERATOR, case, exact, lambda given: module.reference(*given))
+    baseline = evaluate(OPERATOR, case, values, lambda given: module.reference(*given))
+    found, eager = (
+        evaluate(OPERATOR, case, values, lambda given, b=backend: [symmetric_kl(*given, backend=b)])
+        for backend in ("cpu", "eager")
+    )
+    for name, value in found.items():
+        others = [(eager[name], truth[name])]
+        assert_close(value, baseline[name], truth[name], torch.float32, name, others)
+
+
+def test_a_refusal_is_a_sentence():
+    z = torch.zeros(2, 3, dtype=torch.float16)
+    with pytest.raises(dispatch.BackendError, match="it takes float32 or bfloat16, and z1 is"):
+        symmetric_kl(z, z, backend="cpu")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["classes", "tokens", "one_logit", "vocabulary", "equal"])
+def test_every_instruction_set(name, precision, isa):
+    check(OPERATOR, "cpu", case_of(OPERATOR, name), precision)
+
+
+@pytest.mark.parametrize("classes", [1, 7, 8, 9, 16, 33, 1023, 1024, 1031, 2048, 30001])
+def test_vocabularies_around_vectors_and_blocks(classes, isa):
+    _agrees(inputs_of(OPERATOR, Case("width", {"T": 3, "C": classes}, "mask"), "float32"))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_bits_do_not_depend_on_threads(precision, isa, threads):
+    case = Case("large", {"T": 301, "C": 700}, "mask")
+    threads(1)
+    alone = run(OPERATOR, "cpu", case, precision)
+    for count in (2, 5):
+        threads(count)
+        for name, value in run(OPERATOR, "cpu", case, precision).items():
+            assert torch.equal(value, alone[name]), f"{name} with {count} threads"
+
+
+def test_logits_that_differ_by_a_shift_have_no_divergence():
+    z = torch.randn(4, 3000)
+    assert symmetric_kl(z, z, backend="cpu") == 0
+    assert symmetric_kl(z, z + 1000.0, backend="cpu") < 1e-7
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1000.0])
+def test_logits_of_any_size(scale, isa):
+    """From nearly uniform distributions to those of one class, maxima in later blocks included."""
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(5, 4000, generator=generator) * scale
+    z[:, 3500] += 5 * scale
+    _agrees([z, z + 0.1 * scale * torch.randn(z.shape, generator=generator), None])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_no_number_stays_in_its_row(value):
+    z1, z2 = torch.randn(3, 40, requires_grad=True), torch.randn(3, 40)
+    with torch.no_grad():
+        z1[1, 5] = value
+    rest = torch.tensor([True, False, True])
+    assert not symmetric_kl(z1, z2, backend="cpu").isfinite()
+    loss = symmetric_kl(z1, z2, rest, backend="cpu")
+    (dz1,) = torch.autograd.grad(loss, z1)
+    alone = symmetric_kl(z1[rest], z2[rest], backend="cpu")
+    assert torch.equal(loss, alone)
+    assert not dz1[1].any() and dz1[rest].isfinite().all()
+
+
+def test_rows_with_a_stride_are_read_where_they_are():
+    wide = torch.full((6, 100), float("nan"))
+    wide[:, 3:70] = torch.randn(6, 67)
+    view, other = wide[:, 3:70], torch.randn(6, 67)
+    assert torch.equal(
+        symmetric_kl(view, other, backend="cpu"),
+        symmetric_kl(view.contiguous(), other, backend="cpu"),
+    )
