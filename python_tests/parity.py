@@ -164,10 +164,9 @@ def _with_reference(operator: str, case: Case, values: Sequence[Any]) -> Results
 
 @lru_cache(maxsize=32)
 def expected(
-    operator: str, case_id: str, precision: str, device: str = "cpu", draw: int = 0
+    operator: str, case: Case, precision: str, device: str = "cpu", draw: int = 0
 ) -> tuple[Results, Results]:
     """Baseline (the dtype) and truth (float64) by the reference."""
-    case = case_of(operator, case_id)
     values = inputs_of(operator, case, precision, device, draw)
 
     def double(value: Any) -> Any:
@@ -194,13 +193,12 @@ def run(operator: str, backend: str, case: Case, precision: str) -> Results:
 def check(operator: str, backend: str, case: Case, precision: str) -> Results:
     """What `run` returns; AssertionError where an output or a gradient is too far."""
     device = device_of(backend)
-    baseline, truth = expected(operator, case.id, precision, device)
+    baseline, truth = expected(operator, case, precision, device)
     found = run(operator, backend, case, precision)
     assert found.keys() == truth.keys()
     for name, value in found.items():
         others = (
-            expected(operator, case.id, precision, device, draw)
-            for draw in range(1, 1 + OTHER_DRAWS)
+            expected(operator, case, precision, device, draw) for draw in range(1, 1 + OTHER_DRAWS)
         )
         pairs = ((b[name], t[name]) for b, t in others)
         assert_close(value, baseline[name], truth[name], PRECISIONS[precision][0], name, pairs)

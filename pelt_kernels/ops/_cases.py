@@ -17,7 +17,7 @@ from ._rows import Input
 Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # so that results can be kept for a case
 class Case:
     """One case of an operator.
 

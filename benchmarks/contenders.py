@@ -1,0 +1,103 @@
+"""Who is timed: the reference, torch.compile of it, peers and backends, each as its own call."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pelt_kernels.ops._cases import Case, make_attributes
+
+from . import shapes
+from .timing import Function
+
+# A benchmark holds every backend to the rule of the tests before it times it.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "python_tests"))
+parity = importlib.import_module("parity")
+
+SEED = 1234  # of dropout
+
+
+def contenders(
+    operator: str, case: Case, dtype: str, device: str, backends: list[str], with_compile: bool
+) -> dict[str, dict[str, Function]]:
+    """Direction -> contender -> a call without arguments."""
+    module = shapes.contract_of(operator)
+    attributes = make_attributes(module.CONTRACT, case)
+    named = dict(zip(module.CONTRACT.attribute_names, attributes))
+    if module.CONTRACT.has_seed:
+        named["seed"] = SEED
+    functions: dict[str, Callable[..., Any]] = {
+        "reference": lambda values: module.reference(*values, **named)
+    }
+    if with_compile:
+        compiled = torch.compile(module.reference, dynamic=False)
+        functions["torch.compile"] = lambda values: compiled(*values, **named)
+    for name, peer in _peers(operator, case).items():
+        functions[name] = lambda values, peer=peer: peer(*values, **named)
+    for name in backends:
+        functions[name] = lambda values, name=name: parity.operator_of(operator)(
+            values, attributes, SEED, name
+        )
+    values = parity.inputs_of(operator, case, dtype, device)
+    forward = {name: _forward(function, values) for name, function in functions.items()}
+    found = {"forward": forward}
+    if not case.is_inference:
+        found["forward+backward"] = {
+            name: _forward_backward(operator, function, values)
+            for name, function in functions.items()
+        }
+    return found
+
+
+def _forward(function: Callable[..., Any], values: list[Any]) -> Function:
+    def call() -> None:
+        with torch.no_grad():
+            function(values)
+
+    return call
+
+
+def _forward_backward(operator: str, function: Callable[..., Any], values: list[Any]) -> Function:
+    contract = shapes.contract_of(operator).CONTRACT
+    leaves: list[Tensor] = []
+
+    def leaf(name: str, value: Tensor | None) -> Tensor | None:
+        if value is None or not value.is_floating_point():
+            return value
+        if name in shapes.FROZEN.get(operator, ()):
+            return value.detach()
+        leaves.append(value.detach().requires_grad_())
+        return leaves[-1]
+
+    given = [
+        [leaf(row.name, v) for v in value] if row.is_list else leaf(row.name, value)
+        for row, value in zip(contract.input_rows, values)
+    ]
+    dys: list[Tensor] = []
+
+    def call() -> None:
+        outputs = [
+            tensor
+            for row, output in zip(contract.public_rows, function(given))
+            if row.is_differentiable
+            for tensor in (output if row.is_list else [output])
+        ]
+        if len(dys) != len(outputs):
+            dys[:] = [torch.randn_like(output) for output in outputs]
+        torch.autograd.grad(outputs, leaves, dys, allow_unused=True)
+
+    return call
+
+
+def _peers(operator: str, case: Case) -> dict[str, Callable[..., Any]]:
+    if importlib.util.find_spec(f"benchmarks.peers.{operator}") is None:
+        return {}
+    module = importlib.import_module(f"benchmarks.peers.{operator}")
+    return {name: peer for name, peer in module.PEERS.items() if module.serves(name, case)}

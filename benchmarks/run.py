@@ -1,0 +1,246 @@
+"""Times every backend of the operators against the reference, torch.compile of it, and peers.
+
+    python -m benchmarks.run --op gated_adapter --device cpu [--cases quick|full|NAME,NAME]
+                             [--dtypes float32,bfloat16] [--threads N] [--seconds S] [--no-compile]
+                             [--json FILE] [--plot DIR]
+
+A backend is held to the closeness rule on a case before it is timed on it; one that fails gets no
+row, and the command ends with 1. Contenders take turns in one process. ``forward`` runs without
+gradients; ``forward+backward`` makes the gradients of x and of everything that is trained.
+``--plot`` measures the sweeps too and draws how time grows with each size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pelt_kernels.ops import BACKENDS, OPERATORS
+from pelt_kernels.ops import _dispatch as dispatch
+from pelt_kernels.ops._cases import Case
+from pelt_kernels.training.report import hardware
+
+from . import plots, roofline, shapes, timing
+from .contenders import SEED, contenders, parity
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPES = {"cpu": "float32,bfloat16", "cuda": "bfloat16"}
+Rows = list[dict[str, Any]]
+
+
+class UsageError(ValueError):
+    """What was asked for cannot be measured; one sentence."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0, 1 if a backend was not close enough, 2 for a wrong request."""
+    options = _parse(arguments)
+    try:
+        operators, cases = _check(options)
+    except UsageError as error:
+        print(f"benchmarks.run: {error}", file=sys.stderr)
+        return 2
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(SEED)
+    rows: Rows = []
+    failures: list[str] = []
+    print(f"{_machine()}, torch {torch.__version__}, commit {_commit()[:10]}", flush=True)
+    for operator in operators:
+        for dtype in options.dtypes.split(","):
+            for case in cases[operator]:
+                measured = measure(operator, case, dtype, options, failures)
+                rows += measured
+                _print(measured)
+                if options.json:
+                    _write(options.json, rows)
+    if options.plot:
+        for operator in operators:
+            points = _sweep(operator, options, failures)
+            if points:
+                print(plots.draw_sweeps(operator, points, options.plot))
+    for failure in failures:
+        print(f"not close enough, so not timed: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def measure(
+    operator: str, case: Case, dtype: str, options: argparse.Namespace, failures: list[str]
+) -> Rows:
+    """The rows of one case: each backend that serves it against each baseline."""
+    able = []
+    for name in _backends(operator, options.device):
+        if refusal := parity.why_refused(operator, name, case, dtype):
+            print(f"{operator:16} {case.id:22} {dtype:9} not by {name}: {refusal}")
+            continue
+        try:
+            parity.check(operator, name, case, dtype)
+            able.append(name)
+        except AssertionError as error:
+            failures.append(f"{operator} {case.id} {dtype} {name}: {error}")
+    parity.expected.cache_clear()
+    rows: Rows = []
+    if not able:
+        return rows
+    real = parity.PRECISIONS[dtype][0]
+    least = roofline.least_bytes(operator, case, real)
+    floor = roofline.least_seconds(operator, case, real, options.device)
+    calls = contenders(operator, case, dtype, options.device, able, options.compile)
+    for at, (direction, functions) in enumerate(calls.items()):
+        samples = timing.interleaved(functions, options.device, options.seconds)
+        us = {name: 1e6 * timing.median(found) for name, found in samples.items()}
+        peak = {name: timing.peak_bytes(call, options.device) for name, call in functions.items()}
+        for backend in able:
+            rows += [{
+                "op": operator, "case": case.id, "dtype": dtype, "direction": direction,
+                "backend": backend, "baseline": baseline,
+                "us": us[backend], "baseline_us": us[baseline],
+                "speedup": us[baseline] / us[backend], "spread": timing.spread(samples[backend]),
+                "bytes": least[at], "gbps": least[at] / us[backend] / 1e3,
+                "roofline_us": 1e6 * floor[at],
+                "peak_bytes": peak[backend], "baseline_peak_bytes": peak[baseline],
+                "hardware": _machine(), "torch": torch.__version__, "commit": _commit(),
+            } for baseline in functions if baseline != backend]  # fmt: skip
+    torch.compiler.reset()
+    gc.collect()
+    return rows
+
+
+def _backends(operator: str, device: str) -> list[str]:
+    """Those that users get on this kind of device: neither the simulator nor an interpreter."""
+    return [
+        name
+        for name, backend in BACKENDS.items()
+        if backend.is_automatic
+        and name != "eager"
+        and dispatch.has_file(operator, backend.file)
+        and device in backend.devices
+        and not (name == "triton" and device == "cpu")
+        and not parity.why_unavailable(operator, name)
+    ]
+
+
+def _sweep(operator: str, options: argparse.Namespace, failures: list[str]) -> Rows:
+    """A row for each point of the sweeps, with the letter that grows and its value."""
+    without = argparse.Namespace(**{**vars(options), "compile": False})
+    points: Rows = []
+    for letter, cases in shapes.SWEEPS.get(operator, {}).items():
+        for case in cases:
+            size = _swept_size(case, letter)
+            rows = measure(operator, case, options.dtypes.split(",")[0], without, failures)
+            points += [{**row, "letter": letter, "size": size} for row in rows]
+        _print([row for row in points if row["letter"] == letter])
+    return points
+
+
+def _swept_size(case: Case, letter: str) -> int:
+    """The value of a letter of the case's name: 1024 of T1024-D768-R48."""
+    return next(int(part[1:]) for part in case.id.split("-") if part[0] == letter)
+
+
+def _print(rows: Rows) -> None:
+    for row in rows:
+        print(
+            f"{row['op']:16} {row['case']:22} {row['dtype']:9} {row['direction']:16} "
+            f"{row['backend']:7} {row['us']:10,.0f} us  {row['speedup']:5.2f}x {row['baseline']:14}"
+            f" spread {row['spread']:4.0%}  limit {row['roofline_us'] / row['us']:4.0%}"
+            f"  peak {row['peak_bytes'] / max(row['baseline_peak_bytes'], 1):5.2f}x",
+            flush=True,
+        )
+
+
+def geometric_means(rows: Rows) -> dict[tuple[str, str, str, str, str], float]:
+    """(op, dtype, direction, backend, baseline) -> the mean speedup of its cases."""
+    logs: dict[tuple[str, str, str, str, str], list[float]] = {}
+    for row in rows:
+        key = (row["op"], row["dtype"], row["direction"], row["backend"], row["baseline"])
+        logs.setdefault(key, []).append(math.log(row["speedup"]))
+    return {key: math.exp(sum(values) / len(values)) for key, values in logs.items()}
+
+
+def _machine() -> str:
+    found = hardware()
+    return found["gpu"] or f"{found['cpu']}, {found['threads']} thread(s)"
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    done = subprocess.run(git, text=True, capture_output=True, check=False)
+    return done.stdout.strip() or os.environ.get("PELT_COMMIT", "unknown")
+
+
+def _write(path: Path, rows: Rows) -> None:
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(rows, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--op", default=",".join(OPERATORS), help="operators, with commas")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cases", default="quick", help="quick, full, or names with commas")
+    parser.add_argument("--dtypes", help="of the activations, with commas")
+    parser.add_argument("--threads", type=int, help="of the CPU; all of them by default")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each contender and case")
+    parser.add_argument("--no-compile", dest="compile", action="store_false",
+                        help="leave torch.compile out, which takes long to start")  # fmt: skip
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--plot", type=Path, help="folder for the plots of the sweeps")
+    options = parser.parse_args(arguments)
+    options.dtypes = options.dtypes or DTYPES.get(options.device, "float32")
+    return options
+
+
+def _check(options: argparse.Namespace) -> tuple[list[str], dict[str, list[Case]]]:
+    """The operators and their cases. Raises UsageError before any work."""
+    operators = options.op.split(",")
+    for operator in operators:
+        if operator not in OPERATORS:
+            raise UsageError(f"--op: expected some of {', '.join(OPERATORS)}, got '{operator}'")
+    if options.device not in DTYPES:
+        raise UsageError(f"--device: expected cpu or cuda, got '{options.device}'")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device: expected a CUDA GPU that torch sees, found none; use cpu")
+    for dtype in options.dtypes.split(","):
+        if dtype not in parity.PRECISIONS:
+            known = ", ".join(parity.PRECISIONS)
+            raise UsageError(f"--dtypes: expected some of {known}, got '{dtype}'")
+    if options.json:
+        _check_writable("--json", options.json.parent)
+    if options.plot:
+        _check_writable("--plot", options.plot)
+    return operators, {operator: _chosen(operator, options) for operator in operators}
+
+
+def _check_writable(option: str, folder: Path) -> None:
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(f"{option}: expected a folder that can be written to, got '{folder}'")
+
+
+def _chosen(operator: str, options: argparse.Namespace) -> list[Case]:
+    every = shapes.cases_of(operator, options.device)
+    if options.cases in ("quick", "full"):
+        return [case for case in every if case.is_quick or options.cases == "full"]
+    named = {case.id: case for case in every}
+    missing = [name for name in options.cases.split(",") if name not in named]
+    if missing:
+        raise UsageError(
+            f"--cases: expected quick, full or some of {operator}'s {', '.join(named)}, got"
+            f" '{missing[0]}'"
+        )
+    return [named[name] for name in options.cases.split(",")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""The machine code of the CUDA kernels, without a GPU: what ptxas reserved, and what their loops are.
+
+`make cuda` builds `_C` with the kernels and runs this on it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def module(request):
+    path = request.config.getoption("--cuda-module")
+    if not path:
+        pytest.skip("no _C with CUDA kernels was named: make cuda builds one and runs this")
+    return Path(path).resolve(strict=True)
+
+
+def _tool(name):
+    """From the CUDA toolkit, or from Triton's package, which carries the same."""
+    found = shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+    triton = importlib.util.find_spec("triton")
+    if found is None and triton is not None:
+        found = str(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name)
+    return found or pytest.fail(f"{name}: neither a CUDA toolkit nor Triton's package has it")
+
+
+def _dump(module, *options):
+    command = [_tool("cuobjdump"), *options, str(module)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def sass(module):
+    """Kernel -> its instructions for sm_80."""
+    found: dict[str, list[str]] = {}
+    for line in _dump(module, "-sass", "-arch", "sm_80").splitlines():
+        if match := re.search(r"Function : (\S+)", line):
+            instructions = found.setdefault(match[1], [])
+        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+([^;]+);", line):
+            instructions.append(match[1].strip())
+    assert found
+    return found
+
+
+def test_no_kernel_spills_or_has_a_stack(module):
+    usage = re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)",
+        _dump(module, "--dump-resource-usage"),
+    )
+    assert usage
+    assert not [row for row in usage if row[2:] != ("0", "0")]
+
+
+def test_it_holds_the_architectures_of_a_release(module):
+    assert {"sm_80", "sm_90a"} <= set(re.findall(r"sm_\d+a?", _dump(module, "--list-elf")))
+    assert re.search(r"sm_80|compute_80", _dump(module, "--list-ptx"))
+
+
+def test_matrix_products_run_on_the_matrix_units(sass):
+    """Kernels that only sum or copy have no product; every operator has one that does."""
+    with_product = {name for name, lines in sass.items() if any("HMMA" in line for line in lines)}
+    for operator in ("gated_adapter",):
+        assert any(operator in name for name in with_product), operator
+    scalar = [
+        name
+        for name, lines in sass.items()
+        if name not in with_product and sum("FFMA" in line for line in lines) > 64
+    ]
+    assert not scalar
+
+
+def test_matrix_loops_move_sixteen_bytes_at_a_time(sass):
+    wide = re.compile(r"(LDG|LDS|LDGSTS)\.[.\w]*128|LDSM\.\S*M88\.4")
+    narrow = [
+        name
+        for name, lines in sass.items()
+        if any("HMMA" in line for line in lines) and not any(wide.search(line) for line in lines)
+    ]
+    assert not narrow
+
+
+def test_it_imports_without_a_driver(module):
+    needed = subprocess.run(["ldd", str(module)], capture_output=True, text=True, check=True).stdout
+    assert "libcuda" not in needed
+    code = (
+        "import importlib.util as u; s = u.spec_from_file_location('_C', __import__('sys').argv[1]);"
+        "m = u.module_from_spec(s); s.loader.exec_module(m); assert m.build_info()['cuda']"
+    )
+    subprocess.run([sys.executable, "-c", code, str(module)], check=True)
