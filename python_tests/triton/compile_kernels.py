@@ -1,6 +1,6 @@
-"""Compiles the Triton kernels of gated_adapter for one GPU without having it, as its calls do.
+"""Compiles the Triton kernels of an operator for one GPU without having it, as its calls do.
 
-    python compile_kernels.py cuda:90 [case ...]
+    python compile_kernels.py cuda:90 lora_linear [case ...]
 
 The launches are recorded from the host code itself, with tensors that hold no memory: so a kernel
 is compiled with the arguments and tiles that a call of that case would give it. One line of JSON
@@ -11,6 +11,7 @@ functions are compiled or interpreted.
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 import triton
+from ahead_cases import CASES
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
@@ -28,8 +30,7 @@ from triton.runtime.jit import JITFunction
 
 from pelt_kernels.ops import _triton_host as host
 from pelt_kernels.ops._cases import Case, make_attributes, make_inputs
-from pelt_kernels.ops.gated_adapter import contract
-from pelt_kernels.ops.gated_adapter import triton as backend
+from pelt_kernels.ops._contract import flatten
 
 _TYPES = {
     torch.float32: "*fp32",
@@ -37,43 +38,6 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.bool: "*i1",
     torch.int64: "*i64",
-}
-_EVERY_INPUT = (
-    "w_down:1 b_down:1 w_up:1 b_up:1 down_index:1 up_index:1 pre_norm_weight pre_norm_bias "
-    "post_norm_weight post_norm_bias scale gate_weight gate_bias mask residual"
-)
-_BERT = {"B": 16, "S": 128, "D": 768, "R": 48}
-_UNIPELT = "b_down b_up gate_weight gate_bias mask residual"
-_POOLED = {"pooling": "masked_mean", "residual_from": "tensor"}
-# Names with the dtype of activations; parameters are float32 masters beside 16 bits.
-CASES = {
-    "unipelt-bf16": (torch.bfloat16, Case("", _BERT, _UNIPELT, _POOLED)),
-    "unipelt-f16": (torch.float16, Case("", _BERT, _UNIPELT, _POOLED)),
-    "plain-f32": (torch.float32, Case("", _BERT, "b_down b_up", {"activation": "gelu"})),
-    "rank_128-bf16": (torch.bfloat16, Case("", {**_BERT, "R": 128}, "b_down b_up gate:1")),
-    "rank_256-bf16": (torch.bfloat16, Case("", {**_BERT, "R": 256}, "b_down b_up")),
-    "rank_256-f32": (torch.float32, Case("", {**_BERT, "R": 256}, "b_down b_up")),
-    "token-bf16": (
-        torch.bfloat16,
-        Case("", _BERT, "b_up gate_weight gate_bias", {"pooling": "token", "activation": "silu"}),
-    ),
-    "everything-bf16": (
-        torch.bfloat16,
-        Case(
-            "",
-            {**_BERT, "D": 1000, "R": 20, "M": 4, "M_up": 3},
-            _EVERY_INPUT,
-            {**_POOLED, "activation": "gelu_tanh", "dropout_p": 0.1},
-        ),
-    ),
-    "one_row-f16": (
-        torch.float16,
-        Case("", {"B": 1, "S": 1, "D": 64, "R": 1, "M": 1, "M_up": 1}, _EVERY_INPUT, _POOLED),
-    ),
-    "skip-bf16": (
-        torch.bfloat16,
-        Case("", _BERT, _UNIPELT, {**_POOLED, "skip_below": 0.5, "activation": "tanh"}),
-    ),
 }
 
 
@@ -89,20 +53,30 @@ class Recorder:
     def compile(self, *args: Any, **constants: Any) -> None:
         names = ("num_warps", "num_stages", "enable_fp_fusion")
         options = {name: constants.pop(name) for name in names if name in constants}
-        given = dict(zip(self.kernel.arg_names, args))
         signature, constexprs, attributes = {}, {}, {}
-        for i, (name, parameter) in enumerate(zip(self.kernel.arg_names, self.kernel.params)):
-            value = given.get(name)
-            is_special = isinstance(value, int) and not parameter.do_not_specialize
-            if name in constants or value is None or (is_special and value == 1):
-                signature[name], constexprs[name] = "constexpr", constants.get(name, value)
-            elif isinstance(value, torch.Tensor):
-                signature[name] = _TYPES[value.dtype]
-            else:
-                signature[name] = "fp32" if isinstance(value, float) else "i32"
+        given = dict(zip(self.kernel.arg_names, args))
+
+        def specialise(value: Any, at: tuple[int, ...], is_special: bool) -> Any:
+            """The type of an argument; notes what Triton would compile for its value alone."""
+            if isinstance(value, tuple):
+                return tuple(specialise(v, (*at, j), is_special) for j, v in enumerate(value))
+            is_special = is_special and isinstance(value, int)
+            if value is None or (is_special and value == 1):
+                constexprs[at] = value
+                return "constexpr"
             if isinstance(value, torch.Tensor) or (is_special and value % 16 == 0):
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        key = json.dumps([self.kernel.__name__, signature, constexprs, options])
+                attributes[at] = [["tt.divisibility", 16]]
+            if isinstance(value, torch.Tensor):
+                return _TYPES[value.dtype]
+            return "fp32" if isinstance(value, float) else "i32"
+
+        for i, (name, parameter) in enumerate(zip(self.kernel.arg_names, self.kernel.params)):
+            if name in constants:
+                signature[name], constexprs[(i,)] = "constexpr", constants[name]
+            else:
+                is_special = not parameter.do_not_specialize
+                signature[name] = specialise(given[name], (i,), is_special)
+        key = repr([self.kernel.__name__, signature, constexprs, options])
         if key in self.done:
             return
         self.done.add(key)
@@ -130,37 +104,44 @@ def _ptxas(ptx: str, arch: int) -> dict[str, int]:
     return {"registers": registers, "spilled": spilled}
 
 
-def _run(dtype: torch.dtype, case: Case) -> None:
+def _run(operator: str, backend: Any, dtype: torch.dtype, case: Case) -> None:
     """Forward and backward of a case, whose launches are recorded instead."""
-    tables = contract.CONTRACT
-    values = make_inputs(tables, case, dtype, "meta", master=True, draws=contract.DRAWS)
-    attributes = make_attributes(tables, case)
-    call = tables.bind(values, attributes)
-    inputs = dict(zip(tables.input_names, values))
-    y, gate_value, h = backend.forward(call, seed=1, **inputs)
-    needs = {n: v is not None and v.is_floating_point() for n, v in inputs.items()}
-    needs = {name: need for name, need in needs.items() if name in tables.backward_names}
-    backend.backward(call, needs, y, gate_value, h, seed=1, **inputs)
+    module = importlib.import_module(f"pelt_kernels.ops.{operator}.contract")
+    contract = module.CONTRACT
+    values = make_inputs(contract, case, dtype, "meta", master=True, draws=module.DRAWS)
+    call = contract.bind(values, make_attributes(contract, case))
+    inputs = dict(zip(contract.input_names, values))
+    outputs = backend.forward(call, seed=1, **inputs)
+    named = {row.name: output for row, output in zip(contract.output_rows, outputs)}
+    dys = {f"d{row.name}": named[row.name] for row in contract.differentiable_rows}
+    saved = {row.name: named[row.name] for row in contract.saved_rows}
+    needs = {
+        name: any(v is not None and v.is_floating_point() for v in flatten([inputs[name]]))
+        for name in contract.backward_names
+    }
+    backend.backward(call, needs, **dys, **saved, seed=1, **inputs)
 
 
-def main(target: str, names: list[str]) -> None:
+def main(target: str, operator: str, names: list[str]) -> None:
     kind, arch = target.split(":")
     warp = 64 if arch.startswith("gfx9") else 32
     gpu = GPUTarget(kind, int(arch) if kind == "cuda" else arch, warp)
     host.processors = lambda device: 132
-    modules = [backend._kernels(name) for name in ("fwd", "bwd_rows", "bwd_columns")]
+    folder = f"pelt_kernels.ops.{operator}"
+    backend = importlib.import_module(f"{folder}.triton")
     done: set[str] = set()
     recorders = []
-    for module in modules:
+    for path in sorted(Path(backend.__file__).parent.glob("_triton_*.py")):
+        module = importlib.import_module(f"{folder}.{path.stem}")
         for name, kernel in list(vars(module).items()):
-            if name.startswith("_gated_adapter"):
+            if name.startswith(f"_{operator}") and isinstance(kernel, JITFunction):
                 recorders.append(Recorder(kernel, gpu, done))
                 setattr(module, name, recorders[-1])
-    for name in names or CASES:
+    for name in names or CASES[operator]:
         for recorder in recorders:
             recorder.case = name
-        _run(*CASES[name])
+        _run(operator, backend, *CASES[operator][name])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])

@@ -223,7 +223,8 @@ def _lora_linear_bwd_columns_in_kernel(
             dx += tl.load(dx_ptr + t0 * D + at, mask=ok, other=0.0).to(tl.float32)
             tl.store(dx_ptr + t0 * D + at, dx.to(dtype), mask=ok)
 
-    part_ptr += part.to(tl.int64) * PART_SIZE
+    if PART_SIZE > 0:
+        part_ptr += part.to(tl.int64) * PART_SIZE
     for i in tl.static_range(BRANCHES):
         if A_AT[i] >= 0:
             row = slots - BEGINS[i]

@@ -44,11 +44,10 @@ def packed_a(
 
 @triton.jit
 def packed_gates(gate_weight_ptrs, found, slots, cols, D: tl.constexpr, FIRST: tl.constexpr):
-    """``found`` with the gates' weights at the slots from FIRST on."""
-    for i in tl.static_range(len(gate_weight_ptrs)):
-        ok = (slots == FIRST + i) & (cols < D)
-        weight = tl.load(gate_weight_ptrs[i] + cols + 0 * slots, mask=ok, other=0.0)
-        found = tl.where(ok, weight.to(found.dtype), found)
+    """``found`` [cols, slots] with the gates' weights at the slots from FIRST on."""
+    for j in tl.static_range(len(gate_weight_ptrs)):
+        weight = tl.load(gate_weight_ptrs[j] + cols, mask=cols < D, other=0.0).to(found.dtype)
+        found = tl.where((slots == FIRST + j)[None, :], weight[:, None], found)
     return found
 
 
@@ -66,8 +65,8 @@ def packed_b(
     for i in tl.static_range(len(RANKS)):
         r, col = slots - BEGINS[i], cols - OFFSETS[i]
         ok = ((r >= 0) & (r < RANKS[i])) & ((col >= 0) & (col < SIZES[i]))
-        size: tl.constexpr = SIZES[i] * RANKS[i]
-        b_ptr = b_ptrs[i] + member(b_index_ptrs[i], group, B_PER_SAMPLE[i]) * size
+        which = member(b_index_ptrs[i], group, B_PER_SAMPLE[i])
+        b_ptr = b_ptrs[i] + which * (SIZES[i] * RANKS[i])
         loaded = tl.load(b_ptr + col * RANKS[i] + r, mask=ok, other=0.0).to(dtype)
         found = tl.where(ok, loaded, found)
     return found
@@ -138,7 +137,7 @@ def _lora_linear_shrink_kernel(
         x = tl.load(x_ptr + rows[:, None] * D + cols[None, :], mask=ok, other=0.0)
         if GATES > 0 and GATES_APART:
             w = tl.zeros([BLOCK_D, 16], x.dtype)
-            w = packed_gates(gate_weight_ptrs, w, gate_slots[None, :], cols[:, None], D, 0)
+            w = packed_gates(gate_weight_ptrs, w, gate_slots, cols, D, 0)
             logits = product(x, w, logits)
         if BRANCHES > 0:
             z = x
@@ -150,7 +149,7 @@ def _lora_linear_shrink_kernel(
                 D, BEGINS, RANKS, A_PER_SAMPLE,
             )  # fmt: skip
             if GATES > 0 and not GATES_APART:
-                w = packed_gates(gate_weight_ptrs, w, slots[None, :], cols[:, None], D, W)
+                w = packed_gates(gate_weight_ptrs, w, slots, cols, D, W)
             wide = product(z, w, wide)
 
     if BRANCHES > 0:
@@ -177,7 +176,7 @@ def _lora_linear_pool_kernel(
     """
     sentence = (tl.program_id(0) % B).to(tl.int64)
     which = tl.program_id(0) // B
-    for j in tl.static_range(len(value_ptrs)):
+    for j in tl.static_range(len(IS_MASKED)):
         if value_ptrs[j] is not None:
             if which == j:
                 total = tl.zeros([BLOCK], tl.float32)

@@ -109,6 +109,8 @@ class Plan:
         config = next(c[is_wide] for limit, c in limits if self.block_w <= limit)
         if call.device.type == "cpu":  # the interpreter pays for each program and operation
             return config._replace(block_t=64, block_d=64 if call.sizes["Din"] < 512 else 256)
+        if self.branches > 1:  # each one's parameters take memory in every stage
+            config = config._replace(stages=2 if self.branches == 2 else 1)
         is_split = kernel not in ("shrink", "rows")  # has more programs than tiles of rows
         while config.block_t > 16 and (
             config.block_t >= 2 * self.rows

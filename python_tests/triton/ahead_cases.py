@@ -1,0 +1,125 @@
+"""The calls for which Triton's kernels are compiled ahead: for each operator a case by name.
+
+Names end with the dtype of activations; parameters are float32 masters beside 16 bits.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pelt_kernels.ops._cases import Case
+
+_EVERY_ADAPTER_INPUT = (
+    "w_down:1 b_down:1 w_up:1 b_up:1 down_index:1 up_index:1 pre_norm_weight pre_norm_bias "
+    "post_norm_weight post_norm_bias scale gate_weight gate_bias mask residual"
+)
+_BERT = {"B": 16, "S": 128, "D": 768, "R": 48}
+_UNIPELT = "b_down b_up gate_weight gate_bias mask residual"
+_POOLED = {"pooling": "masked_mean", "residual_from": "tensor"}
+_GATED_ADAPTER = {
+    "unipelt-bf16": (torch.bfloat16, Case("", _BERT, _UNIPELT, _POOLED)),
+    "unipelt-f16": (torch.float16, Case("", _BERT, _UNIPELT, _POOLED)),
+    "plain-f32": (torch.float32, Case("", _BERT, "b_down b_up", {"activation": "gelu"})),
+    "rank_128-bf16": (torch.bfloat16, Case("", {**_BERT, "R": 128}, "b_down b_up gate:1")),
+    "rank_256-bf16": (torch.bfloat16, Case("", {**_BERT, "R": 256}, "b_down b_up")),
+    "rank_256-f32": (torch.float32, Case("", {**_BERT, "R": 256}, "b_down b_up")),
+    "token-bf16": (
+        torch.bfloat16,
+        Case("", _BERT, "b_up gate_weight gate_bias", {"pooling": "token", "activation": "silu"}),
+    ),
+    "everything-bf16": (
+        torch.bfloat16,
+        Case(
+            "",
+            {**_BERT, "D": 1000, "R": 20, "M": 4, "M_up": 3},
+            _EVERY_ADAPTER_INPUT,
+            {**_POOLED, "activation": "gelu_tanh", "dropout_p": 0.1},
+        ),
+    ),
+    "one_row-f16": (
+        torch.float16,
+        Case(
+            "", {"B": 1, "S": 1, "D": 64, "R": 1, "M": 1, "M_up": 1}, _EVERY_ADAPTER_INPUT, _POOLED
+        ),
+    ),
+    "skip-bf16": (
+        torch.bfloat16,
+        Case("", _BERT, _UNIPELT, {**_POOLED, "skip_below": 0.5, "activation": "tanh"}),
+    ),
+}
+
+_LORA = {"B": 16, "S": 128, "Din": 768, "Dout": 768, "R_i": (8,), "size_i": (768,)}
+_ONE_BRANCH = {"offsets": [0], "scales": [2.0], "poolings": ["none"]}
+_PLAIN = "bias a:0 b:0 a_index:- b_index:- gate:- gate_weight:- gate_bias:-"
+_LORA_LINEAR = {
+    "plain-f32": (torch.float32, Case("", _LORA, _PLAIN, _ONE_BRANCH)),
+    "plain-bf16": (torch.bfloat16, Case("", _LORA, _PLAIN, _ONE_BRANCH)),
+    "rank_64-bf16": (torch.bfloat16, Case("", {**_LORA, "R_i": (64,)}, _PLAIN, _ONE_BRANCH)),
+    "rank_128-bf16": (torch.bfloat16, Case("", {**_LORA, "R_i": (128,)}, _PLAIN, _ONE_BRANCH)),
+    "rank_256-bf16": (torch.bfloat16, Case("", {**_LORA, "R_i": (256,)}, _PLAIN, _ONE_BRANCH)),
+    "unipelt_query-bf16": (
+        torch.bfloat16,
+        Case(
+            "",
+            _LORA,
+            "bias a:0 b:0 a_index:- b_index:- gate:- gate_weight:0 gate_bias:0 extra_weight:0 "
+            "extra_bias:0 mask",
+            {**_ONE_BRANCH, "poolings": ["masked_mean"], "extra_poolings": ["masked_mean"]},
+        ),
+    ),
+    "everything-bf16": (
+        torch.bfloat16,
+        Case(
+            "",
+            {
+                "B": 16,
+                "S": 128,
+                "Din": 1000,
+                "Dout": 1500,
+                "R_i": (8, 20, 4, 1),
+                "size_i": (500, 100, 300, 1500),
+                "M_i": (3, 4, None, None),
+                "N_i": (2, 4, None, None),
+            },
+            "bias weight:1 a:1,1,0,0 b:1,1,0,0 a_index:1,0,-,- b_index:1,0,-,- gate:0,-,1,- "
+            "gate_weight:-,0,-,0 gate_bias:-,0,-,0 extra_weight:0,0 extra_bias:0,0 mask",
+            {
+                "transposed": True,
+                "offsets": [0, 400, 1200, 0],
+                "dropout_p": 0.1,
+                "scales": [1.0, 0.5, 2.0, 1.0],
+                "poolings": ["none", "token", "none", "mean"],
+                "extra_poolings": ["masked_mean", "token"],
+            },
+        ),
+    ),
+    "one_row-f16": (
+        torch.float16,
+        Case(
+            "",
+            {"B": 1, "S": 1, "Din": 64, "Dout": 64, "R_i": (1,), "size_i": (1,)},
+            _PLAIN,
+            _ONE_BRANCH,
+        ),
+    ),
+    "fused_qkv-bf16": (
+        torch.bfloat16,
+        Case(
+            "",
+            {**_LORA, "Dout": 2304, "R_i": (8, 8), "size_i": (768, 768)},
+            "bias a:0,0 b:0,0 a_index:-,- b_index:-,- gate:-,- gate_weight:0,0 gate_bias:0,0 mask",
+            {"offsets": [0, 1536], "scales": [1.0, 1.0], "poolings": ["masked_mean"] * 2},
+        ),
+    ),
+    "extra_gates_only-f16": (
+        torch.float16,
+        Case(
+            "",
+            {"B": 16, "S": 128, "Din": 768, "Dout": 768},
+            "bias extra_weight:0 extra_bias:0",
+            {"extra_poolings": ["mean"]},
+        ),
+    ),
+}
+
+CASES = {"gated_adapter": _GATED_ADAPTER, "lora_linear": _LORA_LINEAR}
