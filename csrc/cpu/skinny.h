@@ -1,9 +1,14 @@
 // Products of small matrices that are in cache, of any number of rows: what is left of a product
 // when one of its sizes is a rank.
 //
-// Sums stay in registers, rows x vectors of them; rows are cut evenly, so that a rank of 8 is two
-// blocks of 4 and not one of 6 and one of 2. Each sum runs over the whole depth in order.
+// Sums stay in registers; rows are cut evenly, so that a rank of 8 is two blocks of 4 and not one
+// of 6 and one of 2. There are two forms: one element of A feeds multiply-adds with vectors of B's
+// columns, each sum running over the depth in order (multiply_to, multiply_add_to); or, where both
+// sides lie along the depth and the result is narrow, vectors of both are multiplied and each sum
+// is a vector until the end (multiply_dots).
 #pragma once
+
+#include <algorithm>
 
 #include "cpu/vector.h"
 
@@ -16,10 +21,13 @@ constexpr int kMostSums = 24;
 #else
 constexpr int kMostSums = 12;
 #endif
+constexpr int kDotColumns = 4;
 // A row of x, y or their gradients in float32, in stretches of columns that fit the first cache.
 // Rows are an odd number of cache lines apart, or they would compete for a few of its lines.
 constexpr int64_t kStretch = 256;
 constexpr int64_t kStretchStride = kStretch + 16;
+// Of a row that is read where it lies.
+constexpr int64_t kDotStretch = 512;
 
 constexpr int64_t padded(int64_t columns) { return round_up(columns, kWidth); }
 
@@ -36,7 +44,7 @@ struct Left {
   int64_t k_stride;
 };
 
-// The right side: element (k, column) is at k * stride + column.
+// The right side: element (k, column) is at k * stride + column; of multiply_dots (column, k).
 struct Right {
   const float* data;
   int64_t stride;
@@ -56,10 +64,13 @@ inline void with_count(int64_t number, Visit&& visit) {
   visit(Count<kMost>{});
 }
 
+template <int kRows, int kVectors>
+using Sums = Vector[kRows][kVectors];
+
 template <int kRows, int kVectors, class Finish>
 inline __attribute__((always_inline)) void multiply_block(Left a, Right b, int64_t depth,
                                                           Finish&& finish) {
-  Vector sums[kRows][kVectors];
+  Sums<kRows, kVectors> sums;
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) sums[r][v] = Vector{};
   }
@@ -74,42 +85,142 @@ inline __attribute__((always_inline)) void multiply_block(Left a, Right b, int64
     a.data += a.k_stride;
     b.data += b.stride;
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) finish(r, v * kWidth, sums[r][v]);
-  }
+  finish(sums);
 }
 
-// finish(row, column, sum) for each vector of A [rows, depth] B [depth, columns]; B is padded with
-// anything finite to whole vectors.
+// finish(row, column, sums) for each block of A [rows, depth] B [depth, columns]; B is padded with
+// anything finite to whole vectors. A few rows go through a stretch of columns, so that what is
+// added to lies in few and long pieces of memory and the stretch of B stays in the first cache.
 template <class Finish>
-inline void multiply_each_vector(int64_t rows, int64_t columns, int64_t depth, Left a, Right b,
-                                 Finish&& finish) {
-  auto run = [&](auto vectors, int64_t column) {
+inline void multiply_blocks(int64_t rows, int64_t columns, int64_t depth, Left a, Right b,
+                            Finish&& finish) {
+  auto run = [&](auto vectors, int64_t begin, int64_t end) {
     constexpr int kVectors = decltype(vectors)::value;
     constexpr int kMost = kVectors == 2 ? kMostSums / 2 : 12;
     const int64_t blocks = (rows + kMost - 1) / kMost;
     for (int64_t i = 0; i < blocks; ++i) {
-      const int64_t row = rows * i / blocks, end = rows * (i + 1) / blocks;
+      const int64_t row = rows * i / blocks;
       const Left from = {a.data + row * a.row_stride, a.row_stride, a.k_stride};
-      with_count<kMost>(end - row, [&](auto count) {
-        multiply_block<decltype(count)::value, kVectors>(
-            from, {b.data + column, b.stride}, depth,
-            [&](int64_t r, int64_t c, Vector sum) { finish(row + r, column + c, sum); });
+      with_count<kMost>(rows * (i + 1) / blocks - row, [&](auto count) {
+        for (int64_t column = begin; column < end; column += kVectors * kWidth) {
+          multiply_block<decltype(count)::value, kVectors>(
+              from, {b.data + column, b.stride}, depth,
+              [&](auto& sums) { finish(row, column, sums); });
+        }
       });
     }
   };
-  int64_t column = 0;
-  for (; column + kWidth < columns; column += 2 * kWidth) run(Count<2>{}, column);
-  if (column < columns) run(Count<1>{}, column);
+  const int64_t whole = padded(columns) / (2 * kWidth) * (2 * kWidth);
+  for (int64_t column = 0; column < whole; column += kStretch) {
+    run(Count<2>{}, column, std::min(column + kStretch, whole));
+  }
+  if (whole < columns) run(Count<1>{}, whole, columns);
+}
+
+// sums += and = a block of memory. All loads come before the first store: rows a multiple of 4 KB
+// apart look like one address to the processor, and a load would wait for the store before it.
+template <int kRows, int kVectors, class T>
+inline __attribute__((always_inline)) void add_block(Sums<kRows, kVectors>& sums, const T* from,
+                                                     int64_t stride) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) sums[r][v] += load(from + r * stride + v * kWidth);
+  }
+}
+
+template <int kRows, int kVectors, class T>
+inline __attribute__((always_inline)) void store_block(const Sums<kRows, kVectors>& sums, T* to,
+                                                       int64_t stride) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) store(to + r * stride + v * kWidth, sums[r][v]);
+  }
+}
+
+// Lane i of the result is the sum over the lanes of vector i. Each step folds two vectors into one.
+inline Vector sums_of(Vector (&vectors)[kWidth]) {
+  Ints lane;
+  for (int i = 0; i < kWidth; ++i) lane[i] = i;
+#pragma GCC unroll 4
+  for (int step = kWidth / 2; step > 0; step /= 2) {
+    const Ints is_high = (lane & step) != 0;
+    const Ints first = is_high ? lane - step + kWidth : lane;
+    const Ints second = is_high ? lane + kWidth : lane + step;
+#pragma GCC unroll 8
+    for (int i = 0; i < step; ++i) {
+      const Vector low = vectors[i], high = vectors[i + step];
+      vectors[i] = shuffle(low, high, first) + shuffle(low, high, second);
+    }
+  }
+  return vectors[0];
+}
+
+// A block of multiply_dots: sums in vectors along the depth.
+template <int kRows, int kColumns, class T>
+inline __attribute__((always_inline)) void multiply_dots_block(const T* x, int64_t x_stride,
+                                                               const float* w, int64_t w_stride,
+                                                               int64_t depth, float* c,
+                                                               int64_t c_stride, bool accumulate) {
+  constexpr int kSums = kRows * kColumns, kGroups = (kSums + kWidth - 1) / kWidth;
+  Vector sums[kGroups * kWidth];
+  for (Vector& sum : sums) sum = Vector{};
+  for_vectors(depth, [&](int64_t k, auto part) {
+    Vector left[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) left[r] = part.load_from(x + r * x_stride + k);
+#pragma GCC unroll 8
+    for (int j = 0; j < kColumns; ++j) {
+      const Vector right = load(w + j * w_stride + k);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sums[r * kColumns + j] += left[r] * right;
+    }
+  });
+  float totals[kGroups * kWidth];
+  for (int g = 0; g < kGroups; ++g) {
+    Vector group[kWidth];
+    for (int i = 0; i < kWidth; ++i) group[i] = sums[g * kWidth + i];
+    store(totals + g * kWidth, sums_of(group));
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int j = 0; j < kColumns; ++j) {
+      float& to = c[r * c_stride + j];
+      to = accumulate ? to + totals[r * kColumns + j] : totals[r * kColumns + j];
+    }
+  }
+}
+
+// C [rows, columns] = or += X [rows, depth] W^T, where the rows of W [columns, depth] are padded
+// with zeros to whole vectors: both are read along the depth, and neither is packed.
+template <class T>
+__attribute__((noinline)) inline void multiply_dots(int64_t rows, int64_t columns, int64_t depth,
+                                                    const T* x, int64_t x_stride, Right w, float* c,
+                                                    int64_t c_stride, bool accumulate) {
+  constexpr int kRows = kMostSums / kDotColumns;
+  const int64_t blocks = (columns + kDotColumns - 1) / kDotColumns;
+  for (int64_t row = 0; row < rows; row += kRows) {
+    with_count<kRows>(std::min<int64_t>(kRows, rows - row), [&](auto height) {
+      for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t column = columns * i / blocks;
+        with_count<kDotColumns>(columns * (i + 1) / blocks - column, [&](auto width) {
+          multiply_dots_block<decltype(height)::value, decltype(width)::value>(
+              x + row * x_stride, x_stride, w.data + column * w.stride, w.stride, depth,
+              c + row * c_stride + column, c_stride, accumulate);
+        });
+      }
+    });
+  }
 }
 
 // C [rows, padded columns] = or += A B.
 __attribute__((noinline)) inline void multiply_to(int64_t rows, int64_t columns, int64_t depth,
                                                   Left a, Right b, float* c, int64_t c_stride,
                                                   bool accumulate) {
-  multiply_each_vector(rows, columns, depth, a, b, [&](int64_t row, int64_t column, Vector sum) {
+  multiply_blocks(rows, columns, depth, a, b, [&](int64_t row, int64_t column, auto& sums) {
     float* to = c + row * c_stride + column;
-    store(to, accumulate ? load(to) + sum : sum);
+    if (accumulate) add_block(sums, to, c_stride);
+    store_block(sums, to, c_stride);
   });
 }
 
@@ -117,14 +228,23 @@ __attribute__((noinline)) inline void multiply_to(int64_t rows, int64_t columns,
 template <class T>
 __attribute__((noinline)) inline void multiply_add_to(int64_t rows, int64_t columns, int64_t depth,
                                                       Left a, Right b, T* y, int64_t y_stride) {
-  multiply_each_vector(rows, columns, depth, a, b, [&](int64_t row, int64_t column, Vector sum) {
-    if (column >= columns) return;
+  multiply_blocks(rows, columns, depth, a, b, [&](int64_t row, int64_t column, auto& sums) {
+    constexpr int64_t kVectors = sizeof(sums[0]) / sizeof(Vector);
+    constexpr int64_t kRows = sizeof(sums) / sizeof(sums[0]);
     T* to = y + row * y_stride + column;
-    if (column + kWidth <= columns) {
-      store(to, load(to) + sum);
-    } else {
-      const Part part{columns - column};
-      part.store_to(to, part.load_from(to) + sum);
+    if (column + kVectors * kWidth <= columns) {
+      add_block(sums, to, y_stride);
+      store_block(sums, to, y_stride);
+      return;
+    }
+    float
+        values[kRows * kVectors * kWidth];  // the sums stay in registers where this is not reached
+    store_block(sums, values, kVectors * kWidth);
+    for (int64_t r = 0; r < kRows; ++r) {
+      for_vectors(columns - column, [&](int64_t i, auto part) {
+        T* at = to + r * y_stride + i;
+        part.store_to(at, part.load_from(at) + load(values + r * kVectors * kWidth + i));
+      });
     }
   });
 }

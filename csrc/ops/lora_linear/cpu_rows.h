@@ -184,6 +184,72 @@ struct Columns {
   }
 };
 
+// ---- factors, as both directions read them ----
+
+// A's rows with the gates' weights below them, and B's transpose; rows are padded with zeros.
+struct Weights {
+  float* down[kCpuBranches + 1] = {};  // of each group: [slots, count, row_distance(Din)]
+  float* up[kCpuBranches] = {};        // of each branch: [slots, R, row_distance(size)]
+
+  void place(const CpuCall& call, const Columns& columns, Arena& arena) {
+    for (int g = 0; g < columns.groups; ++g) {
+      const Group& group = columns.group[g];
+      down[g] = arena.take(group.slots * group.count * row_distance(call.Din));
+    }
+    for (int i = 0; i < call.branches; ++i) {
+      const CpuBranch& branch = call.branch[i];
+      up[i] = arena.take(b_bank(branch).slots * branch.R * row_distance(branch.size));
+    }
+  }
+
+  template <class T>
+  void read(const CpuCall& call, const Columns& columns) {
+    const int64_t stride = row_distance(call.Din);
+    for (int g = 0; g < columns.groups; ++g) {
+      const Group& group = columns.group[g];
+      float* to = down[g];
+      for (int64_t slot = 0; slot < group.slots; ++slot) {
+        for (int i = group.first_branch; i < group.end_branch; ++i) {
+          const CpuBranch& branch = call.branch[i];
+          const int64_t first = (a_bank(branch).first_member + slot) * branch.R;
+          with_data<T>(branch.a, [&](const auto* a) {
+            for (int64_t r = 0; r < branch.R; ++r, to += stride) {
+              read_row(a + (first + r) * call.Din, call.Din, to);
+            }
+          });
+        }
+        for (int j = 0; group.has_gates && j < call.gates; ++j, to += stride) {
+          with_data<T>(call.gate[j].weight, [&](const auto* w) { read_row(w, call.Din, to); });
+        }
+      }
+    }
+    for (int i = 0; i < call.branches; ++i) {
+      const CpuBranch& branch = call.branch[i];
+      const Bank bank = b_bank(branch);
+      const int64_t distance = row_distance(branch.size), floats = branch.size * branch.R;
+      with_data<T>(branch.b, [&](const auto* b) {
+        for (int64_t slot = 0; slot < bank.slots; ++slot) {
+          read_transposed(b + (bank.first_member + slot) * floats, branch.size, branch.R,
+                          up[i] + slot * branch.R * distance, distance);
+        }
+      });
+    }
+  }
+
+  // The rows of a group, or of a branch's transposed B, that serve a sentence.
+  const float* down_of(const CpuCall& call, const Columns& columns, int g, int64_t sentence) const {
+    const Group& group = columns.group[g];
+    return down[g] + slot_of(call, group, sentence) * group.count * row_distance(call.Din);
+  }
+  const float* up_of(const CpuBranch& branch, int i, int64_t sentence) const {
+    return up[i] + b_bank(branch).slot_of(sentence) * branch.R * row_distance(branch.size);
+  }
+
+  static int64_t slot_of(const CpuCall& call, const Group& group, int64_t sentence) {
+    return group.slots > 1 ? a_bank(call.branch[group.first_branch]).slot_of(sentence) : 0;
+  }
+};
+
 // ---- tiles ----
 
 struct Tile {
@@ -218,6 +284,20 @@ inline void read_stretch(const void* from, int64_t width, const Tile& tile, int6
                          int64_t count, float* to) {
   const T* row = static_cast<const T*>(from) + tile.row * width + begin;
   for (int64_t r = 0; r < tile.rows; ++r) read_row(row + r * width, count, to + r * kStretchStride);
+}
+
+// The same columns as the right side of a product: where they lie, if they are whole vectors in
+// float32, else in `memory`.
+template <class T>
+inline Right stretch_of(const void* from, int64_t width, const Tile& tile, int64_t begin,
+                        int64_t count, float* memory) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (count % kWidth == 0) {
+      return {static_cast<const float*>(from) + tile.row * width + begin, width};
+    }
+  }
+  read_stretch<T>(from, width, tile, begin, count, memory);
+  return {memory, kStretchStride};
 }
 
 // What dropout multiplies a stretch of x by: 0 or 1 / (1 - p); `begin` is a multiple of 4.

@@ -29,8 +29,7 @@ struct Backward {
   Tiles tiles;
   int64_t ranks;
   int64_t chunks = 1;
-  float* down[kCpuBranches + 1] = {};       // of each group: [slots, count, row_distance(Din)]
-  float* up[kCpuBranches] = {};             // of each branch: [slots, size, padded R]
+  Weights weights;
   float* down_sums[kCpuBranches + 1] = {};  // [chunks, slots, count, row_distance(Din)]
   float* up_sums[kCpuBranches] = {};        // [chunks, slots, R, row_distance(size)]
   double* bias_sums = nullptr;              // [chunks, gates]
@@ -64,16 +63,15 @@ struct Backward {
 
   int64_t place(Arena arena) {
     const int64_t rows = rows_of(call);
+    weights.place(call, columns, arena);
     for (int g = 0; g < columns.groups; ++g) {
       const Group& group = columns.group[g];
-      down[g] = arena.take(group.slots * down_floats(group));
       down_sums[g] = arena.take(chunks * group.slots * down_floats(group));
     }
     int64_t most = 0;
     for (int i = 0; i < call.branches; ++i) {
       const CpuBranch& branch = call.branch[i];
       const int64_t slots = b_bank(branch).slots;
-      up[i] = arena.take(slots * branch.size * padded(branch.R));
       up_sums[i] = arena.take(chunks * slots * up_floats(branch));
       dot[i] = arena.take(rows);
       most = std::max(most, row_distance(branch.R));
@@ -96,7 +94,7 @@ struct Backward {
 
   template <class T>
   void run() {
-    pack<T>();
+    weights.read<T>(call, columns);
     parallel_for_on(chunks, call.threads, [&](int64_t chunk, int thread) {
       for (int i = 0; i < call.branches; ++i) {
         pass_over_dy<T>(chunk, i, scratch + thread * scratch_floats);
@@ -111,39 +109,6 @@ struct Backward {
       pass_over_x<T>(chunk, scratch + thread * scratch_floats);
     });
     write_sums<T>();
-  }
-
-  template <class T>
-  void pack() {
-    for (int g = 0; g < columns.groups; ++g) {
-      const Group& group = columns.group[g];
-      const int64_t stride = row_distance(call.Din);
-      for (int64_t slot = 0; slot < group.slots; ++slot) {
-        float* to = down[g] + slot * down_floats(group);
-        for (int i = group.first_branch; i < group.end_branch; ++i) {
-          const CpuBranch& branch = call.branch[i];
-          const int64_t member = a_bank(branch).first_member + slot;
-          with_data<T>(branch.a, [&](const auto* a) {
-            for (int64_t r = 0; r < branch.R; ++r, to += stride) {
-              read_row(a + (member * branch.R + r) * call.Din, call.Din, to);
-            }
-          });
-        }
-        for (int j = 0; group.has_gates && j < call.gates; ++j, to += stride) {
-          with_data<T>(call.gate[j].weight, [&](const auto* w) { read_row(w, call.Din, to); });
-        }
-      }
-    }
-    for (int i = 0; i < call.branches; ++i) {
-      const CpuBranch& branch = call.branch[i];
-      const Bank bank = b_bank(branch);
-      with_data<T>(branch.b, [&](const auto* b) {
-        const auto* from = b + bank.first_member * branch.size * branch.R;
-        for (int64_t row = 0; row < bank.slots * branch.size; ++row) {
-          read_row(from + row * branch.R, branch.R, up[i] + row * padded(branch.R));
-        }
-      });
-    }
   }
 
   template <class Visit>
@@ -172,15 +137,17 @@ struct Backward {
     for (int64_t begin = 0; begin < branch.size; begin += kStretch) {
       const int64_t count = std::min(kStretch, branch.size - begin);
       for_tiles(chunk, [&](const Tile& tile, bool is_first) {
-        const int64_t slot = bank.slot_of(tile.sentence);
-        read_stretch<T>(call.dy, call.Dout, tile, branch.offset + begin, count, dy);
-        const float* b = up[i] + (slot * branch.size + begin) * padded(branch.R);
-        multiply_to(tile.rows, branch.R, count, {dy, kStretchStride, 1}, {b, padded(branch.R)},
-                    raw + (tile.row - first_row) * distance, distance, begin > 0);
+        const int64_t column = branch.offset + begin;
+        const T* rows = static_cast<const T*>(call.dy) + tile.row * call.Dout + column;
+        multiply_dots(tile.rows, branch.R, count, rows, call.Dout,
+                      {weights.up_of(branch, i, tile.sentence) + begin, stride},
+                      raw + (tile.row - first_row) * distance, distance, begin > 0);
         if (!wants_sums) return;
         read_scaled<T>(call, branch, tile, first_of_s, ranks, scaled, distance);
-        multiply_to(branch.R, count, tile.rows, {scaled, 1, distance}, {dy, kStretchStride},
-                    sums + slot * up_floats(branch) + begin, stride, !is_first || bank.slots > 1);
+        float* to = sums + bank.slot_of(tile.sentence) * up_floats(branch) + begin;
+        multiply_to(branch.R, count, tile.rows, {scaled, 1, distance},
+                    stretch_of<T>(call.dy, call.Dout, tile, column, count, dy), to, stride,
+                    !is_first || bank.slots > 1);
       });
     }
     for_tiles(chunk, [&](const Tile& tile, bool) {
@@ -237,7 +204,7 @@ struct Backward {
   void logits_backward(int64_t chunk) {
     for (int j = 0; j < call.gates; ++j) {
       const CpuGate& gate = call.gate[j];
-      const float* weight = row_of_gate(down, j, 0);
+      const float* weight = row_of_gate(weights.down, j, 0);
       const float* dvalue_of = gate.dvalue != nullptr ? gate.dvalue : dvalue[j];
       const float bias = element<T>(gate.bias, 0);
       double sum = 0.0;
@@ -305,8 +272,13 @@ struct Backward {
     for (int64_t begin = 0; begin < call.Din; begin += kStretch) {
       const int64_t count = std::min(kStretch, call.Din - begin);
       for_tiles(chunk, [&](const Tile& tile, bool is_first) {
-        if (wants_any) read_stretch<T>(call.x, call.Din, tile, begin, count, x);
-        if (has_dropout(call)) read_dropout(call, tile, begin, count, dropout);
+        Right of_x = {x, kStretchStride};
+        if (has_dropout(call)) {
+          read_dropout(call, tile, begin, count, dropout);
+          if (wants_any) read_stretch<T>(call.x, call.Din, tile, begin, count, x);
+        } else if (wants_any) {
+          of_x = stretch_of<T>(call.x, call.Din, tile, begin, count, x);
+        }
         bool is_x_dropped = false;
         // The gates come last and see x as it is, so they go first.
         for (int g = columns.groups - 1; g >= 0; --g) {
@@ -315,20 +287,18 @@ struct Backward {
             multiply_stretch(tile, count, dropout, x);
             is_x_dropped = true;
           }
-          int64_t slot = 0;
-          if (group.slots > 1)
-            slot = a_bank(call.branch[group.first_branch]).slot_of(tile.sentence);
           const float* d = d_all + tile.row * columns.stride + group.place;
+          const int64_t slot = Weights::slot_of(call, group, tile.sentence);
           const int64_t at = slot * down_floats(group) + begin, stride = row_distance(call.Din);
           if (wants[g]) {
-            multiply_to(group.count, count, tile.rows, {d, 1, columns.stride}, {x, kStretchStride},
+            multiply_to(group.count, count, tile.rows, {d, 1, columns.stride}, of_x,
                         down_sums[g] + chunk * group.slots * down_floats(group) + at, stride,
                         !is_first || group.slots > 1);
           }
           if (call.dx == nullptr) continue;
           T* dx = static_cast<T*>(call.dx) + tile.row * call.Din + begin;
           const Left left = {d, columns.stride, 1};
-          const Right right = {down[g] + at, stride};
+          const Right right = {weights.down[g] + at, stride};
           if (!group.is_dropped) {
             multiply_add_to(tile.rows, count, group.count, left, right, dx, call.Din);
             continue;

@@ -3,10 +3,10 @@
 //   s = dropout(x) A^T,  logit = x . w + b       for all branches and gates, one pass over x
 //   y[:, columns_i] += scale_i g_i s_i B_i^T     in place, one pass over y
 //
-// Rows are cut into tiles of kTileRows. A tile's x is read once, in stretches of columns that stay
-// in the first cache: converted to float32, multiplied by dropout's factors if there are any, and
-// then by the columns [A_0; A_1; ...; w_0; ...], which are packed with the columns of x in the
-// outer place. Then the tile's part of y is read, added to and written once for each branch.
+// Rows are cut into tiles of kTileRows. A tile's x is read once, a few rows at a time, and
+// multiplied by all the rows [A_0; A_1; ...; w_0; ...]; only dropout needs it in memory again, in
+// stretches of columns that stay in the first cache. Then the tile's part of y is read, added to
+// and written once for each branch.
 //
 // A pooled gate scales a sentence only when all its rows have been seen: then the second half runs
 // over all tiles after the first one did.
@@ -24,23 +24,15 @@ struct Forward {
   Columns columns;
   Tiles tiles;
   int64_t ranks;
-  float* down[kCpuBranches + 1] = {};  // of each group: [slots, Din, padded count]
-  float* up[kCpuBranches] = {};        // of each branch: [slots, R, row_distance(size)]
-  float* gates = nullptr;              // [gates, B * S]: each row's
+  Weights weights;
+  float* gates = nullptr;  // [gates, B * S]: each row's
   float* scratch = nullptr;
   int64_t scratch_floats = 0;
 
   explicit Forward(const CpuCall& c) : call(c), columns(c), tiles(c), ranks(rank_sum(c)) {}
 
   int64_t place(Arena arena) {
-    for (int g = 0; g < columns.groups; ++g) {
-      const Group& group = columns.group[g];
-      down[g] = arena.take(group.slots * call.Din * padded(group.count));
-    }
-    for (int i = 0; i < call.branches; ++i) {
-      const CpuBranch& branch = call.branch[i];
-      up[i] = arena.take(b_bank(branch).slots * branch.R * row_distance(branch.size));
-    }
+    weights.place(call, columns, arena);
     gates = arena.take(call.gates * rows_of(call));
     // A stretch of x (or a branch's scaled s, which is no wider), dropout's factors, all columns.
     const int64_t stretches = has_dropout(call) ? 2 : 1;
@@ -51,7 +43,7 @@ struct Forward {
 
   template <class T>
   void run() {
-    pack<T>();
+    weights.read<T>(call, columns);
     const bool waits = has_pooled_branch();
     parallel_for_on(tiles.count(), call.threads, [&](int64_t i, int thread) {
       const Tile tile = tiles.at(i);
@@ -76,73 +68,24 @@ struct Forward {
     return false;
   }
 
-  template <class T>
-  void pack() {
-    for (int g = 0; g < columns.groups; ++g) {
-      const Group& group = columns.group[g];
-      const int64_t width = padded(group.count);
-      for (int64_t slot = 0; slot < group.slots; ++slot) {
-        float* to = down[g] + slot * call.Din * width;
-        for (int i = group.first_branch; i < group.end_branch; ++i) {
-          const CpuBranch& branch = call.branch[i];
-          const int64_t member = a_bank(branch).first_member + slot;
-          with_data<T>(branch.a, [&](const auto* a) {
-            put_columns(a + member * branch.R * call.Din, branch.R,
-                        columns.of_branch[i] - group.place, width, to);
-          });
-        }
-        for (int j = 0; group.has_gates && j < call.gates; ++j) {
-          with_data<T>(call.gate[j].weight, [&](const auto* w) {
-            put_columns(w, 1, columns.of_gates + j - group.place, width, to);
-          });
-        }
-      }
-    }
-    for (int i = 0; i < call.branches; ++i) {
-      const CpuBranch& branch = call.branch[i];
-      const int64_t stride = row_distance(branch.size), floats = branch.R * stride;
-      const Bank bank = b_bank(branch);
-      with_data<T>(branch.b, [&](const auto* b) {
-        for (int64_t slot = 0; slot < bank.slots; ++slot) {
-          read_transposed(b + (bank.first_member + slot) * branch.size * branch.R, branch.size,
-                          branch.R, up[i] + slot * floats, stride);
-        }
-      });
-    }
-  }
-
-  // Rows of a weight [rows, Din] as columns [Din, width], from `column` on. In order, so that what
-  // a last vector of zeros covers is overwritten by the rows after it.
-  template <class T>
-  void put_columns(const T* w, int64_t rows, int64_t column, int64_t width, float* to) {
-    if (column % kWidth == 0 && (rows % kWidth == 0 || column + padded(rows) <= width)) {
-      read_transposed(w, rows, call.Din, to + column, width);
-      return;
-    }
-    for (int64_t row = 0; row < rows; ++row) {
-      for_vectors(call.Din, [&](int64_t i, auto part) {
-        const Vector values = part.load_from(w + row * call.Din + i);
-        const int64_t count = std::min<int64_t>(kWidth, call.Din - i);
-        for (int64_t k = 0; k < count; ++k) to[(i + k) * width + column + row] = values[k];
-      });
-    }
-  }
-
   // ---- s = dropout(x) A^T, and the rows' gates ----
 
   template <class T>
   void project_down(const Tile& tile, float* memory) {
     float* x = memory;
-    float* all = x + kTileRows * kStretchStride;  // [tile, columns]
-    float* dropout = all + kTileRows * columns.stride;
-    for (int64_t begin = 0; begin < call.Din && columns.groups > 0; begin += kStretch) {
+    float* dropout = x + kTileRows * kStretchStride;
+    float* all = memory + (has_dropout(call) ? 2 : 1) * kTileRows * kStretchStride;
+    const T* rows = static_cast<const T*>(call.x) + tile.row * call.Din;
+    for (int64_t begin = 0; begin < call.Din; begin += kDotStretch) {
+      const int64_t count = std::min(kDotStretch, call.Din - begin);
+      multiply_groups(tile, begin, count, rows + begin, call.Din, all, /*dropped=*/false);
+    }
+    for (int64_t begin = 0; begin < call.Din && has_dropout(call); begin += kStretch) {
       const int64_t count = std::min(kStretch, call.Din - begin);
       read_stretch<T>(call.x, call.Din, tile, begin, count, x);
-      multiply_groups(tile, begin, count, x, all, false);
-      if (!has_dropout(call)) continue;
       read_dropout(call, tile, begin, count, dropout);
       multiply_stretch(tile, count, dropout, x);
-      multiply_groups(tile, begin, count, x, all, true);
+      multiply_groups(tile, begin, count, x, kStretchStride, all, /*dropped=*/true);
     }
     store_s<T>(tile, all);
     for (int j = 0; j < call.gates; ++j) {
@@ -155,17 +98,15 @@ struct Forward {
     }
   }
 
-  void multiply_groups(const Tile& tile, int64_t begin, int64_t count, const float* x, float* all,
-                       bool dropped) {
+  template <class T>
+  void multiply_groups(const Tile& tile, int64_t begin, int64_t count, const T* x, int64_t x_stride,
+                       float* all, bool dropped) {
     for (int g = 0; g < columns.groups; ++g) {
       const Group& group = columns.group[g];
       if (group.is_dropped != dropped) continue;
-      const int64_t width = padded(group.count);
-      int64_t slot = 0;
-      if (group.slots > 1) slot = a_bank(call.branch[group.first_branch]).slot_of(tile.sentence);
-      const float* w = down[g] + (slot * call.Din + begin) * width;
-      multiply_to(tile.rows, width, count, {x, kStretchStride, 1}, {w, width}, all + group.place,
-                  columns.stride, begin > 0);
+      const float* w = weights.down_of(call, columns, g, tile.sentence) + begin;
+      multiply_dots(tile.rows, group.count, count, x, x_stride, {w, row_distance(call.Din)},
+                    all + group.place, columns.stride, begin > 0);
     }
   }
 
@@ -203,7 +144,7 @@ struct Forward {
       const CpuBranch& branch = call.branch[i];
       const int64_t stride = row_distance(branch.size), distance = row_distance(branch.R);
       read_scaled<T>(call, branch, tile, first, ranks, memory, distance);
-      const float* b = up[i] + b_bank(branch).slot_of(tile.sentence) * branch.R * stride;
+      const float* b = weights.up_of(branch, i, tile.sentence);
       multiply_add_to(tile.rows, branch.size, branch.R, {memory, distance, 1}, {b, stride},
                       static_cast<T*>(call.y) + tile.row * call.Dout + branch.offset, call.Dout);
       first += branch.R;
