@@ -1,0 +1,503 @@
+// prefix_attention, backward, second launch: dk and dv, of own columns and of prefixes.
+//   dV = (dropout g P)^T dout,  dK = scale g dS^T Q      with P, D and dS as in the first launch
+//
+// A block takes a tile of columns and walks the queries that see them. It computes scores with
+// columns as rows, S^T = K Q^T, because the accumulators of that product are, as they lie in
+// registers, the left operand of dK += dS^T Q and dV += P^T dout: nothing of size [S, P + N] goes
+// through shared memory, and dk and dv stay in registers until the end.
+//
+//        K, V [columns, E]      | Q, dout 64 rows | Q, dout 64 rows | ...
+//        |########| x 2    x    |  heads of a group, and for prefixes samples, one after another
+//
+// Own columns: 4 warps with 16 columns each; one sample, all heads that share these keys. Prefix
+// columns: a tile of 16 for the whole block, whose warps take 16 of each 64 queries, because a
+// prefix is short and its sum long: over all queries of one part of the batch (of a table: of those
+// samples that use this member). Warps are added up in their order, parts of the batch by the last
+// launch, so nothing depends on timing.
+//
+// Tiles start at a multiple of 4 of the joined axis, where dropout's words do; columns that belong
+// to somebody else are zeros, and their results are not stored.
+//
+// Shared memory per block, E = 32, 64, 96, 128: 21, 38, 54, 105 KB.
+#include "common/check.h"
+#include "common/type_list.h"
+#include "ops/prefix_attention/products.cuh"
+#include "ops/prefix_attention/scores.cuh"
+
+namespace pelt::prefix_attention {
+namespace {
+
+constexpr int kTilesM = 1;
+constexpr int kWarpColumns = 16 * kTilesM;
+constexpr int kStep = 16;  // queries that a warp works on at a time
+constexpr int kTilesN = kStep / 8;
+static_assert(kRowTile == kWarps * kStep, "one step for each warp where warps share columns");
+static_assert(kOwnTile == kWarps * kWarpColumns && kPrefixTile == kWarpColumns,
+              "the plan counts these tiles");
+
+template <class Element, int kHeadSize>
+struct Config {
+  using T = Element;
+  static constexpr int kE = kHeadSize;
+  static constexpr int kStride = kE + kTilePad;
+  static constexpr int kVectors = kE / 8;
+  // K and V stay in registers where there is room, and their place goes to the second buffer.
+  static constexpr bool kKeeps = kE <= 96;
+  static constexpr int kMinBlocks = kE <= 32 ? 3 : 2;
+};
+
+// The columns of a block: [begin, end) of the joined axis, in a tile that starts at `first`.
+struct Columns {
+  int first;
+  int begin;
+  int end;
+  int seen_end;  // behind the last column that is seen
+  int prefix;    // which one, or -1 for own columns
+  int member;
+  int chunk;
+  int g;  // the key-value head
+};
+
+// Which queries a block walks: tiles of rows, of heads [g H / G, (g + 1) H / G), of samples.
+struct Walk {
+  int b;
+  int h;
+  int tile;
+};
+
+struct Range {
+  int b_end;
+  int h_begin;
+  int h_end;
+  int tile_begin;
+  int tile_end;
+};
+
+template <class C>
+struct Shared {
+  alignas(16) typename C::T q[2][kRowTile * C::kStride];  // [kRowTile, E]; at the end dk
+  alignas(16) typename C::T dout[2][kRowTile * C::kStride];
+  alignas(16) typename C::T kept[C::kKeeps ? 1 : 2 * kOwnTile * C::kStride];  // [2, kOwnTile, E]
+  alignas(16) float lse[2][kRowTile];
+  alignas(16) float delta[2][kRowTile];
+  Columns columns;  // here and not in registers, which are all taken by sums and operands
+  Range range;
+  int scratch[kWarps];
+};
+
+// Where K and V of the block lie; if they stay in registers, only until the second tile of queries
+// needs the place.
+template <class C>
+__device__ __forceinline__ typename C::T* keys_of(Shared<C>& s) {
+  return C::kKeeps ? s.q[1] : s.kept;
+}
+
+template <class C>
+__device__ __forceinline__ typename C::T* values_of(Shared<C>& s) {
+  return C::kKeeps ? s.dout[1] : s.kept + kOwnTile * C::kStride;
+}
+
+// The next sample from b on that uses the member.
+__device__ __forceinline__ int next_sample(const Inputs& in, const Columns& columns, int b,
+                                           int end) {
+  if (columns.prefix < 0) return b;
+  const int64_t* index = in.prefix[columns.prefix].prefix_index;
+  if (index == nullptr) return b;
+  while (b < end && index[b] != columns.member) ++b;
+  return b;
+}
+
+__device__ __forceinline__ Walk advanced(const Inputs& in, const Columns& columns,
+                                         const Range& range, Walk walk) {
+  if (++walk.tile < range.tile_end) return walk;
+  walk.tile = range.tile_begin;
+  if (++walk.h < range.h_end) return walk;
+  walk.h = range.h_begin;
+  walk.b = next_sample(in, columns, walk.b + 1, range.b_end);
+  return walk;
+}
+
+// What a warp carries along the queries.
+template <class C>
+struct State {
+  FragmentD dk[kTilesM][C::kE / 8];
+  FragmentD dv[kTilesM][C::kE / 8];
+  FragmentA k[kTilesM][C::kKeeps ? C::kE / 16 : 1];
+  FragmentA v[kTilesM][C::kKeeps ? C::kE / 16 : 1];
+};
+
+template <class C>
+__device__ __forceinline__ void stage_keys(Shared<C>& s, const Inputs& in, int b) {
+  using T = typename C::T;
+  const Columns& columns = s.columns;
+  const int g = columns.g;
+  T* s_k = keys_of<C>(s);
+  T* s_v = values_of<C>(s);
+  const int count = columns.prefix < 0 ? kOwnTile : kWarpColumns;
+  const T* g_k = head_rows<T>(in.k, in.k_strides, b, g);  // [N, E]
+  const T* g_v = head_rows<T>(in.v, in.v_strides, b, g);  // [N, E]
+#pragma unroll 1
+  for (int i = thread_index(); i < count * C::kVectors; i += kThreads) {
+    const int row = i / C::kVectors, e = i % C::kVectors * 8, column = columns.first + row;
+    const int to = row * C::kStride + e;
+    const bool is_there = column >= columns.begin && column < columns.end;
+    if (columns.prefix < 0 || !is_there) {
+      const int n = is_there ? column - in.P : 0;
+      cp_async_16(s_k + to, g_k + n * in.k_strides.row + e, is_there);
+      cp_async_16(s_v + to, g_v + n * in.v_strides.row + e, is_there);
+    } else {
+      const Prefix& prefix = in.prefix[columns.prefix];
+      const int64_t at =
+          ((static_cast<int64_t>(columns.member) * prefix.length + column - prefix.first) * in.G +
+           g) *
+              in.E +
+          e;
+      stage_prefix_8(s_k + to, prefix.prefix_k, at);
+      stage_prefix_8(s_v + to, prefix.prefix_v, at);
+    }
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void stage_queries(Shared<C>& s, const BackwardParams& p,
+                                              const Walk& walk, int buffer) {
+  using T = typename C::T;
+  const Inputs& in = p.in;
+  const int first_row = walk.tile * kRowTile, i = thread_index();
+  const int64_t head = static_cast<int64_t>(walk.b) * in.H + walk.h;
+  stage_rows<C, kRowTile>(s.q[buffer], head_rows<T>(in.q, in.q_strides, walk.b, walk.h),
+                          in.q_strides.row, first_row, in.S);
+  stage_rows<C, kRowTile>(s.dout[buffer], static_cast<const T*>(p.dout) + head * in.S * C::kE,
+                          C::kE, first_row, in.S);
+  const int64_t at = head * p.padded_rows + first_row;
+  if (i < kRowTile / 4) {
+    cp_async_16(&s.lse[buffer][4 * i], p.row_lse + at + 4 * i, true);
+  } else if (i < kRowTile / 2) {
+    cp_async_16(&s.delta[buffer][4 * i - kRowTile], p.row_delta + at + 4 * i - kRowTile, true);
+  }
+}
+
+// What a lane knows of its columns.
+struct SeenColumns {
+  uint32_t bits;    // bit 2 m + half: the key mask shows it
+  int end;          // behind the last one that is seen
+  bool has_hidden;  // the warp has a column that the mask hides
+};
+
+template <class C>
+__device__ __forceinline__ SeenColumns see_columns(const Inputs& in, const Columns& columns,
+                                                   const Walk& walk, int column) {
+  SeenColumns seen{~uint32_t{0}, columns.seen_end, false};
+  if (columns.prefix >= 0 || in.key_mask == nullptr) return seen;
+  const bool* mask = in.key_mask + static_cast<int64_t>(walk.b) * in.N;
+  seen.bits = seen_columns<2 * kTilesM>(in, mask, seen.end,
+                                        [&](int i) { return column + tile_row(i / 2, i % 2); });
+  seen.has_hidden = vote_any(seen.bits != (1u << 2 * kTilesM) - 1);
+  return seen;
+}
+
+// From S^T and dP^T to dropout g P^T and scale g dS^T, in their places.
+template <class C>
+__device__ __forceinline__ void differentiate(const Inputs& in, const Head& head,
+                                              FragmentD (&dots)[kTilesM][kTilesN],
+                                              FragmentD (&dp)[kTilesM][kTilesN], const float* s_lse,
+                                              const float* s_delta, int column, int row,
+                                              const SeenColumns& seen) {
+  const Scoring scoring = scoring_of<typename C::T>(in, head);
+  const DropoutRows rows = DropoutRows::of(in, head);
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+    uint32_t kept = ~uint32_t{0};
+    if (in.dropout.is_active()) kept = kept_by_columns(in.dropout, rows, column + 16 * m, row);
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int at = 8 * n + FragmentD::column(i), own_row = row + at;
+        const int own_column = column + tile_row(m, i / 2);
+        const bool is_seen = (seen.bits >> (2 * m + i / 2) & 1u) != 0 &&
+                             own_column < row_limit(in, own_row, seen.end);
+        const float value =
+            score<typename C::T>(in, scoring, dots[m][n].r[i], own_row, own_column, is_seen);
+        const float probability = exp2_approx(value - s_lse[at]);
+        const float gate = own_column < in.P ? scoring.gate : 1.0f;
+        const bool is_kept = (kept >> kept_bit_by_columns(n, i) & 1u) != 0;
+        const float factor = is_kept ? in.dropout.keep_scale * gate : 0.0f;
+        dots[m][n].r[i] = probability * factor;
+        dp[m][n].r[i] = probability * (dp[m][n].r[i] * factor - s_delta[at]) * (in.scale * gate);
+      }
+    }
+  }
+}
+
+// The same for own columns that all rows see, without a bias: the common case.
+template <class C>
+__device__ __forceinline__ void differentiate_plain(const Inputs& in,
+                                                    FragmentD (&dots)[kTilesM][kTilesN],
+                                                    FragmentD (&dp)[kTilesM][kTilesN],
+                                                    const float* s_lse, const float* s_delta) {
+#pragma unroll
+  for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = 8 * n + FragmentD::column(i);
+      const float lse = s_lse[at], delta = s_delta[at];
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) {
+        const float probability = exp2_approx(dots[m][n].r[i] * (in.scale * kLog2e) - lse);
+        dots[m][n].r[i] = probability;
+        dp[m][n].r[i] = probability * (dp[m][n].r[i] - delta) * in.scale;
+      }
+    }
+  }
+}
+
+// One step of a warp: its columns, from `column` on, and kStep queries from `row` on.
+template <class C>
+__device__ __forceinline__ void attend(const Inputs& in, const Head& head, State<C>& state,
+                                       const typename C::T* s_k, const typename C::T* s_v,
+                                       const typename C::T* s_q, const typename C::T* s_dout,
+                                       const float* s_lse, const float* s_delta, int column,
+                                       int row, const SeenColumns& seen) {
+  FragmentD dots[kTilesM][kTilesN], dp[kTilesM][kTilesN];
+  auto k_of = [&](int m, int step) {
+    if constexpr (C::kKeeps) return state.k[m][step];
+    return load_a(s_k + 16 * m * C::kStride + 16 * step, C::kStride);
+  };
+  auto v_of = [&](int m, int step) {
+    if constexpr (C::kKeeps) return state.v[m][step];
+    return load_a(s_v + 16 * m * C::kStride + 16 * step, C::kStride);
+  };
+  multiply_rows<C>(dots, k_of, s_q);
+  multiply_rows<C>(dp, v_of, s_dout);
+  const bool is_plain = !in.dropout.is_active() && in.bias.data == nullptr && !seen.has_hidden &&
+                        column >= in.P && column + kWarpColumns <= row_limit(in, row, seen.end);
+  if (is_plain) {
+    differentiate_plain<C>(in, dots, dp, s_lse, s_delta);
+  } else {
+    differentiate<C>(in, head, dots, dp, s_lse, s_delta, column, row, seen);
+  }
+  accumulate_rows<C>(state.dv, dots, s_dout);
+  accumulate_rows<C>(state.dk, dp, s_q);
+}
+
+template <class C>
+__device__ __forceinline__ void load_operands(State<C>& state, const typename C::T* s_k,
+                                              const typename C::T* s_v) {
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int step = 0; step < C::kE / 16; ++step) {
+      const int at = 16 * m * C::kStride + 16 * step;
+      state.k[m][step] = load_a(s_k + at, C::kStride);
+      state.v[m][step] = load_a(s_v + at, C::kStride);
+    }
+  }
+}
+
+// The warps' sums of a prefix tile, added in their order, to one part's [A_i, P_i, G, E].
+template <class C>
+__device__ __forceinline__ void store_partial(Shared<C>& s, const Inputs& in, float* partial,
+                                              const FragmentD (&sums)[kTilesM][C::kE / 8]) {
+  constexpr int kSize = kWarpColumns * C::kE;
+  static_assert(sizeof(float) * kWarps * kSize <= sizeof(s.q) + sizeof(s.dout),
+                "the sums of the warps fit where queries were");
+  float* s_sums = reinterpret_cast<float*>(s.q[0]);  // [kWarps, kWarpColumns, E]
+  sync_threads();
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int n = 0; n < C::kE / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s_sums[warp_index() * kSize + tile_row(m, i / 2) * C::kE + 8 * n + FragmentD::column(i)] =
+            sums[m][n].r[i];
+      }
+    }
+  }
+  sync_threads();
+  if (partial == nullptr) return;
+  const Columns& columns = s.columns;
+  const Prefix& prefix = in.prefix[columns.prefix];
+  const int64_t row =
+      (static_cast<int64_t>(columns.chunk) * prefix.members + columns.member) * prefix.length;
+  for (int i = thread_index(); i < kSize; i += kThreads) {
+    const int column = columns.first + i / C::kE;
+    if (column < columns.begin || column >= columns.end) continue;
+    float sum = 0.0f;
+    for (int w = 0; w < kWarps; ++w) sum += s_sums[w * kSize + i];
+    partial[((row + column - prefix.first) * in.G + columns.g) * C::kE + i % C::kE] = sum;
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void store_own(const BackwardParams& p, Shared<C>& s, int b,
+                                          const State<C>& state) {
+  using T = typename C::T;
+  const Columns& columns = s.columns;
+  sync_threads();  // the other warps have read the queries that lie where dk and dv go
+  const int warp_at = warp_index() * kWarpColumns, column = columns.first + warp_at;
+  // A tile's first columns may belong to the prefix, its last ones to nobody.
+  const int begin = columns.begin > column ? columns.begin - column : 0;
+  const int end = columns.end - column < kWarpColumns ? columns.end - column : kWarpColumns;
+  const int64_t first = (static_cast<int64_t>(b) * p.in.G + columns.g) * p.in.N + column - p.in.P;
+  if (p.dk != nullptr) {
+    T* s_dk = s.q[0] + warp_at * C::kStride;
+    put_rows<C>(s_dk, state.dk);
+    store_rows<C>(static_cast<T*>(p.dk) + first * C::kE, s_dk, begin, end);
+  }
+  if (p.dv != nullptr) {
+    T* s_dv = s.dout[0] + warp_at * C::kStride;
+    put_rows<C>(s_dv, state.dv);
+    store_rows<C>(static_cast<T*>(p.dv) + first * C::kE, s_dv, begin, end);
+  }
+}
+
+// Which columns and queries a block has, and where it starts. The whole block takes part.
+template <class C>
+__device__ __forceinline__ Walk place_block(const BackwardParams& p, Shared<C>& s) {
+  const Inputs& in = p.in;
+  Columns columns;
+  Range range;
+  Walk walk;
+  int block = block_index_x(), g;
+  range.tile_begin = 0;
+  range.tile_end = (in.S + kRowTile - 1) / kRowTile;
+  if (block >= p.prefix_blocks) {
+    block -= p.prefix_blocks;
+    const int tile = block % p.own_tiles, head = block / p.own_tiles;
+    g = head % in.G, walk.b = head / in.G;
+    columns = {in.P / 4 * 4 + tile * kOwnTile, in.P, in.P + in.N, 0, -1, 0, 0, 0};
+    columns.seen_end = columns_seen(in, walk.b, s.scratch);
+    range.b_end = walk.b + 1;
+    if (columns.first >= columns.seen_end) range.tile_end = 0;
+    if (in.is_causal) {  // row i sees own column n from i = n + S - N on
+      const int n = columns.first > in.P ? columns.first - in.P : 0;
+      const int row = n + in.S - in.N;
+      range.tile_begin = row > 0 ? row / kRowTile : 0;
+    }
+  } else {
+    int i = 0;
+    while (i + 1 < in.prefixes && block >= p.prefix[i + 1].first_block) ++i;
+    const Prefix& prefix = in.prefix[i];
+    const PrefixGrad& grad = p.prefix[i];
+    block -= grad.first_block;
+    const int tile = block % grad.tiles;
+    block /= grad.tiles;
+    g = block % in.G;
+    block /= in.G;
+    columns = {prefix.first / 4 * 4 + tile * kWarpColumns,
+               prefix.first,
+               prefix.first + prefix.length,
+               in.P,
+               i,
+               block % prefix.members,
+               block / prefix.members,
+               0};
+    const int b_end = (columns.chunk + 1) * grad.chunk_samples;
+    range.b_end = b_end < in.B ? b_end : in.B;
+    walk.b = next_sample(in, columns, columns.chunk * grad.chunk_samples, range.b_end);
+  }
+  range.h_begin = g * (in.H / in.G);
+  range.h_end = range.h_begin + in.H / in.G;
+  if (range.tile_begin >= range.tile_end) walk.b = range.b_end;
+  walk.h = range.h_begin;
+  walk.tile = range.tile_begin;
+  columns.g = g;
+  if (thread_index() == 0) {
+    s.columns = columns;
+    s.range = range;
+  }
+  sync_threads();
+  return walk;
+}
+
+template <class C>
+__global__ void __launch_bounds__(kThreads, C::kMinBlocks)
+    prefix_attention_bwd_keys_sm80(const __grid_constant__ BackwardParams p) {
+  using T = typename C::T;
+  auto& s = shared_memory_as<Shared<C>>();
+  const Inputs& in = p.in;
+  Walk walk = place_block<C>(p, s);
+  const bool is_prefix = s.columns.prefix >= 0;
+  const int warp_at = is_prefix ? 0 : warp_index() * kWarpColumns;
+  const int column = s.columns.first + warp_at;
+  const T* s_k = keys_of<C>(s) + warp_at * C::kStride;
+  const T* s_v = values_of<C>(s) + warp_at * C::kStride;
+
+  State<C> state;
+  if (walk.b < s.range.b_end) {
+    stage_keys<C>(s, in, walk.b);
+    stage_queries<C>(s, p, walk, 0);
+    cp_async_commit();
+    const SeenColumns seen = see_columns<C>(in, s.columns, walk, column);
+    int buffer = 0;
+    [[maybe_unused]] bool is_first = true;
+#pragma unroll 1
+    while (walk.b < s.range.b_end) {
+      const Walk next = advanced(in, s.columns, s.range, walk);
+      cp_async_wait<0>();
+      sync_threads();
+      if constexpr (C::kKeeps) {
+        if (is_first) {
+          load_operands<C>(state, s_k, s_v);
+          sync_threads();
+        }
+        is_first = false;
+      }
+      if (next.b < s.range.b_end) {
+        stage_queries<C>(s, p, next, 1 - buffer);
+        cp_async_commit();
+      }
+      const int first_row = walk.tile * kRowTile;
+#pragma unroll 1
+      for (int at = is_prefix ? warp_index() * kStep : 0; at < kRowTile;
+           at += is_prefix ? kRowTile : kStep) {
+        const int row = first_row + at;
+        if (row >= in.S || column >= row_limit(in, row + kStep - 1, seen.end)) continue;
+        attend<C>(in, {walk.b, walk.h, 0}, state, s_k, s_v, s.q[buffer] + at * C::kStride,
+                  s.dout[buffer] + at * C::kStride, s.lse[buffer] + at, s.delta[buffer] + at,
+                  column, row, seen);
+      }
+      buffer = 1 - buffer;
+      walk = next;
+    }
+    cp_async_wait<0>();
+  }
+  if (is_prefix) {
+    store_partial<C>(s, in, p.prefix[s.columns.prefix].partial_k, state.dk);
+    store_partial<C>(s, in, p.prefix[s.columns.prefix].partial_v, state.dv);
+  } else {
+    store_own<C>(p, s, s.range.b_end - 1, state);
+  }
+}
+
+using Configs = TypeList<Config<bf16, 32>, Config<bf16, 64>, Config<bf16, 96>, Config<bf16, 128>,
+                         Config<f16, 32>, Config<f16, 64>, Config<f16, 96>, Config<f16, 128>>;
+
+template <class C>
+void launch_config(const BackwardParams& p, Stream stream) {
+  LaunchShape shape;
+  shape.threads = kThreads;
+  shape.shared_bytes = sizeof(Shared<C>);
+  shape.blocks_x = p.prefix_blocks + p.in.B * p.in.G * p.own_tiles;
+  launch<prefix_attention_bwd_keys_sm80<C>>("prefix_attention_bwd_keys_sm80", shape, stream, p);
+}
+
+}  // namespace
+
+void launch_prefix_attention_bwd_keys_sm80(const BackwardParams& p, Stream stream) {
+  const bool found = run_first_fit(
+      Configs{},
+      [&](auto tag) {
+        using C = typename decltype(tag)::type;
+        return DTypeOf<typename C::T>::value == p.in.dtype && p.in.E == C::kE;
+      },
+      [&](auto tag) { launch_config<typename decltype(tag)::type>(p, stream); });
+  check(found,
+        "prefix_attention_bwd_keys_sm80: expected bfloat16 or float16 and a head size of "
+        "32, 64, 96 or 128, got ",
+        name_of(p.in.dtype), " and E=", p.in.E);
+}
+
+}  // namespace pelt::prefix_attention

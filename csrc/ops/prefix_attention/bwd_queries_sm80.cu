@@ -1,0 +1,282 @@
+// prefix_attention, backward, first launch: dq, and what the other launches need of each row.
+//   P = 2^(score - lse),  D = rowsum(dout . out),  dS = P (dropout g dout V^T - D)
+//   dq = scale g dS K,  dgate = sum over prefix columns of dS scale Q K^T + dropout P dout V^T
+//
+// A block of 4 warps takes 128 queries of one head, a warp 32 of them, as in forward, and walks the
+// joined axis of prefix and own columns:
+//
+//        Q, dout [128, E]   | prefix 0 | prefix 1 | K, V ...            |
+//        |########| x 2     |    tile    |    tile    |    tile    | -- |  --> dq [128, E]
+//
+// Before that it writes lse, in units of log 2, and D to the workspace. Where p has to be 0 (a row
+// that sees nothing, a row beyond S) lse becomes +inf: then 2^(score - lse) is 0, and never
+// -inf - (-inf). The gate's gradient is summed over the block here, because here a block meets
+// every prefix column of its rows; the last launch adds the blocks' sums in their order.
+//
+// Products in bf16 or f16 with float32 sums; P, D and dS in float32 until dS enters its product.
+// Shared memory per block, E = 32, 64, 96, 128: 41, 74, 81, 105 KB.
+#include "common/check.h"
+#include "common/type_list.h"
+#include "ops/prefix_attention/products.cuh"
+#include "ops/prefix_attention/scores.cuh"
+
+namespace pelt::prefix_attention {
+namespace {
+
+constexpr int kTilesM = 2;
+constexpr int kWarpRows = 16 * kTilesM;
+constexpr int kRows = kWarps * kWarpRows;
+static_assert(kRows == kQueryTile, "the plan counts these tiles");
+
+template <class Element, int kHeadSize>
+struct Config {
+  using T = Element;
+  static constexpr int kE = kHeadSize;
+  static constexpr int kStride = kE + kTilePad;
+  static constexpr int kVectors = kE / 8;
+  static constexpr int kColumns = kE <= 64 ? 64 : 32;
+  static constexpr int kStep = kE <= 64 ? 32 : 16;  // columns that a warp works on at a time
+  static constexpr int kTilesN = kStep / 8;
+  static constexpr int kMinBlocks = 2;
+};
+
+template <class C>
+struct Shared {
+  alignas(16) typename C::T q[kRows * C::kStride];  // [kRows, E]; at the end dq
+  alignas(16) typename C::T dout[kRows * C::kStride];
+  alignas(16) typename C::T k[2][C::kColumns * C::kStride];
+  alignas(16) typename C::T v[2][C::kColumns * C::kStride];
+  float lse[kRows];
+  float delta[kRows];
+  float gate[kWarps];
+  int scratch[kWarps];
+};
+
+// What a warp carries along the columns.
+template <class C>
+struct State {
+  FragmentD dq[kTilesM][C::kE / 8];
+  float lse[kTilesM][2];
+  float delta[kTilesM][2];
+  float dgate = 0.0f;
+};
+
+// lse and D of the block's rows, in shared memory and in the workspace. Four lanes take a row.
+template <class C>
+__device__ __forceinline__ void measure_rows(const BackwardParams& p, Shared<C>& s,
+                                             const Head& head, int first_row) {
+  using T = typename C::T;
+  const int64_t first = head_index(p.in, head) * p.in.S + first_row;
+  const int64_t padded = head_index(p.in, head) * p.padded_rows + first_row;
+#pragma unroll 1
+  for (int r = thread_index() / 4; r < kRows; r += kThreads / 4) {
+    const bool is_there = first_row + r < p.in.S;
+    float dot = 0.0f;
+    if (is_there) {
+#pragma unroll
+      for (int e = thread_index() % 4 * 8; e < C::kE; e += 32) {
+        const Float8 out = load_8(static_cast<const T*>(p.out) + (first + r) * C::kE + e);
+        const Float8 dout = load_8(static_cast<const T*>(p.dout) + (first + r) * C::kE + e);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) dot += out.v[i] * dout.v[i];
+      }
+    }
+    dot = group_sum<4>(dot);
+    if (thread_index() % 4 != 0) continue;
+    const float lse = is_there ? p.lse[first + r] : kMinusInfinity;
+    s.lse[r] = lse == kMinusInfinity ? -kMinusInfinity : lse * kLog2e;
+    s.delta[r] = dot;
+    if (first_row + r < p.padded_rows) {
+      p.row_lse[padded + r] = s.lse[r];
+      p.row_delta[padded + r] = dot;
+    }
+  }
+}
+
+// From Q K^T and dout V^T to scale g dS, in place of the first.
+template <class C>
+__device__ __forceinline__ void differentiate(const Inputs& in, const Scoring& scoring,
+                                              const DropoutRows& rows, State<C>& state,
+                                              FragmentD (&dots)[kTilesM][C::kTilesN],
+                                              const FragmentD (&dp)[kTilesM][C::kTilesN], int row,
+                                              int column, int end, uint32_t seen) {
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+    uint32_t kept = ~uint32_t{0};
+    if (in.dropout.is_active()) {
+      kept = kept_by_rows<C::kTilesN>(in.dropout, rows, row + 16 * m, column);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int own_row = row + tile_row(m, i / 2), limit = row_limit(in, own_row, end);
+#pragma unroll
+      for (int n = 0; n < C::kTilesN; ++n) {
+        const int own_column = column + 8 * n + FragmentD::column(i);
+        const bool is_seen = own_column < limit && (seen >> (2 * n + i % 2) & 1u) != 0;
+        const bool is_prefix = own_column < in.P;
+        float& dot = dots[m][n].r[i];
+        const float value = score<typename C::T>(in, scoring, dot, own_row, own_column, is_seen);
+        const float probability = exp2_approx(value - state.lse[m][i / 2]);
+        const float gate = is_prefix ? scoring.gate : 1.0f;
+        const bool is_kept = (kept >> kept_bit_by_rows(n, i) & 1u) != 0;
+        const float dweight = is_kept ? dp[m][n].r[i] * in.dropout.keep_scale : 0.0f;
+        const float dscore = probability * (dweight * gate - state.delta[m][i / 2]);
+        if (is_prefix) state.dgate += dscore * in.scale * dot + probability * dweight;
+        dot = dscore * in.scale * gate;
+      }
+    }
+  }
+}
+
+// The same where every column is an own one that all rows see, without a bias: the common case.
+template <class C>
+__device__ __forceinline__ void differentiate_plain(const Inputs& in, const Scoring& scoring,
+                                                    const State<C>& state,
+                                                    FragmentD (&dots)[kTilesM][C::kTilesN],
+                                                    const FragmentD (&dp)[kTilesM][C::kTilesN]) {
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int n = 0; n < C::kTilesN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float probability =
+            exp2_approx(dots[m][n].r[i] * scoring.own_factor - state.lse[m][i / 2]);
+        dots[m][n].r[i] = probability * (dp[m][n].r[i] - state.delta[m][i / 2]) * in.scale;
+      }
+    }
+  }
+}
+
+// One step of a warp: kStep columns from `column` on, which are at s_k and s_v.
+template <class C>
+__device__ __forceinline__ void attend(const Inputs& in, const Scoring& scoring,
+                                       const DropoutRows& rows, State<C>& state,
+                                       const typename C::T* s_q, const typename C::T* s_dout,
+                                       const typename C::T* s_k, const typename C::T* s_v, int row,
+                                       int column, int end) {
+  const uint32_t seen = seen_columns<2 * C::kTilesN>(in, scoring.key_mask, end, [&](int i) {
+    return column + 8 * (i / 2) + FragmentD::column(i % 2);
+  });
+  FragmentD ds[kTilesM][C::kTilesN], dp[kTilesM][C::kTilesN];
+  auto rows_of = [](const typename C::T* tile) {
+    return [tile](int m, int step) {
+      return load_a(tile + 16 * m * C::kStride + 16 * step, C::kStride);
+    };
+  };
+  multiply_rows<C>(ds, rows_of(s_q), s_k);
+  multiply_rows<C>(dp, rows_of(s_dout), s_v);
+  const bool is_plain = !in.dropout.is_active() &&
+                        scoring.is_plain(in, column, column + C::kStep, row_limit(in, row, end));
+  if (is_plain) {
+    differentiate_plain<C>(in, scoring, state, ds, dp);
+  } else {
+    differentiate<C>(in, scoring, rows, state, ds, dp, row, column, end, seen);
+  }
+  accumulate_rows<C>(state.dq, ds, s_k);
+}
+
+template <class C>
+__global__ void __launch_bounds__(kThreads, C::kMinBlocks)
+    prefix_attention_bwd_queries_sm80(const __grid_constant__ BackwardParams p) {
+  using T = typename C::T;
+  auto& s = shared_memory_as<Shared<C>>();
+  const Inputs& in = p.in;
+  const Head head = head_of(in, block_index_x() / p.row_tiles);
+  const int tile = p.row_tiles - 1 - block_index_x() % p.row_tiles;  // heavy ones first, if causal
+  const int first_row = tile * kRows, row = first_row + warp_index() * kWarpRows;
+
+  measure_rows<C>(p, s, head, first_row);
+  if (p.dq == nullptr && p.gate_partial == nullptr) return;
+  stage_rows<C, kRows>(s.q, head_rows<T>(in.q, in.q_strides, head.b, head.h), in.q_strides.row,
+                       first_row, in.S);
+  const T* g_dout = static_cast<const T*>(p.dout) + head_index(in, head) * in.S * C::kE;
+  stage_rows<C, kRows>(s.dout, g_dout, C::kE, first_row, in.S);
+  stage_columns<C, C::kColumns>(s.k[0], s.v[0], in, head, 0, in.P + in.N);
+  cp_async_commit();
+  const Scoring scoring = scoring_of<T>(in, head);
+  const DropoutRows dropout_rows = DropoutRows::of(in, head);
+  int seen = columns_seen(in, head.b, s.scratch);
+  // Without dq only the prefix columns matter: they hold the gate's gradient.
+  if (p.dq == nullptr) seen = in.P;
+  const int end = row_limit(in, first_row + kRows < in.S ? first_row + kRows - 1 : in.S - 1, seen);
+  const int last_row = row + kWarpRows < in.S ? row + kWarpRows - 1 : in.S - 1;
+  const int warp_end = row < in.S ? row_limit(in, last_row, seen) : 0;
+
+  State<C> state;
+  const int warp_at = warp_index() * kWarpRows;
+  T* s_q = s.q + warp_at * C::kStride;
+  const T* s_dout = s.dout + warp_at * C::kStride;
+  sync_threads();
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      state.lse[m][half] = s.lse[warp_at + tile_row(m, half)];
+      state.delta[m][half] = s.delta[warp_at + tile_row(m, half)];
+    }
+  }
+  int buffer = 0;
+#pragma unroll 1
+  for (int column = 0; column < end; column += C::kColumns) {
+    cp_async_wait<0>();
+    sync_threads();
+    if (column + C::kColumns < end) {
+      stage_columns<C, C::kColumns>(s.k[1 - buffer], s.v[1 - buffer], in, head,
+                                    column + C::kColumns, in.P + in.N);
+      cp_async_commit();
+    }
+#pragma unroll 1
+    for (int at = 0; at < C::kColumns && column + at < warp_end; at += C::kStep) {
+      attend<C>(in, scoring, dropout_rows, state, s_q, s_dout, s.k[buffer] + at * C::kStride,
+                s.v[buffer] + at * C::kStride, row, column + at, seen);
+    }
+    buffer = 1 - buffer;
+  }
+  cp_async_wait<0>();
+  sync_threads();
+  if (p.dq != nullptr && row < in.S) {
+    put_rows<C>(s_q, state.dq);
+    T* g_dq = static_cast<T*>(p.dq) + (head_index(in, head) * in.S + row) * C::kE;
+    store_rows<C>(g_dq, s_q, 0, row + kWarpRows < in.S ? kWarpRows : in.S - row);
+  }
+  if (p.gate_partial == nullptr) return;
+  const float sum = warp_sum(state.dgate);
+  if (lane_index() == 0) s.gate[warp_index()] = sum;
+  sync_threads();
+  if (thread_index() != 0) return;
+  float total = 0.0f;
+  for (int w = 0; w < kWarps; ++w) total += s.gate[w];
+  p.gate_partial[head_index(in, head) * p.row_tiles + tile] = total;
+}
+
+using Configs = TypeList<Config<bf16, 32>, Config<bf16, 64>, Config<bf16, 96>, Config<bf16, 128>,
+                         Config<f16, 32>, Config<f16, 64>, Config<f16, 96>, Config<f16, 128>>;
+
+template <class C>
+void launch_config(const BackwardParams& p, Stream stream) {
+  LaunchShape shape;
+  shape.threads = kThreads;
+  shape.shared_bytes = sizeof(Shared<C>);
+  shape.blocks_x = p.in.B * p.in.H * p.row_tiles;
+  launch<prefix_attention_bwd_queries_sm80<C>>("prefix_attention_bwd_queries_sm80", shape, stream,
+                                               p);
+}
+
+}  // namespace
+
+void launch_prefix_attention_bwd_queries_sm80(const BackwardParams& p, Stream stream) {
+  const bool found = run_first_fit(
+      Configs{},
+      [&](auto tag) {
+        using C = typename decltype(tag)::type;
+        return DTypeOf<typename C::T>::value == p.in.dtype && p.in.E == C::kE;
+      },
+      [&](auto tag) { launch_config<typename decltype(tag)::type>(p, stream); });
+  check(found,
+        "prefix_attention_bwd_queries_sm80: expected bfloat16 or float16 and a head size of "
+        "32, 64, 96 or 128, got ",
+        name_of(p.in.dtype), " and E=", p.in.E);
+}
+
+}  // namespace pelt::prefix_attention

@@ -1,0 +1,148 @@
+// What all kernels share: where the rows of the joined axis of prefix and own columns lie, how
+// tiles of them come into shared memory, and which sample and head a block works for.
+#pragma once
+
+#include "cuda/device.cuh"
+#include "ops/prefix_attention/params.h"
+
+namespace pelt::prefix_attention {
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / 32;
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// log 2 units: softmax is computed with 2^x.
+constexpr float kMinusInfinity = -__builtin_huge_valf();
+
+struct Head {
+  int b;
+  int h;
+  int g;  // the key-value head that serves h
+};
+
+__device__ __forceinline__ Head head_of(const Inputs& in, int index) {
+  const int b = index / in.H, h = index % in.H;
+  return {b, h, h / (in.H / in.G)};
+}
+
+__device__ __forceinline__ int64_t head_index(const Inputs& in, const Head& head) {
+  return static_cast<int64_t>(head.b) * in.H + head.h;
+}
+
+// One element of a parameter in float32.
+template <class T>
+__device__ __forceinline__ float load_parameter(const Parameter& parameter, int64_t i) {
+  return parameter.is_float32 ? static_cast<const float*>(parameter.data)[i]
+                              : to_float(static_cast<const T*>(parameter.data)[i]);
+}
+
+// The gate of a sample and head; 1 without one.
+template <class T>
+__device__ __forceinline__ float gate_of(const Inputs& in, const Head& head) {
+  if (in.gate.data == nullptr) return 1.0f;
+  return load_parameter<T>(in.gate, in.has_gate_per_head ? head_index(in, head) : head.b);
+}
+
+// The first row of a head in a tensor with strides.
+template <class T>
+__device__ __forceinline__ const T* head_rows(const void* data, const Strides& strides, int b,
+                                              int h) {
+  return static_cast<const T*>(data) + b * strides.batch + h * strides.head;
+}
+
+// Rows [first, first + kRows) of a matrix; those from `end` on are zero.
+template <class C, int kRows>
+__device__ __forceinline__ void stage_rows(typename C::T* tile, const typename C::T* rows,
+                                           int64_t stride, int first, int end) {
+#pragma unroll 2
+  for (int i = thread_index(); i < kRows * C::kVectors; i += kThreads) {
+    const int row = i / C::kVectors, e = i % C::kVectors * 8;
+    const bool is_there = first + row < end;
+    cp_async_16(tile + row * C::kStride + e, rows + (is_there ? (first + row) * stride + e : 0),
+                is_there);
+  }
+}
+
+// Where in its tensor a prefix's row for column `column` starts, for this sample and head.
+__device__ __forceinline__ int64_t prefix_offset(const Inputs& in, const Prefix& prefix, int b,
+                                                 int g, int column) {
+  const int64_t member = prefix.prefix_index == nullptr ? 0 : prefix.prefix_index[b];
+  return ((member * prefix.length + column - prefix.first) * in.G + g) * in.E;
+}
+
+// Eight elements of a prefix: 16-bit ones come by an asynchronous copy, float32 masters through
+// registers.
+template <class T>
+__device__ __forceinline__ void stage_prefix_8(T* to, const Parameter& from, int64_t at) {
+  if (from.is_float32) {
+    store_16(to, narrow<T>(load_8(static_cast<const float*>(from.data) + at)));
+  } else {
+    cp_async_16(to, static_cast<const T*>(from.data) + at, true);
+  }
+}
+
+// Columns [first, first + kRows) of keys and values; those from `end` on are zero. Prefix rows come
+// straight from their own memory, segment by segment.
+template <class C, int kRows>
+__device__ __forceinline__ void stage_columns(typename C::T* s_k, typename C::T* s_v,
+                                              const Inputs& in, const Head& head, int first,
+                                              int end) {
+  using T = typename C::T;
+  const T* g_k = head_rows<T>(in.k, in.k_strides, head.b, head.g);  // [N, E]
+  const T* g_v = head_rows<T>(in.v, in.v_strides, head.b, head.g);  // [N, E]
+  if (first >= in.P) {
+    stage_rows<C, kRows>(s_k, g_k, in.k_strides.row, first - in.P, end - in.P);
+    stage_rows<C, kRows>(s_v, g_v, in.v_strides.row, first - in.P, end - in.P);
+    return;
+  }
+#pragma unroll 1
+  for (int i = thread_index(); i < kRows * C::kVectors; i += kThreads) {
+    const int row = i / C::kVectors, e = i % C::kVectors * 8, column = first + row;
+    const int to = row * C::kStride + e;
+    if (column < in.P) {
+      int segment = 0;
+      while (segment + 1 < in.prefixes && column >= in.prefix[segment + 1].first) ++segment;
+      const Prefix& prefix = in.prefix[segment];
+      const int64_t at = prefix_offset(in, prefix, head.b, head.g, column) + e;
+      stage_prefix_8(s_k + to, prefix.prefix_k, at);
+      stage_prefix_8(s_v + to, prefix.prefix_v, at);
+    } else {
+      const bool is_there = column < end;
+      const int n = is_there ? column - in.P : 0;
+      cp_async_16(s_k + to, g_k + n * in.k_strides.row + e, is_there);
+      cp_async_16(s_v + to, g_v + n * in.v_strides.row + e, is_there);
+    }
+  }
+}
+
+// Behind the last column that any query of sample b sees. The whole block takes part; `scratch` has
+// a word for each warp.
+__device__ __forceinline__ int columns_seen(const Inputs& in, int b, int (&scratch)[kWarps]) {
+  if (in.lengths != nullptr) {
+    const int64_t length = in.lengths[b];
+    return in.P + static_cast<int>(length < 0 ? 0 : (length < in.N ? length : in.N));
+  }
+  if (in.key_mask == nullptr) return in.P + in.N;
+  const bool* mask = in.key_mask + static_cast<int64_t>(b) * in.N;
+  int end = 0;
+  for (int n = thread_index(); n < in.N; n += kThreads) end = mask[n] ? n + 1 : end;
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    const int other = shfl_xor(end, lanes);
+    end = other > end ? other : end;
+  }
+  if (lane_index() == 0) scratch[warp_index()] = end;
+  sync_threads();
+  for (int w = 0; w < kWarps; ++w) end = scratch[w] > end ? scratch[w] : end;
+  return in.P + end;
+}
+
+// Behind the last column that a row sees, `end` being that of its sample.
+__device__ __forceinline__ int row_limit(const Inputs& in, int row, int end) {
+  if (!in.is_causal) return end;
+  const int own = row + in.N - in.S + 1;
+  const int limit = in.P + (own < 0 ? 0 : own);
+  return limit < end ? limit : end;
+}
+
+}  // namespace pelt::prefix_attention
