@@ -1,5 +1,8 @@
 #include "bindings/bind.h"
 
+#if defined(PELT_HAS_CUDA_KERNELS)
+#include "ops/masked_weight/params.h"
+#endif
 #if defined(PELT_HAS_CPU_KERNELS)
 #include <array>
 #include <string>
@@ -14,9 +17,73 @@ namespace pelt::bindings {
 
 namespace {
 
-#if defined(PELT_HAS_CPU_KERNELS)
 using namespace pelt::masked_weight;
 
+#if defined(PELT_HAS_CUDA_KERNELS)
+void bind_on_cuda(py::module_& m) {
+  auto parameter = [](const TypedAddress& a) { return Parameter{at(a.first), a.second}; };
+  auto grad = [](const TypedAddress& a) { return ParameterGrad{at(a.first), a.second}; };
+
+  m.def("masked_weight_why_not", &why_not, py::kw_only(), py::arg("Dout"), py::arg("Din"),
+        py::arg("R"), py::arg("R2"));
+
+  // What forward and backward of one call have in common; it borrows every address.
+  py::class_<Inputs>(m, "MaskedWeightInputs")
+      .def(py::init([=](int dtype, int Dout, int Din, int R, int R2, Address w0, TypedAddress u,
+                        TypedAddress v, TypedAddress a, TypedAddress b, TypedAddress row,
+                        TypedAddress col, int64_t keep, float beta, float alpha1, float alpha2) {
+             Inputs in;
+             in.dtype = static_cast<DType>(dtype);
+             in.Dout = Dout, in.Din = Din, in.R = R, in.R2 = R2;
+             in.w0 = at(w0);
+             in.u = parameter(u), in.v = parameter(v);
+             in.a = parameter(a), in.b = parameter(b);
+             in.row = parameter(row), in.col = parameter(col);
+             in.keep = keep;
+             in.beta = beta, in.alpha1 = alpha1, in.alpha2 = alpha2;
+             return in;
+           }),
+           py::kw_only(), py::arg("dtype"), py::arg("Dout"), py::arg("Din"), py::arg("R"),
+           py::arg("R2"), py::arg("w0"), py::arg("u"), py::arg("v"), py::arg("a"), py::arg("b"),
+           py::arg("row"), py::arg("col"), py::arg("keep"), py::arg("beta"), py::arg("alpha1"),
+           py::arg("alpha2"))
+      .def_property_readonly("forward_workspace_bytes", &forward_workspace_bytes)
+      .def_property_readonly("backward_workspace_bytes", &backward_workspace_bytes);
+
+  m.def(
+      "masked_weight_fwd",
+      [](const Inputs& inputs, Address y, Address mask, Address workspace, Address stream) {
+        ForwardParams params;
+        params.in = inputs;
+        params.y = at(y);
+        params.mask = at<bool>(mask);
+        launch_masked_weight_fwd(params, at(workspace), at(stream));
+      },
+      py::kw_only(), py::arg("inputs"), py::arg("y"), py::arg("mask"), py::arg("workspace"),
+      py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "masked_weight_bwd",
+      [=](const Inputs& inputs, Address dy, Address mask, Address dw0, TypedAddress du,
+          TypedAddress dv, TypedAddress da, TypedAddress db, TypedAddress drow, TypedAddress dcol,
+          Address workspace, Address stream) {
+        BackwardParams params;
+        params.in = inputs;
+        params.dy = at(dy);
+        params.mask = at<const bool>(mask);
+        params.dw0 = at(dw0);
+        params.du = grad(du), params.dv = grad(dv);
+        params.da = grad(da), params.db = grad(db);
+        params.drow = grad(drow), params.dcol = grad(dcol);
+        launch_masked_weight_bwd(params, at(workspace), at(stream));
+      },
+      py::kw_only(), py::arg("inputs"), py::arg("dy"), py::arg("mask"), py::arg("dw0"),
+      py::arg("du"), py::arg("dv"), py::arg("da"), py::arg("db"), py::arg("drow"), py::arg("dcol"),
+      py::arg("workspace"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+}
+#endif
+
+#if defined(PELT_HAS_CPU_KERNELS)
 void bind_on_cpu(py::module_& m) {
   // What forward and backward of one call have in common; it borrows every address.
   py::class_<CpuInputs>(m, "MaskedWeightCpuInputs")
@@ -94,6 +161,9 @@ void bind_on_cpu(py::module_& m) {
 void bind_masked_weight([[maybe_unused]] py::module_& m) {
 #if defined(PELT_HAS_CPU_KERNELS)
   bind_on_cpu(m);
+#endif
+#if defined(PELT_HAS_CUDA_KERNELS)
+  bind_on_cuda(m);
 #endif
 }
 

@@ -36,6 +36,12 @@ __device__ __forceinline__ int take_ticket(int* counter) {
   return before;
 }
 
+// Counts, in global or in shared memory: the order of additions to an integer does not matter. Says
+// nothing about other memory.
+__device__ __forceinline__ void atomic_count(int* counter, int amount) {
+  atomicAdd(counter, amount);
+}
+
 // Spins. The block that is waited for must be resident: launch cooperatively.
 __device__ __forceinline__ void wait_until_at_least(const int* counter, int value) {
   while (load_acquire(counter) < value) __nanosleep(64);

@@ -1,6 +1,7 @@
 // Host bodies of cuda/shuffle.cuh.
 #pragma once
 
+#include <cstdint>
 #include <type_traits>
 
 #include "sim/executor.h"
@@ -56,5 +57,21 @@ inline bool vote_any(bool holds) {
   });
   return flag;
 }
+
+inline uint32_t vote_ballot(bool holds) {
+  uint32_t own = holds;
+  sim::rendezvous("vote_ballot", &own, [](sim::Lanes lanes) {
+    uint32_t ballot = 0;
+    for (int lane = 0; lane < sim::kWarpLanes; ++lane) {
+      ballot |= *static_cast<uint32_t*>(lanes[lane]) << lane;
+    }
+    for (int lane = 0; lane < sim::kWarpLanes; ++lane) {
+      *static_cast<uint32_t*>(lanes[lane]) = ballot;
+    }
+  });
+  return own;
+}
+
+inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
 
 }  // namespace pelt

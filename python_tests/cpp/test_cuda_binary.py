@@ -65,14 +65,19 @@ def test_it_holds_the_architectures_of_a_release(module):
 
 
 def test_matrix_products_run_on_the_matrix_units(sass):
-    """Kernels that only sum or copy have no product; every operator has one that does."""
+    """Kernels that only sum or copy have no product; every operator has one that does.
+
+    Except for masked_weight: TF32 would give its scores another order, and the mask with it.
+    """
     with_product = {name for name, lines in sass.items() if any("HMMA" in line for line in lines)}
     for operator in ("gated_adapter",):
         assert any(operator in name for name in with_product), operator
     scalar = [
         name
         for name, lines in sass.items()
-        if name not in with_product and sum("FFMA" in line for line in lines) > 64
+        if name not in with_product
+        and "masked_weight" not in name
+        and sum("FFMA" in line for line in lines) > 64
     ]
     assert not scalar
 

@@ -1,0 +1,258 @@
+// masked_weight, backward, two launches. With G = dy:
+//
+//   dW = G (mask + |W|),  dscore = G W
+//   dw0 = dW;  du = beta dW vᵀ;  dv = beta uᵀ dW
+//   da = alpha1 dscore bᵀ;  db = alpha1 aᵀ dscore;  drow, dcol = alpha2 sums of dscore
+//
+// First, a block takes 128 rows by 128 columns, 32 rows at a time. It makes W again from the
+// factors, puts dW and dscore into shared memory, and multiplies them there with both factors,
+// kRankChunk ranks at a time:
+//
+//              v, b [ranks, 128]
+//   u, a [32,] dW, dscore [32, 128]  ->  a part of du, da [32, ranks]: one for each column tile
+//              v                         a part of dv, db [ranks, 128]: one for each band of rows
+//
+// drow and dcol are one more rank of a and b, of ones. The second kernel adds the parts in order,
+// so two runs give the same bits. Shared memory: 45 KB. The parts take (R + R2 + 1) / 16 bytes an
+// entry of the matrix; nothing else of its size is kept.
+//
+// Why so: each of w0, G and the mask is read once, and float32 sums on the ordinary units keep up
+// with memory for the ranks that methods use (8 and 16).
+#include "common/type_list.h"
+#include "ops/masked_weight/tiles.cuh"
+
+namespace pelt::masked_weight {
+namespace {
+
+constexpr int kBandRows = 4 * kTileRows;
+
+template <class Type>
+struct Config {
+  using T = Type;
+};
+
+struct Shared {
+  FactorTiles factors;
+  alignas(16) float dw[kTileRows * kColumnStride];  // [kTileRows, kTileColumns]
+  alignas(16) float ds[kTileRows * kColumnStride];  // the same
+};
+
+// dW and dscore of a tile; 0 past the matrix's end.
+template <class C>
+__device__ __forceinline__ void derive_scores(const BackwardParams& p, const Place& at, Shared& s) {
+  using T = typename C::T;
+  TileValues w, ds = {};
+  update_weight<T>(p.in, at, s.factors, w);
+  for_elements(p.in, at, [&](int i, int j, int64_t index) {
+    const float g = to_float(static_cast<const T*>(p.dy)[index]);
+    const float kept = p.mask[index] ? 1.0f : 0.0f;
+    ds[i][j] = g * w[i][j];
+    w[i][j] = g * (kept + fabsf(w[i][j]));
+    if (p.dw0 != nullptr) static_cast<T*>(p.dw0)[index] = round_to<T>(w[i][j]);
+  });
+  for (int i = 0; i < kRowsEach; ++i) {
+    for (int j = 0; j < kColumnsEach; ++j) {
+      s.dw[tile_row(i) * kColumnStride + tile_column(j)] = w[i][j];
+      s.ds[tile_row(i) * kColumnStride + tile_column(j)] = ds[i][j];
+    }
+  }
+}
+
+__device__ __forceinline__ float dot_of_4(const Words4& a, const Words4& b, float sum) {
+  for (int i = 0; i < 4; ++i) sum += float_from_bits(a.word[i]) * float_from_bits(b.word[i]);
+  return sum;
+}
+
+// A part of the left factor's gradient: the tile times the right factor, [kTileRows, kRankChunk]. A
+// thread has one row and two ranks.
+__device__ __forceinline__ void project_columns(const Inputs& in, const Place& at, int first,
+                                                int ranks, const float* tile, const FactorTiles& s,
+                                                float* partial) {
+  constexpr int kHalf = kRankChunk / 2;
+  static_assert(kThreads == kTileRows * kHalf, "a thread has one row and two ranks");
+  const int r = thread_index() / kHalf, k = thread_index() % kHalf;
+  float sum[2] = {0.0f, 0.0f};
+  for (int c = 0; c < kTileColumns; c += 4) {
+    const Words4 values = load_16(tile + r * kColumnStride + c);
+    for (int half = 0; half < 2; ++half) {
+      const Words4 right = load_16(s.right + (k + half * kHalf) * kColumnStride + c);
+      sum[half] = dot_of_4(values, right, sum[half]);
+    }
+  }
+  for (int half = 0; half < 2; ++half) {
+    const int rank = first + k + half * kHalf;
+    if (at.row + r < in.Dout && rank < ranks) {
+      partial[static_cast<int64_t>(at.row + r) * ranks + rank] = sum[half];
+    }
+  }
+}
+
+// A part of the right factor's gradient: the left factor's transpose times the tile. A thread has
+// one column and half of the ranks, and always the same, so it may add to what it wrote before.
+__device__ __forceinline__ void project_rows(const Inputs& in, const Place& at, int first,
+                                             int ranks, const float* tile, const FactorTiles& s,
+                                             bool is_first, float* partial) {
+  constexpr int kRanksEach = kRankChunk * kTileColumns / kThreads;
+  const int c = thread_index() % kTileColumns;
+  const int k = thread_index() / kTileColumns * kRanksEach;
+  float sum[kRanksEach] = {};
+  for (int r = 0; r < kTileRows; ++r) {
+    const float value = tile[r * kColumnStride + c];
+    for (int i = 0; i < kRanksEach; ++i) sum[i] += s.left[r * kRankStride + k + i] * value;
+  }
+  for (int i = 0; i < kRanksEach; ++i) {
+    const int rank = first + k + i;
+    if (at.column + c >= in.Din || rank >= ranks) continue;
+    float* to = partial + static_cast<int64_t>(rank) * in.Din + at.column + c;
+    *to = is_first ? sum[i] : *to + sum[i];
+  }
+}
+
+// What a tile adds to the gradients of a pair of factors.
+template <class T>
+__device__ __forceinline__ void project(const Inputs& in, const Factors& f, const Place& at,
+                                        const float* tile, FactorTiles& s, bool is_first,
+                                        float* left_partial, float* right_partial) {
+  for (int first = 0; first < f.ranks(); first += kRankChunk) {
+    sync_threads();
+    load_factors<T>(in, f, at, first, s);
+    sync_threads();
+    project_columns(in, at, first, f.ranks(), tile, s, left_partial);
+    project_rows(in, at, first, f.ranks(), tile, s, is_first, right_partial);
+  }
+}
+
+template <class C>
+__global__ void __launch_bounds__(kThreads)
+    masked_weight_bwd_sm80(const __grid_constant__ BackwardParams p) {
+  using T = typename C::T;
+  auto& s = shared_memory_as<Shared>();
+  const Inputs& in = p.in;
+  const int column_tile = block_index_x() % p.column_tiles;
+  const int band = block_index_x() / p.column_tiles;
+  const int64_t rows = in.Dout, columns = in.Din;
+  for (int turn = 0; turn < kBandRows / kTileRows; ++turn) {
+    const Place at = {band * kBandRows + turn * kTileRows, column_tile * kTileColumns};
+    if (at.row >= in.Dout) break;
+    derive_scores<C>(p, at, s);
+    project<T>(in, {in.u, in.v, in.R, false}, at, s.dw, s.factors, turn == 0,
+               p.du_partial + column_tile * rows * in.R, p.dv_partial + band * columns * in.R);
+    project<T>(in, {in.a, in.b, in.R2, true}, at, s.ds, s.factors, turn == 0,
+               p.da_partial + column_tile * rows * (in.R2 + 1),
+               p.db_partial + band * columns * (in.R2 + 1));
+    sync_threads();
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_grad(const ParameterGrad& grad, int64_t i, float value) {
+  if (grad.data == nullptr) return;
+  if (grad.is_float32) {
+    static_cast<float*>(grad.data)[i] = value;
+  } else {
+    static_cast<T*>(grad.data)[i] = round_to<T>(value);
+  }
+}
+
+// Element i of `parts` parts of `size` elements each.
+__device__ __forceinline__ float sum_of_parts(const float* partial, int64_t size, int parts,
+                                              int64_t i) {
+  float sum = 0.0f;
+  for (int part = 0; part < parts; ++part) sum += partial[part * size + i];
+  return sum;
+}
+
+// A thread adds up one element of one gradient.
+template <class C>
+__global__ void __launch_bounds__(kThreads)
+    masked_weight_bwd_sums_sm80(const __grid_constant__ BackwardParams p) {
+  using T = typename C::T;
+  const Inputs& in = p.in;
+  const int64_t du = static_cast<int64_t>(in.Dout) * in.R, dv = static_cast<int64_t>(in.R) * in.Din;
+  const int64_t da = static_cast<int64_t>(in.Dout) * (in.R2 + 1);
+  const int64_t db = static_cast<int64_t>(in.R2 + 1) * in.Din;
+  const int64_t step = static_cast<int64_t>(grid_blocks_x()) * kThreads;
+  const int64_t start = static_cast<int64_t>(block_index_x()) * kThreads + thread_index();
+  for (int64_t i = start; i < du + dv + da + db; i += step) {
+    if (i < du) {
+      store_grad<T>(p.du, i, in.beta * sum_of_parts(p.du_partial, du, p.column_tiles, i));
+    } else if (i < du + dv) {
+      const int64_t at = i - du;
+      store_grad<T>(p.dv, at, in.beta * sum_of_parts(p.dv_partial, dv, p.row_bands, at));
+    } else if (i < du + dv + da) {
+      const int64_t at = i - du - dv, row = at / (in.R2 + 1), rank = at % (in.R2 + 1);
+      const float sum = sum_of_parts(p.da_partial, da, p.column_tiles, at);
+      if (rank < in.R2) {
+        store_grad<T>(p.da, row * in.R2 + rank, in.alpha1 * sum);
+      } else {
+        store_grad<T>(p.drow, row, in.alpha2 * sum);
+      }
+    } else {
+      const int64_t at = i - du - dv - da, columns_before = static_cast<int64_t>(in.R2) * in.Din;
+      const float sum = sum_of_parts(p.db_partial, db, p.row_bands, at);
+      if (at < columns_before) {
+        store_grad<T>(p.db, at, in.alpha1 * sum);
+      } else {
+        store_grad<T>(p.dcol, at - columns_before, in.alpha2 * sum);
+      }
+    }
+  }
+}
+
+using Configs = TypeList<Config<float>, Config<bf16>, Config<f16>>;
+
+// Where the pieces of the workspace are, in floats.
+struct Plan {
+  int column_tiles;
+  int row_bands;
+  int64_t dv, da, db, total;
+
+  explicit Plan(const Inputs& in) {
+    column_tiles = (in.Din + kTileColumns - 1) / kTileColumns;
+    row_bands = (in.Dout + kBandRows - 1) / kBandRows;
+    const int64_t rows = in.Dout, columns = in.Din, ranks2 = in.R2 + 1;
+    dv = column_tiles * rows * in.R;
+    da = dv + row_bands * columns * in.R;
+    db = da + column_tiles * rows * ranks2;
+    total = db + row_bands * columns * ranks2;
+  }
+};
+
+template <class C>
+void launch_config(const BackwardParams& p, Stream stream) {
+  LaunchShape shape;
+  shape.blocks_x = p.column_tiles * p.row_bands;
+  shape.threads = kThreads;
+  shape.shared_bytes = sizeof(Shared);
+  launch<masked_weight_bwd_sm80<C>>("masked_weight_bwd_sm80", shape, stream, p);
+  const int64_t sums = (static_cast<int64_t>(p.in.Dout) + p.in.Din) * (p.in.R + p.in.R2 + 1);
+  const int64_t wanted = (sums + kThreads - 1) / kThreads;
+  LaunchShape small;
+  small.threads = kThreads;
+  small.blocks_x =
+      wanted < 8 * multiprocessors() ? static_cast<int>(wanted) : 8 * multiprocessors();
+  launch<masked_weight_bwd_sums_sm80<C>>("masked_weight_bwd_sums_sm80", small, stream, p);
+}
+
+}  // namespace
+
+int64_t backward_workspace_bytes(const Inputs& in) {
+  return static_cast<int64_t>(sizeof(float)) * Plan(in).total;
+}
+
+void launch_masked_weight_bwd_sm80(BackwardParams p, void* workspace, Stream stream) {
+  const Plan plan(p.in);
+  auto* base = static_cast<float*>(workspace);
+  p.column_tiles = plan.column_tiles;
+  p.row_bands = plan.row_bands;
+  p.du_partial = base;
+  p.dv_partial = base + plan.dv;
+  p.da_partial = base + plan.da;
+  p.db_partial = base + plan.db;
+  run_first_fit(
+      Configs{},
+      [&](auto tag) { return DTypeOf<typename decltype(tag)::type::T>::value == p.in.dtype; },
+      [&](auto tag) { launch_config<typename decltype(tag)::type>(p, stream); });
+}
+
+}  // namespace pelt::masked_weight

@@ -1,0 +1,304 @@
+// masked_weight, forward, one launch:
+//   W = w0 + beta u v;  s = |W| + alpha1 a b + alpha2 (row 1ᵀ + 1 colᵀ);  y = W at the `keep`
+//   highest s, else 0
+//
+// The threshold is found by its bits: a score becomes an integer key of the same order, whose three
+// digits (11, 11 and 10 bits) are counted one after the other.
+//
+//   tiles of the matrix:  y = W, keys, and the counts of the first digit
+//   all keys:             the counts of the second digit, of those that share the first
+//   all keys:             the counts of the third
+//   all keys:             mask, and y = 0 where it is 0
+//
+// Between these steps the whole grid waits at a barrier (a cooperative launch), and each block then
+// reads the counts and finds the next digit for itself. Where more keys are equal to the threshold
+// than stay, those of the lowest flat index do: each warp has a contiguous part of the keys and
+// counts its equals, all wait once more, and each knows how many come before its own.
+//
+// Counts are integers, so their order does not matter: two runs give the same bits. Scores are
+// float32 and are made once. NaN counts as infinity. Shared memory: 20 KB.
+//
+// Why so: one launch reads w0 once and writes y twice and the keys once; the rest are passes over
+// the keys, 4 bytes an entry, which L2 holds for the layers of a BERT or a GPT-2.
+#include "common/type_list.h"
+#include "ops/masked_weight/tiles.cuh"
+
+namespace pelt::masked_weight {
+namespace {
+
+template <class Type>
+struct Config {
+  using T = Type;
+};
+
+struct Digit {
+  int shift;
+  int bits;
+};
+
+__device__ __forceinline__ Digit digit_of(int i) {
+  return i == 0 ? Digit{21, 11} : i == 1 ? Digit{10, 11} : Digit{0, 10};
+}
+
+// What is known of the threshold so far.
+struct Search {
+  uint32_t prefix;  // its digits
+  int stay;         // of the keys that have them, how many stay
+  int equal;        // and how many there are
+};
+
+struct Shared {
+  FactorTiles factors;
+  int counts[kBins];
+  int sums[kThreads];  // of kBins / kThreads neighbouring counts
+  Search search;
+};
+
+// The order of scores as an order of integers.
+__device__ __forceinline__ uint32_t key_of(float score) {
+  if (score != score) return 0xff800000u;  // that of infinity
+  const uint32_t bits = bits_of(score);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+// Every block of the grid; what they wrote before is visible after. `round` counts from 1.
+__device__ __forceinline__ void grid_barrier(const ForwardParams& p, int round) {
+  sync_threads();
+  if (thread_index() == 0) {
+    atomic_add_release(p.arrivals, 1);
+    wait_until_at_least(p.arrivals, round * grid_blocks_x());
+  }
+  sync_threads();
+}
+
+__device__ __forceinline__ void clear_counts(Shared& s) {
+  for (int i = thread_index(); i < kBins; i += kThreads) s.counts[i] = 0;
+  sync_threads();
+}
+
+// The block's counts go to those of the grid.
+__device__ __forceinline__ void publish_counts(const ForwardParams& p, const Shared& s, int digit) {
+  sync_threads();
+  for (int i = thread_index(); i < kBins; i += kThreads) {
+    if (s.counts[i] != 0) atomic_count(p.counts + digit * kBins + i, s.counts[i]);
+  }
+}
+
+// y = W, keys, and the counts of their first digit.
+template <class C>
+__device__ __forceinline__ void score_tiles(const ForwardParams& p, Shared& s) {
+  using T = typename C::T;
+  const Inputs& in = p.in;
+  const int across = (in.Din + kTileColumns - 1) / kTileColumns;
+  const int tiles = across * ((in.Dout + kTileRows - 1) / kTileRows);
+  for (int tile = block_index_x(); tile < tiles; tile += grid_blocks_x()) {
+    const Place at = {tile / across * kTileRows, tile % across * kTileColumns};
+    TileValues w, product;
+    update_weight<T>(in, at, s.factors, w);
+    multiply<T>(in, {in.a, in.b, in.R2, false}, at, s.factors, product);
+    for_elements(in, at, [&](int i, int j, int64_t index) {
+      const float structure = load_parameter<T>(in.row, at.row + tile_row(i)) +
+                              load_parameter<T>(in.col, at.column + tile_column(j));
+      const uint32_t key =
+          key_of(fabsf(w[i][j]) + in.alpha1 * product[i][j] + in.alpha2 * structure);
+      static_cast<T*>(p.y)[index] = round_to<T>(w[i][j]);
+      p.keys[index] = key;
+      atomic_count(&s.counts[key >> 21], 1);
+    });
+  }
+}
+
+// The contiguous part of the keys that a warp of the grid has.
+struct Part {
+  int64_t begin, end;
+};
+
+__device__ __forceinline__ int warp_of_grid() { return block_index_x() * kWarps + warp_index(); }
+
+__device__ __forceinline__ Part part_of_warp(const Inputs& in) {
+  const int64_t warps = static_cast<int64_t>(grid_blocks_x()) * kWarps;
+  const int64_t each = (in.entries() + warps - 1) / warps;
+  const int64_t begin = warp_of_grid() * each, end = begin + each;
+  return {begin < in.entries() ? begin : in.entries(), end < in.entries() ? end : in.entries()};
+}
+
+__device__ __forceinline__ void count_digit(const ForwardParams& p, Shared& s, int i) {
+  const Digit digit = digit_of(i);
+  const uint32_t prefix = s.search.prefix;
+  const Part part = part_of_warp(p.in);
+  for (int64_t at = part.begin + lane_index(); at < part.end; at += 32) {
+    const uint32_t key = p.keys[at];
+    if (key >> (digit.shift + digit.bits) == prefix) {
+      atomic_count(&s.counts[key >> digit.shift & ((1u << digit.bits) - 1)], 1);
+    }
+  }
+}
+
+// The sum of this lane's value and those of all lanes before it.
+__device__ __forceinline__ int sum_up_to_lane(int value) {
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int before = shfl(value, (lane_index() - distance) & 31);
+    if (lane_index() >= distance) value += before;
+  }
+  return value;
+}
+
+// The next digit: of the counts, from the highest bin down, the one where `stay` is reached. A
+// thread adds up a few neighbouring bins, a lane of the first warp a few of those sums; the lane
+// that passes `stay` goes back into its own.
+__device__ __forceinline__ void find_digit(const ForwardParams& p, Shared& s, int i) {
+  constexpr int kBinsEach = kBins / kThreads, kSumsEach = kThreads / 32;
+  const int* counts = p.counts + i * kBins;
+  int own = 0;
+  for (int j = 0; j < kBinsEach; ++j) own += counts[kBins - 1 - thread_index() * kBinsEach - j];
+  s.sums[thread_index()] = own;
+  sync_threads();
+  if (warp_index() == 0) {
+    const int stay = s.search.stay;
+    int sum = 0;
+    for (int j = 0; j < kSumsEach; ++j) sum += s.sums[lane_index() * kSumsEach + j];
+    const int up_to_here = sum_up_to_lane(sum);
+    if (up_to_here - sum < stay && stay <= up_to_here) {
+      int left = stay - (up_to_here - sum);
+      int group = lane_index() * kSumsEach;
+      while (left > s.sums[group]) left -= s.sums[group++];
+      int bin = kBins - 1 - group * kBinsEach;
+      while (left > counts[bin]) left -= counts[bin--];
+      s.search = {s.search.prefix << digit_of(i).bits | static_cast<uint32_t>(bin), left,
+                  counts[bin]};
+    }
+  }
+  sync_threads();
+}
+
+// How many keys of the warps before this one are equal to the threshold.
+__device__ __forceinline__ int equal_before(const ForwardParams& p, const Shared& s) {
+  const Part part = part_of_warp(p.in);
+  int own = 0;
+  for (int64_t at = part.begin + lane_index(); at < part.end; at += 32) {
+    own += p.keys[at] == s.search.prefix;
+  }
+  own = shfl(sum_up_to_lane(own), 31);
+  if (lane_index() == 0) p.equal[warp_of_grid()] = own;
+  grid_barrier(p, kDigits + 1);
+  int before = 0;
+  for (int i = lane_index(); i < warp_of_grid(); i += 32) before += p.equal[i];
+  return shfl(sum_up_to_lane(before), 31);
+}
+
+// mask, and y where it is 0.
+template <class C>
+__device__ __forceinline__ void write_mask(const ForwardParams& p, const Shared& s) {
+  using T = typename C::T;
+  const bool has_ties = s.search.stay < s.search.equal;  // the same in every block
+  int equal = has_ties ? equal_before(p, s) : 0;
+  const Part part = part_of_warp(p.in);
+  for (int64_t first = part.begin; first < part.end; first += 32) {
+    const int64_t at = first + lane_index();
+    const uint32_t key = at < part.end ? p.keys[at] : 0;
+    bool stays = key >= s.search.prefix;
+    if (has_ties) {
+      const bool is_equal = at < part.end && key == s.search.prefix;
+      const uint32_t lanes = vote_ballot(is_equal);
+      const int before = equal + count_bits(lanes & ((1u << lane_index()) - 1));
+      stays = stays && (!is_equal || before < s.search.stay);
+      equal += count_bits(lanes);
+    }
+    if (at >= part.end) continue;
+    p.mask[at] = stays;
+    if (!stays) static_cast<T*>(p.y)[at] = T{};
+  }
+}
+
+template <class C>
+__global__ void __launch_bounds__(kThreads)
+    masked_weight_fwd_sm80(const __grid_constant__ ForwardParams p) {
+  auto& s = shared_memory_as<Shared>();
+  clear_counts(s);
+  score_tiles<C>(p, s);
+  if (thread_index() == 0) s.search = {0, static_cast<int>(p.in.keep), 0};
+  if (p.in.keep == 0) {
+    // Above every key. The barrier, because tiles and parts belong to different blocks.
+    if (thread_index() == 0) s.search = {~0u, 0, 0};
+    grid_barrier(p, 1);
+    write_mask<C>(p, s);
+    return;
+  }
+  for (int digit = 0; digit < kDigits; ++digit) {
+    if (digit > 0) {
+      clear_counts(s);
+      count_digit(p, s, digit);
+    }
+    publish_counts(p, s, digit);
+    grid_barrier(p, digit + 1);
+    find_digit(p, s, digit);
+  }
+  write_mask<C>(p, s);
+}
+
+using Configs = TypeList<Config<float>, Config<bf16>, Config<f16>>;
+
+// Where the pieces of the workspace are, in bytes.
+struct Plan {
+  int64_t counts = 0;
+  int64_t arrivals = 0;
+  int64_t zeroed_bytes = 0;
+  int64_t equal = 0;
+  int64_t keys = 0;
+  int64_t total_bytes = 0;
+
+  Plan(const Inputs& in, int64_t warps) {
+    arrivals = sizeof(int) * kDigits * kBins;
+    zeroed_bytes = arrivals + 16;
+    equal = zeroed_bytes;
+    keys = equal + (static_cast<int64_t>(sizeof(int)) * warps + 15) / 16 * 16;
+    total_bytes = keys + static_cast<int64_t>(sizeof(uint32_t)) * in.entries();
+  }
+};
+
+template <class C>
+int blocks_of(const Inputs& in) {
+  const int64_t tiles = static_cast<int64_t>((in.Din + kTileColumns - 1) / kTileColumns) *
+                        ((in.Dout + kTileRows - 1) / kTileRows);
+  const int resident = resident_blocks<masked_weight_fwd_sm80<C>>(kThreads, sizeof(Shared));
+  return tiles < resident ? static_cast<int>(tiles) : resident;
+}
+
+// run(tag) with the configuration of a dtype.
+template <class Run>
+void with_config(DType dtype, Run&& run) {
+  run_first_fit(
+      Configs{}, [&](auto tag) { return DTypeOf<typename decltype(tag)::type::T>::value == dtype; },
+      run);
+}
+
+}  // namespace
+
+int64_t forward_workspace_bytes(const Inputs& in) {
+  int64_t bytes = 0;
+  with_config(in.dtype, [&](auto tag) {
+    bytes = Plan(in, blocks_of<typename decltype(tag)::type>(in) * kWarps).total_bytes;
+  });
+  return bytes;
+}
+
+void launch_masked_weight_fwd_sm80(ForwardParams p, void* workspace, Stream stream) {
+  with_config(p.in.dtype, [&](auto tag) {
+    using C = typename decltype(tag)::type;
+    LaunchShape shape;
+    shape.blocks_x = blocks_of<C>(p.in);
+    shape.threads = kThreads;
+    shape.shared_bytes = sizeof(Shared);
+    shape.is_cooperative = true;
+    const Plan plan(p.in, static_cast<int64_t>(shape.blocks_x) * kWarps);
+    char* base = static_cast<char*>(workspace);
+    p.counts = reinterpret_cast<int*>(base + plan.counts);
+    p.arrivals = reinterpret_cast<int*>(base + plan.arrivals);
+    p.equal = reinterpret_cast<int*>(base + plan.equal);
+    p.keys = reinterpret_cast<uint32_t*>(base + plan.keys);
+    zero_async(p.counts, static_cast<size_t>(plan.zeroed_bytes), stream);
+    launch<masked_weight_fwd_sm80<C>>("masked_weight_fwd_sm80", shape, stream, p);
+  });
+}
+
+}  // namespace pelt::masked_weight

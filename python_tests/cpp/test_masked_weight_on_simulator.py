@@ -1,0 +1,76 @@
+"""The CUDA kernels of masked_weight on the simulator: exact masks over several tiles, blocks and
+bands, ties among them, under other orders of threads.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from parity import check, run
+
+from pelt_kernels.ops import _native as native
+from pelt_kernels.ops import masked_weight
+from pelt_kernels.ops._cases import Case
+from pelt_kernels.ops.masked_weight.contract import highest
+
+HAS_KERNELS = not native.why_not("_C_sim") and hasattr(
+    native.library("_C_sim"), "masked_weight_why_not"
+)
+pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="the compiled module _C_sim is not there")
+
+# Two bands of rows, three column tiles: six blocks of the simulator's three work in turns.
+ROWS, COLUMNS = 133, 259
+
+
+def test_a_refusal_names_the_number():
+    library = native.library("_C_sim")
+    assert library.masked_weight_why_not(Dout=2**16, Din=2**15, R=8, R2=8) == (
+        "it counts entries in 32 bits, so Dout Din must be below 2147483648, and it is 2147483648"
+    )
+    assert library.masked_weight_why_not(Dout=768, Din=3072, R=8, R2=8) == ""
+
+
+def _scores():
+    random = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
+    with_nan = random.clone()
+    with_nan[random > 1.5] = float("nan")
+    with_nan[random < -1.5] = float("inf")
+    return {
+        "random": random,
+        "equal": torch.full((ROWS, COLUMNS), 0.5),
+        "few_values": (random * 4).round(),
+        "nan_and_inf": with_nan,
+    }
+
+
+@pytest.mark.parametrize("keep", [0, 1, 17000, ROWS * COLUMNS - 1, ROWS * COLUMNS])
+@pytest.mark.parametrize("name", _scores())
+def test_the_mask_is_that_of_a_stable_sort(name, keep):
+    scores = _scores()[name]
+    nothing = [torch.zeros(s) for s in ((ROWS, 1), (1, COLUMNS), (ROWS, 1), (1, COLUMNS))]
+    expected = torch.where(highest(scores.abs(), keep), scores, 0.0)
+    for seed in (1, 2):
+        native.library("_C_sim").set_seed(seed)
+        y = masked_weight(
+            scores,
+            *nothing,
+            torch.zeros(ROWS),
+            torch.zeros(COLUMNS),
+            keep,
+            backend="cuda_sim",
+        )
+        assert torch.equal(y.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("ranks", [(8, 16), (1, 15), (35, 16)])
+def test_several_bands_and_rank_chunks(ranks, monkeypatch):
+    """Against the reference, and the same bits under another order of threads."""
+    sizes = {"Dout": ROWS, "Din": COLUMNS, "R": ranks[0], "R2": ranks[1]}
+    attributes = {"keep": 9000, "beta": 0.7, "alpha1": 0.5, "alpha2": 2.0}
+    case = Case(f"bands {ranks}", sizes, attributes=attributes)
+    monkeypatch.setattr("parity.case_of", lambda operator, name: case)
+    native.library("_C_sim").set_seed(1)
+    first = check("masked_weight", "cuda_sim", case, "float32")
+    native.library("_C_sim").set_seed(2)
+    for name, value in run("masked_weight", "cuda_sim", case, "float32").items():
+        assert torch.equal(value, first[name]), name
