@@ -43,7 +43,7 @@ def philox_round(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def keep_mask(rows, start, seed_low, seed_high, threshold, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def keep_mask(rows, start, seed_low, seed_high, threshold, D, BLOCK_D: tl.constexpr):
     """[rows, BLOCK_D] bool: what dropout keeps of the columns start ... start + BLOCK_D.
 
     The words of ``_philox.py``: element (row, column) is word ``column % 4`` of the counter ``row *

@@ -1,0 +1,149 @@
+"""What prefix_attention's Triton kernels are launched with: tiles, shares of queries, constants.
+
+Nothing here reads a tensor, and importing it imports no Triton.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import _triton_host
+from .._contract import Call, Value
+from .._philox import threshold
+from .._triton_host import Config, power_of_two, signed
+
+MAX_HEAD = 256
+# For each kernel and each padded head size up to the number: 16-bit and float32 activations.
+# ``block_t`` are queries, ``block_d`` keys. Not timed: chosen for the largest tiles whose
+# accumulators stay in registers and whose operands fit in 64 KiB of shared memory, which every GPU
+# has that Triton serves.
+_FORWARD = {
+    64: (Config(128, 64, 4, 3), Config(32, 32, 4, 1)),
+    128: (Config(64, 64, 4, 2), Config(32, 16, 4, 1)),
+    256: (Config(32, 32, 4, 1), Config(16, 16, 4, 1)),
+}
+_ROWS = {
+    64: (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
+    128: (Config(64, 32, 4, 2), Config(32, 16, 4, 1)),
+    256: (Config(32, 32, 4, 1), Config(16, 16, 8, 1)),
+}
+_COLUMNS = {
+    64: (Config(64, 64, 4, 2), Config(32, 32, 8, 1)),
+    128: (Config(32, 64, 8, 1), Config(16, 16, 8, 1)),
+    256: (Config(32, 32, 8, 1), Config(16, 16, 16, 1)),
+}
+_DEFAULTS = {
+    "forward": _FORWARD,
+    "dq": _ROWS,
+    "bias": _ROWS,
+    "dkv": _COLUMNS,
+    "prefix": _COLUMNS,
+}
+_MOST_PREFIX_ROWS = 64  # of a tile: prefixes are short, and a tile's padding is computed too
+
+
+class Segment(NamedTuple):
+    """A prefix segment: its first column, its length, and how many members its table has."""
+
+    begin: int
+    length: int
+    members: int
+
+
+class Plan:
+    """What is the same for every call with these shapes: constants, and tiles that fit."""
+
+    def __init__(self, call: Call, inputs: dict[str, Value]) -> None:
+        at, sizes, p = call.attributes, call.sizes, call.attributes["dropout_p"]
+        self.call = call
+        self.b, self.h, self.g, self.s, self.n, self.e = (sizes[letter] for letter in "BHGSNE")
+        lengths = tuple(keys.shape[-3] for keys in inputs["prefix_k"])
+        begins = (0, *itertools.accumulate(lengths))
+        self.columns = begins[-1]  # of all prefixes
+        self.segments = [
+            Segment(begin, keys.shape[-3], keys.shape[0] if keys.ndim == 4 else 1)
+            for begin, keys in zip(begins, inputs["prefix_k"])
+        ]
+        gate = inputs["gate"]
+        self.has_dropout = p > 0
+        self.dropout = (signed(threshold(p))[0] if p else 0, 1.0 / (1.0 - p))
+        # Dropout's words lie in groups of four columns: the keys' tiles start at a group's border.
+        self.shift = self.columns % 4 if self.has_dropout else 0
+        self.block_e = max(16, power_of_two(self.e))
+        self.heads = {"H": self.h, "G": self.g, "E": self.e, "BLOCK_E": self.block_e}
+        self.dropped = {"HAS_DROPOUT": self.has_dropout}
+        self.gated = {"GATE_PER_HEAD": gate is not None and gate.ndim == 2}
+        self.keys = {
+            "P": self.columns,
+            "IS_CAUSAL": at["is_causal"],
+            "SHIFT": self.shift,
+            **self.heads,
+            **self.dropped,
+        }
+        self.rows = {
+            **self.keys,
+            **self.gated,
+            "BEGINS": begins[:-1],
+            "LENGTHS": lengths,
+            "BLOCK_P": self.block_p(self.columns),
+        }
+        self.configs = {kernel: self._config(kernel) for kernel in _DEFAULTS}
+
+    def block_p(self, columns: int) -> int:
+        return min(_MOST_PREFIX_ROWS, max(16, power_of_two(max(1, columns))))
+
+    def _config(self, kernel: str) -> Config:
+        """The default tile; smaller where that many queries or keys are not there."""
+        is_wide = self.call.dtype == torch.float32
+        config = next(c[is_wide] for limit, c in _DEFAULTS[kernel].items() if self.block_e <= limit)
+        if self.call.device.type == "cpu":  # the interpreter pays for each program and operation
+            return config._replace(block_t=64, block_d=64)
+        queries, keys = (max(16, power_of_two(max(1, n))) for n in (self.s, self.n))
+        return config._replace(
+            block_t=min(config.block_t, queries), block_d=min(config.block_d, keys)
+        )
+
+    def query_tiles(self, config: Config) -> int:
+        return -(-self.s // config.block_t)
+
+    def key_tiles(self, config: Config) -> int:
+        return -(-(self.n + self.shift) // config.block_d)
+
+    def options(self, config: Config, has_keys: bool = True) -> dict[str, Any]:
+        """A launch's options. Multiplications and additions may be fused, as in every other
+        backend; Triton's own default changes between its versions.
+        """
+        options = {
+            "enable_fp_fusion": True,
+            "BLOCK_S": config.block_t,
+            "num_warps": config.warps,
+            "num_stages": config.stages,
+        }
+        return {**options, "BLOCK_N": config.block_d} if has_keys else options
+
+    def shares(self, config: Config, tiles: int, members: int) -> tuple[int, int, int, int]:
+        """How a segment's queries are cut: shares, units of work in each, units in a sample and the
+        queries of a unit. Enough programs for two on each processor, and no unit smaller than a
+        tile.
+        """
+        wanted = -(-2 * _triton_host.processors(self.call.device) // (tiles * self.g * members))
+        spans = min(self.query_tiles(config), -(-wanted // self.b))
+        span = -(-self.query_tiles(config) // spans) * config.block_t
+        spans = -(-self.s // span)
+        units_per_share = -(-self.b * spans // min(wanted, self.b * spans))
+        return -(-self.b * spans // units_per_share), units_per_share, spans, span
+
+
+_plans: dict[int, tuple[Call, Plan]] = {}
+
+
+def plan_of(call: Call, inputs: dict[str, Value]) -> Plan:
+    found = _plans.get(id(call))
+    if found is None or found[0] is not call:
+        if len(_plans) >= 4096:  # as many as the contract keeps calls
+            _plans.clear()
+        found = _plans[id(call)] = (call, Plan(call, inputs))
+    return found[1]
