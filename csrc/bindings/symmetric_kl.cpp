@@ -1,5 +1,8 @@
 #include "bindings/bind.h"
 
+#if defined(PELT_HAS_CUDA_KERNELS)
+#include "ops/symmetric_kl/params.h"
+#endif
 #if defined(PELT_HAS_CPU_KERNELS)
 #include "cpu/isa.h"
 #include "ops/symmetric_kl/cpu.h"
@@ -9,9 +12,47 @@ namespace pelt::bindings {
 
 namespace {
 
-#if defined(PELT_HAS_CPU_KERNELS)
 using namespace pelt::symmetric_kl;
 
+#if defined(PELT_HAS_CUDA_KERNELS)
+void bind_on_cuda(py::module_& m) {
+  m.def("symmetric_kl_why_not", &why_not, py::kw_only(), py::arg("T"), py::arg("C"));
+
+  // What forward and backward of one call have in common; it borrows every address.
+  py::class_<Inputs>(m, "SymmetricKlInputs")
+      .def(py::init([](int dtype, int64_t T, int C, Address z1, Address z2, Address mask) {
+             return Inputs{static_cast<DType>(dtype), T, C, at(z1), at(z2), at<const bool>(mask)};
+           }),
+           py::kw_only(), py::arg("dtype"), py::arg("T"), py::arg("C"), py::arg("z1"),
+           py::arg("z2"), py::arg("mask"))
+      .def_property_readonly("forward_workspace_bytes", &forward_workspace_bytes);
+
+  m.def(
+      "symmetric_kl_fwd",
+      [](const Inputs& inputs, Address loss, Address lse, Address workspace, Address stream) {
+        ForwardParams params;
+        params.in = inputs;
+        params.loss = at<float>(loss);
+        params.lse = at<float>(lse);
+        launch_symmetric_kl_fwd(params, at(workspace), at(stream));
+      },
+      py::kw_only(), py::arg("inputs"), py::arg("loss"), py::arg("lse"), py::arg("workspace"),
+      py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "symmetric_kl_bwd",
+      [](const Inputs& inputs, Address dloss, Address lse, Address dz1, Address dz2,
+         Address stream) {
+        const BackwardParams params{inputs, at<const float>(dloss), at<const float>(lse), at(dz1),
+                                    at(dz2)};
+        launch_symmetric_kl_bwd(params, at(stream));
+      },
+      py::kw_only(), py::arg("inputs"), py::arg("dloss"), py::arg("lse"), py::arg("dz1"),
+      py::arg("dz2"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
+}
+#endif
+
+#if defined(PELT_HAS_CPU_KERNELS)
 void bind_on_cpu(py::module_& m) {
   // What forward and backward of one call have in common; it borrows every address.
   py::class_<CpuInputs>(m, "SymmetricKlCpuInputs")
@@ -54,6 +95,9 @@ void bind_on_cpu(py::module_& m) {
 void bind_symmetric_kl([[maybe_unused]] py::module_& m) {
 #if defined(PELT_HAS_CPU_KERNELS)
   bind_on_cpu(m);
+#endif
+#if defined(PELT_HAS_CUDA_KERNELS)
+  bind_on_cuda(m);
 #endif
 }
 

@@ -1,0 +1,65 @@
+// symmetric_kl, backward, one launch:
+//   dz1 = -dz2 = 0.5 dloss (exp(z1 - lse1) - exp(z2 - lse2)) / count
+//
+// One pass over the logits. The target of each divergence is a constant for the gradient, which is
+// therefore not the derivative of the value. Rows that do not count are not read, and get zeros.
+// Shared memory: 32 bytes.
+#include "common/type_list.h"
+#include "ops/symmetric_kl/rows.cuh"
+
+namespace pelt::symmetric_kl {
+namespace {
+
+struct Shared {
+  float partial[kWarps];
+};
+
+template <class C>
+__global__ void __launch_bounds__(kThreads)
+    symmetric_kl_bwd_sm80(const __grid_constant__ BackwardParams p) {
+  using T = typename C::T;
+  auto& s = shared_memory_as<Shared>();
+  const Inputs& in = p.in;
+  const float factor = 0.5f * *p.dloss / count_of(in, s.partial);
+  const int64_t step = static_cast<int64_t>(grid_blocks_x()) * C::kRows;
+  const int64_t start = block_index_x() * C::kRows + warp_index() / C::kRowWarps;
+  for (int64_t row = start; row < in.T; row += step) {
+    const T *z1 = static_cast<const T*>(in.z1) + row * in.C,
+            *z2 = static_cast<const T*>(in.z2) + row * in.C;
+    const float lse1 = p.lse[row], lse2 = p.lse[in.T + row];
+    const bool is_read = counts(in, row);
+    for_columns<C>(in, [&](auto tag, int c) {
+      constexpr int kCount = decltype(tag)::value;
+      Elements<kCount> dz1 = {}, dz2 = {};
+      if (is_read) {
+        const auto a = load_elements<kCount>(z1 + c), b = load_elements<kCount>(z2 + c);
+        for (int i = 0; i < kCount; ++i) {
+          dz1.v[i] = factor * (expf(a.v[i] - lse1) - expf(b.v[i] - lse2));
+          dz2.v[i] = -dz1.v[i];
+        }
+      }
+      if (p.dz1 != nullptr) store_elements(static_cast<T*>(p.dz1) + row * in.C + c, dz1);
+      if (p.dz2 != nullptr) store_elements(static_cast<T*>(p.dz2) + row * in.C + c, dz2);
+    });
+  }
+}
+
+using Configs = TypeList<Config<float, 1>, Config<float, kWarps>, Config<bf16, 1>,
+                         Config<bf16, kWarps>, Config<f16, 1>, Config<f16, kWarps>>;
+
+}  // namespace
+
+void launch_symmetric_kl_bwd_sm80(const BackwardParams& p, Stream stream) {
+  run_first_fit(
+      Configs{}, [&](auto tag) { return decltype(tag)::type::fits(p.in); },
+      [&](auto tag) {
+        using C = typename decltype(tag)::type;
+        LaunchShape shape;
+        shape.blocks_x = blocks_of<C>(p.in);
+        shape.threads = kThreads;
+        shape.shared_bytes = sizeof(Shared);
+        launch<symmetric_kl_bwd_sm80<C>>("symmetric_kl_bwd_sm80", shape, stream, p);
+      });
+}
+
+}  // namespace pelt::symmetric_kl

@@ -1,0 +1,113 @@
+// How rows are given to warps, and how a row is read: what forward and backward share.
+//
+// A row has one warp, or the whole block where it is long. Lanes take elements in turn, eight at a
+// time where every row starts at a 16-byte border, otherwise one.
+#pragma once
+
+#include "cuda/device.cuh"
+#include "ops/symmetric_kl/params.h"
+
+namespace pelt::symmetric_kl {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kLongRow = 1024;  // columns from which a row has the whole block
+
+template <class Type, int kWarpsOfRow>
+struct Config {
+  using T = Type;
+  static constexpr int kRowWarps = kWarpsOfRow;
+  static constexpr int kRowThreads = 32 * kWarpsOfRow;
+  static constexpr int kRows = kWarps / kWarpsOfRow;  // of a block at a time
+  static_assert(kRowWarps == 1 || kRowWarps == kWarps, "a row has one warp or the whole block");
+
+  static bool fits(const Inputs& in) {
+    return DTypeOf<T>::value == in.dtype && (kRowWarps == kWarps) == (in.C >= kLongRow);
+  }
+};
+
+template <int kCount>
+struct Elements {
+  static constexpr int kSize = kCount;
+  float v[kCount];
+};
+
+template <int kCount, class T>
+__device__ __forceinline__ Elements<kCount> load_elements(const T* from) {
+  Elements<kCount> out;
+  if constexpr (kCount == 8) {
+    const Float8 values = load_8(from);
+    for (int i = 0; i < 8; ++i) out.v[i] = values.v[i];
+  } else {
+    out.v[0] = to_float(from[0]);
+  }
+  return out;
+}
+
+template <int kCount, class T>
+__device__ __forceinline__ void store_elements(T* to, const Elements<kCount>& values) {
+  if constexpr (kCount == 1) {
+    to[0] = round_to<T>(values.v[0]);
+  } else if constexpr (sizeof(T) == 2) {
+    Float8 all;
+    for (int i = 0; i < 8; ++i) all.v[i] = values.v[i];
+    store_16(to, narrow<T>(all));
+  } else {
+    for (int half = 0; half < 2; ++half) {
+      Words4 words;
+      for (int i = 0; i < 4; ++i) words.word[i] = bits_of(values.v[4 * half + i]);
+      store_16(to + 4 * half, words);
+    }
+  }
+}
+
+template <int kCount>
+struct CountTag {
+  static constexpr int value = kCount;
+};
+
+// visit(tag, column) for this thread's elements of a row: tag::value of them from `column` on.
+template <class C, class Visit>
+__device__ __forceinline__ void for_columns(const Inputs& in, Visit&& visit) {
+  const int own = thread_index() % C::kRowThreads;
+  if (in.C % 8 == 0) {
+    for (int c = 8 * own; c < in.C; c += 8 * C::kRowThreads) visit(CountTag<8>{}, c);
+  } else {
+    for (int c = own; c < in.C; c += C::kRowThreads) visit(CountTag<1>{}, c);
+  }
+}
+
+__device__ __forceinline__ bool counts(const Inputs& in, int64_t row) {
+  return in.mask == nullptr || in.mask[row];
+}
+
+// The sum over the threads of a block, for all of them; `sums` is for one value of each warp.
+__device__ __forceinline__ float block_sum(float value, float (&sums)[kWarps]) {
+  value = warp_sum(value);
+  if (lane_index() == 0) sums[warp_index()] = value;
+  sync_threads();
+  float total = 0.0f;
+  for (float sum : sums) total += sum;
+  sync_threads();
+  return total;
+}
+
+// How many rows count; 1 where none does, so that an empty mean is 0.
+__device__ __forceinline__ float count_of(const Inputs& in, float (&sums)[kWarps]) {
+  if (in.mask == nullptr) return static_cast<float>(in.T);
+  float own = 0.0f;
+  for (int64_t t = thread_index(); t < in.T; t += kThreads) own += in.mask[t] ? 1.0f : 0.0f;
+  const float count = block_sum(own, sums);
+  return count < 1.0f ? 1.0f : count;
+}
+
+template <class C>
+int blocks_of(const Inputs& in) {
+  const int64_t wanted = (in.T + C::kRows - 1) / C::kRows;
+  const int64_t resident = 2048 / kThreads * static_cast<int64_t>(multiprocessors());
+  return static_cast<int>(wanted < resident ? wanted : resident);
+}
+
+}  // namespace
+}  // namespace pelt::symmetric_kl

@@ -1,0 +1,81 @@
+"""The CUDA kernels of symmetric_kl on the simulator: rows around a warp's and a block's turn,
+confident and nearly uniform models, and values that are no numbers.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from closeness import assert_close
+from parity import contract_of, evaluate, inputs_of
+
+from pelt_kernels.ops import _native as native
+from pelt_kernels.ops import symmetric_kl
+from pelt_kernels.ops._cases import Case
+
+OPERATOR = "symmetric_kl"
+HAS_KERNELS = not native.why_not("_C_sim") and hasattr(
+    native.library("_C_sim"), "symmetric_kl_why_not"
+)
+pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="the compiled module _C_sim is not there")
+
+
+def _agrees(values):
+    """Loss and gradients of any float32 logits, by the closeness rule; eager's errors are a second
+    baseline, because a kept log-sum-exp has a rounding that the reference has not. The same bits
+    under another order of threads.
+    """
+    case, module = Case("given", {}), contract_of(OPERATOR)
+    exact = [v.double() if v is not None and v.is_floating_point() else v for v in values]
+    truth = evaluate(OPERATOR, case, exact, lambda given: module.reference(*given))
+    baseline = evaluate(OPERATOR, case, values, lambda given: module.reference(*given))
+    native.library("_C_sim").set_seed(1)
+    found, again, eager = (
+        evaluate(OPERATOR, case, values, lambda given, b=backend: [symmetric_kl(*given, backend=b)])
+        for backend in ("cuda_sim", "cuda_sim", "eager")
+    )
+    for name, value in found.items():
+        others = [(eager[name], truth[name])]
+        assert_close(value, baseline[name], truth[name], torch.float32, name, others)
+        assert torch.equal(value, again[name])
+
+
+def test_a_refusal_names_the_number():
+    assert native.library("_C_sim").symmetric_kl_why_not(T=1, C=2**30) == (
+        "it counts rows and columns in 32 bits, so T and C must be below 1073741824, and they are"
+        " 1 and 1073741824"
+    )
+
+
+@pytest.mark.parametrize("classes", [1, 8, 31, 33, 256, 1016, 1023, 1025, 2056, 4099])
+def test_vocabularies_around_a_warps_and_a_blocks_turn(classes):
+    _agrees(inputs_of(OPERATOR, Case("width", {"T": 11, "C": classes}, "mask"), "float32"))
+
+
+@pytest.mark.parametrize("rows", [7, 8, 9, 201])
+def test_rows_around_a_blocks_turn(rows):
+    _agrees(inputs_of(OPERATOR, Case("rows", {"T": rows, "C": 5}, "mask"), "float32"))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1000.0])
+@pytest.mark.parametrize("classes", [300, 2000])
+def test_logits_of_any_size(scale, classes):
+    """From nearly uniform distributions to those of one class, maxima in later turns included."""
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(5, classes, generator=generator) * scale
+    z[:, classes - 7] += 5 * scale
+    _agrees([z, z + 0.1 * scale * torch.randn(z.shape, generator=generator), None])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("classes", [40, 1100])
+def test_what_is_no_number_stays_in_its_row(value, classes):
+    z1, z2 = torch.randn(3, classes, requires_grad=True), torch.randn(3, classes)
+    with torch.no_grad():
+        z1[1, 5] = value
+    rest = torch.tensor([True, False, True])
+    assert not symmetric_kl(z1, z2, backend="cuda_sim").isfinite()
+    loss = symmetric_kl(z1, z2, rest, backend="cuda_sim")
+    (dz1,) = torch.autograd.grad(loss, z1)
+    assert torch.equal(loss, symmetric_kl(z1[rest], z2[rest], backend="cuda_sim"))
+    assert not dz1[1].any() and dz1[rest].isfinite().all()
