@@ -1,11 +1,14 @@
-#include "bindings/bind.h"
-
-#if defined(PELT_HAS_CPU_KERNELS)
 #include <algorithm>
 #include <array>
 #include <tuple>
 #include <vector>
 
+#include "bindings/bind.h"
+
+#if defined(PELT_HAS_CUDA_KERNELS)
+#include "ops/lora_linear/params.h"
+#endif
+#if defined(PELT_HAS_CPU_KERNELS)
 #include "cpu/isa.h"
 #include "ops/lora_linear/cpu.h"
 #endif
@@ -14,7 +17,6 @@ namespace pelt::bindings {
 
 namespace {
 
-#if defined(PELT_HAS_CPU_KERNELS)
 using namespace pelt::lora_linear;
 
 // Sizes R, size, offset, M, N; scale; is there an index for each sample (of a, of b), is the gate
@@ -27,6 +29,131 @@ using GateInputs = std::array<Address, 4>;       // weight, bias, value, dvalue
 using BranchGradients = std::array<Address, 3>;  // of a, b, gate
 using GateGradients = std::array<Address, 2>;    // of weight, bias
 
+#if defined(PELT_HAS_CUDA_KERNELS)
+Inputs make_inputs(int dtype, const std::array<int64_t, 4>& sizes,
+                   const std::vector<BranchPlan>& branches, const std::vector<GatePlan>& gates,
+                   uint32_t threshold, float dropout_scale) {
+  Inputs in;
+  in.dtype = static_cast<DType>(dtype);
+  std::tie(in.B, in.S, in.Din, in.Dout) = std::tuple_cat(sizes);
+  in.branches = static_cast<int>(std::min<size_t>(branches.size(), kMaxBranches));
+  in.gates = static_cast<int>(std::min<size_t>(gates.size(), kMaxGates));
+  for (int g = 0; g < in.gates; ++g) {
+    Gate& gate = in.gate[g];
+    gate.pooling = static_cast<Pooling>(std::get<0>(gates[g]));
+    gate.gate_weight.is_float32 = std::get<1>(gates[g]);
+    gate.gate_bias.is_float32 = std::get<2>(gates[g]);
+  }
+  for (int i = 0; i < in.branches; ++i) {
+    Branch& b = in.branch[i];
+    const auto& [of, scale, per_sample_or_row, learned_gate, is_float32] = branches[i];
+    std::tie(b.R, b.size, b.offset, b.a_members, b.b_members) = std::tuple_cat(of);
+    b.scale = scale, b.learned_gate = learned_gate;
+    std::tie(b.has_a_index_per_sample, b.has_b_index_per_sample, b.has_gate_per_row) =
+        std::tuple_cat(per_sample_or_row);
+    std::tie(b.a.is_float32, b.b.is_float32, b.gate.is_float32) = std::tuple_cat(is_float32);
+    b.first = in.ranks;
+    in.ranks += b.R;
+    if (learned_gate >= 0 && learned_gate < in.gates) in.gate[learned_gate].branch = i;
+  }
+  in.dropout = {0, threshold, dropout_scale};
+  return in;
+}
+
+Inputs with_addresses(const Inputs& plan, Address x, Address mask,
+                      const std::vector<BranchInputs>& branches,
+                      const std::vector<GateInputs>& gates, uint64_t seed) {
+  Inputs in = plan;
+  in.x = at(x), in.mask = at<const bool>(mask), in.dropout.seed = seed;
+  for (int i = 0; i < in.branches; ++i) {
+    Branch& b = in.branch[i];
+    const BranchInputs& from = branches.at(i);
+    b.a.data = at(from[0]), b.b.data = at(from[1]);
+    b.a_index = at<const int64_t>(from[2]), b.b_index = at<const int64_t>(from[3]);
+    b.gate.data = at(from[4]);
+  }
+  for (int g = 0; g < in.gates; ++g) {
+    in.gate[g].gate_weight.data = at(gates.at(g)[0]);
+    in.gate[g].gate_bias.data = at(gates.at(g)[1]);
+  }
+  return in;
+}
+
+BackwardParams with_grads(const Inputs& in, const std::vector<BranchGradients>& branch_grads,
+                          const std::vector<GateGradients>& gate_grads) {
+  BackwardParams p;
+  p.in = in;
+  for (int i = 0; i < in.branches; ++i) {
+    const BranchGradients& to = branch_grads.at(i);
+    const Branch& b = in.branch[i];
+    p.branch[i].da = {at(to[0]), b.a.is_float32};
+    p.branch[i].db = {at(to[1]), b.b.is_float32};
+    p.branch[i].dgate = {at(to[2]), b.gate.is_float32};
+  }
+  for (int g = 0; g < in.gates; ++g) {
+    p.gate[g].dgate_weight = {at(gate_grads.at(g)[0]), in.gate[g].gate_weight.is_float32};
+    p.gate[g].dgate_bias = {at(gate_grads.at(g)[1]), in.gate[g].gate_bias.is_float32};
+  }
+  return p;
+}
+
+void bind_on_cuda(py::module_& m) {
+  m.def(
+      "lora_linear_why_not",
+      [](int dtype, const std::array<int64_t, 4>& sizes, int64_t branches, int64_t gates) {
+        return why_not(static_cast<DType>(dtype), sizes[0], sizes[1], sizes[2], sizes[3], branches,
+                       gates);
+      },
+      py::kw_only(), py::arg("dtype"), py::arg("sizes"), py::arg("branches"), py::arg("gates"));
+  py::class_<Inputs>(m, "LoraLinearCuda")
+      .def(py::init(&make_inputs), py::kw_only(), py::arg("dtype"), py::arg("sizes"),
+           py::arg("branches"), py::arg("gates"), py::arg("threshold"), py::arg("dropout_scale"))
+      .def_property_readonly("forward_workspace_bytes", &forward_workspace_bytes)
+      .def(
+          "backward_workspace_bytes",
+          [](const Inputs& plan, const std::vector<BranchGradients>& branch_grads,
+             const std::vector<GateGradients>& gate_grads) {
+            return backward_workspace_bytes(with_grads(plan, branch_grads, gate_grads));
+          },
+          py::kw_only(), py::arg("branch_grads"), py::arg("gate_grads"))
+      .def(
+          "forward",
+          [](const Inputs& plan, Address x, Address mask, Address s,
+             const std::vector<BranchInputs>& branches, const std::vector<GateInputs>& gates,
+             Address y, Address workspace, uint64_t seed, Address stream) {
+            ForwardParams p;
+            p.in = with_addresses(plan, x, mask, branches, gates, seed);
+            p.y = at(y), p.s = at(s);
+            for (int g = 0; g < p.in.gates; ++g) p.gate_value[g] = at<float>(gates.at(g)[2]);
+            launch_lora_linear_fwd(p, at(workspace), at(stream));
+          },
+          py::kw_only(), py::arg("x"), py::arg("mask"), py::arg("s"), py::arg("branches"),
+          py::arg("gates"), py::arg("y"), py::arg("workspace"), py::arg("seed"), py::arg("stream"),
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "backward",
+          [](const Inputs& plan, Address x, Address mask, Address s,
+             const std::vector<BranchInputs>& branches, const std::vector<GateInputs>& gates,
+             const std::vector<BranchGradients>& branch_grads,
+             const std::vector<GateGradients>& gate_grads, Address dy, Address dx,
+             Address workspace, uint64_t seed, Address stream) {
+            BackwardParams p = with_grads(with_addresses(plan, x, mask, branches, gates, seed),
+                                          branch_grads, gate_grads);
+            p.dy = at(dy), p.s = at(s), p.dx = at(dx);
+            for (int g = 0; g < p.in.gates; ++g) {
+              p.gate_value[g] = at<const float>(gates.at(g)[2]);
+              p.gate[g].dvalue = at<const float>(gates.at(g)[3]);
+            }
+            launch_lora_linear_bwd(p, at(workspace), at(stream));
+          },
+          py::kw_only(), py::arg("x"), py::arg("mask"), py::arg("s"), py::arg("branches"),
+          py::arg("gates"), py::arg("branch_grads"), py::arg("gate_grads"), py::arg("dy"),
+          py::arg("dx"), py::arg("workspace"), py::arg("seed"), py::arg("stream"),
+          py::call_guard<py::gil_scoped_release>());
+}
+#endif
+
+#if defined(PELT_HAS_CPU_KERNELS)
 CpuCall make_plan(int dtype, const std::array<int64_t, 4>& sizes,
                   const std::vector<BranchPlan>& branches, const std::vector<GatePlan>& gates,
                   uint32_t threshold, float dropout_scale) {
@@ -139,7 +266,10 @@ void bind_on_cpu(py::module_& m) {
 
 }  // namespace
 
-void bind_lora_linear([[maybe_unused]] py::module_& m) {
+void bind_lora_linear(py::module_& m) {
+#if defined(PELT_HAS_CUDA_KERNELS)
+  bind_on_cuda(m);
+#endif
 #if defined(PELT_HAS_CPU_KERNELS)
   bind_on_cpu(m);
 #endif

@@ -1,0 +1,350 @@
+// lora_linear, backward: the sums over rows.
+//
+//   dA_i = ds_i^T dropout(x)   [R_i, Din]        dw = dlogit^T x   [Din],   db = sum of dlogit
+//   dB_i^T = (scale g s_i)^T dy[:, columns_i]   [R_i, size_i]
+//
+// A block owns a tile of one of these results, 16 or 64 ranks by 64 columns, and a part of the rows
+// (a split); it goes over them 64 at a time:
+//
+//        ds, scale g s [64, ranks]  x  x, dy [64, 64]   -->  a tile [ranks, 64] in registers
+//
+// Blocks leave their partial sums in memory; the one that draws the last ticket of a tile adds the
+// splits in their order, so the result does not depend on which block that was. With banks a block
+// works for one member and passes over the rows of others; members that nobody used get zeros. The
+// gates' weights, up to four at a time, are summed in float32 by the threads that bring x in: a
+// pooled gate's dlogit is small enough to vanish in float16.
+//
+// Shared memory per block, ranks 16, 64: 16, 22 KB.
+#include "common/type_list.h"
+#include "ops/lora_linear/tiles.cuh"
+
+namespace pelt::lora_linear {
+namespace {
+
+constexpr int kRows = 64;
+constexpr int kGatesAtOnce = 4;
+constexpr int kBiasRow = 8;  // of a gate's tile: rows of its own for the biases' sums
+
+template <class T_, int kRankBlock_>
+struct Config {
+  using T = T_;
+  static constexpr int kRankBlock = kRankBlock_;
+  static constexpr int kRankStride = kRankBlock + kTilePad;
+  static constexpr int kRankVectors = kRankBlock / 8;
+  static constexpr int kWarpsOverRanks = kRankBlock / 16;
+  static constexpr int kWarpColumns = kChunk / (kWarps / kWarpsOverRanks);
+  static constexpr int kTileFloats = kRankBlock * kChunk;
+  static_assert(kWarps % kWarpsOverRanks == 0, "the warps divide the tile evenly");
+  static_assert(kWarpColumns % 16 == 0, "fragments of B come in pairs of 8 columns");
+  static_assert(kRankBlock >= kBiasRow + kGatesAtOnce, "the gates' sums fit in a tile");
+};
+
+template <class C>
+struct Shared {
+  using T = typename C::T;
+  alignas(16) T columns[kRows * kChunkStride];  // x or dy
+  alignas(16) T ranks[kRows * C::kRankStride];  // ds or scale g s
+  float gates[kWarps][kGatesAtOnce * kChunk];   // the warps' sums
+  float biases[kWarps][kGatesAtOnce];
+  int is_last;
+};
+
+// The tile of a result and the part of the rows that a block works on.
+struct Work {
+  Sums sums;
+  int column;
+  int rank;
+  int member;
+  int split;
+  int64_t task;
+};
+
+__device__ __forceinline__ Work find_work(const WeightsParams& p, int rank_block) {
+  Work work;
+  work.task = block_index_x();
+  work.split = block_index_y();
+  int i = 0;
+  while (i + 1 < p.count && work.task >= p.sums[i + 1].first_task) ++i;
+  work.sums = p.sums[i];
+  const int task = static_cast<int>(work.task) - work.sums.first_task;
+  work.column = task % work.sums.column_tiles * kChunk;
+  work.rank = task / work.sums.column_tiles % work.sums.rank_tiles * rank_block;
+  work.member = task / work.sums.column_tiles / work.sums.rank_tiles;
+  return work;
+}
+
+// scale g s of a tile's rows; absent rows and ranks are zero.
+template <class C>
+__device__ __forceinline__ void stage_scaled(const WeightsParams& p, Shared<C>& s,
+                                             const TileRows& rows, const Branch& branch, int rank) {
+  using T = typename C::T;
+  for (int i = thread_index(); i < kRows * C::kRankVectors; i += kThreads) {
+    const int row = i / C::kRankVectors, offset = i % C::kRankVectors * 8;
+    Float8 values = {};
+    if (row < rows.count) {
+      const float factor = factor_of<T>(p.in, branch, p.gate_value, rows.first + row);
+      const T* from = static_cast<const T*>(p.s) + (rows.first + row) * p.in.ranks + branch.first +
+                      rank + offset;
+      for (int e = 0; e < 8; ++e) {
+        if (rank + offset + e < branch.R) values.v[e] = factor * to_float(from[e]);
+      }
+    }
+    store_16(&s.ranks[row * C::kRankStride + offset], narrow<T>(values));
+  }
+}
+
+// Both operands of a tile of rows; false if the rows belong to another member.
+template <class C>
+__device__ __forceinline__ bool bring_rows(const WeightsParams& p, Shared<C>& s,
+                                           const TileRows& rows, const Work& work) {
+  using T = typename C::T;
+  const Inputs& in = p.in;
+  const Branch& branch = in.branch[work.sums.which];
+  if (work.sums.kind == Sums::kDownFactor) {
+    if (member_of(branch.a_index, branch.has_a_index_per_sample, rows.group) != work.member) {
+      return false;
+    }
+    stage_x<T, kRows>(s.columns, in, rows, work.column, in.dropout.is_active());
+    stage<T, kRows, C::kRankBlock>(s.ranks, C::kRankStride, Parameter{p.ds, false},
+                                   {rows.first * in.ranks + branch.first + work.rank, in.ranks,
+                                    rows.count, branch.R - work.rank});
+  } else {
+    if (member_of(branch.b_index, branch.has_b_index_per_sample, rows.group) != work.member) {
+      return false;
+    }
+    stage<T, kRows, kChunk>(s.columns, kChunkStride, Parameter{p.dy, false},
+                            {rows.first * in.Dout + branch.offset + work.column, in.Dout,
+                             rows.count, branch.size - work.column});
+    stage_scaled<C>(p, s, rows, branch, work.rank);
+  }
+  cp_async_commit();
+  cp_async_wait<0>();
+  return true;
+}
+
+// A warp's part of the tile: sums [ranks, columns] += ranksᵀ columns over the rows.
+template <class C>
+__device__ __forceinline__ void accumulate(FragmentD (&sums)[C::kWarpColumns / 8],
+                                           const Shared<C>& s) {
+  const int rank = warp_index() % C::kWarpsOverRanks * 16;
+  const int column = warp_index() / C::kWarpsOverRanks * C::kWarpColumns;
+#pragma unroll
+  for (int k = 0; k < kRows; k += 16) {
+    const FragmentA a = load_a_transposed(s.ranks + k * C::kRankStride + rank, C::kRankStride);
+#pragma unroll
+    for (int n = 0; n < C::kWarpColumns / 8; n += 2) {
+      FragmentB b[2];
+      load_b_pair_transposed(b, s.columns + k * kChunkStride + column + 8 * n, kChunkStride);
+      multiply_add<typename C::T>(sums[n], a, b[0]);
+      multiply_add<typename C::T>(sums[n + 1], a, b[1]);
+    }
+  }
+}
+
+struct TileRange {
+  int begin, end;
+};
+
+__device__ __forceinline__ TileRange tiles_of(const WeightsParams& p, const Work& work) {
+  const int64_t tiles = p.tiling.tiles;
+  return {static_cast<int>(tiles * work.split / p.splits),
+          static_cast<int>(tiles * (work.split + 1) / p.splits)};
+}
+
+// A factor's tile over this block's part of the rows.
+template <class C>
+__device__ __forceinline__ void sum_factor(const WeightsParams& p, Shared<C>& s, const Work& work,
+                                           float* partial) {
+  FragmentD sums[C::kWarpColumns / 8];
+  const TileRange range = tiles_of(p, work);
+  for (int tile = range.begin; tile < range.end; ++tile) {
+    const TileRows rows = rows_of_tile<kRows>(p.tiling, tile);
+    const bool is_wanted = bring_rows<C>(p, s, rows, work);  // the same for the whole block
+    if (!is_wanted) continue;
+    sync_threads();
+    accumulate<C>(sums, s);
+    sync_threads();
+  }
+  const int rank = warp_index() % C::kWarpsOverRanks * 16;
+  const int column = warp_index() / C::kWarpsOverRanks * C::kWarpColumns;
+#pragma unroll
+  for (int n = 0; n < C::kWarpColumns / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      partial[(rank + FragmentD::row(i)) * kChunk + column + 8 * n + FragmentD::column(i)] =
+          sums[n].r[i];
+    }
+  }
+}
+
+// The gates' tile: eight neighbouring columns and every sixteenth row for each thread.
+template <class C>
+__device__ __forceinline__ void sum_gates(const WeightsParams& p, Shared<C>& s, const Work& work,
+                                          float* partial) {
+  using T = typename C::T;
+  const Inputs& in = p.in;
+  const int64_t all = static_cast<int64_t>(in.B) * in.S;
+  const int left = in.gates - work.sums.which;
+  const int count = left < kGatesAtOnce ? left : kGatesAtOnce;
+  const int offset = thread_index() % kVectors * 8, column = work.column + offset;
+  Float8 sums[kGatesAtOnce] = {};
+  float biases[kGatesAtOnce] = {};
+  const TileRange range = tiles_of(p, work);
+  for (int tile = range.begin; tile < range.end; ++tile) {
+    const TileRows rows = rows_of_tile<kRows>(p.tiling, tile);
+    for (int r = thread_index() / kVectors; r < rows.count; r += kThreads / kVectors) {
+      const int64_t row = rows.first + r;
+      Float8 x = {};
+      if (column < in.Din) x = load_8(static_cast<const T*>(in.x) + row * in.Din + column);
+#pragma unroll
+      for (int g = 0; g < kGatesAtOnce; ++g) {
+        const float dlogit = g < count ? p.dlogits[(work.sums.which + g) * all + row] : 0.0f;
+        biases[g] += dlogit;
+        for (int e = 0; e < 8; ++e) sums[g].v[e] += dlogit * x.v[e];
+      }
+    }
+  }
+#pragma unroll
+  for (int g = 0; g < kGatesAtOnce; ++g) {
+#pragma unroll
+    for (int mask = kVectors; mask < 32; mask *= 2) {
+      biases[g] += shfl_xor(biases[g], mask);
+      for (int e = 0; e < 8; ++e) sums[g].v[e] += shfl_xor(sums[g].v[e], mask);
+    }
+    if (lane_index() >= kVectors) continue;
+    for (int e = 0; e < 8; ++e) s.gates[warp_index()][g * kChunk + offset + e] = sums[g].v[e];
+    if (lane_index() == 0) s.biases[warp_index()][g] = biases[g];
+  }
+  sync_threads();
+  for (int i = thread_index(); i < kGatesAtOnce * kChunk; i += kThreads) {
+    partial[i] = (s.gates[0][i] + s.gates[1][i]) + (s.gates[2][i] + s.gates[3][i]);
+  }
+  if (thread_index() < kGatesAtOnce) {
+    const int g = thread_index();
+    partial[(kBiasRow + g) * kChunk] =
+        (s.biases[0][g] + s.biases[1][g]) + (s.biases[2][g] + s.biases[3][g]);
+  }
+}
+
+// Adds the splits in their order and writes the result.
+template <class C>
+__device__ __forceinline__ void write_sums(const WeightsParams& p, const Work& work) {
+  using T = typename C::T;
+  const Inputs& in = p.in;
+  const float* partial = p.partial + work.task * p.splits * C::kTileFloats;
+  auto total = [&](int i) {
+    float sum = 0.0f;
+#pragma unroll 8  // the loads of a group are under way together; the order of the sum stays
+    for (int split = 0; split < p.splits; ++split) {
+      sum += partial[static_cast<int64_t>(split) * C::kTileFloats + i];
+    }
+    return sum;
+  };
+  if (work.sums.kind == Sums::kGateWeights) {
+    for (int i = thread_index(); i < kGatesAtOnce * kChunk; i += kThreads) {
+      const int gate = work.sums.which + i / kChunk, d = work.column + i % kChunk;
+      if (gate >= in.gates || d >= in.Din) continue;
+      const GateGrads& grads = p.gate[gate];
+      if (grads.dgate_weight.data != nullptr) store_grad<T>(grads.dgate_weight, d, total(i));
+      if (d == 0 && grads.dgate_bias.data != nullptr) {
+        store_grad<T>(grads.dgate_bias, 0, total((kBiasRow + i / kChunk) * kChunk));
+      }
+    }
+    return;
+  }
+  const Branch& branch = in.branch[work.sums.which];
+  const int64_t R = branch.R;
+  for (int i = thread_index(); i < C::kTileFloats; i += kThreads) {
+    if (work.sums.kind == Sums::kDownFactor) {
+      const int64_t r = work.rank + i / kChunk, d = work.column + i % kChunk;
+      if (r >= R || d >= in.Din) continue;
+      store_grad<T>(p.branch[work.sums.which].da, (work.member * R + r) * in.Din + d, total(i));
+    } else {
+      // B lies as [size, R]: neighbouring threads take neighbouring ranks.
+      const int r = i % C::kRankBlock, d = i / C::kRankBlock;
+      if (work.rank + r >= R || work.column + d >= branch.size) continue;
+      store_grad<T>(
+          p.branch[work.sums.which].db,
+          (static_cast<int64_t>(work.member) * branch.size + work.column + d) * R + work.rank + r,
+          total(r * kChunk + d));
+    }
+  }
+}
+
+// Grid: tasks; splits.
+template <class C>
+__global__ void __launch_bounds__(kThreads)
+    lora_linear_bwd_weights_sm80(const __grid_constant__ WeightsParams p) {
+  auto& s = shared_memory_as<Shared<C>>();
+  const Work work = find_work(p, C::kRankBlock);
+  float* partial = p.partial + (work.task * p.splits + work.split) * C::kTileFloats;
+  if (work.sums.kind == Sums::kGateWeights) {
+    sum_gates<C>(p, s, work, partial);
+  } else {
+    sum_factor<C>(p, s, work, partial);
+  }
+  sync_threads();
+  if (thread_index() == 0) s.is_last = take_ticket(p.tickets + work.task) == p.splits - 1;
+  sync_threads();
+  if (s.is_last != 0) write_sums<C>(p, work);
+}
+
+using Configs = TypeList<Config<bf16, 16>, Config<bf16, 64>, Config<f16, 16>, Config<f16, 64>>;
+
+}  // namespace
+
+void plan_sums(WeightsParams& p) {
+  const Inputs& in = p.in;
+  const int rank_block = rank_block_of(in);
+  p.count = p.tasks = 0;
+  auto add = [&](Sums::Kind kind, int which, int ranks, int columns, int members) {
+    Sums& sums = p.sums[p.count++];
+    sums.kind = kind, sums.which = which;
+    sums.column_tiles = (columns + kChunk - 1) / kChunk;
+    sums.rank_tiles = (ranks + rank_block - 1) / rank_block;
+    sums.first_task = p.tasks;
+    p.tasks += sums.column_tiles * sums.rank_tiles * members;
+  };
+  for (int i = 0; i < in.branches; ++i) {
+    const Branch& branch = in.branch[i];
+    if (p.branch[i].da.data) add(Sums::kDownFactor, i, branch.R, in.Din, branch.a_members);
+    if (p.branch[i].db.data) add(Sums::kUpFactor, i, branch.R, branch.size, branch.b_members);
+  }
+  for (int first = 0; first < in.gates; first += kGatesAtOnce) {
+    bool is_wanted = false;
+    for (int g = first; g < in.gates && g < first + kGatesAtOnce; ++g) {
+      is_wanted |= p.gate[g].dgate_weight.data || p.gate[g].dgate_bias.data;
+    }
+    if (is_wanted) add(Sums::kGateWeights, first, 1, in.Din, 1);
+  }
+  // Two blocks for each multiprocessor: more splits would mean more partial sums to add.
+  const int wanted = p.tasks == 0 ? 1 : 2 * multiprocessors() / p.tasks;
+  p.splits = wanted < 1 ? 1 : wanted > p.tiling.tiles ? p.tiling.tiles : wanted;
+}
+
+int64_t partial_floats_of(const WeightsParams& p) {
+  return static_cast<int64_t>(p.tasks) * p.splits * rank_block_of(p.in) * kChunk;
+}
+
+void launch_weights_sm80(const WeightsParams& p, Stream stream) {
+  if (p.tasks == 0) return;  // frozen factors: dx was all
+  const bool found = run_first_fit(
+      Configs{},
+      [&](auto tag) {
+        using C = typename decltype(tag)::type;
+        return DTypeOf<typename C::T>::value == p.in.dtype && C::kRankBlock == rank_block_of(p.in);
+      },
+      [&](auto tag) {
+        using C = typename decltype(tag)::type;
+        LaunchShape shape;
+        shape.threads = kThreads;
+        shape.shared_bytes = sizeof(Shared<C>);
+        shape.blocks_x = p.tasks;
+        shape.blocks_y = p.splits;
+        launch<lora_linear_bwd_weights_sm80<C>>("lora_linear_bwd_weights_sm80", shape, stream, p);
+      });
+  check(found, "lora_linear_bwd_weights_sm80: expected bfloat16 or float16, got ",
+        name_of(p.in.dtype));
+}
+
+}  // namespace pelt::lora_linear

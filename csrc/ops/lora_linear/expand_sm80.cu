@@ -1,0 +1,211 @@
+// lora_linear, what is added in place to a base product:
+//
+//   expand  y[:, columns_i] += scale_i g_i s_i B_i^T      forward, second of two launches
+//   spread  dx += dropout(ds A) + sum of dlogit w         backward
+//
+// A block takes 64 rows and 64 columns of y or dx, a warp 16 of the rows, and goes over the ranks
+// 16 or 64 at a time. Branches that overlap add up in float32 registers, so y is read, rounded and
+// written once; a block that no branch reaches touches nothing. All of the traffic is y itself: s
+// and the factor are a few columns and come from L2.
+//
+// Shared memory per block, ranks 16, 64: 24, 36 KB.
+#include "common/type_list.h"
+#include "ops/lora_linear/tiles.cuh"
+
+namespace pelt::lora_linear {
+namespace {
+
+constexpr int kRows = 64;
+
+template <class T_, int kRanks_>
+struct Config {
+  using T = T_;
+  static constexpr int kRanks = kRanks_;  // of a step
+  static constexpr int kRankStride = kRanks + kTilePad;
+  static constexpr int kFactorElements =
+      kChunk * kRankStride > kRanks* kChunkStride ? kChunk * kRankStride : kRanks * kChunkStride;
+  static_assert(kRanks % 16 == 0, "ranks are a whole number of k steps of mma_m16n8k16");
+};
+
+template <class C>
+struct Shared {
+  using T = typename C::T;
+  alignas(16) T ranks[kRows * C::kRankStride];  // of s or ds
+  alignas(16) T factor[C::kFactorElements];     // of B [columns, ranks] or A [ranks, columns]
+  alignas(16) float out[kWarps][16 * kOutStride];
+  Source source[C::kRanks];
+};
+
+// sums += ranks times the factor, for what is in shared memory.
+template <bool kIsTransposed, class C>
+__device__ __forceinline__ void multiply_ranks(FragmentD (&sums)[kChunk / 8], const Shared<C>& s) {
+#pragma unroll
+  for (int k = 0; k < C::kRanks; k += 16) {
+    const FragmentA a = load_a(s.ranks + warp_index() * 16 * C::kRankStride + k, C::kRankStride);
+#pragma unroll
+    for (int n = 0; n < kChunk / 8; n += 2) {
+      FragmentB b[2];
+      if constexpr (kIsTransposed) {
+        load_b_pair_transposed(b, s.factor + k * kChunkStride + 8 * n, kChunkStride);
+      } else {
+        load_b_pair(b, s.factor + 8 * n * C::kRankStride + k, C::kRankStride);
+      }
+      multiply_add<typename C::T>(sums[n], a, b[0]);
+      multiply_add<typename C::T>(sums[n + 1], a, b[1]);
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void add_8(void* memory, int64_t at, const Float8& values) {
+  T* to = static_cast<T*>(memory) + at;
+  Float8 sum = widen<T>(load_16(to));
+  for (int e = 0; e < 8; ++e) sum.v[e] += values.v[e];
+  store_16(to, narrow<T>(sum));
+}
+
+// s_i B_i^T of a block's columns; what B does not reach is zero.
+template <class C>
+__device__ __forceinline__ void multiply_branch(const ExpandParams& p, Shared<C>& s,
+                                                const TileRows& rows, const Branch& branch,
+                                                int first, FragmentD (&sums)[kChunk / 8]) {
+  using T = typename C::T;
+  const int64_t member = member_of(branch.b_index, branch.has_b_index_per_sample, rows.group);
+  // The first of the block's columns may lie before the branch's: there is no such row of B.
+  const int row_of_b = first - branch.offset;
+  for (int rank = 0; rank < branch.R; rank += C::kRanks) {
+    sync_threads();
+    stage<T, kRows, C::kRanks>(
+        s.ranks, C::kRankStride, Parameter{p.s, false},
+        {rows.first * p.in.ranks + branch.first + rank, p.in.ranks, rows.count, branch.R - rank});
+    stage<T, kChunk, C::kRanks>(s.factor, C::kRankStride, branch.b,
+                                {(member * branch.size + row_of_b) * branch.R + rank, branch.R,
+                                 branch.size - row_of_b, branch.R - rank, -row_of_b});
+    cp_async_commit();
+    cp_async_wait<0>();
+    sync_threads();
+    multiply_ranks<false, C>(sums, s);
+  }
+}
+
+// Grid: tiles of rows; tiles of columns.
+template <class C>
+__global__ void __launch_bounds__(kThreads)
+    lora_linear_expand_sm80(const __grid_constant__ ExpandParams p) {
+  using T = typename C::T;
+  auto& s = shared_memory_as<Shared<C>>();
+  const Inputs& in = p.in;
+  const TileRows rows = rows_of_tile<kRows>(p.tiling, block_index_x());
+  const int first = block_index_y() * kChunk;
+  FragmentD total[kChunk / 8];
+  bool is_touched = false;
+  for (int i = 0; i < in.branches; ++i) {
+    const Branch& branch = in.branch[i];
+    if (first >= branch.offset + branch.size || first + kChunk <= branch.offset) continue;
+    is_touched = true;
+    FragmentD sums[kChunk / 8];
+    multiply_branch<C>(p, s, rows, branch, first, sums);
+    float factor[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp_index() * 16 + FragmentD::row(2 * half);
+      factor[half] =
+          row < rows.count ? factor_of<T>(in, branch, p.gate_value, rows.first + row) : 0.0f;
+    }
+#pragma unroll
+    for (int n = 0; n < kChunk / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) total[n].r[e] += factor[e / 2] * sums[n].r[e];
+    }
+  }
+  if (!is_touched) return;
+  for_each_8(s.out[warp_index()], rows, first, in.Dout, total,
+             [&](int row, int column, const Float8& values) {
+               add_8<T>(p.y, (rows.first + row) * in.Dout + column, values);
+             });
+}
+
+// Grid: tiles of rows; tiles of columns.
+template <class C>
+__global__ void __launch_bounds__(kThreads)
+    lora_linear_spread_sm80(const __grid_constant__ SpreadParams p) {
+  using T = typename C::T;
+  auto& s = shared_memory_as<Shared<C>>();
+  const Inputs& in = p.in;
+  const TileRows rows = rows_of_tile<kRows>(p.tiling, block_index_x());
+  const int first = block_index_y() * kChunk;
+  const int64_t all = static_cast<int64_t>(in.B) * in.S;
+  FragmentD sums[kChunk / 8];
+  for (int rank = 0; rank < in.ranks; rank += C::kRanks) {
+    sync_threads();
+    for (int i = thread_index(); i < C::kRanks; i += kThreads) {
+      s.source[i] = rank + i < in.ranks ? rank_row(in, rank + i, rows.group) : Source{};
+    }
+    stage<T, kRows, C::kRanks>(
+        s.ranks, C::kRankStride, Parameter{p.ds, false},
+        {rows.first * in.ranks + rank, in.ranks, rows.count, in.ranks - rank});
+    sync_threads();
+    stage_sources<T, C::kRanks>(s.factor, in, s.source, first);
+    cp_async_commit();
+    cp_async_wait<0>();
+    sync_threads();
+    multiply_ranks<true, C>(sums, s);
+  }
+  for_each_8(s.out[warp_index()], rows, first, in.Din, sums,
+             [&](int row, int column, Float8 values) {
+               if (in.dropout.is_active()) {
+                 const Float8 factors = dropout_of(in, rows.first + row, column);
+                 for (int e = 0; e < 8; ++e) values.v[e] *= factors.v[e];
+               }
+               for (int g = 0; g < in.gates; ++g) {
+                 const float dlogit = p.dlogits[g * all + rows.first + row];
+                 const Float8 w = load_parameter_8<T>(in.gate[g].gate_weight, column);
+                 for (int e = 0; e < 8; ++e) {
+                   values.v[e] += dlogit * to_float(round_to<T>(w.v[e]));
+                 }
+               }
+               add_8<T>(p.dx, (rows.first + row) * in.Din + column, values);
+             });
+}
+
+using Configs = TypeList<Config<bf16, 16>, Config<bf16, 64>, Config<f16, 16>, Config<f16, 64>>;
+
+// Calls run(tag, shape) for the configuration with so many ranks in a step.
+template <class Run>
+void run_config(const Inputs& in, const Tiling& tiling, int columns, int ranks, Run&& run) {
+  const bool found = run_first_fit(
+      Configs{},
+      [&](auto tag) {
+        using C = typename decltype(tag)::type;
+        return DTypeOf<typename C::T>::value == in.dtype && C::kRanks == (ranks <= 16 ? 16 : 64);
+      },
+      [&](auto tag) {
+        LaunchShape shape;
+        shape.threads = kThreads;
+        shape.shared_bytes = sizeof(Shared<typename decltype(tag)::type>);
+        shape.blocks_x = tiling.tiles;
+        shape.blocks_y = (columns + kChunk - 1) / kChunk;
+        run(tag, shape);
+      });
+  check(found, "lora_linear: expected bfloat16 or float16, got ", name_of(in.dtype));
+}
+
+}  // namespace
+
+void launch_expand_sm80(const ExpandParams& p, Stream stream) {
+  int most = 0;
+  for (int i = 0; i < p.in.branches; ++i) most = p.in.branch[i].R > most ? p.in.branch[i].R : most;
+  run_config(p.in, p.tiling, p.in.Dout, most, [&](auto tag, const LaunchShape& shape) {
+    using C = typename decltype(tag)::type;
+    launch<lora_linear_expand_sm80<C>>("lora_linear_expand_sm80", shape, stream, p);
+  });
+}
+
+void launch_spread_sm80(const SpreadParams& p, Stream stream) {
+  run_config(p.in, p.tiling, p.in.Din, p.in.ranks, [&](auto tag, const LaunchShape& shape) {
+    using C = typename decltype(tag)::type;
+    launch<lora_linear_spread_sm80<C>>("lora_linear_spread_sm80", shape, stream, p);
+  });
+}
+
+}  // namespace pelt::lora_linear

@@ -1,0 +1,231 @@
+// lora_linear: y[:, columns_i] += scale_i g_i (dropout(x) A_i^T) B_i^T for all branches, and
+// learned gates g = pool(sigmoid(w . x + b)), over a base product that torch's own GEMM leaves in
+// y:
+//
+//   weight;  // [Dout, Din] | [Din, Dout]        dweight;  // [Dout, Din]
+//   bias;  // [Dout]                             dbias;  // [Dout]
+//
+// Plain pointers, sizes and numbers, filled in by bindings/lora_linear.cpp. A null pointer is an
+// input that is not there. Shapes are the contract's (pelt_kernels/ops/lora_linear/contract.py), in
+// its letters. Backward finds dy times the base weight in dx, and adds to it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "common/dtype.h"
+#include "common/launch.h"
+#include "cuda/philox.cuh"
+
+namespace pelt::lora_linear {
+
+constexpr int kMaxBranches = 8;
+constexpr int kMaxGates = 16;  // learned ones: those of branches and the extra ones
+constexpr int kMaxRank = 256;
+
+// A tensor in the activation's dtype, or in float32 beside 16-bit activations.
+struct Parameter {
+  const void* data = nullptr;
+  bool is_float32 = false;
+};
+
+// The same for a gradient, which has its parameter's dtype; null where it is not wanted.
+struct ParameterGrad {
+  void* data = nullptr;
+  bool is_float32 = false;
+};
+
+enum class Pooling : int { kToken = 1, kMean = 2, kMaskedMean = 3 };
+
+struct Branch {
+  Parameter a;                       // [R_i, Din] | [M_i, R_i, Din]
+  Parameter b;                       // [size_i, R_i] | [N_i, size_i, R_i]
+  const int64_t* a_index = nullptr;  // [] | [B]
+  const int64_t* b_index = nullptr;  // [] | [B]
+  Parameter gate;                    // [B] | [B, S]
+  int learned_gate = -1;             // its number in Inputs::gate
+  int R = 0;
+  int size = 0;
+  int offset = 0;
+  int first = 0;  // its first column of s
+  float scale = 1.0f;
+  int a_members = 1;  // M_i, the banks' sizes; 1 also for a single factor
+  int b_members = 1;  // N_i
+  bool has_a_index_per_sample = false;
+  bool has_b_index_per_sample = false;
+  bool has_gate_per_row = false;
+};
+
+// A branch's gate, or an extra one, whose weight and bias the contract calls
+//   extra_weight;  // [Din]        dextra_weight;  // [Din]
+//   extra_bias;  // [1]            dextra_bias;  // [1]
+struct Gate {
+  Parameter gate_weight;  // [Din]
+  Parameter gate_bias;    // [1]
+  Pooling pooling = Pooling::kMean;
+  int branch = -1;  // whose gate it is; -1: an extra one
+};
+
+struct Inputs {
+  DType dtype = DType::kBF16;
+  int B = 0;
+  int S = 0;
+  int Din = 0;
+  int Dout = 0;
+  int ranks = 0;  // the sum of R_i: columns of s
+  int branches = 0;
+  int gates = 0;
+
+  const void* x = nullptr;     // [B, S, Din]
+  const bool* mask = nullptr;  // [B, S]
+  Branch branch[kMaxBranches];
+  Gate gate[kMaxGates];
+  Dropout dropout;
+};
+
+// How rows are cut into tiles. A tile never crosses a group: the sentence, where factors or a
+// pooled gate differ from one sentence to the next, otherwise all rows.
+struct Tiling {
+  int64_t group_rows = 0;
+  int tiles_per_group = 0;
+  int tiles = 0;
+};
+
+struct ForwardParams {
+  Inputs in;
+  void* y = nullptr;                  // [B, S, Dout]: the base product
+  void* s = nullptr;                  // [B, S, ΣR]
+  float* gate_value[kMaxGates] = {};  // [B] | [B, S]
+};
+
+struct BranchGrads {
+  ParameterGrad da;     // [R_i, Din] | [M_i, R_i, Din]
+  ParameterGrad db;     // [size_i, R_i] | [N_i, size_i, R_i]
+  ParameterGrad dgate;  // [B] | [B, S]
+};
+
+struct GateGrads {
+  ParameterGrad dgate_weight;     // [Din]
+  ParameterGrad dgate_bias;       // [1]
+  const float* dvalue = nullptr;  // [B] | [B, S]: of an extra gate, given
+};
+
+struct BackwardParams {
+  Inputs in;
+  const void* dy = nullptr;                 // [B, S, Dout]
+  const void* s = nullptr;                  // [B, S, ΣR]
+  const float* gate_value[kMaxGates] = {};  // [B] | [B, S]: of the branches' gates
+  void* dx = nullptr;                       // [B, S, Din]
+  BranchGrads branch[kMaxBranches];
+  GateGrads gate[kMaxGates];
+};
+
+// ---- what the launches hand to each other ----
+
+// x times the rows of A and the gates' weights.
+struct ShrinkParams {
+  Inputs in;
+  void* s = nullptr;                  // [B, S, ΣR]; null: only gates are wanted
+  float* row_gates = nullptr;         // [gates, B * S]: each row's sigmoid(w . x + b)
+  float* gate_value[kMaxGates] = {};  // [B] | [B, S]; null where the rows' gates are all
+  float* gate_partial = nullptr;      // [tiles, gates + 1]: sums over rows; the last counts rows
+  int* tickets = nullptr;             // [B]
+  int gate_column = 0;                // the gates' first column
+  Tiling tiling;
+};
+
+// y += scale g s B^T.
+struct ExpandParams {
+  Inputs in;
+  const void* s = nullptr;
+  const float* gate_value[kMaxGates] = {};
+  void* y = nullptr;
+  Tiling tiling;
+};
+
+// dy times B: ds = scale g dy B, and each row's <dy B, s>.
+struct RowsParams {
+  Inputs in;
+  const void* dy = nullptr;
+  const void* s = nullptr;
+  const float* gate_value[kMaxGates] = {};
+  void* ds = nullptr;     // [B, S, ΣR]
+  float* dots = nullptr;  // [rank blocks of all branches, B * S]
+  Tiling tiling;
+};
+
+// The gates' gradients from the rows' dots.
+struct GatesParams {
+  Inputs in;
+  const float* dots = nullptr;
+  const float* row_gates = nullptr;     // [gates, B * S]
+  const float* dvalue[kMaxGates] = {};  // of extra gates
+  ParameterGrad dgate[kMaxBranches];
+  float* dlogits = nullptr;  // [gates, B * S]
+  int rank_block = 16;       // of the launch that left the dots
+};
+
+// dx += dropout(ds A) + dlogit w.
+struct SpreadParams {
+  Inputs in;
+  const void* ds = nullptr;
+  const float* dlogits = nullptr;
+  void* dx = nullptr;
+  Tiling tiling;
+};
+
+// A sum over rows of one matrix times another: dA of a branch, dB, or dw of some gates.
+struct Sums {
+  enum Kind : int { kDownFactor, kUpFactor, kGateWeights };
+  Kind kind = kDownFactor;
+  int which = 0;         // the branch, or the first gate
+  int column_tiles = 0;  // 64 columns each
+  int rank_tiles = 0;
+  int first_task = 0;  // tasks are rank tiles by column tiles by members
+};
+
+constexpr int kMaxSums = 2 * kMaxBranches + kMaxGates;
+
+struct WeightsParams {
+  Inputs in;
+  const void* dy = nullptr;
+  const void* s = nullptr;
+  const void* ds = nullptr;
+  const float* dlogits = nullptr;
+  const float* gate_value[kMaxGates] = {};
+  BranchGrads branch[kMaxBranches];
+  GateGrads gate[kMaxGates];
+  Sums sums[kMaxSums];
+  int count = 0;  // of sums
+  int tasks = 0;
+  int splits = 1;            // parts of the rows that are summed by different blocks
+  float* partial = nullptr;  // [tasks, splits, rank block, 64]
+  int* tickets = nullptr;    // [tasks]
+  Tiling tiling;
+};
+
+// Why the kernels refuse a call, with numbers; empty if they serve it.
+std::string why_not(DType dtype, int64_t B, int64_t S, int64_t Din, int64_t Dout, int64_t branches,
+                    int64_t gates);
+
+// Bytes of device memory that a direction needs beside its inputs and outputs.
+int64_t forward_workspace_bytes(const Inputs& in);
+int64_t backward_workspace_bytes(const BackwardParams& params);
+
+void launch_lora_linear_fwd(const ForwardParams& params, void* workspace, Stream stream);
+void launch_lora_linear_bwd(const BackwardParams& params, void* workspace, Stream stream);
+
+// The launches; launch.cpp puts them in order.
+Tiling make_tiling(const Inputs& in, int tile_rows, bool has_pooled_gates);
+int gate_column_of(const Inputs& in);
+int rank_block_of(const Inputs& in);
+void launch_shrink_sm80(const ShrinkParams& params, Stream stream);
+void launch_expand_sm80(const ExpandParams& params, Stream stream);
+void launch_rows_sm80(const RowsParams& params, Stream stream);
+void launch_gates_sm80(const GatesParams& params, Stream stream);
+void launch_spread_sm80(const SpreadParams& params, Stream stream);
+void plan_sums(WeightsParams& params);
+int64_t partial_floats_of(const WeightsParams& params);
+void launch_weights_sm80(const WeightsParams& params, Stream stream);
+
+}  // namespace pelt::lora_linear

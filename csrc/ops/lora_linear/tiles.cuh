@@ -1,0 +1,219 @@
+// What the kernels share: which rows a tile has, how rectangles come into shared memory, and what a
+// row is multiplied by.
+#pragma once
+
+#include "cuda/device.cuh"
+#include "ops/lora_linear/params.h"
+
+namespace pelt::lora_linear {
+
+constexpr int kChunk = 64;  // columns of x, y or a factor that are in shared memory at a time
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / 32;
+constexpr int kChunkStride = kChunk + kTilePad;
+constexpr int kVectors = kChunk / 8;  // 16-byte vectors in a row of a chunk
+
+struct TileRows {
+  int64_t first;  // in [0, B * S)
+  int count;
+  int group;
+  int index_in_group;
+};
+
+template <int kRows>
+__device__ __forceinline__ TileRows rows_of_tile(const Tiling& tiling, int tile) {
+  TileRows rows;
+  rows.group = tile / tiling.tiles_per_group;
+  rows.index_in_group = tile % tiling.tiles_per_group;
+  const int64_t offset = static_cast<int64_t>(rows.index_in_group) * kRows;
+  const int64_t left = tiling.group_rows - offset;
+  rows.first = rows.group * tiling.group_rows + offset;
+  rows.count = left < kRows ? static_cast<int>(left) : kRows;
+  return rows;
+}
+
+template <class T>
+__device__ __forceinline__ float load_parameter(const Parameter& parameter, int64_t i) {
+  return parameter.is_float32 ? static_cast<const float*>(parameter.data)[i]
+                              : to_float(static_cast<const T*>(parameter.data)[i]);
+}
+
+// Eight elements; i is a multiple of 8.
+template <class T>
+__device__ __forceinline__ Float8 load_parameter_8(const Parameter& parameter, int64_t i) {
+  return parameter.is_float32 ? load_8(static_cast<const float*>(parameter.data) + i)
+                              : load_8(static_cast<const T*>(parameter.data) + i);
+}
+
+template <class T>
+__device__ __forceinline__ void store_grad(const ParameterGrad& grad, int64_t i, float value) {
+  if (grad.is_float32) {
+    static_cast<float*>(grad.data)[i] = value;
+  } else {
+    static_cast<T*>(grad.data)[i] = round_to<T>(value);
+  }
+}
+
+// Which member of a bank serves a tile. With one index for each sample the group is the sample.
+__device__ __forceinline__ int64_t member_of(const int64_t* index, bool is_per_sample, int group) {
+  return index == nullptr ? 0 : index[is_per_sample ? group : 0];
+}
+
+// A rectangle of a matrix whose rows are `leading` elements apart; (0, 0) is at `offset`. Before
+// row `begin` and beyond `rows` and `columns` there is nothing: those elements are staged as zeros.
+struct Rectangle {
+  int64_t offset;
+  int leading;
+  int rows;
+  int columns;
+  int begin = 0;
+};
+
+// Brings kRows x kColumns elements into a tile. 16-bit vectors that lie whole at 16-byte borders
+// come by asynchronous copies, others (float32 masters, odd ranks and offsets) through registers.
+template <class T, int kRows, int kColumns>
+__device__ __forceinline__ void stage(T* tile, int stride, const Parameter& source,
+                                      const Rectangle& from) {
+  constexpr int kVectorsPerRow = kColumns / 8;
+  const bool is_aligned = from.leading % 8 == 0 && from.offset % 8 == 0;
+  for (int i = thread_index(); i < kRows * kVectorsPerRow; i += kThreads) {
+    const int row = i / kVectorsPerRow, column = i % kVectorsPerRow * 8;
+    const bool is_there = row >= from.begin && row < from.rows && column < from.columns;
+    const bool is_whole = is_aligned && (!is_there || column + 8 <= from.columns);
+    const int64_t at =
+        is_there ? from.offset + static_cast<int64_t>(row) * from.leading + column : 0;
+    T* to = tile + row * stride + column;
+    if (is_whole && !source.is_float32) {
+      cp_async_16(to, static_cast<const T*>(source.data) + at, is_there);
+      continue;
+    }
+    Float8 values = {};
+    if (is_whole && is_there) {
+      values = load_parameter_8<T>(source, at);
+    } else if (is_there) {
+      for (int e = 0; e < 8; ++e) {
+        if (column + e < from.columns) values.v[e] = load_parameter<T>(source, at + e);
+      }
+    }
+    store_16(to, narrow<T>(values));
+  }
+}
+
+// The dropout factors of eight neighbouring elements of x.
+__device__ __forceinline__ Float8 dropout_of(const Inputs& in, int64_t row, int column) {
+  Float8 factors;
+  for (int half = 0; half < 2; ++half) {
+    float quad[4];
+    in.dropout.factors_of_4(row * in.Din + column + 4 * half, quad);
+    for (int e = 0; e < 4; ++e) factors.v[4 * half + e] = quad[e];
+  }
+  return factors;
+}
+
+// A chunk of x, or of dropout(x), from column `first` on; rows that are not there are zero.
+template <class T, int kRows>
+__device__ __forceinline__ void stage_x(T* tile, const Inputs& in, const TileRows& rows, int first,
+                                        bool is_dropped) {
+  for (int i = thread_index(); i < kRows * kVectors; i += kThreads) {
+    const int row = i / kVectors, column = first + i % kVectors * 8;
+    const bool is_there = row < rows.count && column < in.Din;
+    const T* from =
+        static_cast<const T*>(in.x) + (is_there ? (rows.first + row) * in.Din + column : 0);
+    T* to = tile + row * kChunkStride + i % kVectors * 8;
+    if (!is_dropped) {
+      cp_async_16(to, from, is_there);
+      continue;
+    }
+    Float8 x = {};
+    if (is_there) {
+      x = load_8(from);
+      const Float8 factors = dropout_of(in, rows.first + row, column);
+      for (int e = 0; e < 8; ++e) x.v[e] *= factors.v[e];
+    }
+    store_16(to, narrow<T>(x));
+  }
+}
+
+// Where a row of A or of the gates' weights lies, so that a thread finds it without a search.
+struct Source {
+  Parameter row;  // [Din]; null: nothing, zeros
+  int64_t offset;
+};
+
+// Rank `column` of all branches', for a tile in `group`.
+__device__ __forceinline__ Source rank_row(const Inputs& in, int column, int group) {
+  for (int i = 0; i < in.branches; ++i) {
+    const Branch& branch = in.branch[i];
+    const int rank = column - branch.first;
+    if (rank < 0 || rank >= branch.R) continue;
+    const int64_t member = member_of(branch.a_index, branch.has_a_index_per_sample, group);
+    return {branch.a, (member * branch.R + rank) * in.Din};
+  }
+  return {};
+}
+
+// kRows rows in shared memory from a table of them, columns [first, first + kChunk).
+template <class T, int kRows>
+__device__ __forceinline__ void stage_sources(T* tile, const Inputs& in, const Source* sources,
+                                              int first) {
+  for (int i = thread_index(); i < kRows * kVectors; i += kThreads) {
+    const int row = i / kVectors, column = first + i % kVectors * 8;
+    const Source& source = sources[row];
+    const bool is_there = source.row.data != nullptr && column < in.Din;
+    T* to = tile + row * kChunkStride + i % kVectors * 8;
+    if (!source.row.is_float32) {
+      // An address that is never read still has to be one of global memory.
+      const T* from = is_there ? static_cast<const T*>(source.row.data) + source.offset + column
+                               : static_cast<const T*>(in.x);
+      cp_async_16(to, from, is_there);
+      continue;
+    }
+    Float8 values = {};
+    if (is_there) values = load_parameter_8<T>(source.row, source.offset + column);
+    store_16(to, narrow<T>(values));
+  }
+}
+
+// scale g of a branch's row; g is 1 where there is no gate.
+template <class T>
+__device__ __forceinline__ float factor_of(const Inputs& in, const Branch& branch,
+                                           const float* const (&gate_value)[kMaxGates],
+                                           int64_t row) {
+  float gate = 1.0f;
+  if (branch.learned_gate >= 0) {
+    const bool is_per_row = in.gate[branch.learned_gate].pooling == Pooling::kToken;
+    gate = gate_value[branch.learned_gate][is_per_row ? row : row / in.S];
+  } else if (branch.gate.data != nullptr) {
+    gate = load_parameter<T>(branch.gate, branch.has_gate_per_row ? row : row / in.S);
+  }
+  return branch.scale * gate;
+}
+
+// Fragments [16, 64] of a warp leave through shared memory: a lane then has eight neighbouring
+// columns, so that rows come and go in 16-byte accesses. visit(row of the tile, column, values) is
+// for what exists.
+constexpr int kOutStride = kChunk + 4;  // floats; 4 more keep the rows in other banks
+
+template <class Visit>
+__device__ __forceinline__ void for_each_8(float* out, const TileRows& rows, int first, int columns,
+                                           const FragmentD (&sums)[kChunk / 8], Visit&& visit) {
+  sync_warp();
+#pragma unroll
+  for (int n = 0; n < kChunk / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      out[FragmentD::row(i) * kOutStride + 8 * n + FragmentD::column(i)] = sums[n].r[i];
+    }
+  }
+  sync_warp();
+  const int column = lane_index() % kVectors * 8;
+  for (int turn = 0; turn < 4; ++turn) {
+    const int row = lane_index() / kVectors + 4 * turn;
+    if (warp_index() * 16 + row >= rows.count || first + column >= columns) continue;
+    Float8 values;
+    for (int e = 0; e < 8; ++e) values.v[e] = out[row * kOutStride + column + e];
+    visit(warp_index() * 16 + row, first + column, values);
+  }
+}
+
+}  // namespace pelt::lora_linear
