@@ -23,6 +23,9 @@ namespace {
 
 constexpr int kRows = 64;
 constexpr int kGatesAtOnce = 4;
+// Blocks that share a multiprocessor's registers: left alone, the compiler goes for more and
+// spills.
+constexpr int kMinBlocks = 5;
 constexpr int kBiasRow = 8;  // of a gate's tile: rows of its own for the biases' sums
 
 template <class T_, int kRankBlock_>
@@ -273,7 +276,7 @@ __device__ __forceinline__ void write_sums(const WeightsParams& p, const Work& w
 
 // Grid: tasks; splits.
 template <class C>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
     lora_linear_bwd_weights_sm80(const __grid_constant__ WeightsParams p) {
   auto& s = shared_memory_as<Shared<C>>();
   const Work work = find_work(p, C::kRankBlock);

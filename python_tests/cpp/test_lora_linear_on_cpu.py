@@ -1,0 +1,185 @@
+"""The CPU kernels of lora_linear: what they refuse, sizes around their blocks, every instruction set
+this processor runs, and bits that do not depend on threads.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import parity
+import pytest
+import torch
+from parity import case_of, check, contract_of, run
+
+from pelt_kernels.ops import LoraBranch, lora_linear
+from pelt_kernels.ops import _native as native
+from pelt_kernels.ops._cases import Case, make_attributes
+from pelt_kernels.ops.lora_linear import cpu
+from pelt_kernels.ops.lora_linear.contract import _case
+
+OPERATOR = "lora_linear"
+CONTRACT = contract_of(OPERATOR).CONTRACT
+HAS_KERNELS = not native.why_not("_C") and hasattr(native.library("_C"), "LoraLinearCpu")
+pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="the compiled module _C is not there")
+
+
+def _sizes(b, s, d_in, ranks, d_out=None, size=None, **more):
+    d_out = d_out or d_in
+    sizes = {"B": b, "S": s, "Din": d_in, "Dout": d_out, "R_i": ranks, **more}
+    return {**sizes, "size_i": (size or d_out,) * len(ranks)}
+
+
+GATES = "bias gate_weight:0,0 gate_bias:0,0 extra_weight:0 extra_bias:0 mask"
+POOLED = {"offsets": [0, 64], "poolings": ["masked_mean", "token"], "extra_poolings": ["mean"]}
+# Several tiles and chunks for each of several threads, rows that no tile divides, stretches that no
+# width is a multiple of.
+LARGE = {
+    "gates": _case("gates", _sizes(3, 150, 270, (8, 5), 160, 96), GATES, [1.0, 2.0],
+                   attributes=POOLED),
+    "dropout": _case("dropout", _sizes(3, 90, 530, (8, 5), 160, 96), GATES, [1.0, 2.0],
+                     attributes={**POOLED, "dropout_p": 0.2}),
+    "banks": _case("banks", _sizes(5, 90, 64, (16,), M_i=(3,), N_i=(3,)),
+                   "bias a:1 b:1 a_index:1 b_index:1 gate:1", [0.5]),
+    "wide": _case("wide", _sizes(1, 200, 600, (17,)), "bias gate:0", [0.5]),
+}  # fmt: skip
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=native.library("_C").cpu_isas() if HAS_KERNELS else [])
+def isa(request):
+    """Each instruction set that this processor runs."""
+    native.library("_C").choose_cpu_isa(request.param)
+    yield request.param
+    native.library("_C").choose_cpu_isa("")
+
+
+@pytest.fixture
+def agrees(monkeypatch):
+    """Holds outputs and gradients of a case that is not in the contract's list to the reference."""
+
+    def agrees(case: Case, precision: str) -> None:
+        monkeypatch.setattr(parity, "case_of", lambda operator, name: case)
+        parity.expected.cache_clear()
+        check(OPERATOR, "cpu", case, precision)
+
+    yield agrees
+    parity.expected.cache_clear()
+
+
+def _call(dtype=torch.float32, branches=1):
+    x, a, b = torch.zeros(1, 3, 16), torch.zeros(4, 16), torch.zeros(16, 4)
+    values = dict.fromkeys(CONTRACT.input_names)
+    for row in CONTRACT.input_rows:
+        if row.is_list:
+            values[row.name] = [] if row.name.startswith("extra") else [None] * branches
+    values.update(x=x.to(dtype), weight=torch.zeros(16, 16, dtype=dtype))
+    values.update(a=[a.to(dtype)] * branches, b=[b.to(dtype)] * branches)
+    case = _case("call", {}, "", [1.0] * branches)
+    return CONTRACT.bind(list(values.values()), make_attributes(CONTRACT, case))
+
+
+def test_every_refusal_is_a_sentence(monkeypatch):
+    assert cpu.supports(_call()) == ""
+    assert cpu.supports(_call(torch.bfloat16)) == ""
+    assert cpu.supports(_call(torch.float16)) == "it takes float32 or bfloat16, and x is float16"
+    assert cpu.supports(_call(branches=17)) == (
+        "it takes at most 16 branches and 32 learned gates, and there are 17 and 0"
+    )
+    monkeypatch.setattr(native, "library", lambda name: SimpleNamespace())
+    assert cpu.supports(_call()).startswith("the compiled module is older than this kernel")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 23, 25, 49, 129])
+def test_rows_around_a_tile(rows, threads, agrees):
+    threads(2)
+    agrees(_case("rows", _sizes(1, rows, 40, (8,)), "bias", [1.0]), "float32")
+
+
+@pytest.mark.parametrize("width", [1, 3, 8, 15, 16, 17, 33, 255, 257, 511, 513, 520])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16-master"])
+def test_widths_around_vectors_and_stretches(width, precision, agrees):
+    inputs = "bias gate_weight:0 gate_bias:0 mask"
+    attributes = {"poolings": ["masked_mean"]}
+    case = _case("width", _sizes(2, 7, width, (6,)), inputs, [1.0], attributes=attributes)
+    agrees(case, precision)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5, 7, 8, 9, 13, 16, 31, 33, 100, 255])
+def test_ranks_around_blocks(rank, isa, agrees):
+    case = _case("rank", _sizes(1, 19, 40, (rank, 3), 56, 21), "bias", [1.0, 0.5],
+                 attributes={"offsets": [3, 35]})  # fmt: skip
+    agrees(case, "float32")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "bfloat16-master"])
+@pytest.mark.parametrize("name", ["lora", "fused_qkv", "dropout", "bank_per_sample", "rank_17"])
+def test_every_instruction_set(name, precision, isa):
+    check(OPERATOR, "cpu", case_of(OPERATOR, name), precision)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", LARGE)
+def test_several_chunks_agree_with_the_reference(name, precision, threads, agrees):
+    threads(3)
+    agrees(LARGE[name], precision)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_bits_depend_neither_on_threads_nor_on_the_run(name, isa, threads):
+    """Of what the kernels compute: torch's product may take another order on more threads."""
+    threads(1)
+    alone = run(OPERATOR, "cpu", LARGE[name], "bfloat16-master")
+    for count in (1, 2, 5):
+        threads(count)
+        for what, value in run(OPERATOR, "cpu", LARGE[name], "bfloat16-master").items():
+            if what not in ("y", "dx", "dweight"):
+                assert torch.equal(value, alone[what]), f"{what} with {count} threads"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_b_it_is_the_base_product_bit_for_bit(dtype):
+    x, w, bias = (torch.randn(n, dtype=dtype) for n in ((2, 50, 72), (40, 72), (40,)))
+    branch = LoraBranch(torch.randn(9, 72, dtype=dtype), torch.zeros(40, 9, dtype=dtype), 0, 2.0)
+    y = lora_linear(x, w, bias, [branch], backend="cpu")
+    assert torch.equal(y, torch.nn.functional.linear(x, w, bias))
+
+
+def test_a_nan_stays_in_its_row():
+    x = torch.randn(70, 32)
+    x[40, 3] = float("nan")
+    branch = LoraBranch(torch.randn(8, 32), torch.randn(32, 8))
+    y = lora_linear(x, torch.randn(32, 32), None, [branch], backend="cpu")
+    assert y[40].isnan().all()
+    assert not y[:40].isnan().any()
+    assert not y[41:].isnan().any()
+
+
+@pytest.mark.parametrize("width", [1, 16, 130, 257])
+@pytest.mark.parametrize("rank", [1, 9, 33])
+def test_nothing_is_written_beside_results_and_workspace(width, rank, isa, threads, monkeypatch):
+    """Each piece of memory that the kernels get lies between two stretches of a known value."""
+    pieces = []
+
+    def between_guards(shape, dtype, device):
+        count = torch.Size(shape).numel()
+        memory = torch.full((count + 128,), -777.0, dtype=dtype)
+        pieces.append((memory, count))
+        return memory[64 : 64 + count].view(shape)
+
+    threads(3)
+    monkeypatch.setattr(native, "empty", between_guards)
+    attributes = {"poolings": ["masked_mean"], "extra_poolings": ["token"], "dropout_p": 0.1}
+    inputs = "bias gate_weight:0 gate_bias:0 extra_weight:0 extra_bias:0 mask"
+    sizes = _sizes(2, 80, width, (rank,))
+    case = _case("guards", sizes, inputs, [1.0], attributes=attributes)
+    run(OPERATOR, "cpu", case, "bfloat16-master")
+    assert len(pieces) > 9
+    for memory, count in pieces:
+        beside = torch.cat([memory[:64], memory[64 + count :]])
+        assert torch.equal(beside, torch.full((128,), -777.0, dtype=memory.dtype))

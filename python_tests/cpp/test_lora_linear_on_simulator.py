@@ -1,0 +1,102 @@
+"""The CUDA kernels of lora_linear on the simulator: what they refuse, sizes around their tiles, more
+rows than one round of tiles takes, and the base product where B is zero.
+"""
+
+from __future__ import annotations
+
+import parity
+import pytest
+import torch
+from closeness import assert_close
+from parity import check, run
+
+from pelt_kernels.ops import LoraBranch, lora_linear
+from pelt_kernels.ops import _native as native
+from pelt_kernels.ops.lora_linear.contract import _case
+
+OPERATOR = "lora_linear"
+HAS_KERNELS = not native.why_not("_C_sim") and hasattr(
+    native.library("_C_sim"), "lora_linear_why_not"
+)
+pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="the compiled module _C_sim is not there")
+
+GATES = "bias gate_weight:0,0 gate_bias:0,0 extra_weight:0 extra_bias:0 mask"
+POOLED = {"poolings": ["masked_mean", "token"], "extra_poolings": ["mean"]}
+
+
+def _sizes(b, s, d_in, ranks, d_out=None, size=None, **more):
+    d_out = d_out or d_in
+    sizes = {"B": b, "S": s, "Din": d_in, "Dout": d_out, "R_i": ranks, **more}
+    return {**sizes, "size_i": (size or d_out,) * len(ranks)}
+
+
+def _why_not(dtype=2, sizes=(2, 8, 64, 64), branches=1, gates=0):
+    library = native.library("_C_sim")
+    return library.lora_linear_why_not(dtype=dtype, sizes=sizes, branches=branches, gates=gates)
+
+
+def test_every_refusal_names_its_numbers():
+    assert _why_not() == ""
+    assert "float32" in _why_not(dtype=0)
+    assert _why_not(sizes=(2, 8, 36, 20)).endswith("and they are 36 and 20")
+    assert _why_not(branches=9, gates=17).endswith("and there are 9 and 17")
+    assert str(2**31) in _why_not(sizes=(2**16, 2**15, 64, 64))
+
+
+# Ranks and gates around the 16 and the 64 columns of a block, gates that would straddle two blocks,
+# and columns of y that no tile is a multiple of.
+LARGE = {
+    "one_block": _case("one_block", _sizes(2, 70, 72, (8, 5), 160, 96), GATES, [1.0, 2.0],
+                       attributes={**POOLED, "offsets": [0, 64]}),
+    "overlap": _case("overlap", _sizes(2, 70, 72, (8, 7), 160, 90), GATES, [1.0, 2.0],
+                     attributes={**POOLED, "offsets": [3, 70]}),
+    "straddling": _case("straddling", _sizes(3, 40, 64, (60, 3)), GATES, [1.0, 2.0],
+                        attributes=POOLED),
+    "three_blocks": _case("three_blocks", _sizes(1, 150, 136, (120, 30)), GATES, [1.0, 2.0],
+                          attributes=POOLED),
+    "dropout": _case("dropout", _sizes(2, 67, 72, (8, 5)), GATES, [1.0, 2.0],
+                     attributes={**POOLED, "dropout_p": 0.2}),
+    "banks": _case("banks", _sizes(4, 67, 64, (17,), M_i=(3,), N_i=(2,)),
+                   "bias a:1 b:1 a_index:1 b_index:1 gate:1", [0.5]),
+    "gates": _case("gates", {"B": 3, "S": 40, "Din": 72, "Dout": 8},
+                   "extra_weight:0,0,0,0,0 extra_bias:0,0,0,0,0 mask", [],
+                   attributes={"extra_poolings": ["mean", "token", "masked_mean"] + ["mean"] * 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16-master"])
+@pytest.mark.parametrize("name", LARGE)
+def test_several_tiles_and_blocks(name, precision, monkeypatch):
+    """Against the reference, and the same bits under another order of threads."""
+    case = LARGE[name]
+    monkeypatch.setattr(parity, "case_of", lambda operator, id: case)
+    parity.expected.cache_clear()
+    native.library("_C_sim").set_seed(1)
+    first = check(OPERATOR, "cuda_sim", case, precision)
+    parity.expected.cache_clear()
+    native.library("_C_sim").set_seed(2)
+    for what, value in run(OPERATOR, "cuda_sim", case, precision).items():
+        assert torch.equal(value, first[what]), what
+
+
+def test_without_b_it_is_the_base_product_bit_for_bit():
+    x, w, bias = (torch.randn(n).bfloat16() for n in ((2, 50, 72), (40, 72), (40,)))
+    branch = LoraBranch(torch.randn(9, 72).bfloat16(), torch.zeros(40, 9).bfloat16(), 0, 2.0)
+    y = lora_linear(x, w, bias, [branch], backend="cuda_sim")
+    assert torch.equal(y, torch.nn.functional.linear(x, w, bias))
+
+
+def test_frozen_factors_cost_no_sums():
+    """Only x wants a gradient: no launch for the factors, and no workspace for their sums."""
+    x = torch.randn(2, 40, 64).bfloat16().requires_grad_()
+    a, b, w = (torch.randn(n).bfloat16() for n in ((8, 64), (64, 8), (64, 64)))
+
+    def grad_of_x(*given, backend):
+        x, a, b, w = given
+        y = lora_linear(x, w, None, [LoraBranch(a, b)], backend=backend)
+        return torch.autograd.grad(y.sum(), x)[0]
+
+    found = grad_of_x(x, a, b, w, backend="cuda_sim")
+    baseline = grad_of_x(x, a, b, w, backend="eager")
+    truth = grad_of_x(*(t.double() for t in (x, a, b, w)), backend="eager")
+    assert_close(found, baseline, truth, torch.bfloat16, "dx")
