@@ -12,7 +12,10 @@ SETUP := .venv/.setup
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 CXX_FILES = $(shell git ls-files '*.h' '*.cuh' '*.cu' '*.cpp')
 
-.PHONY: demo test lint build build-sim table clean
+CMAKE = $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	-DPython_EXECUTABLE=$(abspath $(BIN))/python
+
+.PHONY: demo test sanitize cuda lint build build-sim bench table clean
 
 demo: build $(SETUP)-demo
 	$(BIN)/pelt-kernels demo
@@ -22,6 +25,24 @@ demo: build $(SETUP)-demo
 test: build-sim $(SETUP)-demo $(SETUP)-test
 	$(PYTEST) --require-backend=cuda_sim,cpu $(TEST_OPTIONS)
 	TRITON_INTERPRET=1 $(PYTEST) --require-backend=triton -k triton python_tests/ops $(TEST_OPTIONS)
+
+# The CUDA kernels on the simulator again, compiled with the address and undefined-behaviour
+# sanitizers, which find what lies outside the memory that the simulator watches itself.
+SANITIZED := build/sanitize
+sanitize: $(SETUP)-test
+	$(CMAKE) -B $(SANITIZED) -DPELT_KERNELS_CUDA=off -DPELT_KERNELS_SANITIZE=ON >/dev/null
+	$(BIN)/cmake --build $(SANITIZED) --target _C_sim
+	rm -rf $(SANITIZED)/pelt_kernels && cp -r pelt_kernels $(SANITIZED)
+	rm -f $(SANITIZED)/pelt_kernels/*.so && cp $(SANITIZED)/_C_sim.* $(SANITIZED)/pelt_kernels
+	LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=halt_on_error=1 $(PYTEST) -p no:cacheprovider -o pythonpath=$(SANITIZED) \
+		-m quick -k cuda_sim --require-backend=cuda_sim python_tests/ops/test_parity.py
+
+# The CUDA kernels as a release holds them, and what can be told of them without a GPU.
+cuda: $(SETUP)-test
+	$(CMAKE) -B build/cuda -DPELT_KERNELS_CUDA=on -DPELT_KERNELS_SIM=OFF >/dev/null
+	$(BIN)/cmake --build build/cuda --target _C
+	$(PYTEST) -n 0 python_tests/cpp/test_cuda_binary.py --cuda-module=$$(ls build/cuda/_C.*)
 
 lint: $(SETUP)-package $(SETUP)-dev
 	$(BIN)/ruff check .
