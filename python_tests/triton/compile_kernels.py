@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import triton
 from ahead_cases import CASES
+from small_operators_cases import SMALL_CASES
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
@@ -37,6 +38,7 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.bool: "*i1",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
 
@@ -111,7 +113,9 @@ def _run(operator: str, backend: Any, dtype: torch.dtype, case: Case) -> None:
     values = make_inputs(contract, case, dtype, "meta", master=True, draws=module.DRAWS)
     call = contract.bind(values, make_attributes(contract, case))
     inputs = dict(zip(contract.input_names, values))
-    outputs = backend.forward(call, seed=1, **inputs)
+    if contract.has_seed:
+        inputs["seed"] = 1
+    outputs = backend.forward(call, **inputs)
     named = {row.name: output for row, output in zip(contract.output_rows, outputs)}
     dys = {f"d{row.name}": named[row.name] for row in contract.differentiable_rows}
     saved = {row.name: named[row.name] for row in contract.saved_rows}
@@ -119,7 +123,7 @@ def _run(operator: str, backend: Any, dtype: torch.dtype, case: Case) -> None:
         name: any(v is not None and v.is_floating_point() for v in flatten([inputs[name]]))
         for name in contract.backward_names
     }
-    backend.backward(call, needs, **dys, **saved, seed=1, **inputs)
+    backend.backward(call, needs, **dys, **saved, **inputs)
 
 
 def main(target: str, operator: str, names: list[str]) -> None:
@@ -137,10 +141,11 @@ def main(target: str, operator: str, names: list[str]) -> None:
             if name.startswith(f"_{operator}") and isinstance(kernel, JITFunction):
                 recorders.append(Recorder(kernel, gpu, done))
                 setattr(module, name, recorders[-1])
-    for name in names or CASES[operator]:
+    cases = (CASES | SMALL_CASES)[operator]
+    for name in names or cases:
         for recorder in recorders:
             recorder.case = name
-        _run(operator, backend, *CASES[operator][name])
+        _run(operator, backend, *cases[name])
 
 
 if __name__ == "__main__":
