@@ -330,8 +330,14 @@ def _new_empty(value: Value) -> Value:
 
 
 def _empty_output(call: Call, row: Any, shape: Any) -> Any:
-    dtype = torch.float32 if row.kind == "float32" and call.dtype != torch.float64 else call.dtype
-    dtype = torch.bool if row.kind == "bool" else dtype
+    """By the row's kind: ``activation``, ``float32`` (beside float64 activations float64) or
+    ``bool``.
+    """
+    dtype = call.dtype
+    if row.kind == "bool":
+        dtype = torch.bool
+    elif row.kind == "float32" and dtype != torch.float64:
+        dtype = torch.float32
     if row.is_list:
         return [torch.empty(s, dtype=dtype, device=call.device) for s in shape]
     return torch.empty(shape, dtype=dtype, device=call.device)

@@ -139,6 +139,21 @@ __global__ void shuffle_and_vote(const Params params) {
                   static_cast<uint32_t>(third) % 32 * 10 + (any ? 1 : 0);
 }
 
+// Two warps count their multiples of 3 in shared memory, themselves in global memory, and by
+// ballot.
+__global__ void count_and_ballot(const Params params) {
+  auto& words = shared_memory_as<Words128>();
+  const int t = thread_index();
+  if (t == 0) words.word[0] = 0;
+  sync_threads();
+  const uint32_t lanes = vote_ballot(t % 3 == 0);
+  if (t % 3 == 0) atomic_count(reinterpret_cast<int*>(&words.word[0]), 2);
+  atomic_count(params.counters, 1);
+  sync_threads();
+  params.out[t] = lanes % 1009 * 1000000 + static_cast<uint32_t>(count_bits(lanes)) * 10000 +
+                  words.word[0] * 100 + static_cast<uint32_t>(params.counters[0]);
+}
+
 // Each lane adds its own values; mean and deviation of all of them come out in every lane.
 __global__ void moments(const Params params) {
   Moments own;

@@ -151,6 +151,7 @@ const std::map<std::string, std::function<void()>> kCases = {
     CASE(return_before_barrier, run_kernel<return_before_barrier, Words128>("returns", 128, 0)),
     CASE(diverge, run_kernel<diverge, Words128>("diverge", 32, 0)),
     CASE(shuffle_and_vote, run_kernel<shuffle_and_vote, Words128>("shuffle", 64, 64)),
+    CASE(count_and_ballot, run_kernel<count_and_ballot, Words128>("counts", 64, 64)),
     CASE(moments, run_kernel<moments, Words128>("moments", 32, 64, 1, false, true)),
     CASE(ldmatrix_narrow, run_kernel<ldmatrix_narrow, MatrixTiles<f16>>("ldmatrix", 32, 128)),
     CASE(products_bf16, check_products<bf16>()),

@@ -30,6 +30,14 @@ SOUND = {
         + (t >= 32)
         for t in range(64)
     ],
+    # 22 of the 64 threads are multiples of 3, 11 in each warp.
+    "count_and_ballot": [
+        sum(1 << i for i in range(32) if (t // 32 * 32 + i) % 3 == 0) % 1009 * 1000000
+        + 11 * 10000
+        + 2 * 22 * 100
+        + 64
+        for t in range(64)
+    ],
     # ldmatrix of the matrix 16 i + j: (i, j), (i, j + 1) of lane 4 i + j / 2, and transposed; then of its lower right quarter.
     "ldmatrix_narrow": [
         (16 * i + j) | (16 * i + j + 1) << 16 for i in range(8) for j in range(0, 8, 2)

@@ -32,8 +32,14 @@ from pelt_kernels.ops import (
 )
 from pelt_kernels.ops._cases import make_attributes, make_inputs
 
-# Those that a layer calls on its activations: they have a case named "unipelt".
-ACTIVATION_OPERATORS = ("gated_adapter", "prefix_attention", "lora_linear")
+# A case of each operator as its method calls it.
+METHOD_CASES = {
+    "gated_adapter": "unipelt",
+    "prefix_attention": "unipelt",
+    "lora_linear": "unipelt",
+    "masked_weight": "pst",
+    "symmetric_kl": "tokens",
+}
 QUICK = [
     (operator, case.id)
     for operator in OPERATORS
@@ -94,16 +100,13 @@ def bytes_kept(function, given):
     return sum(kept.values())
 
 
-@pytest.mark.parametrize(
-    ("operator", "backend"),
-    [cell for cell in CELLS if cell[1] != "triton" and cell[0] in ACTIVATION_OPERATORS],
-)
+@pytest.mark.parametrize(("operator", "backend"), [cell for cell in CELLS if cell[1] != "triton"])
 def test_only_what_the_contract_names_is_kept_for_backward(operator, backend, need):
     """Beyond the inputs: h [B, S, R], or out and the log-sum-exp, or s [B, S, R]; and the gates'
-    values.
+    values. The mask [Dout, Din]; the log-sum-exps [2, T].
     """
     need(backend, why_unavailable(operator, backend))
-    case = case_of(operator, "unipelt")
+    case = case_of(operator, METHOD_CASES[operator])
     precision = "bfloat16" if why_refused(operator, backend, case, "float32") else "float32"
     if why_refused(operator, backend, case, precision):
         pytest.skip(why_refused(operator, backend, case, precision))
@@ -125,6 +128,8 @@ def test_only_what_the_contract_names_is_kept_for_backward(operator, backend, ne
         "gated_adapter": lambda: sizes["B"] * sizes["S"] * sizes["R"] * size + 4 * sizes["B"],
         "prefix_attention": lambda: sizes["B"] * sizes["H"] * sizes["S"] * (sizes["E"] * size + 4),
         "lora_linear": lambda: sizes["B"] * sizes["S"] * sum(sizes["R_i"]) * size + 4 * sizes["B"],
+        "masked_weight": lambda: sizes["Dout"] * sizes["Din"],
+        "symmetric_kl": lambda: 2 * 4 * sizes["T"],
     }[operator]()
     out = []
     kept = bytes_kept(
