@@ -50,6 +50,13 @@ lint: $(SETUP)-package $(SETUP)-dev
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
 
+# Times every operator on this machine, and puts the figures and plots into the README.
+bench: build $(SETUP)-test
+	kind=$$($(BIN)/python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")'); \
+	KINETO_LOG_LEVEL=99 $(BIN)/python -m benchmarks.run --device $$kind \
+		--json benchmarks/results/operators_$$kind.json --plot benchmarks/results
+	$(BIN)/python -m benchmarks.readme
+
 # The README's generated tables.
 table: $(SETUP)-package
 	$(BIN)/python -m benchmarks.readme

@@ -1,6 +1,7 @@
 """Builds the compiled modules with CMake; everything else is in pyproject.toml.
 
-PELT_KERNELS_CUDA=1 builds the CUDA kernels, 0 leaves them out; by default nvcc and a GPU decide.
+PELT_KERNELS_CUDA=1 builds the CUDA kernels as a release holds them, 0 leaves them out; by default
+nvcc and a GPU decide, and they are built for that GPU.
 ``build_ext --inplace --sim`` also builds `_C_sim` for the tests, which no wheel holds.
 """
 
@@ -19,17 +20,18 @@ ROOT = Path(__file__).resolve().parent
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
-def cuda() -> str:
+def cuda() -> list[str]:
     asked = os.environ.get("PELT_KERNELS_CUDA", "auto")
     if asked not in ("0", "1", "auto"):
         sys.exit(f"setup.py: expected PELT_KERNELS_CUDA to be 0, 1 or auto, got '{asked}'")
     if asked != "auto":
-        return "on" if asked == "1" else "off"
+        release = "-UPELT_KERNELS_CUDA_ARCHS"
+        return [f"-DPELT_KERNELS_CUDA={'on' if asked == '1' else 'off'}", release]
     nvcc = shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()
     missing = ["nvcc"] * (not nvcc) + ["GPU"] * (not Path("/dev/nvidiactl").exists())
     found = f"no {' and no '.join(missing)}, no CUDA kernels" if missing else "CUDA kernels too"
     print(f"pelt_kernels: {found} (PELT_KERNELS_CUDA=0 or 1 decides)", file=sys.stderr)
-    return "off" if missing else "on"
+    return [f"-DPELT_KERNELS_CUDA={'off' if missing else 'on'}", "-DPELT_KERNELS_CUDA_ARCHS=native"]
 
 
 class CMakeBuild(build_ext):
@@ -44,9 +46,8 @@ class CMakeBuild(build_ext):
     def build_extensions(self):
         build = ROOT / "build" / sys.implementation.cache_tag
         cmake, ninja = (shutil.which(tool, path=PATH) or tool for tool in ("cmake", "ninja"))
-        options = [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPELT_KERNELS_CUDA={cuda()}",
-                   f"-DPython_EXECUTABLE={sys.executable}",
-                   f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]  # fmt: skip
+        options = [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}",
+                   f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *cuda()]  # fmt: skip
         configure = [cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *options]
         subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
         names = {ext.name: ext.name.rpartition(".")[2] for ext in self.extensions}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from pelt_kernels.ops import OPERATORS, support_table
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 METHODS = ROOT / "benchmarks" / "results" / "methods.json"
 STEPS = ROOT / "benchmarks" / "results" / "train_step.json"
+OPERATOR_ROWS = ROOT / "benchmarks" / "results" / "operators_cpu.json"
 
 
 def block(text: str, name: str) -> str:
@@ -87,6 +89,30 @@ def steps_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def operators_table(rows: list[dict[str, Any]]) -> str:
+    """The geometric mean, the least and the most speedup of each backend against each baseline, and
+    its share of the baseline's peak memory, in Markdown, from what `benchmarks.run` wrote.
+    """
+    lines = [
+        "| operator | dtype | direction | backend | against | speedup | least | most | memory |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        key = tuple(row[k] for k in ("op", "dtype", "direction", "backend", "baseline"))
+        groups.setdefault(key, []).append(row)
+    for (operator, *words), group in groups.items():
+        speedups = [row["speedup"] for row in group]
+        memory = [row["peak_bytes"] / max(row["baseline_peak_bytes"], 1) for row in group]
+        lines.append(
+            f"| `{operator}` | {' | '.join(words)} | **{geometric_mean(speedups):.2f}x** "
+            f"| {min(speedups):.2f}x | {max(speedups):.2f}x | {geometric_mean(memory):.2f}x |"
+        )
+    commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
+    lines += ["", f"{rows[0]['hardware']}; torch {rows[0]['torch']}; commit {commits}."]
+    return "\n".join(lines) + "\n"
+
+
 def rewritten(text: str) -> str:
     """README.md as it should be."""
     text = with_block(text, "support table", support_table(list(OPERATORS)))
@@ -94,6 +120,9 @@ def rewritten(text: str) -> str:
         text = with_block(text, "methods table", methods_table(json.loads(METHODS.read_text())))
     if STEPS.is_file():
         text = with_block(text, "steps table", steps_table(json.loads(STEPS.read_text())))
+    if OPERATOR_ROWS.is_file():
+        rows = json.loads(OPERATOR_ROWS.read_text())
+        text = with_block(text, "operators table", operators_table(rows))
     return text
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import math
 import os
 import subprocess
 import sys
@@ -55,7 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(SEED)
     rows: Rows = []
     failures: list[str] = []
-    print(f"{_machine()}, torch {torch.__version__}, commit {_commit()[:10]}", flush=True)
+    print(
+        f"{_machine(options.device)}, torch {torch.__version__}, commit {_commit()[:10]}",
+        flush=True,
+    )
     for operator in operators:
         for dtype in options.dtypes.split(","):
             for case in cases[operator]:
@@ -79,7 +81,7 @@ def measure(
 ) -> Rows:
     """The rows of one case: each backend that serves it against each baseline."""
     able = []
-    for name in _backends(operator, options.device):
+    for name in backends_of(operator, options.device):
         if refusal := parity.why_refused(operator, name, case, dtype):
             print(f"{operator:16} {case.id:22} {dtype:9} not by {name}: {refusal}")
             continue
@@ -109,14 +111,15 @@ def measure(
                 "bytes": least[at], "gbps": least[at] / us[backend] / 1e3,
                 "roofline_us": 1e6 * floor[at],
                 "peak_bytes": peak[backend], "baseline_peak_bytes": peak[baseline],
-                "hardware": _machine(), "torch": torch.__version__, "commit": _commit(),
+                "hardware": _machine(options.device), "torch": torch.__version__,
+                "commit": _commit(),
             } for baseline in functions if baseline != backend]  # fmt: skip
     torch.compiler.reset()
     gc.collect()
     return rows
 
 
-def _backends(operator: str, device: str) -> list[str]:
+def backends_of(operator: str, device: str) -> list[str]:
     """Those that users get on this kind of device: neither the simulator nor an interpreter."""
     return [
         name
@@ -159,24 +162,15 @@ def _print(rows: Rows) -> None:
         )
 
 
-def geometric_means(rows: Rows) -> dict[tuple[str, str, str, str, str], float]:
-    """(op, dtype, direction, backend, baseline) -> the mean speedup of its cases."""
-    logs: dict[tuple[str, str, str, str, str], list[float]] = {}
-    for row in rows:
-        key = (row["op"], row["dtype"], row["direction"], row["backend"], row["baseline"])
-        logs.setdefault(key, []).append(math.log(row["speedup"]))
-    return {key: math.exp(sum(values) / len(values)) for key, values in logs.items()}
-
-
-def _machine() -> str:
+def _machine(device: str) -> str:
     found = hardware()
-    return found["gpu"] or f"{found['cpu']}, {found['threads']} thread(s)"
+    return found["gpu"] if device == "cuda" else f"{found['cpu']}, {found['threads']} thread(s)"
 
 
 def _commit() -> str:
     git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     done = subprocess.run(git, text=True, capture_output=True, check=False)
-    return done.stdout.strip() or os.environ.get("PELT_COMMIT", "unknown")
+    return done.stdout.strip() or "unknown"
 
 
 def _write(path: Path, rows: Rows) -> None:
@@ -216,16 +210,15 @@ def _check(options: argparse.Namespace) -> tuple[list[str], dict[str, list[Case]
         if dtype not in parity.PRECISIONS:
             known = ", ".join(parity.PRECISIONS)
             raise UsageError(f"--dtypes: expected some of {known}, got '{dtype}'")
-    if options.json:
-        _check_writable("--json", options.json.parent)
-    if options.plot:
-        _check_writable("--plot", options.plot)
+    for option, folder in (
+        ("--json", options.json and options.json.parent),
+        ("--plot", options.plot),
+    ):
+        if folder and not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise UsageError(f"{option}: expected a folder that can be written to, got '{folder}'")
+    if options.json and options.json.is_dir():
+        raise UsageError(f"--json: expected a file, got the folder '{options.json}'")
     return operators, {operator: _chosen(operator, options) for operator in operators}
-
-
-def _check_writable(option: str, folder: Path) -> None:
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"{option}: expected a folder that can be written to, got '{folder}'")
 
 
 def _chosen(operator: str, options: argparse.Namespace) -> list[Case]:
