@@ -25,8 +25,10 @@ def cuda() -> list[str]:
     if asked not in ("0", "1", "auto"):
         sys.exit(f"setup.py: expected PELT_KERNELS_CUDA to be 0, 1 or auto, got '{asked}'")
     if asked != "auto":
-        release = "-UPELT_KERNELS_CUDA_ARCHS"
-        return [f"-DPELT_KERNELS_CUDA={'on' if asked == '1' else 'off'}", release]
+        return [
+            "-UPELT_KERNELS_CUDA_ARCHS",
+            f"-DPELT_KERNELS_CUDA={'on' if asked == '1' else 'off'}",
+        ]
     nvcc = shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()
     missing = ["nvcc"] * (not nvcc) + ["GPU"] * (not Path("/dev/nvidiactl").exists())
     found = f"no {' and no '.join(missing)}, no CUDA kernels" if missing else "CUDA kernels too"
