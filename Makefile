@@ -40,9 +40,9 @@ sanitize: $(SETUP)-test
 
 # The CUDA kernels as a release holds them, and what can be told of them without a GPU.
 cuda: $(SETUP)-test
-	$(CMAKE) -B build/cuda -DPELT_KERNELS_CUDA=on -DPELT_KERNELS_SIM=OFF >/dev/null
-	$(BIN)/cmake --build build/cuda --target _C
-	$(PYTEST) -n 0 python_tests/cpp/test_cuda_binary.py --cuda-module=$$(ls build/cuda/_C.*)
+	PELT_KERNELS_CUDA=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/cuda
+	$(PYTEST) -n 0 python_tests/cpp/test_cuda_binary.py \
+		--cuda-module=$$(ls build/cuda/pelt_kernels/_C.*)
 
 lint: $(SETUP)-package $(SETUP)-dev
 	$(BIN)/ruff check .
