@@ -73,6 +73,7 @@ void bind_on_cuda(py::module_& m) {
             in.is_causal = is_causal;
             in.scale = scale;
             in.dropout = Dropout::with_probability(dropout_p, seed);
+            in.dropout_keys = PhiloxKeys::of(seed);
             return in;
           }),
           py::kw_only(), py::arg("dtype"), py::arg("sizes"), py::arg("q"), py::arg("k"),

@@ -14,6 +14,7 @@
 #include "sim/ldmatrix.h"
 #include "sim/memory.h"
 #include "sim/mma.h"
+#include "sim/opaque.h"
 #include "sim/shuffle.h"
 #else
 #include "cuda/atomics.cuh"
@@ -24,6 +25,7 @@
 #include "cuda/ldmatrix.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/mma.cuh"
+#include "cuda/opaque.cuh"
 #include "cuda/shuffle.cuh"
 #endif
 

@@ -37,6 +37,36 @@ PELT_HOST_DEVICE PhiloxWords philox4x32_10(PhiloxWords counter, uint32_t key0, u
   return counter;
 }
 
+// The keys of the ten rounds. As a kernel's parameter they are operands in constant memory, where
+// keys computed from the seed would be twenty registers, or twenty additions for each call.
+struct PhiloxKeys {
+  uint32_t word[20] = {};
+
+  static PhiloxKeys of(uint64_t seed) {
+    PhiloxKeys keys;
+    for (uint32_t round = 0; round < 10; ++round) {
+      keys.word[2 * round] = static_cast<uint32_t>(seed) + round * 0x9e3779b9u;
+      keys.word[2 * round + 1] = static_cast<uint32_t>(seed >> 32) + round * 0xbb67ae85u;
+    }
+    return keys;
+  }
+};
+
+PELT_HOST_DEVICE PhiloxWords philox4x32_10(PhiloxWords counter, const PhiloxKeys& keys) {
+  constexpr uint32_t kMultiplier0 = 0xd2511f53u, kMultiplier1 = 0xcd9e8d57u;
+  uint32_t* c = counter.word;
+#pragma unroll
+  for (int round = 0; round < 10; ++round) {
+    const uint32_t high0 = high_product(kMultiplier0, c[0]), low0 = kMultiplier0 * c[0];
+    const uint32_t high1 = high_product(kMultiplier1, c[2]), low1 = kMultiplier1 * c[2];
+    c[0] = high1 ^ c[1] ^ keys.word[2 * round];
+    c[1] = low1;
+    c[2] = high0 ^ c[3] ^ keys.word[2 * round + 1];
+    c[3] = low0;
+  }
+  return counter;
+}
+
 struct Dropout {
   uint64_t seed = 0;
   uint32_t threshold = 0;  // floor(p 2^32); 0 keeps everything

@@ -57,23 +57,21 @@ __device__ __forceinline__ void add_step(const BackwardParams& p, const Head& he
   const Scoring scoring = scoring_of<T>(in, head);
   const DropoutRows rows = DropoutRows::of(in, head);
   uint32_t kept = ~uint32_t{0};
-  if (in.dropout.is_active()) kept = kept_by_rows<kTilesN>(in.dropout, rows, row, column);
+  if (in.dropout.is_active()) kept = kept_by_rows<kTilesN>(in, rows, row, column);
   const uint32_t seen = seen_columns<2 * kTilesN>(in, scoring.key_mask, end, [&](int i) {
     return column + 8 * (i / 2) + FragmentD::column(i % 2);
   });
+  const float factor =
+      score_by_rows<T>(in, scoring, scoring.own_factor, dots, row, column, end, seen);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int own_row = row + tile_row(0, i / 2), limit = row_limit(in, own_row, end);
-    const int64_t padded = head_index(in, head) * p.padded_rows + own_row;
+    const int64_t padded = head_index(in, head) * p.padded_rows + row + tile_row(0, i / 2);
     const float lse = p.row_lse[padded], delta = p.row_delta[padded];
 #pragma unroll
     for (int n = 0; n < kTilesN; ++n) {
-      const int own_column = column + 8 * n + FragmentD::column(i);
-      const bool is_seen = own_column < limit && (seen >> (2 * n + i % 2) & 1u) != 0;
-      const float value = score<T>(in, scoring, dots[0][n].r[i], own_row, own_column, is_seen);
       const bool is_kept = (kept >> kept_bit_by_rows(n, i) & 1u) != 0;
       const float dweight = is_kept ? dp[0][n].r[i] * in.dropout.keep_scale : 0.0f;
-      sums[n].r[i] += exp2_approx(value - lse) * (dweight - delta);
+      sums[n].r[i] += exp2_approx(dots[0][n].r[i] * factor - lse) * (dweight - delta);
     }
   }
 }

@@ -179,63 +179,110 @@ __device__ __forceinline__ void stage_queries(Shared<C>& s, const BackwardParams
 
 // What a lane knows of its columns.
 struct SeenColumns {
-  uint32_t bits;    // bit 2 m + half: the key mask shows it
-  int end;          // behind the last one that is seen
-  bool has_hidden;  // the warp has a column that the mask hides
+  uint32_t bits;    // bit 2 m + half: the sample sees it
+  bool has_hidden;  // the warp has a column that its sample does not see
 };
 
-template <class C>
-__device__ __forceinline__ SeenColumns see_columns(const Inputs& in, const Columns& columns,
-                                                   const Walk& walk, int column) {
-  SeenColumns seen{~uint32_t{0}, columns.seen_end, false};
-  if (columns.prefix >= 0 || in.key_mask == nullptr) return seen;
-  const bool* mask = in.key_mask + static_cast<int64_t>(walk.b) * in.N;
-  seen.bits = seen_columns<2 * kTilesM>(in, mask, seen.end,
-                                        [&](int i) { return column + tile_row(i / 2, i % 2); });
-  seen.has_hidden = vote_any(seen.bits != (1u << 2 * kTilesM) - 1);
+__device__ __forceinline__ SeenColumns see_columns(const Inputs& in, const Columns& columns, int b,
+                                                   int column) {
+  SeenColumns seen{~uint32_t{0}, false};
+  if (columns.prefix >= 0) return seen;
+  const bool* mask =
+      in.key_mask == nullptr ? nullptr : in.key_mask + static_cast<int64_t>(b) * in.N;
+#pragma unroll
+  for (int i = 0; i < 2 * kTilesM; ++i) {
+    const int own = column + tile_row(i / 2, i % 2);
+    const bool is_seen =
+        own >= in.P && own < columns.seen_end && (mask == nullptr || mask[own - in.P]);
+    if (!is_seen) seen.bits &= ~(1u << i);
+  }
+  seen.has_hidden = vote_any(seen.bits != ~uint32_t{0});
   return seen;
 }
 
-// From S^T and dP^T to dropout g P^T and scale g dS^T, in their places.
-template <class C>
-__device__ __forceinline__ void differentiate(const Inputs& in, const Head& head,
-                                              FragmentD (&dots)[kTilesM][kTilesN],
-                                              FragmentD (&dp)[kTilesM][kTilesN], const float* s_lse,
-                                              const float* s_delta, int column, int row,
-                                              const SeenColumns& seen) {
-  const Scoring scoring = scoring_of<typename C::T>(in, head);
-  const DropoutRows rows = DropoutRows::of(in, head);
+template <class Element>
+__device__ __forceinline__ void add_bias_by_columns(const Inputs& in, const Scoring& scoring,
+                                                    FragmentD (&scores)[kTilesM][kTilesN],
+                                                    int column, int row) {
+  const Element* bias = static_cast<const Element*>(scoring.bias.data) + scoring.bias_at;
 #pragma unroll
-  for (int m = 0; m < kTilesM; ++m) {
-    uint32_t kept = ~uint32_t{0};
-    if (in.dropout.is_active()) kept = kept_by_columns(in.dropout, rows, column + 16 * m, row);
+  for (int n = 0; n < kTilesN; ++n) {
 #pragma unroll
-    for (int n = 0; n < kTilesN; ++n) {
+    for (int e = 0; e < 2; ++e) {
+      const int own_row = row + 8 * n + FragmentD::column(e);
+      const Element* from =
+          bias + static_cast<int64_t>(own_row < in.S ? own_row : in.S - 1) * in.N;  // [N]
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = 8 * n + FragmentD::column(i), own_row = row + at;
-        const int own_column = column + tile_row(m, i / 2);
-        const bool is_seen = (seen.bits >> (2 * m + i / 2) & 1u) != 0 &&
-                             own_column < row_limit(in, own_row, seen.end);
-        const float value =
-            score<typename C::T>(in, scoring, dots[m][n].r[i], own_row, own_column, is_seen);
-        const float probability = exp2_approx(value - s_lse[at]);
-        const float gate = own_column < in.P ? scoring.gate : 1.0f;
-        const bool is_kept = (kept >> kept_bit_by_columns(n, i) & 1u) != 0;
-        const float factor = is_kept ? in.dropout.keep_scale * gate : 0.0f;
-        dots[m][n].r[i] = probability * factor;
-        dp[m][n].r[i] = probability * (dp[m][n].r[i] * factor - s_delta[at]) * (in.scale * gate);
+      for (int i = 0; i < 2 * kTilesM; ++i) {
+        const int own = column + tile_row(i / 2, i % 2) - in.P;
+        const int inside = own < 0 ? 0 : (own < in.N ? own : in.N - 1);
+        scores[i / 2][n].r[i % 2 * 2 + e] += to_float(from[inside]) * kLog2e;
       }
     }
   }
 }
 
-// The same for own columns that all rows see, without a bias: the common case.
+// Products become scores, with columns as rows: score_by_rows for the columns of one warp, which
+// all take the same factor. Other people's columns get numbers that nobody looks at.
+template <class T>
+__device__ __forceinline__ void score_by_columns(const Inputs& in, const Scoring& scoring,
+                                                 bool is_prefix,
+                                                 FragmentD (&scores)[kTilesM][kTilesN], int column,
+                                                 int row, const SeenColumns& seen) {
+  const float factor = is_prefix ? scoring.prefix_factor : scoring.own_factor;
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[m][n].r[i] *= factor;
+    }
+  }
+  if (is_prefix) return;
+  if (scoring.bias.data != nullptr) {
+    if (scoring.bias.is_float32) {
+      add_bias_by_columns<float>(in, scoring, scores, column, row);
+    } else {
+      add_bias_by_columns<T>(in, scoring, scores, column, row);
+    }
+  }
+  const bool crosses = in.is_causal && column + kWarpColumns > row_limit(in, row, in.P + in.N);
+  if (!seen.has_hidden && !crosses) return;
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const bool is_seen = (seen.bits >> (2 * m + half) & 1u) != 0;
+      // The first query that sees the column, from the lane's first one on.
+      const int first = in.is_causal ? column + tile_row(m, half) - in.P + in.S - in.N - row -
+                                           FragmentD::column(0)
+                                     : -kStep;
+#pragma unroll
+      for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& value = scores[m][n].r[2 * half + e];
+          value = is_seen && 8 * n + e >= first ? value : kMinusInfinity;
+        }
+      }
+    }
+  }
+}
+
+// From scores and dP^T to dropout g P^T and g dS^T, in their places.
 template <class C>
-__device__ __forceinline__ void differentiate_plain(const Inputs& in,
-                                                    FragmentD (&dots)[kTilesM][kTilesN],
-                                                    FragmentD (&dp)[kTilesM][kTilesN],
-                                                    const float* s_lse, const float* s_delta) {
+__device__ __forceinline__ void differentiate(const Inputs& in, const Head& head, float gate,
+                                              FragmentD (&scores)[kTilesM][kTilesN],
+                                              FragmentD (&dp)[kTilesM][kTilesN], const float* s_lse,
+                                              const float* s_delta, int column, int row) {
+  uint32_t kept[kTilesM] = {};
+  if (in.dropout.is_active()) {
+    const DropoutRows rows = DropoutRows::of(in, head);
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) {
+      kept[m] = kept_by_columns(in, rows, column + 16 * m, row);
+    }
+  }
 #pragma unroll
   for (int n = 0; n < kTilesN; ++n) {
 #pragma unroll
@@ -244,9 +291,14 @@ __device__ __forceinline__ void differentiate_plain(const Inputs& in,
       const float lse = s_lse[at], delta = s_delta[at];
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) {
-        const float probability = exp2_approx(dots[m][n].r[i] * (in.scale * kLog2e) - lse);
-        dots[m][n].r[i] = probability;
-        dp[m][n].r[i] = probability * (dp[m][n].r[i] - delta) * in.scale;
+        const float probability = exp2_approx(scores[m][n].r[i] - lse);
+        float factor = gate;
+        if (in.dropout.is_active()) {
+          const bool is_kept = (kept[m] >> kept_bit_by_columns(n, i) & 1u) != 0;
+          factor = is_kept ? in.dropout.keep_scale * gate : 0.0f;
+        }
+        scores[m][n].r[i] = probability * factor;
+        dp[m][n].r[i] = probability * (dp[m][n].r[i] * factor - delta) * gate;
       }
     }
   }
@@ -254,11 +306,13 @@ __device__ __forceinline__ void differentiate_plain(const Inputs& in,
 
 // One step of a warp: its columns, from `column` on, and kStep queries from `row` on.
 template <class C>
-__device__ __forceinline__ void attend(const Inputs& in, const Head& head, State<C>& state,
-                                       const typename C::T* s_k, const typename C::T* s_v,
-                                       const typename C::T* s_q, const typename C::T* s_dout,
-                                       const float* s_lse, const float* s_delta, int column,
-                                       int row, const SeenColumns& seen) {
+__device__ __forceinline__ void attend(const Inputs& in, const Head& head, bool is_prefix,
+                                       State<C>& state, const typename C::T* s_k,
+                                       const typename C::T* s_v, const typename C::T* s_q,
+                                       const typename C::T* s_dout, const float* s_lse,
+                                       const float* s_delta, int column, int row,
+                                       const SeenColumns& seen) {
+  column = opaque(column);
   FragmentD dots[kTilesM][kTilesN], dp[kTilesM][kTilesN];
   auto k_of = [&](int m, int step) {
     if constexpr (C::kKeeps) return state.k[m][step];
@@ -270,13 +324,10 @@ __device__ __forceinline__ void attend(const Inputs& in, const Head& head, State
   };
   multiply_rows<C>(dots, k_of, s_q);
   multiply_rows<C>(dp, v_of, s_dout);
-  const bool is_plain = !in.dropout.is_active() && in.bias.data == nullptr && !seen.has_hidden &&
-                        column >= in.P && column + kWarpColumns <= row_limit(in, row, seen.end);
-  if (is_plain) {
-    differentiate_plain<C>(in, dots, dp, s_lse, s_delta);
-  } else {
-    differentiate<C>(in, head, dots, dp, s_lse, s_delta, column, row, seen);
-  }
+  const Scoring scoring = scoring_of<typename C::T>(in, head);
+  score_by_columns<typename C::T>(in, scoring, is_prefix, dots, column, row, seen);
+  differentiate<C>(in, head, is_prefix ? scoring.gate : 1.0f, dots, dp, s_lse, s_delta, column,
+                   row);
   accumulate_rows<C>(state.dv, dots, s_dout);
   accumulate_rows<C>(state.dk, dp, s_q);
 }
@@ -298,6 +349,7 @@ __device__ __forceinline__ void load_operands(State<C>& state, const typename C:
 // The warps' sums of a prefix tile, added in their order, to one part's [A_i, P_i, G, E].
 template <class C>
 __device__ __forceinline__ void store_partial(Shared<C>& s, const Inputs& in, float* partial,
+                                              float factor,
                                               const FragmentD (&sums)[kTilesM][C::kE / 8]) {
   constexpr int kSize = kWarpColumns * C::kE;
   static_assert(sizeof(float) * kWarps * kSize <= sizeof(s.q) + sizeof(s.dout),
@@ -326,7 +378,7 @@ __device__ __forceinline__ void store_partial(Shared<C>& s, const Inputs& in, fl
     if (column < columns.begin || column >= columns.end) continue;
     float sum = 0.0f;
     for (int w = 0; w < kWarps; ++w) sum += s_sums[w * kSize + i];
-    partial[((row + column - prefix.first) * in.G + columns.g) * C::kE + i % C::kE] = sum;
+    partial[((row + column - prefix.first) * in.G + columns.g) * C::kE + i % C::kE] = sum * factor;
   }
 }
 
@@ -343,12 +395,12 @@ __device__ __forceinline__ void store_own(const BackwardParams& p, Shared<C>& s,
   const int64_t first = (static_cast<int64_t>(b) * p.in.G + columns.g) * p.in.N + column - p.in.P;
   if (p.dk != nullptr) {
     T* s_dk = s.q[0] + warp_at * C::kStride;
-    put_rows<C>(s_dk, state.dk);
+    put_rows<C>(s_dk, state.dk, p.in.scale);
     store_rows<C>(static_cast<T*>(p.dk) + first * C::kE, s_dk, begin, end);
   }
   if (p.dv != nullptr) {
     T* s_dv = s.dout[0] + warp_at * C::kStride;
-    put_rows<C>(s_dv, state.dv);
+    put_rows<C>(s_dv, state.dv, 1.0f);
     store_rows<C>(static_cast<T*>(p.dv) + first * C::kE, s_dv, begin, end);
   }
 }
@@ -430,7 +482,7 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
     stage_keys<C>(s, in, walk.b);
     stage_queries<C>(s, p, walk, 0);
     cp_async_commit();
-    const SeenColumns seen = see_columns<C>(in, s.columns, walk, column);
+    const SeenColumns seen = see_columns(in, s.columns, walk.b, column);
     int buffer = 0;
     [[maybe_unused]] bool is_first = true;
 #pragma unroll 1
@@ -454,10 +506,10 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
       for (int at = is_prefix ? warp_index() * kStep : 0; at < kRowTile;
            at += is_prefix ? kRowTile : kStep) {
         const int row = first_row + at;
-        if (row >= in.S || column >= row_limit(in, row + kStep - 1, seen.end)) continue;
-        attend<C>(in, {walk.b, walk.h, 0}, state, s_k, s_v, s.q[buffer] + at * C::kStride,
-                  s.dout[buffer] + at * C::kStride, s.lse[buffer] + at, s.delta[buffer] + at,
-                  column, row, seen);
+        if (row >= in.S || column >= row_limit(in, row + kStep - 1, in.P + in.N)) continue;
+        attend<C>(in, {walk.b, walk.h, 0}, is_prefix, state, s_k, s_v,
+                  s.q[buffer] + at * C::kStride, s.dout[buffer] + at * C::kStride,
+                  s.lse[buffer] + at, s.delta[buffer] + at, column, row, seen);
       }
       buffer = 1 - buffer;
       walk = next;
@@ -465,8 +517,8 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
     cp_async_wait<0>();
   }
   if (is_prefix) {
-    store_partial<C>(s, in, p.prefix[s.columns.prefix].partial_k, state.dk);
-    store_partial<C>(s, in, p.prefix[s.columns.prefix].partial_v, state.dv);
+    store_partial<C>(s, in, p.prefix[s.columns.prefix].partial_k, in.scale, state.dk);
+    store_partial<C>(s, in, p.prefix[s.columns.prefix].partial_v, 1.0f, state.dv);
   } else {
     store_own<C>(p, s, s.range.b_end - 1, state);
   }

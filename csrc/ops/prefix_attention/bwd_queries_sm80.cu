@@ -48,6 +48,9 @@ struct Shared {
   alignas(16) typename C::T v[2][C::kColumns * C::kStride];
   float lse[kRows];
   float delta[kRows];
+  // Here and not in registers, of which the accumulators leave few.
+  Scoring scoring;
+  DropoutRows dropout_rows;
   float gate[kWarps];
   int scratch[kWarps];
 };
@@ -56,8 +59,6 @@ struct Shared {
 template <class C>
 struct State {
   FragmentD dq[kTilesM][C::kE / 8];
-  float lse[kTilesM][2];
-  float delta[kTilesM][2];
   float dgate = 0.0f;
 };
 
@@ -93,69 +94,52 @@ __device__ __forceinline__ void measure_rows(const BackwardParams& p, Shared<C>&
   }
 }
 
-// From Q K^T and dout V^T to scale g dS, in place of the first.
-template <class C>
+// From scores without the gate, times a factor, and dout V^T to g dS, in place of the scores.
+template <class C, bool kHasPrefix>
 __device__ __forceinline__ void differentiate(const Inputs& in, const Scoring& scoring,
-                                              const DropoutRows& rows, State<C>& state,
-                                              FragmentD (&dots)[kTilesM][C::kTilesN],
+                                              float factor, const DropoutRows& rows, float& dgate,
+                                              const Shared<C>& s,
+                                              FragmentD (&scores)[kTilesM][C::kTilesN],
                                               const FragmentD (&dp)[kTilesM][C::kTilesN], int row,
-                                              int column, int end, uint32_t seen) {
+                                              int column) {
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) {
     uint32_t kept = ~uint32_t{0};
     if (in.dropout.is_active()) {
-      kept = kept_by_rows<C::kTilesN>(in.dropout, rows, row + 16 * m, column);
+      kept = kept_by_rows<C::kTilesN>(in, rows, row + 16 * m, column);
     }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int own_row = row + tile_row(m, i / 2), limit = row_limit(in, own_row, end);
-#pragma unroll
-      for (int n = 0; n < C::kTilesN; ++n) {
-        const int own_column = column + 8 * n + FragmentD::column(i);
-        const bool is_seen = own_column < limit && (seen >> (2 * n + i % 2) & 1u) != 0;
-        const bool is_prefix = own_column < in.P;
-        float& dot = dots[m][n].r[i];
-        const float value = score<typename C::T>(in, scoring, dot, own_row, own_column, is_seen);
-        const float probability = exp2_approx(value - state.lse[m][i / 2]);
-        const float gate = is_prefix ? scoring.gate : 1.0f;
-        const bool is_kept = (kept >> kept_bit_by_rows(n, i) & 1u) != 0;
-        const float dweight = is_kept ? dp[m][n].r[i] * in.dropout.keep_scale : 0.0f;
-        const float dscore = probability * (dweight * gate - state.delta[m][i / 2]);
-        if (is_prefix) state.dgate += dscore * in.scale * dot + probability * dweight;
-        dot = dscore * in.scale * gate;
-      }
-    }
-  }
-}
-
-// The same where every column is an own one that all rows see, without a bias: the common case.
-template <class C>
-__device__ __forceinline__ void differentiate_plain(const Inputs& in, const Scoring& scoring,
-                                                    const State<C>& state,
-                                                    FragmentD (&dots)[kTilesM][C::kTilesN],
-                                                    const FragmentD (&dp)[kTilesM][C::kTilesN]) {
-#pragma unroll
-  for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
     for (int n = 0; n < C::kTilesN; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float probability =
-            exp2_approx(dots[m][n].r[i] * scoring.own_factor - state.lse[m][i / 2]);
-        dots[m][n].r[i] = probability * (dp[m][n].r[i] - state.delta[m][i / 2]) * in.scale;
+        float dweight = dp[m][n].r[i];
+        if (in.dropout.is_active()) {
+          const bool is_kept = (kept >> kept_bit_by_rows(n, i) & 1u) != 0;
+          dweight = is_kept ? dweight * in.dropout.keep_scale : 0.0f;
+        }
+        float& value = scores[m][n].r[i];
+        const int at = warp_index() * kWarpRows + tile_row(m, i / 2);
+        const float lse = s.lse[at], delta = s.delta[at];
+        if constexpr (kHasPrefix) {
+          const bool is_prefix = column + 8 * n + FragmentD::column(i) < in.P;
+          const float gate = is_prefix ? scoring.gate : 1.0f;
+          const float probability = exp2_approx(value * gate - lse);
+          const float dscore = probability * (dweight * gate - delta);
+          if (is_prefix) dgate += dscore * (value * kLn2) + probability * dweight;
+          value = dscore * gate;
+        } else {
+          value = exp2_approx(value * factor - lse) * (dweight - delta);
+        }
       }
     }
   }
 }
 
-// One step of a warp: kStep columns from `column` on, which are at s_k and s_v.
+// One step of a warp: kStep columns from `column` on, which are at `at` in the buffer.
 template <class C>
-__device__ __forceinline__ void attend(const Inputs& in, const Scoring& scoring,
-                                       const DropoutRows& rows, State<C>& state,
-                                       const typename C::T* s_q, const typename C::T* s_dout,
-                                       const typename C::T* s_k, const typename C::T* s_v, int row,
-                                       int column, int end) {
-  const uint32_t seen = seen_columns<2 * C::kTilesN>(in, scoring.key_mask, end, [&](int i) {
+__device__ __forceinline__ void attend(const Inputs& in, State<C>& state, const Shared<C>& s,
+                                       int buffer, int at, int row, int column, int end) {
+  const uint32_t seen = seen_columns<2 * C::kTilesN>(in, s.scoring.key_mask, end, [&](int i) {
     return column + 8 * (i / 2) + FragmentD::column(i % 2);
   });
   FragmentD ds[kTilesM][C::kTilesN], dp[kTilesM][C::kTilesN];
@@ -164,14 +148,18 @@ __device__ __forceinline__ void attend(const Inputs& in, const Scoring& scoring,
       return load_a(tile + 16 * m * C::kStride + 16 * step, C::kStride);
     };
   };
-  multiply_rows<C>(ds, rows_of(s_q), s_k);
-  multiply_rows<C>(dp, rows_of(s_dout), s_v);
-  const bool is_plain = !in.dropout.is_active() &&
-                        scoring.is_plain(in, column, column + C::kStep, row_limit(in, row, end));
-  if (is_plain) {
-    differentiate_plain<C>(in, scoring, state, ds, dp);
+  const int warp_at = warp_index() * kWarpRows * C::kStride;
+  const typename C::T* s_k = s.k[buffer] + at * C::kStride;
+  multiply_rows<C>(ds, rows_of(s.q + warp_at), s_k);
+  multiply_rows<C>(dp, rows_of(s.dout + warp_at), s.v[buffer] + at * C::kStride);
+  const float factor =
+      score_by_rows<typename C::T>(in, s.scoring, s.scoring.own_factor, ds, row, column, end, seen);
+  if (column < in.P) {
+    differentiate<C, true>(in, s.scoring, factor, s.dropout_rows, state.dgate, s, ds, dp, row,
+                           column);
   } else {
-    differentiate<C>(in, scoring, rows, state, ds, dp, row, column, end, seen);
+    differentiate<C, false>(in, s.scoring, factor, s.dropout_rows, state.dgate, s, ds, dp, row,
+                            column);
   }
   accumulate_rows<C>(state.dq, ds, s_k);
 }
@@ -194,8 +182,10 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
   stage_rows<C, kRows>(s.dout, g_dout, C::kE, first_row, in.S);
   stage_columns<C, C::kColumns>(s.k[0], s.v[0], in, head, 0, in.P + in.N);
   cp_async_commit();
-  const Scoring scoring = scoring_of<T>(in, head);
-  const DropoutRows dropout_rows = DropoutRows::of(in, head);
+  if (thread_index() == 0) {
+    s.scoring = scoring_of<T>(in, head);
+    s.dropout_rows = DropoutRows::of(in, head);
+  }
   int seen = columns_seen(in, head.b, s.scratch);
   // Without dq only the prefix columns matter: they hold the gate's gradient.
   if (p.dq == nullptr) seen = in.P;
@@ -204,18 +194,6 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
   const int warp_end = row < in.S ? row_limit(in, last_row, seen) : 0;
 
   State<C> state;
-  const int warp_at = warp_index() * kWarpRows;
-  T* s_q = s.q + warp_at * C::kStride;
-  const T* s_dout = s.dout + warp_at * C::kStride;
-  sync_threads();
-#pragma unroll
-  for (int m = 0; m < kTilesM; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      state.lse[m][half] = s.lse[warp_at + tile_row(m, half)];
-      state.delta[m][half] = s.delta[warp_at + tile_row(m, half)];
-    }
-  }
   int buffer = 0;
 #pragma unroll 1
   for (int column = 0; column < end; column += C::kColumns) {
@@ -228,15 +206,15 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
     }
 #pragma unroll 1
     for (int at = 0; at < C::kColumns && column + at < warp_end; at += C::kStep) {
-      attend<C>(in, scoring, dropout_rows, state, s_q, s_dout, s.k[buffer] + at * C::kStride,
-                s.v[buffer] + at * C::kStride, row, column + at, seen);
+      attend<C>(in, state, s, buffer, at, row, column + at, seen);
     }
     buffer = 1 - buffer;
   }
   cp_async_wait<0>();
   sync_threads();
   if (p.dq != nullptr && row < in.S) {
-    put_rows<C>(s_q, state.dq);
+    T* s_q = s.q + warp_index() * kWarpRows * C::kStride;
+    put_rows<C>(s_q, state.dq, in.scale);
     T* g_dq = static_cast<T*>(p.dq) + (head_index(in, head) * in.S + row) * C::kE;
     store_rows<C>(g_dq, s_q, 0, row + kWarpRows < in.S ? kWarpRows : in.S - row);
   }

@@ -55,6 +55,9 @@ struct Shared {
   alignas(16) typename C::T q[kRows * C::kStride];  // [kRows, E]; at the end out
   alignas(16) typename C::T k[2][C::kColumns * C::kStride];
   alignas(16) typename C::T v[2][C::kColumns * C::kStride];
+  // Here and not in registers, of which the accumulators leave few.
+  Scoring scoring;
+  DropoutRows dropout_rows;
   int scratch[kWarps];
 };
 
@@ -86,30 +89,10 @@ __device__ __forceinline__ FragmentA query_operand(const State<C>& state, const 
   return load_a(s_q + 16 * m * C::kStride + 16 * step, C::kStride);
 }
 
-// From products to scores: factors, bias and mask.
+// Scores, times a positive factor, become probabilities, up to 2^-maximum, which the accumulators
+// follow.
 template <class C>
-__device__ __forceinline__ void score_columns(const Inputs& in, const Scoring& scoring,
-                                              FragmentD (&dots)[kTilesM][kTilesN], int row,
-                                              int column, int end, uint32_t seen) {
-#pragma unroll
-  for (int m = 0; m < kTilesM; ++m) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int own_row = row + tile_row(m, i / 2), limit = row_limit(in, own_row, end);
-#pragma unroll
-      for (int n = 0; n < kTilesN; ++n) {
-        const int own_column = column + 8 * n + FragmentD::column(i);
-        const bool is_seen = own_column < limit && (seen >> (2 * n + i % 2) & 1u) != 0;
-        dots[m][n].r[i] =
-            score<typename C::T>(in, scoring, dots[m][n].r[i], own_row, own_column, is_seen);
-      }
-    }
-  }
-}
-
-// Scores become probabilities, up to the factor 2^-maximum that the accumulators follow.
-template <class C>
-__device__ __forceinline__ void exponentiate(State<C>& state,
+__device__ __forceinline__ void exponentiate(State<C>& state, float factor,
                                              FragmentD (&scores)[kTilesM][kTilesN]) {
   float maximum[kTilesM][2];
   bool has_grown = false;
@@ -117,13 +100,14 @@ __device__ __forceinline__ void exponentiate(State<C>& state,
   for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float most = state.maximum[m][half];
+      float most = kMinusInfinity;
 #pragma unroll
       for (int n = 0; n < kTilesN; ++n) {
         most = fmaxf(most, fmaxf(scores[m][n].r[2 * half], scores[m][n].r[2 * half + 1]));
       }
       most = fmaxf(most, shfl_xor(most, 1));
-      most = fmaxf(most, shfl_xor(most, 2));
+      most = fmaxf(most, shfl_xor(most, 2)) * factor;
+      most = fmaxf(most, state.maximum[m][half]);
       maximum[m][half] = most;
       has_grown |= most > state.maximum[m][half];
     }
@@ -153,7 +137,7 @@ __device__ __forceinline__ void exponentiate(State<C>& state,
       const float base = most == kMinusInfinity ? 0.0f : most;
 #pragma unroll
       for (int n = 0; n < kTilesN; ++n) {
-        scores[m][n].r[i] = exp2_approx(scores[m][n].r[i] - base);
+        scores[m][n].r[i] = exp2_approx(scores[m][n].r[i] * factor - base);
         state.sum[m][i / 2] += scores[m][n].r[i];
       }
     }
@@ -180,7 +164,7 @@ __device__ __forceinline__ void weigh_columns(const Inputs& in, const Scoring& s
   if (!in.dropout.is_active()) return;
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) {
-    const uint32_t kept = kept_by_rows<kTilesN>(in.dropout, rows, row + 16 * m, column);
+    const uint32_t kept = kept_by_rows<kTilesN>(in, rows, row + 16 * m, column);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -202,19 +186,9 @@ __device__ __forceinline__ void attend(const Inputs& in, const Scoring& scoring,
   });
   FragmentD p[kTilesM][kTilesN];
   multiply_rows<C>(p, [&](int m, int step) { return query_operand<C>(state, s_q, m, step); }, s_k);
-  if (scoring.is_plain(in, column, column + kStep, row_limit(in, row, end))) {
-#pragma unroll
-    for (int m = 0; m < kTilesM; ++m) {
-#pragma unroll
-      for (int n = 0; n < kTilesN; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) p[m][n].r[i] *= scoring.own_factor;
-      }
-    }
-  } else {
-    score_columns<C>(in, scoring, p, row, column, end, seen);
-  }
-  exponentiate<C>(state, p);
+  const float factor =
+      score_by_rows<typename C::T>(in, scoring, scoring.prefix_factor, p, row, column, end, seen);
+  exponentiate<C>(state, factor, p);
   weigh_columns(in, scoring, rows, p, row, column);
   accumulate_rows<C>(state.out, p, s_v);
 }
@@ -244,7 +218,7 @@ __device__ __forceinline__ void finish_rows(const ForwardParams& p, const Head& 
       }
     }
   }
-  put_rows<C>(s_out, state.out);
+  put_rows<C>(s_out, state.out, 1.0f);
   store_rows<C>(static_cast<typename C::T*>(p.out) + first * C::kE, s_out, 0,
                 row + kWarpRows < in.S ? kWarpRows : in.S - row);
 }
@@ -265,8 +239,10 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
                        first_row, in.S);
   stage_columns<C, C::kColumns>(s.k[0], s.v[0], in, head, 0, in.P + in.N);
   cp_async_commit();
-  const Scoring scoring = scoring_of<T>(in, head);
-  const DropoutRows dropout_rows = DropoutRows::of(in, head);
+  if (thread_index() == 0) {
+    s.scoring = scoring_of<T>(in, head);
+    s.dropout_rows = DropoutRows::of(in, head);
+  }
   const int seen = columns_seen(in, head.b, s.scratch);
   const int end =
       row_limit(in, first_row + kRows - 1 < in.S ? first_row + kRows - 1 : in.S - 1, seen);
@@ -296,7 +272,7 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
     }
 #pragma unroll 1
     for (int at = 0; at < C::kColumns && column + at < warp_end; at += kStep) {
-      attend<C>(in, scoring, dropout_rows, state, s_q, s.k[buffer] + at * C::kStride,
+      attend<C>(in, s.scoring, s.dropout_rows, state, s_q, s.k[buffer] + at * C::kStride,
                 s.v[buffer] + at * C::kStride, row, column + at, seen);
     }
     buffer = 1 - buffer;

@@ -74,6 +74,7 @@ struct Inputs {
   bool is_causal = false;
   float scale = 1.0f;
   Dropout dropout;
+  PhiloxKeys dropout_keys;  // of its seed
 };
 
 struct ForwardParams {

@@ -60,10 +60,10 @@ __device__ __forceinline__ void accumulate_rows(FragmentD (&d)[kTilesM][C::kE / 
   }
 }
 
-// A warp's accumulators, as 16-bit rows in its own part of shared memory.
+// A warp's accumulators times a factor, as 16-bit rows in its own part of shared memory.
 template <class C, int kTilesM>
 __device__ __forceinline__ void put_rows(typename C::T* s_rows,
-                                         const FragmentD (&d)[kTilesM][C::kE / 8]) {
+                                         const FragmentD (&d)[kTilesM][C::kE / 8], float factor) {
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
@@ -71,8 +71,9 @@ __device__ __forceinline__ void put_rows(typename C::T* s_rows,
 #pragma unroll
       for (int n = 0; n < C::kE / 8; ++n) {
         const int row = 16 * m + FragmentD::row(2 * half);
-        store_4(s_rows + row * C::kStride + 8 * n + FragmentD::column(0),
-                pack<typename C::T>(d[m][n].r[2 * half], d[m][n].r[2 * half + 1]));
+        store_4(
+            s_rows + row * C::kStride + 8 * n + FragmentD::column(0),
+            pack<typename C::T>(d[m][n].r[2 * half] * factor, d[m][n].r[2 * half + 1] * factor));
       }
     }
   }

@@ -7,6 +7,11 @@
 
 namespace pelt::prefix_attention {
 
+// The rows of a warp's tile as its lanes hold them.
+__device__ __forceinline__ int tile_row(int m, int half) {
+  return 16 * m + lane_index() / 4 + 8 * half;
+}
+
 // What one sample and head do to every score.
 struct Scoring {
   float own_factor;      // scale, log 2 e
@@ -15,11 +20,6 @@ struct Scoring {
   const bool* key_mask;  // [N] of the sample
   Parameter bias;
   int64_t bias_at;  // of the head's [S, N]
-
-  // Does every score of these columns only take the factor: no bias, no mask, no prefix?
-  __device__ __forceinline__ bool is_plain(const Inputs& in, int first, int end, int limit) const {
-    return first >= in.P && end <= limit && key_mask == nullptr && bias.data == nullptr;
-  }
 };
 
 template <class T>
@@ -51,17 +51,97 @@ __device__ __forceinline__ uint32_t seen_columns(const Inputs& in, const bool* k
   return bits;
 }
 
-// A score from q . k: -inf where the row does not see the column.
-template <class T>
-__device__ __forceinline__ float score(const Inputs& in, const Scoring& scoring, float dot, int row,
-                                       int column, bool is_seen) {
-  if (column < in.P) return dot * scoring.prefix_factor;
-  float value = dot * scoring.own_factor;
-  if (scoring.bias.data != nullptr && is_seen && row < in.S) {
-    const int64_t at = scoring.bias_at + static_cast<int64_t>(row) * in.N + column - in.P;
-    value += kLog2e * load_parameter<T>(scoring.bias, at);
+// Adds the bias to the scores of own columns. Columns beyond its end read its last one: such scores
+// are hidden afterwards. The branch for each row is there to be one: without it all addresses are
+// computed at once and take the registers of the accumulators.
+template <class Element, int kTilesM, int kTilesN>
+__device__ __forceinline__ void add_bias_by_rows(const Inputs& in, const Scoring& scoring,
+                                                 FragmentD (&scores)[kTilesM][kTilesN], int row,
+                                                 int column) {
+  const Element* bias = static_cast<const Element*>(scoring.bias.data) + scoring.bias_at;
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int own_row = row + tile_row(m, half);
+      if (own_row >= in.S) continue;
+      const Element* from = bias + static_cast<int64_t>(own_row) * in.N;  // [N]
+#pragma unroll
+      for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int own = column + 8 * n + FragmentD::column(e) - in.P;
+          const int inside = own < 0 ? 0 : (own < in.N ? own : in.N - 1);
+          const float value = to_float(from[inside]) * kLog2e;
+          scores[m][n].r[2 * half + e] += own < 0 ? 0.0f : value;
+        }
+      }
+    }
   }
-  return is_seen ? value : kMinusInfinity;
+}
+
+// Products become scores: factors, bias and mask, with queries as rows; hidden ones are -inf.
+// `seen` is what seen_columns gives. Each pass runs only where it has something to do. Returns the
+// factor that is still to be applied, together with the subtraction in the exponent: own columns
+// without a bias all have the same one. It is positive, so that it may wait for the maximum, too.
+template <class T, int kTilesM, int kTilesN>
+__device__ __forceinline__ float score_by_rows(const Inputs& in, const Scoring& scoring,
+                                               float prefix_factor,
+                                               FragmentD (&scores)[kTilesM][kTilesN], int row,
+                                               int column, int end, uint32_t seen) {
+  constexpr int kStep = 8 * kTilesN;
+  const bool waits = column >= in.P && scoring.bias.data == nullptr && scoring.own_factor > 0.0f;
+  if (!waits) {
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool is_prefix = column + 8 * n + FragmentD::column(i) < in.P;
+        const float factor = is_prefix ? prefix_factor : scoring.own_factor;
+#pragma unroll
+        for (int m = 0; m < kTilesM; ++m) scores[m][n].r[i] *= factor;
+      }
+    }
+    if (scoring.bias.data != nullptr && column + kStep > in.P && in.N > 0) {
+      if (scoring.bias.is_float32) {
+        add_bias_by_rows<float>(in, scoring, scores, row, column);
+      } else {
+        add_bias_by_rows<T>(in, scoring, scores, row, column);
+      }
+    }
+  }
+  const float factor = waits ? scoring.own_factor : 1.0f;
+  if (scoring.key_mask != nullptr) {
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const bool is_hidden = (seen >> (2 * n + e) & 1u) == 0;
+#pragma unroll
+        for (int m = 0; m < kTilesM; ++m) {
+          scores[m][n].r[e] = is_hidden ? kMinusInfinity : scores[m][n].r[e];
+          scores[m][n].r[2 + e] = is_hidden ? kMinusInfinity : scores[m][n].r[2 + e];
+        }
+      }
+    }
+  }
+  if (column + kStep <= row_limit(in, row, end)) return factor;  // all rows see all columns
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int limit = row_limit(in, row + tile_row(m, half), end) - column - FragmentD::column(0);
+#pragma unroll
+      for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& value = scores[m][n].r[2 * half + e];
+          value = 8 * n + e < limit ? value : kMinusInfinity;
+        }
+      }
+    }
+  }
+  return factor;
 }
 
 // Dropout's words come four columns at a time, for columns that start at a multiple of 4 of the
@@ -75,16 +155,16 @@ struct DropoutRows {
   }
 
   // Bit w: is word w of the four columns from `column` on kept?
-  __device__ __forceinline__ uint32_t kept(const Dropout& dropout, int row, int column) const {
+  __device__ __forceinline__ uint32_t kept(const Inputs& in, int row, int column) const {
     const uint64_t group =
         static_cast<uint64_t>((first + row) * columns + static_cast<int64_t>(column / 4));
-    const PhiloxWords words = philox4x32_10(
-        {{static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), 0, 0}},
-        static_cast<uint32_t>(dropout.seed), static_cast<uint32_t>(dropout.seed >> 32));
+    const PhiloxWords words =
+        philox4x32_10({{static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), 0, 0}},
+                      in.dropout_keys);
     uint32_t bits = 0;
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      bits |= static_cast<uint32_t>(words.word[w] >= dropout.threshold) << w;
+      bits |= static_cast<uint32_t>(words.word[w] >= in.dropout.threshold) << w;
     }
     return bits;
   }
@@ -94,14 +174,14 @@ struct DropoutRows {
 // i, the bit kept_bit_by_rows(n, i). Two lanes share four columns in two rows, so each computes the
 // words of one row and they exchange the bits: every word is computed once.
 template <int kTiles>
-__device__ __forceinline__ uint32_t kept_by_rows(const Dropout& dropout, const DropoutRows& rows,
-                                                 int row, int column) {
+__device__ __forceinline__ uint32_t kept_by_rows(const Inputs& in, const DropoutRows& rows, int row,
+                                                 int column) {
   static_assert(kTiles <= 4, "eight bits for each fragment");
   const int lane = lane_index(), own_row = row + lane / 4 + 8 * (lane % 2);
   uint32_t bits = 0;
 #pragma unroll 1
   for (int n = 0; n < kTiles; ++n) {
-    const uint32_t four = rows.kept(dropout, own_row, column + 8 * n + lane % 4 / 2 * 4);
+    const uint32_t four = rows.kept(in, own_row, column + 8 * n + lane % 4 / 2 * 4);
     bits |= four << (8 * n + 4 * (lane % 2));
   }
   return bits | shfl_xor(bits, 1);
@@ -113,14 +193,14 @@ __device__ __forceinline__ int kept_bit_by_rows(int n, int i) {
 
 // The same where the fragments' rows are columns [column, column + 16) and their columns are
 // queries [row, row + 16), two fragments. Four lanes share four columns in four rows.
-__device__ __forceinline__ uint32_t kept_by_columns(const Dropout& dropout, const DropoutRows& rows,
+__device__ __forceinline__ uint32_t kept_by_columns(const Inputs& in, const DropoutRows& rows,
                                                     int column, int row) {
   const int lane = lane_index(), own = lane / 4 % 4;
   uint32_t bits = 0;
 #pragma unroll 1
   for (int n = 0; n < 2; ++n) {
-    const uint32_t four = rows.kept(dropout, row + 8 * n + lane % 4 * 2 + own % 2,
-                                    column + lane / 16 * 4 + own / 2 * 8);
+    const uint32_t four =
+        rows.kept(in, row + 8 * n + lane % 4 * 2 + own % 2, column + lane / 16 * 4 + own / 2 * 8);
     bits |= four << (16 * n + 4 * own);
   }
   bits |= shfl_xor(bits, 4);
@@ -129,11 +209,6 @@ __device__ __forceinline__ uint32_t kept_by_columns(const Dropout& dropout, cons
 
 __device__ __forceinline__ int kept_bit_by_columns(int n, int i) {
   return 16 * n + 4 * i + lane_index() / 4 % 4;
-}
-
-// The rows of a warp's tile as its lanes hold them.
-__device__ __forceinline__ int tile_row(int m, int half) {
-  return 16 * m + lane_index() / 4 + 8 * half;
 }
 
 }  // namespace pelt::prefix_attention

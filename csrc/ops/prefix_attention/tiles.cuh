@@ -51,16 +51,22 @@ __device__ __forceinline__ const T* head_rows(const void* data, const Strides& s
   return static_cast<const T*>(data) + b * strides.batch + h * strides.head;
 }
 
-// Rows [first, first + kRows) of a matrix; those from `end` on are zero.
+// Rows [first, first + kRows) of a matrix; those from `end` on are zero. A thread stays in its
+// vector of the row, so that from one copy to the next there is one addition to do.
 template <class C, int kRows>
 __device__ __forceinline__ void stage_rows(typename C::T* tile, const typename C::T* rows,
                                            int64_t stride, int first, int end) {
-#pragma unroll 2
-  for (int i = thread_index(); i < kRows * C::kVectors; i += kThreads) {
-    const int row = i / C::kVectors, e = i % C::kVectors * 8;
-    const bool is_there = first + row < end;
-    cp_async_16(tile + row * C::kStride + e, rows + (is_there ? (first + row) * stride + e : 0),
-                is_there);
+  constexpr int kRowStep = C::kVectors == 12 ? 8 : kThreads / C::kVectors;
+  static_assert(kRows % kRowStep == 0 && kRowStep * C::kVectors <= kThreads,
+                "all threads, or three of four, take whole vectors of whole rows");
+  if (thread_index() >= kRowStep * C::kVectors) return;
+  const int row = thread_index() / C::kVectors, e = thread_index() % C::kVectors * 8;
+  const typename C::T* from = rows + (first + row) * stride + e;
+  typename C::T* to = tile + row * C::kStride + e;
+#pragma unroll
+  for (int i = 0; i < kRows; i += kRowStep) {
+    cp_async_16(to + i * C::kStride, from, first + row + i < end);
+    from += kRowStep * stride;
   }
 }
 
