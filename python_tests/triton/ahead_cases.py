@@ -122,4 +122,44 @@ _LORA_LINEAR = {
     ),
 }
 
-CASES = {"gated_adapter": _GATED_ADAPTER, "lora_linear": _LORA_LINEAR}
+_ATTENTION = {"B": 16, "H": 12, "G": 12, "S": 128, "N": 128, "E": 64, "P_i": (30,)}
+_LONG = {**_ATTENTION, "B": 2, "S": 2048, "N": 2048}
+_SHARED = "prefix_k:0 prefix_v:0 prefix_index:-"
+_PREFIX_ATTENTION = {
+    "plain-f32": (torch.float32, Case("", _ATTENTION, f"{_SHARED} gate key_mask bias:1")),
+    "unipelt-bf16": (torch.bfloat16, Case("", _ATTENTION, f"{_SHARED} gate key_mask")),
+    "unipelt_long-bf16": (torch.bfloat16, Case("", _LONG, f"{_SHARED} gate key_mask")),
+    "minilm-bf16": (
+        torch.bfloat16,
+        Case("", {**_ATTENTION, "E": 32, "P_i": (10,)}, f"{_SHARED} gate key_mask"),
+    ),
+    "t5-bf16": (torch.bfloat16, Case("", _LONG, f"{_SHARED} bias:1 key_mask", {"scale": 1.0})),
+    "causal_128-bf16": (
+        torch.bfloat16,
+        Case("", {**_LONG, "G": 4, "E": 128}, _SHARED, {"is_causal": True}),
+    ),
+    "head_128-f32": (torch.float32, Case("", {**_ATTENTION, "E": 128}, f"{_SHARED} gate")),
+    "dropout-bf16": (
+        torch.bfloat16,
+        Case("", _LONG, f"{_SHARED} gate key_mask", {"dropout_p": 0.1}),
+    ),
+    "everything-bf16": (
+        torch.bfloat16,
+        Case(
+            "",
+            {**_LONG, "G": 4, "E": 80, "P_i": (3, 30), "A_i": (4, None)},
+            "prefix_k:1,0 prefix_v:1,0 prefix_index:0,- gate:1 lengths bias:2",
+            {"is_causal": True, "dropout_p": 0.1},
+        ),
+    ),
+    "one_row-f16": (
+        torch.float16,
+        Case("", {**_ATTENTION, "B": 1, "S": 1, "P_i": (1,)}, _SHARED, {"is_causal": True}),
+    ),
+}
+
+CASES = {
+    "gated_adapter": _GATED_ADAPTER,
+    "lora_linear": _LORA_LINEAR,
+    "prefix_attention": _PREFIX_ATTENTION,
+}

@@ -12,9 +12,11 @@ Tiles of keys that every query of the program sees skip all comparisons; tiles t
 not visited. Dropout's words come in groups of four columns of [prefix ; keys]: with dropout the
 first tile of keys starts up to three columns early, so that no group is cut.
 
-Scores are float32 in base 2 (exp2 is the hardware's). A row that sees nothing keeps its maximum at
--inf; 0 is subtracted there instead, since -inf - (-inf) is NaN. Probabilities are rounded to the
-activation's dtype for their product with V.
+Scores are float32, times UNIT: 16-bit calls have them in base 2, which the hardware's exponential
+takes as it is; float32 ones keep the unit in which backward reads the log-sum-exp, since a change
+of base rounds. A row that sees nothing keeps its maximum at -inf; 0 is subtracted there instead,
+since -inf - (-inf) is NaN. Probabilities are rounded to the activation's dtype for their product
+with V.
 """
 
 import triton
@@ -23,7 +25,6 @@ import triton.language as tl
 from .._triton import keep_mask, member, product
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -135,14 +136,17 @@ def key_range(
 
 
 @triton.jit
-def _update(scores, v, keep, keep_scale, gate, acc, m, total, HAS_DROPOUT: tl.constexpr):
+def _update(
+    scores, v, keep, keep_scale, gate, acc, m, total,
+    UNIT: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+):  # fmt: skip
     """One step of the online softmax: the sum of values, the maximum and the sum of
     probabilities.
     """
     new = tl.maximum(m, tl.max(scores, axis=1))
     zero = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.exp2(scores - zero[:, None])
-    old = tl.exp2(m - zero)
+    p = tl.exp2((scores - zero[:, None]) * (LOG2E / UNIT))
+    old = tl.exp2((m - zero) * (LOG2E / UNIT))
     total = total * old + tl.sum(p, axis=1)
     if HAS_DROPOUT:
         p = kept(p, keep, keep_scale)
@@ -154,8 +158,9 @@ def _update(scores, v, keep, keep_scale, gate, acc, m, total, HAS_DROPOUT: tl.co
 def _attend(
     acc, m, total, q, k_ptr, v_ptr, mask_ptr, bias_ptr, bias_stride, begin, end, first, row,
     k_stride, v_stride, S, N, length, scale, seed_low, seed_high, threshold, keep_scale,
-    P: tl.constexpr, E: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    CHECK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    P: tl.constexpr, E: tl.constexpr, UNIT: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, CHECK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Streams the keys begin ... end; row is the number of the first query in [B, H, S]."""
     i = first + tl.arange(0, BLOCK_S)
@@ -166,7 +171,7 @@ def _attend(
         dots = product(q, tl.trans(k), tl.zeros([BLOCK_S, BLOCK_N], tl.float32))
         scores = own_scores(
             dots, i[:, None], j[None, :], mask_ptr, bias_ptr, bias_stride, S, N, length, scale,
-            IS_CAUSAL, CHECK, LOG2E,
+            IS_CAUSAL, CHECK, UNIT,
         )  # fmt: skip
         keep = True
         if HAS_DROPOUT:
@@ -174,7 +179,7 @@ def _attend(
                 row + tl.arange(0, BLOCK_S), P + start, seed_low, seed_high, threshold, P + N,
                 BLOCK_N,
             )  # fmt: skip
-        acc, m, total = _update(scores, v, keep, keep_scale, 1.0, acc, m, total, HAS_DROPOUT)
+        acc, m, total = _update(scores, v, keep, keep_scale, 1.0, acc, m, total, UNIT, HAS_DROPOUT)
     return acc, m, total
 
 
@@ -189,7 +194,7 @@ def _prefix_attention_fwd_kernel(
     S, N, tiles, scale, seed_low, seed_high, threshold, keep_scale,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, P: tl.constexpr, BEGINS: tl.constexpr,
     LENGTHS: tl.constexpr, GATE_PER_HEAD: tl.constexpr, IS_CAUSAL: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, SHIFT: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, SHIFT: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_S queries of one head: out and the log-sum-exp. The last queries, which see most, come
@@ -226,26 +231,29 @@ def _prefix_attention_fwd_kernel(
                 G, E, BEGINS, LENGTHS, BLOCK_P, BLOCK_E,
             )  # fmt: skip
             scores = product(q, tl.trans(k), tl.zeros([BLOCK_S, BLOCK_P], tl.float32))
-            scores = tl.where((cols < P)[None, :], scores * (gate * scale * LOG2E), float("-inf"))
+            scores = scores * (gate * scale * UNIT)
+            scores = tl.where((cols < P)[None, :], scores, float("-inf"))
             keep = True
             if HAS_DROPOUT:
                 keep = keep_mask(
                     row + tl.arange(0, BLOCK_S), start, seed_low, seed_high, threshold, P + N,
                     BLOCK_P,
                 )  # fmt: skip
-            acc, m, total = _update(scores, v, keep, keep_scale, gate, acc, m, total, HAS_DROPOUT)
+            acc, m, total = _update(
+                scores, v, keep, keep_scale, gate, acc, m, total, UNIT, HAS_DROPOUT
+            )
 
     length = seen_length(lengths_ptr, b, N)
     begin, clean, end = key_range(first, length, S, N, IS_CAUSAL, SHIFT, BLOCK_S, BLOCK_N)
     acc, m, total = _attend(
         acc, m, total, q, k_ptr, v_ptr, mask_ptr, bias_ptr, bias_stride_s, begin, clean, first, row,
         k_stride_n, v_stride_n, S, N, length, scale, seed_low, seed_high, threshold, keep_scale,
-        P, E, IS_CAUSAL, HAS_DROPOUT, False, BLOCK_S, BLOCK_N, BLOCK_E,
+        P, E, UNIT, IS_CAUSAL, HAS_DROPOUT, False, BLOCK_S, BLOCK_N, BLOCK_E,
     )  # fmt: skip
     acc, m, total = _attend(
         acc, m, total, q, k_ptr, v_ptr, mask_ptr, bias_ptr, bias_stride_s, clean, end, first, row,
         k_stride_n, v_stride_n, S, N, length, scale, seed_low, seed_high, threshold, keep_scale,
-        P, E, IS_CAUSAL, HAS_DROPOUT, True, BLOCK_S, BLOCK_N, BLOCK_E,
+        P, E, UNIT, IS_CAUSAL, HAS_DROPOUT, True, BLOCK_S, BLOCK_N, BLOCK_E,
     )  # fmt: skip
 
     rows, e = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_E)
@@ -253,7 +261,8 @@ def _prefix_attention_fwd_kernel(
     sees_nothing = total == 0.0
     total = tl.where(sees_nothing, 1.0, total)
     out = acc / total[:, None]
-    lse = tl.where(sees_nothing, float("-inf"), (m + tl.log2(total)) * LN2)
+    lse = m / UNIT + tl.log(total)
+    lse = tl.where(sees_nothing, float("-inf"), lse)
     at = out_ptr + row * E + rows[:, None] * E + e[None, :]
     out_ok = row_ok[:, None] & (e < E)[None, :]
     tl.store(at, out.to(out_ptr.dtype.element_ty), mask=out_ok)

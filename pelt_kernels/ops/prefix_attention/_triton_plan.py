@@ -6,6 +6,7 @@ Nothing here reads a tensor, and importing it imports no Triton.
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -15,25 +16,22 @@ from .._contract import Call, Value
 from .._philox import threshold
 from .._triton_host import Config, power_of_two, signed
 
-MAX_HEAD = 256
-# For each kernel and each padded head size up to the number: 16-bit and float32 activations.
-# ``block_t`` are queries, ``block_d`` keys. Not timed: chosen for the largest tiles whose
-# accumulators stay in registers and whose operands fit in 64 KiB of shared memory, which every GPU
-# has that Triton serves.
+MAX_HEAD = 128
+# For each kernel and each padded head size up to the number: 16-bit activations, those with a bias
+# or dropout, whose tiles take registers too, and float32. ``block_t`` are queries, ``block_d``
+# keys. Not timed: chosen for the largest tiles whose accumulators ptxas keeps in registers on sm_90
+# and whose operands fit in the shared memory of an A100, or in the 64 KiB of an AMD GPU.
 _FORWARD = {
-    64: (Config(128, 64, 4, 3), Config(32, 32, 4, 1)),
-    128: (Config(64, 64, 4, 2), Config(32, 16, 4, 1)),
-    256: (Config(32, 32, 4, 1), Config(16, 16, 4, 1)),
+    64: (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(32, 32, 8, 1)),
+    128: (Config(128, 64, 8, 2), Config(64, 32, 4, 2), Config(16, 16, 8, 1)),
 }
 _ROWS = {
-    64: (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
-    128: (Config(64, 32, 4, 2), Config(32, 16, 4, 1)),
-    256: (Config(32, 32, 4, 1), Config(16, 16, 8, 1)),
+    64: (Config(64, 64, 4, 2), Config(64, 64, 4, 1), Config(32, 32, 8, 1)),
+    128: (Config(64, 32, 4, 2), Config(64, 32, 8, 1), Config(16, 16, 8, 1)),
 }
 _COLUMNS = {
-    64: (Config(64, 64, 4, 2), Config(32, 32, 8, 1)),
-    128: (Config(32, 64, 8, 1), Config(16, 16, 8, 1)),
-    256: (Config(32, 32, 8, 1), Config(16, 16, 16, 1)),
+    64: (Config(64, 64, 4, 2), Config(32, 64, 4, 2), Config(32, 32, 8, 1)),
+    128: (Config(32, 64, 8, 2), Config(32, 32, 4, 1), Config(16, 16, 8, 1)),
 }
 _DEFAULTS = {
     "forward": _FORWARD,
@@ -42,7 +40,9 @@ _DEFAULTS = {
     "dkv": _COLUMNS,
     "prefix": _COLUMNS,
 }
-_MOST_PREFIX_ROWS = 64  # of a tile: prefixes are short, and a tile's padding is computed too
+# Of a tile: prefixes are short, and a tile's padding is computed too. Products of float32 take
+# ordinary registers for their operands.
+_MOST_PREFIX_ROWS, _MOST_WIDE_PREFIX_ROWS = 64, 16
 
 
 class Segment(NamedTuple):
@@ -90,21 +90,37 @@ class Plan:
             "LENGTHS": lengths,
             "BLOCK_P": self.block_p(self.columns),
         }
+        self.forward = {
+            **self.rows,
+            "UNIT": 1.0 if call.dtype == torch.float32 else math.log2(math.e),
+        }
         self.configs = {kernel: self._config(kernel) for kernel in _DEFAULTS}
 
     def block_p(self, columns: int) -> int:
-        return min(_MOST_PREFIX_ROWS, max(16, power_of_two(max(1, columns))))
+        is_wide = self.call.dtype == torch.float32 and self.call.device.type != "cpu"
+        most = _MOST_WIDE_PREFIX_ROWS if is_wide else _MOST_PREFIX_ROWS
+        return min(most, max(16, power_of_two(max(1, columns))))
 
     def _config(self, kernel: str) -> Config:
-        """The default tile; smaller where that many queries or keys are not there."""
-        is_wide = self.call.dtype == torch.float32
-        config = next(c[is_wide] for limit, c in _DEFAULTS[kernel].items() if self.block_e <= limit)
-        if self.call.device.type == "cpu":  # the interpreter pays for each program and operation
-            return config._replace(block_t=64, block_d=64)
+        """The default tile; smaller where that many queries or keys are not there, or where tiles
+        of queries are too few for the processors.
+        """
+        call = self.call
+        if call.device.type == "cpu":  # the interpreter pays for each program and operation
+            return Config(64, 64, 4, 1)
+        has_more = self.has_dropout or "bias" in call.given
+        column = 2 if call.dtype == torch.float32 else int(has_more)
+        config = next(c[column] for limit, c in _DEFAULTS[kernel].items() if self.block_e <= limit)
         queries, keys = (max(16, power_of_two(max(1, n))) for n in (self.s, self.n))
-        return config._replace(
+        config = config._replace(
             block_t=min(config.block_t, queries), block_d=min(config.block_d, keys)
         )
+        programs = self.b * self.h * self.query_tiles(config)
+        if config.block_t == 128 and programs < 2 * _triton_host.processors(call.device):
+            config = config._replace(block_t=64)
+        if kernel == "forward" and config.block_t <= 64 and column < 2:
+            config = config._replace(warps=4)
+        return config
 
     def query_tiles(self, config: Config) -> int:
         return -(-self.s // config.block_t)

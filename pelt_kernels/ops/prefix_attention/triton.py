@@ -51,7 +51,7 @@ def forward(call: Call, seed: int, **inputs: Value) -> tuple[Tensor, Tensor]:
         tiles = plan.query_tiles(config)
         _kernels("fwd")._prefix_attention_fwd_kernel[(plan.b * plan.h * tiles,)](
             *given.rows, out, lse, *given.strides, plan.s, plan.n, tiles,
-            *_numbers(plan, seed), **plan.rows, **plan.options(config),
+            *_numbers(plan, seed), **plan.forward, **plan.options(config),
         )  # fmt: skip
 
     with _native.on(call.device):
