@@ -5,8 +5,8 @@ contradict.
 
 Per shape, the bytes that the CUDA kernels move by their design, and the products, over what an H200
 was seen to do: 4.3 TB/s in a copy, 790 TFLOP/s in a bf16 product. `mma.sync` is taken to reach 60 %
-of the latter and cuBLAS 90 %, a memory-bound kernel 85 % of the former, a launch to cost 3 us. With ``--module``,
-also what each kernel's machine code holds, counted by cuobjdump.
+of the latter and cuBLAS 90 %, a memory-bound kernel 85 % of the former, a launch to cost 3 us.
+With ``--module``, also what each kernel's machine code holds, counted by cuobjdump.
 """
 
 from __future__ import annotations
