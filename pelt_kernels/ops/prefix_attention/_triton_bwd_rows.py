@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .._triton import keep_mask, product
 from ._triton_fwd import (
-    LOG2E,
+    exponential,
     head_gate,
     kept,
     key_range,
@@ -37,11 +37,11 @@ def row_lse(lse_ptr, rows, row_ok):
 
 
 @triton.jit
-def probability(scores, lse):
+def probability(scores, lse, like):
     """exp(scores - lse). The difference comes before the change of base: an error of lse in base 2
     would be the same for a whole row, and no sum over the row would lose it.
     """
-    return tl.exp2((scores - lse) * LOG2E)
+    return exponential(scores - lse, like)
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _dq_tiles(
             dots, i[:, None], j[None, :], mask_ptr, bias_ptr, bias_stride, S, N, length, scale,
             IS_CAUSAL, CHECK, 1.0,
         )  # fmt: skip
-        p = probability(scores, lse[:, None])
+        p = probability(scores, lse[:, None], q)
         dp = product(dout, tl.trans(v), tl.zeros([BLOCK_S, BLOCK_N], tl.float32))
         if HAS_DROPOUT:
             keep = keep_mask(
@@ -130,7 +130,7 @@ def _prefix_attention_bwd_dq_kernel(
                 )  # fmt: skip
                 zeros = tl.zeros([BLOCK_S, BLOCK_P], tl.float32)
                 raw = product(q, tl.trans(k), zeros) * scale
-                p = probability(raw * gate, lse[:, None])
+                p = probability(raw * gate, lse[:, None], q)
                 p = tl.where((cols < P)[None, :], p, 0.0)
                 raw_dp = product(dout, tl.trans(v), zeros)
                 dropped, dp = p, raw_dp * gate
@@ -219,7 +219,7 @@ def _prefix_attention_bwd_bias_kernel(
             seen_length(lengths_ptr, b, N), scale, IS_CAUSAL, True, 1.0,
         )  # fmt: skip
         lse = row_lse(lse_ptr + row, tl.arange(0, BLOCK_S), row_ok)
-        p = probability(scores, lse[:, None])
+        p = probability(scores, lse[:, None], q)
         dp = product(dout, tl.trans(v), zeros)
         if HAS_DROPOUT:
             keep = keep_mask(

@@ -28,6 +28,23 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def exponential(x, like):
+    """exp(x), or for 16-bit activations ``like`` just the hardware's exp2 of a rounded product.
+
+    That product's rounding grows with x, which float32 results would show: there n ln 2 is taken
+    off first, in two parts of which the larger has few enough bits to be exact.
+    """
+    if like.dtype == tl.float32:
+        x = tl.where(x < -150.0, -150.0, x)  # 0 all the same, and -inf would give NaN
+        n = tl.floor(x * LOG2E + 0.5)
+        rest = (x - n * 0.693359375) + n * 2.12194440e-4
+        found = tl.exp2(n) * tl.exp2(rest * LOG2E)
+    else:
+        found = tl.exp2(x * LOG2E)
+    return found
+
+
+@triton.jit
 def row_tile(
     ptr, start, stride, limit,
     E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr, CHECK: tl.constexpr,
@@ -145,8 +162,10 @@ def _update(
     """
     new = tl.maximum(m, tl.max(scores, axis=1))
     zero = tl.where(new == float("-inf"), 0.0, new)
-    p = tl.exp2((scores - zero[:, None]) * (LOG2E / UNIT))
-    old = tl.exp2((m - zero) * (LOG2E / UNIT))
+    if UNIT == 1.0:
+        p, old = exponential(scores - zero[:, None], v), exponential(m - zero, v)
+    else:
+        p, old = tl.exp2(scores - zero[:, None]), tl.exp2(m - zero)
     total = total * old + tl.sum(p, axis=1)
     if HAS_DROPOUT:
         p = kept(p, keep, keep_scale)
