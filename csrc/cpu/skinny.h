@@ -159,13 +159,14 @@ inline Vector sums_of(Vector (&vectors)[kWidth]) {
 
 // A block of multiply_dots: sums in vectors along the depth.
 template <int kRows, int kColumns, class T>
-inline __attribute__((always_inline)) void multiply_dots_block(const T* x, int64_t x_stride,
-                                                               const float* w, int64_t w_stride,
-                                                               int64_t depth, float* c,
-                                                               int64_t c_stride, bool accumulate) {
+__attribute__((noinline)) inline void multiply_dots_block(const T* x, int64_t x_stride,
+                                                          const float* w, int64_t w_stride,
+                                                          int64_t depth, float* c, int64_t c_stride,
+                                                          bool accumulate) {
   constexpr int kSums = kRows * kColumns, kGroups = (kSums + kWidth - 1) / kWidth;
   Vector sums[kGroups * kWidth];
-  for (Vector& sum : sums) sum = Vector{};
+#pragma GCC unroll 32
+  for (int i = 0; i < kGroups * kWidth; ++i) sums[i] = Vector{};
   for_vectors(depth, [&](int64_t k, auto part) {
     Vector left[kRows];
 #pragma GCC unroll 8
@@ -178,12 +179,16 @@ inline __attribute__((always_inline)) void multiply_dots_block(const T* x, int64
     }
   });
   float totals[kGroups * kWidth];
+#pragma GCC unroll 8
   for (int g = 0; g < kGroups; ++g) {
     Vector group[kWidth];
+#pragma GCC unroll 16
     for (int i = 0; i < kWidth; ++i) group[i] = sums[g * kWidth + i];
     store(totals + g * kWidth, sums_of(group));
   }
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
     for (int j = 0; j < kColumns; ++j) {
       float& to = c[r * c_stride + j];
       to = accumulate ? to + totals[r * kColumns + j] : totals[r * kColumns + j];
@@ -199,17 +204,37 @@ __attribute__((noinline)) inline void multiply_dots(int64_t rows, int64_t column
                                                     int64_t c_stride, bool accumulate) {
   constexpr int kRows = kMostSums / kDotColumns;
   const int64_t blocks = (columns + kDotColumns - 1) / kDotColumns;
-  for (int64_t row = 0; row < rows; row += kRows) {
-    with_count<kRows>(std::min<int64_t>(kRows, rows - row), [&](auto height) {
-      for (int64_t i = 0; i < blocks; ++i) {
-        const int64_t column = columns * i / blocks;
-        with_count<kDotColumns>(columns * (i + 1) / blocks - column, [&](auto width) {
-          multiply_dots_block<decltype(height)::value, decltype(width)::value>(
-              x + row * x_stride, x_stride, w.data + column * w.stride, w.stride, depth,
-              c + row * c_stride + column, c_stride, accumulate);
-        });
-      }
+  const int64_t narrow = columns / blocks, wide_blocks = columns % blocks;  // one wider than narrow
+  using Block = void (*)(const T*, int64_t, const float*, int64_t, int64_t, float*, int64_t, bool);
+  Block of[2][2] = {};  // whole and last rows, narrow and wide
+  auto choose = [](int64_t height, int64_t width, Block& block) {
+    with_count<kRows>(height, [&](auto r) {
+      with_count<kDotColumns>(width, [&](auto j) {
+        block = multiply_dots_block<decltype(r)::value, decltype(j)::value, T>;
+      });
     });
+  };
+  const int64_t last = rows % kRows == 0 ? kRows : rows % kRows;
+  for (int is_last = 0; is_last < 2; ++is_last) {
+    choose(is_last ? last : kRows, narrow, of[is_last][0]);
+    if (wide_blocks > 0) choose(is_last ? last : kRows, narrow + 1, of[is_last][1]);
+  }
+  auto run = [&](int64_t row, int64_t block) {
+    const int64_t column = narrow * block + std::min(block, wide_blocks);
+    of[row + kRows > rows][block < wide_blocks](x + row * x_stride, x_stride,
+                                                w.data + column * w.stride, w.stride, depth,
+                                                c + row * c_stride + column, c_stride, accumulate);
+  };
+  // What is passed by again and again is what fits in the first cache.
+  constexpr int64_t kFewBlocks = 4;
+  if (blocks <= kFewBlocks) {
+    for (int64_t row = 0; row < rows; row += kRows) {
+      for (int64_t block = 0; block < blocks; ++block) run(row, block);
+    }
+  } else {
+    for (int64_t block = 0; block < blocks; ++block) {
+      for (int64_t row = 0; row < rows; row += kRows) run(row, block);
+    }
   }
 }
 

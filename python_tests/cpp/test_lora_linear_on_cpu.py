@@ -72,13 +72,13 @@ def agrees(monkeypatch):
     parity.expected.cache_clear()
 
 
-def _call(dtype=torch.float32, branches=1):
-    x, a, b = torch.zeros(1, 3, 16), torch.zeros(4, 16), torch.zeros(16, 4)
+def _call(dtype=torch.float32, branches=1, rows=3, rank=4, width=16):
+    x, a, b = torch.zeros(1, rows, width), torch.zeros(rank, width), torch.zeros(16, rank)
     values = dict.fromkeys(CONTRACT.input_names)
     for row in CONTRACT.input_rows:
         if row.is_list:
             values[row.name] = [] if row.name.startswith("extra") else [None] * branches
-    values.update(x=x.to(dtype), weight=torch.zeros(16, 16, dtype=dtype))
+    values.update(x=x.to(dtype), weight=torch.zeros(16, width, dtype=dtype))
     values.update(a=[a.to(dtype)] * branches, b=[b.to(dtype)] * branches)
     case = _case("call", {}, "", [1.0] * branches)
     return CONTRACT.bind(list(values.values()), make_attributes(CONTRACT, case))
@@ -91,6 +91,10 @@ def test_every_refusal_is_a_sentence(monkeypatch):
     assert cpu.supports(_call(branches=17)) == (
         "it takes at most 16 branches and 32 learned gates, and there are 17 and 0"
     )
+    assert cpu.supports(_call(rows=2, rank=64, width=2048)) == (
+        "for 2 rows it would mostly copy factors of ΣR x Din = 131072 numbers"
+    )
+    assert cpu.supports(_call(rows=3, rank=64, width=2048)) == ""
     monkeypatch.setattr(native, "library", lambda name: SimpleNamespace())
     assert cpu.supports(_call()).startswith("the compiled module is older than this kernel")
 

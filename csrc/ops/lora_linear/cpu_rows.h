@@ -17,8 +17,6 @@ namespace {
 
 using namespace pelt::cpu;
 
-constexpr int64_t kTileRows = 24;  // a multiple of the rows of a block of sums
-
 inline int64_t rows_of(const CpuCall& call) { return call.B * call.S; }
 inline bool has_dropout(const CpuCall& call) { return call.dropout_threshold != 0; }
 
@@ -259,22 +257,25 @@ struct Tile {
 };
 
 // Rows in tiles, which cross from one sentence to the next unless each has its own factors. The cut
-// does not depend on the threads.
+// does not depend on the threads. A few rows of x stay in the first cache; where the factors are
+// too large for the second one, more rows share each pass over them.
 struct Tiles {
+  int64_t tile_rows = 24;  // a multiple of the rows of a block of sums
   int64_t groups = 1, group_rows = 0, per_group = 0;
 
   explicit Tiles(const CpuCall& call) {
+    if (rank_sum(call) >= 32) tile_rows = 48;
     for (int i = 0; i < call.branches; ++i) {
       const CpuBranch& branch = call.branch[i];
       if (branch.has_a_index_per_sample || branch.has_b_index_per_sample) groups = call.B;
     }
     group_rows = rows_of(call) / groups;
-    per_group = (group_rows + kTileRows - 1) / kTileRows;
+    per_group = (group_rows + tile_rows - 1) / tile_rows;
   }
   int64_t count() const { return groups * per_group; }
   Tile at(int64_t i) const {
-    const int64_t group = i / per_group, begin = i % per_group * kTileRows;
-    return {group * group_rows + begin, std::min(kTileRows, group_rows - begin), group};
+    const int64_t group = i / per_group, begin = i % per_group * tile_rows;
+    return {group * group_rows + begin, std::min(tile_rows, group_rows - begin), group};
   }
 };
 

@@ -84,9 +84,9 @@ struct Backward {
     d_all = arena.take(rows * columns.stride + kWidth);
     // A stretch of x or dy, dropout's factors and what they multiply, a branch's f s, and its raw
     // for all rows of a chunk.
-    const int64_t chunk_rows = ((tiles.count() + chunks - 1) / chunks) * kTileRows;
+    const int64_t chunk_rows = ((tiles.count() + chunks - 1) / chunks) * tiles.tile_rows;
     const int64_t stretches = has_dropout(call) ? 3 : 1;
-    scratch_floats = kTileRows * (stretches * kStretchStride + most) + chunk_rows * most;
+    scratch_floats = tiles.tile_rows * (stretches * kStretchStride + most) + chunk_rows * most;
     scratch_floats = round_up(scratch_floats, 16);
     scratch = arena.take(scratch_floats * call.threads);
     return round_up(arena.used, 64);
@@ -129,25 +129,27 @@ struct Backward {
     int64_t first_of_s = 0;
     for (int k = 0; k < i; ++k) first_of_s += call.branch[k].R;
     float* dy = memory;
-    float* scaled = dy + kTileRows * kStretchStride;  // [tile, R]: f s
-    float* raw = scaled + kTileRows * distance;       // [chunk, R]
+    float* scaled = dy + tiles.tile_rows * kStretchStride;  // [tile, R]: f s
+    float* raw = scaled + tiles.tile_rows * distance;       // [chunk, R]
     float* sums = up_sums[i] + chunk * bank.slots * up_floats(branch);
     const bool wants_sums = branch.b.grad != nullptr;
     if (bank.slots > 1) std::fill(sums, sums + bank.slots * up_floats(branch), 0.0f);
-    for (int64_t begin = 0; begin < branch.size; begin += kStretch) {
-      const int64_t count = std::min(kStretch, branch.size - begin);
+    for (int64_t begin = 0; begin < branch.size; begin += kDotStretch) {
+      const int64_t end = std::min(begin + kDotStretch, branch.size);
       for_tiles(chunk, [&](const Tile& tile, bool is_first) {
-        const int64_t column = branch.offset + begin;
-        const T* rows = static_cast<const T*>(call.dy) + tile.row * call.Dout + column;
-        multiply_dots(tile.rows, branch.R, count, rows, call.Dout,
+        const T* rows = static_cast<const T*>(call.dy) + tile.row * call.Dout + branch.offset;
+        multiply_dots(tile.rows, branch.R, end - begin, rows + begin, call.Dout,
                       {weights.up_of(branch, i, tile.sentence) + begin, stride},
                       raw + (tile.row - first_row) * distance, distance, begin > 0);
         if (!wants_sums) return;
         read_scaled<T>(call, branch, tile, first_of_s, ranks, scaled, distance);
-        float* to = sums + bank.slot_of(tile.sentence) * up_floats(branch) + begin;
-        multiply_to(branch.R, count, tile.rows, {scaled, 1, distance},
-                    stretch_of<T>(call.dy, call.Dout, tile, column, count, dy), to, stride,
-                    !is_first || bank.slots > 1);
+        float* to = sums + bank.slot_of(tile.sentence) * up_floats(branch);
+        for (int64_t column = begin; column < end; column += kStretch) {
+          const int64_t count = std::min(kStretch, end - column);
+          multiply_to(branch.R, count, tile.rows, {scaled, 1, distance},
+                      stretch_of<T>(call.dy, call.Dout, tile, branch.offset + column, count, dy),
+                      to + column, stride, !is_first || bank.slots > 1);
+        }
       });
     }
     for_tiles(chunk, [&](const Tile& tile, bool) {
@@ -267,8 +269,8 @@ struct Backward {
       if (group.slots > 1) std::fill(sums, sums + group.slots * down_floats(group), 0.0f);
     }
     float* x = memory;
-    float* dropout = x + kTileRows * kStretchStride;
-    float* through = dropout + kTileRows * kStretchStride;  // ds A before dropout
+    float* dropout = x + tiles.tile_rows * kStretchStride;
+    float* through = dropout + tiles.tile_rows * kStretchStride;  // ds A before dropout
     for (int64_t begin = 0; begin < call.Din; begin += kStretch) {
       const int64_t count = std::min(kStretch, call.Din - begin);
       for_tiles(chunk, [&](const Tile& tile, bool is_first) {

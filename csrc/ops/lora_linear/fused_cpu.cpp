@@ -3,7 +3,7 @@
 //   s = dropout(x) A^T,  logit = x . w + b       for all branches and gates, one pass over x
 //   y[:, columns_i] += scale_i g_i s_i B_i^T     in place, one pass over y
 //
-// Rows are cut into tiles of kTileRows. A tile's x is read once, a few rows at a time, and
+// Rows are cut into tiles. A tile's x is read once, a few rows at a time, and
 // multiplied by all the rows [A_0; A_1; ...; w_0; ...]; only dropout needs it in memory again, in
 // stretches of columns that stay in the first cache. Then the tile's part of y is read, added to
 // and written once for each branch.
@@ -36,7 +36,7 @@ struct Forward {
     gates = arena.take(call.gates * rows_of(call));
     // A stretch of x (or a branch's scaled s, which is no wider), dropout's factors, all columns.
     const int64_t stretches = has_dropout(call) ? 2 : 1;
-    scratch_floats = round_up(kTileRows * (stretches * kStretchStride + columns.stride), 16);
+    scratch_floats = round_up(tiles.tile_rows * (stretches * kStretchStride + columns.stride), 16);
     scratch = arena.take(scratch_floats * call.threads);
     return round_up(arena.used, 64);
   }
@@ -73,8 +73,8 @@ struct Forward {
   template <class T>
   void project_down(const Tile& tile, float* memory) {
     float* x = memory;
-    float* dropout = x + kTileRows * kStretchStride;
-    float* all = memory + (has_dropout(call) ? 2 : 1) * kTileRows * kStretchStride;
+    float* dropout = x + tiles.tile_rows * kStretchStride;
+    float* all = memory + (has_dropout(call) ? 2 : 1) * tiles.tile_rows * kStretchStride;
     const T* rows = static_cast<const T*>(call.x) + tile.row * call.Din;
     for (int64_t begin = 0; begin < call.Din; begin += kDotStretch) {
       const int64_t count = std::min(kDotStretch, call.Din - begin);
