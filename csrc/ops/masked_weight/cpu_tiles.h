@@ -22,11 +22,11 @@ constexpr int64_t kColumns = 256;  // of a tile: its buffers stay in the first-l
 // Cuts consecutive arrays out of one piece of memory; from address 0 it only measures.
 class Arena {
  public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  explicit Arena(void* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
 
   template <class Element>
   Element* take(int64_t count) {
-    char* here = base_ + bytes_;
+    const uintptr_t here = base_ + static_cast<uintptr_t>(bytes_);
     bytes_ += round_up(count * static_cast<int64_t>(sizeof(Element)), 64);
     return reinterpret_cast<Element*>(here);
   }
@@ -34,7 +34,7 @@ class Arena {
   int64_t bytes() const { return bytes_; }
 
  private:
-  char* base_;
+  uintptr_t base_;
   int64_t bytes_ = 0;
 };
 
