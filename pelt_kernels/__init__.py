@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         AdaMixConfig,
         BitFitConfig,
         BottleneckAdapterConfig,
+        CompositeConfig,
         FullConfig,
         HeadConfig,
         LoraConfig,
@@ -47,9 +48,9 @@ _LAYERS = {
         "masked_weight", "prefix_attention", "symmetric_kl", "use_backend",
     ),
     "methods": (
-        "METHODS", "AdaMixConfig", "BitFitConfig", "BottleneckAdapterConfig", "FullConfig",
-        "HeadConfig", "LoraConfig", "PSTConfig", "PrefixTuningConfig", "UniPELTConfig",
-        "config_from_dict", "make_config",
+        "METHODS", "AdaMixConfig", "BitFitConfig", "BottleneckAdapterConfig", "CompositeConfig",
+        "FullConfig", "HeadConfig", "LoraConfig", "PSTConfig", "PrefixTuningConfig",
+        "UniPELTConfig", "config_from_dict", "make_config",
     ),
     "models": ("PeltModel", "get_pelt_model"),
 }  # fmt: skip
@@ -60,6 +61,7 @@ __all__ = [
     "AdaMixConfig",
     "BitFitConfig",
     "BottleneckAdapterConfig",
+    "CompositeConfig",
     "FullConfig",
     "HeadConfig",
     "LearnedGate",

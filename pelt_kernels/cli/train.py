@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..training import TrainConfig
 
 RUNS = Path("runs")
-_METHODS = "unipelt, unipelt-ap, adapter, prefix, lora, adamix, pst, bitfit, head or full"
+_METHODS = "unipelt, unipelt-ap, adapter, prefix, lora, adamix, pst, bitfit, mam, head or full"
 
 
 def train(

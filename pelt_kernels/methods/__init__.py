@@ -1,10 +1,11 @@
 """Methods as data: one immutable config for each, checked when made."""
 
-from ._config import MethodConfig, Parts
+from ._config import MethodConfig, Parts, with_part_changes
 from .adamix import AdaMixConfig
 from .adapter import BottleneckAdapterConfig
 from .baselines import FullConfig, HeadConfig
 from .bitfit import BitFitConfig
+from .composite import CompositeConfig
 from .lora import LoraConfig
 from .prefix import PrefixTuningConfig
 from .pst import PSTConfig
@@ -17,6 +18,7 @@ __all__ = [
     "AdaMixConfig",
     "BitFitConfig",
     "BottleneckAdapterConfig",
+    "CompositeConfig",
     "FullConfig",
     "HeadConfig",
     "LoraConfig",
@@ -27,4 +29,5 @@ __all__ = [
     "UniPELTConfig",
     "config_from_dict",
     "make_config",
+    "with_part_changes",
 ]

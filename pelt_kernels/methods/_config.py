@@ -93,6 +93,17 @@ def with_changes(config: Config, **changes: Any) -> Config:
     return replace(config, **changed) if changed else config
 
 
+def with_part_changes(config: Config, kind: type[MethodConfig], **changes: Any) -> Config:
+    """The config with changed fields where it is of a kind, or in its part of that kind."""
+    if isinstance(config, kind):
+        return replace(config, **changes)
+    for field in fields(config):
+        part = getattr(config, field.name)
+        if isinstance(part, kind):
+            return replace(config, **{field.name: replace(part, **changes)})
+    return config
+
+
 def check_int(config: MethodConfig, name: str, at_least: int, optional: bool = False) -> None:
     """Raises ValueError unless the field is an int >= at_least (or None where that is allowed)."""
     value = getattr(config, name)

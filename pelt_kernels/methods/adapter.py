@@ -1,4 +1,6 @@
-"""The bottleneck adapter after the FFN (Houlsby et al. 2019, where Pfeiffer et al. 2021 put it)."""
+"""The bottleneck adapter after the FFN (Houlsby et al. 2019, where Pfeiffer et al. 2021 put it) or
+beside it (He et al. 2022).
+"""
 
 from __future__ import annotations
 
@@ -6,21 +8,34 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ..ops.gated_adapter.contract import ACTIVATIONS
-from ._config import MethodConfig, Parts, check_choice, check_dropout, check_gate, check_int
+from ._config import (
+    MethodConfig,
+    Parts,
+    check_choice,
+    check_dropout,
+    check_gate,
+    check_int,
+    check_number,
+)
 
 if TYPE_CHECKING:
     from .adamix import AdaMixConfig
 
+PLACEMENTS = ("sequential", "parallel")
+STARTS = ("normal", "lora")
+
 
 @dataclass(frozen=True, kw_only=True)
 class BottleneckAdapterConfig(MethodConfig):
-    """One adapter per layer, between the FFN and its residual, passing twice through the layer's
-    frozen LayerNorm:
+    """One adapter ``u(x) = W_up φ(W_down x + b_d) + b_u`` per layer. ``sequential``: between the
+    FFN and its residual, passing twice through the layer's frozen LayerNorm; ``parallel``: beside
+    the FFN, reading what it reads:
 
-        z = LN(f + a),    out = LN( g · (W_up φ(W_down z + b_d) + b_u) + f + a )
+        z = LN(f + a),    out = LN( s · g · u(z) + f + a )        sequential
+                          out = LN( s · g · u(a) + f + a )        parallel
 
-    with f the FFN's output and a the attention block's. The bottleneck is R = D //
-    reduction_factor.
+    with f the FFN's output and a the attention block's, which is the FFN's input. The bottleneck is
+    R = D // reduction_factor.
 
     Attributes:
         reduction_factor: D / R, rounded down.
@@ -28,6 +43,10 @@ class BottleneckAdapterConfig(MethodConfig):
         activation: φ: relu, gelu (erf), gelu_tanh (what UniPELT's fork calls gelu), silu, tanh,
             identity.
         dropout: on the adapter's output.
+        placement: sequential or parallel.
+        scale: s; the paper of the parallel adapter uses 4.
+        start: ``normal``, both projections N(0, 0.02); ``lora``, W_down as U(±1 / sqrt(D)) and W_up
+            as 0, so that the model starts as the base model.
         gated: whether g is learned; None: as the method says (alone: no gate, inside UniPELT: a
             gate).
         gate_pooling: ``masked_mean`` (a prediction does not depend on padding) or ``mean`` (the
@@ -43,6 +62,9 @@ class BottleneckAdapterConfig(MethodConfig):
     bottleneck: int | None = None
     activation: str = "relu"
     dropout: float = 0.0
+    placement: str = "sequential"
+    scale: float = 1.0
+    start: str = "normal"
     gated: bool | None = None
     gate_pooling: str = "masked_mean"
 
@@ -51,6 +73,9 @@ class BottleneckAdapterConfig(MethodConfig):
         check_int(self, "bottleneck", 1, optional=True)
         check_choice(self, "activation", tuple(ACTIVATIONS))
         check_dropout(self, "dropout")
+        check_choice(self, "placement", PLACEMENTS)
+        check_number(self, "scale")
+        check_choice(self, "start", STARTS)
         check_gate(self)
 
     @property

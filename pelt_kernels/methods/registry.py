@@ -10,6 +10,7 @@ from .adamix import AdaMixConfig
 from .adapter import BottleneckAdapterConfig
 from .baselines import FullConfig, HeadConfig
 from .bitfit import BitFitConfig
+from .composite import CompositeConfig
 from .lora import LoraConfig
 from .prefix import PrefixTuningConfig
 from .pst import PSTConfig
@@ -25,12 +26,17 @@ METHODS: dict[str, type[MethodConfig]] = {
         AdaMixConfig,
         PSTConfig,
         BitFitConfig,
+        CompositeConfig,
         HeadConfig,
         FullConfig,
     )
 }
 
-PRESETS: dict[str, Callable[..., MethodConfig]] = {**METHODS, "unipelt-ap": UniPELTConfig.ap}
+PRESETS: dict[str, Callable[..., MethodConfig]] = {
+    **METHODS,
+    "unipelt-ap": UniPELTConfig.ap,
+    "mam": CompositeConfig.mam,
+}
 
 
 def make_config(name: str, **options: Any) -> MethodConfig:

@@ -32,6 +32,7 @@ class InFlight(threading.local):
 
     mask: Tensor | None = None
     prefix_gate: Tensor | None = None
+    ffn_input: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InFlight:
         return InFlight()
@@ -116,6 +117,13 @@ def read_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     check_mask(mask)
     site.in_flight.mask = mask if site.needs_mask else None
     site.in_flight.prefix_gate = None
+
+
+def keep_ffn_input(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Pre-hook of the FFN's first Linear: leaves its input with the layer, for a parallel adapter
+    at the layer's end.
+    """
+    getattr(module, SITE).in_flight.ffn_input = args[0]
 
 
 def forget_mask(module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from ..methods import MethodConfig, PrefixTuningConfig, UniPELTConfig, config_from_dict
+from ..methods import MethodConfig, PrefixTuningConfig, config_from_dict, with_part_changes
 from ..nn import PrefixAttention
 from .pruning import Prunable
 
@@ -204,11 +203,7 @@ def check_base(
 
 def without_reparametrisation(config: MethodConfig) -> MethodConfig:
     """The config of the same method after its prefix was collapsed to plain parameters."""
-    if isinstance(config, PrefixTuningConfig):
-        return replace(config, mid=None)
-    if isinstance(config, UniPELTConfig) and config.prefix is not None:
-        return replace(config, prefix=replace(config.prefix, mid=None))
-    return config
+    return with_part_changes(config, PrefixTuningConfig, mid=None)
 
 
 def write_adapter(
@@ -296,13 +291,23 @@ def read_weights(directory: str | os.PathLike[str], config: MethodConfig) -> dic
         raise ValueError(
             f"from_pretrained: {path} cannot be read, it is damaged or cut short ({error})"
         ) from error
-    if header.get("pelt_kernels") != json.dumps(config.to_dict(), sort_keys=True):
+    if not _is_of(config, header.get("pelt_kernels", "")):
         raise ValueError(
             f"from_pretrained: {CONFIG_FILE} and {WEIGHTS_FILE} in {directory} are not from the "
             "same save; "
             "save the adapter again, or use an earlier checkpoint"
         )
     return tensors
+
+
+def _is_of(config: MethodConfig, header: str) -> bool:
+    """Whether a header names the config. Fields that came later than the file have their defaults
+    in both.
+    """
+    try:
+        return config_from_dict(json.loads(header)) == config
+    except ValueError:
+        return False
 
 
 def copy_weights(

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from ..methods import BottleneckAdapterConfig, LoraConfig, Parts, PrefixTuningConfig
 from ..methods.lora import TARGETS
 from ..nn import GatedAdapter, LoRALinear, PrefixAttention, Router
-from .attention import PELT, SITE, LayerSite, forget_mask, read_mask, register_attention
+from .attention import (
+    PELT,
+    SITE,
+    LayerSite,
+    forget_mask,
+    keep_ffn_input,
+    read_mask,
+    register_attention,
+)
 from .mixture import adapt_with_experts
 from .pruning import prune_linears
 from .replacement import Replacement
@@ -47,26 +55,30 @@ class AdaptedLinear(LoRALinear):
 
 class AdaptedNorm(nn.Module):
     """``out = LN( g·u + s )`` with u the adapter of ``z = LN(s)``: the layer's frozen LayerNorm,
-    used twice.
+    used twice. With ``is_parallel`` u is the adapter of the FFN's input, which `keep_ffn_input`
+    left with the layer.
 
     s [B, S, D] is the FFN's output plus its residual, which is what the LayerNorm it stands for is
     given. weight and bias are the LayerNorm's own parameters under the same names.
     """
 
-    def __init__(self, base: nn.LayerNorm, adapter: GatedAdapter, site: LayerSite) -> None:
+    def __init__(
+        self, base: nn.LayerNorm, adapter: GatedAdapter, site: LayerSite, is_parallel: bool
+    ) -> None:
         super().__init__()
         self.normalized_shape, self.eps = base.normalized_shape, base.eps
         self.weight, self.bias = base.weight, base.bias
         self.adapter = adapter
-        self.site = site
+        self.site, self.is_parallel = site, is_parallel
 
     def forward(self, s: Tensor) -> Tensor:
         """out [B, S, D]."""
         mask = self.site.in_flight.mask
         self.site.in_flight.mask = None
-        z = self._norm(s)
+        read = self.site.in_flight.ffn_input if self.is_parallel else self._norm(s)
+        self.site.in_flight.ffn_input = None
         is_gated = self.adapter.gate is not None
-        y, gate = self.adapter(z, residual=s, mask=mask if is_gated else None, return_gate=True)
+        y, gate = self.adapter(read, residual=s, mask=mask if is_gated else None, return_gate=True)
         if is_gated:
             self.site.record("adapter", gate)
         return self._norm(y)
@@ -98,6 +110,8 @@ class Injection:
         self.replacements: list[Replacement] = []
         self._attentions: list[nn.Module] = []
         self._last_norms: list[nn.Module] = []
+        self._is_parallel = parts.adapter is not None and parts.adapter.placement == "parallel"
+        self._ffn_path = slots.ffn_in
         self._handles: list[Any] = []
         self.router: Router | None = None
         mixture = parts.mixture
@@ -166,15 +180,22 @@ class Injection:
                 activation=adapter.activation,
                 gate_pooling=adapter.gate_pooling if adapter.gated else None,
                 dropout=adapter.dropout,
+                scale=adapter.scale,
+                start=adapter.start,
                 **self.made,
             )
-            yield Replacement(parent, name, original, AdaptedNorm(original, module, site))
+            adapted_norm = AdaptedNorm(original, module, site, self._is_parallel)
+            yield Replacement(parent, name, original, adapted_norm)
 
     def attach(self) -> None:
         """Puts the parts in: modules, the attention function, hooks that read a layer's mask."""
         for place in self.replacements:
             place.adapted.train(place.original.training)
             setattr(place.parent, place.name, place.adapted)
+        if self._is_parallel:
+            for ffn, site in zip(self._ffns(), self.sites, strict=True):
+                setattr(ffn, SITE, site)
+                self._handles.append(ffn.register_forward_pre_hook(keep_ffn_input))
         if self.uses_pelt_attention:
             register_attention()
             self._use_config(self.base_config, self.pelt_config)
@@ -190,8 +211,14 @@ class Injection:
         object.__setattr__(self.embeddings, FIRST_LAYER, self.layers[0])
         self._handles.append(self.embeddings.register_forward_hook(start_gradient))
 
+    def _ffns(self) -> list[nn.Module]:
+        """The first Linear of each layer's FFN, or what stands for it now."""
+        return [layer.get_submodule(self._ffn_path) for layer in self.layers]
+
     def detach(self) -> None:
         """Takes the parts out: the model has its own modules, configuration and attention."""
+        for ffn in self._ffns():
+            ffn.__dict__.pop(SITE, None)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -287,6 +314,11 @@ def _with_pelt_attention(config: Any) -> Any:
 def _check_chunking(model: PreTrainedModel, parts: Parts) -> None:
     """A gate is a mean over a sentence's rows; an FFN that sees slices of it cannot make it."""
     chunk = getattr(model.config, "chunk_size_feed_forward", 0)
+    if chunk and parts.adapter is not None and parts.adapter.placement == "parallel":
+        raise ValueError(
+            "get_pelt_model: expected chunk_size_feed_forward=0 with a parallel adapter (it reads "
+            f"the whole input of the feed-forward network), got {chunk}"
+        )
     in_ffn = parts.adapter is not None and parts.adapter.gated
     in_ffn = in_ffn or (
         parts.lora is not None and parts.lora.gated and any("ffn" in t for t in parts.lora.targets)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..methods import AdaMixConfig, MethodConfig
+from ..methods import AdaMixConfig, MethodConfig, with_part_changes
 from ..nn import Bank, Router
 from .attention import raise_no_weights
 from .checkpoint import Checkpointed, without_reparametrisation
@@ -76,7 +75,7 @@ class PeltModel(Prunable, Checkpointed):
         self.base_model = model
         self.prefix = injection.prefix
         self.router = injection.router
-        self._compares_passes = isinstance(config, AdaMixConfig) and compares_passes(model, config)
+        self._compares_passes = parts.mixture is not None and compares_passes(model, parts.mixture)
         self.method_config = config
         self._head = head
         self._requires_grad = {name: parameter.requires_grad for name, parameter in named.items()}
@@ -133,9 +132,9 @@ class PeltModel(Prunable, Checkpointed):
             if kwargs.get("output_attentions", default):
                 raise_no_weights()
         if self.router is not None and self.training and not self._is_detached:
-            assert isinstance(self.method_config, AdaMixConfig)
-            if labels is not None and self._compares_passes:
-                consistency = self.method_config.consistency
+            mixture = self.method_config.parts.mixture
+            if labels is not None and self._compares_passes and mixture is not None:
+                consistency = mixture.consistency
                 return consistent_forward(self.base_model, self.router, consistency, kwargs)
             self.router.draw()
         return self.base_model(**kwargs)
@@ -260,15 +259,16 @@ class PeltModel(Prunable, Checkpointed):
         Raises:
             ValueError: the method has no experts.
         """
-        if not isinstance(self.method_config, AdaMixConfig):
+        if self.router is None:
             raise ValueError(
-                f"merge_experts: expected the method 'adamix', got {self.method_config.method!r}"
+                "merge_experts: expected the method 'adamix', alone or as a part, got "
+                f"{self.method_config.method!r}"
             )
         self._check_attached("merge_experts")
         for module in self.modules():
             if isinstance(module, Bank):
                 module.merge()
-        self.method_config = replace(self.method_config, experts=1)
+        self.method_config = with_part_changes(self.method_config, AdaMixConfig, experts=1)
         self._compares_passes = False
 
     @contextmanager

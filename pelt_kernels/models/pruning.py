@@ -51,8 +51,9 @@ class Prunable(nn.Module):
         """Tells the method which share of the training is done: PST's sparsity follows it, for
         every forward from here on. A new model stands at 0, a loaded one at 1.
         """
-        if isinstance(self.method_config, PSTConfig):
-            sparsity = self.method_config.sparsity_at(progress)
+        pruning = self.method_config.parts.pruning
+        if pruning is not None:
+            sparsity = pruning.sparsity_at(progress)
             for module in self._pruned("set_progress").values():
                 module.sparsity = sparsity
 
@@ -84,7 +85,10 @@ class Prunable(nn.Module):
         return {name: module.pruned_weight() for name, module in self._pruned(who).items()}
 
     def _pruned(self, who: str) -> dict[str, PrunedLinear]:
-        if not isinstance(self.method_config, PSTConfig):
-            raise ValueError(f"{who}: expected the method 'pst', got {self.method_config.method!r}")
+        if self.method_config.parts.pruning is None:
+            raise ValueError(
+                f"{who}: expected the method 'pst', alone or as a part, got "
+                f"{self.method_config.method!r}"
+            )
         named = self.base_model.named_modules()
         return {name: module for name, module in named if isinstance(module, PrunedLinear)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,8 @@ class GatedAdapter(nn.Module):
     `pelt_kernels.gated_adapter`.
 
     w_down [R, D] and w_up [D, R] start as N(0, 0.02), both biases as 0: not the identity at the
-    start, but close to it. The gate, if there is one, is a `Gate` [D]. x is [B, S, D].
+    start, but close to it; with ``start="lora"``, w_down starts as U(±1 / sqrt(D)) and w_up as 0,
+    which is the identity. The gate, if there is one, is a `Gate` [D]. x is [B, S, D].
 
     Args:
         hidden_size: D.
@@ -23,12 +26,13 @@ class GatedAdapter(nn.Module):
         gate_pooling: None (no gate), ``masked_mean``, ``mean`` or ``token``.
         dropout: on the adapter's output, while training.
         scale: a constant factor.
+        start: normal or lora.
 
     Raises:
-        ValueError: sizes below 1, dropout outside [0, 1), an unknown pooling.
+        ValueError: sizes below 1, dropout outside [0, 1), an unknown pooling or start.
 
     Papers: Houlsby et al. 2019; Pfeiffer et al. 2021 (the position after the FFN); Mao et al. 2022
-        (the gate).
+        (the gate); He et al. 2022 (the scale and the other start).
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class GatedAdapter(nn.Module):
         gate_pooling: str | None = None,
         dropout: float = 0.0,
         scale: float = 1.0,
+        start: str = "normal",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -51,7 +56,10 @@ class GatedAdapter(nn.Module):
             )
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"GatedAdapter: expected dropout in [0, 1), got {dropout}")
+        if start not in ("normal", "lora"):
+            raise ValueError(f"GatedAdapter: expected start to be normal or lora, got {start!r}")
         self.activation, self.dropout, self.scale = activation, dropout, scale
+        self.start = start
         self.w_down = nn.Parameter(torch.empty(bottleneck, hidden_size, device=device, dtype=dtype))
         self.b_down = nn.Parameter(torch.empty(bottleneck, device=device, dtype=dtype))
         self.w_up = nn.Parameter(torch.empty(hidden_size, bottleneck, device=device, dtype=dtype))
@@ -64,9 +72,13 @@ class GatedAdapter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Both projections ~ N(0, 0.02), both biases = 0, and the gate's own start."""
-        nn.init.normal_(self.w_down, std=0.02)
-        nn.init.normal_(self.w_up, std=0.02)
+        """The projections as `start` says, both biases = 0, and the gate's own start."""
+        if self.start == "lora":
+            nn.init.kaiming_uniform_(self.w_down, a=math.sqrt(5))
+            nn.init.zeros_(self.w_up)
+        else:
+            nn.init.normal_(self.w_down, std=0.02)
+            nn.init.normal_(self.w_up, std=0.02)
         nn.init.zeros_(self.b_down)
         nn.init.zeros_(self.b_up)
         if self.gate is not None:

@@ -15,7 +15,6 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
-from ..methods import PSTConfig
 from ..models import PeltModel
 from ..nn import Router, spare_unselected
 from .encode import Encoded, LengthGroups
@@ -133,7 +132,7 @@ class PeltTrainer(Trainer):
         self._order_seed = order_seed
         self._clock = StepClock()
         self.add_callback(self._clock)
-        if isinstance(model.method_config, PSTConfig):
+        if model.method_config.parts.pruning is not None:
             self.add_callback(Pruning(model))
         if model.router is not None:
             self.add_callback(Routing(model.router, order_seed))
@@ -155,10 +154,10 @@ class PeltTrainer(Trainer):
         return not self._is_pruning() and super()._determine_best_metric(metrics, trial)
 
     def _is_pruning(self) -> bool:
-        config, state = self.pelt.method_config, self.state
-        if not isinstance(config, PSTConfig) or not state.max_steps:
+        pruning, state = self.pelt.method_config.parts.pruning, self.state
+        if pruning is None or not state.max_steps:
             return False
-        return config.sparsity_at(state.global_step / state.max_steps) < config.sparsity
+        return pruning.sparsity_at(state.global_step / state.max_steps) < pruning.sparsity
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -10,15 +10,19 @@ import pytest
 from pelt_kernels.methods import (
     METHODS,
     PRESETS,
+    AdaMixConfig,
     BitFitConfig,
     BottleneckAdapterConfig,
+    CompositeConfig,
     HeadConfig,
     LoraConfig,
     PrefixTuningConfig,
+    PSTConfig,
     UniPELTConfig,
     config_from_dict,
     make_config,
 )
+from pelt_kernels.methods.lora import TARGETS
 
 SAMPLES = [
     UniPELTConfig.apl(),
@@ -28,7 +32,10 @@ SAMPLES = [
     BottleneckAdapterConfig(bottleneck=7, activation="gelu_tanh", dropout=0.1, gated=True),
     PrefixTuningConfig(prefix_length=0, mid=None, skip_layers=(1, 3)),
     LoraConfig(r=256, alpha=0.5, targets=["query"], dropout=0.25),
-    *(config() for config in METHODS.values()),
+    *(config() for config in METHODS.values() if config is not CompositeConfig),
+    CompositeConfig.mam(),
+    CompositeConfig(bitfit=True, pst=PSTConfig(targets=("key",)), adamix=AdaMixConfig()),
+    CompositeConfig.mam(lora=LoraConfig(r=2, gated=True), adapter=BottleneckAdapterConfig()),
 ]
 
 
@@ -73,11 +80,62 @@ def test_the_pooling_of_unipelt_holds_for_its_parts():
 
 def test_methods_by_name():
     assert list(METHODS) == [
-        "unipelt", "adapter", "prefix", "lora", "adamix", "pst", "bitfit", "head", "full"
+        "unipelt", "adapter", "prefix", "lora", "adamix", "pst", "bitfit", "composite", "head",
+        "full",
     ]  # fmt: skip
     assert make_config("unipelt-ap") == UniPELTConfig.ap()
     assert make_config("lora", r=4) == LoraConfig(r=4)
-    assert {type(make_config(name)) for name in PRESETS} == set(METHODS.values())
+    assert make_config("mam", bitfit=True) == CompositeConfig.mam(bitfit=True)
+    plain = set(PRESETS) - {"composite"}  # which is nothing without parts
+    assert {type(make_config(name)) for name in plain} == set(METHODS.values())
+
+
+def test_mam_has_the_papers_figures():
+    mam = CompositeConfig.mam()
+    assert mam.adapter.bottleneck_of(1024) == 512 and mam.adapter.bottleneck_of(768) == 384
+    assert (mam.adapter.placement, mam.adapter.scale, mam.adapter.start) == ("parallel", 4, "lora")
+    assert (mam.prefix.prefix_length, mam.prefix.mid) == (30, 800)
+    assert not mam.adapter.gated and not mam.prefix.gated and mam.parts.tune == "none"
+
+
+LORA_EVERYWHERE = LoraConfig(targets=TARGETS)
+COLLISIONS = {
+    "got lora and pst for 'query'": {"lora": LoraConfig(), "pst": PSTConfig()},
+    "got pst and adamix for 'ffn_out'": {"pst": PSTConfig(), "adamix": AdaMixConfig()},
+    "got lora and adamix for 'ffn_out'": {"lora": LORA_EVERYWHERE, "adamix": AdaMixConfig()},
+    "got lora and adamix for 'query'": {
+        "lora": LoraConfig(),
+        "adamix": AdaMixConfig(kind="lora"),
+    },
+    "got the prefix's gate and pst for 'query'": {
+        "prefix": PrefixTuningConfig(gated=True),
+        "pst": PSTConfig(),
+    },
+    "got the prefix's gate and adamix for 'query'": {
+        "prefix": PrefixTuningConfig(gated=True),
+        "adamix": AdaMixConfig(kind="lora"),
+    },
+}
+
+
+@pytest.mark.parametrize("sentence", COLLISIONS)
+def test_two_parts_in_one_place_are_refused(sentence):
+    with pytest.raises(ValueError, match=sentence + "; leave it out of one part's targets"):
+        CompositeConfig(**COLLISIONS[sentence])
+
+
+def test_parts_with_places_of_their_own_go_together():
+    config = CompositeConfig(
+        adapter=BottleneckAdapterConfig(),
+        prefix=PrefixTuningConfig(gated=True),
+        lora=LoraConfig(),
+        bitfit=True,
+        pst=PSTConfig(targets=("ffn_in", "ffn_out"), train_head=False),
+        adamix=AdaMixConfig(kind="lora", targets=("key",)),
+    )
+    parts = config.parts
+    assert parts.tune == "bias" and parts.pruning == config.pst and not parts.tune_head
+    assert parts.mixture == config.adamix and not parts.adapter.gated
 
 
 def test_what_a_method_trains_in_place():
@@ -142,11 +200,21 @@ MISTAKES = {
     ),
     "a dictionary with the key 'method', got {}": lambda: config_from_dict({}),
     "a dictionary with the key 'method', got None": lambda: config_from_dict(None),
-    "expected a method out of unipelt, .*unipelt-ap, got 'ia3'": lambda: make_config("ia3"),
+    "expected a method out of unipelt, .*unipelt-ap, mam, got 'ia3'": lambda: make_config("ia3"),
     "the method 'lora' does not take these options: .*'rank'": lambda: make_config("lora", rank=1),
     "expected the fields adapter, .*got the unknown 'central'": lambda: config_from_dict(
         UniPELTConfig().to_dict() | {"central": 1}
     ),
+    "placement to be one of sequential, parallel, got 'beside'": lambda: BottleneckAdapterConfig(
+        placement="beside"
+    ),
+    "expected scale as a finite number, got inf": lambda: BottleneckAdapterConfig(
+        scale=float("inf")
+    ),
+    "start to be one of normal, lora, got 'zero'": lambda: BottleneckAdapterConfig(start="zero"),
+    "expected at least one of adapter, .* and bitfit, got none": CompositeConfig,
+    "expected bitfit as True or False, got 1": lambda: CompositeConfig(bitfit=1),
+    "expected pst as PSTConfig or None, got LoraConfig": lambda: CompositeConfig(pst=LoraConfig()),
     "expected adapter as BottleneckAdapterConfig or None, got LoraConfig": lambda: config_from_dict(
         UniPELTConfig().to_dict() | {"adapter": LoraConfig().to_dict()}
     ),

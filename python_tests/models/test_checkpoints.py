@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from every_method import COMPOSITES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -33,6 +34,7 @@ METHODS = {
     "head": HeadConfig(),
     "full": FullConfig(),
     **SMALL,
+    **COMPOSITES,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from every_method import COMPOSITES
 
 from pelt_kernels.methods import (
     BitFitConfig,
@@ -31,6 +32,7 @@ METHODS = {
     "prefix": PrefixTuningConfig(prefix_length=3, mid=8),
     "lora": LoraConfig(r=4),
     "bitfit": BitFitConfig(),
+    **COMPOSITES,
 }
 
 

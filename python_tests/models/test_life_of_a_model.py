@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 import transformers as hf
+from every_method import COMPOSITES
 
 from pelt_kernels.methods import (
     BitFitConfig,
@@ -32,6 +33,7 @@ METHODS = {
     "lora": APL.lora,
     "bitfit": BitFitConfig(),
     "head": HeadConfig(),
+    **COMPOSITES,
 }
 
 

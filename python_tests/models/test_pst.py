@@ -152,5 +152,5 @@ def test_bad_configs_are_one_sentence(make, sentence):
 
 
 def test_only_pst_is_exported_as_pruned(make_base):
-    with pytest.raises(ValueError, match="export_pruned: expected the method 'pst', got 'head'"):
+    with pytest.raises(ValueError, match="export_pruned: expected the method 'pst', alone or as a"):
         get_pelt_model(make_base(), HeadConfig()).export_pruned()

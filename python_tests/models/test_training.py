@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 import transformers as hf
+from every_method import COMPOSITES
 from safetensors.torch import load_file
 
 from pelt_kernels.methods import (
@@ -33,6 +34,7 @@ METHODS = {
     "bitfit": BitFitConfig(),
     "head": HeadConfig(),
     "full": FullConfig(),
+    **COMPOSITES,
 }
 
 

@@ -1,4 +1,4 @@
-"""UniPELT in a BERT against a transcription of its formulas.
+"""UniPELT and free combinations in a BERT against a transcription of their formulas.
 
 The transcription is written from the paper and the official structure and shares no code with the
 package: plain torch, the prefix expanded to the batch and concatenated to the keys, the mask dense,
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from pelt_kernels.methods import (
     BottleneckAdapterConfig,
+    CompositeConfig,
     LoraConfig,
     PrefixTuningConfig,
     UniPELTConfig,
@@ -50,8 +51,10 @@ def prefix_keys_values(p, batch):
 
 
 def transcription(p, ids, mask, config, eps):
-    """Logits [B, 3] of BertForSequenceClassification with UniPELT, from parameters by name."""
-    pooling = config.gate_pooling
+    """Logits [B, 3] of BertForSequenceClassification with the parts of a config, from parameters by
+    name.
+    """
+    config = config.parts
     batch, length = ids.shape
     bert = "base_model.bert."
     embedded = (
@@ -70,28 +73,30 @@ def transcription(p, ids, mask, config, eps):
     width = h.shape[-1]
     hidden_keys = (1.0 - mask.double())[:, None, None, :] * -1e300
 
-    def lora(h, name):
+    def lora(h, name, target):
         y = linear(h, name)
-        if config.lora is None:
+        if config.lora is None or target not in config.lora.targets:
             return y
         delta = (h @ p[name + ".lora_a"].T) @ p[name + ".lora_b"].T
         if not config.lora.gated:
             return y + config.lora.alpha / config.lora.r * delta
+        pooling = config.lora.gate_pooling
         g = sentence_gate(h, p[name + ".gate.weight"], p[name + ".gate.bias"], mask, pooling)
         return y + g[:, None, None] * delta
 
     for i in range(LAYERS):
         layer = f"{bert}encoder.layer.{i}."
         attention = layer + "attention.self."
-        q = split_heads(lora(h, attention + "query"))
-        k = split_heads(linear(h, attention + "key"))
-        v = split_heads(lora(h, attention + "value"))
+        q = split_heads(lora(h, attention + "query", "query"))
+        k = split_heads(lora(h, attention + "key", "key"))
+        v = split_heads(lora(h, attention + "value", "value"))
         bias = hidden_keys
         if config.prefix is not None:
             keys_values = prefix_keys_values(p, batch)
             prefix_k, prefix_v = keys_values[2 * i], keys_values[2 * i + 1]
             if config.prefix.gated:
                 name = attention + "query.extra_gates.prefix."
+                pooling = config.prefix.gate_pooling
                 g = sentence_gate(h, p[name + "weight"], p[name + "bias"], mask, pooling)
                 prefix_k, prefix_v = (
                     g[:, None, None, None] * prefix_k,
@@ -102,21 +107,24 @@ def transcription(p, ids, mask, config, eps):
         weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(width // HEADS) + bias, -1)
         context = (weights @ v).permute(0, 2, 1, 3).reshape(batch, length, width)
         a = norm(
-            linear(context, layer + "attention.output.dense") + h,
+            lora(context, layer + "attention.output.dense", "attention_output") + h,
             layer + "attention.output.LayerNorm",
         )
-        f = linear(F.gelu(linear(a, layer + "intermediate.dense")), layer + "output.dense")
+        f = F.gelu(lora(a, layer + "intermediate.dense", "ffn_in"))
+        f = lora(f, layer + "output.dense", "ffn_out")
         ln = layer + "output.LayerNorm"
         h = norm(f + a, ln)
         if config.adapter is not None:
-            z, adapter = h, ln + ".adapter."
+            # The sequential one reads the layer's output, the parallel one what the FFN reads.
+            z = {"sequential": h, "parallel": a}[config.adapter.placement]
+            adapter = ln + ".adapter."
             u = torch.relu(z @ p[adapter + "w_down"].T + p[adapter + "b_down"])
             u = u @ p[adapter + "w_up"].T + p[adapter + "b_up"]
             if config.adapter.gated:
-                name = adapter + "gate."
+                name, pooling = adapter + "gate.", config.adapter.gate_pooling
                 g = sentence_gate(z, p[name + "weight"], p[name + "bias"], mask, pooling)
                 u = g[:, None, None] * u
-            h = norm(u + f + a, ln)
+            h = norm(config.adapter.scale * u + f + a, ln)
     pooled = torch.tanh(linear(h[:, 0], bert + "pooler.dense"))
     return linear(pooled, "base_model.classifier")
 
@@ -128,6 +136,10 @@ def unipelt(gated=(True, True, True), pooling="masked_mean", parts="apl"):
         lora=LoraConfig(r=4, alpha=6, gated=gated[2]) if "l" in parts else None,
         gate_pooling=pooling,
     )
+
+
+def parallel(**options):
+    return BottleneckAdapterConfig(bottleneck=5, placement="parallel", scale=4.0, **options)
 
 
 CASES = {
@@ -143,6 +155,18 @@ CASES = {
     "a": unipelt(parts="a"),
     "p": unipelt(parts="p"),
     "l": unipelt(parts="l"),
+    "parallel": parallel(),
+    "parallel-gate": parallel(gated=True, gate_pooling="mean"),
+    "sequential-scale": BottleneckAdapterConfig(bottleneck=5, scale=-2.0, activation="relu"),
+    "mam": CompositeConfig.mam(
+        adapter=parallel(), prefix=PrefixTuningConfig(prefix_length=4, mid=6)
+    ),
+    "everything": CompositeConfig(
+        adapter=parallel(gated=True),
+        prefix=PrefixTuningConfig(prefix_length=3, mid=7, gated=True, gate_pooling="mean"),
+        lora=LoraConfig(r=4, targets=("key", "attention_output", "ffn_in", "ffn_out")),
+        bitfit=True,
+    ),
 }
 
 
