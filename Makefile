@@ -24,7 +24,8 @@ demo: build $(SETUP)-demo
 # Python starts.
 test: build-sim $(SETUP)-demo $(SETUP)-test
 	$(PYTEST) --require-backend=cuda_sim,cpu $(TEST_OPTIONS)
-	TRITON_INTERPRET=1 $(PYTEST) --require-backend=triton -k triton python_tests/ops $(TEST_OPTIONS)
+	TRITON_INTERPRET=1 $(PYTEST) --require-backend=triton -k "triton and not ahead" \
+		python_tests/ops python_tests/triton $(TEST_OPTIONS)
 
 # The CUDA kernels on the simulator again, compiled with the address and undefined-behaviour
 # sanitizers, which find what lies outside the memory that the simulator watches itself.

@@ -5,6 +5,8 @@ Names end with the dtype of activations; parameters are float32 masters beside 1
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from pelt_kernels.ops._cases import Case
@@ -163,3 +165,18 @@ CASES = {
     "lora_linear": _LORA_LINEAR,
     "prefix_attention": _PREFIX_ATTENTION,
 }
+
+
+def in_another_batch(case: Case) -> Case:
+    """The same call with other numbers of samples and rows, which must not compile anew."""
+    rows = {letter: 253 for letter in ("S", "N") if letter in case.sizes}
+    return replace(case, sizes={**case.sizes, **rows, "B": 13})
+
+
+for _operator, _like in (
+    ("gated_adapter", "unipelt-bf16"),
+    ("lora_linear", "unipelt_query-bf16"),
+    ("prefix_attention", "unipelt_long-bf16"),
+):
+    _dtype, _case = CASES[_operator][_like]
+    CASES[_operator]["other_batch-bf16"] = (_dtype, in_another_batch(_case))

@@ -59,10 +59,14 @@ def test_every_kernel_compiles(operator, target, tmp_path):
 
 @pytest.mark.parametrize("operator", KERNELS)
 def test_the_methods_kernels_do_not_spill(operator, tmp_path):
-    """On sm_90 ptxas keeps every accumulator in registers for what the methods use."""
+    """On sm_90 ptxas keeps every accumulator in registers for what the methods use, and a batch of
+    another size runs the same kernels.
+    """
     cases, target = METHODS[operator], "cuda:90"
-    found = compiled(target, operator, (EVERYTHING, FLOAT32, *cases, "one_row-f16"), tmp_path)
+    others = ("other_batch-bf16", "one_row-f16")
+    found = compiled(target, operator, (EVERYTHING, FLOAT32, *cases, *others), tmp_path)
     check(operator, target, found)
+    assert "other_batch-bf16" not in {kernel["case"] for kernel in found}
     assert not [kernel for kernel in found if kernel["case"] in cases and kernel["spilled"]]
 
 

@@ -24,7 +24,6 @@ from .._triton_host import (
     DTYPES,
     Config,
     options_of,
-    power_of_two,
     signed,
     unavailable,
 )
@@ -200,7 +199,7 @@ class _Backward:
         _kernels("bwd_rows")._gated_adapter_bwd_pool_kernel[(sizes["B"],)](
             self.fields, self.given["mask"], self.given["scale"], dgate, self.pool,
             sizes["S"], at["scale_value"], POOLING=at["pooling"],
-            BLOCK=min(1024, max(32, power_of_two(sizes["S"]))),
+            BLOCK=256,
         )  # fmt: skip
 
     def _columns(self, config: Config) -> None:

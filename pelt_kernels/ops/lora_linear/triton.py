@@ -154,7 +154,7 @@ def _pool(plan: Plan, given: dict[str, Value], row_gates: Tensor, gates: list[Te
     _kernels("fwd")._lora_linear_pool_kernel[(b * len(gates),)](
         row_gates, given["mask"],
         tuple(None if learned.is_token else g for g, learned in zip(gates, plan.learned)), b, s,
-        IS_MASKED=plan.is_masked, BLOCK=_pool_block(s),
+        IS_MASKED=plan.is_masked, BLOCK=POOL_BLOCK,
     )  # fmt: skip
 
 
@@ -272,7 +272,7 @@ class _Backward:
             DOTS=tuple(dots), LEARNED=tuple(places),
             IS_TOKEN=tuple(pooling == "token" for pooling in poolings),
             IS_MASKED=tuple(pooling == "masked_mean" for pooling in poolings),
-            BLOCK=_pool_block(s),
+            BLOCK=POOL_BLOCK,
         )  # fmt: skip
 
     def _part(self, is_out: bool, shares: int) -> Tensor | None:
@@ -328,6 +328,7 @@ class _Backward:
         )  # fmt: skip
 
 
+POOL_BLOCK = 256  # rows of a sentence at a time: one number, so that no length compiles anew
 SUMMED = ("a", "b", "gate", "gate_weight", "gate_bias", "extra_weight", "extra_bias")
 
 
@@ -345,10 +346,6 @@ def _factors(given: dict[str, Value], values: list[Tensor]) -> tuple[Tensor | No
         gate if weight is None else value
         for gate, weight, value in zip(given["gate"], learned, values)
     )
-
-
-def _pool_block(s: int) -> int:
-    return min(1024, max(32, power_of_two(s)))
 
 
 def _dense(value: Value) -> Value:
