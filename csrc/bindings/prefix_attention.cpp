@@ -6,6 +6,7 @@
 #include "bindings/bind.h"
 
 #if defined(PELT_HAS_CUDA_KERNELS)
+#include "common/check.h"
 #include "ops/prefix_attention/params.h"
 #endif
 #if defined(PELT_HAS_CPU_KERNELS)
@@ -20,17 +21,73 @@ namespace {
 using namespace pelt::prefix_attention;
 
 #if defined(PELT_HAS_CUDA_KERNELS)
-// Of a prefix: k, v, index, A_i and P_i.
-using PrefixArguments = std::tuple<TypedAddress, TypedAddress, Address, int, int>;
-// Of its gradients: k, v.
-using PrefixGradArguments = std::pair<TypedAddress, TypedAddress>;
-using ThreeStrides = std::array<int64_t, 3>;
+// A call without its tensors: made once for equal calls and kept, because a dozen keywords would
+// cost more host time than the launch.
+struct Plan {
+  Inputs in;
+  std::array<bool, 2> is_dbias_shared{};  // by the batch, by heads
+};
+
+using Addresses = std::vector<Address>;
+using StridesOfTensors = std::vector<std::array<int64_t, 3>>;
+
+// Addresses in the order q, k, v, gate, key_mask, lengths, bias, then k, v and index of each
+// prefix. Strides, three of each: q, k, v, then k and v of each prefix.
+Inputs with_tensors(const Plan& plan, const Addresses& tensors, const StridesOfTensors& strides,
+                    uint64_t seed) {
+  const size_t prefixes = plan.in.prefixes;
+  check(tensors.size() == 7 + 3 * prefixes && strides.size() == 3 + 2 * prefixes,
+        "prefix_attention: expected ", 7 + 3 * prefixes, " addresses and ", 3 + 2 * prefixes,
+        " times three strides for ", prefixes, " prefixes, got ", tensors.size(), " and ",
+        strides.size());
+  auto tensor = tensors.begin();
+  auto stride = strides.begin();
+  auto take_strides = [&] {
+    const auto& s = *stride++;
+    return Strides{s[0], s[1], s[2]};
+  };
+  Inputs in = plan.in;
+  in.q = at(*tensor++), in.k = at(*tensor++), in.v = at(*tensor++);
+  in.q_strides = take_strides(), in.k_strides = take_strides(), in.v_strides = take_strides();
+  in.gate.data = at(*tensor++);
+  in.key_mask = at<const bool>(*tensor++);
+  in.lengths = at<const int64_t>(*tensor++);
+  in.bias.data = at(*tensor++);
+  for (int i = 0; i < in.prefixes; ++i) {
+    Prefix& prefix = in.prefix[i];
+    prefix.prefix_k.data = at(*tensor++);
+    prefix.prefix_v.data = at(*tensor++);
+    prefix.prefix_index = at<const int64_t>(*tensor++);
+    prefix.k_strides = take_strides();
+    prefix.v_strides = take_strides();
+  }
+  in.dropout.seed = seed;
+  in.dropout_keys = PhiloxKeys::of(seed);
+  return in;
+}
+
+// Where gradients go, null for those that are not wanted: q, k, v, gate, bias, then k and v of each
+// prefix.
+BackwardParams with_gradients(const Plan& plan, const Addresses& grads) {
+  const size_t prefixes = plan.in.prefixes;
+  check(grads.size() == 5 + 2 * prefixes, "prefix_attention: expected ", 5 + 2 * prefixes,
+        " addresses of gradients for ", prefixes, " prefixes, got ", grads.size());
+  BackwardParams params;
+  params.in = plan.in;
+  params.dq = at(grads[0]), params.dk = at(grads[1]), params.dv = at(grads[2]);
+  params.dgate = {at(grads[3]), plan.in.gate.is_float32};
+  params.dbias = {at(grads[4]), plan.in.bias.is_float32};
+  params.is_dbias_shared_by_batch = plan.is_dbias_shared[0];
+  params.is_dbias_shared_by_heads = plan.is_dbias_shared[1];
+  for (size_t i = 0; i < prefixes; ++i) {
+    const Prefix& prefix = plan.in.prefix[i];
+    params.prefix[i].dprefix_k = {at(grads[5 + 2 * i]), prefix.prefix_k.is_float32};
+    params.prefix[i].dprefix_v = {at(grads[6 + 2 * i]), prefix.prefix_v.is_float32};
+  }
+  return params;
+}
 
 void bind_on_cuda(py::module_& m) {
-  auto parameter = [](const TypedAddress& a) { return Parameter{at(a.first), a.second}; };
-  auto grad = [](const TypedAddress& a) { return ParameterGrad{at(a.first), a.second}; };
-  auto strides = [](const ThreeStrides& s) { return Strides{s[0], s[1], s[2]}; };
-
   m.def(
       "prefix_attention_why_not",
       [](int dtype, int64_t B, int64_t H, int64_t S, int64_t N, int64_t P, int64_t E) {
@@ -39,92 +96,75 @@ void bind_on_cuda(py::module_& m) {
       py::kw_only(), py::arg("dtype"), py::arg("B"), py::arg("H"), py::arg("S"), py::arg("N"),
       py::arg("P"), py::arg("E"));
 
-  // What forward and backward of one call have in common; it borrows every address.
-  py::class_<Inputs>(m, "PrefixAttentionInputs")
-      .def(
-          py::init([=](int dtype, const std::array<int, 6>& sizes, Address q, Address k, Address v,
-                       const ThreeStrides& q_strides, const ThreeStrides& k_strides,
-                       const ThreeStrides& v_strides, const std::vector<PrefixArguments>& prefixes,
-                       TypedAddress gate, bool has_gate_per_head, Address key_mask, Address lengths,
-                       TypedAddress bias, std::pair<int64_t, int64_t> bias_strides, bool is_causal,
-                       float scale, double dropout_p, uint64_t seed) {
-            Inputs in;
-            in.dtype = static_cast<DType>(dtype);
-            std::tie(in.B, in.H, in.G, in.S, in.N, in.E) = std::tuple_cat(sizes);
-            in.q = at(q), in.k = at(k), in.v = at(v);
-            in.q_strides = strides(q_strides);
-            in.k_strides = strides(k_strides);
-            in.v_strides = strides(v_strides);
-            for (const auto& [keys, values, index, members, length] : prefixes) {
-              in.prefix[in.prefixes++] = {parameter(keys),
-                                          parameter(values),
-                                          at<const int64_t>(index),
-                                          members,
-                                          length,
-                                          in.P};
-              in.P += length;
-            }
-            in.gate = parameter(gate);
-            in.has_gate_per_head = has_gate_per_head;
-            in.key_mask = at<const bool>(key_mask);
-            in.lengths = at<const int64_t>(lengths);
-            in.bias = parameter(bias);
-            std::tie(in.bias_batch_stride, in.bias_head_stride) = bias_strides;
-            in.is_causal = is_causal;
-            in.scale = scale;
-            in.dropout = Dropout::with_probability(dropout_p, seed);
-            in.dropout_keys = PhiloxKeys::of(seed);
-            return in;
-          }),
-          py::kw_only(), py::arg("dtype"), py::arg("sizes"), py::arg("q"), py::arg("k"),
-          py::arg("v"), py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"),
-          py::arg("prefixes"), py::arg("gate"), py::arg("has_gate_per_head"), py::arg("key_mask"),
-          py::arg("lengths"), py::arg("bias"), py::arg("bias_strides"), py::arg("is_causal"),
-          py::arg("scale"), py::arg("dropout_p"), py::arg("seed"));
-
-  m.def(
-      "prefix_attention_fwd",
-      [](const Inputs& inputs, Address out, Address lse, Address stream) {
-        ForwardParams params;
-        params.in = inputs;
-        params.out = at(out);
-        params.lse = at<float>(lse);
-        launch_prefix_attention_fwd(params, at(stream));
-      },
-      py::kw_only(), py::arg("inputs"), py::arg("out"), py::arg("lse"), py::arg("stream"),
-      py::call_guard<py::gil_scoped_release>());
-
-  // Gradients that are not wanted have no address; the workspace's size follows from those that
-  // are.
-  py::class_<BackwardParams>(m, "PrefixAttentionBackward")
-      .def(py::init([=](const Inputs& inputs, Address dout, Address out, Address lse, Address dq,
-                        Address dk, Address dv, const std::vector<PrefixGradArguments>& dprefixes,
-                        TypedAddress dgate, TypedAddress dbias,
-                        std::pair<bool, bool> is_dbias_shared) {
-             BackwardParams params;
-             params.in = inputs;
-             params.dout = at(dout), params.out = at(out), params.lse = at<const float>(lse);
-             params.dq = at(dq), params.dk = at(dk), params.dv = at(dv);
-             for (int i = 0; i < inputs.prefixes; ++i) {
-               params.prefix[i].dprefix_k = grad(dprefixes.at(i).first);
-               params.prefix[i].dprefix_v = grad(dprefixes.at(i).second);
+  // Of each prefix A_i, P_i, and whether k and v are float32.
+  using PrefixArguments = std::tuple<int, int, bool, bool>;
+  py::class_<Plan>(m, "PrefixAttention")
+      .def(py::init([](int dtype, const std::array<int, 6>& sizes,
+                       const std::vector<PrefixArguments>& prefixes, bool is_gate_float32,
+                       bool has_gate_per_head, bool is_bias_float32,
+                       const std::array<int64_t, 2>& bias_strides,
+                       const std::array<bool, 2>& is_dbias_shared, bool is_causal, float scale,
+                       double dropout_p) {
+             check(prefixes.size() <= kMaxPrefixes, "prefix_attention: expected at most ",
+                   kMaxPrefixes, " prefixes, got ", prefixes.size());
+             Plan plan;
+             Inputs& in = plan.in;
+             in.dtype = static_cast<DType>(dtype);
+             std::tie(in.B, in.H, in.G, in.S, in.N, in.E) = std::tuple_cat(sizes);
+             for (const auto& [members, length, is_k_float32, is_v_float32] : prefixes) {
+               Prefix& prefix = in.prefix[in.prefixes++];
+               prefix.prefix_k.is_float32 = is_k_float32;
+               prefix.prefix_v.is_float32 = is_v_float32;
+               prefix.members = members;
+               prefix.length = length;
+               prefix.first = in.P;
+               in.P += length;
              }
-             params.dgate = grad(dgate);
-             params.dbias = grad(dbias);
-             std::tie(params.is_dbias_shared_by_batch, params.is_dbias_shared_by_heads) =
-                 is_dbias_shared;
-             return params;
+             in.gate.is_float32 = is_gate_float32;
+             in.has_gate_per_head = has_gate_per_head;
+             in.bias.is_float32 = is_bias_float32;
+             in.bias_batch_stride = bias_strides[0];
+             in.bias_head_stride = bias_strides[1];
+             plan.is_dbias_shared = is_dbias_shared;
+             in.is_causal = is_causal;
+             in.scale = scale;
+             in.dropout = Dropout::with_probability(dropout_p, 0);
+             return plan;
            }),
-           py::kw_only(), py::arg("inputs"), py::arg("dout"), py::arg("out"), py::arg("lse"),
-           py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("dprefixes"), py::arg("dgate"),
-           py::arg("dbias"), py::arg("is_dbias_shared"))
-      .def_property_readonly("workspace_bytes", &backward_workspace_bytes)
+           py::kw_only(), py::arg("dtype"), py::arg("sizes"), py::arg("prefixes"),
+           py::arg("is_gate_float32"), py::arg("has_gate_per_head"), py::arg("is_bias_float32"),
+           py::arg("bias_strides"), py::arg("is_dbias_shared"), py::arg("is_causal"),
+           py::arg("scale"), py::arg("dropout_p"))
       .def(
-          "launch",
-          [](const BackwardParams& params, Address workspace, Address stream) {
+          "forward",
+          [](const Plan& plan, const Addresses& tensors, const StridesOfTensors& strides,
+             Address out, Address lse, uint64_t seed, Address stream) {
+            ForwardParams params;
+            params.in = with_tensors(plan, tensors, strides, seed);
+            params.out = at(out);
+            params.lse = at<float>(lse);
+            launch_prefix_attention_fwd(params, at(stream));
+          },
+          py::kw_only(), py::arg("tensors"), py::arg("strides"), py::arg("out"), py::arg("lse"),
+          py::arg("seed"), py::arg("stream"), py::call_guard<py::gil_scoped_release>())
+      .def(
+          "backward_workspace_bytes",
+          [](const Plan& plan, const Addresses& grads) {
+            return backward_workspace_bytes(with_gradients(plan, grads));
+          },
+          py::kw_only(), py::arg("grads"))
+      .def(
+          "backward",
+          [](const Plan& plan, const Addresses& tensors, const StridesOfTensors& strides,
+             const Addresses& grads, Address dout, Address out, Address lse, Address workspace,
+             uint64_t seed, Address stream) {
+            BackwardParams params = with_gradients(plan, grads);
+            params.in = with_tensors(plan, tensors, strides, seed);
+            params.dout = at(dout), params.out = at(out), params.lse = at<const float>(lse);
             launch_prefix_attention_bwd(params, at(workspace), at(stream));
           },
-          py::kw_only(), py::arg("workspace"), py::arg("stream"),
+          py::kw_only(), py::arg("tensors"), py::arg("strides"), py::arg("grads"), py::arg("dout"),
+          py::arg("out"), py::arg("lse"), py::arg("workspace"), py::arg("seed"), py::arg("stream"),
           py::call_guard<py::gil_scoped_release>());
 }
 #endif

@@ -147,13 +147,10 @@ __device__ __forceinline__ void stage_keys(Shared<C>& s, const Inputs& in, int b
       cp_async_16(s_v + to, g_v + n * in.v_strides.row + e, is_there);
     } else {
       const Prefix& prefix = in.prefix[columns.prefix];
-      const int64_t at =
-          ((static_cast<int64_t>(columns.member) * prefix.length + column - prefix.first) * in.G +
-           g) *
-              in.E +
-          e;
-      stage_prefix_8(s_k + to, prefix.prefix_k, at);
-      stage_prefix_8(s_v + to, prefix.prefix_v, at);
+      stage_prefix_8(s_k + to, prefix.prefix_k,
+                     prefix_offset(prefix, prefix.k_strides, columns.member, g, column) + e);
+      stage_prefix_8(s_v + to, prefix.prefix_v,
+                     prefix_offset(prefix, prefix.v_strides, columns.member, g, column) + e);
     }
   }
 }

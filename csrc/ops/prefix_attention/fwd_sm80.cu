@@ -208,8 +208,10 @@ __device__ __forceinline__ void finish_rows(const ForwardParams& p, const Head& 
       const float factor = is_empty ? 0.0f : in.dropout.keep_scale / sum;
       const int own = tile_row(m, half);
       if (lane_index() % 4 == 0 && row + own < in.S) {
-        p.lse[first + own] =
-            is_empty ? kMinusInfinity : (state.maximum[m][half] + log2f(sum)) * kLn2;
+        const float most = state.maximum[m][half];
+        // An infinite score stays one; its probabilities are NaN.
+        const bool is_infinite = is_empty || most == -kMinusInfinity;
+        p.lse[first + own] = is_infinite ? most : (most + log2f(sum)) * kLn2;
       }
 #pragma unroll
       for (int n = 0; n < C::kE / 8; ++n) {

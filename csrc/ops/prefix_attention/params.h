@@ -42,6 +42,8 @@ struct Prefix {
   int members = 1;                        // A_i; 1 for a prefix that the batch shares
   int length = 0;                         // P_i
   int first = 0;                          // its first column of the joined axis
+  Strides k_strides;                      // batch: of a member
+  Strides v_strides;
 };
 
 // Prefix columns and the model's own keys are one axis of P + N columns: `column` always means a

@@ -70,11 +70,10 @@ __device__ __forceinline__ void stage_rows(typename C::T* tile, const typename C
   }
 }
 
-// Where in its tensor a prefix's row for column `column` starts, for this sample and head.
-__device__ __forceinline__ int64_t prefix_offset(const Inputs& in, const Prefix& prefix, int b,
-                                                 int g, int column) {
-  const int64_t member = prefix.prefix_index == nullptr ? 0 : prefix.prefix_index[b];
-  return ((member * prefix.length + column - prefix.first) * in.G + g) * in.E;
+// Where in its tensor a prefix's row for column `column` starts.
+__device__ __forceinline__ int64_t prefix_offset(const Prefix& prefix, const Strides& strides,
+                                                 int64_t member, int g, int column) {
+  return member * strides.batch + g * strides.head + (column - prefix.first) * strides.row;
 }
 
 // Eight elements of a prefix: 16-bit ones come by an asynchronous copy, float32 masters through
@@ -110,9 +109,11 @@ __device__ __forceinline__ void stage_columns(typename C::T* s_k, typename C::T*
       int segment = 0;
       while (segment + 1 < in.prefixes && column >= in.prefix[segment + 1].first) ++segment;
       const Prefix& prefix = in.prefix[segment];
-      const int64_t at = prefix_offset(in, prefix, head.b, head.g, column) + e;
-      stage_prefix_8(s_k + to, prefix.prefix_k, at);
-      stage_prefix_8(s_v + to, prefix.prefix_v, at);
+      const int64_t member = prefix.prefix_index == nullptr ? 0 : prefix.prefix_index[head.b];
+      stage_prefix_8(s_k + to, prefix.prefix_k,
+                     prefix_offset(prefix, prefix.k_strides, member, head.g, column) + e);
+      stage_prefix_8(s_v + to, prefix.prefix_v,
+                     prefix_offset(prefix, prefix.v_strides, member, head.g, column) + e);
     } else {
       const bool is_there = column < end;
       const int n = is_there ? column - in.P : 0;

@@ -2,9 +2,9 @@
 simulator (`cuda_sim`).
 
 Forward is one launch; backward two, one more where parts are summed (prefixes, a gate) and one for
-the gradient of a bias (see csrc/ops/prefix_attention). q, k and v are read through their strides
-where rows start at 16-byte borders, and copied first where they do not. Gradients are summed in a
-fixed order: two runs give the same bits.
+the gradient of a bias (see csrc/ops/prefix_attention). q, k, v and prefixes are read through their
+strides where rows start at 16-byte borders, and copied first where they do not. Gradients are
+summed in a fixed order: two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .. import _native
 from .._contract import Call, Value
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_SIXTY_FOUR_BITS = 0xFFFFFFFFFFFFFFFF
 
 
 def _library(call: Call) -> ModuleType:
@@ -40,33 +41,20 @@ def supports(call: Call) -> str:
     )
 
 
-def forward(
-    call: Call,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: list[Tensor],
-    prefix_v: list[Tensor],
-    prefix_index: list[Tensor | None],
-    gate: Tensor | None,
-    key_mask: Tensor | None,
-    lengths: Tensor | None,
-    bias: Tensor | None,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
+def forward(call: Call, seed: int, **inputs: Value) -> tuple[Tensor, Tensor]:
     """out [B, H, S, E] and log-sum-exp [B, H, S]."""
-    out = _native.empty(q.shape, call.dtype, call.device)
-    lse = _native.empty(q.shape[:3], torch.float32, call.device)
+    shape = inputs["q"].shape
+    out = _native.empty(shape, call.dtype, call.device)
+    lse = _native.empty(shape[:3], torch.float32, call.device)
     if out.numel() == 0:
         return out, lse
+    tensors, strides, borrowed = _addresses(inputs)
     with _native.on(call.device) as stream:
-        inputs, borrowed = _inputs(
-            call, q, k, v, prefix_k, prefix_v, prefix_index, gate, key_mask, lengths, bias, seed
-        )
-        _library(call).prefix_attention_fwd(
-            inputs=inputs, out=out.data_ptr(), lse=lse.data_ptr(), stream=stream
-        )
-        del borrowed
+        _plan_of(call, inputs).forward(
+            tensors=tensors, strides=strides, out=out.data_ptr(), lse=lse.data_ptr(),
+            seed=seed & _SIXTY_FOUR_BITS, stream=stream,
+        )  # fmt: skip
+    del borrowed
     return out, lse
 
 
@@ -76,51 +64,28 @@ def backward(
     dout: Tensor,
     out: Tensor,
     lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: list[Tensor],
-    prefix_v: list[Tensor],
-    prefix_index: list[Tensor | None],
-    gate: Tensor | None,
-    key_mask: Tensor | None,
-    lengths: Tensor | None,
-    bias: Tensor | None,
     seed: int,
+    **inputs: Value,
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
-    inputs = {
-        "q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v, "gate": gate,
-        "bias": bias,
-    }  # fmt: skip
     grads = {name: _empty_like(inputs[name]) for name, need in needs.items() if need}
     if out.numel() == 0:
         return {name: _zeroed(grad) for name, grad in grads.items()}
-
-    def typed(tensor: Tensor | None) -> tuple[int, bool]:
-        return _native.pointer(tensor), tensor is not None and tensor.dtype != call.dtype
-
-    nothing = [None] * len(prefix_k)
-    dbias = grads.get("bias")
+    wanted = [_native.pointer(grads.get(name)) for name in ("q", "k", "v", "gate", "bias")]
+    for i in range(len(inputs["prefix_k"])):
+        wanted += [
+            grads[name][i].data_ptr() if name in grads else 0 for name in ("prefix_k", "prefix_v")
+        ]
+    plan = _plan_of(call, inputs)
+    dout, out = _native.dense(dout), _native.dense(out)
     with _native.on(call.device) as stream:
-        arguments, borrowed = _inputs(
-            call, q, k, v, prefix_k, prefix_v, prefix_index, gate, key_mask, lengths, bias, seed
-        )
-        launches = _library(call).PrefixAttentionBackward(
-            inputs=arguments, dout=_aligned(dout, borrowed), out=_aligned(out, borrowed),
-            lse=lse.data_ptr(), dq=_native.pointer(grads.get("q")),
-            dk=_native.pointer(grads.get("k")), dv=_native.pointer(grads.get("v")),
-            dprefixes=[
-                (typed(dk), typed(dv))
-                for dk, dv in zip(grads.get("prefix_k", nothing), grads.get("prefix_v", nothing))
-            ],
-            dgate=typed(grads.get("gate")), dbias=typed(dbias),
-            is_dbias_shared=(False, False) if dbias is None else (
-                dbias.shape[0] == 1, dbias.shape[1] == 1
-            ),
+        tensors, strides, borrowed = _addresses(inputs)
+        workspace = _native.workspace(plan.backward_workspace_bytes(grads=wanted), call.device)
+        plan.backward(
+            tensors=tensors, strides=strides, grads=wanted, dout=dout.data_ptr(),
+            out=out.data_ptr(), lse=lse.data_ptr(), workspace=_native.pointer(workspace),
+            seed=seed & _SIXTY_FOUR_BITS, stream=stream,
         )  # fmt: skip
-        workspace = _native.workspace(launches.workspace_bytes, call.device)
-        launches.launch(workspace=_native.pointer(workspace), stream=stream)
         del borrowed
     return grads
 
@@ -136,42 +101,27 @@ def _zeroed(value: Value) -> Value:
     return [v.zero_() for v in value] if isinstance(value, list) else value.zero_()
 
 
-def _aligned(tensor: Tensor, borrowed: list[Tensor]) -> int:
-    borrowed.append(_native.dense(tensor))
-    return borrowed[-1].data_ptr()
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor as the kernels read it: rows of E elements that start at 16-byte borders; copied
-    if they do not.
+def _addresses(
+    inputs: dict[str, Value],
+) -> tuple[list[int], list[tuple[int, ...]], list[Tensor]]:
+    """Addresses and strides in the order of the C++ side, and tensors that have to live until the
+    launches are made.
     """
-    steps = (s for s, size in zip(tensor.stride()[:-1], tensor.shape) if size > 1)
-    is_readable = (
-        tensor.stride(-1) == 1
-        and tensor.data_ptr() % 16 == 0
-        and all(step % 8 == 0 for step in steps)
-    )
-    return tensor if is_readable else tensor.clone(memory_format=torch.contiguous_format)
+    borrowed: list[Tensor] = []
+    strides: list[tuple[int, ...]] = []
 
+    def rows(tensor: Tensor) -> int:
+        tensor = _readable(tensor)
+        borrowed.append(tensor)
+        strides.append(tensor.stride()[:3])
+        return tensor.data_ptr()
 
-def _inputs(
-    call: Call,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: list[Tensor],
-    prefix_v: list[Tensor],
-    prefix_index: list[Tensor | None],
-    gate: Tensor | None,
-    key_mask: Tensor | None,
-    lengths: Tensor | None,
-    bias: Tensor | None,
-    seed: int,
-) -> tuple[Any, list[Tensor]]:
-    """The C++ side's view of a call, and tensors that have to live until its launches are made."""
-    at, sizes = call.attributes, call.sizes
-    q, k, v = _rows(q), _rows(k), _rows(v)
-    borrowed = [q, k, v]
+    def prefix_rows(tensor: Tensor) -> int:
+        """[P_i, G, E] | [A_i, P_i, G, E]: strides of a member, a head and a row."""
+        address = rows(tensor)
+        steps = borrowed[-1].stride()
+        strides[-1] = (steps[0] if len(steps) == 4 else 0, steps[-2], steps[-3])
+        return address
 
     def dense(tensor: Tensor | None) -> int:
         if tensor is None:
@@ -179,29 +129,63 @@ def _inputs(
         borrowed.append(_native.dense(tensor))
         return borrowed[-1].data_ptr()
 
-    def typed(tensor: Tensor | None) -> tuple[int, bool]:
-        return dense(tensor), tensor is not None and tensor.dtype != call.dtype
+    addresses = [rows(inputs["q"]), rows(inputs["k"]), rows(inputs["v"])]
+    addresses += [dense(inputs[name]) for name in ("gate", "key_mask", "lengths", "bias")]
+    prefixes = zip(inputs["prefix_k"], inputs["prefix_v"], inputs["prefix_index"])
+    for keys, values, index in prefixes:
+        addresses += [prefix_rows(keys), prefix_rows(values), dense(index)]
+    return addresses, strides, borrowed
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """The tensor, copied unless its last stride is 1 and its rows start at 16-byte borders."""
+    *steps, last = tensor.stride()
+    vector = 16 // tensor.element_size()
+    if last == 1 and tensor.data_ptr() % 16 == 0:
+        for step, size in zip(steps, tensor.shape):
+            if step % vector and size > 1:
+                break
+        else:
+            return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+# What is the same for every call of one kind, by the identity of what the dispatch keeps.
+_plans: dict[int, tuple[Call, Any]] = {}
+
+
+def _plan_of(call: Call, inputs: dict[str, Value]) -> Any:
+    found = _plans.get(id(call))
+    if found is None or found[0] is not call:
+        if len(_plans) >= 4096:  # as many as the contract keeps calls
+            _plans.clear()
+        found = _plans[id(call)] = (call, _plan(call, inputs))
+    return found[1]
+
+
+def _plan(call: Call, inputs: dict[str, Value]) -> Any:
+    """The kernels' description of a call without its tensors."""
+    at, gate, bias = call.attributes, inputs["gate"], inputs["bias"]
+
+    def is_float32(tensor: Tensor | None) -> bool:
+        return tensor is not None and tensor.dtype != call.dtype
 
     prefixes = [
-        (
-            typed(keys), typed(values), dense(index),
-            keys.shape[0] if keys.ndim == 4 else 1, keys.shape[-3],
-        )
-        for keys, values, index in zip(prefix_k, prefix_v, prefix_index)
+        (keys.shape[0] if keys.ndim == 4 else 1, keys.shape[-3], is_float32(keys),
+         is_float32(values))
+        for keys, values in zip(inputs["prefix_k"], inputs["prefix_v"])
     ]  # fmt: skip
-    bias_strides = (0, 0)
-    if bias is not None:
-        batch, heads, s, n = bias.shape
-        bias_strides = (0 if batch == 1 else heads * s * n, 0 if heads == 1 else s * n)
-    inputs = _library(call).PrefixAttentionInputs(
+    batch, heads, s, n = (1, 1, 0, 0) if bias is None else bias.shape
+    return _library(call).PrefixAttention(
         dtype=_DTYPES[call.dtype],
-        sizes=[sizes[letter] for letter in "BHGSNE"],
-        q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(),
-        q_strides=q.stride()[:3], k_strides=k.stride()[:3], v_strides=v.stride()[:3],
-        prefixes=prefixes, gate=typed(gate),
+        sizes=[call.sizes[letter] for letter in "BHGSNE"],
+        prefixes=prefixes,
+        is_gate_float32=is_float32(gate),
         has_gate_per_head=gate is not None and gate.ndim == 2,
-        key_mask=dense(key_mask), lengths=dense(lengths), bias=typed(bias),
-        bias_strides=bias_strides, is_causal=at["is_causal"], scale=at["scale"],
-        dropout_p=at["dropout_p"], seed=seed & 0xFFFFFFFFFFFFFFFF,
-    )  # fmt: skip
-    return inputs, borrowed
+        is_bias_float32=is_float32(bias),
+        bias_strides=(0 if batch == 1 else heads * s * n, 0 if heads == 1 else s * n),
+        is_dbias_shared=(batch == 1, heads == 1),
+        is_causal=at["is_causal"],
+        scale=at["scale"],
+        dropout_p=at["dropout_p"],
+    )
