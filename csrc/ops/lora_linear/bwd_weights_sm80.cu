@@ -14,7 +14,7 @@
 // gates' weights, up to four at a time, are summed in float32 by the threads that bring x in: a
 // pooled gate's dlogit is small enough to vanish in float16.
 //
-// Shared memory per block, ranks 16, 64: 16, 22 KB.
+// Shared memory per block, ranks 16, 64: 28, 41 KB.
 #include "common/type_list.h"
 #include "ops/lora_linear/tiles.cuh"
 
@@ -45,9 +45,12 @@ struct Config {
 template <class C>
 struct Shared {
   using T = typename C::T;
-  alignas(16) T columns[kRows * kChunkStride];  // x or dy
-  alignas(16) T ranks[kRows * C::kRankStride];  // ds or scale g s
-  float gates[kWarps][kGatesAtOnce * kChunk];   // the warps' sums
+  struct Tile {
+    alignas(16) T columns[kRows * kChunkStride];  // x or dy
+    alignas(16) T ranks[kRows * C::kRankStride];  // ds or scale g s
+  };
+  Tile tile[2];                                // one in use, one on the way
+  float gates[kWarps][kGatesAtOnce * kChunk];  // the warps' sums
   float biases[kWarps][kGatesAtOnce];
   int is_last;
 };
@@ -76,59 +79,41 @@ __device__ __forceinline__ Work find_work(const WeightsParams& p, int rank_block
   return work;
 }
 
-// scale g s of a tile's rows; absent rows and ranks are zero.
-template <class C>
-__device__ __forceinline__ void stage_scaled(const WeightsParams& p, Shared<C>& s,
-                                             const TileRows& rows, const Branch& branch, int rank) {
-  using T = typename C::T;
-  for (int i = thread_index(); i < kRows * C::kRankVectors; i += kThreads) {
-    const int row = i / C::kRankVectors, offset = i % C::kRankVectors * 8;
-    Float8 values = {};
-    if (row < rows.count) {
-      const float factor = factor_of<T>(p.in, branch, p.gate_value, rows.first + row);
-      const T* from = static_cast<const T*>(p.s) + (rows.first + row) * p.in.ranks + branch.first +
-                      rank + offset;
-      for (int e = 0; e < 8; ++e) {
-        if (rank + offset + e < branch.R) values.v[e] = factor * to_float(from[e]);
-      }
-    }
-    store_16(&s.ranks[row * C::kRankStride + offset], narrow<T>(values));
-  }
+// Does a tile of rows belong to the member that a block works for.
+__device__ __forceinline__ bool is_wanted(const WeightsParams& p, const Work& work, int tile) {
+  const Branch& branch = p.in.branch[work.sums.which];
+  const int group = tile / p.tiling.tiles_per_group;
+  return work.member == (work.sums.kind == Sums::kDownFactor
+                             ? member_of(branch.a_index, branch.has_a_index_per_sample, group)
+                             : member_of(branch.b_index, branch.has_b_index_per_sample, group));
 }
 
-// Both operands of a tile of rows; false if the rows belong to another member.
+// Both operands of a tile of rows.
 template <class C>
-__device__ __forceinline__ bool bring_rows(const WeightsParams& p, Shared<C>& s,
-                                           const TileRows& rows, const Work& work) {
+__device__ __forceinline__ void bring_rows(const WeightsParams& p, typename Shared<C>::Tile& to,
+                                           const Work& work, int tile) {
   using T = typename C::T;
   const Inputs& in = p.in;
   const Branch& branch = in.branch[work.sums.which];
+  const TileRows rows = rows_of_tile<kRows>(p.tiling, tile);
   if (work.sums.kind == Sums::kDownFactor) {
-    if (member_of(branch.a_index, branch.has_a_index_per_sample, rows.group) != work.member) {
-      return false;
-    }
-    stage_x<T, kRows>(s.columns, in, rows, work.column, in.dropout.is_active());
-    stage<T, kRows, C::kRankBlock>(s.ranks, C::kRankStride, Parameter{p.ds, false},
+    stage_x<T, kRows>(to.columns, in, rows, work.column, in.dropout.is_active());
+    stage<T, kRows, C::kRankBlock>(to.ranks, C::kRankStride, Parameter{p.ds, false},
                                    {rows.first * in.ranks + branch.first + work.rank, in.ranks,
                                     rows.count, branch.R - work.rank});
   } else {
-    if (member_of(branch.b_index, branch.has_b_index_per_sample, rows.group) != work.member) {
-      return false;
-    }
-    stage<T, kRows, kChunk>(s.columns, kChunkStride, Parameter{p.dy, false},
+    stage<T, kRows, kChunk>(to.columns, kChunkStride, Parameter{p.dy, false},
                             {rows.first * in.Dout + branch.offset + work.column, in.Dout,
                              rows.count, branch.size - work.column});
-    stage_scaled<C>(p, s, rows, branch, work.rank);
+    stage_scaled<T, kRows, C::kRankBlock>(to.ranks, C::kRankStride, in, branch, p.s, p.gate_value,
+                                          rows, work.rank);
   }
-  cp_async_commit();
-  cp_async_wait<0>();
-  return true;
 }
 
 // A warp's part of the tile: sums [ranks, columns] += ranksᵀ columns over the rows.
 template <class C>
 __device__ __forceinline__ void accumulate(FragmentD (&sums)[C::kWarpColumns / 8],
-                                           const Shared<C>& s) {
+                                           const typename Shared<C>::Tile& s) {
   const int rank = warp_index() % C::kWarpsOverRanks * 16;
   const int column = warp_index() / C::kWarpsOverRanks * C::kWarpColumns;
 #pragma unroll
@@ -160,13 +145,23 @@ __device__ __forceinline__ void sum_factor(const WeightsParams& p, Shared<C>& s,
                                            float* partial) {
   FragmentD sums[C::kWarpColumns / 8];
   const TileRange range = tiles_of(p, work);
-  for (int tile = range.begin; tile < range.end; ++tile) {
-    const TileRows rows = rows_of_tile<kRows>(p.tiling, tile);
-    const bool is_wanted = bring_rows<C>(p, s, rows, work);  // the same for the whole block
-    if (!is_wanted) continue;
+  auto next_of = [&](int tile) {
+    while (tile < range.end && !is_wanted(p, work, tile)) ++tile;
+    return tile;
+  };
+  auto bring = [&](int tile, int buffer) {
+    if (tile < range.end) bring_rows<C>(p, s.tile[buffer], work, tile);
+    cp_async_commit();
+  };
+  int tile = next_of(range.begin), buffer = 0;
+  bring(tile, buffer);
+  while (tile < range.end) {
+    tile = next_of(tile + 1);
+    cp_async_wait<0>();
     sync_threads();
-    accumulate<C>(sums, s);
-    sync_threads();
+    bring(tile, 1 - buffer);  // into the buffer that was used up before the barrier
+    accumulate<C>(sums, s.tile[buffer]);
+    buffer = 1 - buffer;
   }
   const int rank = warp_index() % C::kWarpsOverRanks * 16;
   const int column = warp_index() / C::kWarpsOverRanks * C::kWarpColumns;
@@ -320,8 +315,8 @@ void plan_sums(WeightsParams& p) {
     }
     if (is_wanted) add(Sums::kGateWeights, first, 1, in.Din, 1);
   }
-  // Two blocks for each multiprocessor: more splits would mean more partial sums to add.
-  const int wanted = p.tasks == 0 ? 1 : 2 * multiprocessors() / p.tasks;
+  // Four blocks for each multiprocessor: more splits would mean more partial sums to add.
+  const int wanted = p.tasks == 0 ? 1 : 4 * multiprocessors() / p.tasks;
   p.splits = wanted < 1 ? 1 : wanted > p.tiling.tiles ? p.tiling.tiles : wanted;
 }
 

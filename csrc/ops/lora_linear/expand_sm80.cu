@@ -32,6 +32,7 @@ struct Shared {
   using T = typename C::T;
   alignas(16) T ranks[kRows * C::kRankStride];  // of s or ds
   alignas(16) T factor[C::kFactorElements];     // of B [columns, ranks] or A [ranks, columns]
+  alignas(16) T base[kRows * kChunkStride];     // of y or dx
   alignas(16) float out[kWarps][16 * kOutStride];
   Source source[C::kRanks];
 };
@@ -56,15 +57,30 @@ __device__ __forceinline__ void multiply_ranks(FragmentD (&sums)[kChunk / 8], co
   }
 }
 
-template <class T>
-__device__ __forceinline__ void add_8(void* memory, int64_t at, const Float8& values) {
-  T* to = static_cast<T*>(memory) + at;
-  Float8 sum = widen<T>(load_16(to));
-  for (int e = 0; e < 8; ++e) sum.v[e] += values.v[e];
-  store_16(to, narrow<T>(sum));
+// Asks for the block's tile of the base product.
+template <class C>
+__device__ __forceinline__ void bring_base(Shared<C>& s, const void* base, const TileRows& rows,
+                                           int first, int columns) {
+  stage<typename C::T, kRows, kChunk>(
+      s.base, kChunkStride, Parameter{base, false},
+      {rows.first * columns + first, columns, rows.count, columns - first});
+  cp_async_commit();
 }
 
-// s_i B_i^T of a block's columns; what B does not reach is zero.
+template <class C>
+__device__ __forceinline__ void add_8(void* memory, const Shared<C>& s, const TileRows& rows,
+                                      int columns, int row, int column, const Float8& values) {
+  using T = typename C::T;
+  Float8 sum = widen<T>(load_16(s.base + row * kChunkStride + column % kChunk));
+  for (int e = 0; e < 8; ++e) sum.v[e] += values.v[e];
+  store_16(static_cast<T*>(memory) + (rows.first + row) * columns + column, narrow<T>(sum));
+}
+
+__device__ __forceinline__ bool reaches(const Branch& branch, int first) {
+  return first < branch.offset + branch.size && first + kChunk > branch.offset;
+}
+
+// sums += scale g s_i B_i^T over a block's columns; what B does not reach is zero.
 template <class C>
 __device__ __forceinline__ void multiply_branch(const ExpandParams& p, Shared<C>& s,
                                                 const TileRows& rows, const Branch& branch,
@@ -75,13 +91,12 @@ __device__ __forceinline__ void multiply_branch(const ExpandParams& p, Shared<C>
   const int row_of_b = first - branch.offset;
   for (int rank = 0; rank < branch.R; rank += C::kRanks) {
     sync_threads();
-    stage<T, kRows, C::kRanks>(
-        s.ranks, C::kRankStride, Parameter{p.s, false},
-        {rows.first * p.in.ranks + branch.first + rank, p.in.ranks, rows.count, branch.R - rank});
     stage<T, kChunk, C::kRanks>(s.factor, C::kRankStride, branch.b,
                                 {(member * branch.size + row_of_b) * branch.R + rank, branch.R,
                                  branch.size - row_of_b, branch.R - rank, -row_of_b});
     cp_async_commit();
+    stage_scaled<T, kRows, C::kRanks>(s.ranks, C::kRankStride, p.in, branch, p.s, p.gate_value,
+                                      rows, rank);
     cp_async_wait<0>();
     sync_threads();
     multiply_ranks<false, C>(sums, s);
@@ -92,36 +107,21 @@ __device__ __forceinline__ void multiply_branch(const ExpandParams& p, Shared<C>
 template <class C>
 __global__ void __launch_bounds__(kThreads)
     lora_linear_expand_sm80(const __grid_constant__ ExpandParams p) {
-  using T = typename C::T;
   auto& s = shared_memory_as<Shared<C>>();
   const Inputs& in = p.in;
   const TileRows rows = rows_of_tile<kRows>(p.tiling, block_index_x());
   const int first = block_index_y() * kChunk;
-  FragmentD total[kChunk / 8];
   bool is_touched = false;
-  for (int i = 0; i < in.branches; ++i) {
-    const Branch& branch = in.branch[i];
-    if (first >= branch.offset + branch.size || first + kChunk <= branch.offset) continue;
-    is_touched = true;
-    FragmentD sums[kChunk / 8];
-    multiply_branch<C>(p, s, rows, branch, first, sums);
-    float factor[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = warp_index() * 16 + FragmentD::row(2 * half);
-      factor[half] =
-          row < rows.count ? factor_of<T>(in, branch, p.gate_value, rows.first + row) : 0.0f;
-    }
-#pragma unroll
-    for (int n = 0; n < kChunk / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) total[n].r[e] += factor[e / 2] * sums[n].r[e];
-    }
-  }
+  for (int i = 0; i < in.branches; ++i) is_touched |= reaches(in.branch[i], first);
   if (!is_touched) return;
-  for_each_8(s.out[warp_index()], rows, first, in.Dout, total,
+  bring_base<C>(s, p.y, rows, first, in.Dout);
+  FragmentD sums[kChunk / 8];
+  for (int i = 0; i < in.branches; ++i) {
+    if (reaches(in.branch[i], first)) multiply_branch<C>(p, s, rows, in.branch[i], first, sums);
+  }
+  for_each_8(s.out[warp_index()], rows, first, in.Dout, sums,
              [&](int row, int column, const Float8& values) {
-               add_8<T>(p.y, (rows.first + row) * in.Dout + column, values);
+               add_8(p.y, s, rows, in.Dout, row, column, values);
              });
 }
 
@@ -135,6 +135,7 @@ __global__ void __launch_bounds__(kThreads)
   const TileRows rows = rows_of_tile<kRows>(p.tiling, block_index_x());
   const int first = block_index_y() * kChunk;
   const int64_t all = static_cast<int64_t>(in.B) * in.S;
+  bring_base<C>(s, p.dx, rows, first, in.Din);
   FragmentD sums[kChunk / 8];
   for (int rank = 0; rank < in.ranks; rank += C::kRanks) {
     sync_threads();
@@ -151,6 +152,8 @@ __global__ void __launch_bounds__(kThreads)
     sync_threads();
     multiply_ranks<true, C>(sums, s);
   }
+  cp_async_wait<0>();  // with gates alone there was no rank to wait for
+  sync_threads();
   for_each_8(s.out[warp_index()], rows, first, in.Din, sums,
              [&](int row, int column, Float8 values) {
                if (in.dropout.is_active()) {
@@ -164,7 +167,7 @@ __global__ void __launch_bounds__(kThreads)
                    values.v[e] += dlogit * to_float(round_to<T>(w.v[e]));
                  }
                }
-               add_8<T>(p.dx, (rows.first + row) * in.Din + column, values);
+               add_8(p.dx, s, rows, in.Din, row, column, values);
              });
 }
 

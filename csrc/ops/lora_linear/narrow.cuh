@@ -14,7 +14,7 @@
 namespace pelt::lora_linear {
 
 constexpr int kNarrowRows = 32;
-constexpr int kStages = 3;
+constexpr int kStages = 5;
 
 template <class T_, int kColumns_>
 struct NarrowConfig {

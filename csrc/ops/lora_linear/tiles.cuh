@@ -189,6 +189,35 @@ __device__ __forceinline__ float factor_of(const Inputs& in, const Branch& branc
   return branch.scale * gate;
 }
 
+// scale g s of a branch's ranks from `rank` on; absent rows and ranks are zero.
+template <class T, int kRows, int kRanks>
+__device__ __forceinline__ void stage_scaled(T* tile, int stride, const Inputs& in,
+                                             const Branch& branch, const void* s,
+                                             const float* const (&gate_value)[kMaxGates],
+                                             const TileRows& rows, int rank) {
+  constexpr int kVectorsPerRow = kRanks / 8;
+  const bool is_aligned = in.ranks % 8 == 0 && branch.first % 8 == 0;
+  for (int i = thread_index(); i < kRows * kVectorsPerRow; i += kThreads) {
+    const int row = i / kVectorsPerRow, offset = i % kVectorsPerRow * 8;
+    const int left = branch.R - rank - offset;
+    Float8 values = {};
+    if (row < rows.count && left > 0) {
+      const float factor = factor_of<T>(in, branch, gate_value, rows.first + row);
+      const T* from =
+          static_cast<const T*>(s) + (rows.first + row) * in.ranks + branch.first + rank + offset;
+      if (is_aligned && left >= 8) {
+        values = load_8(from);
+        for (int e = 0; e < 8; ++e) values.v[e] *= factor;
+      } else {
+        for (int e = 0; e < 8; ++e) {
+          if (e < left) values.v[e] = factor * to_float(from[e]);
+        }
+      }
+    }
+    store_16(tile + row * stride + offset, narrow<T>(values));
+  }
+}
+
 // Fragments [16, 64] of a warp leave through shared memory: a lane then has eight neighbouring
 // columns, so that rows come and go in 16-byte accesses. visit(row of the tile, column, values) is
 // for what exists.
