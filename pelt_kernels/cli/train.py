@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from ..training import TrainConfig
 
 RUNS = Path("runs")
-_METHODS = "unipelt, unipelt-ap, adapter, prefix, lora, adamix, pst, bitfit, mam, head or full"
+_METHODS = (
+    "unipelt, unipelt-ap, adapter, prefix, lora, adamix, pst, bitfit, composite, mam, head or full"
+)
 
 
 def train(
@@ -32,6 +34,15 @@ def train(
         str | None, typer.Option(help="A hub id or a folder; the default lies in a package.")
     ] = None,
     method: Annotated[str | None, typer.Option(help=f"{_METHODS}.")] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="A field of the method, such as r=4, sparsity=0.5 or adapter.bottleneck=16; "
+            "repeat it for more.",
+        ),
+    ] = None,
     train_examples: Annotated[
         int | None, typer.Option(help="Training examples that each seed draws; default all.")
     ] = None,
@@ -111,7 +122,8 @@ def _asked(parameters: dict[str, Any]) -> dict[str, Any]:
     """The fields of a config that were given on the command line."""
     from ..training.config import option_names
 
-    asked = {name: parameters[name] for name in option_names() if parameters[name] is not None}
+    given = {name: parameters[name] for name in option_names()}
+    asked = {name: value for name, value in given.items() if value not in (None, [])}
     if "seeds" in asked:
         asked["seeds"] = _numbers("seeds", asked["seeds"], int)
     if "lr" in asked:

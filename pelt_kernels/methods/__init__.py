@@ -7,6 +7,7 @@ from .baselines import FullConfig, HeadConfig
 from .bitfit import BitFitConfig
 from .composite import CompositeConfig
 from .lora import LoraConfig
+from .options import config_from_options
 from .prefix import PrefixTuningConfig
 from .pst import PSTConfig
 from .registry import METHODS, PRESETS, config_from_dict, make_config
@@ -28,6 +29,7 @@ __all__ = [
     "PrefixTuningConfig",
     "UniPELTConfig",
     "config_from_dict",
+    "config_from_options",
     "make_config",
     "with_part_changes",
 ]

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from .errors import RunError, UsageError, reason
@@ -49,6 +50,19 @@ def load_classifier(name: str, classes: int) -> Any:
             place, num_labels=classes, local_files_only=is_local, dtype="float32"
         ),
     )
+
+
+def empty_classifier(name: str, classes: int) -> Any | None:
+    """The model without weights, which takes no time and no space; None for a class that is not
+    made for classification.
+    """
+    config = load_config(name)
+    config.num_labels = classes
+    try:
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(config)
+    except ValueError:
+        return None
 
 
 def load_config(name: str) -> Any:

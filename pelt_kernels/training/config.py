@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..methods import MethodConfig, config_from_options
 from ..ops import BACKENDS
 from .base_model import EMBEDDED
-from .errors import RunError, UsageError
+from .errors import RunError, UsageError, reason
 from .recipes import recipe
 from .storage import write_json
 from .tasks import Columns
@@ -30,6 +31,8 @@ class TrainConfig:
         eval: a file with the test part; None takes the task's own or holds one out.
         model: a hub id, a folder, or the embedded default.
         method: a name out of `recipes.RECIPES`.
+        options: fields of the method's config as text, such as ``r=4`` or ``adapter.bottleneck=16``
+            for a part's.
         train_examples: how many training examples each seed draws; None takes all.
         seeds: one run for each; the result is their mean and standard deviation.
         lr: learning rates; of several, the best on dev with the first seed serves all seeds. Empty:
@@ -46,6 +49,7 @@ class TrainConfig:
     eval: str | None = None
     model: str = EMBEDDED
     method: str = "unipelt"
+    options: tuple[str, ...] = ()
     train_examples: int | None = None
     seeds: tuple[int, ...] = (0,)
     lr: tuple[float, ...] = ()
@@ -67,6 +71,23 @@ class TrainConfig:
     def columns(self) -> Columns:
         return Columns(self.text_column, self.pair_column, self.label_column)
 
+    def method_config(self) -> MethodConfig:
+        """The method with the options in it. Raises UsageError."""
+        given: dict[str, str] = {}
+        for option in self.options:
+            field, equals, text = option.partition("=")
+            if not field.strip() or not equals:
+                raise UsageError(f"set: expected field=value such as r=8, got '{option}'")
+            if field.strip() in given:
+                raise UsageError(f"set: {field.strip()} is given twice")
+            given[field.strip()] = text.strip()
+        try:
+            return config_from_options(self.method, given)
+        except ValueError as error:
+            who = "set" if given else f"method {self.method}"
+            more = "" if given or self.method != "composite" else ", such as --set lora.r=8"
+            raise UsageError(f"{who}: {reason(error)}{more}") from error
+
     def resolved(self) -> TrainConfig:
         """The config with the recipe's values where none were given, checked. Raises UsageError."""
         defaults = recipe(self.method)
@@ -76,7 +97,9 @@ class TrainConfig:
             epochs=defaults.epochs if self.epochs is None else self.epochs,
             batch_size=defaults.batch_size if self.batch_size is None else self.batch_size,
             seeds=tuple(self.seeds),
+            options=tuple(self.options),
         )
+        config.method_config()
         config._check()
         return config
 
@@ -136,6 +159,7 @@ def continued(folder: Path, asked: dict[str, Any]) -> TrainConfig:
     begun.
     """
     stored = load_config(folder)
+    _check_same_options(folder, stored, asked.pop("options", ()))
     for name, value in asked.items():
         before = getattr(stored, name)
         if (tuple(value) if isinstance(before, tuple) else value) != before:
@@ -144,6 +168,24 @@ def continued(folder: Path, asked: dict[str, Any]) -> TrainConfig:
                 f"not {_shown(value)}; leave the option out to resume, or name another --output"
             )
     return stored
+
+
+def _check_same_options(folder: Path, stored: TrainConfig, options: Sequence[str]) -> None:
+    """Raises UsageError where an option would change the method of the run."""
+    before = stored.method_config()
+    for option in options:
+        others = (old for old in stored.options if _field(old) != _field(option))
+        if replace(stored, options=(*others, option)).method_config() != before:
+            own = [old for old in stored.options if _field(old) == _field(option)]
+            raise UsageError(
+                f"set: the run in {folder} was begun with "
+                f"{own[0] if own else f'the default of {_field(option)}'}, not {option}; leave the "
+                "option out to resume, or name another --output"
+            )
+
+
+def _field(option: str) -> str:
+    return option.partition("=")[0].strip()
 
 
 def option_names() -> list[str]:

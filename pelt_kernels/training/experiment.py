@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..models import get_pelt_model
 from ..ops import BACKENDS, use_backend
-from .base_model import load_config, load_tokenizer
+from .base_model import empty_classifier, load_config, load_tokenizer
 from .config import DEVICES, TrainConfig, check_choice, save_config
 from .config import FILE as CONFIG_FILE
-from .errors import RunError, UsageError
+from .errors import RunError, UsageError, reason
 from .metrics import score
 from .plots import draw_curves, draw_gates
 from .predictor import Predictor
@@ -66,6 +68,7 @@ def train(
     config = replace(config, max_length=_longest_text(config, tokenizer))
     task = load_task(config.task, config.eval, config.columns)
     task.draw_train(config.train_examples, seed=0)  # refuses too many before anything is written
+    _check_method(config, len(task.labels))
     require_writable(output)
     clear_partial(output)
     if overwrite and is_run(output):
@@ -188,6 +191,19 @@ def _check_machine(config: TrainConfig) -> None:
         check_choice("PELT_KERNELS_BACKEND", requested, tuple(BACKENDS))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("train runs in one process; start it without a distributed launcher")
+
+
+def _check_method(config: TrainConfig, classes: int) -> None:
+    """Raises UsageError where the method does not fit the model, before anything is written."""
+    empty = empty_classifier(config.model, classes)
+    if empty is None:
+        return  # loading it for the first run will say why
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what there is to say is said by the run itself
+            get_pelt_model(empty, config.method_config())
+    except ValueError as error:
+        raise UsageError(f"method {config.method}: {reason(error)}") from error
 
 
 def _longest_text(config: TrainConfig, tokenizer: Any) -> int:

@@ -28,6 +28,7 @@ RECIPES: dict[str, Recipe] = {
     "adamix": Recipe(lr=1e-3, epochs=6),
     "pst": Recipe(lr=3e-4, epochs=12),
     "bitfit": Recipe(lr=2e-3, epochs=6),
+    "composite": Recipe(lr=1e-3, epochs=6),
     "mam": Recipe(lr=1e-3, epochs=6),
     "head": Recipe(lr=1e-2, epochs=3),
     "full": Recipe(lr=1e-4, epochs=6),

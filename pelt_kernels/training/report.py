@@ -84,6 +84,7 @@ def metrics(
         "backends": used,
         "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
         "method": config.method,
+        "method_config": config.method_config().to_dict(),
         "model": config.model,
         "learning_rate": lr,
         "learning_rates_tried_on_dev": tried,

@@ -14,7 +14,6 @@ import torch
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
-from ..methods import make_config
 from ..models import PeltModel, get_pelt_model
 from ..ops import forget_choices
 from .base_model import load_classifier
@@ -136,7 +135,7 @@ class Run:
     def _model(self) -> PeltModel:
         base = load_classifier(self.config.model, len(self.task.labels))
         try:
-            return get_pelt_model(base, make_config(self.config.method))
+            return get_pelt_model(base, self.config.method_config())
         except ValueError as error:
             raise UsageError(f"method {self.config.method}: {error}") from error
 

@@ -41,6 +41,40 @@ WRONG = {
     "unknown device": (["--device", "tpu"], "device: expected one of "),
     "unknown task": (["--task", "docstring"], "'docstring' is neither a file nor docstring-match"),
     "unknown option": (["--learning-rate", "1"], "No such option: --learning-rate"),
+    "unknown field": (
+        ["--method", "lora", "--set", "rank=4"],
+        "set: expected a field of LoraConfig (r, alpha, ",
+    ),
+    "field of a wrong type": (
+        ["--method", "lora", "--set", "r=four"],
+        "set: expected r as a whole number, got 'four'",
+    ),
+    "no field": (["--set", "r8"], "set: expected field=value such as r=8, got 'r8'"),
+    "a field twice": (
+        ["--method", "lora", "--set", "r=4", "--set", "r=8"],
+        "set: r is given twice",
+    ),
+    "all of it pruned": (
+        ["--method", "pst", "--set", "sparsity=1"],
+        "set: PSTConfig: expected sparsity in [0, 1), got 1.0",
+    ),
+    "a schedule longer than the training": (
+        ["--method", "pst", "--set", "end=1.5"],
+        "the schedule is longer than the training",
+    ),
+    "no experts": (
+        ["--method", "adamix", "--set", "experts=0"],
+        "set: AdaMixConfig: expected experts as a whole number >= 1, got 0",
+    ),
+    "two parts in one place": (
+        ["--method", "composite", "--set", "lora=default", "--set", "pst=default"],
+        "set: CompositeConfig: expected one part for each place of a layer, got lora and pst",
+    ),
+    "a composite of nothing": (["--method", "composite"], "such as --set lora.r=8"),
+    "layers that are not there": (
+        ["--method", "prefix", "--set", "skip_layers=7", "--task", "good.tsv"],
+        "expected skip_layers to leave some of the model's 2 layers",
+    ),
     "not a number": (["--epochs", "many"], "Invalid value for '--epochs'"),
     "no rate": (["--lr", "fast"], "lr: expected numbers"),
     "no seed": (["--seeds", "0,,1"], "seeds: expected numbers"),
@@ -132,6 +166,13 @@ def test_an_adapter_of_another_architecture_ends_with_1(
 def test_a_resumed_run_of_another_method_ends_with_2(run: Run, trained: Path) -> None:
     sentence = run("train", "--resume", "--output", trained, "--method", "lora").refused(2)
     assert "was begun with unipelt, not lora" in sentence
+
+
+def test_a_resumed_run_with_other_fields_ends_with_2(run: Run, trained: Path) -> None:
+    arguments = ["train", "--resume", "--output", trained, "--set"]
+    sentence = run(*arguments, "lora.r=2").refused(2)
+    assert "was begun with the default of lora.r, not lora.r=2; leave the option out" in sentence
+    assert "expected a field of UniPELTConfig" in run(*arguments, "r=2").refused(2)
 
 
 def test_an_output_that_cannot_be_written_ends_with_1_before_training(

@@ -151,6 +151,26 @@ def test_help_names_every_method(run: Run) -> None:
         assert method in done.out
 
 
+def test_fields_of_a_method_are_set_kept_and_resumed(
+    run: Run, tiny_model: Path, toy_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    fields = ["adapter.placement=parallel", "adapter.bottleneck=4", "lora.r=2", "bitfit=true"]
+    words = [word for field in fields for word in ("--set", field)]
+    arguments = ["--method", "composite", "--output", tmp_path / "out", *words]
+    done = run("train", *options(tiny_model, toy_files), *arguments)
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["options"] == fields
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())["method_config"]
+    saved = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert saved["config"] == found
+    assert (found["adapter"]["bottleneck"], found["lora"]["r"], found["prefix"]) == (4, 2, None)
+    for again in ([], words, ["--set", "lora.r=02", "--set", "lora.alpha=16"]):
+        resumed = run("train", "--resume", "--output", tmp_path / "out", *again)
+        assert resumed.code == 0 and resumed.out == done.out, resumed.err
+    predicted = run("predict", "--adapter", tmp_path / "out" / "adapter", "a good film")
+    assert predicted.code == 0, predicted.err
+
+
 def test_sst2_as_a_newcomer_types_it(run: Run, tiny_model: Path, tmp_path: Path) -> None:
     folder = DATA / "sst2"
     if not folder.is_dir():

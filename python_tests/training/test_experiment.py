@@ -33,7 +33,8 @@ def test_every_method_trains_and_reports(
     tiny_model: Path, toy_files: tuple[Path, Path], tmp_path: Path, method: str
 ) -> None:
     said: list[str] = []
-    config = config_for(tiny_model, toy_files, method=method)
+    options = ("adapter.placement=parallel", "bitfit=true") if method == "composite" else ()
+    config = config_for(tiny_model, toy_files, method=method, options=options)
     found = train(config, tmp_path, watchers=Watchers(say=said.append))
     on_disk = json.loads((tmp_path / "metrics.json").read_text())
     assert on_disk == json.loads(json.dumps(found))
@@ -45,10 +46,13 @@ def test_every_method_trains_and_reports(
     used = {
         "unipelt": {"gated_adapter", "prefix_attention", "lora_linear"},
         "adapter": {"gated_adapter"}, "prefix": {"prefix_attention"}, "lora": {"lora_linear"},
+        "composite": {"gated_adapter"}, "mam": {"gated_adapter", "prefix_attention"},
+        "adamix": {"gated_adapter", "symmetric_kl"}, "pst": {"masked_weight"},
         "bitfit": set(), "head": set(), "full": set(),
     }  # fmt: skip
     if method in used:
         assert set(found["backends"]) == used[method]
+    assert found["method_config"] == config.method_config().to_dict()
     assert all(name for name in found["backends"].values())
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "gates.png").exists() == method.startswith("unipelt")

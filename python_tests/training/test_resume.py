@@ -106,6 +106,16 @@ def test_resuming_reaches_the_same_weights_bitwise(
     assert_same_end(whole, tmp_path)
 
 
+def test_experts_and_pruning_resume_bitwise(config: TrainConfig, tmp_path: Path) -> None:
+    """Draws, schedule and the experts' spared moments go on where they were."""
+    given = ("adamix.kind=lora", "pst.targets=ffn_in,ffn_out", "pst.sparsity=0.5", "bitfit=true")
+    config = replace(config, method="composite", options=given, weight_decay=0.1)
+    train(config, tmp_path / "whole")
+    interrupted(config, tmp_path / "broken", STEPS_PER_EPOCH + 3)
+    train(config, tmp_path / "broken", resume=True)
+    assert_same_end(tmp_path / "whole", tmp_path / "broken")
+
+
 def test_a_run_stopped_twice_ends_the_same_with_evaluations_by_steps(
     config: TrainConfig, tmp_path: Path
 ) -> None:

@@ -1,0 +1,88 @@
+"""A method's config from text, as a command line gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, get_args, get_origin, get_type_hints
+
+from ._config import MethodConfig
+from .registry import METHODS, PRESETS, config_from_dict, make_config
+
+
+def config_from_options(name: str, options: Mapping[str, str]) -> MethodConfig:
+    """The config of a method or preset with fields set from text: ``{"r": "4", "targets":
+    "query,key"}``, or ``{"adapter.bottleneck": "16"}`` for a part's field.
+
+    A value is read as its field's type asks: numbers, ``true`` and ``false``, names with commas
+    between them, ``none`` where that is allowed. A part is ``none``, ``default``, or its fields; a
+    part that was left out comes in with the first of them.
+
+    Raises:
+        ValueError: an unknown name or field, text that is not of the field's type, or a value the
+            config refuses.
+    """
+    if name not in PRESETS:
+        make_config(name)  # has the sentence for it
+    is_plain = name in METHODS
+    values: dict[str, Any] = {"method": name} if is_plain else PRESETS[name]().to_dict()
+    for path, text in options.items():
+        _put(METHODS[values["method"]], values, path, path, text)
+    return config_from_dict(values)
+
+
+def _put(
+    config: type[MethodConfig], values: dict[str, Any], path: str, whole: str, text: str
+) -> None:
+    """Sets the value at a path inside the dictionary of a config."""
+    name, _, rest = path.partition(".")
+    known = [field.name for field in fields(config)]
+    if name not in known:
+        raise ValueError(
+            f"expected a field of {config.__name__} ({', '.join(known) or 'it has none'}), got "
+            f"{whole!r}"
+        )
+    kind, is_optional = _kind_of(get_type_hints(config)[name])
+    is_part = isinstance(kind, type) and issubclass(kind, MethodConfig)
+    if rest:
+        if not is_part:
+            raise ValueError(f"expected {name} without further fields, got {whole!r}")
+        if not isinstance(values.get(name), dict):
+            values[name] = {"method": kind.method}
+        _put(kind, values[name], rest, whole, text)
+        return
+    if is_optional and text.lower() == "none":
+        values[name] = None
+    elif is_part:
+        if text.lower() != "default":
+            raise ValueError(
+                f"expected {whole} as none, default or its fields such as "
+                f"{whole}.{fields(kind)[0].name}=..., got {text!r}"
+            )
+        values[name] = {"method": kind.method}
+    else:
+        values[name] = _read(kind, text, whole, is_optional)
+
+
+def _kind_of(hint: Any) -> tuple[Any, bool]:
+    """A field's type without None, and whether None is allowed."""
+    choices = [choice for choice in get_args(hint) if choice is not type(None)]
+    if get_origin(hint) is not tuple and choices and len(choices) < len(get_args(hint)):
+        return choices[0], True
+    return hint, False
+
+
+def _read(kind: Any, text: str, whole: str, is_optional: bool) -> Any:
+    words = {int: "a whole number", float: "a number", bool: "true or false"}
+    try:
+        if get_origin(kind) is tuple:
+            member = get_args(kind)[0]
+            words[kind] = "names with commas" if member is str else "numbers with commas"
+            return [member(part.strip()) for part in text.split(",") if part.strip()]
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError):
+        raise ValueError(
+            f"expected {whole} as {words[kind]}{' or none' if is_optional else ''}, got {text!r}"
+        ) from None
