@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -67,7 +68,7 @@ def _largest(case: Case) -> int:
 
 def machine_code(module: Path) -> dict[str, Counter[str]]:
     """Kernel -> how many of each counted instruction its code for sm_80 holds."""
-    tool = shutil.which("cuobjdump") or "/usr/local/cuda/bin/cuobjdump"
+    tool = shutil.which("cuobjdump") or str(files("triton") / "backends/nvidia/bin/cuobjdump")
     done = subprocess.run([tool, "-sass", "-arch", "sm_80", str(module)], text=True,
                           capture_output=True, check=True)  # fmt: skip
     found: dict[str, Counter[str]] = {}
@@ -78,6 +79,13 @@ def machine_code(module: Path) -> dict[str, Counter[str]]:
             counts["all"] += 1
             counts.update(name for name in COUNTED if match[1].startswith(name))
     return found
+
+
+def _readable(name: str) -> str:
+    """fwd_sm80<Config<bf16, 64>> of a mangled name."""
+    plain = subprocess.run(["c++filt", name], text=True, capture_output=True, check=True).stdout
+    plain = re.sub(r"\(anonymous namespace\)::|pelt::|void |\(\w+\)(?=\d)", "", plain.strip())
+    return plain[: plain.rfind("(")]
 
 
 def main() -> None:
@@ -96,7 +104,7 @@ def main() -> None:
         print(f"|---|---|{'---|' * len(COUNTED)}")
         for name, counts in sorted(machine_code(options.module).items()):
             row = " | ".join(str(counts[word]) for word in COUNTED)
-            print(f"| `{name}` | {counts['all']} | {row} |")
+            print(f"| `{_readable(name)}` | {counts['all']} | {row} |")
 
 
 if __name__ == "__main__":
