@@ -215,7 +215,8 @@ class _Backward:
 
         if segment.length and segment.members:
             launch_fitting(plan.configs, "prefix", launch)
-            dk, dv = parts[0].sum(1).unbind()
+            # Two sums, since the results of an operator may not share memory.
+            dk, dv = (part.sum(0) for part in parts[0])
             self.grads["prefix_k"].append(dk.view_as(keys).to(keys.dtype))
             self.grads["prefix_v"].append(dv.view_as(values).to(values.dtype))
         else:
