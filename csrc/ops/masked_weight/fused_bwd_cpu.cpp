@@ -9,7 +9,6 @@
 // the matrix is kept. The rows are cut into parts, each with its own sums of dv, db and dcol, which
 // are added in order; parts follow from the sizes alone, so threads do not change a bit.
 #include "cpu/pages.h"
-#include "cpu/product.h"
 #include "ops/masked_weight/cpu_tiles.h"
 
 namespace pelt::masked_weight {
@@ -17,6 +16,7 @@ namespace {
 
 constexpr int64_t kRows = 2 * kEachRows;  // of a tile
 constexpr int64_t kMaxParts = 16;
+constexpr int64_t kTileColumns = 2 * kWidth;  // of a step of project_rows
 static_assert(kColumns % kTileColumns == 0 && kColumns <= kDepth, "a tile is one step of products");
 
 // What one thread works in.
@@ -90,16 +90,17 @@ struct Memory {
 };
 
 // 1 or 0 for each byte of a mask.
-inline Vector load_mask(const bool* from, int64_t count) {
-  float lanes[kWidth];
-  for (int i = 0; i < kWidth; ++i) lanes[i] = i < count && from[i] ? 1.0f : 0.0f;
-  return load(lanes);
+inline Vector load_mask(const bool* from) {
+  typedef int8_t Bytes __attribute__((vector_size(kWidth)));
+  Bytes bytes;
+  std::memcpy(&bytes, from, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Vector);
 }
 
-inline Vector load_mask(const bool* from) {
-  float lanes[kWidth];
-  for (int i = 0; i < kWidth; ++i) lanes[i] = from[i];
-  return load(lanes);
+inline Vector load_mask(const bool* from, int64_t count) {
+  bool whole[kWidth] = {};
+  std::memcpy(whole, from, static_cast<size_t>(count));
+  return load_mask(whole);
 }
 
 // W of the area gives way to dW and dscore. `row_sums` and `column_sums` take the sums of dscore.
@@ -132,9 +133,51 @@ void derive_scores(const CpuInputs& in, const CpuBackward& grad, const Area& are
   }
 }
 
+// kRanks rows of c += leftᵀ tile, with left [rows, stride] and tile [rows, kColumns]. Two vectors
+// of columns at a time: with four ranks their sums stay in registers on every instruction set.
+template <int kRanks>
+inline void add_ranks(const float* left, int64_t stride, const float* tile, int64_t rows,
+                      int64_t columns, float* c, int64_t ldc) {
+  for (int64_t column = 0; column < columns; column += kTileColumns) {
+    Vector sum[kRanks][2];
+#pragma GCC unroll 4
+    for (int i = 0; i < kRanks; ++i) {
+      sum[i][0] = load(c + i * ldc + column);
+      sum[i][1] = load(c + i * ldc + column + kWidth);
+    }
+    const float *weights = left, *from = tile + column;
+    for (int64_t k = 0; k < rows; ++k, weights += stride, from += kColumns) {
+      const Vector low = load(from), high = load(from + kWidth);
+#pragma GCC unroll 4
+      for (int i = 0; i < kRanks; ++i) {
+        const Vector weight = splat(weights[i]);
+        sum[i][0] += weight * low;
+        sum[i][1] += weight * high;
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kRanks; ++i) {
+      store(c + i * ldc + column, sum[i][0]);
+      store(c + i * ldc + column + kWidth, sum[i][1]);
+    }
+  }
+}
+
+// c [ranks, columns] += leftᵀ tile; columns a multiple of kTileColumns.
+inline void project_rows(const float* left, int64_t ranks, const float* tile, int64_t rows,
+                         int64_t columns, float* c, int64_t ldc) {
+  int64_t rank = 0;
+  for (; rank + 4 <= ranks; rank += 4) {
+    add_ranks<4>(left + rank, ranks, tile, rows, columns, c + rank * ldc, ldc);
+  }
+  for (; rank < ranks; ++rank) {
+    add_ranks<1>(left + rank, ranks, tile, rows, columns, c + rank * ldc, ldc);
+  }
+}
+
 // c [kRows, padded depth] += tile [kRows, columns] times panels of a factor's transpose.
-inline void project(const float* tile, const float* panels, const CpuInputs& in, const Area& area,
-                    int64_t ranks, float* c) {
+inline void project_columns(const float* tile, const float* panels, const CpuInputs& in,
+                            const Area& area, int64_t ranks, float* c) {
   multiply_into(tile, kColumns, 1, {panels, in.Din, area.column, area.columns}, c, ranks,
                 round_up(area.rows, kRowUnit), ranks, true);
 }
@@ -154,13 +197,11 @@ void derive_band(const CpuInputs& in, const CpuBackward& grad, const Memory& mem
     update_weight<T>(in, area, tile.u, memory.v, tile.dw);
     float column_sums[kColumns] = {};
     derive_scores<T>(in, grad, area, tile, row_sums, column_sums);
-    project(tile.dw, memory.v_t, in, area, memory.ranks, tile.du);
-    project(tile.ds, memory.b_t, in, area, memory.ranks2, tile.da);
+    project_columns(tile.dw, memory.v_t, in, area, memory.ranks, tile.du);
+    project_columns(tile.ds, memory.b_t, in, area, memory.ranks2, tile.da);
     const int64_t columns = round_up(area.columns, kTileColumns);
-    multiply(in.R, columns, rows, {tile.u, 1, in.R}, tile.dw, kColumns, part.dv + area.column,
-             memory.width, true);
-    multiply(in.R2, columns, rows, {tile.a, 1, in.R2}, tile.ds, kColumns, part.db + area.column,
-             memory.width, true);
+    project_rows(tile.u, in.R, tile.dw, rows, columns, part.dv + area.column, memory.width);
+    project_rows(tile.a, in.R2, tile.ds, rows, columns, part.db + area.column, memory.width);
     for (int64_t c = 0; c < area.columns; ++c) part.dcol[area.column + c] += column_sums[c];
   });
   for (int64_t r = 0; r < rows; ++r) {
