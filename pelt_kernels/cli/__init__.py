@@ -1,4 +1,4 @@
-"""The command `pelt-kernels`: train, predict, info, demo."""
+"""The command `pelt-kernels`: train, predict, export, info, demo."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import typer
 
 from .demo import demo
+from .export import export
 from .info import info
 from .predict import predict
 from .train import train
@@ -20,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, predict, info, demo):
+for command in (train, predict, export, info, demo):
     app.command()(command)
 
 # The base of typer's errors of usage, under its public name in no version of typer.

@@ -46,7 +46,7 @@ class Checkpointed(nn.Module):
 
     if TYPE_CHECKING:
 
-        def _take_out(self, keep_head: bool) -> None: ...
+        def _take_out(self, keep_head: bool = False, keep_trained: bool = False) -> None: ...
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The method's parts and the head by name, whether they require a gradient now or not."""
@@ -121,7 +121,7 @@ class Checkpointed(nn.Module):
         try:
             copy_weights(made.trained_parameters(), tensors, directory)
         except BaseException:
-            made._take_out(keep_head=False)
+            made._take_out()
             raise
         if isinstance(made, Prunable):
             made.set_progress(1.0)

@@ -14,9 +14,9 @@ from ..methods import AdaMixConfig, MethodConfig, with_part_changes
 from ..nn import Bank, Router
 from .attention import raise_no_weights
 from .checkpoint import Checkpointed, without_reparametrisation
+from .export import Exportable
 from .inject import Injection, raise_occupied
 from .mixture import compares_passes, consistent_forward
-from .pruning import Prunable
 from .slots import slots_of
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 BASE = "base_model."
 
 
-class PeltModel(Prunable, Checkpointed):
+class PeltModel(Exportable, Checkpointed):
     """A frozen transformers encoder, a method's parts inside it, and its trained classification
     head.
 
@@ -310,13 +310,15 @@ class PeltModel(Prunable, Checkpointed):
         """
         self._check_has_base("remove")
         self._check_attached("remove")
-        self._take_out(keep_head)
+        self._take_out(keep_head=keep_head)
         return self.base_model
 
-    def _take_out(self, keep_head: bool) -> None:
+    def _take_out(self, keep_head: bool = False, keep_trained: bool = False) -> None:
+        """Leaves the base model; what was trained in place keeps its values where asked to."""
         self._injection.detach()
         self._is_detached = True
-        self._put_first_values(keep_head=keep_head)
+        if not keep_trained:
+            self._put_first_values(keep_head=keep_head)
         for name, parameter in self.base_model.named_parameters():
             parameter.requires_grad_(self._requires_grad[name])
             parameter.grad = None

@@ -1,4 +1,4 @@
-"""PST in a model: where it prunes, how dense that leaves it, and the plain sparse model."""
+"""PST in a model: where it prunes, and how dense that leaves it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Prunable(nn.Module):
         method_config: MethodConfig
 
         def _check_attached(self, who: str) -> None: ...
-        def _take_out(self, keep_head: bool) -> None: ...
+        def _take_out(self, keep_head: bool = False, keep_trained: bool = False) -> None: ...
         def _put(self, values: dict[str, Tensor]) -> None: ...
 
     def set_progress(self, progress: float) -> None:
@@ -66,20 +66,6 @@ class Prunable(nn.Module):
             name: count / weight.numel()
             for (name, weight), count in zip(weights.items(), counts, strict=True)
         }
-
-    @torch.no_grad()
-    def export_pruned(self) -> PreTrainedModel:
-        """Takes PST out and leaves its pruned weights in the plain base model, with the trained
-        head: the same logits, without this package. This object is of no use afterwards.
-
-        Raises:
-            ValueError: the method is not 'pst', or it is not in the model now.
-        """
-        weights = self._pruned_weights("export_pruned")
-        self._check_attached("export_pruned")
-        self._take_out(keep_head=True)
-        self._put({f"{name}.weight": weight for name, weight in weights.items()})
-        return self.base_model
 
     def _pruned_weights(self, who: str) -> dict[str, Tensor]:
         return {name: module.pruned_weight() for name, module in self._pruned(who).items()}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import LoraBranch, gated_adapter, lora_linear
+from .lora_linear import merged
 
 PASSES = 2  # of one training step: AdaMix's consistency loss compares two
 
@@ -236,6 +237,14 @@ class ExpertLoRALinear(Bank):
         branch = LoraBranch(a, b, scale=self.alpha / self.r, bank_index=index)
         dropout = self.dropout if self.training else 0.0
         return cast(Tensor, lora_linear(x, self.weight, self.bias, [branch], dropout_p=dropout))
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """``W + alpha / R · B A`` [Dout, Din] with the banks' means A and B, as `LoRALinear`'s."""
+        means = self.averages()
+        a, b = means["lora_a"], means["lora_b"]
+        assert a is not None and b is not None
+        return merged(self.weight, a, b, self.alpha / self.r)
 
 
 def _mean(bank: Tensor) -> Tensor:

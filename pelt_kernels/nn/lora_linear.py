@@ -13,6 +13,21 @@ from ..ops import LoraBranch, lora_linear
 from .gate import Gate
 
 
+def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``W + scale · B A`` in W's dtype, computed in float64 and rounded once.
+
+    Raises:
+        ValueError: a 16-bit W, whose steps are too coarse for a learned update.
+    """
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"merging: expected a weight in float32 or float64, got {weight.dtype}, which would "
+            "round the update; load the base model in float32"
+        )
+    update = b.double() @ a.double()
+    return torch.add(weight.double(), update, alpha=scale).to(weight.dtype)
+
+
 class LoRALinear(nn.Module):
     """``y = x Wᵀ + b + s · (dropout(x) Aᵀ) Bᵀ``, with s = alpha / R, or s = the gate g(x), which
     replaces alpha / R.
@@ -121,6 +136,22 @@ class LoRALinear(nn.Module):
         if self.gate is not None:
             values[""] = own[0]
         return y, values
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """``W + alpha / R · B A`` [Dout, Din], computed in float64 and rounded once.
+
+        Raises:
+            ValueError: a gate, or a 16-bit W, in which the update would be lost.
+        """
+        if self.gate is not None:
+            raise ValueError(
+                "LoRALinear: expected a branch without gate to merge, got a gated one, whose scale "
+                "is another one for each sentence"
+            )
+        if not self.r:
+            return self.weight
+        return merged(self.weight, self.lora_a, self.lora_b, self.alpha / self.r)
 
     def extra_repr(self) -> str:
         return (

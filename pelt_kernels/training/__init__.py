@@ -3,6 +3,7 @@
 from .config import TrainConfig
 from .errors import Interrupted, RunError, UsageError
 from .experiment import is_run, train
+from .exporting import Exported, export
 from .predictor import Prediction, Predictor
 from .run import Watchers
 from .stopping import Stop, stoppable
@@ -10,6 +11,7 @@ from .tasks import Example, Task, load_task
 
 __all__ = [
     "Example",
+    "Exported",
     "Interrupted",
     "Prediction",
     "Predictor",
@@ -19,6 +21,7 @@ __all__ = [
     "TrainConfig",
     "UsageError",
     "Watchers",
+    "export",
     "is_run",
     "load_task",
     "stoppable",

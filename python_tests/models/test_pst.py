@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from pelt_kernels.methods import HeadConfig, PSTConfig
+from pelt_kernels.methods import PSTConfig
 from pelt_kernels.models import PeltModel, get_pelt_model
 from pelt_kernels.nn import PrunedLinear
 
@@ -93,7 +93,7 @@ def test_the_exported_model_has_the_asked_zeros_and_the_same_logits(
     again = PeltModel.from_pretrained(make_base(), tmp_path)
     assert torch.equal(again(**batch).logits, expected)
     names, density = list(pruned_of(model)), model.density()
-    plain = model.export_pruned()
+    plain = model.export_dense()
     assert type(plain) is type(make_base())
     assert torch.equal(plain(**batch).logits, expected)
     for name in names:
@@ -149,8 +149,3 @@ BAD = [
 def test_bad_configs_are_one_sentence(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
-
-
-def test_only_pst_is_exported_as_pruned(make_base):
-    with pytest.raises(ValueError, match="export_pruned: expected the method 'pst', alone or as a"):
-        get_pelt_model(make_base(), HeadConfig()).export_pruned()
