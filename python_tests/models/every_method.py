@@ -40,6 +40,7 @@ METHODS: dict[str, MethodConfig] = {
     "prefix": PREFIX,
     "lora": LORA,
     "adamix": AdaMixConfig(reduction_factor=8),
+    "adamix-both-banks": AdaMixConfig(reduction_factor=8, share_up=False),
     "adamix-lora": EXPERTS,
     "pst": PSTConfig(sparsity=0.8, r1=3, r2=2),
     "bitfit": BitFitConfig(),

@@ -15,7 +15,6 @@ from pelt_kernels.methods import AdaMixConfig, HeadConfig, LoraConfig
 from pelt_kernels.models import PeltModel, get_pelt_model
 from pelt_kernels.nn import Bank, Router, spare_unselected
 
-FAMILIES = ["bert", "camembert", "electra", "roberta", "xlm-roberta", "distilbert", "ernie"]
 ADAPTER = AdaMixConfig(reduction_factor=8)
 LORA = AdaMixConfig(kind="lora", experts=3, r=2)
 KINDS = {"adapter": ADAPTER, "lora": LORA, "both_banks": AdaMixConfig(share_up=False)}
@@ -119,7 +118,7 @@ def test_evaluation_is_the_average_of_each_bank_and_merging_keeps_every_bit(
     assert model.train()(**make_batch()).loss.isfinite()  # a single adapter still trains
 
 
-def test_a_change_of_a_weight_reaches_the_cached_average(make_base, make_batch, randomise):
+def test_the_cached_average_of_the_experts_is_never_stale(make_base, make_batch, randomise):
     model, batch = randomise(get_pelt_model(make_base(), ADAPTER)), make_batch()
     optimizer = torch.optim.SGD(model.trained_parameters().values(), lr=0.5)
 
@@ -164,7 +163,7 @@ def test_unselected_experts_are_neither_decayed_nor_moved(make_base, make_batch)
                     assert torch.equal(kept, moment[expert])
 
 
-def test_experts_start_different_and_lora_as_in_the_official_code_on_request(make_base):
+def test_lora_experts_start_identical_only_where_the_official_code_is_asked_for(make_base):
     for config in (ADAPTER, LORA):
         bank = banks_of(get_pelt_model(make_base(), config))[0]
         experts = getattr(bank, bank.SIDES[0][0])
@@ -218,20 +217,6 @@ def test_gradient_checkpointing_repeats_the_draws(kind, reentrant, make_base, ma
         grads.append([p.grad for p in model.trained_parameters().values()])
     for plain, checkpointed in zip(*grads, strict=True):
         assert torch.equal(plain, checkpointed)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_ten_steps_on_every_family_lower_the_loss(family, kind, make_base, make_batch):
-    model, batch = get_pelt_model(make_base(family), KINDS[kind]).train(), make_batch()
-    optimizer = torch.optim.AdamW(model.trained_parameters().values(), lr=0.02)
-    losses = []
-    for _ in range(10):
-        optimizer.zero_grad()
-        losses.append(model(**batch).loss)
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[-1] < losses[0]
 
 
 def test_the_model_comes_back_untouched(make_base, make_batch):
