@@ -43,7 +43,7 @@ struct Config {
   static constexpr int kVectors = kE / 8;
   // K and V stay in registers where there is room, and their place goes to the second buffer.
   static constexpr bool kKeeps = kE <= 96;
-  static constexpr int kMinBlocks = kE <= 32 ? 3 : 2;
+  static constexpr int kMinBlocks = kE <= 32 ? 4 : (kE <= 64 ? 3 : 2);
 };
 
 // The columns of a block: [begin, end) of the joined axis, in a tile that starts at `first`.
@@ -82,6 +82,7 @@ struct Shared {
   alignas(16) float delta[2][kRowTile];
   Columns columns;  // here and not in registers, which are all taken by sums and operands
   Range range;
+  Walk walk[2];  // where the block is, for each buffer
   int scratch[kWarps];
 };
 
@@ -174,27 +175,29 @@ __device__ __forceinline__ void stage_queries(Shared<C>& s, const BackwardParams
   }
 }
 
-// What a lane knows of its columns.
+// What a lane knows of its columns, in one register.
 struct SeenColumns {
-  uint32_t bits;    // bit 2 m + half: the sample sees it
-  bool has_hidden;  // the warp has a column that its sample does not see
+  static constexpr uint32_t kAll = 1u << 31;
+
+  uint32_t bits;  // bit 2 m + half: the sample sees it; kAll: it sees all columns of the warp
+
+  __device__ __forceinline__ bool has_hidden() const { return (bits & kAll) == 0; }
 };
 
 __device__ __forceinline__ SeenColumns see_columns(const Inputs& in, const Columns& columns, int b,
                                                    int column) {
-  SeenColumns seen{~uint32_t{0}, false};
-  if (columns.prefix >= 0) return seen;
+  if (columns.prefix >= 0) return {~uint32_t{0}};
   const bool* mask =
       in.key_mask == nullptr ? nullptr : in.key_mask + static_cast<int64_t>(b) * in.N;
+  uint32_t hidden = 0;
 #pragma unroll
   for (int i = 0; i < 2 * kTilesM; ++i) {
     const int own = column + tile_row(i / 2, i % 2);
     const bool is_seen =
         own >= in.P && own < columns.seen_end && (mask == nullptr || mask[own - in.P]);
-    if (!is_seen) seen.bits &= ~(1u << i);
+    hidden |= static_cast<uint32_t>(!is_seen) << i;
   }
-  seen.has_hidden = vote_any(seen.bits != ~uint32_t{0});
-  return seen;
+  return {~(hidden | (vote_any(hidden != 0) ? SeenColumns::kAll : 0u))};
 }
 
 template <class Element>
@@ -244,7 +247,7 @@ __device__ __forceinline__ void score_by_columns(const Inputs& in, const Scoring
     }
   }
   const bool crosses = in.is_causal && column + kWarpColumns > row_limit(in, row, in.P + in.N);
-  if (!seen.has_hidden && !crosses) return;
+  if (!seen.has_hidden() && !crosses) return;
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
@@ -303,28 +306,29 @@ __device__ __forceinline__ void differentiate(const Inputs& in, const Head& head
 
 // One step of a warp: its columns, from `column` on, and kStep queries from `row` on.
 template <class C>
-__device__ __forceinline__ void attend(const Inputs& in, const Head& head, bool is_prefix,
-                                       State<C>& state, const typename C::T* s_k,
-                                       const typename C::T* s_v, const typename C::T* s_q,
-                                       const typename C::T* s_dout, const float* s_lse,
-                                       const float* s_delta, int column, int row,
+__device__ __forceinline__ void attend(const Inputs& in, bool is_prefix, State<C>& state,
+                                       Shared<C>& s, int buffer, int at, int column, int row,
                                        const SeenColumns& seen) {
   column = opaque(column);
+  const Head head = {s.walk[buffer].b, s.walk[buffer].h, s.columns.g};
+  [[maybe_unused]] const int warp_at = (is_prefix ? 0 : warp_index() * kWarpColumns) * C::kStride;
+  const typename C::T* s_q = s.q[buffer] + at * C::kStride;
+  const typename C::T* s_dout = s.dout[buffer] + at * C::kStride;
   FragmentD dots[kTilesM][kTilesN], dp[kTilesM][kTilesN];
   auto k_of = [&](int m, int step) {
     if constexpr (C::kKeeps) return state.k[m][step];
-    return load_a(s_k + 16 * m * C::kStride + 16 * step, C::kStride);
+    return load_a(keys_of<C>(s) + warp_at + 16 * m * C::kStride + 16 * step, C::kStride);
   };
   auto v_of = [&](int m, int step) {
     if constexpr (C::kKeeps) return state.v[m][step];
-    return load_a(s_v + 16 * m * C::kStride + 16 * step, C::kStride);
+    return load_a(values_of<C>(s) + warp_at + 16 * m * C::kStride + 16 * step, C::kStride);
   };
   multiply_rows<C>(dots, k_of, s_q);
   multiply_rows<C>(dp, v_of, s_dout);
   const Scoring scoring = scoring_of<typename C::T>(in, head);
   score_by_columns<typename C::T>(in, scoring, is_prefix, dots, column, row, seen);
-  differentiate<C>(in, head, is_prefix ? scoring.gate : 1.0f, dots, dp, s_lse, s_delta, column,
-                   row);
+  differentiate<C>(in, head, is_prefix ? scoring.gate : 1.0f, dots, dp, s.lse[buffer] + at,
+                   s.delta[buffer] + at, column, row);
   accumulate_rows<C>(state.dv, dots, s_dout);
   accumulate_rows<C>(state.dk, dp, s_q);
 }
@@ -404,7 +408,7 @@ __device__ __forceinline__ void store_own(const BackwardParams& p, Shared<C>& s,
 
 // Which columns and queries a block has, and where it starts. The whole block takes part.
 template <class C>
-__device__ __forceinline__ Walk place_block(const BackwardParams& p, Shared<C>& s) {
+__device__ __forceinline__ void place_block(const BackwardParams& p, Shared<C>& s) {
   const Inputs& in = p.in;
   Columns columns;
   Range range;
@@ -456,60 +460,58 @@ __device__ __forceinline__ Walk place_block(const BackwardParams& p, Shared<C>& 
   if (thread_index() == 0) {
     s.columns = columns;
     s.range = range;
+    s.walk[0] = walk;
   }
   sync_threads();
-  return walk;
 }
 
 template <class C>
 __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
     prefix_attention_bwd_keys_sm80(const __grid_constant__ BackwardParams p) {
-  using T = typename C::T;
   auto& s = shared_memory_as<Shared<C>>();
   const Inputs& in = p.in;
-  Walk walk = place_block<C>(p, s);
+  place_block<C>(p, s);
   const bool is_prefix = s.columns.prefix >= 0;
   const int warp_at = is_prefix ? 0 : warp_index() * kWarpColumns;
   const int column = s.columns.first + warp_at;
-  const T* s_k = keys_of<C>(s) + warp_at * C::kStride;
-  const T* s_v = values_of<C>(s) + warp_at * C::kStride;
 
   State<C> state;
-  if (walk.b < s.range.b_end) {
-    stage_keys<C>(s, in, walk.b);
-    stage_queries<C>(s, p, walk, 0);
+  if (s.walk[0].b < s.range.b_end) {
+    stage_keys<C>(s, in, s.walk[0].b);
+    stage_queries<C>(s, p, s.walk[0], 0);
     cp_async_commit();
-    const SeenColumns seen = see_columns(in, s.columns, walk.b, column);
+    const SeenColumns seen = see_columns(in, s.columns, s.walk[0].b, column);
     int buffer = 0;
+    bool is_last = false;
     [[maybe_unused]] bool is_first = true;
 #pragma unroll 1
-    while (walk.b < s.range.b_end) {
-      const Walk next = advanced(in, s.columns, s.range, walk);
+    while (!is_last) {
       cp_async_wait<0>();
       sync_threads();
       if constexpr (C::kKeeps) {
         if (is_first) {
-          load_operands<C>(state, s_k, s_v);
+          load_operands<C>(state, keys_of<C>(s) + warp_at * C::kStride,
+                           values_of<C>(s) + warp_at * C::kStride);
           sync_threads();
         }
         is_first = false;
       }
-      if (next.b < s.range.b_end) {
+      const Walk next = advanced(in, s.columns, s.range, s.walk[buffer]);
+      is_last = next.b >= s.range.b_end;
+      if (!is_last) {
         stage_queries<C>(s, p, next, 1 - buffer);
         cp_async_commit();
       }
-      const int first_row = walk.tile * kRowTile;
+      if (thread_index() == 0) s.walk[1 - buffer] = next;
+      const int first_row = s.walk[buffer].tile * kRowTile;
 #pragma unroll 1
       for (int at = is_prefix ? warp_index() * kStep : 0; at < kRowTile;
            at += is_prefix ? kRowTile : kStep) {
         const int row = first_row + at;
         if (row >= in.S || column >= row_limit(in, row + kStep - 1, in.P + in.N)) continue;
-        attend<C>(in, {walk.b, walk.h, 0}, is_prefix, state, s_k, s_v,
-                  s.q[buffer] + at * C::kStride, s.dout[buffer] + at * C::kStride,
-                  s.lse[buffer] + at, s.delta[buffer] + at, column, row, seen);
+        attend<C>(in, is_prefix, state, s, buffer, at, column, row, seen);
       }
       buffer = 1 - buffer;
-      walk = next;
     }
     cp_async_wait<0>();
   }
