@@ -222,12 +222,12 @@ def _prefix_attention_fwd_kernel(
     pid = tl.program_id(0)
     first = (tiles - 1 - pid % tiles) * BLOCK_S
     bh = pid // tiles
-    b, h = (bh // H).to(tl.int64), bh % H
+    b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     g = h // (H // G)
     row = bh.to(tl.int64) * S + first
-    q_ptr += b * q_stride_b + h.to(tl.int64) * q_stride_h
-    k_ptr += b * k_stride_b + g.to(tl.int64) * k_stride_g
-    v_ptr += b * v_stride_b + g.to(tl.int64) * v_stride_g
+    q_ptr += b * q_stride_b + h * q_stride_h
+    k_ptr += b * k_stride_b + g * k_stride_g
+    v_ptr += b * v_stride_b + g * v_stride_g
     if mask_ptr is not None:
         mask_ptr += b * N
     if bias_ptr is not None:
