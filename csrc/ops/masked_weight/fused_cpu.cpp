@@ -9,9 +9,10 @@
 // threshold is among those; a selection finds it, and the entries of them that do not stay are
 // zeroed.
 //
-// Where the sample was misleading, or too many scores are equal, the threshold is found digit by
-// digit instead: three sweeps with histograms, one that counts in each row the scores equal to it,
-// and one that writes. Both ways see the same scores, bit for bit, because one function makes them.
+// Where lo and hi are the same, a score that many entries have, that sweep counts those in each
+// row, and a second one writes. Where the sample was misleading the threshold is found digit by
+// digit: three sweeps with histograms, one that counts in each row the scores equal to it, and one
+// that writes. All see the same scores, bit for bit, because one function makes them.
 //
 // Nothing the size of the matrix is kept beside y and mask. Scores are float32; NaN counts as
 // infinity. Results depend neither on the run nor on the number of threads.
@@ -257,19 +258,33 @@ inline int64_t find_between(const float* s, int64_t columns, const Window& windo
   return count;
 }
 
-// False where the threshold is not in the window, or too much is: then y and mask are unfinished.
+struct Threshold {
+  float score;
+  int64_t equal;  // entries with this score
+  int64_t stay;   // and how many of them stay
+};
+
+enum class Outcome {
+  kWritten,
+  kFound,    // the threshold, and in memory.quota how many entries of each row are equal to it
+  kUnknown,  // it is not in the window, or too much is
+};
+
+// y and mask are finished only where the outcome is kWritten.
 template <class T>
-bool write_by_window(const CpuInputs& in, const Memory& memory, const Window& window, T* y,
-                     bool* mask) {
+Outcome write_by_window(const CpuInputs& in, const Memory& memory, const Window& window, T* y,
+                        bool* mask, Threshold& threshold) {
   int64_t found = 0;
   std::fill(memory.above, memory.above + memory.tiles, 0);
+  std::fill(memory.quota, memory.quota + in.Dout, 0);
   sweep<T>(in, memory, [&](const Area& area, const Tile& tile, int) {
     int64_t above = 0, count = 0;
     for (int64_t r = 0; r < area.rows; ++r) {
-      const int64_t at = (area.row + r) * in.Din + area.column;
+      const int64_t at = (area.row + r) * in.Din + area.column, before = count;
       const float* s = tile.s + r * kColumns;
       above += write_row(tile.w + r * kColumns, s, area.columns, window, y + at, mask + at);
       count = find_between(s, area.columns, window, at, tile.found, count);
+      memory.quota[area.row + r] += count - before;
     }
     memory.above[area.row / kRows] += above;
     // In any order: what is selected from the numbers does not depend on it.
@@ -278,9 +293,11 @@ bool write_by_window(const CpuInputs& in, const Memory& memory, const Window& wi
   });
   int64_t above = 0;
   for (int64_t i = 0; i < memory.tiles; ++i) above += memory.above[i];
-  if (found > memory.room || above > in.keep || above + found < in.keep) return false;
+  if (above > in.keep || above + found < in.keep) return Outcome::kUnknown;
   const int64_t stay = in.keep - above;
-  if (stay == found) return true;
+  threshold = {window.lo, found, stay};
+  if (stay == found) return Outcome::kWritten;
+  if (found > memory.room) return window.lo == window.hi ? Outcome::kFound : Outcome::kUnknown;
   uint64_t last = 0;
   if (stay > 0) {
     std::copy(memory.between, memory.between + found, memory.scratch);
@@ -292,16 +309,10 @@ bool write_by_window(const CpuInputs& in, const Memory& memory, const Window& wi
     y[index] = T{};
     mask[index] = false;
   }
-  return true;
+  return Outcome::kWritten;
 }
 
 // ---- digit by digit ----
-
-struct Threshold {
-  float score;
-  int64_t equal;  // entries with this score
-  int64_t stay;   // and how many of them stay
-};
 
 template <class T>
 Threshold find_threshold(const CpuInputs& in, const Memory& memory) {
@@ -335,27 +346,29 @@ Threshold find_threshold(const CpuInputs& in, const Memory& memory) {
   return {score_of(static_cast<uint32_t>(prefix)), equal, stay};
 }
 
+// memory.quota = how many entries of each row are equal to the threshold.
 template <class T>
-void write_by_digits(const CpuInputs& in, const Memory& memory, T* y, bool* mask) {
-  const Threshold threshold = find_threshold<T>(in, memory);
-  std::fill(memory.quota, memory.quota + in.Dout, in.Din);
-  if (threshold.stay < threshold.equal) {
-    // Equal scores stay in the order of their flat index: a row has what the rows before it leave.
-    std::fill(memory.quota, memory.quota + in.Dout, 0);
-    sweep<T>(in, memory, [&](const Area& area, const Tile& tile, int) {
-      for (int64_t r = 0; r < area.rows; ++r) {
-        int32_t equal = 0;
-        for (int64_t c = 0; c < area.columns; ++c) {
-          equal += tile.s[r * kColumns + c] == threshold.score;
-        }
-        memory.quota[area.row + r] += equal;
+void count_equal(const CpuInputs& in, const Memory& memory, const Threshold& threshold) {
+  std::fill(memory.quota, memory.quota + in.Dout, 0);
+  sweep<T>(in, memory, [&](const Area& area, const Tile& tile, int) {
+    for (int64_t r = 0; r < area.rows; ++r) {
+      int32_t equal = 0;
+      for (int64_t c = 0; c < area.columns; ++c) {
+        equal += tile.s[r * kColumns + c] == threshold.score;
       }
-    });
-    int64_t left = threshold.stay;
-    for (int64_t r = 0; r < in.Dout; ++r) {
-      memory.quota[r] = std::min(memory.quota[r], left);
-      left -= memory.quota[r];
+      memory.quota[area.row + r] += equal;
     }
+  });
+}
+
+// Equal scores stay in the order of their flat index: a row has what the rows before it leave.
+template <class T>
+void write_by_threshold(const CpuInputs& in, const Memory& memory, const Threshold& threshold, T* y,
+                        bool* mask) {
+  int64_t rest = threshold.stay;
+  for (int64_t r = 0; r < in.Dout; ++r) {
+    memory.quota[r] = std::min(memory.quota[r], rest);
+    rest -= memory.quota[r];
   }
   sweep<T>(in, memory, [&](const Area& area, const Tile& tile, int) {
     for (int64_t r = 0; r < area.rows; ++r) {
@@ -389,7 +402,14 @@ void forward_all(const CpuInputs& in, T* y, bool* mask, void* workspace) {
   std::copy(in.col, in.col + in.Din, memory.col);
   const Window window =
       in.keep == memory.entries ? Window{-kInfinity, -kInfinity} : guess_window<T>(in, memory);
-  if (!write_by_window(in, memory, window, y, mask)) write_by_digits(in, memory, y, mask);
+  Threshold threshold;
+  const Outcome outcome = write_by_window(in, memory, window, y, mask, threshold);
+  if (outcome == Outcome::kWritten) return;
+  if (outcome == Outcome::kUnknown) {
+    threshold = find_threshold<T>(in, memory);
+    count_equal<T>(in, memory, threshold);
+  }
+  write_by_threshold(in, memory, threshold, y, mask);
 }
 
 }  // namespace
