@@ -40,16 +40,25 @@ def base_product(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
 
 
 def base_grads(
-    call: Call, needs: dict[str, bool], dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+    call: Call,
+    needs: dict[str, bool],
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    product_dtype: torch.dtype,
 ) -> dict[str, Value]:
     """The gradients of the base product: dx for the kernels to add to, and the weight's and the
-    bias's where they are not frozen.
+    bias's where they are not frozen. Products are computed in ``product_dtype``.
     """
     grads: dict[str, Value] = {}
     is_transposed = call.attributes["transposed"]
+    wide = dy.to(product_dtype)
     if needs["x"]:
-        grads["x"] = (dy @ (weight.T if is_transposed else weight).to(dy.dtype)).contiguous()
+        base = (weight.T if is_transposed else weight).to(product_dtype)
+        grads["x"] = (wide @ base).to(dy.dtype).contiguous()
     if needs["weight"]:
+        dy, x = wide, x.to(product_dtype)
         dweight = weight_grad(x, dy, False) if is_transposed else weight_grad(dy, x, False)
         grads["weight"] = dweight.to(weight.dtype).contiguous()
     if bias is not None and needs["bias"]:

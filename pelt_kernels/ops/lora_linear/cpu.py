@@ -9,6 +9,7 @@ zero, y is that product bit for bit.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -80,7 +81,8 @@ def backward(
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
     plan = plan_of(call, inputs, _native.library("_C").LoraLinearCpu)
-    grads = base_grads(call, needs, dy, x, weight, bias) | plan.empty_grads(needs, inputs)
+    grads = base_grads(call, needs, dy, x, weight, bias, _product_dtype(call.dtype))
+    grads |= plan.empty_grads(needs, inputs)
     if plan.is_empty or not plan.has_work:
         return grads
     dy, s, x = dy.contiguous(), s.contiguous(), x.contiguous()
@@ -94,6 +96,18 @@ def backward(
         workspace=_native.pointer(workspace), seed=seed & SIXTY_FOUR_BITS, threads=threads,
     )  # fmt: skip
     return grads
+
+
+@cache
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In what the gradients of the base product are computed: float32 for bfloat16 where the
+    processor does not multiply bfloat16, for there torch takes 70 times as long for dy W (EPYC Zen
+    3, T = 128, D = 768). Forward keeps torch's product, so that a B of zero changes no bit.
+    """
+    if dtype != torch.bfloat16:
+        return dtype
+    has_product = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return dtype if has_product is not None and has_product() else torch.float32
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -86,7 +86,8 @@ def backward(
     """The gradients that ``needs`` names, by input name."""
     plan = plan_of(call, inputs, _library(call).LoraLinearCuda)
     with _native.on(call.device) as stream:
-        grads = base_grads(call, needs, dy, x, weight, bias) | plan.empty_grads(needs, inputs)
+        grads = base_grads(call, needs, dy, x, weight, bias, dy.dtype)
+        grads |= plan.empty_grads(needs, inputs)
         if plan.is_empty or not plan.has_work:
             return grads
         dy, s, x = _native.dense(dy), _native.dense(s), _native.dense(x)
