@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from ..nn import PrefixAttention
 
@@ -82,15 +82,28 @@ def register_attention() -> None:
 
 def padding_mask(
     *args: Any,
+    q_length: int = 0,
+    kv_length: int = 0,
+    q_offset: int = 0,
     attention_mask: Tensor | None = None,
     mask_function: Any = bidirectional_mask_function,
     **kwargs: Any,
 ) -> Tensor | None:
-    """transformers' mask function for "pelt": the padding mask [B, N] bool itself, or None."""
-    if mask_function is not bidirectional_mask_function:
+    """transformers' mask function for "pelt": the padding mask [B, N] bool itself, or None.
+
+    Whether queries see later keys is not in it: the attention module says that of itself.
+    """
+    if mask_function is bidirectional_mask_function:
+        return attention_mask
+    if mask_function is not causal_mask_function:
         raise ValueError(
-            "pelt attention: expected a bidirectional encoder's mask, got a causal or overlaid "
-            "one; only encoders are supported"
+            "pelt attention: expected a bidirectional or a causal mask, got an overlaid one "
+            "(packed sentences, windows), which gates and prefixes do not support"
+        )
+    if kv_length != q_offset + q_length:
+        raise ValueError(
+            f"pelt attention: expected a cache that grows with the text, got {kv_length} keys for "
+            f"{q_offset + q_length} tokens; leave cache_implementation at its default"
         )
     return attention_mask
 
@@ -198,10 +211,18 @@ def attention_forward(
         value,
         gate=gate,
         key_mask=attention_mask,
+        is_causal=is_causal(module),
         scale=scaling,
         dropout_p=dropout,
     )
     return out.transpose(1, 2), None
+
+
+def is_causal(module: nn.Module) -> bool:
+    """Whether an attention module's queries see no later keys. Its keys may come from a cache, in
+    which no prefix lies: that is seen at each step anew.
+    """
+    return bool(getattr(module, "is_causal", False))
 
 
 def raise_no_weights() -> None:
@@ -227,7 +248,7 @@ def _base_attention(
     """The attention the base model was loaded with, and the mask in the form that one wants.
 
     eager adds its mask and sdpa reads a boolean one; both broadcast over queries, so [B, 1, 1, N]
-    is enough.
+    is enough where every query sees the same keys.
     """
     name = site.base_attention
     if name == "eager":
@@ -239,20 +260,22 @@ def _base_attention(
             )
     else:
         function = AttentionInterface()[name]
-    if mask is not None:
-        if name == "eager":
+    if mask is not None or is_causal(module):
+        if mask is not None and name == "eager" and not is_causal(module):
             hidden = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device)
             mask = hidden.masked_fill(~mask, torch.finfo(query.dtype).min)[:, None, None, :]
-        elif name == "sdpa":
+        elif mask is not None and name == "sdpa" and not is_causal(module):
             mask = mask[:, None, None, :]
         else:
             mask = AttentionMaskInterface()[name](
                 batch_size=query.shape[0],
                 q_length=query.shape[2],
                 kv_length=key.shape[2],
-                q_offset=0,
+                q_offset=key.shape[2] - query.shape[2],
                 kv_offset=0,
-                mask_function=bidirectional_mask_function,
+                mask_function=causal_mask_function
+                if is_causal(module)
+                else bidirectional_mask_function,
                 attention_mask=mask,
                 allow_is_causal_skip=False,
                 dtype=query.dtype,

@@ -103,6 +103,7 @@ class Injection:
         self.embeddings = embeddings_of(model, slots)
         if FIRST_LAYER in self.embeddings.__dict__:
             raise_occupied()
+        _check_decoder(model, parts)
         _check_chunking(model, parts)
         self.made = _parameter_placement(self.layers[0].get_submodule(slots.query))
         self.prefix, rows = _make_prefix(model, len(self.layers), parts.prefix, self.made)
@@ -328,4 +329,22 @@ def _check_chunking(model: PreTrainedModel, parts: Parts) -> None:
             "get_pelt_model: expected chunk_size_feed_forward=0 with a gate in the feed-forward "
             "network (its value is a "
             f"mean over the whole sentence), got {chunk}"
+        )
+
+
+def _check_decoder(model: PreTrainedModel, parts: Parts) -> None:
+    """A decoder writes word by word, and what it wrote must not change with what follows."""
+    if not getattr(model.config, "is_decoder", False):
+        return
+    if getattr(model.config, "add_cross_attention", False):
+        raise ValueError(
+            "get_pelt_model: expected a model that reads only its own text, got "
+            f"{type(model).__name__} with add_cross_attention=True in its config"
+        )
+    gated = [part.method for part in parts[:3] if part is not None and part.gated]
+    if gated:
+        raise ValueError(
+            "get_pelt_model: expected parts without gates in a decoder, got "
+            f"{type(model).__name__} with a gate on {', '.join(gated)}, which is a mean over the "
+            "whole sentence, later words included; use gated=False"
         )

@@ -358,8 +358,8 @@ def get_pelt_model(model: PreTrainedModel, config: MethodConfig) -> PeltModel:
         config: such as ``UniPELTConfig.apl()`` or ``LoraConfig(r=4)``.
 
     Raises:
-        ValueError: an unknown family, a decoder, a model with a method already in it, or sizes that
-            do not fit.
+        ValueError: an unknown family, a gate in a decoder, a model with a method already in it, or
+            sizes that do not fit.
         TypeError: config is not a method's config.
     """
     return PeltModel(model, config)

@@ -66,8 +66,7 @@ def slots_of(model: PreTrainedModel) -> Slots:
     """The slots of a model's family.
 
     Raises:
-        ValueError: an unknown family, a decoder, or a model without the places its family should
-            have.
+        ValueError: an unknown family, or a model without the places its family should have.
     """
     family = getattr(getattr(model, "config", None), "model_type", None)
     if family not in FAMILIES:
@@ -75,11 +74,6 @@ def slots_of(model: PreTrainedModel) -> Slots:
             f"get_pelt_model: expected a model of one of the families {', '.join(FAMILIES)}, got "
             f"{type(model).__name__} "
             f"(model_type {family!r}); a new family is one entry in pelt_kernels/models/slots.py"
-        )
-    if getattr(model.config, "is_decoder", False):
-        raise ValueError(
-            f"get_pelt_model: expected an encoder, got {type(model).__name__} with is_decoder=True "
-            "in its config"
         )
     slots = FAMILIES[family]
     layers = layers_of(model, slots)

@@ -128,11 +128,12 @@ class PrefixAttention(nn.Module):
         *,
         gate: Tensor | None = None,
         key_mask: Tensor | None = None,
+        is_causal: bool = False,
         scale: float | None = None,
         dropout_p: float = 0.0,
     ) -> Tensor:
         """Attention of one layer: q [B, H, S, E], k and v [B, H, N, E], gate [B], key_mask [B, N]
-        bool -> like q.
+        bool -> like q. Causal: the last query sees the last key, and every query the prefix.
 
         dropout_p is the attention module's own: 0 outside of training.
         """
@@ -144,6 +145,7 @@ class PrefixAttention(nn.Module):
             (Prefix(keys, values),),
             gate=gate,
             key_mask=key_mask,
+            is_causal=is_causal,
             scale=scale,
             dropout_p=dropout_p,
         )
