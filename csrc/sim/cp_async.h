@@ -13,7 +13,8 @@ namespace pelt {
 namespace sim_detail {
 
 inline void land(const sim::PendingCopy& copy) {
-  memcpy(copy.shared, copy.global, copy.bytes_read);
+  // Of an empty tensor the address may be null, which memcpy does not allow even for no bytes.
+  if (copy.bytes_read > 0) memcpy(copy.shared, copy.global, copy.bytes_read);
   memset(static_cast<char*>(copy.shared) + copy.bytes_read, 0, copy.bytes - copy.bytes_read);
 }
 

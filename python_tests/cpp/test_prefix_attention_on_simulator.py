@@ -1,0 +1,144 @@
+"""prefix_attention's CUDA kernels where the contract's cases do not lead: several tiles of queries
+and columns, prefixes that start anywhere between dropout's words, tables whose members nobody uses.
+
+Closeness is `parity.check`'s, as in the parity test; what is asked for in several ways must give the
+same bits.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+from parity import check, run
+from torch import Tensor
+
+from pelt_kernels.ops import Prefix, _native, prefix_attention
+from pelt_kernels.ops._cases import Case
+
+PREFIX = "prefix_k:0 prefix_v:0 prefix_index:-"
+THREE = "prefix_k:0,1,0 prefix_v:0,1,0 prefix_index:-,0,-"
+DROPOUT = {"dropout_p": 0.2}
+CAUSAL = {"is_causal": True}
+
+
+def _case(id: str, b: int, h: int, g: int, s: int, n: int, e: int, inputs: str, **more) -> Case:
+    sizes = {"B": b, "H": h, "G": g, "S": s, "N": n, "E": e, **more}
+    attributes = {"scale": e**-0.5, **sizes.pop("attributes", {})}
+    return Case(id, sizes, inputs, attributes)
+
+
+CASES = [
+    # Tiles have 128 queries forward, 64 backward, and 64 or 32 columns; a step has 32 or 16.
+    *(
+        _case(f"edge_{s}_{n}_{e}", 1, 1, 1, s, n, e, f"{PREFIX} gate key_mask", P_i=(p,))
+        for s, n, e, p in (
+            (127, 63, 64, 1), (128, 64, 64, 64), (129, 65, 64, 63), (257, 31, 64, 33),
+            (65, 127, 32, 2), (130, 33, 96, 31), (97, 95, 128, 17),
+        )
+    ),
+    *(
+        _case(f"dropout_after_{p}", 1, 2, 1, 70, 75, e, f"{PREFIX} gate", P_i=(p,),
+              attributes={**DROPOUT, **CAUSAL})
+        for p, e in ((1, 32), (2, 64), (3, 96), (5, 128))
+    ),
+    *(
+        _case(f"three_prefixes_{e}", 5, 4, 2, 66, 70, e, f"{THREE} gate:1 lengths", P_i=(3, 5, 18),
+              A_i=(None, 6, None), attributes=DROPOUT)
+        for e in (32, 64, 96, 128)
+    ),
+    _case("long_prefix", 3, 2, 2, 20, 9, 32, PREFIX, P_i=(1024,)),
+    _case("long_prefix_in_parts", 6, 1, 1, 40, 9, 32, f"{PREFIX} gate", P_i=(200,)),
+    _case("causal_long", 1, 1, 1, 300, 260, 64, PREFIX, P_i=(5,), attributes=CAUSAL),
+    _case("causal_cache", 1, 1, 1, 70, 300, 32, PREFIX, P_i=(5,), attributes=CAUSAL),
+    _case("negative_scale", 1, 1, 1, 33, 70, 64, "", attributes={"scale": -0.2}),
+    _case("bias_shared_by_heads", 3, 4, 2, 70, 67, 64, f"{PREFIX} bias:3 key_mask", P_i=(7,),
+          attributes={**DROPOUT, **CAUSAL}),
+    _case("bias_of_each", 2, 2, 2, 70, 130, 96, f"{PREFIX} bias lengths", P_i=(7,)),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def simulator():
+    reason = _native.why_not("_C_sim")
+    if reason:
+        pytest.skip(reason)
+    library = _native.library("_C_sim")
+    yield library
+    library.set_seed(1)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16-master"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_close_at_every_edge_and_in_every_order(case: Case, precision: str, simulator) -> None:
+    simulator.set_seed(1)
+    first = check("prefix_attention", "cuda_sim", case, precision)
+    simulator.set_seed(2)
+    for name, value in run("prefix_attention", "cuda_sim", case, precision).items():
+        assert torch.equal(value, first[name]), name
+
+
+def _tensors() -> dict[str, Tensor]:
+    """q, k and v as a model's views; both halves of a prefix as views of one matrix."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    prefix_k, prefix_v = draw(10, 2, 2, 64).unbind(1)
+    q, k, v = (
+        draw(2, length, heads, 64).bfloat16() for length, heads in ((37, 4), (41, 2), (41, 2))
+    )
+    return {
+        "q": q.transpose(1, 2), "k": k.transpose(1, 2), "v": v.transpose(1, 2),
+        "prefix_k": prefix_k, "prefix_v": prefix_v, "gate": draw(2).sigmoid(),
+        "bias": draw(1, 4, 37, 41),
+    }  # fmt: skip
+
+
+def _gradients(tensors: dict[str, Tensor], asked: tuple[str, ...]) -> dict[str, Tensor]:
+    leaves = {name: t.detach().requires_grad_(name in asked) for name, t in tensors.items()}
+    out = prefix_attention(
+        leaves["q"], leaves["k"], leaves["v"],
+        [Prefix(leaves["prefix_k"], leaves["prefix_v"])],
+        gate=leaves["gate"], bias=leaves["bias"], dropout_p=0.1, seed=5, backend="cuda_sim",
+    )  # fmt: skip
+    wanted = [leaves[name] for name in asked]
+    return dict(zip(asked, torch.autograd.grad(out.float().square().sum(), wanted)))
+
+
+def test_a_gradient_does_not_depend_on_which_others_are_asked_for(simulator) -> None:
+    tensors = _tensors()
+    names = tuple(tensors)
+    everything = _gradients(tensors, names)
+    for asked in (*combinations(names, 1), *combinations(names, 2)):
+        for name, grad in _gradients(tensors, asked).items():
+            assert torch.equal(grad, everything[name]), (name, asked)
+
+
+def test_views_give_the_bits_of_their_copies(simulator) -> None:
+    tensors = _tensors()
+    copies = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    assert not tensors["q"].is_contiguous() and not tensors["prefix_k"].is_contiguous()
+    found, expected = (_gradients(some, tuple(tensors)) for some in (tensors, copies))
+    for name, grad in expected.items():
+        assert torch.equal(found[name], grad), name
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["q", "k", "v", "prefix_k", "prefix_v", "gate", "bias"])
+def test_nan_and_infinity_spread_as_in_eager(where: str, bad: float, simulator) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in _tensors().items()}
+    tensors[where].view(-1)[0] = bad
+    results = [
+        prefix_attention(
+            tensors["q"], tensors["k"], tensors["v"],
+            [Prefix(tensors["prefix_k"], tensors["prefix_v"])],
+            gate=tensors["gate"], bias=tensors["bias"], return_lse=True, backend=backend,
+        )
+        for backend in ("cuda_sim", "eager")
+    ]  # fmt: skip
+    for found, expected in zip(*results):
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.isinf(), expected.isinf())
