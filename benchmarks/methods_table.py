@@ -1,10 +1,14 @@
-"""Every method on the embedded task, 3 seeds each, into benchmarks/results and the README's table.
+"""Every method on a task, 3 seeds each, into benchmarks/results and the README's tables.
 
     python -m benchmarks.methods_table [--methods unipelt,head] [--runs FOLDER]
+    python -m benchmarks.methods_table --name sst2 --train-examples 500
+        --task ../shared/data/sst2/train.tsv --eval ../shared/data/sst2/dev.tsv
 
-What is finished is read, what was begun goes on, so that it can be stopped and started again. The
-table holds the methods that are finished. Accuracies are comparable only where every row comes from
-one commit, so each row carries its own; remove the folder of runs to measure anew.
+Without a task it is the embedded one. For AdaMix the table also tells what one random expert of
+each module reaches in the place of the average. What is finished is read, what was begun goes on,
+so that it can be stopped and started again. A table holds the methods that are finished. Accuracies
+are comparable only where every row comes from one commit, so each row carries its own; remove the
+folder of runs to measure anew.
 """
 
 from __future__ import annotations
@@ -22,6 +26,17 @@ from . import readme
 EXAMPLES = 1000
 SEEDS = "0,1,2"
 METHODS = ("unipelt", "unipelt-ap", "adapter", "prefix", "lora", "bitfit", "head", "full")
+# On files: the methods and variants by the name of their row, with what the command is given.
+VARIANTS: dict[str, Sequence[str]] = {
+    "adamix-lora": ("--method", "adamix", "--set", "kind=lora"),
+    "pst-50": ("--method", "pst", "--set", "sparsity=0.5"),
+    "pst-90": ("--method", "pst", "--set", "sparsity=0.9"),
+}
+ON_FILES = (
+    "head", "bitfit", "lora", "adapter", "prefix", "unipelt", "mam", "adamix", "adamix-lora",
+    "pst-50", "pst-90", "full",
+)  # fmt: skip
+RANDOM_EXPERTS = 5  # draws, each of one expert for every module
 # The linear probe is what the others are measured against, so it gets its best rate on dev.
 MORE: dict[str, Sequence[str]] = {"head": ("--lr", "1e-3,1e-2,1e-1")}
 
@@ -29,29 +44,79 @@ MORE: dict[str, Sequence[str]] = {"head": ("--lr", "1e-3,1e-2,1e-1")}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains what is not trained yet, and writes the table after each method."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--methods", default=",".join(METHODS), help="in the order to train them")
-    parser.add_argument("--runs", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--methods", help="rows in the order to train them; default all")
+    parser.add_argument("--task", type=Path, help="a file with the training part")
+    parser.add_argument("--eval", type=Path, help="a file with the test part")
+    parser.add_argument("--name", help="of the task in the table; default the file's folder")
+    parser.add_argument("--train-examples", type=int, default=EXAMPLES)
+    parser.add_argument("--seeds", default=SEEDS)
+    parser.add_argument("--model", help="default the embedded one")
+    parser.add_argument("--runs", type=Path, help="default runs/methods or runs/methods-<name>")
     options = parser.parse_args(arguments)
-    for method in options.methods.split(","):
-        code = _train(method, options.runs / method)
+    absent = [path for path in (options.task, options.eval) if path and not path.is_file()]
+    if absent:
+        print(f"methods_table: skipped, {absent[0]} is not there", file=sys.stderr)
+        return 0
+    name = None if options.task is None else options.name or options.task.resolve().parent.name
+    runs = options.runs or Path("runs") / ("methods" if name is None else f"methods-{name}")
+    known = METHODS if name is None else ON_FILES
+    common = ["--train-examples", str(options.train_examples), "--seeds", options.seeds]
+    for option in ("task", "eval", "model"):
+        given = getattr(options, option)
+        common += [] if given is None else [f"--{option}", str(given)]
+    for row in options.methods.split(",") if options.methods else known:
+        code = _train(row, runs / row, common)
         if code:
             return code  # the command has said why
-        _write(options.runs)
+        _write(runs, known, name)
     return 0
 
 
-def _train(method: str, folder: Path) -> int:
-    if (folder / "metrics.json").is_file():
+def _train(row: str, folder: Path, common: Sequence[str]) -> int:
+    if (folder / "commit").is_file():
         return 0
-    common = ["--method", method, "--train-examples", str(EXAMPLES), "--seeds", SEEDS]
     begun = ["--resume"] if (folder / "run.json").is_file() else []
     command = [sys.executable, "-m", "pelt_kernels.cli", "train", "--output", str(folder)]
+    method = VARIANTS.get(row, ("--method", row))
     code = subprocess.run(
-        [*command, *common, *MORE.get(method, ()), *begun], check=False
+        [*command, *method, *common, *MORE.get(row, ()), *begun], check=False
     ).returncode
-    if not code:
-        (folder / "commit").write_text(_commit())
-    return code
+    if code:
+        return code
+    if row.startswith("adamix"):
+        found = _random_experts(folder)
+        (folder / "random_experts.json").write_text(json.dumps(found) + "\n")
+    (folder / "commit").write_text(_commit())
+    return 0
+
+
+def _random_experts(folder: Path) -> list[float]:
+    """The test accuracies of the kept adapter with one random expert for each of its modules in the
+    place of their average.
+    """
+    import torch
+
+    from pelt_kernels.nn import Bank
+    from pelt_kernels.training import Predictor, load_task
+    from pelt_kernels.training.config import load_config
+
+    config = load_config(folder)
+    test = load_task(config.task, config.eval, config.columns).test
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(RANDOM_EXPERTS):
+        predictor = Predictor(folder / "adapter", config.model)
+        for bank in (m for m in predictor.model.modules() if isinstance(m, Bank)):
+            for side in bank.SIDES:
+                experts = len(getattr(bank, side[0]))
+                drawn = int(torch.randint(experts, (), generator=generator))
+                for name in side:
+                    member = getattr(bank, name)[drawn : drawn + 1]
+                    setattr(bank, name, torch.nn.Parameter(member.clone(), requires_grad=False))
+        rows = predictor(test).rows
+        right = sum(row.label == one.label for row, one in zip(rows, test, strict=True))
+        found.append(right / len(test))
+    return found
 
 
 def _commit() -> str:
@@ -60,16 +125,19 @@ def _commit() -> str:
     return commit.stdout.strip()
 
 
-def _write(runs: Path) -> None:
-    rows = [_row(runs / method) for method in METHODS if (runs / method / "commit").is_file()]
+def _write(runs: Path, known: Sequence[str], name: str | None) -> None:
+    """The rows that are finished, into the file of their task."""
+    rows = [_row(runs / row) | {"row": row} for row in known if (runs / row / "commit").is_file()]
     readme.METHODS.parent.mkdir(exist_ok=True)
-    readme.METHODS.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    path = readme.METHODS if name is None else readme.task_file(name)
+    path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     if readme.README.is_file():
         readme.main()
 
 
 def _row(folder: Path) -> dict[str, Any]:
     found = json.loads((folder / "metrics.json").read_text())
+    experts = folder / "random_experts.json"
     task = found["task"]
     return {
         "method": found["method"],
@@ -89,6 +157,7 @@ def _row(folder: Path) -> dict[str, Any]:
         "task_fingerprint": task["fingerprint"],
         "train_examples": task["examples"]["train"],
         "test_examples": task["examples"]["test"],
+        "random_experts": json.loads(experts.read_text()) if experts.is_file() else [],
         "commit": (folder / "commit").read_text(),
     }  # fmt: skip
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import geometric_mean, mean
 from typing import Any
 
 from pelt_kernels.ops import OPERATORS, support_table
@@ -70,6 +70,53 @@ def methods_table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def task_file(name: str) -> Path:
+    """Where `benchmarks.methods_table` keeps a task of files, by its name in the table."""
+    return METHODS.with_name(f"methods_{name}.json")
+
+
+def tasks_table(tasks: dict[str, list[dict[str, Any]]]) -> str:
+    """The methods' accuracy on tasks of files side by side, in Markdown; what one random expert of
+    AdaMix reaches; the conditions.
+    """
+    by_row = {name: {row["row"]: row for row in rows} for name, rows in tasks.items()}
+    names = list(dict.fromkeys(row for rows in by_row.values() for row in rows))
+    lines = [
+        f"| method | {' | '.join(tasks)} | trained parameters |",
+        "|---" * (len(tasks) + 2) + "|",
+    ]
+    for name in names:
+        found = [by_row[task].get(name) for task in tasks]
+        shown = [
+            f"{row['accuracy']['mean']:.3f} ± {row['accuracy']['std']:.3f}" if row else "–"
+            for row in found
+        ]
+        trained = max(row["trainable_parameters"] for row in found if row)
+        lines.append(f"| `{name}` | {' | '.join(shown)} | {trained:,} |")
+    lines.append("")
+    for task, rows in by_row.items():
+        for name, row in rows.items():
+            if row.get("random_experts"):
+                drawn = mean(row["random_experts"])
+                best = max(row["seeds"], key=lambda seed: seed["dev_accuracy"])["accuracy"]
+                lines.append(
+                    f"On {task} the average of the experts of `{name}` has {best:.3f} (the seed "
+                    "that is best on the development part), one random expert for each module "
+                    f"{drawn:.3f} in the mean of {len(row['random_experts'])} draws."
+                )
+    rows = [row for rows in tasks.values() for row in rows]
+    first = rows[0]
+    commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
+    sizes = ", ".join(f"{rows[0]['test_examples']:,} ({name})" for name, rows in tasks.items())
+    lines += [
+        "",
+        f"Mean and standard deviation of {len(first['seeds'])} seeds, {first['train_examples']:,} "
+        f"training examples each, test examples: {sizes}; {first['hardware']['cpu']}, "
+        f"{first['hardware']['threads']} thread(s); torch {first['torch']}; commit {commits}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def steps_table(rows: list[dict[str, Any]]) -> str:
     """What a training step costs, in Markdown, from what `benchmarks.train_step` wrote."""
     lines = [
@@ -118,6 +165,12 @@ def rewritten(text: str) -> str:
     text = with_block(text, "support table", support_table(list(OPERATORS)))
     if METHODS.is_file():
         text = with_block(text, "methods table", methods_table(json.loads(METHODS.read_text())))
+    tasks = {
+        path.stem.removeprefix("methods_"): json.loads(path.read_text())["rows"]
+        for path in sorted(METHODS.parent.glob("methods_*.json"))
+    }
+    if tasks:
+        text = with_block(text, "tasks table", tasks_table(tasks))
     if STEPS.is_file():
         text = with_block(text, "steps table", steps_table(json.loads(STEPS.read_text())))
     if OPERATOR_ROWS.is_file():

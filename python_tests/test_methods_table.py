@@ -1,0 +1,65 @@
+"""The table of methods on files of one's own: trained, resumed, written into a README."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_encoder import tiny_model, toy_files
+
+from benchmarks import methods_table, readme
+
+__all__ = ["tiny_model", "toy_files"]
+
+
+def test_rows_are_trained_once_and_stand_beside_each_other(
+    tiny_model: Path,
+    toy_files: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    page = tmp_path / "README.md"
+    page.write_text("<!-- tasks table: begin -->\n<!-- tasks table: end -->\n")
+    monkeypatch.setattr(readme, "README", page)
+    monkeypatch.setattr(readme, "METHODS", tmp_path / "results" / "methods.json")
+    monkeypatch.setattr(readme, "rewritten", only_tasks)
+    common = ["--task", str(toy_files[0]), "--eval", str(toy_files[1]), "--model", str(tiny_model)]
+    common += ["--train-examples", "48", "--seeds", "0", "--name", "toy"]
+    common += ["--runs", str(tmp_path / "runs"), "--methods", "bitfit,adamix-lora"]
+    assert methods_table.main(common) == 0
+    first = page.read_text()
+    assert "| method | toy | trained parameters |" in first
+    assert "| `bitfit` | 0." in first and "| `adamix-lora` | 0." in first
+    assert "On toy the average of the experts of `adamix-lora` has " in first
+    rows = json.loads((tmp_path / "results" / "methods_toy.json").read_text())["rows"]
+    assert [row["row"] for row in rows] == ["bitfit", "adamix-lora"]
+    assert len(rows[1]["random_experts"]) == methods_table.RANDOM_EXPERTS
+    for row in ("bitfit", "adamix-lora"):
+        (tmp_path / "runs" / row / "run.json").unlink()  # a second training would miss it
+    assert methods_table.main(common) == 0 and page.read_text() == first
+
+
+def only_tasks(text: str) -> str:
+    """The README as it would be with no other table in it."""
+    path = readme.task_file("toy")
+    table = readme.tasks_table({"toy": json.loads(path.read_text())["rows"]})
+    return readme.with_block(text, "tasks table", table)
+
+
+def test_without_the_data_it_is_skipped_with_a_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert methods_table.main(["--task", str(tmp_path / "no" / "train.tsv")]) == 0
+    assert "skipped, " in capsys.readouterr().err
+
+
+def test_a_task_without_a_row_has_a_dash() -> None:
+    row = {
+        "row": "head", "accuracy": {"mean": 0.5, "std": 0.01}, "trainable_parameters": 7,
+        "random_experts": [], "commit": "0" * 40, "train_examples": 500, "test_examples": 10,
+        "seeds": [{}], "hardware": {"cpu": "x", "threads": 1}, "torch": "2",
+    }  # fmt: skip
+    table = readme.tasks_table({"one": [row], "two": [row | {"row": "lora"}]})
+    assert "| `head` | 0.500 ± 0.010 | – | 7 |" in table
+    assert "| `lora` | – | 0.500 ± 0.010 | 7 |" in table
