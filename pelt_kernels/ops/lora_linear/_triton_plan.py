@@ -6,6 +6,7 @@ Nothing here reads a tensor, and importing it imports no Triton.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from .. import _triton_host
 from .._contract import Call, Value
 from .._philox import threshold
-from .._triton_host import Config, power_of_two, signed
+from .._triton_host import Config, options_of, power_of_two, signed
 
 # For each kernel and each padded width of all ranks up to the number: 16-bit and float32
 # activations. Not timed: chosen for the most bytes in flight whose accumulators stay in registers
@@ -95,9 +96,19 @@ class Plan:
         self.first_column = min(self.offsets, default=0)
         self.last_column = max((o + n for o, n in zip(self.offsets, self.sizes)), default=0)
         self.configs = {kernel: self._config(kernel) for kernel in _DEFAULTS}
-        self.slots = {"BEGINS": self.begins, "RANKS": self.ranks, "W": self.width}
-        self.inner = {**self.slots, "D": sizes["Din"], "HAS_DROPOUT": self.has_dropout}
-        self.layouts: dict[Any, Any] = {}  # by the gradients wanted
+        self.slots = {
+            "BEGINS": self.begins,
+            "RANKS": self.ranks,
+            "W": self.width,
+            "BLOCK_W": self.block_w,
+        }
+        self.inner = {
+            **self.slots,
+            "D": sizes["Din"],
+            "HAS_DROPOUT": self.has_dropout,
+            "A_PER_SAMPLE": self.a_per_sample,
+        }
+        self._made: dict[Any, Any] = {}
 
     def _config(self, kernel: str) -> Config:
         """The default tile; with fewer rows where that many are not there, or where tiles of rows
@@ -122,28 +133,64 @@ class Plan:
             config = config._replace(block_t=config.block_t // 2)
         return config
 
+    def members(self, name: str, place: int) -> int:
+        """How many members the bank of a branch's factor has; 1 for what is no bank."""
+        letter = {"a": "M_i", "b": "N_i"}.get(name, "")
+        sizes = self.call.sizes.get(letter, ())
+        found: int | None = sizes[place] if place < len(sizes) else None
+        return found or 1
+
+    def is_per_sample(self, part: Part) -> bool:
+        flags = {"a": self.a_per_sample, "b": self.b_per_sample}.get(part.name)
+        return flags is not None and flags[part.place]
+
     def tiles(self, config: Config) -> int:
         """Tiles of rows in a group."""
         return -(-self.rows // config.block_t)
 
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What ``make`` returned when this key was first seen: constants cost more to put together
+        than to pass.
+        """
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def shrink(self, config: Config, has_branches: bool) -> dict[str, Any]:
+        """The constants of the first kernel, with the branches or for gates alone."""
+
+        def make() -> dict[str, Any]:
+            if has_branches:
+                return {**self.inner, "GATES_APART": self.gates_apart, **options_of(config)}
+            none = {"BEGINS": (), "RANKS": (), "A_PER_SAMPLE": (), "W": 0, "BLOCK_W": 16}
+            alone = {**none, "HAS_DROPOUT": False, "GATES_APART": True}
+            return {**self.inner, **alone, **options_of(config)}
+
+        has_branches = has_branches and self.branches > 0
+        return self.once(("shrink", config, has_branches), make)
+
     def outer(self, config: Config) -> dict[str, Any]:
         """The constants of a kernel that goes over the columns that some branch reaches."""
-        return {
-            **self.slots,
-            "DOUT": self.call.sizes["Dout"],
-            "FIRST": self.first_column,
-            "CHUNKS": -(-(self.last_column - self.first_column) // config.block_d),
-            "OFFSETS": self.offsets,
-            "SIZES": self.sizes,
-            "GATE_PER_ROW": self.gate_per_row,
-        }
+        return self.once(
+            ("outer", config),
+            lambda: {
+                **self.slots,
+                "DOUT": self.call.sizes["Dout"],
+                "FIRST": self.first_column,
+                "CHUNKS": -(-(self.last_column - self.first_column) // config.block_d),
+                "OFFSETS": self.offsets,
+                "SIZES": self.sizes,
+                "GATE_PER_ROW": self.gate_per_row,
+                **options_of(config),
+            },
+        )
 
     def shares(self, config: Config, chunks: int) -> tuple[int, int]:
         """Into how many shares the rows of a group are cut, and how many rows each has: enough
-        programs for two on each processor, and no share smaller than a tile.
+        programs for four on each processor, and no share smaller than a tile.
         """
         tiles = self.tiles(config)
-        wanted = -(-2 * _triton_host.processors(self.call.device) // (chunks * self.groups))
+        wanted = -(-4 * _triton_host.processors(self.call.device) // (chunks * self.groups))
         tiles_per_share = -(-tiles // min(tiles, wanted))
         return -(-tiles // tiles_per_share), tiles_per_share * config.block_t
 
@@ -182,10 +229,9 @@ class Layout:
         self.parts: list[Part] = []
         self.sizes = {False: 0, True: 0}  # of the parts of columns_in, of columns_out
         branches = range(plan.branches)
-        self.a = [self._add(needs["a"], "a", i, False, plan.ranks[i] * d_in) for i in branches]
-        self.b = [
-            self._add(needs["b"], "b", i, True, plan.sizes[i] * plan.ranks[i]) for i in branches
-        ]
+        ranks, sizes = plan.ranks, plan.sizes
+        self.a = tuple(self._add(needs["a"], "a", i, False, ranks[i] * d_in) for i in branches)
+        self.b = tuple(self._add(needs["b"], "b", i, True, sizes[i] * ranks[i]) for i in branches)
         weights, biases = [], []
         for gate in plan.learned:
             prefix, i = ("gate", gate.branch) if gate.extra < 0 else ("extra", gate.extra)
@@ -193,8 +239,32 @@ class Layout:
             weights.append(self._add(needs[name], name, i, False, d_in))
             name = f"{prefix}_bias"
             biases.append(self._add(needs[name], name, i, False, 1))
-        self.inner = {"A_AT": tuple(self.a), "WEIGHT_AT": tuple(weights), "BIAS_AT": tuple(biases)}
+        self.gates = {"WEIGHT_AT": tuple(weights), "BIAS_AT": tuple(biases)}
         self.has_inner = needs["x"] or self.sizes[False] > 0
+        block = 4096 if plan.call.device.type == "cpu" else 256
+        members = tuple(plan.members(part.name, part.place) for part in self.parts)
+        self.sum_blocks = sum(-(-part.size // block) * n for part, n in zip(self.parts, members))
+        self.sum = {
+            "IS_OUT": tuple(part.is_out for part in self.parts),
+            "AT": tuple(part.at for part in self.parts),
+            "SIZE": tuple(part.size for part in self.parts),
+            "MEMBERS": members,
+            "IS_PER_SAMPLE": tuple(plan.is_per_sample(part) for part in self.parts),
+            "SIZE_IN": self.sizes[False],
+            "SIZE_OUT": self.sizes[True],
+            "BLOCK": block,
+        }
+
+    def inner(self, plan: Plan, config: Config) -> dict[str, Any]:
+        """The constants of columns_in."""
+        return {
+            **plan.inner,
+            "PART_SIZE": self.sizes[False],
+            "A_AT": self.a,
+            **self.gates,
+            "BLOCK_G": power_of_two(max(1, len(plan.learned))),
+            **options_of(config),
+        }
 
     def _add(self, is_wanted: bool, name: str, place: int, is_out: bool, size: int) -> int:
         if not is_wanted:

@@ -22,8 +22,6 @@ from .._triton_host import (
     DTYPES,
     Config,
     launch_fitting,
-    options_of,
-    power_of_two,
     signed,
     unavailable,
 )
@@ -68,7 +66,7 @@ def forward(
         if y.shape[0] * y.shape[1] == 0:
             return y, [g.zero_() for g in extras], [g.zero_() for g in values], s
         plan = plan_of(call, inputs)
-        given = {name: _dense(value) for name, value in inputs.items()}
+        given = _given(inputs)
         gates = [values[g.branch] if g.extra < 0 else extras[g.extra] for g in plan.learned]
         if plan.branches or gates:
             own = tuple(g if learned.is_token else None for g, learned in zip(gates, plan.learned))
@@ -129,19 +127,14 @@ def _shrink(
     tensor [gates, T] that is returned. Without s only gates.
     """
     row_gates = _native.empty((len(own), plan.rows_total), torch.float32, x.device)
-    inner, per_sample = plan.inner, plan.a_per_sample
-    a, a_index, block_w, apart = given["a"], given["a_index"], plan.block_w, plan.gates_apart
-    if s is None:
-        inner = {**inner, "BEGINS": (), "RANKS": (), "W": 0, "HAS_DROPOUT": False}
-        a = a_index = per_sample = ()
-        block_w, apart = 16, True
+    a, a_index = ((), ()) if s is None else (given["a"], given["a_index"])
 
     def launch(config: Config) -> None:
         tiles = plan.tiles(config)
         _kernels("fwd")._lora_linear_shrink_kernel[(plan.groups * tiles,)](
-            x, a, a_index, *_learned(plan, given), s, own, row_gates,
-            plan.rows, tiles, plan.rows_total, *signed(seed), *plan.dropout, **inner,
-            A_PER_SAMPLE=per_sample, GATES_APART=apart, BLOCK_W=block_w, **options_of(config),
+            x, a, a_index, *_learned(given), s, own, row_gates,
+            plan.rows, tiles, plan.rows_total, *signed(seed), *plan.dropout,
+            **plan.shrink(config, s is not None),
         )  # fmt: skip
 
     launch_fitting(plan.configs, "shrink", launch)
@@ -168,7 +161,6 @@ def _expand(
         _kernels("fwd")._lora_linear_expand_kernel[(outer["CHUNKS"] * plan.groups * tiles,)](
             y, s, given["b"], given["b_index"], _factors(given, values), plan.scales,
             plan.rows, plan.call.sizes["S"], tiles, **outer, B_PER_SAMPLE=plan.b_per_sample,
-            BLOCK_W=plan.block_w, **options_of(config),
         )  # fmt: skip
 
     launch_fitting(plan.configs, "expand", launch)
@@ -191,12 +183,10 @@ class _Backward:
     ) -> None:
         self.plan, self.needs, self.grads, self.seed = plan, needs, grads, seed
         self.dy, self.s, self.dextra_gates = dy, s.contiguous(), dextra_gates
-        self.given = {name: _dense(value) for name, value in inputs.items()}
+        self.x, self.given = inputs["x"].contiguous(), _given(inputs)
         self.factors = _factors(self.given, gate_values)
-        key = tuple(needs.values())
-        if key not in plan.layouts:
-            plan.layouts[key] = Layout(plan, needs)
-        self.layout: Layout = plan.layouts[key]
+        self.wanted = tuple(needs.values())
+        self.layout: Layout = plan.once(self.wanted, lambda: Layout(plan, needs))
         for name in SUMMED:
             if needs[name]:
                 grads[name] = [
@@ -218,8 +208,7 @@ class _Backward:
             launch_fitting(plan.configs, "rows", self._rows)
         if wants_learned:
             none = (None,) * len(plan.learned)
-            x = self.given["x"]
-            self.row_gates = _shrink(plan, x, self.given, None, none, self.seed)
+            self.row_gates = _shrink(plan, self.x, self.given, None, none, self.seed)
         if wants_learned or has_given:
             self._pool(wants_learned)
         if self.layout.has_inner and (plan.branches or plan.learned):
@@ -243,7 +232,7 @@ class _Backward:
             self.dy, self.s, given["b"], given["b_index"], self.factors, plan.scales,
             self.ds, self.dots, by_row,
             plan.rows, plan.call.sizes["S"], tiles, plan.rows_total, **plan.outer(config),
-            B_PER_SAMPLE=plan.b_per_sample, BLOCK_W=plan.block_w, **options_of(config),
+            B_PER_SAMPLE=plan.b_per_sample,
         )  # fmt: skip
 
     def _pool(self, wants_learned: bool) -> None:
@@ -287,14 +276,13 @@ class _Backward:
         plan, given = self.plan, self.given
         chunks = -(-plan.call.sizes["Din"] // config.block_d)
         shares, rows_per_share = plan.shares(config, chunks)
-        weights, _ = _learned(plan, given)
+        weights, _ = _learned(given)
+        constants = plan.once((self.wanted, config), lambda: self.layout.inner(plan, config))
         _kernels("bwd")._lora_linear_bwd_columns_in_kernel[(chunks * plan.groups * shares,)](
-            given["x"], given["a"], given["a_index"], weights, self.ds, self.row_gates,
+            self.x, given["a"], given["a_index"], weights, self.ds, self.row_gates,
             self.grads.get("x"), self._part(False, shares),
             plan.rows, shares, plan.rows_total, rows_per_share, *signed(self.seed), *plan.dropout,
-            **plan.inner, A_PER_SAMPLE=plan.a_per_sample, PART_SIZE=self.layout.sizes[False],
-            **self.layout.inner, BLOCK_W=plan.block_w,
-            BLOCK_G=power_of_two(max(1, len(weights))), **options_of(config),
+            **constants,
         )  # fmt: skip
 
     def _columns_out(self, config: Config) -> None:
@@ -304,35 +292,33 @@ class _Backward:
         _kernels("bwd")._lora_linear_bwd_columns_out_kernel[(programs,)](
             self.dy, self.s, self.factors, plan.scales, self._part(True, shares),
             plan.rows, plan.call.sizes["S"], shares, rows_per_share, **outer,
-            PART_SIZE=self.layout.sizes[True], B_AT=tuple(self.layout.b), BLOCK_W=plan.block_w,
-            **options_of(config),
+            PART_SIZE=self.layout.sizes[True], B_AT=self.layout.b,
         )  # fmt: skip
 
     def _sum(self) -> None:
-        plan, parts = self.plan, self.layout.parts
-        block = 4096 if self.dy.device.type == "cpu" else 256
-        outs = tuple(self.grads[part.name][part.place] for part in parts)
-        members = tuple(t.shape[0] if t.ndim == 3 else 1 for t in outs)
+        layout = self.layout
+        outs = tuple(self.grads[part.name][part.place] for part in layout.parts)
         indices = tuple(
             self.given[f"{part.name}_index"][part.place] if part.name in ("a", "b") else None
-            for part in parts
+            for part in layout.parts
         )
-        blocks = sum(-(-part.size // block) * n for part, n in zip(parts, members))
-        _kernels("bwd")._lora_linear_bwd_sum_kernel[(blocks,)](
+        _kernels("bwd")._lora_linear_bwd_sum_kernel[(layout.sum_blocks,)](
             self.parts[False], self.parts[True], outs, indices,
-            plan.groups, self.share_counts[False], self.share_counts[True],
-            IS_OUT=tuple(part.is_out for part in parts), AT=tuple(part.at for part in parts),
-            SIZE=tuple(part.size for part in parts), MEMBERS=members,
-            IS_PER_SAMPLE=tuple(i is not None and i.ndim == 1 for i in indices),
-            SIZE_IN=self.layout.sizes[False], SIZE_OUT=self.layout.sizes[True], BLOCK=block,
+            self.plan.groups, self.share_counts[False], self.share_counts[True], **layout.sum,
         )  # fmt: skip
 
 
 POOL_BLOCK = 256  # rows of a sentence at a time: one number, so that no length compiles anew
 SUMMED = ("a", "b", "gate", "gate_weight", "gate_bias", "extra_weight", "extra_bias")
+SMALL = (*SUMMED, "a_index", "b_index", "mask")
 
 
-def _learned(plan: Plan, given: dict[str, Value]) -> tuple[Value, Value]:
+def _given(inputs: dict[str, Value]) -> dict[str, Value]:
+    """The small inputs as kernels take them: contiguous, and a list as a tuple."""
+    return {name: _dense(inputs[name]) for name in SMALL}
+
+
+def _learned(given: dict[str, Value]) -> tuple[Value, Value]:
     """The weights and the biases of the learned gates, in the plan's order."""
     weights = [w for w in given["gate_weight"] if w is not None]
     biases = [c for c in given["gate_bias"] if c is not None]
@@ -349,7 +335,6 @@ def _factors(given: dict[str, Value], values: list[Tensor]) -> tuple[Tensor | No
 
 
 def _dense(value: Value) -> Value:
-    """Contiguous tensors; a list as a tuple, which kernels take."""
     if isinstance(value, (list, tuple)):
         return tuple(None if t is None else t.contiguous() for t in value)
     return None if value is None else value.contiguous()

@@ -73,27 +73,22 @@ class Plan:
         # Dropout's words lie in groups of four columns: the keys' tiles start at a group's border.
         self.shift = self.columns % 4 if self.has_dropout else 0
         self.block_e = max(16, power_of_two(self.e))
-        self.heads = {"H": self.h, "G": self.g, "E": self.e, "BLOCK_E": self.block_e}
-        self.dropped = {"HAS_DROPOUT": self.has_dropout}
-        self.gated = {"GATE_PER_HEAD": gate is not None and gate.ndim == 2}
-        self.keys = {
-            "P": self.columns,
-            "IS_CAUSAL": at["is_causal"],
-            "SHIFT": self.shift,
-            **self.heads,
-            **self.dropped,
+        heads = {"H": self.h, "G": self.g, "E": self.e, "BLOCK_E": self.block_e}
+        gated = {"GATE_PER_HEAD": gate is not None and gate.ndim == 2}
+        dropped = {"HAS_DROPOUT": self.has_dropout}
+        keys = {"P": self.columns, "IS_CAUSAL": at["is_causal"], "SHIFT": self.shift}
+        keys |= {**heads, **dropped}
+        block_p = self.block_p(self.columns)
+        rows = {**keys, **gated, "BEGINS": begins[:-1], "LENGTHS": lengths, "BLOCK_P": block_p}
+        unit = 1.0 if call.dtype == torch.float32 else math.log2(math.e)
+        self._own = {
+            "forward": {**rows, "UNIT": unit},
+            "dq": rows,
+            "dkv": keys,
+            "bias": keys,
+            "prefix": {**heads, **gated, **dropped},
         }
-        self.rows = {
-            **self.keys,
-            **self.gated,
-            "BEGINS": begins[:-1],
-            "LENGTHS": lengths,
-            "BLOCK_P": self.block_p(self.columns),
-        }
-        self.forward = {
-            **self.rows,
-            "UNIT": 1.0 if call.dtype == torch.float32 else math.log2(math.e),
-        }
+        self._constants: dict[tuple[str, Config], dict[str, Any]] = {}
         self.configs = {kernel: self._config(kernel) for kernel in _DEFAULTS}
 
     def block_p(self, columns: int) -> int:
@@ -128,17 +123,25 @@ class Plan:
     def key_tiles(self, config: Config) -> int:
         return -(-(self.n + self.shift) // config.block_d)
 
-    def options(self, config: Config, has_keys: bool = True) -> dict[str, Any]:
-        """A launch's options. Multiplications and additions may be fused, as in every other
-        backend; Triton's own default changes between its versions.
+    def constants(self, kernel: str, config: Config) -> dict[str, Any]:
+        """What a kernel is compiled for with these tiles, its options included; put together once.
+
+        Multiplications and additions may be fused, as in every other backend; Triton's own default
+        changes between its versions.
         """
-        options = {
-            "enable_fp_fusion": True,
-            "BLOCK_S": config.block_t,
-            "num_warps": config.warps,
-            "num_stages": config.stages,
-        }
-        return {**options, "BLOCK_N": config.block_d} if has_keys else options
+        found = self._constants.get((kernel, config))
+        if found is None:
+            found = {
+                **self._own[kernel],
+                "enable_fp_fusion": True,
+                "BLOCK_S": config.block_t,
+                "num_warps": config.warps,
+                "num_stages": config.stages,
+            }
+            if kernel != "prefix":
+                found["BLOCK_N"] = config.block_d
+            self._constants[kernel, config] = found
+        return found
 
     def shares(self, config: Config, tiles: int, members: int) -> tuple[int, int, int, int]:
         """How a segment's queries are cut: shares, units of work in each, units in a sample and the

@@ -51,7 +51,7 @@ def forward(call: Call, seed: int, **inputs: Value) -> tuple[Tensor, Tensor]:
         tiles = plan.query_tiles(config)
         _kernels("fwd")._prefix_attention_fwd_kernel[(plan.b * plan.h * tiles,)](
             *given.rows, out, lse, *given.strides, plan.s, plan.n, tiles,
-            *_numbers(plan, seed), **plan.forward, **plan.options(config),
+            *_numbers(plan, seed), **plan.constants("forward", config),
         )  # fmt: skip
 
     with _native.on(call.device):
@@ -152,7 +152,7 @@ class _Backward:
         _kernels("bwd_rows")._prefix_attention_bwd_dq_kernel[(plan.b * plan.h * tiles,)](
             *given.rows, self.out, self.lse, self.dout, self.delta, dq, parts,
             *given.strides, plan.s, plan.n, tiles, *_numbers(plan, self.seed),
-            **plan.rows, **plan.options(config),
+            **plan.constants("dq", config),
         )  # fmt: skip
         self.grads["q"] = dq
         if self.needs["gate"]:
@@ -172,7 +172,7 @@ class _Backward:
         _kernels("bwd_columns")._prefix_attention_bwd_dkv_kernel[(plan.b * plan.g * tiles,)](
             *given.qkv, *given.hidden, self.lse, self.dout, self.delta,
             self.grads["k"], self.grads["v"], *given.strides, plan.s, plan.n, tiles,
-            *_numbers(plan, self.seed), **plan.keys, **plan.options(config),
+            *_numbers(plan, self.seed), **plan.constants("dkv", config),
         )  # fmt: skip
 
     def _bias(self, config: Config) -> None:
@@ -187,7 +187,7 @@ class _Backward:
             *self.given.qkv, *self.given.hidden, self.lse, self.dout, self.delta,
             self.grads["bias"], *self.given.strides, plan.s, plan.n,
             1 if batch > 1 else plan.b, row_tiles, *_numbers(plan, self.seed),
-            BIAS_HEADS=heads, **plan.keys, **plan.options(config),
+            BIAS_HEADS=heads, **plan.constants("bias", config),
         )  # fmt: skip
 
     def _prefix(self, i: int) -> None:
@@ -210,7 +210,7 @@ class _Backward:
                 plan.s, plan.columns + plan.n, segment.members, plan.b * spans, units_per_share,
                 spans, span, *_numbers(plan, self.seed),
                 LENGTH=segment.length, BEGIN=segment.begin, SHIFT=shift, BLOCK_P=block_p,
-                **plan.heads, **plan.gated, **plan.dropped, **plan.options(config, False),
+                **plan.constants("prefix", config),
             )  # fmt: skip
 
         if segment.length and segment.members:
