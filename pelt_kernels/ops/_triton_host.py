@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import cache
-from typing import NamedTuple
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
+
+from ._contract import Call, Value
 
 _ON = ("1", "true", "on", "yes", "y")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -77,6 +79,51 @@ def launch_fitting(
             configs[kernel] = _smaller(config)
             if configs[kernel] == config:
                 raise
+
+
+def tune(
+    backend: Any,
+    call: Call,
+    measure: Callable[[Callable[[], object]], float],
+    inputs: dict[str, Value],
+    forward_kernels: tuple[str, ...] = ("forward",),
+) -> dict[str, Config]:
+    """Times every candidate of a backend's file on inputs of a call, keeps the fastest for this
+    process, and returns them by kernel.
+
+    ``measure`` takes a function and returns its time, such as `triton.testing.do_bench`. Nothing
+    calls this by itself: a choice by time would make the order of sums, and so their last bits,
+    depend on the run. The seed of dropout changes no time, so it is 0.
+    """
+    contract, configs = call.contract, backend.plan_of(call, inputs).configs
+    outputs = backend.forward(call, seed=0, **inputs)
+    named = {row.name: output for row, output in zip(contract.output_rows, outputs)}
+    given = {f"d{row.name}": named[row.name] for row in contract.differentiable_rows}
+    given |= {row.name: named[row.name] for row in contract.saved_rows}
+    rows = {row.name: row for row in contract.input_rows}
+    needs = {
+        name: rows[name].is_differentiable and bool(_there(inputs[name]))
+        for name in contract.backward_names
+    }
+
+    def run(kernel: str) -> object:
+        if kernel in forward_kernels:
+            return backend.forward(call, seed=0, **inputs)
+        return backend.backward(call, needs, **given, seed=0, **inputs)
+
+    for kernel in configs:
+        times: dict[Config, float] = {}
+        for candidate in (configs[kernel], *backend.CANDIDATES):
+            configs[kernel] = candidate
+            time = measure(partial(run, kernel))
+            times.setdefault(configs[kernel], time)  # a smaller one if that did not fit
+        configs[kernel] = min(times, key=lambda config: times[config])
+    return dict(configs)
+
+
+def _there(value: Value) -> list[Any]:
+    """The tensors of an input that are there."""
+    return [v for v in (value if isinstance(value, (list, tuple)) else (value,)) if v is not None]
 
 
 def _smaller(config: Config) -> Config:

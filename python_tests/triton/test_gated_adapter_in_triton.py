@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from closeness import assert_close
 from parity import case_of, contract_of, inputs_of, operator_of, why_unavailable
 
 from pelt_kernels.ops import _philox
@@ -120,29 +119,6 @@ def test_dropout_keeps_exactly_the_words_of_the_contract(seed, need):
     )[0]
     expected = _philox.keep_mask(rows, columns, p, seed, torch.device("cpu"))
     assert torch.equal(y[0].cpu() != 0, expected)
-
-
-def test_tuning_keeps_the_fastest(interpreter, monkeypatch):
-    """The clock is a list; every candidate gives the numbers of the default."""
-    contract, case = contract_of("gated_adapter").CONTRACT, case_of("gated_adapter", "unipelt")
-    values = inputs_of("gated_adapter", case, "float32")
-    call = contract.bind(values, make_attributes(contract, case))
-    inputs = dict(zip(contract.input_names, values))
-    outputs, plan = [], backend.plan_of(call, inputs)
-    before = dict(plan.configs)
-
-    def measure(function):
-        outputs.append(function())
-        return -float(len(outputs))  # the last one is the fastest
-
-    monkeypatch.setattr(backend, "CANDIDATES", backend.CANDIDATES[3:5])
-    found = backend.tune(call, torch.ones_like(values[0]), measure, **inputs)
-    assert found == dict.fromkeys(found, backend.CANDIDATES[-1])
-    assert plan.configs == found != before
-    forwards = [o[0] for o in outputs if isinstance(o, tuple)]
-    for y in forwards:
-        assert_close(y, forwards[0], forwards[0], torch.float32, "y")
-    plan.configs.update(before)
 
 
 def test_memory_that_does_not_fit_makes_the_tile_smaller(interpreter):

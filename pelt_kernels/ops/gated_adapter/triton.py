@@ -10,6 +10,7 @@ is first imported.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, _triton_host
 from .._contract import Call, Value
 from .._triton_host import (
     DTYPES,
@@ -29,6 +30,8 @@ from .._triton_host import (
 )
 from ._triton_plan import CANDIDATES, PARTS, layout_of, part_sizes, plan_of, shares_of
 from .contract import CONTRACT
+
+__all__ = ["CANDIDATES", "backward", "forward", "plan_of", "supports", "tune", "unavailable"]
 
 _MAX_RANK = 256  # above, ptxas spills the accumulators of the weights' gradients
 _RESIDUAL, _GATE_WEIGHT, _GATE_BIAS = (
@@ -117,30 +120,10 @@ def backward(
 
 
 def tune(
-    call: Call, dy: Tensor, measure: Callable[[Callable[[], object]], float], **inputs: Value
+    call: Call, measure: Callable[[Callable[[], object]], float], **inputs: Value
 ) -> dict[str, Config]:
-    """Times every candidate on inputs of a call, keeps the fastest for this process, and returns
-    them by kernel.
-
-    ``measure`` takes a function and returns its time, such as `triton.testing.do_bench`. Nothing
-    calls this by itself: a choice by time would make the order of sums, and so their last bits,
-    depend on the run. The seed of dropout changes no time, so it is 0.
-    """
-    plan = plan_of(call, inputs)
-    _, gate_value, h = forward(call, 0, **inputs)
-    needs = {row.name: row.is_differentiable for row in CONTRACT.input_rows}
-    needs = {n: needs[n] and inputs[n] is not None for n in CONTRACT.backward_names}
-    for kernel in plan.configs:
-        times: dict[Config, float] = {}
-        for candidate in (plan.configs[kernel], *CANDIDATES):
-            plan.configs[kernel] = candidate
-            if kernel == "forward":
-                time = measure(lambda: forward(call, 0, **inputs))
-            else:
-                time = measure(lambda: backward(call, needs, dy, gate_value, h, 0, **inputs))
-            times.setdefault(plan.configs[kernel], time)  # a smaller one if that did not fit
-        plan.configs[kernel] = min(times, key=lambda config: times[config])
-    return dict(plan.configs)
+    """See `_triton_host.tune`."""
+    return _triton_host.tune(sys.modules[__name__], call, measure, inputs)
 
 
 class _Backward:

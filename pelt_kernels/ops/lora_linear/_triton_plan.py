@@ -19,6 +19,7 @@ from .._triton_host import Config, options_of, power_of_two, signed
 # For each kernel and each padded width of all ranks up to the number: 16-bit and float32
 # activations. Not timed: chosen for the most bytes in flight whose accumulators stay in registers
 # and whose operands fit in 64 KiB of shared memory, which every GPU has that Triton serves.
+# `tune` times the candidates on the GPU that is there.
 _ROWS = {
     32: (Config(32, 128, 4, 3), Config(32, 64, 4, 2)),
     64: (Config(64, 64, 4, 3), Config(32, 32, 4, 2)),
@@ -42,6 +43,12 @@ _DEFAULTS = {
     "columns_in": _COLUMNS,
     "columns_out": _COLUMNS,
 }
+CANDIDATES = tuple(
+    Config(block_t, block_d, warps, stages)
+    for block_t, block_d in ((16, 64), (32, 32), (32, 64), (64, 64), (32, 128), (64, 128))
+    for warps in (4, 8)
+    for stages in (2, 3)
+)
 MAX_WIDTH = 256  # of all ranks: above, the accumulators of the parameters' gradients spill
 
 

@@ -9,13 +9,15 @@ in Triton's interpreter, which is for tests.
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, _triton_host
 from .._bank import linear, weight_grad
 from .._contract import Call, Value
 from .._triton_host import (
@@ -25,10 +27,10 @@ from .._triton_host import (
     signed,
     unavailable,
 )
-from ._triton_plan import MAX_WIDTH, Layout, Plan, plan_of
+from ._triton_plan import CANDIDATES, MAX_WIDTH, Layout, Plan, plan_of
 from .contract import CONTRACT
 
-__all__ = ["backward", "forward", "supports", "unavailable"]
+__all__ = ["CANDIDATES", "backward", "forward", "plan_of", "supports", "tune", "unavailable"]
 
 
 def supports(call: Call) -> str:
@@ -101,6 +103,13 @@ def backward(
                 plan, needs, grads, dy.contiguous(), dextra_gates, gate_values, s, seed, inputs
             ).run()
     return {name: grads[name] for name, need in needs.items() if need}
+
+
+def tune(
+    call: Call, measure: Callable[[Callable[[], object]], float], **inputs: Value
+) -> dict[str, Config]:
+    """See `_triton_host.tune`."""
+    return _triton_host.tune(sys.modules[__name__], call, measure, inputs, ("shrink", "expand"))
 
 
 def _by_torch(

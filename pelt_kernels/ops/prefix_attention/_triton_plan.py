@@ -21,6 +21,7 @@ MAX_HEAD = 128
 # or dropout, whose tiles take registers too, and float32. ``block_t`` are queries, ``block_d``
 # keys. Not timed: chosen for the largest tiles whose accumulators ptxas keeps in registers on sm_90
 # and whose operands fit in the shared memory of an A100, or in the 64 KiB of an AMD GPU.
+# `tune` times the candidates on the GPU that is there.
 _FORWARD = {
     64: (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(32, 32, 8, 1)),
     128: (Config(128, 64, 8, 2), Config(64, 32, 4, 2), Config(16, 16, 8, 1)),
@@ -40,6 +41,12 @@ _DEFAULTS = {
     "dkv": _COLUMNS,
     "prefix": _COLUMNS,
 }
+CANDIDATES = tuple(
+    Config(queries, keys, warps, stages)
+    for queries, keys in ((32, 64), (64, 32), (64, 64), (128, 32), (128, 64), (128, 128))
+    for warps in (4, 8)
+    for stages in (2, 3)
+)
 # Of a tile: prefixes are short, and a tile's padding is computed too. Products of float32 take
 # ordinary registers for their operands.
 _MOST_PREFIX_ROWS, _MOST_WIDE_PREFIX_ROWS = 64, 16

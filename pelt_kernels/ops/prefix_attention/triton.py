@@ -9,6 +9,8 @@ served, never before. On CPU tensors the kernels run in Triton's interpreter, wh
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -16,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _native
+from .. import _native, _triton_host
 from .._contract import Call, Value
 from .._triton_host import DTYPES, Config, launch_fitting, signed, unavailable
-from ._triton_plan import MAX_HEAD, Plan, plan_of
+from ._triton_plan import CANDIDATES, MAX_HEAD, Plan, plan_of
 
-__all__ = ["backward", "forward", "supports", "unavailable"]
+__all__ = ["CANDIDATES", "backward", "forward", "plan_of", "supports", "tune", "unavailable"]
 
 
 def supports(call: Call) -> str:
@@ -78,6 +80,13 @@ def backward(
         }
     with _native.on(call.device):
         return _Backward(call, needs, dout.contiguous(), out.contiguous(), lse, seed, inputs).run()
+
+
+def tune(
+    call: Call, measure: Callable[[Callable[[], object]], float], **inputs: Value
+) -> dict[str, Config]:
+    """See `_triton_host.tune`."""
+    return _triton_host.tune(sys.modules[__name__], call, measure, inputs)
 
 
 class _Given:
