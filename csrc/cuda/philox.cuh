@@ -55,7 +55,6 @@ struct PhiloxKeys {
 PELT_HOST_DEVICE PhiloxWords philox4x32_10(PhiloxWords counter, const PhiloxKeys& keys) {
   constexpr uint32_t kMultiplier0 = 0xd2511f53u, kMultiplier1 = 0xcd9e8d57u;
   uint32_t* c = counter.word;
-#pragma unroll
   for (int round = 0; round < 10; ++round) {
     const uint32_t high0 = high_product(kMultiplier0, c[0]), low0 = kMultiplier0 * c[0];
     const uint32_t high1 = high_product(kMultiplier1, c[2]), low1 = kMultiplier1 * c[2];

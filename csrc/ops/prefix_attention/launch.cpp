@@ -33,7 +33,7 @@ int tiles_of(int64_t size, int tile) { return static_cast<int>((size + tile - 1)
 
 // Blocks for the gradients of one prefix tile: enough for a large GPU, from sizes alone, so that
 // the order of every sum is the same on all of them.
-constexpr int kPrefixBlocks = 256;
+constexpr int kPrefixBlocks = 512;
 
 // Cuts the work, and lays out the workspace; returns its size.
 int64_t plan(BackwardParams& p, void* workspace) {
