@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import LoraBranch, gated_adapter, lora_linear
+from ._computed import Computed
 from .lora_linear import merged
 
 PASSES = 2  # of one training step: AdaMix's consistency loss compares two
@@ -80,8 +81,7 @@ class Bank(nn.Module):
         # The router is one for all modules and belongs to the model.
         object.__setattr__(self, "router", router)
         self.number = router.add()
-        self._averages: dict[str, Tensor | None] = {}
-        self._averaged: tuple[tuple[int, int], ...] = ()
+        self._averages: Computed[dict[str, Tensor | None]] = Computed()
 
     def _bank(self, name: str) -> nn.Parameter | None:
         return cast("nn.Parameter | None", getattr(self, name))
@@ -103,23 +103,16 @@ class Bank(nn.Module):
         return values, (index[0], index[1])
 
     def averages(self) -> dict[str, Tensor | None]:
-        """The mean of each bank: made once, and again after a weight has changed.
-
-        A change is noticed by torch's version counters, which every in-place operation raises, an
-        optimizer's step and `load_state_dict` included; only writing through ``.data`` does not.
-        """
+        """The mean of each bank: with gradients where they are wanted, else `Computed` once."""
         banks = {name: self._bank(name) for names in self.SIDES for name in names}
-        if torch.is_grad_enabled() and any(
-            b is not None and b.requires_grad for b in banks.values()
-        ):
+
+        def means() -> dict[str, Tensor | None]:
             return {name: None if b is None else _mean(b) for name, b in banks.items()}
-        now = tuple((id(b), b._version) for b in banks.values() if b is not None)
-        places = tuple((b.data_ptr(), 0) for b in banks.values() if b is not None)
-        if (*now, *places) != self._averaged:
-            with torch.no_grad():
-                self._averages = {n: None if b is None else _mean(b) for n, b in banks.items()}
-            self._averaged = (*now, *places)
-        return self._averages
+
+        given = [bank for bank in banks.values() if bank is not None]
+        if torch.is_grad_enabled() and any(bank.requires_grad for bank in given):
+            return means()
+        return self._averages(given, means)
 
     def merge(self) -> None:
         """Each bank becomes its mean, a bank of one."""
@@ -128,7 +121,7 @@ class Bank(nn.Module):
             if bank is not None and value is not None:
                 merged = nn.Parameter(value.detach().clone()[None], bank.requires_grad)
                 setattr(self, name, merged)
-        self._averages, self._averaged = {}, ()
+        self._averages.forget()
 
 
 class ExpertAdapter(Bank):

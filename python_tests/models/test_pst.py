@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from every_method import METHODS
 from torch import nn
 from torch.nn.functional import linear
 
@@ -118,6 +119,45 @@ def test_the_model_comes_back_untouched(make_base, make_batch, randomise):
     model.set_progress(1.0)
     assert not torch.equal(model(**batch).logits, expected)
     assert torch.equal(model.remove()(**batch).logits, expected)
+
+
+def test_the_evaluations_weight_is_made_once_and_never_stale(make_base, make_batch, randomise):
+    model = randomise(get_pelt_model(make_base(), PST), std=0.05).eval()
+    batch = make_batch(with_labels=False)
+    pruned = next(iter(pruned_of(model).values()))
+
+    def logits():
+        with torch.inference_mode():
+            found = model(**batch).logits
+            assert pruned._current_weight() is pruned._current_weight()
+            return found
+
+    first = logits()
+    model.set_progress(1.0)
+    second = logits()
+    with torch.no_grad():
+        pruned.score_row.add_(torch.randn(pruned.score_row.shape))
+    third = logits()
+    assert not torch.equal(first, second) and not torch.equal(second, third)
+    fresh = get_pelt_model(make_base(), PST).eval()
+    fresh.load_state_dict(model.state_dict())
+    fresh.set_progress(1.0)
+    assert torch.equal(fresh(**batch).logits, third)
+
+
+@pytest.mark.parametrize("method", ["pst", "adamix", "adamix-lora"])
+def test_what_inference_mode_keeps_serves_a_forward_with_gradients(
+    method, make_base, make_batch, randomise
+):
+    model = randomise(get_pelt_model(make_base(), METHODS[method]), std=0.05).eval()
+    model.requires_grad_(False)
+    batch = make_batch(with_labels=False)
+    with torch.inference_mode():
+        expected = model(**batch).logits
+    embedded = model.get_input_embeddings()(batch.pop("input_ids")).requires_grad_()
+    found = model(inputs_embeds=embedded, **batch).logits
+    torch.testing.assert_close(found, expected)
+    assert torch.autograd.grad(found.sum(), embedded)[0].abs().max() > 0
 
 
 BAD = [
