@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import geometric_mean, mean
 from typing import Any
 
+from pelt_kernels.methods import PRESETS
+from pelt_kernels.models import FAMILIES
 from pelt_kernels.ops import OPERATORS, support_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -160,9 +162,20 @@ def operators_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def families() -> str:
+    """Which method works in which encoder: all in all, as the named test trains."""
+    methods = ", ".join(f"`{name}`" for name in PRESETS)
+    encoders = ", ".join(f"`{name}`" for name in FAMILIES)
+    return (
+        f"Methods: {methods}.\nEncoders: {encoders}.\n"
+        "`python_tests/models/test_every_method.py` trains each method in each of them.\n"
+    )
+
+
 def rewritten(text: str) -> str:
     """README.md as it should be."""
     text = with_block(text, "support table", support_table(list(OPERATORS)))
+    text = with_block(text, "families", families())
     if METHODS.is_file():
         text = with_block(text, "methods table", methods_table(json.loads(METHODS.read_text())))
     tasks = {

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from pelt_kernels.methods import (
+    BitFitConfig,
     BottleneckAdapterConfig,
     CompositeConfig,
     LoraConfig,
@@ -161,6 +162,7 @@ CASES = {
     "mam": CompositeConfig.mam(
         adapter=parallel(), prefix=PrefixTuningConfig(prefix_length=4, mid=6)
     ),
+    "bitfit": BitFitConfig(),
     "everything": CompositeConfig(
         adapter=parallel(gated=True),
         prefix=PrefixTuningConfig(prefix_length=3, mid=7, gated=True, gate_pooling="mean"),
