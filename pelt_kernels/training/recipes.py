@@ -18,7 +18,8 @@ class Recipe:
 
 
 # Small added parts want a rate a hundred times that of full fine-tuning, and so does a head on
-# frozen features.
+# frozen features. An adapter scaled by four wants less: on 500 sentences of SST-2 `mam` stays at
+# chance with 1e-3 and reaches 0.81 with 2e-4.
 RECIPES: dict[str, Recipe] = {
     "unipelt": Recipe(lr=1e-3, epochs=6),
     "unipelt-ap": Recipe(lr=1e-3, epochs=6),
@@ -29,7 +30,7 @@ RECIPES: dict[str, Recipe] = {
     "pst": Recipe(lr=3e-4, epochs=12),
     "bitfit": Recipe(lr=2e-3, epochs=6),
     "composite": Recipe(lr=1e-3, epochs=6),
-    "mam": Recipe(lr=1e-3, epochs=6),
+    "mam": Recipe(lr=2e-4, epochs=6),
     "head": Recipe(lr=1e-2, epochs=3),
     "full": Recipe(lr=1e-4, epochs=6),
 }
