@@ -114,3 +114,22 @@ def test_pruned_models_are_saved_loaded_and_exact(
     with torch.no_grad():
         batch = make_batch(with_labels=False)
         assert torch.equal(again(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("is_autocast", [False, True])
+@EVERY
+def test_sixteen_bits_are_near_the_truth(method, is_autocast, make_base, make_batch, randomise):
+    """In 16-bit weights, and under autocast: the loss, and a finite gradient everywhere."""
+    batch = make_batch()
+    exact = randomise(get_pelt_model(make_base(), METHODS[method]), std=0.05).train()
+    dtype = torch.float32 if is_autocast else torch.bfloat16
+    half = randomise(get_pelt_model(make_base(dtype=dtype), METHODS[method]), std=0.05).train()
+    for model in (exact, half):
+        if model.router is not None:
+            model.router.seek(0, seed=1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        found = half(**batch)
+    found.loss.backward()
+    torch.testing.assert_close(found.loss.float(), exact(**batch).loss, rtol=0.05, atol=0.02)
+    used = [p for p in half.trained_parameters().values() if p.grad is not None]
+    assert used and all(p.grad.isfinite().all() for p in used)

@@ -7,10 +7,12 @@ import os
 import pytest
 import torch
 import transformers as hf
+from every_method import LORA, METHODS, PRUNED
 from safetensors.torch import load_file
 
 from pelt_kernels.methods import (
     BottleneckAdapterConfig,
+    CompositeConfig,
     LoraConfig,
     PrefixTuningConfig,
     UniPELTConfig,
@@ -61,10 +63,15 @@ def test_autocast(attention, make_base, make_batch, randomise):
         assert distance < 0.2, f"{name}: {distance}"
 
 
-@pytest.mark.parametrize("method", ["unipelt", "prefix"])
+@pytest.mark.parametrize("method", ["unipelt", "prefix", "composite", "pst", "lora-pst-bitfit"])
 def test_compiled_without_a_break_it_is_the_same(method, make_base, make_batch, randomise):
-    config = UniPELTConfig(adapter=APL.adapter, prefix=APL.prefix, lora=LoraConfig(r=4))
-    model = randomise(get_pelt_model(make_base(), config if method == "unipelt" else APL.prefix))
+    config = {
+        **METHODS,
+        "unipelt": UniPELTConfig(adapter=APL.adapter, prefix=APL.prefix, lora=LoraConfig(r=4)),
+        "lora-pst-bitfit": CompositeConfig(lora=LORA, pst=PRUNED, bitfit=True),
+    }[method]
+    model = randomise(get_pelt_model(make_base(), config), std=0.05)
+    model.set_progress(1.0)
     batch = make_batch()
     truth = model(**batch)
     truth.loss.backward()
