@@ -43,13 +43,18 @@ __device__ __forceinline__ void derive_scores(const BackwardParams& p, const Pla
   using T = typename C::T;
   TileValues w, ds = {};
   update_weight<T>(p.in, at, s.factors, w);
+  // Without a store in between, behind which the compiler could not move the next load.
   for_elements(p.in, at, [&](int i, int j, int64_t index) {
     const float g = to_float(static_cast<const T*>(p.dy)[index]);
     const float kept = p.mask[index] ? 1.0f : 0.0f;
     ds[i][j] = g * w[i][j];
     w[i][j] = g * (kept + fabsf(w[i][j]));
-    if (p.dw0 != nullptr) static_cast<T*>(p.dw0)[index] = round_to<T>(w[i][j]);
   });
+  if (p.dw0 != nullptr) {
+    for_elements(p.in, at, [&](int i, int j, int64_t index) {
+      static_cast<T*>(p.dw0)[index] = round_to<T>(w[i][j]);
+    });
+  }
   for (int i = 0; i < kRowsEach; ++i) {
     for (int j = 0; j < kColumnsEach; ++j) {
       s.dw[tile_row(i) * kColumnStride + tile_column(j)] = w[i][j];
@@ -123,7 +128,7 @@ __device__ __forceinline__ void project(const Inputs& in, const Factors& f, cons
 }
 
 template <class C>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     masked_weight_bwd_sm80(const __grid_constant__ BackwardParams p) {
   using T = typename C::T;
   auto& s = shared_memory_as<Shared>();

@@ -19,7 +19,8 @@
 // float32 and are made once. NaN counts as infinity. Shared memory: 20 KB.
 //
 // Why so: one launch reads w0 once and writes y twice and the keys once; the rest are passes over
-// the keys, 4 bytes an entry, which L2 holds for the layers of a BERT or a GPT-2.
+// the keys, 4 bytes an entry, which L2 holds for the layers of a BERT or a GPT-2. A lane has sixteen
+// keys on the way at once: the counts that follow would not let a next load start before them.
 #include "common/type_list.h"
 #include "ops/masked_weight/tiles.cuh"
 
@@ -96,11 +97,20 @@ __device__ __forceinline__ void score_tiles(const ForwardParams& p, Shared& s) {
     TileValues w, product;
     update_weight<T>(in, at, s.factors, w);
     multiply<T>(in, {in.a, in.b, in.R2, false}, at, s.factors, product);
+    // Before the first store, behind which the compiler could not move these loads.
+    float row[kRowsEach] = {}, col[kColumnsEach] = {};
+    for (int i = 0; i < kRowsEach; ++i) {
+      const int r = at.row + tile_row(i);
+      if (r < in.Dout) row[i] = load_parameter<T>(in.row, r);
+    }
+    for (int j = 0; j < kColumnsEach; ++j) {
+      const int c = at.column + tile_column(j);
+      if (c < in.Din) col[j] = load_parameter<T>(in.col, c);
+    }
     for_elements(in, at, [&](int i, int j, int64_t index) {
-      const float structure = load_parameter<T>(in.row, at.row + tile_row(i)) +
-                              load_parameter<T>(in.col, at.column + tile_column(j));
-      const uint32_t key =
-          key_of(fabsf(w[i][j]) + in.alpha1 * product[i][j] + in.alpha2 * structure);
+      const float score =
+          fabsf(w[i][j]) + in.alpha1 * product[i][j] + in.alpha2 * (row[i] + col[j]);
+      const uint32_t key = key_of(score);
       static_cast<T*>(p.y)[index] = round_to<T>(w[i][j]);
       p.keys[index] = key;
       atomic_count(&s.counts[key >> 21], 1);
@@ -108,30 +118,64 @@ __device__ __forceinline__ void score_tiles(const ForwardParams& p, Shared& s) {
   }
 }
 
-// The contiguous part of the keys that a warp of the grid has.
+// The contiguous part of the keys that a warp of the grid has: whole steps of the warp.
 struct Part {
   int64_t begin, end;
 };
+
+constexpr int kStep = 4 * 32;  // four neighbouring keys of each lane
+constexpr int kBatch = 4;      // steps whose keys are on the way together
 
 __device__ __forceinline__ int warp_of_grid() { return block_index_x() * kWarps + warp_index(); }
 
 __device__ __forceinline__ Part part_of_warp(const Inputs& in) {
   const int64_t warps = static_cast<int64_t>(grid_blocks_x()) * kWarps;
-  const int64_t each = (in.entries() + warps - 1) / warps;
+  const int64_t steps = (in.entries() + kStep - 1) / kStep;
+  const int64_t each = (steps + warps - 1) / warps * kStep;
   const int64_t begin = warp_of_grid() * each, end = begin + each;
   return {begin < in.entries() ? begin : in.entries(), end < in.entries() ? end : in.entries()};
+}
+
+// visit(index, keys, count) for a lane's four neighbouring keys, of which `count` are there. Every
+// lane of the warp comes to every visit.
+template <class Visit>
+__device__ __forceinline__ void for_keys(const ForwardParams& p, Visit&& visit) {
+  const Part part = part_of_warp(p.in);
+  for (int64_t first = part.begin; first < part.end; first += kBatch * kStep) {
+    Words4 keys[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int64_t at = first + j * kStep + 4 * lane_index();
+      keys[j] = {};
+      if (at + 4 <= part.end) {
+        keys[j] = load_16(p.keys + at);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (at + i < part.end) keys[j].word[i] = p.keys[at + i];
+        }
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (first + j * kStep >= part.end) continue;
+      const int64_t at = first + j * kStep + 4 * lane_index(), left = part.end - at;
+      visit(at, keys[j], left >= 4 ? 4 : left > 0 ? static_cast<int>(left) : 0);
+    }
+  }
 }
 
 __device__ __forceinline__ void count_digit(const ForwardParams& p, Shared& s, int i) {
   const Digit digit = digit_of(i);
   const uint32_t prefix = s.search.prefix;
-  const Part part = part_of_warp(p.in);
-  for (int64_t at = part.begin + lane_index(); at < part.end; at += 32) {
-    const uint32_t key = p.keys[at];
-    if (key >> (digit.shift + digit.bits) == prefix) {
-      atomic_count(&s.counts[key >> digit.shift & ((1u << digit.bits) - 1)], 1);
+  for_keys(p, [&](int64_t, const Words4& keys, int count) {
+    for (int e = 0; e < 4; ++e) {
+      const uint32_t key = keys.word[e];
+      if (e < count && key >> (digit.shift + digit.bits) == prefix) {
+        atomic_count(&s.counts[key >> digit.shift & ((1u << digit.bits) - 1)], 1);
+      }
     }
-  }
+  });
 }
 
 // The sum of this lane's value and those of all lanes before it.
@@ -171,13 +215,18 @@ __device__ __forceinline__ void find_digit(const ForwardParams& p, Shared& s, in
   sync_threads();
 }
 
+__device__ __forceinline__ int count_equal(const Words4& keys, int count, uint32_t threshold) {
+  int equal = 0;
+  for (int e = 0; e < 4; ++e) equal += e < count && keys.word[e] == threshold;
+  return equal;
+}
+
 // How many keys of the warps before this one are equal to the threshold.
 __device__ __forceinline__ int equal_before(const ForwardParams& p, const Shared& s) {
-  const Part part = part_of_warp(p.in);
   int own = 0;
-  for (int64_t at = part.begin + lane_index(); at < part.end; at += 32) {
-    own += p.keys[at] == s.search.prefix;
-  }
+  for_keys(p, [&](int64_t, const Words4& keys, int count) {
+    own += count_equal(keys, count, s.search.prefix);
+  });
   own = shfl(sum_up_to_lane(own), 31);
   if (lane_index() == 0) p.equal[warp_of_grid()] = own;
   grid_barrier(p, kDigits + 1);
@@ -186,28 +235,51 @@ __device__ __forceinline__ int equal_before(const ForwardParams& p, const Shared
   return shfl(sum_up_to_lane(before), 31);
 }
 
+// The mask of four neighbouring entries, and zeros in y where it is 0.
+template <class T>
+__device__ __forceinline__ void write_4(const ForwardParams& p, int64_t at, uint32_t stays,
+                                        int count) {
+  T* y = static_cast<T*>(p.y) + at;
+  if (count == 4) {
+    // A byte for each: bits 0 to 3 become bits 0, 8, 16 and 24.
+    store_4(p.mask + at, (stays & 1) | (stays & 2) << 7 | (stays & 4) << 14 | (stays & 8) << 21);
+  }
+  if (count == 4 && stays == 0 && sizeof(T) == 4) {
+    store_16(y, Words4{});
+    return;
+  }
+  if (count == 4 && stays == 0) {
+    store_4(y, 0);
+    store_4(y + 2, 0);
+    return;
+  }
+  for (int e = 0; e < count; ++e) {
+    const bool stay = stays >> e & 1;
+    if (count < 4) p.mask[at + e] = stay;
+    if (!stay) y[e] = T{};
+  }
+}
+
 // mask, and y where it is 0.
 template <class C>
 __device__ __forceinline__ void write_mask(const ForwardParams& p, const Shared& s) {
-  using T = typename C::T;
-  const bool has_ties = s.search.stay < s.search.equal;  // the same in every block
+  const uint32_t threshold = s.search.prefix;
+  const int stay = s.search.stay;
+  const bool has_ties = stay < s.search.equal;  // the same in every block
   int equal = has_ties ? equal_before(p, s) : 0;
-  const Part part = part_of_warp(p.in);
-  for (int64_t first = part.begin; first < part.end; first += 32) {
-    const int64_t at = first + lane_index();
-    const uint32_t key = at < part.end ? p.keys[at] : 0;
-    bool stays = key >= s.search.prefix;
+  for_keys(p, [&](int64_t at, const Words4& keys, int count) {
+    uint32_t stays = 0;
+    for (int e = 0; e < 4; ++e) stays |= (keys.word[e] >= threshold ? 1u : 0u) << e;
     if (has_ties) {
-      const bool is_equal = at < part.end && key == s.search.prefix;
-      const uint32_t lanes = vote_ballot(is_equal);
-      const int before = equal + count_bits(lanes & ((1u << lane_index()) - 1));
-      stays = stays && (!is_equal || before < s.search.stay);
-      equal += count_bits(lanes);
+      const int own = count_equal(keys, count, threshold), up_to_here = sum_up_to_lane(own);
+      int before = equal + up_to_here - own;
+      for (int e = 0; e < 4; ++e) {
+        if (e < count && keys.word[e] == threshold && before++ >= stay) stays &= ~(1u << e);
+      }
+      equal += shfl(up_to_here, 31);
     }
-    if (at >= part.end) continue;
-    p.mask[at] = stays;
-    if (!stays) static_cast<T*>(p.y)[at] = T{};
-  }
+    write_4<typename C::T>(p, at, stays, count);
+  });
 }
 
 template <class C>
