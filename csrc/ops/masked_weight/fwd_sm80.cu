@@ -19,8 +19,9 @@
 // float32 and are made once. NaN counts as infinity. Shared memory: 20 KB.
 //
 // Why so: one launch reads w0 once and writes y twice and the keys once; the rest are passes over
-// the keys, 4 bytes an entry, which L2 holds for the layers of a BERT or a GPT-2. A lane has sixteen
-// keys on the way at once: the counts that follow would not let a next load start before them.
+// the keys, 4 bytes an entry, which L2 holds for the layers of a BERT or a GPT-2. A lane has
+// sixteen keys on the way at once: the counts that follow would not let a next load start before
+// them.
 #include "common/type_list.h"
 #include "ops/masked_weight/tiles.cuh"
 
