@@ -52,6 +52,10 @@ CASES = [
     _case("long_prefix_in_parts", 6, 1, 1, 40, 9, 32, f"{PREFIX} gate", P_i=(200,)),
     _case("causal_long", 1, 1, 1, 300, 260, 64, PREFIX, P_i=(5,), attributes=CAUSAL),
     _case("causal_cache", 1, 1, 1, 70, 300, 32, PREFIX, P_i=(5,), attributes=CAUSAL),
+    # Up to 32 queries: the warps share the columns.
+    _case("decode", 2, 4, 2, 1, 300, 64, f"{PREFIX} gate key_mask", P_i=(5,), attributes=DROPOUT),
+    _case("decode_128", 2, 2, 2, 32, 70, 128, f"{PREFIX} lengths", P_i=(5,), attributes=CAUSAL),
+    _case("decode_nothing_seen", 2, 1, 1, 9, 5, 96, "lengths", attributes=CAUSAL),
     _case("negative_scale", 1, 1, 1, 33, 70, 64, "", attributes={"scale": -0.2}),
     _case("bias_shared_by_heads", 3, 4, 2, 70, 67, 64, f"{PREFIX} bias:3 key_mask", P_i=(7,),
           attributes={**DROPOUT, **CAUSAL}),

@@ -11,7 +11,8 @@
 // and they cost what their columns cost, not a tile of their own. Two buffers of kColumns columns:
 // cp.async brings one while the other is worked on, with one barrier for each tile. A warp works on
 // kStep columns at a time and stops at the last one it sees, so that padding, the causal triangle
-// and a short tail cost no products.
+// and a short tail cost no products. Up to 32 queries, as in decoding, are taken by all four warps,
+// which share the columns of a tile and add up what they have seen at the end.
 //
 // The gate is a factor of a score (instead of the prefix's key) and of a probability (instead of
 // its value). Scores are in units of log 2. Softmax is online, in float32: a row keeps its maximum
@@ -23,6 +24,8 @@
 // Tiles are padded by 16 bytes for each row, an odd number of 16-byte units: ldmatrix meets no bank
 // twice, and all its addresses are one register and a constant, which a swizzle would not give.
 // Shared memory per block, E = 32, 64, 96, 128: 30, 55, 80, 70 KB.
+#include <cstddef>
+
 #include "common/check.h"
 #include "common/type_list.h"
 #include "ops/prefix_attention/products.cuh"
@@ -34,8 +37,8 @@ namespace {
 constexpr int kTilesM = 2;  // [16, 16] tiles of queries that a warp holds
 constexpr int kWarpRows = 16 * kTilesM;
 constexpr int kRows = kWarps * kWarpRows;
-constexpr int kStep = 32;  // columns that a warp works on at a time
-constexpr int kTilesN = kStep / 8;
+constexpr int kStep = 32;        // columns that a warp works on at a time
+constexpr int kSharedStep = 16;  // the same where warps share their queries
 
 template <class Element, int kHeadSize>
 struct Config {
@@ -91,7 +94,7 @@ __device__ __forceinline__ FragmentA query_operand(const State<C>& state, const 
 
 // Scores, times a positive factor, become probabilities, up to 2^-maximum, which the accumulators
 // follow.
-template <class C>
+template <class C, int kTilesN>
 __device__ __forceinline__ void exponentiate(State<C>& state, float factor,
                                              FragmentD (&scores)[kTilesM][kTilesN]) {
   float maximum[kTilesM][2];
@@ -146,6 +149,7 @@ __device__ __forceinline__ void exponentiate(State<C>& state, float factor,
 
 // What multiplies values: a gate for those of prefixes, and dropout's zeros. Its factor for what is
 // kept comes at the end.
+template <int kTilesN>
 __device__ __forceinline__ void weigh_columns(const Inputs& in, const Scoring& scoring,
                                               const DropoutRows& rows,
                                               FragmentD (&p)[kTilesM][kTilesN], int row,
@@ -175,12 +179,13 @@ __device__ __forceinline__ void weigh_columns(const Inputs& in, const Scoring& s
   }
 }
 
-// One step of a warp: kStep columns from `column` on, which are at s_k and s_v.
-template <class C>
+// One step of a warp: the columns from `column` on, which are at s_k and s_v.
+template <class C, int kColumnsOfStep>
 __device__ __forceinline__ void attend(const Inputs& in, const Scoring& scoring,
                                        const DropoutRows& rows, State<C>& state,
                                        const typename C::T* s_q, const typename C::T* s_k,
                                        const typename C::T* s_v, int row, int column, int end) {
+  constexpr int kTilesN = kColumnsOfStep / 8;
   const uint32_t seen = seen_columns<2 * kTilesN>(in, scoring.key_mask, end, [&](int i) {
     return column + 8 * (i / 2) + FragmentD::column(i % 2);
   });
@@ -188,9 +193,15 @@ __device__ __forceinline__ void attend(const Inputs& in, const Scoring& scoring,
   multiply_rows<C>(p, [&](int m, int step) { return query_operand<C>(state, s_q, m, step); }, s_k);
   const float factor =
       score_by_rows<typename C::T>(in, scoring, scoring.prefix_factor, p, row, column, end, seen);
-  exponentiate<C>(state, factor, p);
+  exponentiate(state, factor, p);
   weigh_columns(in, scoring, rows, p, row, column);
   accumulate_rows<C>(state.out, p, s_v);
+}
+
+// From the maximum and the sum, both in units of log 2. An infinite score stays one, though its
+// probabilities are NaN; a sum of 0 means that nothing was seen (a NaN is not 0).
+__device__ __forceinline__ float log_sum_exp(float most, float sum) {
+  return sum == 0.0f || most == -kMinusInfinity ? most : (most + log2f(sum)) * kLn2;
 }
 
 // out = accumulators / sum, and lse. A row that has seen nothing is 0 and its lse -inf.
@@ -204,14 +215,10 @@ __device__ __forceinline__ void finish_rows(const ForwardParams& p, const Head& 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = group_sum<4>(state.sum[m][half]);
-      const bool is_empty = sum == 0.0f;  // not where everything is NaN
-      const float factor = is_empty ? 0.0f : in.dropout.keep_scale / sum;
+      const float factor = sum == 0.0f ? 0.0f : in.dropout.keep_scale / sum;
       const int own = tile_row(m, half);
       if (lane_index() % 4 == 0 && row + own < in.S) {
-        const float most = state.maximum[m][half];
-        // An infinite score stays one; its probabilities are NaN.
-        const bool is_infinite = is_empty || most == -kMinusInfinity;
-        p.lse[first + own] = is_infinite ? most : (most + log2f(sum)) * kLn2;
+        p.lse[first + own] = log_sum_exp(state.maximum[m][half], sum);
       }
 #pragma unroll
       for (int n = 0; n < C::kE / 8; ++n) {
@@ -225,6 +232,59 @@ __device__ __forceinline__ void finish_rows(const ForwardParams& p, const Head& 
                 row + kWarpRows < in.S ? kWarpRows : in.S - row);
 }
 
+// The same where the four warps have seen different columns of the same queries: their accumulators
+// meet in shared memory and are added in their order.
+template <class C>
+__device__ __forceinline__ void merge_warps(const ForwardParams& p, Shared<C>& s, const Head& head,
+                                            State<C>& state, int row) {
+  constexpr int kSize = kWarpRows * C::kE;
+  static_assert(sizeof(float) * kWarps * (kSize + 2 * kWarpRows) <= offsetof(Shared<C>, scoring),
+                "what warps have seen fits where queries and columns were");
+  using T = typename C::T;
+  const Inputs& in = p.in;
+  float* s_out = reinterpret_cast<float*>(s.q);   // [kWarps, kWarpRows, E]
+  float* s_maximum = s_out + kWarps * kSize;      // [kWarps, kWarpRows]
+  float* s_sum = s_maximum + kWarps * kWarpRows;  // [kWarps, kWarpRows]
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int own = warp_index() * kWarpRows + tile_row(m, half);
+      const float sum = group_sum<4>(state.sum[m][half]);
+      if (lane_index() % 4 == 0) {
+        s_maximum[own] = state.maximum[m][half];
+        s_sum[own] = sum;
+      }
+#pragma unroll
+      for (int n = 0; n < C::kE / 8; ++n) {
+        const int at = own * C::kE + 8 * n + FragmentD::column(0);
+        s_out[at] = state.out[m][n].r[2 * half];
+        s_out[at + 1] = state.out[m][n].r[2 * half + 1];
+      }
+    }
+  }
+  sync_threads();
+  const int64_t first = head_index(in, head) * in.S + row;
+  for (int i = thread_index(); i < (in.S - row) * C::kVectors; i += kThreads) {
+    const int own = i / C::kVectors, e = i % C::kVectors * 8;
+    float most = kMinusInfinity, sum = 0.0f;
+    for (int w = 0; w < kWarps; ++w) most = fmaxf(most, s_maximum[w * kWarpRows + own]);
+    const float base = most == kMinusInfinity ? 0.0f : most;
+    Float8 out = {};
+    for (int w = 0; w < kWarps; ++w) {
+      const float shrink = exp2_approx(s_maximum[w * kWarpRows + own] - base);
+      sum += s_sum[w * kWarpRows + own] * shrink;
+      for (int j = 0; j < 8; ++j) {
+        out.v[j] += s_out[(w * kWarpRows + own) * C::kE + e + j] * shrink;
+      }
+    }
+    const float factor = sum == 0.0f ? 0.0f : in.dropout.keep_scale / sum;
+    for (int j = 0; j < 8; ++j) out.v[j] *= factor;
+    store_16(static_cast<T*>(p.out) + (first + own) * C::kE + e, narrow<T>(out));
+    if (e == 0) p.lse[first + own] = log_sum_exp(most, sum);
+  }
+}
+
 template <class C>
 __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
     prefix_attention_fwd_sm80(const __grid_constant__ ForwardParams p) {
@@ -235,7 +295,9 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
   const Head head = head_of(in, block_index_x() / row_tiles);
   // Under a causal mask the last rows see most: those blocks start first.
   const int first_row = (row_tiles - 1 - block_index_x() % row_tiles) * kRows;
-  const int row = first_row + warp_index() * kWarpRows;
+  // Few queries (decoding, the end of a sequence): all warps take them, and each its own columns.
+  const bool shares = in.S - first_row <= kWarpRows;
+  const int warp_at = shares ? 0 : warp_index() * kWarpRows, row = first_row + warp_at;
 
   stage_rows<C, kRows>(s.q, head_rows<T>(in.q, in.q_strides, head.b, head.h), in.q_strides.row,
                        first_row, in.S);
@@ -258,7 +320,7 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
       state.sum[m][half] = 0.0f;
     }
   }
-  T* s_q = s.q + warp_index() * kWarpRows * C::kStride;
+  T* s_q = s.q + warp_at * C::kStride;
   int buffer = 0;
 #pragma unroll 1
   for (int column = 0; column < end; column += C::kColumns) {
@@ -272,16 +334,29 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
                                     column + C::kColumns, in.P + in.N);
       cp_async_commit();
     }
+    if (shares) {
+      const int at = warp_index() * kSharedStep;
+      if (at < C::kColumns && column + at < warp_end) {
+        attend<C, kSharedStep>(in, s.scoring, s.dropout_rows, state, s_q,
+                               s.k[buffer] + at * C::kStride, s.v[buffer] + at * C::kStride, row,
+                               column + at, seen);
+      }
+    } else {
 #pragma unroll 1
-    for (int at = 0; at < C::kColumns && column + at < warp_end; at += kStep) {
-      attend<C>(in, s.scoring, s.dropout_rows, state, s_q, s.k[buffer] + at * C::kStride,
-                s.v[buffer] + at * C::kStride, row, column + at, seen);
+      for (int at = 0; at < C::kColumns && column + at < warp_end; at += kStep) {
+        attend<C, kStep>(in, s.scoring, s.dropout_rows, state, s_q, s.k[buffer] + at * C::kStride,
+                         s.v[buffer] + at * C::kStride, row, column + at, seen);
+      }
     }
     buffer = 1 - buffer;
   }
   cp_async_wait<0>();
   sync_threads();
-  if (row < in.S) finish_rows<C>(p, head, state, s_q, row);
+  if (shares) {
+    merge_warps<C>(p, s, head, state, row);
+  } else if (row < in.S) {
+    finish_rows<C>(p, head, state, s_q, row);
+  }
 }
 
 using Configs = TypeList<Config<bf16, 32>, Config<bf16, 64>, Config<bf16, 96>, Config<bf16, 128>,
