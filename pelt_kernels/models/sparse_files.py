@@ -6,6 +6,7 @@ gives the model back, bit for bit. A folder written as ``dense`` is transformers
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -62,7 +63,9 @@ def save_exported(
                 tensors[name] = tensor.contiguous()
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    model.config.save_pretrained(target)
+    config = copy.deepcopy(model.config)
+    config.architectures, config.dtype = [type(model).__name__], model.dtype
+    config.save_pretrained(target)
     shapes = {name: list(weight.shape) for name, weight in weights.items()}
     header = {"form": form, "model": type(model).__name__, "shapes": shapes}
     # Tied tensors are written once for each of their names, each with its own memory.

@@ -14,7 +14,7 @@ from .base_model import load_classifier, load_tokenizer
 from .config import check_choice
 from .errors import RunError, UsageError, reason
 from .predictor import Card
-from .storage import replacing, require_writable, write_json
+from .storage import replacing, require_writable, share, write_json
 
 FILE = "export.json"
 ADAPTER = "adapter"
@@ -86,6 +86,7 @@ def export(
                 save_exported(plain, partial, pruned, form)
                 load_tokenizer(name).save_pretrained(partial)
             write_json(partial / FILE, _described(form, method.to_dict(), matrices))
+            share(partial)
     except ValueError as error:
         raise UsageError(reason(error)) from error
     except SafetensorError as error:

@@ -48,6 +48,15 @@ def replacing(path: Path) -> Iterator[Path]:
         _remove(partial)
 
 
+def share(folder: Path) -> None:
+    """Gives every file the permissions of a plain open(); safetensors makes private ones."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
+
+
 def clear_partial(folder: Path) -> None:
     """Removes what a killed process left half written in `folder`."""
     for path in folder.glob(f"{_PARTIAL}*"):

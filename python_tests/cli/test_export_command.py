@@ -75,6 +75,7 @@ def test_transformers_loads_the_folder_and_the_logits_are_the_same(
     expected = logits(tuned(adapter, tiny_model), output)
     torch.testing.assert_close(logits(plain, output), expected, rtol=1e-5, atol=1e-5)
     assert not list(tmp_path.glob(".partial*"))
+    assert {path.stat().st_mode & 0o044 for path in output.iterdir()} == {0o044}
 
 
 def test_pst_has_its_zeros_and_reports_them(

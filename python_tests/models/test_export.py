@@ -156,6 +156,7 @@ def test_csr_is_smaller_and_gives_the_same_model(make_base, make_batch, randomis
     save_exported(plain, tmp_path / "dense", names, "dense")
     again = load_exported(tmp_path / "csr")
     assert type(again) is type(plain)
+    assert again.config.architectures == ["BertForSequenceClassification"]
     for name, value in plain.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
     assert torch.equal(again(**batch).logits, plain(**batch).logits)

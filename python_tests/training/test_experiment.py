@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_encoder import rows
+from tiny_encoder import rows, write_csv
 
 from pelt_kernels.training import (
     Example,
@@ -58,6 +58,19 @@ def test_every_method_trains_and_reports(
     assert (tmp_path / "gates.png").exists() == method.startswith("unipelt")
     (described,) = [sentence for sentence in said if "early stopping" in sentence]
     assert "held out of train.tsv" in described and "test.tsv" in described
+
+
+@pytest.mark.parametrize("method", ["adamix", "pst", "bitfit", "composite", "mam"])
+def test_pairs_of_texts_are_trained_on(tiny_model: Path, tmp_path: Path, method: str) -> None:
+    table = [(text, " ".join(text.split()[::-1]), label) for text, label in rows(60, seed=4)]
+    file = write_csv(tmp_path / "pairs.csv", table, ("sentence1", "sentence2", "label"))
+    options = ("lora.r=2", "pst.targets=ffn_in", "bitfit=true") if method == "composite" else ()
+    config = TrainConfig(
+        task=str(file), model=str(tiny_model), method=method, options=options, epochs=1,
+        batch_size=8, max_length=24, device="cpu",
+    )  # fmt: skip
+    found = train(config, tmp_path / "out")
+    assert 0 <= found["accuracy"] <= 1 and found["seeds"][0]["steps"] > 0
 
 
 def test_full_tuning_learns_the_toy_task(
