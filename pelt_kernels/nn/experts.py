@@ -103,14 +103,17 @@ class Bank(nn.Module):
         return values, (index[0], index[1])
 
     def averages(self) -> dict[str, Tensor | None]:
-        """The mean of each bank: with gradients where they are wanted, else `Computed` once."""
+        """The mean of each bank: with gradients where they are wanted, else `Computed` once (a
+        compiled graph makes them itself).
+        """
         banks = {name: self._bank(name) for names in self.SIDES for name in names}
 
         def means() -> dict[str, Tensor | None]:
             return {name: None if b is None else _mean(b) for name, b in banks.items()}
 
         given = [bank for bank in banks.values() if bank is not None]
-        if torch.is_grad_enabled() and any(bank.requires_grad for bank in given):
+        wants_gradient = torch.is_grad_enabled() and any(bank.requires_grad for bank in given)
+        if wants_gradient or torch.compiler.is_compiling():
             return means()
         return self._averages(given, means)
 

@@ -85,6 +85,18 @@ def test_compiled_without_a_break_it_is_the_same(method, make_base, make_batch, 
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("method", ["adamix", "adamix-lora", "pst", "mam"])
+def test_evaluation_compiles_without_a_break(method, make_base, make_batch, randomise):
+    model = randomise(get_pelt_model(make_base(), METHODS[method]), std=0.05).eval()
+    model.set_progress(1.0)
+    batch = make_batch(with_labels=False)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        torch._dynamo.reset()
+        found = torch.compile(model, backend="aot_eager", fullgraph=True)(**batch).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
 class Rows(torch.utils.data.Dataset):
     """Twelve sentences with labels, as a tokenizer gives them."""
 
