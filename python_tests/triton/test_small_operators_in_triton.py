@@ -108,5 +108,5 @@ def test_every_kernel_compiles(operator, target, tmp_path):
     found = compiled(target, operator, () if target == "cuda:90" else SHORT[operator], tmp_path)
     assert {k["kernel"] for k in found} == {f"_{operator}_{n}_kernel" for n in KERNELS[operator]}
     for kernel in found:
-        assert kernel["shared"] <= LARGEST_SHARED, kernel
+        assert kernel["shared"] <= LARGEST_SHARED[target.partition(":")[0]], kernel
         assert target != "cuda:90" or not kernel["spilled"], kernel
