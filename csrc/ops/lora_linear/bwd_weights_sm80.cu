@@ -25,7 +25,7 @@ constexpr int kRows = 64;
 constexpr int kGatesAtOnce = 4;
 // Blocks that share a multiprocessor's registers: left alone, the compiler goes for more and
 // spills.
-constexpr int kMinBlocks = 5;
+constexpr int kMinBlocks = 4;
 constexpr int kBiasRow = 8;  // of a gate's tile: rows of its own for the biases' sums
 
 template <class T_, int kRankBlock_>
