@@ -200,11 +200,12 @@ __device__ __forceinline__ SeenColumns see_columns(const Inputs& in, const Colum
   return {~(hidden | (vote_any(hidden != 0) ? SeenColumns::kAll : 0u))};
 }
 
+// The bias of a head begins at element `bias_at`.
 template <class Element>
-__device__ __forceinline__ void add_bias_by_columns(const Inputs& in, const Scoring& scoring,
+__device__ __forceinline__ void add_bias_by_columns(const Inputs& in, int64_t bias_at,
                                                     FragmentD (&scores)[kTilesM][kTilesN],
                                                     int column, int row) {
-  const Element* bias = static_cast<const Element*>(scoring.bias.data) + scoring.bias_at;
+  const Element* bias = static_cast<const Element*>(in.bias.data) + bias_at;
 #pragma unroll
   for (int n = 0; n < kTilesN; ++n) {
 #pragma unroll
@@ -225,11 +226,10 @@ __device__ __forceinline__ void add_bias_by_columns(const Inputs& in, const Scor
 // Products become scores, with columns as rows: score_by_rows for the columns of one warp, which
 // all take the same factor. Other people's columns get numbers that nobody looks at.
 template <class T>
-__device__ __forceinline__ void score_by_columns(const Inputs& in, const Scoring& scoring,
-                                                 bool is_prefix,
-                                                 FragmentD (&scores)[kTilesM][kTilesN], int column,
-                                                 int row, const SeenColumns& seen) {
-  const float factor = is_prefix ? scoring.prefix_factor : scoring.own_factor;
+__device__ __forceinline__ void score_by_columns(const Inputs& in, const Head& head, bool is_prefix,
+                                                 float gate, FragmentD (&scores)[kTilesM][kTilesN],
+                                                 int column, int row, const SeenColumns& seen) {
+  const float factor = in.scale * kLog2e * gate;
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
@@ -239,11 +239,12 @@ __device__ __forceinline__ void score_by_columns(const Inputs& in, const Scoring
     }
   }
   if (is_prefix) return;
-  if (scoring.bias.data != nullptr) {
-    if (scoring.bias.is_float32) {
-      add_bias_by_columns<float>(in, scoring, scores, column, row);
+  if (in.bias.data != nullptr) {
+    const int64_t bias_at = head.b * in.bias_batch_stride + head.h * in.bias_head_stride;
+    if (in.bias.is_float32) {
+      add_bias_by_columns<float>(in, bias_at, scores, column, row);
     } else {
-      add_bias_by_columns<T>(in, scoring, scores, column, row);
+      add_bias_by_columns<T>(in, bias_at, scores, column, row);
     }
   }
   const bool crosses = in.is_causal && column + kWarpColumns > row_limit(in, row, in.P + in.N);
@@ -325,10 +326,9 @@ __device__ __forceinline__ void attend(const Inputs& in, bool is_prefix, State<C
   };
   multiply_rows<C>(dots, k_of, s_q);
   multiply_rows<C>(dp, v_of, s_dout);
-  const Scoring scoring = scoring_of<typename C::T>(in, head);
-  score_by_columns<typename C::T>(in, scoring, is_prefix, dots, column, row, seen);
-  differentiate<C>(in, head, is_prefix ? scoring.gate : 1.0f, dots, dp, s.lse[buffer] + at,
-                   s.delta[buffer] + at, column, row);
+  const float gate = is_prefix ? gate_of<typename C::T>(in, head) : 1.0f;
+  score_by_columns<typename C::T>(in, head, is_prefix, gate, dots, column, row, seen);
+  differentiate<C>(in, head, gate, dots, dp, s.lse[buffer] + at, s.delta[buffer] + at, column, row);
   accumulate_rows<C>(state.dv, dots, s_dout);
   accumulate_rows<C>(state.dk, dp, s_q);
 }
