@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-ROUNDS = (9, 400)  # at least and at most
+ROUNDS = (5, 400)  # at least and at most
 SAMPLE = 2e-4  # seconds; shorter calls are timed several at once, on a CPU
 Function = Callable[[], Any]
 
