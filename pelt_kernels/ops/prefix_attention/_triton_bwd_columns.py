@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .._triton import keep_mask, product
 from ._triton_bwd_rows import probability, row_lse
-from ._triton_fwd import head_gate, kept, own_scores, row_tile, seen_length
+from ._triton_fwd import head_gate, kept, own_scores, row_tile, seen_keys
 
 
 @triton.jit
@@ -86,13 +86,13 @@ def _prefix_attention_bwd_dkv_kernel(
     dk = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
 
-    length = seen_length(lengths_ptr, b, N)
+    all_seen, length = seen_keys(lengths_ptr, mask_ptr, b, N)
     begin, clean = 0, 0  # the first query that sees a key here, and the first that sees all
     if IS_CAUSAL:
         begin = tl.maximum(start - (N - S), 0) // BLOCK_S * BLOCK_S
         clean = tl.maximum(start + BLOCK_N - 1 - (N - S), 0)
         clean = (clean + BLOCK_S - 1) // BLOCK_S * BLOCK_S
-    is_whole = (start >= 0) & (start + BLOCK_N <= length)
+    is_whole = (start >= 0) & (start + BLOCK_N <= all_seen)
     clean = tl.where(is_whole, tl.minimum(clean, S), S)
     end = tl.where(start < length, S, 0)  # no query sees a key beyond the length
     clean = tl.minimum(clean, end)

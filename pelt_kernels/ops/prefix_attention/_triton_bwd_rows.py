@@ -25,7 +25,7 @@ from ._triton_fwd import (
     own_scores,
     prefix_tile,
     row_tile,
-    seen_length,
+    seen_keys,
 )
 
 
@@ -146,8 +146,10 @@ def _prefix_attention_bwd_dq_kernel(
                 dgate = tl.where(row_ok, dgate, 0.0)
                 tl.store(dgate_ptr + bh.to(tl.int64) * tiles + tile, tl.sum(dgate, axis=0))
         if dq_ptr is not None:
-            length = seen_length(lengths_ptr, b, N)
-            begin, clean, end = key_range(first, length, S, N, IS_CAUSAL, SHIFT, BLOCK_S, BLOCK_N)
+            all_seen, length = seen_keys(lengths_ptr, mask_ptr, b, N)
+            begin, clean, end = key_range(
+                first, all_seen, length, S, N, IS_CAUSAL, SHIFT, BLOCK_S, BLOCK_N
+            )
             dq = _dq_tiles(
                 dq, q, dout, lse, delta, k_ptr, v_ptr, mask_ptr, bias_ptr, bias_stride_s,
                 begin, clean, first, row, k_stride_n, v_stride_n, S, N, length, scale,
@@ -212,11 +214,12 @@ def _prefix_attention_bwd_bias_kernel(
             E, BLOCK_N, BLOCK_E, True,
         )  # fmt: skip
         dout = row_tile(dout_ptr + row * E, 0, E, S - first, E, BLOCK_S, BLOCK_E, True)
+        _, length = seen_keys(lengths_ptr, None, b, N)
         zeros = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)
         scores = own_scores(
             product(q, tl.trans(k), zeros), i[:, None], j[None, :], head_mask,
             bias_ptr + b * bias_stride_b + h * bias_stride_h, bias_stride_s, S, N,
-            seen_length(lengths_ptr, b, N), scale, IS_CAUSAL, True, 1.0,
+            length, scale, IS_CAUSAL, True, 1.0,
         )  # fmt: skip
         lse = row_lse(lse_ptr + row, tl.arange(0, BLOCK_S), row_ok)
         p = probability(scores, lse[:, None], q)

@@ -88,19 +88,18 @@ def own_scores(
     IS_CAUSAL: tl.constexpr, CHECK: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Scores, times UNIT, of the products ``dots`` of queries i and keys j (2D, they broadcast),
-    -inf where a key is not seen. mask_ptr is the sample's, bias_ptr the head's; length is at most
-    N.
+    -inf where a key is not seen, which only a tile with CHECK has. mask_ptr is the sample's,
+    bias_ptr the head's; length is at most N.
     """
     scores = dots * (scale * UNIT)
     if bias_ptr is not None:
         ok = ((j >= 0) & (j < N)) & (i < S)
         bias = tl.load(bias_ptr + i.to(tl.int64) * bias_stride + j, mask=ok, other=0.0)
         scores += bias.to(tl.float32) * UNIT
-    if mask_ptr is not None:
-        seen = tl.load(mask_ptr + j, mask=(j >= 0) & (j < N), other=0) != 0
-        scores = tl.where(seen, scores, float("-inf"))
     if CHECK:
         seen = (j >= 0) & (j < length)
+        if mask_ptr is not None:
+            seen = seen & (tl.load(mask_ptr + j, mask=(j >= 0) & (j < N), other=0) != 0)
         if IS_CAUSAL:
             seen = seen & (j <= i + (N - S))
         scores = tl.where(seen, scores, float("-inf"))
@@ -126,23 +125,35 @@ def head_gate(gate_ptr, b, bh, GATE_PER_HEAD: tl.constexpr):
 
 
 @triton.jit
-def seen_length(lengths_ptr, b, N):
-    """How many keys of sample b there are to see."""
+def seen_keys(lengths_ptr, mask_ptr, b, N):
+    """Up to where sample b has no hidden key, and up to where it has a seen one; mask_ptr is the
+    sample's. A mask that only pads is then as cheap as a length.
+    """
     length = N + tl.full([], 0, tl.int32)
     if lengths_ptr is not None:
         length = tl.minimum(length, tl.load(lengths_ptr + b).to(tl.int32))
-    return length
+    all_seen = length
+    if mask_ptr is not None:
+        hidden = tl.zeros([1024], tl.int32) + N
+        seen = tl.zeros([1024], tl.int32)
+        for start in range(0, N, 1024):
+            j = start + tl.arange(0, 1024)
+            is_seen = tl.load(mask_ptr + j, mask=j < N, other=0) != 0
+            hidden = tl.minimum(hidden, tl.where(is_seen, N, j))
+            seen = tl.maximum(seen, tl.where(is_seen, j + 1, 0))
+        all_seen, length = tl.min(hidden, axis=0), tl.max(seen, axis=0)
+    return all_seen, length
 
 
 @triton.jit
 def key_range(
-    first, length, S, N,
+    first, all_seen, length, S, N,
     IS_CAUSAL: tl.constexpr, SHIFT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Where the keys of queries first ... first + BLOCK_S begin, up to where all queries see all of
     a tile, and where they end.
     """
-    all_see, end = length, length
+    all_see, end = all_seen, length
     if IS_CAUSAL:
         all_see = tl.minimum(all_see, first + 1 + N - S)
         end = tl.minimum(end, tl.minimum(first + BLOCK_S, S) + N - S)
@@ -262,8 +273,8 @@ def _prefix_attention_fwd_kernel(
                 scores, v, keep, keep_scale, gate, acc, m, total, UNIT, HAS_DROPOUT
             )
 
-    length = seen_length(lengths_ptr, b, N)
-    begin, clean, end = key_range(first, length, S, N, IS_CAUSAL, SHIFT, BLOCK_S, BLOCK_N)
+    all_seen, length = seen_keys(lengths_ptr, mask_ptr, b, N)
+    begin, clean, end = key_range(first, all_seen, length, S, N, IS_CAUSAL, SHIFT, BLOCK_S, BLOCK_N)
     acc, m, total = _attend(
         acc, m, total, q, k_ptr, v_ptr, mask_ptr, bias_ptr, bias_stride_s, begin, clean, first, row,
         k_stride_n, v_stride_n, S, N, length, scale, seed_low, seed_high, threshold, keep_scale,
