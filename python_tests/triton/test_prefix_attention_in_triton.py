@@ -52,7 +52,9 @@ def drawn(s, n, seed=0):
     return [torch.randn(shape, generator=generator).to(device) for shape in shapes]
 
 
+PADDED = torch.arange(150) < 100, torch.arange(150) >= 30  # on the right, and on the left
 CALLS = {
+    "padded": (33, 150, {"key_mask": torch.stack(PADDED)}),
     "causal": (66, 80, {"is_causal": True}),
     "causal_more_queries": (90, 24, {"is_causal": True}),
     "lengths": (33, 150, {"lengths": torch.tensor([150, 70])}),
@@ -66,8 +68,8 @@ def test_tiles_that_all_see_and_tiles_that_some_see(name, need):
     need("triton", why_unavailable("prefix_attention", "triton"))
     s, n, more = CALLS[name]
     every = range(8)
-    if "lengths" in more:
-        more = {"lengths": more["lengths"].to(drawn(1, 1)[0].device)}
+    device = drawn(1, 1)[0].device
+    more = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in more.items()}
 
     @lru_cache
     def expected(seed):
