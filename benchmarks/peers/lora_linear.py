@@ -48,7 +48,18 @@ def _in_float32(
     return ((y + (delta if gate is None else delta * gate)).to(x.dtype),)
 
 
-PEERS: dict[str, Any] = {"three products": three_products, "float32 branch": _in_float32}
+def frozen(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any, **named: Any
+) -> tuple[Tensor]:
+    """The Linear alone: what the branch and its gate cost shows beside it."""
+    return (torch.nn.functional.linear(x, weight, bias),)
+
+
+PEERS: dict[str, Any] = {
+    "frozen linear": frozen,
+    "three products": three_products,
+    "float32 branch": _in_float32,
+}
 
 
 def serves(name: str, case: Case) -> bool:
