@@ -47,6 +47,7 @@ def product_rate(device: str, dtype: torch.dtype) -> float:
     return rate
 
 
+@cache
 def least_bytes(operator: str, case: Case, dtype: torch.dtype) -> tuple[int, int]:
     """Of forward, and of forward and backward: each input read once, each result written once.
 
@@ -60,11 +61,9 @@ def least_bytes(operator: str, case: Case, dtype: torch.dtype) -> tuple[int, int
     call = contract.bind(values, make_attributes(contract, case))
     item = dtype.itemsize
     outputs = {name: _entries(shape) for name, shape in contract.output_shapes(call).items()}
-    results = sum(
-        outputs[row.name] * (4 if row.kind == "float32" else item) for row in contract.public_rows
-    )
-    saved = sum(
-        outputs[row.name] * (4 if row.kind == "float32" else item) for row in contract.saved_rows
+    results, saved = (
+        sum(outputs[row.name] * (4 if row.kind == "float32" else item) for row in rows)
+        for rows in (contract.public_rows, contract.saved_rows)
     )
     given = {name: sum(t.nbytes for t in _tensors(value)) for name, value in inputs.items()}
     trained = sum(

@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,7 @@ def _machine(device: str) -> str:
     return found["gpu"] if device == "cuda" else f"{found['cpu']}, {found['threads']} thread(s)"
 
 
+@cache
 def _commit() -> str:
     git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     done = subprocess.run(git, text=True, capture_output=True, check=False)
