@@ -29,11 +29,13 @@ PRECISIONS = {
     "bfloat16": (torch.bfloat16, False),
     "bfloat16-master": (torch.bfloat16, True),
 }
+# Backends as a request names them: where one has several forms, each is a cell.
 CELLS = [
-    (o, b)
+    (o, request)
     for o in OPERATORS
     for b, backend in BACKENDS.items()
     if dispatch.has_file(o, backend.file)
+    for request in dispatch.requests_of(o, b)
 ]
 
 Results = dict[
@@ -62,7 +64,8 @@ def case_of(operator: str, name: str) -> Case:
 
 def device_of(backend: str) -> str:
     """Where a backend's tests run: on the GPU if it serves one and there is one."""
-    return "cuda" if "cuda" in BACKENDS[backend].devices and torch.cuda.is_available() else "cpu"
+    devices = BACKENDS[dispatch.backend_of(backend)].devices
+    return "cuda" if "cuda" in devices and torch.cuda.is_available() else "cpu"
 
 
 def inputs_of(
@@ -79,7 +82,7 @@ def why_unavailable(operator: str, backend: str) -> str:
     """Why this backend cannot run here at all: a library, a GPU or a setting is missing. Empty if
     it can.
     """
-    device = device_of(backend)
+    backend, device = dispatch.backend_of(backend), device_of(backend)
     if device not in (BACKENDS[backend].devices or (device,)):
         return (
             f"backend {backend} needs a {' or '.join(BACKENDS[backend].devices)} device, and there"

@@ -43,6 +43,7 @@ def test_an_operator_folder_has_its_files(operator):
 
 @pytest.mark.parametrize(("operator", "backend"), CELLS)
 def test_a_backend_takes_the_names_of_the_contract(operator, backend):
+    backend = _dispatch.backend_of(backend)
     if BACKENDS[backend].file == "triton":
         pytest.importorskip("triton")
     contract, module = contract_of(operator).CONTRACT, _dispatch.implementation(operator, backend)

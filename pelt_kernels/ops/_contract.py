@@ -70,6 +70,7 @@ class Call:
     saved_lengths: tuple[int, ...] = ()
     differentiable_lengths: tuple[int, ...] = ()
     backend: str = ""  # set by the dispatch, with the two functions of its implementation
+    form: str = ""  # which of its ways, where the backend has several
     forward: Any = None
     backward: Any = None
     selected: dict[str, Call] = field(default_factory=dict)  # request -> this call on its backend

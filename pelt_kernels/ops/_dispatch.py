@@ -1,7 +1,9 @@
 """Which backend serves a call: the table of backends, the choice, and the means to ask why.
 
 A backend is one file in an operator's folder with three functions, `supports(call)`, `forward(call,
-...)` and `backward(call, ...)`. A file that is not there is a cell that does not exist.
+...)` and `backward(call, ...)`. A file that is not there is a cell that does not exist. A backend
+with several ways to serve a call names them in `FORMS` and finds the chosen one in `call.form`; a
+request for one is written ``backend:form``.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 
-from . import _native
+from . import _forms, _native
 from ._contract import Call
 
 logger = logging.getLogger("pelt_kernels")
@@ -53,12 +55,16 @@ class Choice:
     call: str
     backend: str
     requested: str
-    refusals: dict[str, str]
+    refusals: dict[str, str]  # of backends, and of forms as backend:form
+    form: str = ""  # where the backend has several
+    form_reason: str = ""
 
     def __str__(self) -> str:
         why = "as asked" if self.requested else "first able"
+        form = f":{self.form}" if self.form else ""
+        reason = f"; {self.form} {self.form_reason}" if self.form_reason else ""
         refused = "".join(f"; {name}: {reason}" for name, reason in self.refusals.items())
-        return f"{self.call} -> {self.backend} ({why}{refused})"
+        return f"{self.call} -> {self.backend}{form} ({why}{reason}{refused})"
 
 
 class BackendError(ValueError):
@@ -68,6 +74,7 @@ class BackendError(ValueError):
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
     """Asks for one backend by name for every operator inside the block (``None``: automatic again).
+    ``"cuda:single"`` asks for a form of its kernels too, of those operators that have several.
 
     The request is process-wide, like `torch.set_default_dtype`, so that it also reaches the threads
     in which autograd runs. A call's own ``backend=`` goes first; the environment variable
@@ -84,7 +91,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def check_name(name: str) -> None:
-    if name and name not in BACKENDS:
+    if name and backend_of(name) not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
 
 
@@ -119,19 +126,20 @@ def select(call: Call, request: str) -> Call:
     """
     chosen = call.selected.get(request)
     if chosen is None:
-        backend, refusals = _select(call, request)
-        module = implementation(call.contract.name, backend)
+        choice = _select(call, request)
+        module = implementation(call.contract.name, choice.backend)
         chosen = replace(
-            call, backend=backend, forward=module.forward, backward=module.backward, selected={}
-        )
+            call, backend=choice.backend, form=choice.form, forward=module.forward,
+            backward=module.backward, selected={},
+        )  # fmt: skip
         call.selected[request] = chosen
-        _remember(chosen, request, refusals)
+        _remember(choice)
     elif call.contract.name not in _choices:  # chosen before `forget_choices`
-        _remember(chosen, request, {})
+        _remember(Choice(call.contract.name, str(call), chosen.backend, request, {}, chosen.form))
     return chosen
 
 
-def _select(call: Call, request: str) -> tuple[str, dict[str, str]]:
+def _select(call: Call, request: str) -> Choice:
     check_name(request)
     if request:
         reason = why_not(request, call)
@@ -141,7 +149,7 @@ def _select(call: Call, request: str) -> tuple[str, dict[str, str]]:
                 f"{call.contract.name}: backend '{request}' was asked for but {reason}.  Able:"
                 f" {', '.join(able)}."
             )
-        return request, {}
+        return _choose_form(call, request, request, {})
     refusals: dict[str, str] = {}
     for name, backend in BACKENDS.items():
         if not backend.is_automatic or not _serves_device(backend, call):
@@ -150,22 +158,36 @@ def _select(call: Call, request: str) -> tuple[str, dict[str, str]]:
             continue  # its interpreter is for tests, on request
         reason = why_not(name, call)
         if not reason:
-            return name, refusals
+            return _choose_form(call, name, "", refusals)
         refusals[name] = reason
         logger.info("%s: not on %s: %s", call, name, reason)
     raise BackendError(f"{call.contract.name}: no backend serves {call}: {refusals}")
 
 
-def _remember(call: Call, request: str, refusals: dict[str, str]) -> None:
-    choices = _choices.setdefault(call.contract.name, {})
+def _choose_form(call: Call, name: str, request: str, refusals: dict[str, str]) -> Choice:
+    """The choice of a backend that serves the call, with the first able one of its forms."""
+    backend, _, asked = name.partition(":")
+    forms = forms_of(call.contract.name, backend)
+    choice = Choice(call.contract.name, str(call), backend, request, refusals)
+    if asked:
+        return replace(choice, form=asked if forms else "")
+    for form, reason in _forms.ranked(call, forms):
+        refusal = _supports(backend, call, form)
+        if not refusal:
+            return replace(choice, form=form, form_reason=reason)
+        refusals[f"{backend}:{form}"] = refusal
+    return choice
+
+
+def _remember(choice: Choice) -> None:
+    choices = _choices.setdefault(choice.operator, {})
     if len(choices) < 1024:  # enough to read; more would only be a leak
-        choices[f"{call} {request}"] = Choice(
-            call.contract.name, str(call), call.backend, request, refusals
-        )
+        choices[f"{choice.call} {choice.requested}"] = choice
 
 
 def why_not(name: str, call: Call) -> str:
-    """Why a backend cannot serve a call, in one sentence; empty if it can."""
+    """Why a backend, or one form of it, cannot serve a call, in one sentence; empty if it can."""
+    name, _, form = name.partition(":")
     backend = BACKENDS[name]
     if not _serves_device(backend, call):
         return f"it serves {' and '.join(backend.devices)} tensors, not {call.device.type}"
@@ -175,9 +197,35 @@ def why_not(name: str, call: Call) -> str:
         reason = _native.why_not(backend.library)
         if reason:
             return reason
-    return implementation(call.contract.name, name).supports(
-        replace(call, backend=name, selected={})
-    )
+    forms = forms_of(call.contract.name, name) or ("",)
+    if form and forms != ("",):
+        if form not in forms:
+            return f"its forms of this operator are {' and '.join(forms)}, not '{form}'"
+        forms = (form,)
+    refusals = [_supports(name, call, form) for form in forms]
+    return "" if "" in refusals else "; ".join(dict.fromkeys(refusals))
+
+
+def _supports(name: str, call: Call, form: str) -> str:
+    module = implementation(call.contract.name, name)
+    return module.supports(replace(call, backend=name, form=form, selected={}))
+
+
+def forms_of(operator: str, backend: str) -> tuple[str, ...]:
+    """The ways in which a backend can serve an operator, the usual one first; empty for one way."""
+    return getattr(implementation(operator, backend), "FORMS", ())
+
+
+def requests_of(operator: str, backend: str) -> list[str]:
+    """What asks for a backend's way, or each of its ways, to serve an operator."""
+    if not BACKENDS[backend].library:
+        return [backend]
+    return [f"{backend}:{form}" for form in forms_of(operator, backend)] or [backend]
+
+
+def backend_of(request: str) -> str:
+    """The backend's name in a request, which may name a form too."""
+    return request.partition(":")[0]
 
 
 def _serves_device(backend: Backend, call: Call) -> bool:

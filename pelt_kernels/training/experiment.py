@@ -188,7 +188,7 @@ def _check_machine(config: TrainConfig) -> None:
         raise UsageError("precision: fp16 needs a GPU; bf16 and fp32 work here")
     requested = os.environ.get("PELT_KERNELS_BACKEND")
     if requested:
-        check_choice("PELT_KERNELS_BACKEND", requested, tuple(BACKENDS))
+        check_choice("PELT_KERNELS_BACKEND", requested.partition(":")[0], tuple(BACKENDS))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("train runs in one process; start it without a distributed launcher")
 

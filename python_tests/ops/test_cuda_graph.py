@@ -7,11 +7,12 @@ import torch
 from parity import CELLS, SEED, case_of, contract_of, inputs_of, operator_of, why_refused
 
 from pelt_kernels.ops._cases import make_attributes
+from pelt_kernels.ops._dispatch import backend_of
 
 GRAPHED = [
     (operator, backend, case.id)
     for operator, backend in CELLS
-    if backend in ("cuda", "triton")
+    if backend_of(backend) in ("cuda", "triton")
     for case in contract_of(operator).CASES
     if case.is_quick
 ]

@@ -31,6 +31,7 @@ from pelt_kernels.ops import (
     prefix_attention,
 )
 from pelt_kernels.ops._cases import make_attributes, make_inputs
+from pelt_kernels.ops._dispatch import backend_of
 
 # A case of each operator as its method calls it.
 METHOD_CASES = {
@@ -77,7 +78,7 @@ def test_gradcheck_of_the_reference(operator, case_id):
 
 @pytest.mark.parametrize(("operator", "backend"), CELLS)
 def test_two_runs_give_the_same_bits(operator, backend, need):
-    need(backend, why_unavailable(operator, backend))
+    need(backend_of(backend), why_unavailable(operator, backend))
     for case in contract_of(operator).CASES:
         if case.is_quick and not why_refused(operator, backend, case, "bfloat16"):
             first, second = (run(operator, backend, case, "bfloat16") for _ in range(2))
@@ -105,7 +106,7 @@ def test_only_what_the_contract_names_is_kept_for_backward(operator, backend, ne
     """Beyond the inputs: h [B, S, R], or out and the log-sum-exp, or s [B, S, R]; and the gates'
     values. The mask [Dout, Din]; the log-sum-exps [2, T].
     """
-    need(backend, why_unavailable(operator, backend))
+    need(backend_of(backend), why_unavailable(operator, backend))
     case = case_of(operator, METHOD_CASES[operator])
     precision = "bfloat16" if why_refused(operator, backend, case, "float32") else "float32"
     if why_refused(operator, backend, case, precision):

@@ -13,6 +13,7 @@ import torch
 from parity import CELLS, PRECISIONS, case_of, check, contract_of, run, why_refused, why_unavailable
 
 from pelt_kernels.ops import _native as native
+from pelt_kernels.ops._dispatch import backend_of
 
 MATRIX = [
     pytest.param(
@@ -32,12 +33,12 @@ MATRIX = [
 
 @pytest.mark.parametrize(("operator", "backend", "case_id", "precision"), MATRIX)
 def test_parity(operator, backend, case_id, precision, need, request):
-    need(backend, why_unavailable(operator, backend))
+    need(backend_of(backend), why_unavailable(operator, backend))
     case = case_of(operator, case_id)
     refusal = why_refused(operator, backend, case, precision)
     if refusal:
         pytest.skip(refusal)
-    if backend != "cuda_sim":
+    if backend_of(backend) != "cuda_sim":
         check(operator, backend, case, precision)
         return
     simulator = native.library("_C_sim")
@@ -51,9 +52,13 @@ def test_parity(operator, backend, case_id, precision, need, request):
             )
 
 
-@pytest.mark.parametrize(("operator", "backend"), CELLS)
+@pytest.mark.parametrize(
+    ("operator", "backend"), dict.fromkeys((operator, backend_of(b)) for operator, b in CELLS)
+)
 def test_a_backend_serves_the_short_list(operator, backend, need):
-    """The configurations that the methods use must be native in at least one precision."""
+    """The configurations that the methods use must be native in at least one precision, in one of a
+    backend's forms.
+    """
     need(backend, why_unavailable(operator, backend))
     refused = {
         case.id: why_refused(operator, backend, case, "bfloat16")
