@@ -52,7 +52,7 @@ lint: $(SETUP)-package $(SETUP)-dev
 	$(BIN)/mypy
 
 # Times every operator on this machine, and puts the figures and plots into the README.
-bench: build $(SETUP)-test
+bench: build $(SETUP)-test $(SETUP)-bench
 	kind=$$($(BIN)/python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")'); \
 	KINETO_LOG_LEVEL=99 $(BIN)/python -m benchmarks.run --device $$kind \
 		--json benchmarks/results/operators_$$kind.json --plot benchmarks/results
@@ -90,6 +90,11 @@ $(SETUP)-demo: $(SETUP)-package
 
 $(SETUP)-test: $(SETUP)-package
 	$(PIP) --no-build-isolation --editable '.[test]'
+	@touch $@
+
+# What is measured against.
+$(SETUP)-bench: $(SETUP)-package
+	$(PIP) --no-build-isolation --editable '.[bench]'
 	@touch $@
 
 $(SETUP)-dev: $(SETUP)-package

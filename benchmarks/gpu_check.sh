@@ -78,6 +78,8 @@ finish
 # Alone on the GPU from here on.
 stage roofline 30 "$PY" -m benchmarks.roofline --device cuda --dtypes bfloat16,float16
 stage bench 150 "$PY" -m benchmarks.run --device cuda --no-compile --seconds 0.15 --json "$OUT/cuda.json"
+stage forms 10 "$PY" -m benchmarks.forms "$OUT/cuda.json"
+cp pelt_kernels/ops/forms.json "$OUT"
 stage compile 60 "$PY" -m benchmarks.run --device cuda --op gated_adapter --seconds 0.1 \
   --cases T8192-D768-R64,T8192-D4096-R64 --json "$OUT/cuda-compile.json"
 stage steps 45 "$PY" -m benchmarks.train_step --device cuda --methods head,unipelt,adapter,lora \

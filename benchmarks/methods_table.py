@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from . import readme
+from .checkout import commit
 
 EXAMPLES = 1000
 SEEDS = "0,1,2"
@@ -86,7 +87,7 @@ def _train(row: str, folder: Path, common: Sequence[str]) -> int:
     if row.startswith("adamix"):
         found = _random_experts(folder)
         (folder / "random_experts.json").write_text(json.dumps(found) + "\n")
-    (folder / "commit").write_text(_commit())
+    (folder / "commit").write_text(commit())
     return 0
 
 
@@ -117,12 +118,6 @@ def _random_experts(folder: Path) -> list[float]:
         right = sum(row.label == one.label for row, one in zip(rows, test, strict=True))
         found.append(right / len(test))
     return found
-
-
-def _commit() -> str:
-    git = ["git", "-C", str(readme.ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], text=True, capture_output=True, check=True)
-    return commit.stdout.strip()
 
 
 def _write(runs: Path, known: Sequence[str], name: str | None) -> None:

@@ -16,7 +16,8 @@ from pelt_kernels.methods import PRESETS
 from pelt_kernels.models import FAMILIES
 from pelt_kernels.ops import OPERATORS, support_table
 
-ROOT = Path(__file__).resolve().parents[1]
+from .checkout import ROOT
+
 README = ROOT / "README.md"
 METHODS = ROOT / "benchmarks" / "results" / "methods.json"
 STEPS = ROOT / "benchmarks" / "results" / "train_step.json"

@@ -16,10 +16,8 @@ import argparse
 import gc
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +29,9 @@ from pelt_kernels.ops._cases import Case
 from pelt_kernels.training.report import hardware
 
 from . import plots, roofline, shapes, timing
+from .checkout import commit
 from .contenders import SEED, contenders, parity
 
-ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"cpu": "float32,bfloat16", "cuda": "bfloat16"}
 Rows = list[dict[str, Any]]
 
@@ -56,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: Rows = []
     failures: list[str] = []
     print(
-        f"{_machine(options.device)}, torch {torch.__version__}, commit {_commit()[:10]}",
+        f"{_machine(options.device)}, torch {torch.__version__}, commit {commit()[:10]}",
         flush=True,
     )
     for operator in operators:
@@ -66,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows += measured
                 _print(measured)
                 if options.json:
-                    _write(options.json, rows)
+                    write(options.json, rows)
     if options.plot:
         for operator in operators:
             points = _sweep(operator, options, failures)
@@ -95,6 +93,7 @@ def measure(
     rows: Rows = []
     if not able:
         return rows
+    sizes = dict(parity.call_of(operator, case, dtype, options.device).sizes)
     real = parity.PRECISIONS[dtype][0]
     least = roofline.least_bytes(operator, case, real)
     floor = roofline.least_seconds(operator, case, real, options.device)
@@ -105,15 +104,15 @@ def measure(
         peak = {name: timing.peak_bytes(call, options.device) for name, call in functions.items()}
         for backend in able:
             rows += [{
-                "op": operator, "case": case.id, "dtype": dtype, "direction": direction,
-                "backend": backend, "baseline": baseline,
+                "op": operator, "case": case.id, "sizes": sizes, "dtype": dtype,
+                "direction": direction, "backend": backend, "baseline": baseline,
                 "us": us[backend], "baseline_us": us[baseline],
                 "speedup": us[baseline] / us[backend], "spread": timing.spread(samples[backend]),
                 "bytes": least[at], "gbps": least[at] / us[backend] / 1e3,
                 "roofline_us": 1e6 * floor[at],
                 "peak_bytes": peak[backend], "baseline_peak_bytes": peak[baseline],
                 "hardware": _machine(options.device), "torch": torch.__version__,
-                "commit": _commit(),
+                "commit": commit(),
             } for baseline in functions if baseline != backend]  # fmt: skip
     torch.compiler.reset()
     gc.collect()
@@ -121,9 +120,11 @@ def measure(
 
 
 def backends_of(operator: str, device: str) -> list[str]:
-    """Those that users get on this kind of device: neither the simulator nor an interpreter."""
+    """Those that users get on this kind of device, neither the simulator nor an interpreter, in
+    each of their forms.
+    """
     return [
-        name
+        request
         for name, backend in BACKENDS.items()
         if backend.is_automatic
         and name != "eager"
@@ -131,6 +132,7 @@ def backends_of(operator: str, device: str) -> list[str]:
         and device in backend.devices
         and not (name == "triton" and device == "cpu")
         and not parity.why_unavailable(operator, name)
+        for request in dispatch.requests_of(operator, name)
     ]
 
 
@@ -168,14 +170,8 @@ def _machine(device: str) -> str:
     return found["gpu"] if device == "cuda" else f"{found['cpu']}, {found['threads']} thread(s)"
 
 
-@cache
-def _commit() -> str:
-    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    done = subprocess.run(git, text=True, capture_output=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
-def _write(path: Path, rows: Rows) -> None:
+def write(path: Path, rows: Rows) -> None:
+    """Rows into a file, all or none."""
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(rows, indent=1) + "\n")
     temporary.replace(path)

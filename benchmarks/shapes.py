@@ -6,19 +6,14 @@ An operator without a row here is measured on the short list of its contract's o
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 from typing import Any
 
 from pelt_kernels.ops._cases import Case
+from pelt_kernels.ops._dispatch import contract_of
 
 # Inputs that a method keeps frozen, so that nobody spends time on their gradients.
 FROZEN = {"lora_linear": {"weight", "bias"}, "masked_weight": {"w0"}}
-
-
-def contract_of(operator: str) -> Any:
-    """The module with CONTRACT, reference, CASES and DRAWS."""
-    return importlib.import_module(f"pelt_kernels.ops.{operator}.contract")
 
 
 def _sized(operator: str, like: str, id: str, is_quick: bool, **sizes: Any) -> Case:
@@ -89,7 +84,9 @@ CASES = {
         _lora(1024, 768, 16),
         _lora(4096, 1024, 8),
         _lora(4096, 1024, 16),
-        *(_lora(1024, 768, 8, like, is_quick=False) for like in ("lora", "dropout", "adamix")),
+        _lora(1024, 768, 8, "lora"),
+        _lora(4096, 1024, 16, "lora"),
+        *(_lora(1024, 768, 8, like, is_quick=False) for like in ("dropout", "adamix")),
     ],
     "masked_weight": [_masked(768, 768), _masked(768, 3072)],
     "symmetric_kl": [

@@ -7,7 +7,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ from pelt_kernels.ops import BACKENDS, OPERATORS
 from pelt_kernels.ops import _dispatch as dispatch
 from pelt_kernels.ops import _native as native
 from pelt_kernels.ops._cases import Case, make_attributes, make_inputs
+from pelt_kernels.ops._contract import Call
+from pelt_kernels.ops._dispatch import contract_of
 
 SEED = 1234  # of dropout
 OTHER_DRAWS = 4  # of inputs, for the error of the baseline where a tensor has few elements
@@ -41,11 +42,6 @@ CELLS = [
 Results = dict[
     str, Tensor
 ]  # outputs by name, gradients by name with a `d` in front; list elements with [i]
-
-
-def contract_of(operator: str) -> ModuleType:
-    """The module with CONTRACT, reference, CASES and DRAWS."""
-    return importlib.import_module(f"pelt_kernels.ops.{operator}.contract")
 
 
 def has_true_gradient(operator: str) -> bool:
@@ -97,10 +93,14 @@ def why_unavailable(operator: str, backend: str) -> str:
 
 def why_refused(operator: str, backend: str, case: Case, precision: str) -> str:
     """Why this backend refuses this case; empty if it serves it."""
-    module = contract_of(operator)
-    values = inputs_of(operator, case, precision, device_of(backend))
-    call = module.CONTRACT.bind(values, make_attributes(module.CONTRACT, case))
-    return dispatch.why_not(backend, call)
+    return dispatch.why_not(backend, call_of(operator, case, precision, device_of(backend)))
+
+
+def call_of(operator: str, case: Case, precision: str, device: str) -> Call:
+    """What a backend decides by."""
+    contract = contract_of(operator).CONTRACT
+    values = inputs_of(operator, case, precision, device)
+    return contract.bind(values, make_attributes(contract, case))
 
 
 def evaluate(

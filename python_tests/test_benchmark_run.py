@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import contenders, run, shapes, timing
+from benchmarks import contenders, forms, run, shapes, timing
 from pelt_kernels.ops import OPERATORS
 from pelt_kernels.ops import _native as native
 
@@ -85,3 +85,27 @@ def test_peak_memory_counts_what_lives_at_once():
         return b
 
     assert 1500 <= timing.peak_bytes(call, "cpu") < 1700
+
+
+def test_forms_measured_on_a_gpu_enter_the_table(tmp_path, monkeypatch):
+    def row(backend, us, direction="forward+backward"):
+        return {"op": "lora_linear", "case": "T1", "hardware": "a GPU", "dtype": "bfloat16",
+                "direction": direction, "backend": backend, "us": us, "commit": "c",
+                "sizes": {"S": 128, "R_i": [8]}}  # fmt: skip
+
+    table, file = tmp_path / "forms.json", tmp_path / "rows.json"
+    table.write_text(json.dumps([{**row("", 0), "us": {"single": 1.0, "composed": 2.0}}]))
+    monkeypatch.setattr(forms, "FILE", table)
+    measured = [row("cuda:single", 5), row("cuda:composed", 4), row("cuda:single", 3, "forward")]
+    file.write_text(json.dumps([*measured, row("triton", 9)]))
+    assert forms.main([str(file)]) == 0
+    (found,) = json.loads(table.read_text())
+    assert found["us"] == {"single": 5, "composed": 4} and found["sizes"] == row("", 0)["sizes"]
+
+
+def test_rows_without_forms_change_no_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(forms, "FILE", tmp_path / "forms.json")
+    file = tmp_path / "rows.json"
+    file.write_text("[]")
+    assert forms.main([str(file)]) == 2
+    assert "expected rows of backends with forms" in capsys.readouterr().err

@@ -237,6 +237,11 @@ def has_file(operator: str, file: str) -> bool:
     return importlib.util.find_spec(f"pelt_kernels.ops.{operator}.{file}") is not None
 
 
+def contract_of(operator: str) -> ModuleType:
+    """The module with an operator's CONTRACT, reference, CASES and DRAWS."""
+    return importlib.import_module(f"pelt_kernels.ops.{operator}.contract")
+
+
 @cache
 def implementation(operator: str, backend: str) -> ModuleType:
     """The module that implements an operator on a backend."""
