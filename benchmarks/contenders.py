@@ -39,7 +39,7 @@ def contenders(
     if with_compile:
         compiled = torch.compile(module.reference, dynamic=False)
         functions["torch.compile"] = lambda values: compiled(*values, **named)
-    for name, peer in _peers(operator, case).items():
+    for name, peer in peers_of(operator, case).items():
         functions[name] = lambda values, peer=peer: peer(*values, **named)
     for name in backends:
         functions[name] = lambda values, name=name: parity.operator_of(operator)(
@@ -96,7 +96,8 @@ def _forward_backward(operator: str, function: Callable[..., Any], values: list[
     return call
 
 
-def _peers(operator: str, case: Case) -> dict[str, Callable[..., Any]]:
+def peers_of(operator: str, case: Case) -> dict[str, Callable[..., Any]]:
+    """What others do for this case, by name."""
     if importlib.util.find_spec(f"benchmarks.peers.{operator}") is None:
         return {}
     module = importlib.import_module(f"benchmarks.peers.{operator}")
