@@ -31,6 +31,8 @@ struct Plan {
 using Addresses = std::vector<Address>;
 using StridesOfTensors = std::vector<std::array<int64_t, 3>>;
 
+Strides strides_of(const std::array<int64_t, 3>& s) { return {s[0], s[1], s[2]}; }
+
 // Addresses in the order q, k, v, gate, key_mask, lengths, bias, then k, v and index of each
 // prefix. Strides, three of each: q, k, v, then k and v of each prefix.
 Inputs with_tensors(const Plan& plan, const Addresses& tensors, const StridesOfTensors& strides,
@@ -42,10 +44,7 @@ Inputs with_tensors(const Plan& plan, const Addresses& tensors, const StridesOfT
         strides.size());
   auto tensor = tensors.begin();
   auto stride = strides.begin();
-  auto take_strides = [&] {
-    const auto& s = *stride++;
-    return Strides{s[0], s[1], s[2]};
-  };
+  auto take_strides = [&] { return strides_of(*stride++); };
   Inputs in = plan.in;
   in.q = at(*tensor++), in.k = at(*tensor++), in.v = at(*tensor++);
   in.q_strides = take_strides(), in.k_strides = take_strides(), in.v_strides = take_strides();
@@ -138,15 +137,21 @@ void bind_on_cuda(py::module_& m) {
       .def(
           "forward",
           [](const Plan& plan, const Addresses& tensors, const StridesOfTensors& strides,
-             Address out, Address lse, uint64_t seed, Address stream) {
+             Address out, Address lse, uint64_t seed, Address stream, Address own_out,
+             Address own_lse, const std::array<int64_t, 3>& own_out_strides) {
             ForwardParams params;
             params.in = with_tensors(plan, tensors, strides, seed);
             params.out = at(out);
             params.lse = at<float>(lse);
+            params.own_out = at(own_out);
+            params.own_lse = at<const float>(own_lse);
+            params.own_out_strides = strides_of(own_out_strides);
             launch_prefix_attention_fwd(params, at(stream));
           },
           py::kw_only(), py::arg("tensors"), py::arg("strides"), py::arg("out"), py::arg("lse"),
-          py::arg("seed"), py::arg("stream"), py::call_guard<py::gil_scoped_release>())
+          py::arg("seed"), py::arg("stream"), py::arg("own_out") = 0, py::arg("own_lse") = 0,
+          py::arg("own_out_strides") = std::array<int64_t, 3>{},
+          py::call_guard<py::gil_scoped_release>())
       .def(
           "backward_workspace_bytes",
           [](const Plan& plan, const Addresses& grads) {
@@ -157,14 +162,18 @@ void bind_on_cuda(py::module_& m) {
           "backward",
           [](const Plan& plan, const Addresses& tensors, const StridesOfTensors& strides,
              const Addresses& grads, Address dout, Address out, Address lse, Address workspace,
-             uint64_t seed, Address stream) {
+             uint64_t seed, Address stream, Address own_dq,
+             const std::array<int64_t, 3>& own_dq_strides) {
             BackwardParams params = with_gradients(plan, grads);
             params.in = with_tensors(plan, tensors, strides, seed);
             params.dout = at(dout), params.out = at(out), params.lse = at<const float>(lse);
+            params.own_dq = at(own_dq);
+            params.own_dq_strides = strides_of(own_dq_strides);
             launch_prefix_attention_bwd(params, at(workspace), at(stream));
           },
           py::kw_only(), py::arg("tensors"), py::arg("strides"), py::arg("grads"), py::arg("dout"),
           py::arg("out"), py::arg("lse"), py::arg("workspace"), py::arg("seed"), py::arg("stream"),
+          py::arg("own_dq") = 0, py::arg("own_dq_strides") = std::array<int64_t, 3>{},
           py::call_guard<py::gil_scoped_release>());
 }
 #endif

@@ -13,6 +13,9 @@
 // -inf - (-inf). The gate's gradient is summed over the block here, because here a block meets
 // every prefix column of its rows; the last launch adds the blocks' sums in their order.
 //
+// In the composed form out and lse are the merged ones, the only columns are those of prefixes, and
+// what flash attention's backward has found for own columns is added to dq on its way out.
+//
 // Products in bf16 or f16 with float32 sums; P, D and dS in float32 until dS enters its product.
 // Shared memory per block, E = 32, 64, 96, 128: 41, 74, 81, 105 KB.
 #include "common/check.h"
@@ -164,6 +167,24 @@ __device__ __forceinline__ void attend(const Inputs& in, State<C>& state, const 
   accumulate_rows<C>(state.dq, ds, s_k);
 }
 
+// The scale, and what own columns have given elsewhere.
+template <class C>
+__device__ __forceinline__ void finish_dq(const BackwardParams& p, const Head& head,
+                                          State<C>& state, int row) {
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int n = 0; n < C::kE / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) state.dq[m][n].r[i] *= p.in.scale;
+    }
+  }
+  if (p.own_dq == nullptr) return;
+  const Strides& strides = p.own_dq_strides;
+  const auto* own = head_rows<typename C::T>(p.own_dq, strides, head.b, head.h);
+  add_rows<C>(state.dq, own + row * strides.row, strides.row, p.in.S - row);
+}
+
 template <class C>
 __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
     prefix_attention_bwd_queries_sm80(const __grid_constant__ BackwardParams p) {
@@ -214,7 +235,8 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
   sync_threads();
   if (p.dq != nullptr && row < in.S) {
     T* s_q = s.q + warp_index() * kWarpRows * C::kStride;
-    put_rows<C>(s_q, state.dq, in.scale);
+    finish_dq<C>(p, head, state, row);
+    put_rows<C>(s_q, state.dq, 1.0f);
     T* g_dq = static_cast<T*>(p.dq) + (head_index(in, head) * in.S + row) * C::kE;
     store_rows<C>(g_dq, s_q, 0, row + kWarpRows < in.S ? kWarpRows : in.S - row);
   }

@@ -21,6 +21,9 @@
 // accumulators are rescaled only when a maximum of the warp has grown, which is rare after the
 // first steps.
 //
+// In the composed form flash attention has seen K and V, and a row starts where that has ended: its
+// output is the accumulator, its log-sum-exp the maximum, and the sum is 1.
+//
 // Tiles are padded by 16 bytes for each row, an odd number of 16-byte units: ldmatrix meets no bank
 // twice, and all its addresses are one register and a constant, which a swizzle would not give.
 // Shared memory per block, E = 32, 64, 96, 128: 30, 55, 80, 70 KB.
@@ -90,6 +93,30 @@ __device__ __forceinline__ FragmentA query_operand(const State<C>& state, const 
                                                    int m, int step) {
   if constexpr (C::kKeepsQ) return state.q[m][step];
   return load_a(s_q + 16 * m * C::kStride + 16 * step, C::kStride);
+}
+
+// Where rows start: nothing seen yet, or all own columns by another attention. Four lanes share a
+// row's sum, so one of them has all of it.
+template <class C>
+__device__ __forceinline__ void start_rows(const ForwardParams& p, const Head& head,
+                                           State<C>& state, int row, bool takes_own) {
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      state.maximum[m][half] = kMinusInfinity;
+      state.sum[m][half] = 0.0f;
+      const int own_row = row + tile_row(m, half);
+      if (!takes_own || own_row >= p.in.S) continue;
+      const float lse = p.own_lse[head_index(p.in, head) * p.in.S + own_row];
+      state.maximum[m][half] = lse * kLog2e;
+      state.sum[m][half] = lane_index() % 4 == 0 && lse != kMinusInfinity ? 1.0f : 0.0f;
+    }
+  }
+  if (!takes_own) return;
+  const Strides& strides = p.own_out_strides;
+  const auto* own = head_rows<typename C::T>(p.own_out, strides, head.b, head.h);
+  add_rows<C>(state.out, own + row * strides.row, strides.row, p.in.S - row);
 }
 
 // Scores, times a positive factor, become probabilities, up to 2^-maximum, which the accumulators
@@ -314,12 +341,8 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
   const int warp_end = row < in.S ? row_limit(in, last_row, seen) : 0;
 
   State<C> state;
-  for (int m = 0; m < kTilesM; ++m) {
-    for (int half = 0; half < 2; ++half) {
-      state.maximum[m][half] = kMinusInfinity;
-      state.sum[m][half] = 0.0f;
-    }
-  }
+  // Of warps that share their queries only the first one goes on from there.
+  start_rows<C>(p, head, state, row, p.own_out != nullptr && !(shares && warp_index() > 0));
   T* s_q = s.q + warp_at * C::kStride;
   int buffer = 0;
 #pragma unroll 1

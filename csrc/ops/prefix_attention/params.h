@@ -83,6 +83,12 @@ struct ForwardParams {
   Inputs in;
   void* out = nullptr;   // [B, H, S, E]
   float* lse = nullptr;  // [B, H, S]
+
+  // In the composed form another attention has seen the own columns, and here there are none
+  // (N = 0): what it has left, to which prefixes are added. Null in the single form.
+  const void* own_out = nullptr;   // [B, H, S, E]
+  const float* own_lse = nullptr;  // [B, H, S]
+  Strides own_out_strides;
 };
 
 // Where the gradient of a prefix goes, and its parts: every part of the batch leaves its own sum,
@@ -112,6 +118,10 @@ struct BackwardParams {
   ParameterGrad dbias;  // [B, H, S, N] | [1, H, S, N] | [B, 1, S, N] | [1, 1, S, N]
   bool is_dbias_shared_by_batch = false;
   bool is_dbias_shared_by_heads = false;
+
+  // In the composed form what the other attention says of dq, from own columns; null otherwise.
+  const void* own_dq = nullptr;  // [B, H, S, E]
+  Strides own_dq_strides;
 
   // Between the kernels. Rows are padded to whole tiles, so that a tile of them comes by aligned
   // copies.

@@ -60,6 +60,28 @@ __device__ __forceinline__ void accumulate_rows(FragmentD (&d)[kTilesM][C::kE / 
   }
 }
 
+// d += rows of 16-bit elements in memory, `count` of which are there. A lane reads the pairs that
+// it holds: four lanes share 16 bytes, and what else comes with them is needed next.
+template <class C, int kTilesM>
+__device__ __forceinline__ void add_rows(FragmentD (&d)[kTilesM][C::kE / 8],
+                                         const typename C::T* g_rows, int64_t stride, int count) {
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = 16 * m + FragmentD::row(2 * half);
+      if (row >= count) continue;
+      const typename C::T* from = g_rows + row * stride + FragmentD::column(0);
+#pragma unroll
+      for (int n = 0; n < C::kE / 8; ++n) {
+        const Float2 pair = unpack<typename C::T>(load_4(from + 8 * n));
+        d[m][n].r[2 * half] += pair.low;
+        d[m][n].r[2 * half + 1] += pair.high;
+      }
+    }
+  }
+}
+
 // A warp's accumulators times a factor, as 16-bit rows in its own part of shared memory.
 template <class C, int kTilesM>
 __device__ __forceinline__ void put_rows(typename C::T* s_rows,

@@ -196,12 +196,23 @@ CASES = [
     _case("gate_one", _SIZES, f"{_PREFIX} gate", fill={"gate": 1.0}),
     _case("lengths", _SIZES, f"{_PREFIX} gate lengths"),
     _case("causal", {**_SIZES, "S": 13, "N": 19}, attributes={"is_causal": True}, is_quick=True),
+    _case(
+        "causal_grouped",
+        {**_SIZES, "G": 2, "S": 75, "N": 75, "E": 64},
+        f"{_PREFIX} gate:1",
+        attributes={"is_causal": True},
+    ),
     _case("causal_more_queries", {**_SIZES, "S": 9, "N": 5}, "", attributes={"is_causal": True}),
     _case(
         "control_prefixes",
         _TABLE,
         "prefix_k:1,0 prefix_v:1,0 prefix_index:0,- gate key_mask",
         is_quick=True,
+    ),
+    _case(
+        "tables",
+        {**_TABLE, "S": 40, "N": 40, "E": 96},
+        "prefix_k:1,0 prefix_v:1,0 prefix_index:0,- gate",
     ),
     _case("two_segments", {**_SIZES, "P_i": (4, 6)}, "prefix_k:0,0 prefix_v:0,0 prefix_index:-,-"),
     _case("grouped_query", {**_SIZES, "H": 6, "G": 2}, f"{_PREFIX} gate key_mask", is_quick=True),
