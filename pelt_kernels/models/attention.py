@@ -15,8 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.utils import logging
 
 from ..nn import PrefixAttention
+from ..ops.prefix_attention.weights import attention_weights
+
+logger = logging.get_logger(__name__)
 
 PELT = "pelt"
 SITE = "_pelt_site"
@@ -176,11 +180,12 @@ def attention_forward(
         attention_mask: [B, N] bool or None.
 
     Returns:
-        out [B, S, H, E], and None: attention weights are never made where there is a prefix.
+        out [B, S, H, E], and None; with output_attentions=True the weights [B, H, S, P + N], before
+        dropout, with the prefix's columns in front, as a prefix in a cache gives them. A layer
+        without a prefix has P = 0. They are computed beside the output, which stays what it is.
 
     Raises:
-        ValueError: attention weights asked for in a layer with a prefix; a mask that is not a
-            padding mask.
+        ValueError: a mask that is not a padding mask.
     """
     site: LayerSite | None = getattr(module, SITE, None)
     if site is None:
@@ -190,12 +195,16 @@ def attention_forward(
             "the attention implementation 'pelt' cannot be chosen by hand"
         )
     check_mask(attention_mask)
+    # The same for the kernel and for the weights of those who want to see them.
+    causal = is_causal(module)
+    how: dict[str, Any] = {"key_mask": attention_mask, "is_causal": causal, "scale": scaling}
     if site.prefix is None:
-        return _base_attention(
+        out, weights = _base_attention(
             site, module, query, key, value, attention_mask, scaling, dropout, kwargs
         )
-    if kwargs.get("output_attentions"):
-        raise_no_weights()
+        if weights is None and wants_weights(module, kwargs):
+            weights = attention_weights(query, key, **how)
+        return out, weights
     gate = site.in_flight.prefix_gate
     site.in_flight.prefix_gate = None
     if site.has_prefix_gate and gate is None:
@@ -210,12 +219,13 @@ def attention_forward(
         key,
         value,
         gate=gate,
-        key_mask=attention_mask,
-        is_causal=is_causal(module),
-        scale=scaling,
         dropout_p=dropout,
+        **how,
     )
-    return out.transpose(1, 2), None
+    weights = None
+    if wants_weights(module, kwargs):
+        weights = site.prefix.weights(site.prefix_row, query, key, gate=gate, **how)
+    return out.transpose(1, 2), weights
 
 
 def is_causal(module: nn.Module) -> bool:
@@ -225,13 +235,20 @@ def is_causal(module: nn.Module) -> bool:
     return bool(getattr(module, "is_causal", False))
 
 
-def raise_no_weights() -> None:
-    """The one answer to output_attentions=True."""
-    raise ValueError(
-        "pelt attention: output_attentions=True cannot be served with a prefix, whose attention "
-        "weights are never "
-        "computed as a tensor; leave it out, or ask the base model inside disable_adapter()"
-    )
+def wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether this call is asked for attention weights, as transformers decides it; then says once
+    what that costs.
+    """
+    default = getattr(module.config, "output_attentions", False)
+    if not kwargs.get("output_attentions", default):
+        return False
+    if not torch.compiler.is_compiling():
+        logger.warning_once(
+            "pelt attention: output_attentions=True: the weights [B, H, S, P + N] are computed by "
+            "PyTorch beside the kernels, which never make them, prefix columns first; leave it out "
+            "where speed and memory matter"
+        )
+    return True
 
 
 def _base_attention(

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..methods import AdaMixConfig, MethodConfig, with_part_changes
 from ..nn import Bank, Router
-from .attention import raise_no_weights
 from .checkpoint import Checkpointed, without_reparametrisation
 from .export import Exportable
 from .inject import Injection, raise_occupied
@@ -112,11 +111,11 @@ class PeltModel(Exportable, Checkpointed):
             input_ids, token_type_ids, position_ids: int64 [B, S]. inputs_embeds: [B, S, D].
             attention_mask: [B, S], 1 for tokens, 0 for padding; None: no padding. The gates pool
             over tokens by it.
-            labels and further arguments: as the base model takes them.
+            labels and further arguments: as the base model takes them. With output_attentions=True
+            the weights of a layer with a prefix are [B, H, S, P + S], prefix columns first.
 
         Raises:
-            ValueError: output_attentions=True with a prefix, whose weights are never computed; a
-                mask that is not [B, S].
+            ValueError: a mask that is not [B, S].
         """
         named = {
             "input_ids": input_ids,
@@ -127,10 +126,6 @@ class PeltModel(Exportable, Checkpointed):
             "labels": labels,
         }
         kwargs.update({name: value for name, value in named.items() if value is not None})
-        if self.prefix is not None and not self._is_detached:
-            default = getattr(self.base_model.config, "output_attentions", False)
-            if kwargs.get("output_attentions", default):
-                raise_no_weights()
         if self.router is not None and self.training and not self._is_detached:
             mixture = self.method_config.parts.mixture
             if labels is not None and self._compares_passes and mixture is not None:

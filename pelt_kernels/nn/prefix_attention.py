@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Prefix, prefix_attention
+from ..ops.prefix_attention.weights import attention_weights
 
 
 class PrefixAttention(nn.Module):
@@ -151,6 +152,31 @@ class PrefixAttention(nn.Module):
         )
         assert isinstance(out, Tensor)
         return out
+
+    def weights(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        *,
+        gate: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        """The probabilities [B, H, S, P + N] of `forward`, before dropout, prefix columns first. It
+        never makes them itself: this is for looking at them.
+        """
+        keys, values = self.keys_values(layer)
+        return attention_weights(
+            q,
+            k,
+            (Prefix(keys, values),),
+            gate=gate,
+            key_mask=key_mask,
+            is_causal=is_causal,
+            scale=scale,
+        )
 
     def extra_repr(self) -> str:
         form = "table" if self.is_collapsed else f"mid={self.down.out_features}"

@@ -39,8 +39,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, S, E] and log-sum-exp [B, H, S]."""
     g = _by_head(call, gate)
-    scores, _ = _scores(call, q, k, _joined(prefix_k, prefix_index), g, key_mask, lengths, bias)
-    p, lse = softmax_with_lse(scores)
+    p, lse = probabilities(call, q, k, prefix_k, prefix_index, gate, key_mask, lengths, bias)
     if call.attributes["dropout_p"]:
         p = p * _dropout(call, p, seed)
     prefix = p.shape[-1] - k.shape[2]
@@ -114,6 +113,23 @@ def backward(
         grads["prefix_v"] = [torch.zeros_like(t) for t in prefix_v]
     grads["q"] = dq.reshape(q.shape)
     return {name: grads[name] for name, need in needs.items() if need}
+
+
+def probabilities(
+    call: Call,
+    q: Tensor,
+    k: Tensor,
+    prefix_k: list[Tensor],
+    prefix_index: list[Tensor | None],
+    gate: Tensor | None,
+    key_mask: Tensor | None,
+    lengths: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Before dropout, [B, G, H / G, S, P + N], and their log-sum-exp [B, G, H / G, S]."""
+    g, keys = _by_head(call, gate), _joined(prefix_k, prefix_index)
+    scores, _ = _scores(call, q, k, keys, g, key_mask, lengths, bias)
+    return softmax_with_lse(scores)
 
 
 def _grouped(call: Call, q: Tensor) -> Tensor:
