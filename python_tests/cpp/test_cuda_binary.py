@@ -72,7 +72,7 @@ def test_matrix_products_run_on_the_matrix_units(sass):
     """
     small = ("masked_weight", "symmetric_kl")
     with_product = {name for name, lines in sass.items() if any("HMMA" in line for line in lines)}
-    for operator in ("gated_adapter",):
+    for operator in ("gated_adapter", "lora_linear", "prefix_attention"):
         assert any(operator in name for name in with_product), operator
     scalar = [
         name

@@ -6,8 +6,7 @@
 // [B, H, S, N]. The sum stays in registers. With T5's bias, [1, H, S, N], the walk is the batch.
 //
 // Shared memory per block, E = 32, 64, 96, 128: 20, 37, 53, 70 KB.
-#include "common/check.h"
-#include "common/type_list.h"
+#include "ops/prefix_attention/configs.h"
 #include "ops/prefix_attention/products.cuh"
 #include "ops/prefix_attention/scores.cuh"
 
@@ -149,8 +148,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   store_sums<C>(p, sums, first, row, column);
 }
 
-using Configs = TypeList<Config<bf16, 32>, Config<bf16, 64>, Config<bf16, 96>, Config<bf16, 128>,
-                         Config<f16, 32>, Config<f16, 64>, Config<f16, 96>, Config<f16, 128>>;
+using Configs = ConfigsOf<Config>;
 
 template <class C>
 void launch_config(const BackwardParams& p, Stream stream) {
@@ -169,17 +167,8 @@ void launch_config(const BackwardParams& p, Stream stream) {
 
 void launch_prefix_attention_bwd_bias_sm80(const BackwardParams& p, Stream stream) {
   if (p.in.N == 0) return;
-  const bool found = run_first_fit(
-      Configs{},
-      [&](auto tag) {
-        using C = typename decltype(tag)::type;
-        return DTypeOf<typename C::T>::value == p.in.dtype && p.in.E == C::kE;
-      },
-      [&](auto tag) { launch_config<typename decltype(tag)::type>(p, stream); });
-  check(found,
-        "prefix_attention_bwd_bias_sm80: expected bfloat16 or float16 and a head size of 32, "
-        "64, 96 or 128, got ",
-        name_of(p.in.dtype), " and E=", p.in.E);
+  run_fitting<Configs>("prefix_attention_bwd_bias_sm80", p.in,
+                       [&](auto tag) { launch_config<typename decltype(tag)::type>(p, stream); });
 }
 
 }  // namespace pelt::prefix_attention

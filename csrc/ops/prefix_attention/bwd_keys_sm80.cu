@@ -19,8 +19,7 @@
 // to somebody else are zeros, and their results are not stored.
 //
 // Shared memory per block, E = 32, 64, 96, 128: 21, 38, 54, 105 KB.
-#include "common/check.h"
-#include "common/type_list.h"
+#include "ops/prefix_attention/configs.h"
 #include "ops/prefix_attention/products.cuh"
 #include "ops/prefix_attention/scores.cuh"
 
@@ -523,8 +522,7 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
   }
 }
 
-using Configs = TypeList<Config<bf16, 32>, Config<bf16, 64>, Config<bf16, 96>, Config<bf16, 128>,
-                         Config<f16, 32>, Config<f16, 64>, Config<f16, 96>, Config<f16, 128>>;
+using Configs = ConfigsOf<Config>;
 
 template <class C>
 void launch_config(const BackwardParams& p, Stream stream) {
@@ -538,17 +536,8 @@ void launch_config(const BackwardParams& p, Stream stream) {
 }  // namespace
 
 void launch_prefix_attention_bwd_keys_sm80(const BackwardParams& p, Stream stream) {
-  const bool found = run_first_fit(
-      Configs{},
-      [&](auto tag) {
-        using C = typename decltype(tag)::type;
-        return DTypeOf<typename C::T>::value == p.in.dtype && p.in.E == C::kE;
-      },
-      [&](auto tag) { launch_config<typename decltype(tag)::type>(p, stream); });
-  check(found,
-        "prefix_attention_bwd_keys_sm80: expected bfloat16 or float16 and a head size of "
-        "32, 64, 96 or 128, got ",
-        name_of(p.in.dtype), " and E=", p.in.E);
+  run_fitting<Configs>("prefix_attention_bwd_keys_sm80", p.in,
+                       [&](auto tag) { launch_config<typename decltype(tag)::type>(p, stream); });
 }
 
 }  // namespace pelt::prefix_attention

@@ -1,16 +1,25 @@
 // Which kernels serve a call. There is one family so far, for sm_80 and everything after it.
-#include "common/check.h"
-#include "ops/prefix_attention/params.h"
+#include "ops/prefix_attention/configs.h"
 
 namespace pelt::prefix_attention {
+namespace {
+
+// What a configuration has to tell; those of the kernels say how, too.
+template <class Element, int kHeadSize>
+struct Served {
+  using T = Element;
+  static constexpr int kE = kHeadSize;
+};
+
+}  // namespace
 
 std::string why_not(DType dtype, int64_t B, int64_t H, int64_t S, int64_t N, int64_t P, int64_t E) {
   if (dtype == DType::kF32) {
     return "its matrix products take float16 or bfloat16 activations, and q is float32";
   }
-  if (E != 32 && E != 64 && E != 96 && E != 128) {
-    return sentence("head size ", E, " is not one of 32, 64, 96, 128");
-  }
+  const bool has_config = any_of(
+      ConfigsOf<Served>{}, [&](auto tag) { return fits<typename decltype(tag)::type>(dtype, E); });
+  if (!has_config) return sentence("head size ", E, " is not one of ", kHeadSizes);
   // Rows, columns and tiles are counted in 32 bits; elements are in 64.
   constexpr int64_t kMaxRows = int64_t{1} << 31;
   constexpr int64_t kMaxColumns = int64_t{1} << 21;
