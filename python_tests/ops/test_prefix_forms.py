@@ -8,10 +8,12 @@ import pytest
 import torch
 from closeness import assert_close
 from parity import PRECISIONS, case_of, device_of, expected, run, why_unavailable
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pelt_kernels import prefix_attention
 from pelt_kernels.ops import BackendError, Prefix
 from pelt_kernels.ops.prefix_attention import _flash
+from pelt_kernels.ops.prefix_attention.contract import CONTRACT
 
 OPERATOR = "prefix_attention"
 BACKENDS = ("cuda", "cuda_sim")
@@ -70,6 +72,22 @@ def test_gradients_of_keys_alone_need_no_kernel_of_ours(backend):
     out = prefix_attention(q.detach(), k, v, [fixed], backend=f"{backend}:composed")
     for found, value in zip(torch.autograd.grad(out.sum(), (k, v)), every):
         assert torch.equal(found, value)
+
+
+def test_the_operators_of_a_gpu_take_what_they_are_given():
+    """Without a GPU: their schemas and fakes, grouped keys and views [B, S, H, E] included."""
+    with FakeTensorMode():
+        shapes = [(2, 33, heads, 64) for heads in (4, 2, 2)]
+        q, k, v = (
+            torch.empty(shape, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
+            for shape in shapes
+        )
+        call = CONTRACT.bind((q, k, v, [], [], [], None, None, None, None), (True, 0.5, 0.0))
+        assert call.device.type == "cuda" and not call.attributes["dropout_p"]
+        out, lse = _flash.forward(call, q, k, v)
+        assert out.shape == q.shape and lse.shape == (2, 4, 33) and lse.dtype == torch.float32
+        grads = _flash.backward(call, out, q, k, v, out, lse)
+        assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
 
 
 def test_gradients_have_the_inputs_layout_that_is_promised(backend):
