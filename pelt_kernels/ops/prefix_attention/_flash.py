@@ -31,16 +31,21 @@ def why_not(call: Call) -> str:
     s, n = call.sizes["S"], call.sizes["N"]
     if n == 0:
         return "there are no own keys for flash attention to see (N = 0)"
-    if call.attributes["is_causal"] and s != n:
+    if _is_causal(call) and s != n:
         return f"flash attention aligns a causal mask for S = N only, and S={s}, N={n}"
     if call.device.type == "cuda" and not torch.backends.cuda.is_flash_attention_available():
         return "this torch was built without flash attention"
     return ""
 
 
+def _is_causal(call: Call) -> bool:
+    """Whether the causal mask hides anything: a single query, as in decoding, sees every key."""
+    return call.attributes["is_causal"] and call.sizes["S"] > 1
+
+
 def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The output [B, H, S, E] and log-sum-exp [B, H, S] of own columns alone."""
-    causal, scale = call.attributes["is_causal"], call.attributes["scale"]
+    causal, scale = _is_causal(call), call.attributes["scale"]
     if call.device.type == "cpu":
         return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     found = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
@@ -51,7 +56,7 @@ def backward(
     call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v by own columns, from the whole row's output and log-sum-exp."""
-    causal, scale = call.attributes["is_causal"], call.attributes["scale"]
+    causal, scale = _is_causal(call), call.attributes["scale"]
     if call.device.type == "cpu":
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q, k, v, out, lse, 0.0, causal, scale=scale
