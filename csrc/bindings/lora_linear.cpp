@@ -28,6 +28,8 @@ using BranchInputs = std::array<Address, 5>;     // a, b, a_index, b_index, gate
 using GateInputs = std::array<Address, 4>;       // weight, bias, value, dvalue
 using BranchGradients = std::array<Address, 3>;  // of a, b, gate
 using GateGradients = std::array<Address, 2>;    // of weight, bias
+// Weight (0: a GEMM of others' multiplies by it), bias; is the bias float32, the weight transposed.
+using BaseInputs = std::tuple<Address, Address, bool, bool>;
 
 #if defined(PELT_HAS_CUDA_KERNELS)
 Inputs make_inputs(int dtype, const std::array<int64_t, 4>& sizes,
@@ -97,6 +99,25 @@ BackwardParams with_grads(const Inputs& in, const std::vector<BranchGradients>& 
   return p;
 }
 
+std::tuple<const void*, Parameter, bool> base_of(const BaseInputs& base) {
+  const auto& [weight, bias, has_float32_bias, is_transposed] = base;
+  return {at(weight), Parameter{at(bias), has_float32_bias}, is_transposed};
+}
+
+// Of each branch R, size, offset and its learned gate's number or -1; of each learned gate its
+// pooling.
+std::string why_not_single_of(const std::array<int64_t, 4>& sizes,
+                              const std::vector<std::array<int, 4>>& branches,
+                              const std::vector<int>& gates) {
+  std::vector<BranchPlan> of_branches;
+  std::vector<GatePlan> of_gates;
+  for (const auto& [R, size, offset, gate] : branches) {
+    of_branches.push_back({{R, size, offset, 1, 1}, 1.0f, {}, gate, {}});
+  }
+  for (int pooling : gates) of_gates.emplace_back(pooling, false, false);
+  return why_not_single(make_inputs(0, sizes, of_branches, of_gates, 0, 1.0f));
+}
+
 void bind_on_cuda(py::module_& m) {
   m.def(
       "lora_linear_why_not",
@@ -105,6 +126,8 @@ void bind_on_cuda(py::module_& m) {
                        gates);
       },
       py::kw_only(), py::arg("dtype"), py::arg("sizes"), py::arg("branches"), py::arg("gates"));
+  m.def("lora_linear_why_not_single", &why_not_single_of, py::kw_only(), py::arg("sizes"),
+        py::arg("branches"), py::arg("gates"));
   py::class_<Inputs>(m, "LoraLinearCuda")
       .def(py::init(&make_inputs), py::kw_only(), py::arg("dtype"), py::arg("sizes"),
            py::arg("branches"), py::arg("gates"), py::arg("threshold"), py::arg("dropout_scale"))
@@ -120,26 +143,28 @@ void bind_on_cuda(py::module_& m) {
           "forward",
           [](const Inputs& plan, Address x, Address mask, Address s,
              const std::vector<BranchInputs>& branches, const std::vector<GateInputs>& gates,
-             Address y, Address workspace, uint64_t seed, Address stream) {
+             const BaseInputs& base, Address y, Address workspace, uint64_t seed, Address stream) {
             ForwardParams p;
             p.in = with_addresses(plan, x, mask, branches, gates, seed);
             p.y = at(y), p.s = at(s);
+            std::tie(p.weight, p.bias, p.is_transposed) = base_of(base);
             for (int g = 0; g < p.in.gates; ++g) p.gate_value[g] = at<float>(gates.at(g)[2]);
             launch_lora_linear_fwd(p, at(workspace), at(stream));
           },
           py::kw_only(), py::arg("x"), py::arg("mask"), py::arg("s"), py::arg("branches"),
-          py::arg("gates"), py::arg("y"), py::arg("workspace"), py::arg("seed"), py::arg("stream"),
-          py::call_guard<py::gil_scoped_release>())
+          py::arg("gates"), py::arg("base"), py::arg("y"), py::arg("workspace"), py::arg("seed"),
+          py::arg("stream"), py::call_guard<py::gil_scoped_release>())
       .def(
           "backward",
           [](const Inputs& plan, Address x, Address mask, Address s,
              const std::vector<BranchInputs>& branches, const std::vector<GateInputs>& gates,
              const std::vector<BranchGradients>& branch_grads,
-             const std::vector<GateGradients>& gate_grads, Address dy, Address dx,
-             Address workspace, uint64_t seed, Address stream) {
+             const std::vector<GateGradients>& gate_grads, const BaseInputs& base, Address dy,
+             Address dx, Address workspace, uint64_t seed, Address stream) {
             BackwardParams p = with_grads(with_addresses(plan, x, mask, branches, gates, seed),
                                           branch_grads, gate_grads);
             p.dy = at(dy), p.s = at(s), p.dx = at(dx);
+            std::tie(p.weight, std::ignore, p.is_transposed) = base_of(base);
             for (int g = 0; g < p.in.gates; ++g) {
               p.gate_value[g] = at<const float>(gates.at(g)[2]);
               p.gate[g].dvalue = at<const float>(gates.at(g)[3]);
@@ -147,8 +172,8 @@ void bind_on_cuda(py::module_& m) {
             launch_lora_linear_bwd(p, at(workspace), at(stream));
           },
           py::kw_only(), py::arg("x"), py::arg("mask"), py::arg("s"), py::arg("branches"),
-          py::arg("gates"), py::arg("branch_grads"), py::arg("gate_grads"), py::arg("dy"),
-          py::arg("dx"), py::arg("workspace"), py::arg("seed"), py::arg("stream"),
+          py::arg("gates"), py::arg("branch_grads"), py::arg("gate_grads"), py::arg("base"),
+          py::arg("dy"), py::arg("dx"), py::arg("workspace"), py::arg("seed"), py::arg("stream"),
           py::call_guard<py::gil_scoped_release>());
 }
 #endif

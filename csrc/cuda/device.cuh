@@ -33,4 +33,5 @@
 #include "cuda/fragment.cuh"
 #include "cuda/philox.cuh"
 #include "cuda/reduce.cuh"
+#include "cuda/swizzle.cuh"
 #include "cuda/vector.cuh"

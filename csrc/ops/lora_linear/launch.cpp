@@ -1,8 +1,13 @@
-// Which calls the kernels serve, and the order of their launches. Forward: shrink, expand.
-// Backward: the rows' gates again and the gates' gradients where there are any, rows, spread,
-// weights.
+// Which calls the kernels serve, and the order of their launches.
+//
+// Composed. Forward: shrink, expand. Backward: the rows' gates again and the gates' gradients where
+// there are any, rows, spread, weights.
+//
+// Single. Forward: one. Backward: one for dx and ds, and the weights; with gates their launches
+// stand between.
 #include "common/check.h"
 #include "ops/lora_linear/params.h"
+#include "ops/lora_linear/slots.h"
 
 namespace pelt::lora_linear {
 
@@ -42,12 +47,33 @@ int64_t place(ShrinkParams& p, Arena arena) {
   return arena.used;
 }
 
+// Without dx there is no product that the ranks could ride on.
+bool is_single(const BackwardParams& p) { return p.weight != nullptr && p.dx != nullptr; }
+
+bool wants_gates(const BackwardParams& p) {
+  bool wanted = p.in.gates > 0;
+  for (int i = 0; i < p.in.branches; ++i) wanted |= p.branch[i].dgate.data != nullptr;
+  return wanted;
+}
+
+// out = from W over rows that are cut as the branches ask.
+template <class Params>
+Params single_of(const Inputs& in, const void* from, const void* weight, void* to, int depth,
+                 int columns) {
+  Params p;
+  p.in = in, p.from = from, p.weight = weight, p.to = to, p.depth = depth, p.columns = columns;
+  p.column_tiles = (columns + kSingleColumns - 1) / kSingleColumns;
+  p.tiling = make_tiling(in, kSingleRows, false);
+  return p;
+}
+
 struct BackwardLaunches {
   ShrinkParams shrink;
   RowsParams rows;
   GatesParams gates;
   SpreadParams spread;
   WeightsParams weights;
+  SingleBackwardParams single;
 };
 
 int64_t place(BackwardLaunches& l, const BackwardParams& p, Arena arena) {
@@ -76,13 +102,22 @@ int64_t place(BackwardLaunches& l, const BackwardParams& p, Arena arena) {
   l.weights.dlogits = l.spread.dlogits = l.gates.dlogits;
   l.gates.row_gates = l.shrink.row_gates;
   l.gates.dots = l.rows.dots;
-  l.gates.rank_block = rank_block_of(in);
+  // The single launch adds up a branch's dots.
+  l.gates.rank_block = is_single(p) ? kSingleRanks : rank_block_of(in);
   l.spread.dx = p.dx;
   for (int g = 0; g < in.gates; ++g) {
     l.rows.gate_value[g] = l.weights.gate_value[g] = p.gate_value[g];
     l.gates.dvalue[g] = p.gate[g].dvalue;
   }
   for (int i = 0; i < in.branches; ++i) l.gates.dgate[i] = p.branch[i].dgate;
+  if (is_single(p)) {
+    l.single = single_of<SingleBackwardParams>(in, p.dy, p.weight, p.dx, in.Dout, in.Din);
+    l.single.s = p.s, l.single.ds = l.rows.ds;
+    if (wants_gates(p)) l.single.dots = l.rows.dots;
+    for (int g = 0; g < in.gates; ++g) l.single.gate_value[g] = p.gate_value[g];
+    // What is left to add to dx is the gates'.
+    l.spread.in.branches = l.spread.in.ranks = 0;
+  }
   return arena.used;
 }
 
@@ -114,6 +149,50 @@ std::string why_not(DType dtype, int64_t B, int64_t S, int64_t Din, int64_t Dout
   return "";
 }
 
+int single_forward_ranks(const Inputs& in) {
+  int most = 0;
+  for (int first = 0; first < in.Dout; first += kSingleColumns) {
+    const int end = first + kSingleColumns;
+    const RankColumns columns = for_each_slot(in, first, end, [](int, int, int) {});
+    const int gates = needs_gates(in, first, end) ? in.gates : 0;
+    const int filled = columns.slots * kSlot, with_gates = columns.gate_column + gates;
+    if (filled > most) most = filled;
+    if (with_gates > most) most = with_gates;
+  }
+  return most;
+}
+
+int single_backward_ranks(const Inputs& in) {
+  return for_each_slot(in, 0, in.Dout, [](int, int, int) {}).slots * kSlot;
+}
+
+std::string why_not_single(const Inputs& in) {
+  if (has_pooled_gates(in)) {
+    return "a pooled gate is known when its whole sentence was read, and one launch scales rows"
+           " before that";
+  }
+  const int forward = single_forward_ranks(in), backward = single_backward_ranks(in);
+  const int ranks = forward > backward ? forward : backward;
+  if (ranks > kSingleRanks) {
+    return sentence("a block has room for ", kSingleRanks,
+                    " ranks of all branches, each rounded up"
+                    " to a multiple of ",
+                    kSlot, ", and learned gates, and needs ", ranks);
+  }
+  const size_t bytes = single_shared_bytes(ranks), most = max_shared_bytes();
+  if (bytes > most) {
+    return sentence("a block needs ", bytes, " bytes of shared memory, and this GPU has ", most);
+  }
+  constexpr int64_t kMaxTiles = int64_t{1} << 31;
+  const int widest = in.Din > in.Dout ? in.Din : in.Dout;
+  const int64_t tiles = static_cast<int64_t>(make_tiling(in, kSingleRows, false).tiles) *
+                        ((widest + kSingleColumns - 1) / kSingleColumns);
+  if (tiles >= kMaxTiles) {
+    return sentence("its tiles are counted in 32 bits, and there are ", tiles);
+  }
+  return "";
+}
+
 Tiling make_tiling(const Inputs& in, int tile_rows, bool has_pooled_gates) {
   bool is_per_sentence = has_pooled_gates;
   for (int i = 0; i < in.branches; ++i) {
@@ -138,6 +217,15 @@ int64_t backward_workspace_bytes(const BackwardParams& params) {
 }
 
 void launch_lora_linear_fwd(const ForwardParams& params, void* workspace, Stream stream) {
+  if (params.weight != nullptr) {
+    const Inputs& in = params.in;
+    auto single =
+        single_of<SingleForwardParams>(in, in.x, params.weight, params.y, in.Din, in.Dout);
+    single.bias = params.bias, single.s = params.s;
+    for (int g = 0; g < in.gates; ++g) single.gate_value[g] = params.gate_value[g];
+    launch_single_fwd_sm80(single, params.is_transposed, stream);
+    return;
+  }
   ShrinkParams shrink;
   shrink.in = params.in;
   shrink.s = params.s;
@@ -159,12 +247,16 @@ void launch_lora_linear_bwd(const BackwardParams& params, void* workspace, Strea
   const Inputs& in = params.in;
   BackwardLaunches l;
   place(l, params, Arena{static_cast<char*>(workspace)});
-  bool wants_gates = in.gates > 0;
-  for (int i = 0; i < in.branches; ++i) wants_gates |= params.branch[i].dgate.data != nullptr;
   if (in.gates > 0) launch_shrink_sm80(l.shrink, stream);
-  if (in.branches > 0) launch_rows_sm80(l.rows, stream);
-  if (wants_gates) launch_gates_sm80(l.gates, stream);
-  if (params.dx != nullptr) launch_spread_sm80(l.spread, stream);
+  if (is_single(params)) {
+    launch_single_bwd_sm80(l.single, params.is_transposed, stream);
+  } else if (in.branches > 0) {
+    launch_rows_sm80(l.rows, stream);
+  }
+  if (wants_gates(params)) launch_gates_sm80(l.gates, stream);
+  if (params.dx != nullptr && (!is_single(params) || in.gates > 0)) {
+    launch_spread_sm80(l.spread, stream);
+  }
   if (l.weights.tasks == 0) return;
   zero_async(l.weights.tickets, sizeof(int) * l.weights.tasks, stream);
   launch_weights_sm80(l.weights, stream);

@@ -1,13 +1,13 @@
 // lora_linear: y[:, columns_i] += scale_i g_i (dropout(x) A_i^T) B_i^T for all branches, and
-// learned gates g = pool(sigmoid(w . x + b)), over a base product that torch's own GEMM leaves in
-// y:
+// learned gates g = pool(sigmoid(w . x + b)). There are two forms: *composed*, over a base product
+// that torch's own GEMM leaves in y, and *single*, one launch that computes that too. What the base
+// weight's gradients are, where it is not frozen, torch computes in both:
 //
-//   weight;  // [Dout, Din] | [Din, Dout]        dweight;  // [Dout, Din]
-//   bias;  // [Dout]                             dbias;  // [Dout]
+//   dweight;  // [Dout, Din]        dbias;  // [Dout]
 //
 // Plain pointers, sizes and numbers, filled in by bindings/lora_linear.cpp. A null pointer is an
 // input that is not there. Shapes are the contract's (pelt_kernels/ops/lora_linear/contract.py), in
-// its letters. Backward finds dy times the base weight in dx, and adds to it.
+// its letters. Backward of the composed form finds dy times the base weight in dx, and adds to it.
 #pragma once
 
 #include <cstdint>
@@ -96,6 +96,11 @@ struct ForwardParams {
   void* y = nullptr;                  // [B, S, Dout]: the base product
   void* s = nullptr;                  // [B, S, ΣR]
   float* gate_value[kMaxGates] = {};  // [B] | [B, S]
+
+  // Of the single-launch form, which computes the base product too.
+  const void* weight = nullptr;  // [Dout, Din] | [Din, Dout]
+  Parameter bias;                // [Dout]
+  bool is_transposed = false;
 };
 
 struct BranchGrads {
@@ -118,6 +123,10 @@ struct BackwardParams {
   void* dx = nullptr;                       // [B, S, Din]
   BranchGrads branch[kMaxBranches];
   GateGrads gate[kMaxGates];
+
+  // Of the single-launch form, which writes dx without reading it.
+  const void* weight = nullptr;  // [Dout, Din] | [Din, Dout]
+  bool is_transposed = false;
 };
 
 // ---- what the launches hand to each other ----
@@ -204,9 +213,37 @@ struct WeightsParams {
   Tiling tiling;
 };
 
+// The single-launch form: to = from W + delta, in forward and in backward.
+struct SingleParams {
+  Inputs in;
+  const void* from = nullptr;  // x [B, S, Din] | dy [B, S, Dout]
+  const void* weight = nullptr;
+  void* to = nullptr;  // y [B, S, Dout] | dx [B, S, Din]
+  int depth = 0;       // columns of `from`
+  int columns = 0;     // of `to`
+  int column_tiles = 0;
+  Tiling tiling;
+};
+
+struct SingleForwardParams : SingleParams {
+  Parameter bias;
+  void* s = nullptr;
+  float* gate_value[kMaxGates] = {};  // [B, S]
+};
+
+struct SingleBackwardParams : SingleParams {
+  const void* s = nullptr;
+  const float* gate_value[kMaxGates] = {};
+  void* ds = nullptr;     // [B, S, ΣR]
+  float* dots = nullptr;  // [branches, B * S]; null: no gate wants a gradient
+};
+
 // Why the kernels refuse a call, with numbers; empty if they serve it.
 std::string why_not(DType dtype, int64_t B, int64_t S, int64_t Din, int64_t Dout, int64_t branches,
                     int64_t gates);
+
+// The same for the single-launch form, of what the other serves.
+std::string why_not_single(const Inputs& in);
 
 // Bytes of device memory that a direction needs beside its inputs and outputs.
 int64_t forward_workspace_bytes(const Inputs& in);
@@ -227,5 +264,10 @@ void launch_spread_sm80(const SpreadParams& params, Stream stream);
 void plan_sums(WeightsParams& params);
 int64_t partial_floats_of(const WeightsParams& params);
 void launch_weights_sm80(const WeightsParams& params, Stream stream);
+int single_forward_ranks(const Inputs& in);
+int single_backward_ranks(const Inputs& in);
+size_t single_shared_bytes(int ranks);
+void launch_single_fwd_sm80(const SingleForwardParams& params, bool is_transposed, Stream stream);
+void launch_single_bwd_sm80(const SingleBackwardParams& params, bool is_transposed, Stream stream);
 
 }  // namespace pelt::lora_linear

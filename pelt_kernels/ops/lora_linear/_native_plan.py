@@ -34,6 +34,15 @@ def count_gates(call: Call) -> int:
     return len(at["extra_poolings"]) + sum(pooling != "none" for pooling in at["poolings"])
 
 
+def pooling_numbers(call: Call) -> list[int]:
+    """The learned gates' poolings as the C++ side counts them: those of branches, then the extra
+    ones.
+    """
+    at = call.attributes
+    of_branches = [pooling for pooling in at["poolings"] if pooling != "none"]
+    return [_POOLINGS[pooling] for pooling in [*of_branches, *at["extra_poolings"]]]
+
+
 def base_product(call: Call, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b, contiguous, for the kernels to add to."""
     return linear(x, weight.T if call.attributes["transposed"] else weight, bias).contiguous()

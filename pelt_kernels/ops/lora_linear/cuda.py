@@ -1,16 +1,24 @@
-"""lora_linear by cuBLAS for the frozen weight and hand-written CUDA kernels around it: on a GPU
-(`cuda`), or on CPU tensors by the simulator (`cuda_sim`), where torch's CPU product takes cuBLAS's
-place.
+"""lora_linear by hand-written CUDA kernels: on a GPU (`cuda`), or on CPU tensors by the simulator
+(`cuda_sim`), where torch's CPU product takes cuBLAS's place. It has two forms.
 
-Forward is two launches beside the base product, backward three, and two more with gates (see
-csrc/ops/lora_linear). Tensors that are not contiguous, or do not start at a 16-byte border, are
-copied first. Gradients are summed in a fixed order: two runs give the same bits. Where B is zero, y
-is the base product bit for bit.
+*composed*: cuBLAS multiplies by the frozen weight, and kernels add the branches. Forward is two
+launches beside the base product, backward three, and two more with gates.
+
+*single*: a kernel of our own multiplies by the frozen weight, and the branches ride on it. Forward
+is one launch; backward is one for dx and one for the factors' gradients, one more where a gate is a
+tensor with a gradient, and three more with learned gates, which may be of single tokens only. A
+float32 weight beside 16-bit activations is rounded by torch first, a launch more.
+
+In both, gradients of a weight or bias that is not frozen are torch's (see csrc/ops/lora_linear for
+the rest). Tensors that are not contiguous, or do not start at a 16-byte border, are copied first.
+Gradients are summed in a fixed order: two runs give the same bits. Where B is zero, y is the form's
+base product bit for bit.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +32,11 @@ from ._native_plan import (
     count_gates,
     number_of,
     plan_of,
+    pooling_numbers,
 )
+
+FORMS = ("composed", "single")
+NO_BASE = (0, 0, False, False)  # of the composed form, whose base product is torch's
 
 
 def _library(call: Call) -> ModuleType:
@@ -38,12 +50,28 @@ def supports(call: Call) -> str:
         return "the compiled module was built without its CUDA kernels"
     if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"its matrix products take float16 or bfloat16 activations, and x is {call.dtype}"
-    return library.lora_linear_why_not(
-        dtype=number_of(call.dtype),
-        sizes=[call.sizes[letter] for letter in ("B", "S", "Din", "Dout")],
-        branches=len(call.attributes["offsets"]),
+    at, sizes = call.attributes, [call.sizes[letter] for letter in ("B", "S", "Din", "Dout")]
+    refusal: str = library.lora_linear_why_not(
+        dtype=number_of(call.dtype), sizes=sizes, branches=len(at["offsets"]),
         gates=count_gates(call),
-    )
+    )  # fmt: skip
+    if refusal or call.form != "single":
+        return refusal
+    gates = pooling_numbers(call)
+    learned = iter(range(len(gates)))
+    numbers = [-1 if pooling == "none" else next(learned) for pooling in at["poolings"]]
+    ranks, widths = call.sizes.get("R_i", ()), call.sizes.get("size_i", ())
+    branches = [list(of) for of in zip(ranks, widths, at["offsets"], numbers)]
+    return library.lora_linear_why_not_single(sizes=sizes, branches=branches, gates=gates)
+
+
+def _base(call: Call, weight: Tensor, bias: Tensor | None, borrowed: list[Tensor]) -> Any:
+    """What the single launch multiplies by itself: weight, bias, and how they lie."""
+    weight = _native.dense(weight.to(call.dtype))
+    bias = _native.dense(bias)
+    borrowed += [weight] if bias is None else [weight, bias]
+    is_float32 = bias is not None and bias.dtype == torch.float32
+    return weight.data_ptr(), _native.pointer(bias), is_float32, call.attributes["transposed"]
 
 
 def forward(
@@ -53,17 +81,23 @@ def forward(
     for backward.
     """
     plan = plan_of(call, inputs, _library(call).LoraLinearCuda)
+    is_single = call.form == "single" and not plan.is_empty
     with _native.on(call.device) as stream:
-        y = base_product(call, x, weight, bias)
+        if is_single:
+            y = _native.empty((*x.shape[:2], call.sizes["Dout"]), x.dtype, call.device)
+        else:
+            y = base_product(call, x, weight, bias)
         extras, values, s = plan.outputs(call)
-        if plan.is_empty or not plan.has_work:
+        if plan.is_empty or not (plan.has_work or is_single):
             return y, extras, values, s
         x = _native.dense(x)
         borrowed: list[Tensor] = []
-        workspace = _native.workspace(plan.native.forward_workspace_bytes, call.device)
+        size = 0 if is_single else plan.native.forward_workspace_bytes
+        workspace = _native.workspace(size, call.device)
         none = [None] * len(extras)
         plan.native.forward(
             **plan.addresses(inputs, values, extras, none, _native.dense, borrowed),
+            base=_base(call, weight, bias, borrowed) if is_single else NO_BASE,
             x=x.data_ptr(), s=s.data_ptr(), y=y.data_ptr(), workspace=_native.pointer(workspace),
             seed=seed & SIXTY_FOUR_BITS, stream=stream,
         )  # fmt: skip
@@ -85,10 +119,14 @@ def backward(
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
     plan = plan_of(call, inputs, _library(call).LoraLinearCuda)
+    is_single = call.form == "single" and needs["x"] and not plan.is_empty
     with _native.on(call.device) as stream:
-        grads = base_grads(call, needs, dy, x, weight, bias, dy.dtype)
+        by_torch = {**needs, "x": False} if is_single else needs
+        grads = base_grads(call, by_torch, dy, x, weight, bias, dy.dtype)
+        if is_single:
+            grads["x"] = _native.empty(x.shape, x.dtype, call.device)
         grads |= plan.empty_grads(needs, inputs)
-        if plan.is_empty or not plan.has_work:
+        if plan.is_empty or not (plan.has_work or is_single):
             return grads
         dy, s, x = _native.dense(dy), _native.dense(s), _native.dense(x)
         borrowed: list[Tensor] = []
@@ -97,6 +135,7 @@ def backward(
         plan.native.backward(
             **plan.addresses(inputs, gate_values, none, dextra_gates, _native.dense, borrowed),
             **wanted,
+            base=_base(call, weight, None, borrowed) if is_single else NO_BASE,
             x=x.data_ptr(), s=s.data_ptr(), dy=dy.data_ptr(), dx=_native.pointer(grads.get("x")),
             workspace=_native.pointer(workspace), seed=seed & SIXTY_FOUR_BITS, stream=stream,
         )  # fmt: skip

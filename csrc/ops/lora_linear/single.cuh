@@ -1,0 +1,546 @@
+// The single-launch form: one product with the base weight, and the low-rank branches on its back.
+//
+//   out = from Wt + delta        from [rows, K], Wt [K, N]: x W^T forward, dy W backward
+//   sums = from Pt               P: the rows of A and of token gates forward, B^T backward
+//   delta = (scale g sums) Qt    Q: B forward, A backward
+//
+// A block of 8 warps takes 128 rows and 128 columns of out, a warp 64 x 32 of them:
+//
+//        from [128, 64]  x  W [64, 128], P [64, ranks]     a ring of kStages buffers by cp.async
+//
+// The tiles of `from` that are in shared memory for the base product also meet P there: a warp
+// multiplies the 16 rows that no other warp of its row of warps takes by P, with a fragment that
+// it holds anyway. So the branches cost ranks / 128 more matrix work, one more narrow tile on the
+// way, and no pass over `from` or `out`. After the loop the ranks of the block's rows are rounded,
+// and a few more steps of the same kind add delta to the accumulators, before out is rounded once.
+//
+// Ranks stand in slots of 16 columns, a slot for one branch, so that a branch of which something is
+// infinite or NaN reaches its own columns only. A P or Q in float32 is read into registers before a
+// chunk is multiplied and rounded and stored after it, so that nobody waits for it.
+#pragma once
+
+#include "ops/lora_linear/fragment_dropout.cuh"
+#include "ops/lora_linear/slots.h"
+#include "ops/lora_linear/tiles.cuh"
+
+namespace pelt::lora_linear {
+
+template <class T_, bool kIsForward_, bool kHasRowsOfN_, int kRanks_>
+struct SingleConfig {
+  using T = T_;
+  static constexpr bool kIsForward = kIsForward_;
+  static constexpr bool kHasRowsOfN = kHasRowsOfN_;  // the weight lies as [N, K], not as [K, N]
+  static constexpr int kRanks = kRanks_;             // columns of sums that fit
+  static constexpr int kThreads = 256;
+  static constexpr int kRows = kSingleRows;
+  static constexpr int kColumns = kSingleColumns;
+  static constexpr int kDepth = 64;  // of a chunk
+  static constexpr int kStages = 3;
+  static constexpr int kWarpRows = 64;
+  static constexpr int kWarpColumns = 32;
+  static constexpr int kTilesM = kWarpRows / 16;
+  static constexpr int kTilesN = kWarpColumns / 8;
+  static constexpr int kSlots = kRanks / kSlot;
+  static constexpr int kSumStride = kRanks + 4;
+  static constexpr int kRankStride = kRanks + kTilePad;
+  static constexpr int kOutStride = kColumns + kTilePad;
+  // Q lies as [N, ranks] in forward and as [ranks, N] in backward, P the other way round.
+  static constexpr int kUpElements = kIsForward ? kColumns * kRankStride : kRanks * kOutStride;
+  static constexpr int kDownVectors = kRanks * kDepth / 8;
+  static constexpr int kHeld = (kDownVectors + kThreads - 1) / kThreads;  // of a thread
+  // With few ranks two blocks share a multiprocessor: one multiplies while the other begins or
+  // ends. That leaves 128 registers for a thread, too few to draw dropout's numbers as well.
+  static constexpr int kMinBlocks = 1;
+  static constexpr bool kHasDropout = kMinBlocks == 1;
+  static_assert(kRows / kWarpRows * (kColumns / kWarpColumns) == kThreads / 32,
+                "each warp has its part of the block's tile");
+  static_assert(kColumns / kWarpColumns == kTilesM, "a row of warps divides its rows for P");
+};
+
+// A slot of the block's, and where its branch's B lies.
+struct SingleSlot {
+  Parameter factor;  // B
+  int64_t start;     // of the member that serves these rows
+  int branch;        // -1: nothing
+  int rank;          // the slot's first
+  int R;
+  int offset;
+  int size;
+};
+
+template <class C>
+struct SingleShared {
+  using T = typename C::T;
+  struct Ring {
+    alignas(128) T from[C::kStages][C::kRows * C::kDepth];
+    alignas(128) T weight[C::kStages][C::kColumns * C::kDepth];
+    alignas(128) T down[C::kStages][C::kRanks * C::kDepth];
+  };
+  struct Tail {
+    alignas(16) float sums[C::kRows * C::kSumStride];
+    alignas(16) T ranks[C::kRows * C::kRankStride];
+  };
+  union {
+    Ring ring;
+    Tail tail;
+    alignas(16) T out[C::kRows * C::kOutStride];
+  };
+  alignas(16) T up[C::kUpElements];
+  Source source[C::kRanks];  // rows of A and of gates
+  SingleSlot slot[C::kSlots];
+  int slots;        // of branches
+  int used;         // of branches and gates
+  int gate_column;  // the gates' first
+};
+
+template <class C>
+struct SingleSums {
+  FragmentD out[C::kTilesM][C::kTilesN];
+  FragmentD low[C::kRanks / 8];  // the warp's own 16 rows
+};
+
+// Where a warp works in the block's tile.
+template <class C>
+struct SingleWarp {
+  static constexpr int kAcross = C::kColumns / C::kWarpColumns;
+  int across = warp_index() % kAcross;
+  int row = warp_index() / kAcross * C::kWarpRows;
+  int column = across * C::kWarpColumns;
+  int own_row = row + 16 * across;
+};
+
+struct SingleTile {
+  int row_tile;
+  int column_tile;
+};
+
+// Blocks that run together take tiles that lie together: 16 tiles of rows by as many of columns as
+// there are blocks for, so that what one reads of `from` and W the others find in L2.
+__device__ __forceinline__ SingleTile tile_of_block(const SingleParams& p, int block) {
+  constexpr int kTogether = 16;
+  const int group = block / (kTogether * p.column_tiles), first = group * kTogether;
+  const int left = p.tiling.tiles - first, together = left < kTogether ? left : kTogether;
+  const int inside = block - group * kTogether * p.column_tiles;
+  return {first + inside % together, inside / together};
+}
+
+// Which ranks and gates the block's columns need, and where their factors lie.
+template <class C>
+__device__ __forceinline__ void fill_tables(const SingleParams& p, SingleShared<C>& s,
+                                            const TileRows& rows, int first) {
+  const Inputs& in = p.in;
+  const int i = thread_index();
+  SingleSlot own = {};
+  own.branch = -1;
+  const int begin = C::kIsForward ? first : 0;
+  const int end = C::kIsForward ? first + C::kColumns : in.Dout;
+  RankColumns columns = for_each_slot(in, begin, end, [&](int slot, int branch, int rank) {
+    if (slot == i / kSlot) own.branch = branch, own.rank = rank;
+  });
+  const int gates = C::kIsForward && needs_gates(in, first, first + C::kColumns) ? in.gates : 0;
+  if (i == 0) {
+    s.slots = columns.slots;
+    s.gate_column = columns.gate_column;
+    s.used = (columns.gate_column + gates + kSlot - 1) / kSlot;
+  }
+  if (i >= C::kRanks) return;
+  Source source = {};
+  if (own.branch >= 0) {
+    const Branch& branch = in.branch[own.branch];
+    own.factor = branch.b, own.R = branch.R, own.offset = branch.offset, own.size = branch.size;
+    own.start = member_of(branch.b_index, branch.has_b_index_per_sample, rows.group) * branch.size *
+                branch.R;
+    const int rank = own.rank + i % kSlot;
+    const int64_t member = member_of(branch.a_index, branch.has_a_index_per_sample, rows.group);
+    if (rank < branch.R) source = {branch.a, (member * branch.R + rank) * in.Din};
+  }
+  const int gate = i - columns.gate_column;
+  if (gate >= 0 && gate < gates) source = {in.gate[gate].gate_weight, 0};
+  s.source[i] = source;
+  if (i % kSlot == 0) s.slot[i / kSlot] = own;
+}
+
+// Eight neighbouring elements of a parameter, of which `count` are there.
+struct Eight {
+  Parameter source;
+  int64_t at;
+  int count;
+};
+
+// Of the row of A or of a gate's weight that stands at `rank`, from `column` on.
+template <class C>
+__device__ __forceinline__ Eight eight_of_a(const Inputs& in, const SingleShared<C>& s, int rank,
+                                            int column) {
+  const Source& source = s.source[rank];
+  const bool is_there = source.row.data != nullptr && column < in.Din;
+  return {source.row, source.offset + column, is_there ? 8 : 0};
+}
+
+// Of B's row for a column of y: ranks [8 * vector, 8 * vector + 8) of the block's.
+template <class C>
+__device__ __forceinline__ Eight eight_of_b(const SingleShared<C>& s, int column, int vector) {
+  const SingleSlot& slot = s.slot[vector * 8 / kSlot];
+  const int row = column - slot.offset, rank = slot.rank + vector * 8 % kSlot;
+  const bool is_there = slot.branch >= 0 && row >= 0 && row < slot.size && rank < slot.R;
+  const int left = slot.R - rank;
+  return {slot.factor, slot.start + static_cast<int64_t>(row) * slot.R + rank,
+          is_there ? (left < 8 ? left : 8) : 0};
+}
+
+// What comes through registers: 16-bit vectors that lie whole at 16-byte borders, and zeros, do
+// not.
+struct Held {
+  Float8 values;
+  int place = -1;  // in the tile, in elements
+};
+
+template <class T>
+__device__ __forceinline__ void fetch(Held& held, T* tile, int place, const Inputs& in,
+                                      const Eight& from) {
+  held.place = -1;
+  const bool is_whole = from.count == 8 && from.at % 8 == 0;
+  if (from.count == 0 || (is_whole && !from.source.is_float32)) {
+    // An address that is never read still has to be one of global memory.
+    const T* address = from.count == 0 ? static_cast<const T*>(in.x)
+                                       : static_cast<const T*>(from.source.data) + from.at;
+    cp_async_16(tile + place, address, from.count != 0);
+    return;
+  }
+  held.place = place;
+  held.values = {};
+  if (is_whole) {
+    held.values = load_parameter_8<T>(from.source, from.at);
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    if (e < from.count) held.values.v[e] = load_parameter<T>(from.source, from.at + e);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void put(const Held& held, T* tile) {
+  if (held.place >= 0) store_16(tile + held.place, narrow<T>(held.values));
+}
+
+// Asks for a chunk of `from` and of the weight.
+template <class C>
+__device__ __forceinline__ void bring_base(const SingleParams& p, SingleShared<C>& s,
+                                           const TileRows& rows, int first, int chunk) {
+  using T = typename C::T;
+  constexpr int kAcross = C::kDepth / 8;
+  const int stage = chunk % C::kStages, depth = chunk * C::kDepth;
+#pragma unroll
+  for (int turn = 0; turn < C::kRows * kAcross / C::kThreads; ++turn) {
+    const int i = thread_index() + turn * C::kThreads, row = i / kAcross, vector = i % kAcross;
+    const int k = depth + 8 * vector;
+    cp_async_16(s.ring.from[stage] + swizzled<C::kDepth>(row, vector),
+                static_cast<const T*>(p.from) + (rows.first + row) * p.depth + k,
+                row < rows.count && k < p.depth);
+  }
+  // The weight's rows are the block's columns, or the chunk's depth.
+  constexpr int kLength = C::kHasRowsOfN ? C::kDepth : C::kColumns;
+  const int row_begin = C::kHasRowsOfN ? first : depth, begin = C::kHasRowsOfN ? depth : first;
+  const int all_rows = C::kHasRowsOfN ? p.columns : p.depth;
+  const int length = C::kHasRowsOfN ? p.depth : p.columns;
+#pragma unroll
+  for (int turn = 0; turn < C::kColumns * C::kDepth / 8 / C::kThreads; ++turn) {
+    const int i = thread_index() + turn * C::kThreads;
+    const int row = i / (kLength / 8), vector = i % (kLength / 8), column = begin + 8 * vector;
+    cp_async_16(
+        s.ring.weight[stage] + swizzled<kLength>(row, vector),
+        static_cast<const T*>(p.weight) + static_cast<int64_t>(row_begin + row) * length + column,
+        row_begin + row < all_rows && column < length);
+  }
+}
+
+// Asks for a chunk of P.
+template <class C>
+__device__ __forceinline__ void fetch_down(const SingleParams& p, SingleShared<C>& s, int chunk,
+                                           Held (&held)[C::kHeld]) {
+  constexpr int kLength = C::kIsForward ? C::kDepth : C::kRanks;
+  auto* tile = s.ring.down[chunk % C::kStages];
+#pragma unroll
+  for (int turn = 0; turn < C::kHeld; ++turn) {
+    held[turn].place = -1;
+    const int i = thread_index() + turn * C::kThreads;
+    const int row = i / (kLength / 8), vector = i % (kLength / 8);
+    const int rank = C::kIsForward ? row : 8 * vector;
+    if (i >= C::kDownVectors || rank >= s.used * kSlot) continue;
+    const int depth = chunk * C::kDepth;
+    const Eight from = C::kIsForward ? eight_of_a(p.in, s, row, depth + 8 * vector)
+                                     : eight_of_b(s, depth + row, vector);
+    fetch(held[turn], tile, swizzled<kLength>(row, vector), p.in, from);
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void put_down(SingleShared<C>& s, int chunk,
+                                         const Held (&held)[C::kHeld]) {
+#pragma unroll
+  for (int turn = 0; turn < C::kHeld; ++turn) put(held[turn], s.ring.down[chunk % C::kStages]);
+}
+
+// Asks for Q.
+template <class C>
+__device__ __forceinline__ void bring_up(const SingleParams& p, SingleShared<C>& s, int first) {
+  constexpr int kRows = C::kIsForward ? C::kColumns : C::kRanks;
+  constexpr int kLength = C::kIsForward ? C::kRanks : C::kColumns;
+  constexpr int kStride = C::kIsForward ? C::kRankStride : C::kOutStride;
+  for (int i = thread_index(); i < kRows * kLength / 8; i += C::kThreads) {
+    const int row = i / (kLength / 8), vector = i % (kLength / 8);
+    const int rank = C::kIsForward ? 8 * vector : row;
+    if (rank >= s.slots * kSlot) continue;
+    const Eight from = C::kIsForward ? eight_of_b(s, first + row, vector)
+                                     : eight_of_a(p.in, s, row, first + 8 * vector);
+    Held held;
+    fetch(held, s.up, row * kStride + 8 * vector, p.in, from);
+    put(held, s.up);
+  }
+}
+
+// sums.low += own rows times a chunk of P, for 16 of its depth.
+template <class C>
+__device__ __forceinline__ void multiply_down(const SingleParams& p, const SingleShared<C>& s,
+                                              int chunk, int k, const FragmentA& own,
+                                              int64_t own_row, SingleSums<C>& sums) {
+  using T = typename C::T;
+  const T* tile = s.ring.down[chunk % C::kStages];
+  const int depth = chunk * C::kDepth;
+  const bool is_dropped = C::kIsForward && C::kHasDropout && p.in.dropout.is_active();
+  FragmentA dropped = own;
+  if (is_dropped) dropped = drop(p.in, own, own_row, depth + k);
+#pragma unroll
+  for (int slot = 0; slot < C::kSlots; ++slot) {
+    if (slot >= s.used) break;
+    FragmentB b[2];
+    if constexpr (C::kIsForward) {
+      load_b_pair_swizzled<C::kDepth>(b, tile, slot * kSlot, k);
+    } else {
+      // B has nothing for the columns of dy beside its branch's.
+      const SingleSlot& of = s.slot[slot];
+      if (of.offset >= depth + C::kDepth || of.offset + of.size <= depth) continue;
+      load_b_pair_transposed_swizzled<C::kRanks>(b, tile, k, slot * kSlot);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int n = 2 * slot + half;
+      // The gates see x as it is.
+      if (is_dropped && 8 * n < s.gate_column) {
+        multiply_add<T>(sums.low[n], dropped, b[half]);
+      } else {
+        multiply_add<T>(sums.low[n], own, b[half]);
+      }
+    }
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void multiply_chunk(const SingleParams& p, const SingleShared<C>& s,
+                                               const SingleWarp<C>& warp, const TileRows& rows,
+                                               int chunk, SingleSums<C>& sums) {
+  using T = typename C::T;
+  const int stage = chunk % C::kStages;
+#pragma unroll
+  for (int k = 0; k < C::kDepth; k += 16) {
+    FragmentA a[C::kTilesM];
+#pragma unroll
+    for (int m = 0; m < C::kTilesM; ++m) {
+      a[m] = load_a_swizzled<C::kDepth>(s.ring.from[stage], warp.row + 16 * m, k);
+    }
+#pragma unroll
+    for (int n = 0; n < C::kTilesN; n += 2) {
+      FragmentB b[2];
+      if constexpr (C::kHasRowsOfN) {
+        load_b_pair_swizzled<C::kDepth>(b, s.ring.weight[stage], warp.column + 8 * n, k);
+      } else {
+        load_b_pair_transposed_swizzled<C::kColumns>(b, s.ring.weight[stage], k,
+                                                     warp.column + 8 * n);
+      }
+#pragma unroll
+      for (int m = 0; m < C::kTilesM; ++m) {
+        multiply_add<T>(sums.out[m][n], a[m], b[0]);
+        multiply_add<T>(sums.out[m][n + 1], a[m], b[1]);
+      }
+    }
+    if (s.used == 0) continue;
+    // Chosen among registers, which costs the matrix units nothing.
+    FragmentA own = a[0];
+#pragma unroll
+    for (int m = 1; m < C::kTilesM; ++m) {
+      for (int r = 0; r < 4; ++r) own.r[r] = warp.across == m ? a[m].r[r] : own.r[r];
+    }
+    multiply_down<C>(p, s, chunk, k, own, rows.first + warp.own_row, sums);
+  }
+}
+
+// The loop over K. Afterwards the ring is free and Q is there.
+template <class C>
+__device__ __forceinline__ void multiply(const SingleParams& p, SingleShared<C>& s,
+                                         const SingleWarp<C>& warp, const TileRows& rows, int first,
+                                         SingleSums<C>& sums) {
+  const int chunks = (p.depth + C::kDepth - 1) / C::kDepth;
+  Held held[C::kHeld];
+  bring_base<C>(p, s, rows, first, 0);
+  fill_tables<C>(p, s, rows, first);
+  sync_threads();
+  bring_up<C>(p, s, first);
+#pragma unroll
+  for (int chunk = 0; chunk < C::kStages - 1; ++chunk) {
+    if (chunk < chunks) {
+      if (chunk > 0) bring_base<C>(p, s, rows, first, chunk);
+      fetch_down<C>(p, s, chunk, held);
+      put_down<C>(s, chunk, held);
+    }
+    cp_async_commit();
+  }
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    cp_async_wait<C::kStages - 2>();
+    sync_threads();
+    // Into the buffers that were used up before the barrier.
+    const int next = chunk + C::kStages - 1;
+    if (next < chunks) {
+      bring_base<C>(p, s, rows, first, next);
+      fetch_down<C>(p, s, next, held);
+    }
+    cp_async_commit();
+    multiply_chunk<C>(p, s, warp, rows, chunk, sums);
+    if (next < chunks) put_down<C>(s, next, held);
+  }
+  cp_async_wait<0>();
+  sync_threads();
+}
+
+// The own rows' sums into shared memory, where a warp finds a row's together.
+template <class C>
+__device__ __forceinline__ float* spread_sums(SingleShared<C>& s, const SingleWarp<C>& warp,
+                                              const SingleSums<C>& sums) {
+  float* out = s.tail.sums + warp.own_row * C::kSumStride;
+#pragma unroll
+  for (int n = 0; n < C::kRanks / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      out[FragmentD::row(i) * C::kSumStride + 8 * n + FragmentD::column(i)] = sums.low[n].r[i];
+    }
+  }
+  sync_warp();
+  return out;
+}
+
+// Up to eight neighbouring elements of a row of s or ds.
+template <class T>
+__device__ __forceinline__ void store_ranks(void* memory, int64_t at, int count,
+                                            const Float8& values) {
+  T* to = static_cast<T*>(memory) + at;
+  if (count == 8 && at % 8 == 0) {
+    store_16(to, narrow<T>(values));
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    if (e < count) to[e] = round_to<T>(values.v[e]);
+  }
+}
+
+// sums.out += ranks Qt, for what is in shared memory.
+template <class C>
+__device__ __forceinline__ void multiply_up(const SingleParams& p, const SingleShared<C>& s,
+                                            const SingleWarp<C>& warp, const TileRows& rows,
+                                            int first, SingleSums<C>& sums) {
+  using T = typename C::T;
+#pragma unroll
+  for (int m = 0; m < C::kTilesM; ++m) {
+    FragmentA a[C::kSlots];
+#pragma unroll
+    for (int slot = 0; slot < C::kSlots; ++slot) {
+      if (slot >= s.slots) break;
+      a[slot] = load_a(s.tail.ranks + (warp.row + 16 * m) * C::kRankStride + slot * kSlot,
+                       C::kRankStride);
+    }
+#pragma unroll
+    for (int n = 0; n < C::kTilesN; n += 2) {
+      const int column = warp.column + 8 * n;
+      FragmentD delta[2];
+#pragma unroll
+      for (int slot = 0; slot < C::kSlots; ++slot) {
+        if (slot >= s.slots) break;
+        FragmentB b[2];
+        if constexpr (C::kIsForward) {
+          load_b_pair(b, s.up + column * C::kRankStride + slot * kSlot, C::kRankStride);
+        } else {
+          load_b_pair_transposed(b, s.up + slot * kSlot * C::kOutStride + column, C::kOutStride);
+        }
+        const int begin = s.slot[slot].offset - first, end = begin + s.slot[slot].size;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int at = column + 8 * half;
+          if (C::kIsForward && (begin >= at + 8 || end <= at)) continue;
+          multiply_add<T>(delta[half], a[slot], b[half]);
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (!C::kIsForward && C::kHasDropout && p.in.dropout.is_active()) {
+          drop_delta(p.in, rows.first + warp.row + 16 * m, first + column + 8 * half, delta[half]);
+        }
+        for (int i = 0; i < 4; ++i) sums.out[m][n + half].r[i] += delta[half].r[i];
+      }
+    }
+  }
+}
+
+// Rounds the tile and stores it in rows of 16-byte vectors. offset_of(column) is what is added to
+// a whole column.
+template <class C, class OffsetOf>
+__device__ __forceinline__ void store_out(const SingleParams& p, SingleShared<C>& s,
+                                          const SingleWarp<C>& warp, const TileRows& rows,
+                                          int first, const SingleSums<C>& sums,
+                                          OffsetOf&& offset_of) {
+  using T = typename C::T;
+  sync_threads();
+#pragma unroll
+  for (int n = 0; n < C::kTilesN; ++n) {
+    const int column = warp.column + 8 * n + FragmentD::column(0);
+    const float low = offset_of(first + column), high = offset_of(first + column + 1);
+#pragma unroll
+    for (int m = 0; m < C::kTilesM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = warp.row + 16 * m + FragmentD::row(2 * half);
+        const float* pair = sums.out[m][n].r + 2 * half;
+        store_4(s.out + row * C::kOutStride + column, pack<T>(pair[0] + low, pair[1] + high));
+      }
+    }
+  }
+  sync_threads();
+  constexpr int kAcross = C::kColumns / 8;
+#pragma unroll
+  for (int turn = 0; turn < C::kRows * kAcross / C::kThreads; ++turn) {
+    const int i = thread_index() + turn * C::kThreads, row = i / kAcross, column = i % kAcross * 8;
+    if (row >= rows.count || first + column >= p.columns) continue;
+    store_16(static_cast<T*>(p.to) + (rows.first + row) * p.columns + first + column,
+             load_16(s.out + row * C::kOutStride + column));
+  }
+}
+
+// Calls run(tag, shape) for the configuration of a list that fits; false if there is none.
+template <class Configs, class Run>
+bool run_single(Configs configs, const SingleParams& p, bool has_rows_of_n, int ranks, Run&& run) {
+  return run_first_fit(
+      configs,
+      [&](auto tag) {
+        using C = typename decltype(tag)::type;
+        return DTypeOf<typename C::T>::value == p.in.dtype && C::kHasRowsOfN == has_rows_of_n &&
+               C::kRanks >= ranks && (C::kHasDropout || !p.in.dropout.is_active());
+      },
+      [&](auto tag) {
+        using C = typename decltype(tag)::type;
+        LaunchShape shape;
+        shape.threads = C::kThreads;
+        shape.shared_bytes = sizeof(SingleShared<C>);
+        shape.blocks_x = p.tiling.tiles * p.column_tiles;
+        run(tag, shape);
+      });
+}
+
+}  // namespace pelt::lora_linear

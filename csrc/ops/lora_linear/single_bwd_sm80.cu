@@ -1,0 +1,108 @@
+// lora_linear, backward of x in one launch (see single.cuh):
+//
+//   dx = dy W + dropout(Σ_i ds_i A_i)       ds_i = scale_i g_i dy[:, columns_i] B_i
+//
+// The first block of columns also stores ds, which the sums for A wait for, and each row's
+// <dy B, s>, of which the gates' gradients are sums.
+//
+// Shared memory per block, ranks 16, 64: 107, 140 KB.
+#include "common/type_list.h"
+#include "ops/lora_linear/single.cuh"
+
+namespace pelt::lora_linear {
+namespace {
+
+// Each row's <dy B_i, s_i>. What is in shared memory is dy B.
+template <class C>
+__device__ __forceinline__ void store_dots(const SingleBackwardParams& p, const SingleWarp<C>& warp,
+                                           const TileRows& rows, const float* sums) {
+  using T = typename C::T;
+  const Inputs& in = p.in;
+  const int row = lane_index() % 16;
+  const int64_t global_row = rows.first + warp.own_row + row;
+  if (warp.own_row + row >= rows.count) return;
+  int slots = 0;
+  for (int i = 0; i < in.branches; ++i) {
+    const Branch& branch = in.branch[i];
+    if (i % 2 == lane_index() / 16) {
+      const T* s = static_cast<const T*>(p.s) + global_row * in.ranks + branch.first;
+      float dot = 0.0f;
+      for (int r = 0; r < branch.R; ++r) {
+        dot += sums[row * C::kSumStride + slots * kSlot + r] * to_float(s[r]);
+      }
+      p.dots[static_cast<int64_t>(i) * in.B * in.S + global_row] = dot;
+    }
+    slots += (branch.R + kSlot - 1) / kSlot;
+  }
+}
+
+// ds = scale g dy B, rounded, where the product with A finds it, and into memory.
+template <class C>
+__device__ __forceinline__ void finish_ranks(const SingleBackwardParams& p, SingleShared<C>& s,
+                                             const SingleWarp<C>& warp, const TileRows& rows,
+                                             int first, const SingleSums<C>& registers) {
+  using T = typename C::T;
+  const Inputs& in = p.in;
+  const float* sums = spread_sums<C>(s, warp, registers);
+  if (first == 0 && p.dots != nullptr) store_dots<C>(p, warp, rows, sums);
+  for (int i = lane_index(); i < 16 * C::kRanks / 8; i += 32) {
+    const int row = i / (C::kRanks / 8), vector = i % (C::kRanks / 8);
+    if (vector * 8 / kSlot >= s.slots) continue;
+    const SingleSlot& slot = s.slot[vector * 8 / kSlot];
+    const Branch& branch = in.branch[slot.branch];
+    const int rank = slot.rank + vector * 8 % kSlot, left = slot.R - rank;
+    Float8 values = {};
+    if (warp.own_row + row < rows.count) {
+      const int64_t global_row = rows.first + warp.own_row + row;
+      const float factor = factor_of<T>(in, branch, p.gate_value, global_row);
+      for (int e = 0; e < 8; ++e) {
+        if (e < left) values.v[e] = factor * sums[row * C::kSumStride + 8 * vector + e];
+      }
+      if (left > 0 && first == 0) {
+        store_ranks<T>(p.ds, global_row * in.ranks + branch.first + rank, left < 8 ? left : 8,
+                       values);
+      }
+    }
+    store_16(s.tail.ranks + (warp.own_row + row) * C::kRankStride + 8 * vector, narrow<T>(values));
+  }
+}
+
+// Grid: tiles of rows and columns (see tile_of_block).
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
+    lora_linear_single_bwd_sm80(const __grid_constant__ SingleBackwardParams p) {
+  auto& s = shared_memory_as<SingleShared<C>>();
+  const SingleTile tile = tile_of_block(p, block_index_x());
+  const TileRows rows = rows_of_tile<C::kRows>(p.tiling, tile.row_tile);
+  const int first = tile.column_tile * C::kColumns;
+  const SingleWarp<C> warp;
+  SingleSums<C> sums;
+  multiply<C>(p, s, warp, rows, first, sums);
+  if (s.slots > 0) {
+    finish_ranks<C>(p, s, warp, rows, first, sums);
+    sync_threads();
+    multiply_up<C>(p, s, warp, rows, first, sums);
+  }
+  store_out<C>(p, s, warp, rows, first, sums, [](int) { return 0.0f; });
+}
+
+template <class T, bool kHasRowsOfN, int kRanks>
+using Config = SingleConfig<T, false, kHasRowsOfN, kRanks>;
+using Configs = TypeList<Config<bf16, true, 16>, Config<bf16, true, 64>, Config<bf16, false, 16>,
+                         Config<bf16, false, 64>, Config<f16, true, 16>, Config<f16, true, 64>,
+                         Config<f16, false, 16>, Config<f16, false, 64>>;
+
+}  // namespace
+
+void launch_single_bwd_sm80(const SingleBackwardParams& p, bool is_transposed, Stream stream) {
+  const bool found = run_single(Configs{}, p, is_transposed, single_backward_ranks(p.in),
+                                [&](auto tag, const LaunchShape& shape) {
+                                  using C = typename decltype(tag)::type;
+                                  launch<lora_linear_single_bwd_sm80<C>>(
+                                      "lora_linear_single_bwd_sm80", shape, stream, p);
+                                });
+  check(found, "lora_linear_single_bwd_sm80: expected bfloat16 or float16 and at most ",
+        kSingleRanks, " ranks, got ", name_of(p.in.dtype), " and ", single_backward_ranks(p.in));
+}
+
+}  // namespace pelt::lora_linear
