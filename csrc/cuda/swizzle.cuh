@@ -19,34 +19,45 @@ __device__ __forceinline__ int swizzled(int row, int vector) {
   return row * kColumns + (vector ^ (row / kRowsOfBanks % kPlaces)) * 8;
 }
 
-// As the loads of fragment.cuh, from a swizzled tile; (row, column) is the fragment's first element
-// and a multiple of 16 or 8.
-template <int kColumns, class T>
-__device__ __forceinline__ FragmentA load_a_swizzled(const T* tile, int row, int column) {
-  FragmentA a;
+// Where a lane of ldmatrix reads a fragment whose first element is (row, column) of a tile, a row
+// being a multiple of 16 and a column of 16. To go on by 16 rows add 16 * kColumns; to go on to the
+// column c, a multiple of 16, from column 0 (or from any column that has none of c's bits) take the
+// offset ^ c: one operation, where swizzled() would be five.
+
+// A from a tile [m, k].
+template <int kColumns>
+__device__ __forceinline__ int lane_offset_of_a(int row, int column) {
+  return swizzled<kColumns>(row + lane_index() % 16, column / 8 + lane_index() / 16);
+}
+
+// Two neighbouring B, columns 0-7 and 8-15 of n, from a tile [n, k].
+template <int kColumns>
+__device__ __forceinline__ int lane_offset_of_b_pair(int n, int k) {
   const int lane = lane_index();
-  ldmatrix_x4(a.r, tile + swizzled<kColumns>(row + lane % 16, column / 8 + lane / 16));
+  return swizzled<kColumns>(n + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2);
+}
+
+// Two from a tile [k, n], which is read transposed.
+template <int kColumns>
+__device__ __forceinline__ int lane_offset_of_b_pair_transposed(int k, int n) {
+  return lane_offset_of_a<kColumns>(k, n);
+}
+
+template <class T>
+__device__ __forceinline__ FragmentA load_a_at(const T* of_lane) {
+  FragmentA a;
+  ldmatrix_x4(a.r, of_lane);
   return a;
 }
 
-// Two neighbouring B, columns 0-7 and 8-15, from a tile [n, k].
-template <int kColumns, class T>
-__device__ __forceinline__ void load_b_pair_swizzled(FragmentB (&b)[2], const T* tile, int n,
-                                                     int k) {
+template <bool kIsTransposed, class T>
+__device__ __forceinline__ void load_b_pair_at(FragmentB (&b)[2], const T* of_lane) {
   uint32_t r[4];
-  const int lane = lane_index();
-  ldmatrix_x4(r, tile + swizzled<kColumns>(n + lane % 8 + lane / 16 * 8, k / 8 + lane / 8 % 2));
-  b[0] = {{r[0], r[1]}};
-  b[1] = {{r[2], r[3]}};
-}
-
-// Two from a tile [k, n].
-template <int kColumns, class T>
-__device__ __forceinline__ void load_b_pair_transposed_swizzled(FragmentB (&b)[2], const T* tile,
-                                                                int k, int n) {
-  uint32_t r[4];
-  const int lane = lane_index();
-  ldmatrix_x4_trans(r, tile + swizzled<kColumns>(k + lane % 16, n / 8 + lane / 16));
+  if constexpr (kIsTransposed) {
+    ldmatrix_x4_trans(r, of_lane);
+  } else {
+    ldmatrix_x4(r, of_lane);
+  }
   b[0] = {{r[0], r[1]}};
   b[1] = {{r[2], r[3]}};
 }

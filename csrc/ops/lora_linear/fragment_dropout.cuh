@@ -7,11 +7,13 @@
 
 namespace pelt::lora_linear {
 
-__device__ __forceinline__ uint32_t draw_4(const Dropout& dropout, int64_t element) {
-  float factors[4];
-  dropout.factors_of_4(element, factors);
+__device__ __forceinline__ uint32_t draw_4(const Dropout& dropout, const PhiloxKeys& keys,
+                                           int64_t element) {
+  const uint64_t group = static_cast<uint64_t>(element) / 4;
+  const PhiloxWords words = philox4x32_10(
+      {{static_cast<uint32_t>(group), static_cast<uint32_t>(group >> 32), 0, 0}}, keys);
   uint32_t kept = 0;
-  for (int e = 0; e < 4; ++e) kept |= factors[e] != 0.0f ? 1u << e : 0u;
+  for (int e = 0; e < 4; ++e) kept |= words.word[e] >= dropout.threshold ? 1u << e : 0u;
   return kept;
 }
 
@@ -37,10 +39,10 @@ __device__ __forceinline__ uint32_t mask_of_pair(uint32_t kept) {
 }
 
 // A fragment of x without what dropout drops; the factor of the rest is applied to the sums.
-__device__ __forceinline__ FragmentA drop(const Inputs& in, const FragmentA& x, int64_t row,
-                                          int column) {
-  const uint32_t own = draw_4(in.dropout, drawn_element(in, row, column)) |
-                       draw_4(in.dropout, drawn_element(in, row, column + 8)) << 4;
+__device__ __forceinline__ FragmentA drop(const Inputs& in, const PhiloxKeys& keys,
+                                          const FragmentA& x, int64_t row, int column) {
+  const uint32_t own = draw_4(in.dropout, keys, drawn_element(in, row, column)) |
+                       draw_4(in.dropout, keys, drawn_element(in, row, column + 8)) << 4;
   const KeptPairs kept = exchange(own);
   FragmentA dropped;
 #pragma unroll
@@ -51,9 +53,9 @@ __device__ __forceinline__ FragmentA drop(const Inputs& in, const FragmentA& x, 
 }
 
 // delta with its dropout, which in backward falls on what comes out of A.
-__device__ __forceinline__ void drop_delta(const Inputs& in, int64_t row, int column,
-                                           FragmentD& delta) {
-  const KeptPairs kept = exchange(draw_4(in.dropout, drawn_element(in, row, column)));
+__device__ __forceinline__ void drop_delta(const Inputs& in, const PhiloxKeys& keys, int64_t row,
+                                           int column, FragmentD& delta) {
+  const KeptPairs kept = exchange(draw_4(in.dropout, keys, drawn_element(in, row, column)));
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const bool is_kept = (kept.row[i / 2] >> i % 2 & 1u) != 0;

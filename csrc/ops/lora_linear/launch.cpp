@@ -64,6 +64,7 @@ Params single_of(const Inputs& in, const void* from, const void* weight, void* t
   p.in = in, p.from = from, p.weight = weight, p.to = to, p.depth = depth, p.columns = columns;
   p.column_tiles = (columns + kSingleColumns - 1) / kSingleColumns;
   p.tiling = make_tiling(in, kSingleRows, false);
+  p.keys = PhiloxKeys::of(in.dropout.seed);
   return p;
 }
 

@@ -223,6 +223,7 @@ struct SingleParams {
   int columns = 0;     // of `to`
   int column_tiles = 0;
   Tiling tiling;
+  PhiloxKeys keys;  // of in.dropout
 };
 
 struct SingleForwardParams : SingleParams {

@@ -49,9 +49,8 @@ struct SingleConfig {
   static constexpr int kDownVectors = kRanks * kDepth / 8;
   static constexpr int kHeld = (kDownVectors + kThreads - 1) / kThreads;  // of a thread
   // With few ranks two blocks share a multiprocessor: one multiplies while the other begins or
-  // ends. That leaves 128 registers for a thread, too few to draw dropout's numbers as well.
-  static constexpr int kMinBlocks = 1;
-  static constexpr bool kHasDropout = kMinBlocks == 1;
+  // ends.
+  static constexpr int kMinBlocks = kRanks <= 16 ? 2 : 1;
   static_assert(kRows / kWarpRows * (kColumns / kWarpColumns) == kThreads / 32,
                 "each warp has its part of the block's tile");
   static_assert(kColumns / kWarpColumns == kTilesM, "a row of warps divides its rows for P");
@@ -99,14 +98,37 @@ struct SingleSums {
   FragmentD low[C::kRanks / 8];  // the warp's own 16 rows
 };
 
-// Where a warp works in the block's tile.
+// Where a warp works in the block's tile. Made anew where it is needed: the loop over K has no
+// registers for what is needed after it.
 template <class C>
 struct SingleWarp {
-  static constexpr int kAcross = C::kColumns / C::kWarpColumns;
-  int across = warp_index() % kAcross;
-  int row = warp_index() / kAcross * C::kWarpRows;
-  int column = across * C::kWarpColumns;
-  int own_row = row + 16 * across;
+  int across;
+  int row;
+  int column;
+  int own_row;
+
+  __device__ __forceinline__ SingleWarp() {
+    constexpr int kAcross = C::kColumns / C::kWarpColumns;
+    const int warp = opaque(thread_index()) / 32;
+    across = warp % kAcross, row = warp / kAcross * C::kWarpRows;
+    column = across * C::kWarpColumns, own_row = row + 16 * across;
+  }
+};
+
+// Where its lanes read the ring's tiles.
+template <class C>
+struct LaneOffsets {
+  int from;
+  int weight;
+  int down;
+
+  __device__ __forceinline__ explicit LaneOffsets(const SingleWarp<C>& warp) {
+    from = lane_offset_of_a<C::kDepth>(warp.row, 0);
+    weight = C::kHasRowsOfN ? lane_offset_of_b_pair<C::kDepth>(warp.column, 0)
+                            : lane_offset_of_b_pair_transposed<C::kColumns>(0, warp.column);
+    down = C::kIsForward ? lane_offset_of_b_pair<C::kDepth>(0, 0)
+                         : lane_offset_of_b_pair_transposed<C::kRanks>(0, 0);
+  }
 };
 
 struct SingleTile {
@@ -230,9 +252,11 @@ __device__ __forceinline__ void bring_base(const SingleParams& p, SingleShared<C
   using T = typename C::T;
   constexpr int kAcross = C::kDepth / 8;
   const int stage = chunk % C::kStages, depth = chunk * C::kDepth;
+  // Addresses are made anew for each chunk: kept in registers they would crowd out the sums.
+  const int thread = opaque(thread_index());
 #pragma unroll
   for (int turn = 0; turn < C::kRows * kAcross / C::kThreads; ++turn) {
-    const int i = thread_index() + turn * C::kThreads, row = i / kAcross, vector = i % kAcross;
+    const int i = thread + turn * C::kThreads, row = i / kAcross, vector = i % kAcross;
     const int k = depth + 8 * vector;
     cp_async_16(s.ring.from[stage] + swizzled<C::kDepth>(row, vector),
                 static_cast<const T*>(p.from) + (rows.first + row) * p.depth + k,
@@ -245,7 +269,7 @@ __device__ __forceinline__ void bring_base(const SingleParams& p, SingleShared<C
   const int length = C::kHasRowsOfN ? p.depth : p.columns;
 #pragma unroll
   for (int turn = 0; turn < C::kColumns * C::kDepth / 8 / C::kThreads; ++turn) {
-    const int i = thread_index() + turn * C::kThreads;
+    const int i = thread + turn * C::kThreads;
     const int row = i / (kLength / 8), vector = i % (kLength / 8), column = begin + 8 * vector;
     cp_async_16(
         s.ring.weight[stage] + swizzled<kLength>(row, vector),
@@ -260,10 +284,11 @@ __device__ __forceinline__ void fetch_down(const SingleParams& p, SingleShared<C
                                            Held (&held)[C::kHeld]) {
   constexpr int kLength = C::kIsForward ? C::kDepth : C::kRanks;
   auto* tile = s.ring.down[chunk % C::kStages];
+  const int thread = opaque(thread_index());
 #pragma unroll
   for (int turn = 0; turn < C::kHeld; ++turn) {
     held[turn].place = -1;
-    const int i = thread_index() + turn * C::kThreads;
+    const int i = thread + turn * C::kThreads;
     const int row = i / (kLength / 8), vector = i % (kLength / 8);
     const int rank = C::kIsForward ? row : 8 * vector;
     if (i >= C::kDownVectors || rank >= s.used * kSlot) continue;
@@ -302,25 +327,28 @@ __device__ __forceinline__ void bring_up(const SingleParams& p, SingleShared<C>&
 // sums.low += own rows times a chunk of P, for 16 of its depth.
 template <class C>
 __device__ __forceinline__ void multiply_down(const SingleParams& p, const SingleShared<C>& s,
-                                              int chunk, int k, const FragmentA& own,
-                                              int64_t own_row, SingleSums<C>& sums) {
+                                              const LaneOffsets<C>& lane, int chunk, int k,
+                                              const FragmentA& own, const TileRows& rows,
+                                              SingleSums<C>& sums) {
   using T = typename C::T;
   const T* tile = s.ring.down[chunk % C::kStages];
   const int depth = chunk * C::kDepth;
-  const bool is_dropped = C::kIsForward && C::kHasDropout && p.in.dropout.is_active();
+  const bool is_dropped = C::kIsForward && p.in.dropout.is_active();
   FragmentA dropped = own;
-  if (is_dropped) dropped = drop(p.in, own, own_row, depth + k);
+  if (is_dropped) {
+    dropped = drop(p.in, p.keys, own, rows.first + SingleWarp<C>().own_row, depth + k);
+  }
 #pragma unroll
   for (int slot = 0; slot < C::kSlots; ++slot) {
     if (slot >= s.used) break;
     FragmentB b[2];
     if constexpr (C::kIsForward) {
-      load_b_pair_swizzled<C::kDepth>(b, tile, slot * kSlot, k);
+      load_b_pair_at<false>(b, tile + (lane.down ^ k) + slot * kSlot * C::kDepth);
     } else {
       // B has nothing for the columns of dy beside its branch's.
       const SingleSlot& of = s.slot[slot];
       if (of.offset >= depth + C::kDepth || of.offset + of.size <= depth) continue;
-      load_b_pair_transposed_swizzled<C::kRanks>(b, tile, k, slot * kSlot);
+      load_b_pair_at<true>(b, tile + (lane.down ^ slot * kSlot) + k * C::kRanks);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -337,8 +365,9 @@ __device__ __forceinline__ void multiply_down(const SingleParams& p, const Singl
 
 template <class C>
 __device__ __forceinline__ void multiply_chunk(const SingleParams& p, const SingleShared<C>& s,
-                                               const SingleWarp<C>& warp, const TileRows& rows,
-                                               int chunk, SingleSums<C>& sums) {
+                                               const LaneOffsets<C>& lane, int across,
+                                               const TileRows& rows, int chunk,
+                                               SingleSums<C>& sums) {
   using T = typename C::T;
   const int stage = chunk % C::kStages;
 #pragma unroll
@@ -346,16 +375,15 @@ __device__ __forceinline__ void multiply_chunk(const SingleParams& p, const Sing
     FragmentA a[C::kTilesM];
 #pragma unroll
     for (int m = 0; m < C::kTilesM; ++m) {
-      a[m] = load_a_swizzled<C::kDepth>(s.ring.from[stage], warp.row + 16 * m, k);
+      a[m] = load_a_at(s.ring.from[stage] + (lane.from ^ k) + 16 * m * C::kDepth);
     }
 #pragma unroll
     for (int n = 0; n < C::kTilesN; n += 2) {
       FragmentB b[2];
       if constexpr (C::kHasRowsOfN) {
-        load_b_pair_swizzled<C::kDepth>(b, s.ring.weight[stage], warp.column + 8 * n, k);
+        load_b_pair_at<false>(b, s.ring.weight[stage] + (lane.weight ^ k) + 8 * n * C::kDepth);
       } else {
-        load_b_pair_transposed_swizzled<C::kColumns>(b, s.ring.weight[stage], k,
-                                                     warp.column + 8 * n);
+        load_b_pair_at<true>(b, s.ring.weight[stage] + (lane.weight ^ 8 * n) + k * C::kColumns);
       }
 #pragma unroll
       for (int m = 0; m < C::kTilesM; ++m) {
@@ -368,17 +396,16 @@ __device__ __forceinline__ void multiply_chunk(const SingleParams& p, const Sing
     FragmentA own = a[0];
 #pragma unroll
     for (int m = 1; m < C::kTilesM; ++m) {
-      for (int r = 0; r < 4; ++r) own.r[r] = warp.across == m ? a[m].r[r] : own.r[r];
+      for (int r = 0; r < 4; ++r) own.r[r] = across == m ? a[m].r[r] : own.r[r];
     }
-    multiply_down<C>(p, s, chunk, k, own, rows.first + warp.own_row, sums);
+    multiply_down<C>(p, s, lane, chunk, k, own, rows, sums);
   }
 }
 
 // The loop over K. Afterwards the ring is free and Q is there.
 template <class C>
 __device__ __forceinline__ void multiply(const SingleParams& p, SingleShared<C>& s,
-                                         const SingleWarp<C>& warp, const TileRows& rows, int first,
-                                         SingleSums<C>& sums) {
+                                         const TileRows& rows, int first, SingleSums<C>& sums) {
   const int chunks = (p.depth + C::kDepth - 1) / C::kDepth;
   Held held[C::kHeld];
   bring_base<C>(p, s, rows, first, 0);
@@ -394,6 +421,8 @@ __device__ __forceinline__ void multiply(const SingleParams& p, SingleShared<C>&
     }
     cp_async_commit();
   }
+  const SingleWarp<C> warp;
+  const LaneOffsets<C> lane(warp);
   for (int chunk = 0; chunk < chunks; ++chunk) {
     cp_async_wait<C::kStages - 2>();
     sync_threads();
@@ -404,7 +433,7 @@ __device__ __forceinline__ void multiply(const SingleParams& p, SingleShared<C>&
       fetch_down<C>(p, s, next, held);
     }
     cp_async_commit();
-    multiply_chunk<C>(p, s, warp, rows, chunk, sums);
+    multiply_chunk<C>(p, s, lane, warp.across, rows, chunk, sums);
     if (next < chunks) put_down<C>(s, next, held);
   }
   cp_async_wait<0>();
@@ -480,8 +509,9 @@ __device__ __forceinline__ void multiply_up(const SingleParams& p, const SingleS
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if (!C::kIsForward && C::kHasDropout && p.in.dropout.is_active()) {
-          drop_delta(p.in, rows.first + warp.row + 16 * m, first + column + 8 * half, delta[half]);
+        if (!C::kIsForward && p.in.dropout.is_active()) {
+          drop_delta(p.in, p.keys, rows.first + warp.row + 16 * m, first + column + 8 * half,
+                     delta[half]);
         }
         for (int i = 0; i < 4; ++i) sums.out[m][n + half].r[i] += delta[half].r[i];
       }
@@ -531,7 +561,7 @@ bool run_single(Configs configs, const SingleParams& p, bool has_rows_of_n, int 
       [&](auto tag) {
         using C = typename decltype(tag)::type;
         return DTypeOf<typename C::T>::value == p.in.dtype && C::kHasRowsOfN == has_rows_of_n &&
-               C::kRanks >= ranks && (C::kHasDropout || !p.in.dropout.is_active());
+               C::kRanks >= ranks;
       },
       [&](auto tag) {
         using C = typename decltype(tag)::type;

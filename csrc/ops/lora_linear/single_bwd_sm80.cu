@@ -75,9 +75,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
   const SingleTile tile = tile_of_block(p, block_index_x());
   const TileRows rows = rows_of_tile<C::kRows>(p.tiling, tile.row_tile);
   const int first = tile.column_tile * C::kColumns;
-  const SingleWarp<C> warp;
   SingleSums<C> sums;
-  multiply<C>(p, s, warp, rows, first, sums);
+  multiply<C>(p, s, rows, first, sums);
+  const SingleWarp<C> warp;
   if (s.slots > 0) {
     finish_ranks<C>(p, s, warp, rows, first, sums);
     sync_threads();
