@@ -1,5 +1,5 @@
-"""The CUDA kernels of lora_linear on the simulator: what they refuse, sizes around their tiles, more
-rows than one round of tiles takes, and the base product where B is zero.
+"""The CUDA kernels of lora_linear on the simulator, in both forms: what they refuse, sizes around
+their tiles, more rows than one round of tiles takes, and the base product where B is zero.
 """
 
 from __future__ import annotations
@@ -43,6 +43,25 @@ def test_every_refusal_names_its_numbers():
     assert str(2**31) in _why_not(sizes=(2**16, 2**15, 64, 64))
 
 
+def _why_not_single(sizes=(2, 8, 64, 64), branches=((8, 64, 0, -1),), gates=()):
+    return native.library("_C_sim").lora_linear_why_not_single(
+        sizes=list(sizes), branches=[list(of) for of in branches], gates=list(gates)
+    )
+
+
+def test_the_single_launch_names_what_it_cannot_do():
+    token, mean = 1, 2
+    assert _why_not_single() == ""
+    assert _why_not_single(branches=[(48, 64, 0, 0)], gates=[token] * 16) == ""
+    assert "pooled" in _why_not_single(gates=[mean])
+    assert _why_not_single(branches=[(65, 64, 0, -1)]).endswith("and needs 80")
+    assert _why_not_single(branches=[(57, 64, 0, 0)], gates=[token]).endswith("and needs 65")
+    # Side by side in y, and yet together in backward.
+    aside = [(16, 128, 128 * i, -1) for i in range(5)]
+    assert _why_not_single(sizes=(1, 8, 64, 640), branches=aside).endswith("and needs 80")
+    assert str(2**37) in _why_not_single(sizes=(2**15, 2**15, 2**21, 64))
+
+
 # Ranks and gates around the 16 and the 64 columns of a block, gates that would straddle two blocks,
 # and columns of y that no tile is a multiple of.
 LARGE = {
@@ -64,26 +83,50 @@ LARGE = {
 }  # fmt: skip
 
 
+# More rows, columns, ranks and chunks of the depth than a block of the single launch takes at once.
+TOKENS = "bias gate_weight:0,0 gate_bias:0,0 extra_weight:0 extra_bias:0"
+OF_TOKENS = {"poolings": ["token", "token"], "extra_poolings": ["token"]}
+SINGLE = {
+    "tiles": _case("tiles", _sizes(2, 70, 72, (8, 5), 160, 96), TOKENS, [1.0, 2.0],
+                   attributes={**OF_TOKENS, "offsets": [0, 64]}),
+    "slots": _case("slots", _sizes(2, 9, 72, (17, 12), 160, 90), TOKENS, [1.0, 2.0],
+                   attributes={**OF_TOKENS, "offsets": [3, 70], "dropout_p": 0.3}),
+    "qkv": _case("qkv", _sizes(1, 20, 136, (8, 16), 384, 128), "bias gate:0,1 weight:1", [0.5, 2.0],
+                 attributes={"offsets": [0, 256], "transposed": True, "dropout_p": 0.2}),
+    "chunks": _case("chunks", _sizes(1, 33, 328, (24,)), "", [1.0]),
+    "wide_banks": _case("wide_banks", _sizes(6, 3, 256, (9,), M_i=(3,), N_i=(2,)),
+                        "bias a:1 b:1 a_index:1 b_index:1 gate:1", [0.5],
+                        attributes={"dropout_p": 0.1}),
+    "wide_rows": _case("wide_rows", _sizes(1, 260, 264, (16,), 512), "bias weight:1", [1.0],
+                       attributes={"transposed": True}),
+}  # fmt: skip
+FORMS = [
+    (form, name) for form, names in (("composed", LARGE), ("single", SINGLE)) for name in names
+]
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "float16-master"])
-@pytest.mark.parametrize("name", LARGE)
-def test_several_tiles_and_blocks(name, precision, monkeypatch):
+@pytest.mark.parametrize(("form", "name"), FORMS)
+def test_several_tiles_and_blocks(form, name, precision, monkeypatch):
     """Against the reference, and the same bits under another order of threads."""
-    case = LARGE[name]
+    case, backend = {**LARGE, **SINGLE}[name], f"cuda_sim:{form}"
     monkeypatch.setattr(parity, "case_of", lambda operator, id: case)
     parity.expected.cache_clear()
     native.library("_C_sim").set_seed(1)
-    first = check(OPERATOR, "cuda_sim", case, precision)
+    first = check(OPERATOR, backend, case, precision)
     parity.expected.cache_clear()
     native.library("_C_sim").set_seed(2)
-    for what, value in run(OPERATOR, "cuda_sim", case, precision).items():
+    for what, value in run(OPERATOR, backend, case, precision).items():
         assert torch.equal(value, first[what]), what
 
 
 def test_without_b_it_is_the_base_product_bit_for_bit():
     x, w, bias = (torch.randn(n).bfloat16() for n in ((2, 50, 72), (40, 72), (40,)))
     branch = LoraBranch(torch.randn(9, 72).bfloat16(), torch.zeros(40, 9).bfloat16(), 0, 2.0)
-    y = lora_linear(x, w, bias, [branch], backend="cuda_sim")
+    y = lora_linear(x, w, bias, [branch], backend="cuda_sim:composed")
     assert torch.equal(y, torch.nn.functional.linear(x, w, bias))
+    single = lora_linear(x, w, bias, [branch], backend="cuda_sim:single")
+    assert torch.equal(single, lora_linear(x, w, bias, backend="cuda_sim:single"))
 
 
 def test_frozen_factors_cost_no_sums():
@@ -96,7 +139,9 @@ def test_frozen_factors_cost_no_sums():
         y = lora_linear(x, w, None, [LoraBranch(a, b)], backend=backend)
         return torch.autograd.grad(y.sum(), x)[0]
 
-    found = grad_of_x(x, a, b, w, backend="cuda_sim")
+    found = grad_of_x(x, a, b, w, backend="cuda_sim:composed")
+    single = grad_of_x(x, a, b, w, backend="cuda_sim:single")
     baseline = grad_of_x(x, a, b, w, backend="eager")
     truth = grad_of_x(*(t.double() for t in (x, a, b, w)), backend="eager")
     assert_close(found, baseline, truth, torch.bfloat16, "dx")
+    assert_close(single, baseline, truth, torch.bfloat16, "dx")

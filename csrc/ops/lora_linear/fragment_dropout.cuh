@@ -22,7 +22,7 @@ struct KeptPairs {
 };
 
 __device__ __forceinline__ KeptPairs exchange(uint32_t own) {
-  const bool is_odd = lane_index() % 2 != 0;
+  const bool is_odd = opaque(lane_index()) % 2 != 0;
   const uint32_t other = shfl_xor(own, 1);
   const int pair = is_odd ? 2 : 0;
   return {{(is_odd ? other : own) >> pair, (is_odd ? own : other) >> pair}};
@@ -30,7 +30,7 @@ __device__ __forceinline__ KeptPairs exchange(uint32_t own) {
 
 // The element that this lane draws from, of an [16, 8] piece whose first one is (row, column).
 __device__ __forceinline__ int64_t drawn_element(const Inputs& in, int64_t row, int column) {
-  const int lane = lane_index();
+  const int lane = opaque(lane_index());
   return (row + lane / 4 + 8 * (lane % 2)) * in.Din + column + lane % 4 / 2 * 4;
 }
 

@@ -56,14 +56,22 @@ bool wants_gates(const BackwardParams& p) {
   return wanted;
 }
 
-// out = from W over rows that are cut as the branches ask.
+// out = from W over rows that are cut as the branches ask. `wide_ranks` are those that a block of
+// wide tiles would need.
 template <class Params>
 Params single_of(const Inputs& in, const void* from, const void* weight, void* to, int depth,
-                 int columns) {
+                 int columns, int wide_ranks) {
   Params p;
   p.in = in, p.from = from, p.weight = weight, p.to = to, p.depth = depth, p.columns = columns;
-  p.column_tiles = (columns + kSingleColumns - 1) / kSingleColumns;
   p.tiling = make_tiling(in, kSingleRows, false);
+  // A warp of a wide tile reads half as much shared memory for each product; but two rounds of
+  // tiles are needed for it to keep every multiprocessor busy.
+  const int wide_tiles = (columns + kSingleWideColumns - 1) / kSingleWideColumns;
+  const bool is_wide = static_cast<int64_t>(p.tiling.tiles) * wide_tiles >= 2 * multiprocessors() &&
+                       wide_ranks <= kSlot &&
+                       single_shared_bytes(kSlot, kSingleWideColumns) <= max_shared_bytes();
+  p.tile_columns = is_wide ? kSingleWideColumns : kSingleColumns;
+  p.column_tiles = is_wide ? wide_tiles : (columns + kSingleColumns - 1) / kSingleColumns;
   p.keys = PhiloxKeys::of(in.dropout.seed);
   return p;
 }
@@ -112,7 +120,8 @@ int64_t place(BackwardLaunches& l, const BackwardParams& p, Arena arena) {
   }
   for (int i = 0; i < in.branches; ++i) l.gates.dgate[i] = p.branch[i].dgate;
   if (is_single(p)) {
-    l.single = single_of<SingleBackwardParams>(in, p.dy, p.weight, p.dx, in.Dout, in.Din);
+    l.single = single_of<SingleBackwardParams>(in, p.dy, p.weight, p.dx, in.Dout, in.Din,
+                                               single_backward_ranks(in));
     l.single.s = p.s, l.single.ds = l.rows.ds;
     if (wants_gates(p)) l.single.dots = l.rows.dots;
     for (int g = 0; g < in.gates; ++g) l.single.gate_value[g] = p.gate_value[g];
@@ -150,10 +159,10 @@ std::string why_not(DType dtype, int64_t B, int64_t S, int64_t Din, int64_t Dout
   return "";
 }
 
-int single_forward_ranks(const Inputs& in) {
+int single_forward_ranks(const Inputs& in, int tile_columns) {
   int most = 0;
-  for (int first = 0; first < in.Dout; first += kSingleColumns) {
-    const int end = first + kSingleColumns;
+  for (int first = 0; first < in.Dout; first += tile_columns) {
+    const int end = first + tile_columns;
     const RankColumns columns = for_each_slot(in, first, end, [](int, int, int) {});
     const int gates = needs_gates(in, first, end) ? in.gates : 0;
     const int filled = columns.slots * kSlot, with_gates = columns.gate_column + gates;
@@ -172,7 +181,8 @@ std::string why_not_single(const Inputs& in) {
     return "a pooled gate is known when its whole sentence was read, and one launch scales rows"
            " before that";
   }
-  const int forward = single_forward_ranks(in), backward = single_backward_ranks(in);
+  const int forward = single_forward_ranks(in, kSingleColumns);
+  const int backward = single_backward_ranks(in);
   const int ranks = forward > backward ? forward : backward;
   if (ranks > kSingleRanks) {
     return sentence("a block has room for ", kSingleRanks,
@@ -180,7 +190,7 @@ std::string why_not_single(const Inputs& in) {
                     " to a multiple of ",
                     kSlot, ", and learned gates, and needs ", ranks);
   }
-  const size_t bytes = single_shared_bytes(ranks), most = max_shared_bytes();
+  const size_t bytes = single_shared_bytes(ranks, kSingleColumns), most = max_shared_bytes();
   if (bytes > most) {
     return sentence("a block needs ", bytes, " bytes of shared memory, and this GPU has ", most);
   }
@@ -220,8 +230,8 @@ int64_t backward_workspace_bytes(const BackwardParams& params) {
 void launch_lora_linear_fwd(const ForwardParams& params, void* workspace, Stream stream) {
   if (params.weight != nullptr) {
     const Inputs& in = params.in;
-    auto single =
-        single_of<SingleForwardParams>(in, in.x, params.weight, params.y, in.Din, in.Dout);
+    auto single = single_of<SingleForwardParams>(in, in.x, params.weight, params.y, in.Din, in.Dout,
+                                                 single_forward_ranks(in, kSingleWideColumns));
     single.bias = params.bias, single.s = params.s;
     for (int g = 0; g < in.gates; ++g) single.gate_value[g] = params.gate_value[g];
     launch_single_fwd_sm80(single, params.is_transposed, stream);

@@ -221,6 +221,7 @@ struct SingleParams {
   void* to = nullptr;  // y [B, S, Dout] | dx [B, S, Din]
   int depth = 0;       // columns of `from`
   int columns = 0;     // of `to`
+  int tile_columns = 0;
   int column_tiles = 0;
   Tiling tiling;
   PhiloxKeys keys;  // of in.dropout
@@ -265,9 +266,9 @@ void launch_spread_sm80(const SpreadParams& params, Stream stream);
 void plan_sums(WeightsParams& params);
 int64_t partial_floats_of(const WeightsParams& params);
 void launch_weights_sm80(const WeightsParams& params, Stream stream);
-int single_forward_ranks(const Inputs& in);
+int single_forward_ranks(const Inputs& in, int tile_columns);
 int single_backward_ranks(const Inputs& in);
-size_t single_shared_bytes(int ranks);
+size_t single_shared_bytes(int ranks, int tile_columns);
 void launch_single_fwd_sm80(const SingleForwardParams& params, bool is_transposed, Stream stream);
 void launch_single_bwd_sm80(const SingleBackwardParams& params, bool is_transposed, Stream stream);
 

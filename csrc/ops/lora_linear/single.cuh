@@ -4,15 +4,17 @@
 //   sums = from Pt               P: the rows of A and of token gates forward, B^T backward
 //   delta = (scale g sums) Qt    Q: B forward, A backward
 //
-// A block of 8 warps takes 128 rows and 128 columns of out, a warp 64 x 32 of them:
+// A block of 8 warps takes 128 rows and 128 columns of out, a warp 64 x 32 of them, or twice the
+// columns where there is work enough for all multiprocessors even so:
 //
 //        from [128, 64]  x  W [64, 128], P [64, ranks]     a ring of kStages buffers by cp.async
 //
 // The tiles of `from` that are in shared memory for the base product also meet P there: a warp
 // multiplies the 16 rows that no other warp of its row of warps takes by P, with a fragment that
-// it holds anyway. So the branches cost ranks / 128 more matrix work, one more narrow tile on the
-// way, and no pass over `from` or `out`. After the loop the ranks of the block's rows are rounded,
-// and a few more steps of the same kind add delta to the accumulators, before out is rounded once.
+// it holds anyway. So the branches cost ranks / 128 (or 256) more matrix work, one more narrow tile
+// on the way, and no pass over `from` or `out`. After the loop the ranks of the block's rows are
+// rounded, and a few more steps of the same kind add delta to the accumulators, before out is
+// rounded once.
 //
 // Ranks stand in slots of 16 columns, a slot for one branch, so that a branch of which something is
 // infinite or NaN reaches its own columns only. A P or Q in float32 is read into registers before a
@@ -25,7 +27,7 @@
 
 namespace pelt::lora_linear {
 
-template <class T_, bool kIsForward_, bool kHasRowsOfN_, int kRanks_>
+template <class T_, bool kIsForward_, bool kHasRowsOfN_, int kRanks_, int kColumns_>
 struct SingleConfig {
   using T = T_;
   static constexpr bool kIsForward = kIsForward_;
@@ -33,11 +35,11 @@ struct SingleConfig {
   static constexpr int kRanks = kRanks_;             // columns of sums that fit
   static constexpr int kThreads = 256;
   static constexpr int kRows = kSingleRows;
-  static constexpr int kColumns = kSingleColumns;
+  static constexpr int kColumns = kColumns_;
   static constexpr int kDepth = 64;  // of a chunk
   static constexpr int kStages = 3;
   static constexpr int kWarpRows = 64;
-  static constexpr int kWarpColumns = 32;
+  static constexpr int kWarpColumns = kColumns / 4;
   static constexpr int kTilesM = kWarpRows / 16;
   static constexpr int kTilesN = kWarpColumns / 8;
   static constexpr int kSlots = kRanks / kSlot;
@@ -50,7 +52,7 @@ struct SingleConfig {
   static constexpr int kHeld = (kDownVectors + kThreads - 1) / kThreads;  // of a thread
   // With few ranks two blocks share a multiprocessor: one multiplies while the other begins or
   // ends.
-  static constexpr int kMinBlocks = kRanks <= 16 ? 2 : 1;
+  static constexpr int kMinBlocks = kRanks <= 16 && kColumns == kSingleColumns ? 2 : 1;
   static_assert(kRows / kWarpRows * (kColumns / kWarpColumns) == kThreads / 32,
                 "each warp has its part of the block's tile");
   static_assert(kColumns / kWarpColumns == kTilesM, "a row of warps divides its rows for P");
@@ -87,6 +89,9 @@ struct SingleShared {
   alignas(16) T up[C::kUpElements];
   Source source[C::kRanks];  // rows of A and of gates
   SingleSlot slot[C::kSlots];
+  // What the whole block knows, here because the loop over K has no registers to spare for it.
+  TileRows rows;
+  int first;        // its first column
   int slots;        // of branches
   int used;         // of branches and gates
   int gate_column;  // the gates' first
@@ -131,29 +136,30 @@ struct LaneOffsets {
   }
 };
 
-struct SingleTile {
-  int row_tile;
-  int column_tile;
-};
-
 // Blocks that run together take tiles that lie together: 16 tiles of rows by as many of columns as
 // there are blocks for, so that what one reads of `from` and W the others find in L2.
-__device__ __forceinline__ SingleTile tile_of_block(const SingleParams& p, int block) {
-  constexpr int kTogether = 16;
-  const int group = block / (kTogether * p.column_tiles), first = group * kTogether;
-  const int left = p.tiling.tiles - first, together = left < kTogether ? left : kTogether;
-  const int inside = block - group * kTogether * p.column_tiles;
-  return {first + inside % together, inside / together};
+template <class C>
+__device__ __forceinline__ void place_block(const SingleParams& p, SingleShared<C>& s) {
+  if (thread_index() == 0) {
+    constexpr int kTogether = 16;
+    const int block = block_index_x();
+    const int group = block / (kTogether * p.column_tiles), first = group * kTogether;
+    const int left = p.tiling.tiles - first, together = left < kTogether ? left : kTogether;
+    const int inside = block - group * kTogether * p.column_tiles;
+    s.rows = rows_of_tile<C::kRows>(p.tiling, first + inside % together);
+    s.first = inside / together * C::kColumns;
+  }
+  sync_threads();
 }
 
 // Which ranks and gates the block's columns need, and where their factors lie.
 template <class C>
-__device__ __forceinline__ void fill_tables(const SingleParams& p, SingleShared<C>& s,
-                                            const TileRows& rows, int first) {
+__device__ __forceinline__ void fill_tables(const SingleParams& p, SingleShared<C>& s) {
   const Inputs& in = p.in;
   const int i = thread_index();
   SingleSlot own = {};
   own.branch = -1;
+  const int first = s.first;
   const int begin = C::kIsForward ? first : 0;
   const int end = C::kIsForward ? first + C::kColumns : in.Dout;
   RankColumns columns = for_each_slot(in, begin, end, [&](int slot, int branch, int rank) {
@@ -170,10 +176,10 @@ __device__ __forceinline__ void fill_tables(const SingleParams& p, SingleShared<
   if (own.branch >= 0) {
     const Branch& branch = in.branch[own.branch];
     own.factor = branch.b, own.R = branch.R, own.offset = branch.offset, own.size = branch.size;
-    own.start = member_of(branch.b_index, branch.has_b_index_per_sample, rows.group) * branch.size *
-                branch.R;
+    own.start = member_of(branch.b_index, branch.has_b_index_per_sample, s.rows.group) *
+                branch.size * branch.R;
     const int rank = own.rank + i % kSlot;
-    const int64_t member = member_of(branch.a_index, branch.has_a_index_per_sample, rows.group);
+    const int64_t member = member_of(branch.a_index, branch.has_a_index_per_sample, s.rows.group);
     if (rank < branch.R) source = {branch.a, (member * branch.R + rank) * in.Din};
   }
   const int gate = i - columns.gate_column;
@@ -209,18 +215,18 @@ __device__ __forceinline__ Eight eight_of_b(const SingleShared<C>& s, int column
           is_there ? (left < 8 ? left : 8) : 0};
 }
 
-// What comes through registers: 16-bit vectors that lie whole at 16-byte borders, and zeros, do
-// not.
+// What comes through registers: 16-bit vectors that lie whole at 16-byte borders (those of A always
+// do), and zeros, do not.
 struct Held {
   Float8 values;
   int place = -1;  // in the tile, in elements
 };
 
-template <class T>
+template <class T, bool kIsWhole>
 __device__ __forceinline__ void fetch(Held& held, T* tile, int place, const Inputs& in,
                                       const Eight& from) {
   held.place = -1;
-  const bool is_whole = from.count == 8 && from.at % 8 == 0;
+  const bool is_whole = kIsWhole || (from.count == 8 && from.at % 8 == 0);
   if (from.count == 0 || (is_whole && !from.source.is_float32)) {
     // An address that is never read still has to be one of global memory.
     const T* address = from.count == 0 ? static_cast<const T*>(in.x)
@@ -245,36 +251,40 @@ __device__ __forceinline__ void put(const Held& held, T* tile) {
   if (held.place >= 0) store_16(tile + held.place, narrow<T>(held.values));
 }
 
-// Asks for a chunk of `from` and of the weight.
-template <class C>
-__device__ __forceinline__ void bring_base(const SingleParams& p, SingleShared<C>& s,
-                                           const TileRows& rows, int first, int chunk) {
+// Asks for kRows x kLength elements of a matrix that begin at (row, column); beyond `rows` and
+// `columns` there is nothing.
+template <class C, int kRows, int kLength>
+__device__ __forceinline__ void bring(typename C::T* tile, const void* matrix, int64_t row,
+                                      int column, int rows, int columns) {
   using T = typename C::T;
-  constexpr int kAcross = C::kDepth / 8;
-  const int stage = chunk % C::kStages, depth = chunk * C::kDepth;
+  constexpr int kVectors = kLength / 8, kStep = C::kThreads / kVectors;
+  static_assert(kStep % 8 == 0, "a thread's vectors keep their places from turn to turn");
   // Addresses are made anew for each chunk: kept in registers they would crowd out the sums.
   const int thread = opaque(thread_index());
+  const int own_row = thread / kVectors, vector = thread % kVectors;
+  const int own_column = column + 8 * vector;
+  const T* from = static_cast<const T*>(matrix) + (row + own_row) * columns + own_column;
+  T* to = tile + swizzled<kLength>(own_row, vector);
+  const int left = own_column < columns ? rows - own_row : 0;
 #pragma unroll
-  for (int turn = 0; turn < C::kRows * kAcross / C::kThreads; ++turn) {
-    const int i = thread + turn * C::kThreads, row = i / kAcross, vector = i % kAcross;
-    const int k = depth + 8 * vector;
-    cp_async_16(s.ring.from[stage] + swizzled<C::kDepth>(row, vector),
-                static_cast<const T*>(p.from) + (rows.first + row) * p.depth + k,
-                row < rows.count && k < p.depth);
+  for (int turn = 0; turn < kRows / kStep; ++turn) {
+    cp_async_16(to + turn * kStep * kLength, from + static_cast<int64_t>(turn * kStep) * columns,
+                turn * kStep < left);
   }
-  // The weight's rows are the block's columns, or the chunk's depth.
-  constexpr int kLength = C::kHasRowsOfN ? C::kDepth : C::kColumns;
-  const int row_begin = C::kHasRowsOfN ? first : depth, begin = C::kHasRowsOfN ? depth : first;
-  const int all_rows = C::kHasRowsOfN ? p.columns : p.depth;
-  const int length = C::kHasRowsOfN ? p.depth : p.columns;
-#pragma unroll
-  for (int turn = 0; turn < C::kColumns * C::kDepth / 8 / C::kThreads; ++turn) {
-    const int i = thread + turn * C::kThreads;
-    const int row = i / (kLength / 8), vector = i % (kLength / 8), column = begin + 8 * vector;
-    cp_async_16(
-        s.ring.weight[stage] + swizzled<kLength>(row, vector),
-        static_cast<const T*>(p.weight) + static_cast<int64_t>(row_begin + row) * length + column,
-        row_begin + row < all_rows && column < length);
+}
+
+// Asks for a chunk of `from` and of the weight.
+template <class C>
+__device__ __forceinline__ void bring_base(const SingleParams& p, SingleShared<C>& s, int chunk) {
+  const int stage = chunk % C::kStages, depth = chunk * C::kDepth;
+  bring<C, C::kRows, C::kDepth>(s.ring.from[stage], p.from, s.rows.first, depth, s.rows.count,
+                                p.depth);
+  if constexpr (C::kHasRowsOfN) {
+    bring<C, C::kColumns, C::kDepth>(s.ring.weight[stage], p.weight, s.first, depth,
+                                     p.columns - s.first, p.depth);
+  } else {
+    bring<C, C::kDepth, C::kColumns>(s.ring.weight[stage], p.weight, depth, s.first,
+                                     p.depth - depth, p.columns);
   }
 }
 
@@ -295,7 +305,8 @@ __device__ __forceinline__ void fetch_down(const SingleParams& p, SingleShared<C
     const int depth = chunk * C::kDepth;
     const Eight from = C::kIsForward ? eight_of_a(p.in, s, row, depth + 8 * vector)
                                      : eight_of_b(s, depth + row, vector);
-    fetch(held[turn], tile, swizzled<kLength>(row, vector), p.in, from);
+    fetch<typename C::T, C::kIsForward>(held[turn], tile, swizzled<kLength>(row, vector), p.in,
+                                        from);
   }
 }
 
@@ -308,7 +319,7 @@ __device__ __forceinline__ void put_down(SingleShared<C>& s, int chunk,
 
 // Asks for Q.
 template <class C>
-__device__ __forceinline__ void bring_up(const SingleParams& p, SingleShared<C>& s, int first) {
+__device__ __forceinline__ void bring_up(const SingleParams& p, SingleShared<C>& s) {
   constexpr int kRows = C::kIsForward ? C::kColumns : C::kRanks;
   constexpr int kLength = C::kIsForward ? C::kRanks : C::kColumns;
   constexpr int kStride = C::kIsForward ? C::kRankStride : C::kOutStride;
@@ -316,60 +327,56 @@ __device__ __forceinline__ void bring_up(const SingleParams& p, SingleShared<C>&
     const int row = i / (kLength / 8), vector = i % (kLength / 8);
     const int rank = C::kIsForward ? 8 * vector : row;
     if (rank >= s.slots * kSlot) continue;
-    const Eight from = C::kIsForward ? eight_of_b(s, first + row, vector)
-                                     : eight_of_a(p.in, s, row, first + 8 * vector);
+    const Eight from = C::kIsForward ? eight_of_b(s, s.first + row, vector)
+                                     : eight_of_a(p.in, s, row, s.first + 8 * vector);
     Held held;
-    fetch(held, s.up, row * kStride + 8 * vector, p.in, from);
+    fetch<typename C::T, !C::kIsForward>(held, s.up, row * kStride + 8 * vector, p.in, from);
     put(held, s.up);
   }
 }
 
-// sums.low += own rows times a chunk of P, for 16 of its depth.
+// The slots, as bits, that a chunk of the depth says something about.
 template <class C>
-__device__ __forceinline__ void multiply_down(const SingleParams& p, const SingleShared<C>& s,
-                                              const LaneOffsets<C>& lane, int chunk, int k,
-                                              const FragmentA& own, const TileRows& rows,
-                                              SingleSums<C>& sums) {
-  using T = typename C::T;
-  const T* tile = s.ring.down[chunk % C::kStages];
-  const int depth = chunk * C::kDepth;
-  const bool is_dropped = C::kIsForward && p.in.dropout.is_active();
-  FragmentA dropped = own;
-  if (is_dropped) {
-    dropped = drop(p.in, p.keys, own, rows.first + SingleWarp<C>().own_row, depth + k);
-  }
+__device__ __forceinline__ uint32_t slots_of_chunk(const SingleShared<C>& s, int depth) {
+  uint32_t slots = 0;
 #pragma unroll
   for (int slot = 0; slot < C::kSlots; ++slot) {
-    if (slot >= s.used) break;
+    // B has nothing for the columns of dy beside its branch's.
+    const SingleSlot& of = s.slot[slot];
+    const bool is_near =
+        C::kIsForward || (of.offset < depth + C::kDepth && of.offset + of.size > depth);
+    if (slot < s.used && is_near) slots |= 1u << slot;
+  }
+  return slots;
+}
+
+// sums.low += own rows times a chunk of P, for 16 of its depth. own_of(n) is the fragment that the
+// n-th eight columns meet.
+template <class C, class OwnOf>
+__device__ __forceinline__ void multiply_down(const typename C::T* tile, const LaneOffsets<C>& lane,
+                                              uint32_t slots, int k, SingleSums<C>& sums,
+                                              OwnOf&& own_of) {
+#pragma unroll
+  for (int slot = 0; slot < C::kSlots; ++slot) {
+    if ((slots >> slot & 1u) == 0) continue;
     FragmentB b[2];
     if constexpr (C::kIsForward) {
       load_b_pair_at<false>(b, tile + (lane.down ^ k) + slot * kSlot * C::kDepth);
     } else {
-      // B has nothing for the columns of dy beside its branch's.
-      const SingleSlot& of = s.slot[slot];
-      if (of.offset >= depth + C::kDepth || of.offset + of.size <= depth) continue;
       load_b_pair_at<true>(b, tile + (lane.down ^ slot * kSlot) + k * C::kRanks);
     }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int n = 2 * slot + half;
-      // The gates see x as it is.
-      if (is_dropped && 8 * n < s.gate_column) {
-        multiply_add<T>(sums.low[n], dropped, b[half]);
-      } else {
-        multiply_add<T>(sums.low[n], own, b[half]);
-      }
-    }
+    multiply_add<typename C::T>(sums.low[2 * slot], own_of(2 * slot), b[0]);
+    multiply_add<typename C::T>(sums.low[2 * slot + 1], own_of(2 * slot + 1), b[1]);
   }
 }
 
 template <class C>
 __device__ __forceinline__ void multiply_chunk(const SingleParams& p, const SingleShared<C>& s,
-                                               const LaneOffsets<C>& lane, int across,
-                                               const TileRows& rows, int chunk,
+                                               const LaneOffsets<C>& lane, int across, int chunk,
                                                SingleSums<C>& sums) {
   using T = typename C::T;
   const int stage = chunk % C::kStages;
+  const uint32_t slots = slots_of_chunk<C>(s, chunk * C::kDepth);
 #pragma unroll
   for (int k = 0; k < C::kDepth; k += 16) {
     FragmentA a[C::kTilesM];
@@ -391,31 +398,41 @@ __device__ __forceinline__ void multiply_chunk(const SingleParams& p, const Sing
         multiply_add<T>(sums.out[m][n + 1], a[m], b[1]);
       }
     }
-    if (s.used == 0) continue;
+    if (slots == 0) continue;
     // Chosen among registers, which costs the matrix units nothing.
     FragmentA own = a[0];
 #pragma unroll
     for (int m = 1; m < C::kTilesM; ++m) {
       for (int r = 0; r < 4; ++r) own.r[r] = across == m ? a[m].r[r] : own.r[r];
     }
-    multiply_down<C>(p, s, lane, chunk, k, own, rows, sums);
+    const T* down = s.ring.down[stage];
+    if (C::kIsForward && p.in.dropout.is_active()) {
+      const FragmentA dropped =
+          drop(p.in, p.keys, own, s.rows.first + SingleWarp<C>().own_row, chunk * C::kDepth + k);
+      // The gates see x as it is.
+      multiply_down<C>(down, lane, slots, k, sums,
+                       [&](int n) { return 8 * n < s.gate_column ? dropped : own; });
+    } else {
+      multiply_down<C>(down, lane, slots, k, sums, [&](int) { return own; });
+    }
   }
 }
 
 // The loop over K. Afterwards the ring is free and Q is there.
 template <class C>
 __device__ __forceinline__ void multiply(const SingleParams& p, SingleShared<C>& s,
-                                         const TileRows& rows, int first, SingleSums<C>& sums) {
+                                         SingleSums<C>& sums) {
   const int chunks = (p.depth + C::kDepth - 1) / C::kDepth;
   Held held[C::kHeld];
-  bring_base<C>(p, s, rows, first, 0);
-  fill_tables<C>(p, s, rows, first);
+  place_block<C>(p, s);
+  bring_base<C>(p, s, 0);
+  fill_tables<C>(p, s);
   sync_threads();
-  bring_up<C>(p, s, first);
+  bring_up<C>(p, s);
 #pragma unroll
   for (int chunk = 0; chunk < C::kStages - 1; ++chunk) {
     if (chunk < chunks) {
-      if (chunk > 0) bring_base<C>(p, s, rows, first, chunk);
+      if (chunk > 0) bring_base<C>(p, s, chunk);
       fetch_down<C>(p, s, chunk, held);
       put_down<C>(s, chunk, held);
     }
@@ -429,11 +446,11 @@ __device__ __forceinline__ void multiply(const SingleParams& p, SingleShared<C>&
     // Into the buffers that were used up before the barrier.
     const int next = chunk + C::kStages - 1;
     if (next < chunks) {
-      bring_base<C>(p, s, rows, first, next);
+      bring_base<C>(p, s, next);
       fetch_down<C>(p, s, next, held);
     }
     cp_async_commit();
-    multiply_chunk<C>(p, s, lane, warp.across, rows, chunk, sums);
+    multiply_chunk<C>(p, s, lane, warp.across, chunk, sums);
     if (next < chunks) put_down<C>(s, next, held);
   }
   cp_async_wait<0>();
@@ -474,8 +491,7 @@ __device__ __forceinline__ void store_ranks(void* memory, int64_t at, int count,
 // sums.out += ranks Qt, for what is in shared memory.
 template <class C>
 __device__ __forceinline__ void multiply_up(const SingleParams& p, const SingleShared<C>& s,
-                                            const SingleWarp<C>& warp, const TileRows& rows,
-                                            int first, SingleSums<C>& sums) {
+                                            const SingleWarp<C>& warp, SingleSums<C>& sums) {
   using T = typename C::T;
 #pragma unroll
   for (int m = 0; m < C::kTilesM; ++m) {
@@ -499,7 +515,7 @@ __device__ __forceinline__ void multiply_up(const SingleParams& p, const SingleS
         } else {
           load_b_pair_transposed(b, s.up + slot * kSlot * C::kOutStride + column, C::kOutStride);
         }
-        const int begin = s.slot[slot].offset - first, end = begin + s.slot[slot].size;
+        const int begin = s.slot[slot].offset - s.first, end = begin + s.slot[slot].size;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int at = column + 8 * half;
@@ -510,7 +526,7 @@ __device__ __forceinline__ void multiply_up(const SingleParams& p, const SingleS
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if (!C::kIsForward && p.in.dropout.is_active()) {
-          drop_delta(p.in, p.keys, rows.first + warp.row + 16 * m, first + column + 8 * half,
+          drop_delta(p.in, p.keys, s.rows.first + warp.row + 16 * m, s.first + column + 8 * half,
                      delta[half]);
         }
         for (int i = 0; i < 4; ++i) sums.out[m][n + half].r[i] += delta[half].r[i];
@@ -523,15 +539,14 @@ __device__ __forceinline__ void multiply_up(const SingleParams& p, const SingleS
 // a whole column.
 template <class C, class OffsetOf>
 __device__ __forceinline__ void store_out(const SingleParams& p, SingleShared<C>& s,
-                                          const SingleWarp<C>& warp, const TileRows& rows,
-                                          int first, const SingleSums<C>& sums,
+                                          const SingleWarp<C>& warp, const SingleSums<C>& sums,
                                           OffsetOf&& offset_of) {
   using T = typename C::T;
   sync_threads();
 #pragma unroll
   for (int n = 0; n < C::kTilesN; ++n) {
     const int column = warp.column + 8 * n + FragmentD::column(0);
-    const float low = offset_of(first + column), high = offset_of(first + column + 1);
+    const float low = offset_of(s.first + column), high = offset_of(s.first + column + 1);
 #pragma unroll
     for (int m = 0; m < C::kTilesM; ++m) {
 #pragma unroll
@@ -547,8 +562,8 @@ __device__ __forceinline__ void store_out(const SingleParams& p, SingleShared<C>
 #pragma unroll
   for (int turn = 0; turn < C::kRows * kAcross / C::kThreads; ++turn) {
     const int i = thread_index() + turn * C::kThreads, row = i / kAcross, column = i % kAcross * 8;
-    if (row >= rows.count || first + column >= p.columns) continue;
-    store_16(static_cast<T*>(p.to) + (rows.first + row) * p.columns + first + column,
+    if (row >= s.rows.count || s.first + column >= p.columns) continue;
+    store_16(static_cast<T*>(p.to) + (s.rows.first + row) * p.columns + s.first + column,
              load_16(s.out + row * C::kOutStride + column));
   }
 }
@@ -561,7 +576,7 @@ bool run_single(Configs configs, const SingleParams& p, bool has_rows_of_n, int 
       [&](auto tag) {
         using C = typename decltype(tag)::type;
         return DTypeOf<typename C::T>::value == p.in.dtype && C::kHasRowsOfN == has_rows_of_n &&
-               C::kRanks >= ranks;
+               C::kColumns == p.tile_columns && C::kRanks >= ranks;
       },
       [&](auto tag) {
         using C = typename decltype(tag)::type;

@@ -5,7 +5,7 @@
 // The first block of columns also stores ds, which the sums for A wait for, and each row's
 // <dy B, s>, of which the gates' gradients are sums.
 //
-// Shared memory per block, ranks 16, 64: 107, 140 KB.
+// Shared memory per block, ranks 16, 64: 107, 140 KB; 256 columns: 159 KB.
 #include "common/type_list.h"
 #include "ops/lora_linear/single.cuh"
 
@@ -14,21 +14,21 @@ namespace {
 
 // Each row's <dy B_i, s_i>. What is in shared memory is dy B.
 template <class C>
-__device__ __forceinline__ void store_dots(const SingleBackwardParams& p, const SingleWarp<C>& warp,
-                                           const TileRows& rows, const float* sums) {
+__device__ __forceinline__ void store_dots(const SingleBackwardParams& p, const SingleShared<C>& s,
+                                           const SingleWarp<C>& warp, const float* sums) {
   using T = typename C::T;
   const Inputs& in = p.in;
   const int row = lane_index() % 16;
-  const int64_t global_row = rows.first + warp.own_row + row;
-  if (warp.own_row + row >= rows.count) return;
+  const int64_t global_row = s.rows.first + warp.own_row + row;
+  if (warp.own_row + row >= s.rows.count) return;
   int slots = 0;
   for (int i = 0; i < in.branches; ++i) {
     const Branch& branch = in.branch[i];
     if (i % 2 == lane_index() / 16) {
-      const T* s = static_cast<const T*>(p.s) + global_row * in.ranks + branch.first;
+      const T* of_row = static_cast<const T*>(p.s) + global_row * in.ranks + branch.first;
       float dot = 0.0f;
       for (int r = 0; r < branch.R; ++r) {
-        dot += sums[row * C::kSumStride + slots * kSlot + r] * to_float(s[r]);
+        dot += sums[row * C::kSumStride + slots * kSlot + r] * to_float(of_row[r]);
       }
       p.dots[static_cast<int64_t>(i) * in.B * in.S + global_row] = dot;
     }
@@ -39,12 +39,12 @@ __device__ __forceinline__ void store_dots(const SingleBackwardParams& p, const 
 // ds = scale g dy B, rounded, where the product with A finds it, and into memory.
 template <class C>
 __device__ __forceinline__ void finish_ranks(const SingleBackwardParams& p, SingleShared<C>& s,
-                                             const SingleWarp<C>& warp, const TileRows& rows,
-                                             int first, const SingleSums<C>& registers) {
+                                             const SingleWarp<C>& warp,
+                                             const SingleSums<C>& registers) {
   using T = typename C::T;
   const Inputs& in = p.in;
   const float* sums = spread_sums<C>(s, warp, registers);
-  if (first == 0 && p.dots != nullptr) store_dots<C>(p, warp, rows, sums);
+  if (s.first == 0 && p.dots != nullptr) store_dots<C>(p, s, warp, sums);
   for (int i = lane_index(); i < 16 * C::kRanks / 8; i += 32) {
     const int row = i / (C::kRanks / 8), vector = i % (C::kRanks / 8);
     if (vector * 8 / kSlot >= s.slots) continue;
@@ -52,13 +52,13 @@ __device__ __forceinline__ void finish_ranks(const SingleBackwardParams& p, Sing
     const Branch& branch = in.branch[slot.branch];
     const int rank = slot.rank + vector * 8 % kSlot, left = slot.R - rank;
     Float8 values = {};
-    if (warp.own_row + row < rows.count) {
-      const int64_t global_row = rows.first + warp.own_row + row;
+    if (warp.own_row + row < s.rows.count) {
+      const int64_t global_row = s.rows.first + warp.own_row + row;
       const float factor = factor_of<T>(in, branch, p.gate_value, global_row);
       for (int e = 0; e < 8; ++e) {
         if (e < left) values.v[e] = factor * sums[row * C::kSumStride + 8 * vector + e];
       }
-      if (left > 0 && first == 0) {
+      if (left > 0 && s.first == 0) {
         store_ranks<T>(p.ds, global_row * in.ranks + branch.first + rank, left < 8 ? left : 8,
                        values);
       }
@@ -67,30 +67,29 @@ __device__ __forceinline__ void finish_ranks(const SingleBackwardParams& p, Sing
   }
 }
 
-// Grid: tiles of rows and columns (see tile_of_block).
+// Grid: tiles of rows and columns (see place_block).
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
     lora_linear_single_bwd_sm80(const __grid_constant__ SingleBackwardParams p) {
   auto& s = shared_memory_as<SingleShared<C>>();
-  const SingleTile tile = tile_of_block(p, block_index_x());
-  const TileRows rows = rows_of_tile<C::kRows>(p.tiling, tile.row_tile);
-  const int first = tile.column_tile * C::kColumns;
   SingleSums<C> sums;
-  multiply<C>(p, s, rows, first, sums);
+  multiply<C>(p, s, sums);
   const SingleWarp<C> warp;
   if (s.slots > 0) {
-    finish_ranks<C>(p, s, warp, rows, first, sums);
+    finish_ranks<C>(p, s, warp, sums);
     sync_threads();
-    multiply_up<C>(p, s, warp, rows, first, sums);
+    multiply_up<C>(p, s, warp, sums);
   }
-  store_out<C>(p, s, warp, rows, first, sums, [](int) { return 0.0f; });
+  store_out<C>(p, s, warp, sums, [](int) { return 0.0f; });
 }
 
-template <class T, bool kHasRowsOfN, int kRanks>
-using Config = SingleConfig<T, false, kHasRowsOfN, kRanks>;
-using Configs = TypeList<Config<bf16, true, 16>, Config<bf16, true, 64>, Config<bf16, false, 16>,
-                         Config<bf16, false, 64>, Config<f16, true, 16>, Config<f16, true, 64>,
-                         Config<f16, false, 16>, Config<f16, false, 64>>;
+template <class T, bool kHasRowsOfN, int kRanks, int kColumns>
+using Config = SingleConfig<T, false, kHasRowsOfN, kRanks, kColumns>;
+using Configs =
+    TypeList<Config<bf16, true, 16, 128>, Config<bf16, true, 64, 128>, Config<bf16, false, 16, 128>,
+             Config<bf16, false, 64, 128>, Config<f16, true, 16, 128>, Config<f16, true, 64, 128>,
+             Config<f16, false, 16, 128>, Config<f16, false, 64, 128>, Config<bf16, true, 16, 256>,
+             Config<bf16, false, 16, 256>, Config<f16, true, 16, 256>, Config<f16, false, 16, 256>>;
 
 }  // namespace
 

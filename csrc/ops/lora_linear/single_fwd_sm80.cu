@@ -5,22 +5,23 @@
 // Learned gates of single tokens are further columns beside the ranks: a row's gate is known when
 // its ranks are. s is stored by the first block of columns that a branch reaches, gates likewise.
 //
-// Shared memory per block, ranks 16, 64: 108, 141 KB.
+// Shared memory per block, ranks 16, 64: 108, 141 KB; 256 columns: 163 KB.
 #include "common/type_list.h"
 #include "ops/lora_linear/single.cuh"
 
 namespace pelt::lora_linear {
 namespace {
 
-__device__ __forceinline__ bool is_first_block_of(const Branch& branch, int first) {
-  return branch.offset / kSingleColumns * kSingleColumns == first;
+// Is this the first block of columns that the branch reaches.
+template <class C>
+__device__ __forceinline__ bool is_first_of(const SingleShared<C>& s, const Branch& branch) {
+  return branch.offset / C::kColumns * C::kColumns == s.first;
 }
 
 // The rows' gates in place of their logits, and into memory.
 template <class C>
 __device__ __forceinline__ void open_gates(const SingleForwardParams& p, const SingleShared<C>& s,
-                                           const SingleWarp<C>& warp, const TileRows& rows,
-                                           int first, float* sums) {
+                                           const SingleWarp<C>& warp, float* sums) {
   using T = typename C::T;
   for (int i = lane_index(); i < 16 * p.in.gates; i += 32) {
     const int row = i % 16, g = i / 16;
@@ -29,9 +30,9 @@ __device__ __forceinline__ void open_gates(const SingleForwardParams& p, const S
     const float value = sigmoid(at + load_parameter<T>(gate.gate_bias, 0));
     at = value;
     const bool is_ours =
-        gate.branch < 0 ? first == 0 : is_first_block_of(p.in.branch[gate.branch], first);
-    if (!is_ours || warp.own_row + row >= rows.count) continue;
-    p.gate_value[g][rows.first + warp.own_row + row] = value;
+        gate.branch < 0 ? s.first == 0 : is_first_of<C>(s, p.in.branch[gate.branch]);
+    if (!is_ours || warp.own_row + row >= s.rows.count) continue;
+    p.gate_value[g][s.rows.first + warp.own_row + row] = value;
   }
   sync_warp();
 }
@@ -39,12 +40,12 @@ __device__ __forceinline__ void open_gates(const SingleForwardParams& p, const S
 // scale g s, rounded, where the product with B finds it; and s into memory.
 template <class C>
 __device__ __forceinline__ void finish_ranks(const SingleForwardParams& p, SingleShared<C>& s,
-                                             const SingleWarp<C>& warp, const TileRows& rows,
-                                             int first, const SingleSums<C>& registers) {
+                                             const SingleWarp<C>& warp,
+                                             const SingleSums<C>& registers) {
   using T = typename C::T;
   const Inputs& in = p.in;
   float* sums = spread_sums<C>(s, warp, registers);
-  if (needs_gates(in, first, first + C::kColumns)) open_gates<C>(p, s, warp, rows, first, sums);
+  if (needs_gates(in, s.first, s.first + C::kColumns)) open_gates<C>(p, s, warp, sums);
   const float kept_scale = in.dropout.is_active() ? in.dropout.keep_scale : 1.0f;
   for (int i = lane_index(); i < 16 * C::kRanks / 8; i += 32) {
     const int row = i / (C::kRanks / 8), vector = i % (C::kRanks / 8);
@@ -52,15 +53,15 @@ __device__ __forceinline__ void finish_ranks(const SingleForwardParams& p, Singl
     const SingleSlot& slot = s.slot[vector * 8 / kSlot];
     const Branch& branch = in.branch[slot.branch];
     const int rank = slot.rank + vector * 8 % kSlot, left = slot.R - rank;
-    const bool is_there = warp.own_row + row < rows.count;
+    const bool is_there = warp.own_row + row < s.rows.count;
     Float8 values = {};
     for (int e = 0; e < 8; ++e) {
       // Beyond the ranks there may be gates.
       if (e < left) values.v[e] = kept_scale * sums[row * C::kSumStride + 8 * vector + e];
     }
     if (is_there) {
-      const int64_t global_row = rows.first + warp.own_row + row;
-      if (left > 0 && is_first_block_of(branch, first)) {
+      const int64_t global_row = s.rows.first + warp.own_row + row;
+      if (left > 0 && is_first_of<C>(s, branch)) {
         store_ranks<T>(p.s, global_row * in.ranks + branch.first + rank, left < 8 ? left : 8,
                        values);
       }
@@ -68,8 +69,8 @@ __device__ __forceinline__ void finish_ranks(const SingleForwardParams& p, Singl
       if (branch.learned_gate >= 0) {
         gate = sums[row * C::kSumStride + s.gate_column + branch.learned_gate];
       } else if (branch.gate.data != nullptr) {
-        gate = load_parameter<T>(branch.gate,
-                                 branch.has_gate_per_row ? global_row : global_row / in.S);
+        gate = load_parameter<T>(
+            branch.gate, branch.has_gate_per_row ? global_row : sentence_of(in, global_row));
       }
       for (int e = 0; e < 8; ++e) values.v[e] *= branch.scale * gate;
     }
@@ -77,52 +78,51 @@ __device__ __forceinline__ void finish_ranks(const SingleForwardParams& p, Singl
   }
 }
 
-// Grid: tiles of rows and columns (see tile_of_block).
+// Grid: tiles of rows and columns (see place_block).
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
     lora_linear_single_fwd_sm80(const __grid_constant__ SingleForwardParams p) {
   using T = typename C::T;
   auto& s = shared_memory_as<SingleShared<C>>();
-  const SingleTile tile = tile_of_block(p, block_index_x());
-  const TileRows rows = rows_of_tile<C::kRows>(p.tiling, tile.row_tile);
-  const int first = tile.column_tile * C::kColumns;
   SingleSums<C> sums;
-  multiply<C>(p, s, rows, first, sums);
+  multiply<C>(p, s, sums);
   const SingleWarp<C> warp;
   if (s.used > 0) {
-    finish_ranks<C>(p, s, warp, rows, first, sums);
+    finish_ranks<C>(p, s, warp, sums);
     sync_threads();
-    multiply_up<C>(p, s, warp, rows, first, sums);
+    multiply_up<C>(p, s, warp, sums);
   }
-  store_out<C>(p, s, warp, rows, first, sums, [&](int column) {
+  store_out<C>(p, s, warp, sums, [&](int column) {
     const bool is_there = p.bias.data != nullptr && column < p.columns;
     return is_there ? load_parameter<T>(p.bias, column) : 0.0f;
   });
 }
 
-template <class T, bool kHasRowsOfN, int kRanks>
-using Config = SingleConfig<T, true, kHasRowsOfN, kRanks>;
-using Configs = TypeList<Config<bf16, true, 16>, Config<bf16, true, 64>, Config<bf16, false, 16>,
-                         Config<bf16, false, 64>, Config<f16, true, 16>, Config<f16, true, 64>,
-                         Config<f16, false, 16>, Config<f16, false, 64>>;
+template <class T, bool kHasRowsOfN, int kRanks, int kColumns>
+using Config = SingleConfig<T, true, kHasRowsOfN, kRanks, kColumns>;
+using Configs =
+    TypeList<Config<bf16, true, 16, 128>, Config<bf16, true, 64, 128>, Config<bf16, false, 16, 128>,
+             Config<bf16, false, 64, 128>, Config<f16, true, 16, 128>, Config<f16, true, 64, 128>,
+             Config<f16, false, 16, 128>, Config<f16, false, 64, 128>, Config<bf16, true, 16, 256>,
+             Config<bf16, false, 16, 256>, Config<f16, true, 16, 256>, Config<f16, false, 16, 256>>;
 
 }  // namespace
 
-size_t single_shared_bytes(int ranks) {
-  return ranks <= 16 ? sizeof(SingleShared<Config<bf16, true, 16>>)
-                     : sizeof(SingleShared<Config<bf16, true, 64>>);
+size_t single_shared_bytes(int ranks, int columns) {
+  if (columns > kSingleColumns) return sizeof(SingleShared<Config<bf16, true, 16, 256>>);
+  return ranks <= 16 ? sizeof(SingleShared<Config<bf16, true, 16, 128>>)
+                     : sizeof(SingleShared<Config<bf16, true, 64, 128>>);
 }
 
 void launch_single_fwd_sm80(const SingleForwardParams& p, bool is_transposed, Stream stream) {
-  const bool found = run_single(Configs{}, p, !is_transposed, single_forward_ranks(p.in),
-                                [&](auto tag, const LaunchShape& shape) {
-                                  using C = typename decltype(tag)::type;
-                                  launch<lora_linear_single_fwd_sm80<C>>(
-                                      "lora_linear_single_fwd_sm80", shape, stream, p);
-                                });
+  const int ranks = single_forward_ranks(p.in, p.tile_columns);
+  const bool found =
+      run_single(Configs{}, p, !is_transposed, ranks, [&](auto tag, const LaunchShape& shape) {
+        using C = typename decltype(tag)::type;
+        launch<lora_linear_single_fwd_sm80<C>>("lora_linear_single_fwd_sm80", shape, stream, p);
+      });
   check(found, "lora_linear_single_fwd_sm80: expected bfloat16 or float16 and at most ",
-        kSingleRanks, " ranks for a block, got ", name_of(p.in.dtype), " and ",
-        single_forward_ranks(p.in));
+        kSingleRanks, " ranks for a block, got ", name_of(p.in.dtype), " and ", ranks);
 }
 
 }  // namespace pelt::lora_linear

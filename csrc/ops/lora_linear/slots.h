@@ -8,8 +8,9 @@ namespace pelt::lora_linear {
 
 constexpr int kSlot = 16;            // columns of a branch's ranks that stand together
 constexpr int kSingleRows = 128;     // of a block's tile
-constexpr int kSingleColumns = 128;  // of a block's tile
-constexpr int kSingleRanks = 64;     // that a block has room for, slots and gates together
+constexpr int kSingleColumns = 128;  // of a block's tile; or, with ranks for one slot,
+constexpr int kSingleWideColumns = 256;
+constexpr int kSingleRanks = 64;  // that a block has room for, slots and gates together
 
 struct RankColumns {
   int slots = 0;        // filled with ranks
