@@ -129,6 +129,18 @@ def test_without_b_it_is_the_base_product_bit_for_bit():
     assert torch.equal(single, lora_linear(x, w, bias, backend="cuda_sim:single"))
 
 
+def test_what_is_not_finite_stays_in_its_branch():
+    """In the single launch two branches, and columns that neither reaches, are in one tile."""
+    x, w = (torch.randn(n).bfloat16() for n in ((2, 9, 64), (64, 64)))
+    factors = [(torch.randn(8, 64).bfloat16(), torch.randn(16, 8).bfloat16()) for _ in range(2)]
+    factors[0][0][3] = float("inf")
+    branches = [LoraBranch(a, b, offset) for (a, b), offset in zip(factors, (8, 40))]
+    y = lora_linear(x, w, None, branches, backend="cuda_sim:single")
+    finite = y.isfinite().all(dim=(0, 1))
+    assert not finite[8:24].any()
+    assert finite[:8].all() and finite[24:].all()
+
+
 def test_frozen_factors_cost_no_sums():
     """Only x wants a gradient: no launch for the factors, and no workspace for their sums."""
     x = torch.randn(2, 40, 64).bfloat16().requires_grad_()

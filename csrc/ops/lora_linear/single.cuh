@@ -50,8 +50,8 @@ struct SingleConfig {
   static constexpr int kUpElements = kIsForward ? kColumns * kRankStride : kRanks * kOutStride;
   static constexpr int kDownVectors = kRanks * kDepth / 8;
   static constexpr int kHeld = (kDownVectors + kThreads - 1) / kThreads;  // of a thread
-  // With few ranks two blocks share a multiprocessor: one multiplies while the other begins or
-  // ends.
+  // With few ranks two blocks share a multiprocessor that has the shared memory (Hopper's has, an
+  // A100's has not): one multiplies while the other begins or ends.
   static constexpr int kMinBlocks = kRanks <= 16 && kColumns == kSingleColumns ? 2 : 1;
   static_assert(kRows / kWarpRows * (kColumns / kWarpColumns) == kThreads / 32,
                 "each warp has its part of the block's tile");

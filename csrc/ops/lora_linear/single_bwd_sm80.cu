@@ -5,7 +5,7 @@
 // The first block of columns also stores ds, which the sums for A wait for, and each row's
 // <dy B, s>, of which the gates' gradients are sums.
 //
-// Shared memory per block, ranks 16, 64: 107, 140 KB; 256 columns: 159 KB.
+// Shared memory per block, ranks 16, 64: 107, 139 KB; 256 columns: 159 KB.
 #include "common/type_list.h"
 #include "ops/lora_linear/single.cuh"
 

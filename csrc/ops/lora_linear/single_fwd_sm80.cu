@@ -5,7 +5,7 @@
 // Learned gates of single tokens are further columns beside the ranks: a row's gate is known when
 // its ranks are. s is stored by the first block of columns that a branch reaches, gates likewise.
 //
-// Shared memory per block, ranks 16, 64: 108, 141 KB; 256 columns: 163 KB.
+// Shared memory per block, ranks 16, 64: 109, 140 KB; 256 columns: 163 KB.
 #include "common/type_list.h"
 #include "ops/lora_linear/single.cuh"
 
