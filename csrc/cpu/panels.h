@@ -73,6 +73,37 @@ inline void for_row_blocks(int64_t rows, Visit&& visit) {
   if (row < rows) visit(BlockTag<kRowUnit, kVectors>{}, row);
 }
 
+// visit(row, column, sum) for each vector of a block; what it changes stays in registers.
+template <int kRows, int kVectors, class Visit>
+inline __attribute__((always_inline)) void for_sums(Sums<kRows, kVectors>& sums, Visit&& visit) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) visit(r, v * kWidth, sums[r][v]);
+  }
+}
+
+// to [rows, columns] = value(row, column, part, sum) for each vector of a block, which may reach
+// beyond it. All loads come before the first store: where rows lie a multiple of 4 KB apart, a load
+// would wait for a store that seems to go to the same address.
+template <int kRows, int kVectors, class T, class Value>
+inline __attribute__((always_inline)) void store_sums(Sums<kRows, kVectors>& sums, int64_t rows,
+                                                      int64_t columns, T* to, int64_t stride,
+                                                      Value&& value) {
+  if (__builtin_expect(kRows <= rows && kVectors * kWidth <= columns, true)) {
+    for_sums(sums, [&](int r, int i, Vector& sum) { sum = value(r, i, Whole{}, sum); });
+    for_sums(sums, [&](int r, int i, Vector& sum) { store(to + r * stride + i, sum); });
+    return;
+  }
+  Vector values[kRows][kVectors];  // so that the sums need not be in memory
+  for_sums(sums, [&](int r, int i, Vector& sum) { values[r][i / kWidth] = sum; });
+  for (int64_t r = 0; r < std::min<int64_t>(kRows, rows); ++r) {
+    for_vectors(std::min<int64_t>(kVectors * kWidth, columns), [&](int64_t i, auto part) {
+      part.store_to(to + r * stride + i, value(r, i, part, values[r][i / kWidth]));
+    });
+  }
+}
+
 // A stretch of k of all the panels of B.
 struct Panels {
   const float* data;
@@ -120,12 +151,10 @@ inline void multiply_into(const float* a, int64_t row_stride, int64_t k_stride, 
     constexpr int kRows = decltype(tag)::rows, kVectors = decltype(tag)::vectors;
     Sums<kRows, kVectors> sums;
     multiply<kRows, kVectors>(a + row * row_stride, row_stride, k_stride, panel, b.depth, sums);
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) {
-        float* to = c + (row + r) * ldc + column + v * kWidth;
-        store(to, accumulate ? load(to) + sums[r][v] : sums[r][v]);
-      }
-    }
+    float* to = c + row * ldc + column;
+    if (accumulate)
+      for_sums(sums, [&](int r, int i, Vector& sum) { sum += load(to + r * ldc + i); });
+    for_sums(sums, [&](int r, int i, Vector& sum) { store(to + r * ldc + i, sum); });
   };
   int64_t column = 0;
   for (; column + kPanel <= columns; column += kPanel) {
@@ -140,8 +169,8 @@ inline void multiply_into(const float* a, int64_t row_stride, int64_t k_stride, 
 
 constexpr int64_t kEachRows = 2 * kBlockRows;
 
-// The product A [rows, depth] B with `finish(row, column, sum)` called for each vector of the
-// result instead of storing it. For a short depth: B passes by once for
+// The product A [rows, depth] B with `finish(row, column, sums)` called for each block of the
+// result instead of storing it; it may change the sums. For a short depth: B passes by once for
 // every kEachRows rows.
 template <class Finish>
 inline void multiply_each(const float* a, int64_t lda, const float* panels, int64_t depth,
@@ -150,9 +179,7 @@ inline void multiply_each(const float* a, int64_t lda, const float* panels, int6
     constexpr int kRows = decltype(tag)::rows, kVectors = decltype(tag)::vectors;
     Sums<kRows, kVectors> sums;
     multiply<kRows, kVectors>(a + row * lda, lda, 1, panels + column * depth, depth, sums);
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) finish(row + r, column + v * kWidth, sums[r][v]);
-    }
+    finish(row, column, sums);
   };
   for (int64_t first = 0; first < rows; first += kEachRows) {
     const int64_t count = std::min(kEachRows, rows - first);
@@ -202,14 +229,34 @@ inline void pack_panel_transposed(const T* w, int64_t depth, int64_t columns, in
   }
 }
 
-// Puts `count` floats into panels of `rows` rows, as row r; padded to whole vectors on both sides.
-inline void put_row(const float* from, int64_t r, int64_t rows, int64_t count, float* panels) {
-  const int64_t padded = round_up(count, kWidth);
-  for (int64_t column = 0; column < padded; column += kPanel) {
-    const int64_t width = std::min<int64_t>(kPanel, padded - column);
-    for (int64_t i = 0; i < width; i += kWidth) {
-      store(panels + column * rows + r * width + i, load(from + column + i));
-    }
+// Puts `count` numbers into panels of `rows` rows, as row r: value(i, part) is a vector of them.
+template <class Value>
+inline void put_row(int64_t r, int64_t rows, int64_t count, float* panels, Value&& value) {
+  const int64_t whole = count / kPanel * kPanel;
+  float* to = panels + r * kPanel;
+  for (int64_t column = 0; column < whole; column += kPanel, to += rows * kPanel) {
+    store(to, value(column, Whole{}));
+    store(to + kWidth, value(column + kWidth, Whole{}));
+  }
+  const int64_t width = round_up(count - whole, kWidth);
+  to = panels + whole * rows + r * width;
+  for_vectors(count - whole, [&](int64_t i, auto part) { store(to + i, value(whole + i, part)); });
+}
+
+// to [columns, rows] = the transpose of G [rows, columns], whose rows are `stride` floats apart.
+template <class T>
+inline void store_transposed(const float* g, int64_t stride, int64_t rows, int64_t columns, T* to) {
+  for (int64_t i = 0; i < columns; i += kWidth) {
+    for_vectors(rows, [&](int64_t r, auto part) {
+      Vector block[kWidth];
+      for (int64_t k = 0; k < kWidth; ++k) {
+        block[k] = r + k < rows ? load(g + (r + k) * stride + i) : Vector{};
+      }
+      transpose(block);
+      for (int64_t k = 0; k < std::min<int64_t>(kWidth, columns - i); ++k) {
+        part.store_to(to + (i + k) * rows + r, block[k]);
+      }
+    });
   }
 }
 

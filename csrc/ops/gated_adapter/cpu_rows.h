@@ -208,6 +208,21 @@ inline int pack_threads(const CpuCall& call) {
   return call.R * call.D < 1 << 17 ? 1 : call.threads;
 }
 
+// Zeros for the gradients of banks, whose other members no row reaches.
+template <class T>
+inline void clear_unused_members(const CpuCall& call) {
+  const int64_t sizes[][3] = {{kWDown, call.M, call.R * call.D},
+                              {kBDown, call.M, call.R},
+                              {kWUp, call.M_up, call.R * call.D},
+                              {kBUp, call.M_up, call.D}};
+  for (const auto& [which, members, size] : sizes) {
+    if (call.grad[which] == nullptr || members == 1) continue;
+    with_grad<T>(call, static_cast<int>(which), [&](auto* grad) {
+      std::memset(grad, 0, static_cast<size_t>(members * size) * sizeof *grad);
+    });
+  }
+}
+
 // ---- tiles ----
 
 struct Tile {
@@ -217,32 +232,43 @@ struct Tile {
   int64_t sentence;  // where weights differ between sentences; else 0
 };
 
-// Rows in tiles, which cross from one sentence to the next unless each has its own weights.
+// Rows in tiles, which cross from one sentence to the next unless each has its own weights. They
+// begin at multiples of kBlockRows, so that only a group's last block of a product may be small.
 struct Tiles {
-  int64_t groups, group_rows, tile_rows, per_group;
+  int64_t groups, group_rows, per_group;
+  int64_t tile_rows;  // at most
 
   int64_t count() const { return groups * per_group; }
   Tile at(int64_t i) const {
-    const int64_t group = i / per_group, begin = i % per_group * tile_rows;
-    const int64_t rows = std::min(tile_rows, group_rows - begin);
+    const int64_t group = i / per_group, place = i % per_group;
+    const int64_t begin = begin_of(place), rows = begin_of(place + 1) - begin;
     return {group * group_rows + begin, rows, round_up(rows, kRowUnit), group};
+  }
+
+ private:
+  int64_t begin_of(int64_t place) const {
+    const int64_t blocks = (group_rows + kBlockRows - 1) / kBlockRows;
+    return std::min(blocks * place / per_group * kBlockRows, group_rows);
   }
 };
 
-inline Tiles cut_by(const CpuCall& call, int64_t tile_rows) {
+// Into tiles of about so many rows, as many as go into each of `shares` equal shares of a group.
+inline Tiles cut_by(const CpuCall& call, int64_t tile_rows, int64_t shares) {
   const bool by_sentence = call.has_down_index_per_sample || call.has_up_index_per_sample;
   const int64_t groups = by_sentence ? call.B : 1, group_rows = rows_of(call) / groups;
-  tile_rows = std::min(round_up(tile_rows, kRowUnit), round_up(group_rows, kRowUnit));
-  return {groups, group_rows, tile_rows, (group_rows + tile_rows - 1) / tile_rows};
+  const int64_t blocks = (group_rows + kBlockRows - 1) / kBlockRows;
+  const int64_t of_share = (group_rows + shares * tile_rows / 2) / (shares * tile_rows);
+  const int64_t tiles = std::min(shares * std::max<int64_t>(1, of_share), blocks);
+  return {groups, group_rows, tiles, (blocks + tiles - 1) / tiles * kBlockRows};
 }
 
-// Some 72 rows, so that a stretch of x and the sums stay in the second cache, and as many tiles as
+// Some 48 rows, so that a stretch of x and the sums stay in the second cache, and as many tiles as
 // share the rows evenly. Only where no sum runs over the rows of a tile: it depends on the threads.
 inline Tiles cut_evenly(const CpuCall& call) {
-  constexpr int64_t kRows = 72;
-  const int64_t share = (rows_of(call) + call.threads - 1) / call.threads;
-  const int64_t tiles = std::max<int64_t>(1, (share + kRows / 2) / kRows);
-  return cut_by(call, round_up((share + tiles - 1) / tiles, kBlockRows));
+  const bool by_sentence = call.has_down_index_per_sample || call.has_up_index_per_sample;
+  const int64_t threads_of_group =
+      by_sentence ? (call.threads + call.B - 1) / call.B : call.threads;
+  return cut_by(call, 48, threads_of_group);
 }
 
 // ---- rows ----
@@ -253,17 +279,32 @@ inline float sigmoid_of(float x) {
   return static_cast<float>(1.0 / (1.0 + std::exp(-static_cast<double>(x))));
 }
 
-// w . x_t, in the order in which the pass over x sums it.
-template <class T>
-inline float dot_of(const T* x, const float* w, int64_t columns) {
+// w . x in a vector of sums, with take(column, part, x) called for each vector of x. Four sums hide
+// the latency of an addition.
+template <class T, class Take>
+inline Vector dots_of(const T* x, const float* w, int64_t columns, Take&& take) {
   Vector sum[4] = {};
   int64_t i = 0;
   for (; i + 4 * kWidth <= columns; i += 4 * kWidth) {
-    for (int j = 0; j < 4; ++j) sum[j] += load(x + i + j * kWidth) * load(w + i + j * kWidth);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const int64_t column = i + j * kWidth;
+      const Vector value = load(x + column);
+      take(column, value);
+      sum[j] += value * load(w + column);
+    }
   }
-  for (; i + kWidth <= columns; i += kWidth) sum[0] += load(x + i) * load(w + i);
-  if (i < columns) sum[1] += load_part(x + i, columns - i) * load(w + i);
-  return sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  for_vectors(columns - i, [&](int64_t j, auto part) {
+    const Vector value = part.load_from(x + i + j);
+    take(i + j, value);
+    sum[0] += value * load(w + i + j);
+  });
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+template <class T>
+inline float dot_of(const T* x, const float* w, int64_t columns) {
+  return sum_of(dots_of(x, w, columns, [](int64_t, Vector) {}));
 }
 
 struct Moments {

@@ -88,10 +88,14 @@ inline void update_weight(const CpuInputs& in, const Area& area, const float* u,
                           float* w) {
   const T* w0 = static_cast<const T*>(in.w0) + area.row * in.w0_stride;
   multiply_each(u, in.R, v + area.column * in.R, in.R, round_up(area.rows, kRowUnit),
-                round_up(area.columns, kWidth), [&](int64_t r, int64_t c, Vector product) {
-                  if (r >= area.rows) return;
-                  const T* from = w0 + r * in.w0_stride;
-                  store(w + r * kColumns + c, load_up_to(from, area.column + c, in.Din) + product);
+                round_up(area.columns, kWidth), [&](int64_t row, int64_t column, auto& sums) {
+                  for_sums(sums, [&](int i, int j, Vector product) {
+                    const int64_t r = row + i, c = column + j;
+                    if (r >= area.rows) return;
+                    const T* from = w0 + r * in.w0_stride;
+                    store(w + r * kColumns + c,
+                          load_up_to(from, area.column + c, in.Din) + product);
+                  });
                 });
 }
 

@@ -116,13 +116,16 @@ __attribute__((noinline)) void score(const CpuInputs& in, const Memory& memory, 
                                      const Tile& tile) {
   update_weight<T>(in, area, tile.u, memory.v, tile.w);
   multiply_each(tile.a, in.R2, memory.b + area.column * in.R2, in.R2, round_up(area.rows, kRowUnit),
-                round_up(area.columns, kWidth), [&](int64_t r, int64_t c, Vector product) {
-                  if (r >= area.rows) return;
-                  const Vector structure =
-                      in.row[area.row + r] + load(memory.col + area.column + c);
-                  const Vector s =
-                      absolute(load(tile.w + r * kColumns + c)) + product + in.alpha2 * structure;
-                  store(tile.s + r * kColumns + c, s == s ? s : splat(kInfinity));
+                round_up(area.columns, kWidth), [&](int64_t row, int64_t column, auto& sums) {
+                  for_sums(sums, [&](int i, int j, Vector product) {
+                    const int64_t r = row + i, c = column + j;
+                    if (r >= area.rows) return;
+                    const Vector structure =
+                        in.row[area.row + r] + load(memory.col + area.column + c);
+                    const Vector s =
+                        absolute(load(tile.w + r * kColumns + c)) + product + in.alpha2 * structure;
+                    store(tile.s + r * kColumns + c, s == s ? s : splat(kInfinity));
+                  });
                 });
 }
 
