@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,11 @@ import matplotlib
 matplotlib.use("Agg")  # there need not be a screen
 from matplotlib import pyplot
 
-COLOURS = {"reference": "tab:gray", "cuda": "tab:green", "triton": "tab:orange", "cpu": "tab:blue"}
+COLOURS = {
+    "reference": "tab:gray", "cuda": "tab:green", "cuda:single": "tab:green",
+    "cuda:composed": "tab:olive", "triton": "tab:orange", "cpu": "tab:blue",
+}  # fmt: skip
+PEERS = ("tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:cyan")
 
 
 def draw_sweeps(operator: str, points: list[dict[str, Any]], folder: Path) -> Path:
@@ -42,10 +47,12 @@ def _draw_panel(axes: Any, points: list[dict[str, Any]]) -> None:
         lines.setdefault(point["baseline"], {})[point["size"]] = point["baseline_us"]
         lines.setdefault(point["backend"], {})[point["size"]] = point["us"]
         lines.setdefault("limit", {})[point["size"]] = point["roofline_us"]
+    peers = [name for name in lines if name not in COLOURS and name != "limit"]
+    colours = {**COLOURS, **dict(zip(peers, itertools.cycle(PEERS)))}
     for name, line in lines.items():
         sizes = sorted(line)
         style = {"color": "black", "ls": ":"} if name == "limit" else {
-            "color": COLOURS.get(name), "marker": "o", "ms": 3}  # fmt: skip
+            "color": colours[name], "marker": "o", "ms": 3}  # fmt: skip
         axes.plot(sizes, [line[size] / 1e3 for size in sizes], label=name, **style)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
