@@ -8,6 +8,7 @@ A table stands between two comments that name it; everything else in the file is
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from statistics import geometric_mean, mean
 from typing import Any
@@ -102,11 +103,12 @@ def tasks_table(tasks: dict[str, list[dict[str, Any]]]) -> str:
             if row.get("random_experts"):
                 drawn = mean(row["random_experts"])
                 best = max(row["seeds"], key=lambda seed: seed["dev_accuracy"])["accuracy"]
-                lines.append(
+                sentence = (
                     f"On {task} the average of the experts of `{name}` has {best:.3f} (the seed "
                     "that is best on the development part), one random expert for each module "
                     f"{drawn:.3f} in the mean of {len(row['random_experts'])} draws."
                 )
+                lines.append(textwrap.fill(sentence, 100))
     rows = [row for rows in tasks.values() for row in rows]
     first = rows[0]
     commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
