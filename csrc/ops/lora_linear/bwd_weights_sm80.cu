@@ -33,7 +33,6 @@ struct Config {
   using T = T_;
   static constexpr int kRankBlock = kRankBlock_;
   static constexpr int kRankStride = kRankBlock + kTilePad;
-  static constexpr int kRankVectors = kRankBlock / 8;
   static constexpr int kWarpsOverRanks = kRankBlock / 16;
   static constexpr int kWarpColumns = kChunk / (kWarps / kWarpsOverRanks);
   static constexpr int kTileFloats = kRankBlock * kChunk;

@@ -238,11 +238,11 @@ __device__ __forceinline__ void fetch(Held& held, T* tile, int place, const Inpu
   held.values = {};
   if (is_whole) {
     held.values = load_parameter_8<T>(from.source, from.at);
-    return;
-  }
+  } else if constexpr (!kIsWhole) {
 #pragma unroll
-  for (int e = 0; e < 8; ++e) {
-    if (e < from.count) held.values.v[e] = load_parameter<T>(from.source, from.at + e);
+    for (int e = 0; e < 8; ++e) {
+      if (e < from.count) held.values.v[e] = load_parameter<T>(from.source, from.at + e);
+    }
   }
 }
 
