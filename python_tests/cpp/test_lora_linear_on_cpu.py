@@ -114,11 +114,12 @@ def test_widths_around_vectors_and_stretches(width, precision, agrees):
     agrees(case, precision)
 
 
-@pytest.mark.parametrize("rank", [1, 2, 5, 7, 8, 9, 13, 16, 31, 33, 100, 255])
+@pytest.mark.parametrize("rank", [1, 2, 5, 7, 8, 9, 13, 16, 31, 33, 100, 189, 255])
 def test_ranks_around_blocks(rank, isa, agrees):
+    """In float32 to the 192 ranks in all that the kernels take, beyond in bfloat16."""
     case = _case("rank", _sizes(1, 19, 40, (rank, 3), 56, 21), "bias", [1.0, 0.5],
                  attributes={"offsets": [3, 35]})  # fmt: skip
-    agrees(case, "float32")
+    agrees(case, "float32" if rank + 3 <= 192 else "bfloat16")
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "bfloat16-master"])
