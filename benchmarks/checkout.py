@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import subprocess
-from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@cache
 def commit() -> str:
-    """The checked-out commit; `unknown` outside a repository."""
+    """The commit checked out now, which may change during a long run; `unknown` outside a
+    repository.
+    """
     git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     done = subprocess.run(git, text=True, capture_output=True, check=False)
     return done.stdout.strip() or "unknown"

@@ -93,6 +93,7 @@ def measure(
     rows: Rows = []
     if not able:
         return rows
+    checked_out = commit()
     sizes = dict(parity.call_of(operator, case, dtype, options.device).sizes)
     real = parity.PRECISIONS[dtype][0]
     least = roofline.least_bytes(operator, case, real)
@@ -112,7 +113,7 @@ def measure(
                 "roofline_us": 1e6 * floor[at],
                 "peak_bytes": peak[backend], "baseline_peak_bytes": peak[baseline],
                 "hardware": _machine(options.device), "torch": torch.__version__,
-                "commit": commit(),
+                "commit": checked_out,
             } for baseline in functions if baseline != backend]  # fmt: skip
     torch.compiler.reset()
     gc.collect()

@@ -16,6 +16,7 @@ import torch
 
 from ..models import get_pelt_model
 from ..ops import BACKENDS, use_backend
+from ..ops._dispatch import backend_of
 from .base_model import empty_classifier, load_config, load_tokenizer
 from .config import DEVICES, TrainConfig, check_choice, save_config
 from .config import FILE as CONFIG_FILE
@@ -188,7 +189,7 @@ def _check_machine(config: TrainConfig) -> None:
         raise UsageError("precision: fp16 needs a GPU; bf16 and fp32 work here")
     requested = os.environ.get("PELT_KERNELS_BACKEND")
     if requested:
-        check_choice("PELT_KERNELS_BACKEND", requested.partition(":")[0], tuple(BACKENDS))
+        check_choice("PELT_KERNELS_BACKEND", backend_of(requested), tuple(BACKENDS))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("train runs in one process; start it without a distributed launcher")
 
