@@ -195,23 +195,25 @@ inline void multiply_each(const float* a, int64_t lda, const float* panels, int6
 
 // ---- packing ----
 
-// One panel of B = W [depth, columns], row-major: columns from `column` on, zeros past the last.
+// One panel of B = W [depth, columns], whose rows are `stride` apart: columns from `column` on,
+// zeros past the last.
 template <class T>
-inline void pack_panel(const T* w, int64_t depth, int64_t columns, int64_t column, float* panels) {
+inline void pack_panel(const T* w, int64_t stride, int64_t depth, int64_t columns, int64_t column,
+                       float* panels) {
   const int64_t width = std::min<int64_t>(kPanel, round_up(columns - column, kWidth));
   float* to = panels + column * depth;
   for (int64_t k = 0; k < depth; ++k) {
-    const T* from = w + k * columns + column;
+    const T* from = w + k * stride + column;
     const int64_t count = std::min<int64_t>(width, columns - column);
     for_vectors(count, [&](int64_t i, auto part) { store(to + i, part.load_from(from + i)); });
     to += width;
   }
 }
 
-// One panel of B = the transpose of W [columns, depth], row-major.
+// One panel of B = the transpose of W [columns, depth], whose rows are `stride` apart.
 template <class T>
-inline void pack_panel_transposed(const T* w, int64_t depth, int64_t columns, int64_t column,
-                                  float* panels) {
+inline void pack_panel_transposed(const T* w, int64_t stride, int64_t depth, int64_t columns,
+                                  int64_t column, float* panels) {
   const int64_t width = std::min<int64_t>(kPanel, round_up(columns - column, kWidth));
   float* to = panels + column * depth;
   for (int64_t part = 0; part < width; part += kWidth) {
@@ -219,7 +221,7 @@ inline void pack_panel_transposed(const T* w, int64_t depth, int64_t columns, in
     for_vectors(depth, [&](int64_t k, auto piece) {
       Vector block[kWidth];
       for (int64_t i = 0; i < kWidth; ++i) {
-        block[i] = i < count ? piece.load_from(w + (column + part + i) * depth + k) : Vector{};
+        block[i] = i < count ? piece.load_from(w + (column + part + i) * stride + k) : Vector{};
       }
       transpose(block);
       for (int64_t i = 0; i < std::min<int64_t>(kWidth, depth - k); ++i) {
@@ -243,9 +245,11 @@ inline void put_row(int64_t r, int64_t rows, int64_t count, float* panels, Value
   for_vectors(count - whole, [&](int64_t i, auto part) { store(to + i, value(whole + i, part)); });
 }
 
-// to [columns, rows] = the transpose of G [rows, columns], whose rows are `stride` floats apart.
+// to [columns, rows] = the transpose of G [rows, columns], rows `stride` and `to_stride` apart. G's
+// rows hold whole vectors.
 template <class T>
-inline void store_transposed(const float* g, int64_t stride, int64_t rows, int64_t columns, T* to) {
+inline void store_transposed(const float* g, int64_t stride, int64_t rows, int64_t columns, T* to,
+                             int64_t to_stride) {
   for (int64_t i = 0; i < columns; i += kWidth) {
     for_vectors(rows, [&](int64_t r, auto part) {
       Vector block[kWidth];
@@ -254,7 +258,7 @@ inline void store_transposed(const float* g, int64_t stride, int64_t rows, int64
       }
       transpose(block);
       for (int64_t k = 0; k < std::min<int64_t>(kWidth, columns - i); ++k) {
-        part.store_to(to + (i + k) * rows + r, block[k]);
+        part.store_to(to + (i + k) * to_stride + r, block[k]);
       }
     });
   }

@@ -14,8 +14,11 @@
 // over all tiles, and the second half, which needs h and the residual but not x, runs after it.
 // With a post-norm or dropout a tile of u goes through memory, because a row is needed whole.
 //
+// On tiles (cpu/pairs.h) x is read where it lies, and phi(h) and float32 weights are rounded to
+// bfloat16; elsewhere weights in float32 beside bfloat16 are used as they are.
+//
 // Each row is computed alone and every sum has one order, so bits depend neither on tiles nor on
-// threads. Sums are float32; weights in float32 beside bfloat16 activations are used as they are.
+// threads. Sums are float32.
 #include "ops/gated_adapter/cpu_rows.h"
 
 namespace pelt::gated_adapter {
@@ -32,14 +35,17 @@ struct Forward {
   struct Scratch {
     float* x;          // [tile, kDepth], a stretch of columns
     float* h;          // [tile, rank_stride], before and after the activation
+    bf16* normed;      // [tile, pair_distance(D)]: with pairs and a pre-norm, in the place of x
+    bf16* a;           // [tile, pair_distance(R)]: with pairs phi(h), in the place of h
     float* logits;     // [tile, kWidth], sums in vectors
     Moments* moments;  // [tile], of x
     float* u;          // [tile, padded width], where a row is needed whole
   };
   float* scratch = nullptr;
   int64_t scratch_floats = 0;
+  bool by_pairs;
 
-  explicit Forward(const CpuCall& c) : call(c), tiles(cut_evenly(c)) {}
+  explicit Forward(const CpuCall& c) : call(c), tiles(cut_evenly(c)), by_pairs(uses_pairs(c)) {}
 
   bool needs_rows_whole() const { return has_post_norm(call) || has_dropout(call); }
 
@@ -47,32 +53,45 @@ struct Forward {
     parameters.place(call, arena);
     down = {kWDown, true, call.D, call.R};
     up = {kWUp, true, call.R, call.D};
-    down.place(arena, parameters.down);
-    up.place(arena, parameters.up);
+    down.place(arena, parameters.down, by_pairs);
+    up.place(arena, parameters.up, by_pairs);
     gates = arena.floats(has_learned_gate(call) ? rows_of(call) : 0);
     const int64_t rows = tiles.tile_rows;
-    scratch_floats = round_up(rows * (kDepth + rank_stride(call) + kWidth + 2 +
-                                      (needs_rows_whole() ? padded_width(call) : 0)),
-                              16);
+    scratch_floats = rows * (x_floats() + h_floats() + kWidth + 2 +
+                             (needs_rows_whole() ? padded_width(call) : 0));
+    scratch_floats = round_up(scratch_floats, 16);
     scratch = arena.floats(scratch_floats * call.threads);
     return arena.used;
   }
 
+  // Of a row of the tile's x and h.
+  int64_t x_floats() const {
+    if (!by_pairs) return kDepth;
+    return has_pre_norm(call) ? pair_distance(call.D) / 2 : 0;
+  }
+  int64_t h_floats() const { return by_pairs ? pair_distance(call.R) / 2 : rank_stride(call); }
+
   Scratch scratch_of(int thread) const {
     const int64_t rows = tiles.tile_rows;
     float* x = scratch + thread * scratch_floats;
-    float* h = x + rows * kDepth;
-    float* logits = h + rows * rank_stride(call);
+    float* h = x + rows * x_floats();
+    float* logits = h + rows * h_floats();
     float* moments = logits + rows * kWidth;
-    return {x, h, logits, reinterpret_cast<Moments*>(moments), moments + 2 * rows};
+    return {x,
+            h,
+            reinterpret_cast<bf16*>(x),
+            reinterpret_cast<bf16*>(h),
+            logits,
+            reinterpret_cast<Moments*>(moments),
+            moments + 2 * rows};
   }
 
   template <class T>
   void run() {
     prefer_huge_pages(call.y, rows_of(call) * call.D * static_cast<int64_t>(sizeof(T)));
     parameters.read<T>(call);
-    const int64_t down_tasks = parameters.down.slots * down.panels_per_slot();
-    const int64_t up_tasks = parameters.up.slots * up.panels_per_slot();
+    const int64_t down_tasks = parameters.down.slots * down.panels_per_slot(by_pairs);
+    const int64_t up_tasks = parameters.up.slots * up.panels_per_slot(by_pairs);
     parallel_for(down_tasks + up_tasks, pack_threads(call), [&](int64_t task) {
       if (task < down_tasks) {
         down.pack<T>(call, parameters.down, task);
@@ -90,10 +109,12 @@ struct Forward {
     }
     if (has_pooled_gate(call) && !call.has_skip) {
       parallel_for_on(tiles.count(), call.threads, [&](int64_t i, int thread) {
+        const TileScope scope;
         project_down<T>(tiles.at(i), scratch_of(thread));
       });
       pool_gates(call, gates);
       parallel_for_on(tiles.count(), call.threads, [&](int64_t i, int thread) {
+        const TileScope scope;
         project_up<T>(tiles.at(i), scratch_of(thread));
       });
       return;
@@ -101,6 +122,7 @@ struct Forward {
     parallel_for_on(tiles.count(), call.threads, [&](int64_t i, int thread) {
       const Tile tile = tiles.at(i);
       if (skip_tile<T>(tile)) return;
+      const TileScope scope;
       project_down<T>(tile, scratch_of(thread));
       if (has_learned_gate(call) && !call.has_skip) {
         std::copy(gates + tile.row, gates + tile.row + tile.rows, call.gate_value + tile.row);
@@ -155,6 +177,20 @@ struct Forward {
       s.moments[r] = moments_of(x + r * call.D, call.D, call.pre_norm_eps);
     }
     std::fill(s.logits, s.logits + tile.rows * kWidth, 0.0f);
+    if (by_pairs) {
+      project_pairs_down(tile, s);
+    } else {
+      project_stretches_down<T>(tile, s);
+    }
+    for (int64_t r = 0; wants_gates && r < tile.rows; ++r) {
+      gates[tile.row + r] = sigmoid_of(sum_of(load(s.logits + r * kWidth)) + parameters.gate_bias);
+    }
+  }
+
+  template <class T>
+  void project_stretches_down(const Tile& tile, const Scratch& s) {
+    const bool wants_gates = has_learned_gate(call) && !call.has_skip;
+    const T* x = static_cast<const T*>(call.input[kX]) + tile.row * call.D;
     const int64_t rank = padded_rank(call), stride = rank_stride(call);
     const float* panels = down.of(parameters.down.slot_of(tile.sentence));
     for (int64_t begin = 0; begin < call.D; begin += kDepth) {
@@ -179,10 +215,45 @@ struct Forward {
       for_vectors(call.R, [&](int64_t i, auto part) {
         part.store_to(h + r * call.R + i, load(s.h + r * stride + i) + load(bias + i));
       });
-      if (wants_gates) {
-        gates[tile.row + r] =
-            sigmoid_of(sum_of(load(s.logits + r * kWidth)) + parameters.gate_bias);
+    }
+  }
+
+  // A few rows at a time, so that they are in the first cache when they are multiplied.
+  void project_pairs_down(const Tile& tile, const Scratch& s) {
+    const bool wants_gates = has_learned_gate(call) && !call.has_skip;
+    const bf16* x = static_cast<const bf16*>(call.input[kX]) + tile.row * call.D;
+    const int64_t slot = parameters.down.slot_of(tile.sentence), rank = call.R;
+    const float* bias = parameters.b_down + slot * padded_rank(call);
+    bf16* h = static_cast<bf16*>(call.h) + tile.row * rank;
+    PairRows rows = {x, call.D};
+    if (has_pre_norm(call)) rows = {s.normed, pair_distance(call.D)};
+    for (int64_t first = 0; first < tile.rows; first += kPairBlockRows) {
+      const int64_t count = std::min(kPairBlockRows, tile.rows - first);
+      for (int64_t r = first; r < first + count; ++r) {
+        const bf16* from = x + r * call.D;
+        if (wants_gates) {
+          store(s.logits + r * kWidth,
+                dots_of(from, parameters.gate_weight, call.D, [](int64_t, Vector) {}));
+        }
+        if (!has_pre_norm(call)) continue;
+        const Moments m = s.moments[r];
+        for_vectors(call.D, [&](int64_t i, auto part) {
+          part.store_to(
+              s.normed + r * rows.stride + i,
+              (part.load_from(from + i) - m.mean) * m.rstd * load(parameters.pre_weight + i) +
+                  load(parameters.pre_bias + i));
+        });
       }
+      const PairRows block = {rows.data + first * rows.stride, rows.stride};
+      bf16* to = h + first * rank;
+      multiply_pairs_each(block, down.pairs_of(slot), call.D, count, rank, kPairBlockRows,
+                          [=](int64_t row, int64_t column, auto& sums) {
+                            const float* of_column = bias + column;
+                            store_sums(sums, count - row, rank - column, to + row * rank + column,
+                                       rank, [=](int64_t, int64_t i, auto part, Vector sum) {
+                                         return sum + part.load_from(of_column + i);
+                                       });
+                          });
     }
   }
 
@@ -209,16 +280,11 @@ struct Forward {
 
   template <class T>
   void project_up(const Tile& tile, const Scratch& s) {
-    const int64_t stride = rank_stride(call);
-    const T* h = static_cast<const T*>(call.h) + tile.row * call.R;
-    with_activation(call.activation, [&](auto activation) {
-      for (int64_t r = 0; r < tile.rows; ++r) {
-        for_vectors(call.R, [&](int64_t i, auto part) {
-          store(s.h + r * stride + i,
-                activate<decltype(activation)::value>(part.load_from(h + r * call.R + i)));
-        });
-      }
-    });
+    if (by_pairs) {
+      activate_rows<T>(tile, s.a, pair_distance(call.R), pair_depth(call.R));
+    } else {
+      activate_rows<T>(tile, s.h, rank_stride(call), call.R);
+    }
     if (needs_rows_whole()) {
       finish_rows<T>(tile, s);
     } else if (residual<T>() != nullptr) {
@@ -228,6 +294,33 @@ struct Forward {
     }
     for (int64_t r = 0; call.has_skip && r < tile.rows; ++r) {
       if (is_skipped<T>(tile.row + r)) copy_residual<T>(tile.row + r);
+    }
+  }
+
+  // to [tile, stride] = phi(h), with zeros from R to `width`.
+  template <class T, class To>
+  void activate_rows(const Tile& tile, To* to, int64_t stride, int64_t width) {
+    const T* h = static_cast<const T*>(call.h) + tile.row * call.R;
+    with_activation(call.activation, [&](auto activation) {
+      for (int64_t r = 0; r < tile.rows; ++r, to += stride) {
+        for_vectors(call.R, [&](int64_t i, auto part) {
+          part.store_to(to + i,
+                        activate<decltype(activation)::value>(part.load_from(h + r * call.R + i)));
+        });
+        for (int64_t i = call.R; i < width; ++i) to[i] = To{};
+      }
+    });
+  }
+
+  // u - b_up = W_up phi(h), in blocks for finish(row, column, sums).
+  template <class Finish>
+  void multiply_up(const Tile& tile, const Scratch& s, int64_t slot, Finish&& finish) {
+    if (by_pairs) {
+      multiply_pairs_each({s.a, pair_distance(call.R)}, up.pairs_of(slot), pair_depth(call.R),
+                          tile.rows, call.D, tile.padded, finish);
+    } else {
+      multiply_each(s.h, rank_stride(call), up.of(slot), call.R, tile.padded, padded_width(call),
+                    finish);
     }
   }
 
@@ -254,20 +347,18 @@ struct Forward {
                    return kHasResidual ? part.load_from(from + r * stride + i) + u : u;
                  });
     };
-    multiply_each(s.h, rank_stride(call), up.of(slot), call.R, tile.padded, padded_width(call),
-                  finish);
+    multiply_up(tile, s, slot, finish);
   }
 
   template <class T>
   void finish_rows(const Tile& tile, const Scratch& s) {
     const int64_t slot = parameters.up.slot_of(tile.sentence), width = padded_width(call);
     const float* bias = parameters.b_up + slot * width;
-    multiply_each(s.h, rank_stride(call), up.of(slot), call.R, tile.padded, width,
-                  [&](int64_t row, int64_t column, auto& sums) {
-                    for_sums(sums, [&](int r, int i, Vector& sum) {
-                      store(s.u + (row + r) * width + column + i, sum + load(bias + column + i));
-                    });
-                  });
+    multiply_up(tile, s, slot, [=](int64_t row, int64_t column, auto& sums) {
+      store_sums(
+          sums, tile.padded - row, width - column, s.u + row * width + column, width,
+          [=](int64_t, int64_t i, auto, Vector sum) { return sum + load(bias + column + i); });
+    });
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t row = tile.row + r;
       float* u = s.u + r * width;

@@ -43,7 +43,7 @@ inline int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPan
 // A factor [depth, Din] in panels, as the right side of products.
 inline void pack_factor(const float* from, int64_t depth, const CpuInputs& in, float* panels) {
   parallel_for(panels_of(in.Din), in.threads,
-               [&](int64_t i) { pack_panel(from, depth, in.Din, i * kPanel, panels); });
+               [&](int64_t i) { pack_panel(from, in.Din, depth, in.Din, i * kPanel, panels); });
 }
 
 // factor * from [count, depth], and rows of zeros behind: products take whole blocks of rows.

@@ -236,10 +236,10 @@ void backward_all(const CpuInputs& in, const CpuBackward& grad, void* workspace)
   prefer_huge_pages(grad.dw0, in.Dout * in.Din * static_cast<int64_t>(sizeof(T)));
   pack_factor(in.v, in.R, in, memory.v);
   for (int64_t i = 0; i < in.R; i += kPanel) {
-    pack_panel_transposed(in.v, in.Din, in.R, i, memory.v_t);
+    pack_panel_transposed(in.v, in.Din, in.Din, in.R, i, memory.v_t);
   }
   for (int64_t i = 0; i < in.R2; i += kPanel) {
-    pack_panel_transposed(in.b, in.Din, in.R2, i, memory.b_t);
+    pack_panel_transposed(in.b, in.Din, in.Din, in.R2, i, memory.b_t);
   }
   parallel_for_on(memory.parts, in.threads, [&](int64_t i, int thread) {
     const Part part = memory.part(in, i);

@@ -1,0 +1,306 @@
+// What forward and backward of prefix_attention on the CPU have in common: the columns that a
+// sample sees, reading a head's rows, and its products.
+//
+// Compiled once for each instruction set (see cpu/isa.h), so everything is in an unnamed namespace.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "common/parallel.h"
+#include "cpu/math.h"
+#include "cpu/pairs.h"
+#include "cpu/panels.h"
+#include "cpu/philox_lanes.h"
+#include "ops/prefix_attention/cpu.h"
+
+namespace pelt::prefix_attention {
+namespace {
+
+using namespace pelt::cpu;
+
+constexpr int64_t kBlockVector = 16384;  // numbers of one packed operand: 64 KB of float32
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+// ---- products ----
+
+// float32 rows times panels.
+struct FloatProducts {
+  using Element = float;
+  static constexpr int64_t kQueryRows = 24;  // whole blocks, and a multiple of kRowUnit
+
+  // How far apart the rows of an operand are, and the columns of a result.
+  static int64_t width(int64_t n) { return round_up(n, kWidth); }
+  static int64_t columns(int64_t n) { return round_up(n, kWidth); }
+  // A packed operand [depth, columns].
+  static int64_t numbers(int64_t depth, int64_t columns) { return panel_floats(depth, columns); }
+
+  // B = the transpose of rows [columns, depth].
+  static void pack_transposed(const float* rows, int64_t stride, int64_t depth, int64_t columns,
+                              float* to) {
+    for (int64_t column = 0; column < columns; column += kPanel) {
+      pack_panel_transposed(rows, stride, depth, columns, column, to);
+    }
+  }
+
+  // B = rows [depth, columns].
+  static void pack(const float* rows, int64_t stride, int64_t depth, int64_t columns, float* to) {
+    for (int64_t column = 0; column < columns; column += kPanel) {
+      pack_panel(rows, stride, depth, columns, column, to);
+    }
+  }
+
+  // C [rows, columns] = or += A B. A has rows up to a multiple of kRowUnit, C too.
+  static void multiply(const float* a, int64_t stride, const float* b, int64_t depth, int64_t rows,
+                       int64_t columns, float* c, int64_t ldc, bool accumulate) {
+    multiply_into(a, stride, 1, {b, depth, 0, depth}, c, ldc, round_up(rows, kRowUnit),
+                  round_up(columns, kWidth), accumulate);
+  }
+};
+
+// bfloat16 rows times pairs, on tiles.
+struct PairProducts {
+  using Element = bf16;
+  static constexpr int64_t kQueryRows = kPairBlockRows;
+
+  static int64_t width(int64_t n) { return pair_distance(n); }
+  static int64_t columns(int64_t n) { return pair_columns(n); }
+  static int64_t numbers(int64_t depth, int64_t columns) { return pair_numbers(depth, columns); }
+
+  static void pack_transposed(const bf16* rows, int64_t stride, int64_t depth, int64_t columns,
+                              bf16* to) {
+    for (int64_t column = 0; column < columns; column += kPairColumns) {
+      pack_pair_panel_transposed(depth, std::min(kPairColumns, columns - column),
+                                 to + column * pair_depth(depth),
+                                 [&](int64_t i) { return rows + (column + i) * stride; });
+    }
+  }
+
+  static void pack(const bf16* rows, int64_t stride, int64_t depth, int64_t columns, bf16* to) {
+    for (int64_t column = 0; column < columns; column += kPairColumns) {
+      pack_pair_panel(depth, std::min(kPairColumns, columns - column),
+                      to + column * pair_depth(depth),
+                      [&](int64_t k) { return rows + k * stride + column; });
+    }
+  }
+
+  // C has room for whole blocks.
+  static void multiply(const bf16* a, int64_t stride, const bf16* b, int64_t depth, int64_t rows,
+                       int64_t columns, float* c, int64_t ldc, bool accumulate) {
+    multiply_pairs_into({a, stride}, b, depth, rows, columns, c, ldc, accumulate);
+  }
+};
+
+// ---- rows ----
+
+// to[i] = factor * from[i] for i < count, and 0 up to `width`, a multiple of kWidth.
+template <class T, class To>
+inline void read_row(const T* from, int64_t count, int64_t width, float factor, To* to) {
+  for_vectors(count,
+              [&](int64_t i, auto part) { store(to + i, part.load_from(from + i) * factor); });
+  std::fill(to + round_up(count, kWidth), to + width, To{});
+}
+
+template <class T>
+inline void write_row(const float* from, int64_t count, float factor, T* to) {
+  for_vectors(count, [&](int64_t i, auto part) { part.store_to(to + i, load(from + i) * factor); });
+}
+
+inline float dot_of(const float* a, const float* b, int64_t width) {
+  Vector sum = {};
+  for (int64_t i = 0; i < width; i += kWidth) sum += load(a + i) * load(b + i);
+  return sum_of(sum);
+}
+
+// What is hidden has a score of minus infinity, and a probability of exactly 0.
+inline Vector exp_or_zero(Vector x) { return x < -87.0f ? Vector{} : exp_of_negative(x); }
+
+// Memory of one thread, which the next unit of work finds again.
+inline float* scratch(int64_t floats) {
+  thread_local std::vector<float> memory;
+  if (static_cast<int64_t>(memory.size()) < floats + 16) memory.resize(floats + 16);
+  const auto address = reinterpret_cast<uintptr_t>(memory.data());
+  return reinterpret_cast<float*>((address + 63) / 64 * 64);
+}
+
+// Cuts consecutive arrays out of one piece of memory; without memory it only counts.
+struct Arena {
+  float* base = nullptr;
+  int64_t used = 0;
+
+  template <class T = float>
+  T* take(int64_t count) {
+    float* here = base ? base + used : nullptr;
+    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64) / 4;
+    return reinterpret_cast<T*>(here);
+  }
+};
+
+// A column of the attention matrix: a prefix row (segment >= 0) or a key.
+struct Column {
+  int32_t segment;
+  int32_t row;  // of the segment, or of the keys
+};
+
+// The columns that a sample sees, in order, and of each its place in the whole row of P + N.
+struct Columns {
+  std::vector<Column> at;
+  std::vector<int32_t> place;
+  int64_t prefix = 0;  // how many are prefix rows
+  int64_t total = 0;   // P + N
+
+  Columns(const CpuInputs& in, int64_t b) {
+    for (int i = 0; i < in.segments; ++i) {
+      for (int64_t p = 0; p < in.prefix[i].length; ++p) add(i, p, total + p);
+      total += in.prefix[i].length;
+    }
+    prefix = total;
+    const int64_t end = in.lengths ? std::clamp<int64_t>(in.lengths[b], 0, in.N) : in.N;
+    for (int64_t n = 0; n < end; ++n) {
+      if (!in.key_mask || in.key_mask[b * in.N + n]) add(-1, n, prefix + n);
+    }
+    total += in.N;
+  }
+
+  int64_t count() const { return static_cast<int64_t>(at.size()); }
+
+  // How many of the columns query s sees: all but, if causal, those of later keys.
+  int64_t seen_by(const CpuInputs& in, int64_t s) const {
+    if (!in.is_causal) return count();
+    const int32_t last = static_cast<int32_t>(prefix + s + in.N - in.S);
+    const auto first_key = place.begin() + prefix;
+    return std::upper_bound(first_key, place.end(), last) - place.begin();
+  }
+
+ private:
+  void add(int64_t segment, int64_t row, int64_t where) {
+    at.push_back({static_cast<int32_t>(segment), static_cast<int32_t>(row)});
+    place.push_back(static_cast<int32_t>(where));
+  }
+};
+
+template <class T>
+class Head {
+ public:
+  Head(const CpuInputs& in, const Columns& columns, int64_t b, int64_t h)
+      : in_(in), columns_(columns), b_(b), h_(h), g_(h / (in.H / in.G)) {
+    if (in.gate.data) gate_ = element(in.gate, in.has_gate_per_head ? b * in.H + h : b);
+  }
+
+  float gate() const { return gate_; }
+
+  // Row `place` of a prefix's keys or values, without the gate.
+  template <class To>
+  void read_prefix(const CpuTensor& from, const CpuSegment& segment, int64_t row, int64_t width,
+                   float factor, To* to) const {
+    const int64_t member = segment.index ? segment.index[b_] : 0;
+    const int64_t offset = ((member * segment.length + row) * in_.G + g_) * in_.E;
+    if (from.is_float32) {
+      read_row(static_cast<const float*>(from.data) + offset, in_.E, width, factor, to);
+    } else {
+      read_row(static_cast<const bf16*>(from.data) + offset, in_.E, width, factor, to);
+    }
+  }
+
+  // Keys or values of the columns [begin, end), with the gate: [columns, width].
+  template <class To>
+  void read(bool keys, int64_t begin, int64_t end, int64_t width, To* to) const {
+    const T* rows = static_cast<const T*>(keys ? in_.k : in_.v);
+    const int64_t* strides = keys ? in_.k_strides : in_.v_strides;
+    for (int64_t c = begin; c < end; ++c, to += width) {
+      const Column column = columns_.at[c];
+      if (column.segment < 0) {
+        const T* row = rows + b_ * strides[0] + g_ * strides[1] + column.row * strides[2];
+        read_row(row, in_.E, width, 1.0f, to);
+      } else {
+        const CpuSegment& segment = in_.prefix[column.segment];
+        read_prefix(keys ? segment.k : segment.v, segment, column.row, width, gate_, to);
+      }
+    }
+  }
+
+  // Queries [begin, end) times a factor: [rows, width].
+  template <class To>
+  void read_queries(int64_t begin, int64_t end, int64_t width, float factor, To* to) const {
+    const T* q = static_cast<const T*>(in_.q) + b_ * in_.q_strides[0] + h_ * in_.q_strides[1];
+    for (int64_t s = begin; s < end; ++s, to += width) {
+      read_row(q + s * in_.q_strides[2], in_.E, width, factor, to);
+    }
+  }
+
+  // Adds query s's bias to its scores of the columns [begin, end); a prefix has none.
+  void add_bias(int64_t s, int64_t begin, int64_t end, float* scores) const {
+    if (!in_.bias.data) return;
+    const int64_t offset = b_ * in_.bias_strides[0] + h_ * in_.bias_strides[1] + s * in_.N;
+    for (int64_t c = std::max(begin, columns_.prefix); c < end; ++c) {
+      scores[c - begin] += element(in_.bias, offset + columns_.at[c].row);
+    }
+  }
+
+  int64_t row(int64_t s) const { return (b_ * in_.H + h_) * in_.S + s; }
+
+  // What dropout multiplies the columns [begin, end) of query s by.
+  void read_dropout(int64_t s, int64_t begin, int64_t end, float* to) const {
+    const uint64_t first = row(s) * ((columns_.total + 3) / 4);
+    alignas(64) uint32_t words[4 * kPhiloxGroups];
+    int64_t from = 0, until = 0;  // the places that `words` covers
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t place = columns_.place[c];
+      if (place >= until) {
+        from = place / 4 * 4;
+        until = from + 4 * kPhiloxGroups;
+        philox_words(first + from / 4, 0, in_.seed, words);
+      }
+      *to++ = words[place - from] >= in_.threshold ? in_.kept : 0.0f;
+    }
+  }
+
+ private:
+  static float element(const CpuTensor& tensor, int64_t i) {
+    if (tensor.is_float32) return static_cast<const float*>(tensor.data)[i];
+    return load_part(static_cast<const bf16*>(tensor.data) + i, 1)[0];
+  }
+
+  const CpuInputs& in_;
+  const Columns& columns_;
+  int64_t b_, h_, g_;
+  float gate_ = 1.0f;
+};
+
+inline float max_of(const float* row, int64_t width) {
+  Vector most = splat(kMinusInfinity);
+  for (int64_t j = 0; j < width; j += kWidth) {
+    const Vector x = load(row + j);
+    most = x > most ? x : most;
+  }
+  float result = most[0];
+  for (int i = 1; i < kWidth; ++i) result = std::max(result, most[i]);
+  return result;
+}
+
+// row = exp(row - offset), and its sum.
+inline float exp_row(float* row, int64_t width, float offset) {
+  Vector sum = {};
+  for (int64_t j = 0; j < width; j += kWidth) {
+    const Vector p = exp_or_zero(load(row + j) - offset);
+    store(row + j, p);
+    sum += p;
+  }
+  return sum_of(sum);
+}
+
+inline void scale_row(float* row, int64_t width, float factor) {
+  for (int64_t j = 0; j < width; j += kWidth) store(row + j, load(row + j) * factor);
+}
+
+// How many columns go into a block: its operands stay in the second cache.
+inline int64_t block_columns(const CpuInputs& in, const Columns& all) {
+  const int64_t most = kBlockVector / round_up(in.E, 32) / 32 * 32;
+  return std::min(std::max<int64_t>(most, 32), round_up(std::max<int64_t>(all.count(), 1), 32));
+}
+
+}  // namespace
+}  // namespace pelt::prefix_attention
