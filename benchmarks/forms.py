@@ -1,10 +1,12 @@
-"""Takes what `benchmarks.run` measured of the forms of the GPU's kernels into the table by which
-the dispatch chooses.
+"""Takes what `benchmarks.run` measured of the backends, of their forms and of eager into the table
+by which the dispatch chooses.
 
     python -m benchmarks.run --device cuda --cases full --json FILE
     python -m benchmarks.forms FILE
 
-Rows of the same operator, GPU, dtype and sizes are replaced, others stay.
+Rows of the same operator, hardware, dtype, direction and sizes are replaced, others stay. A GPU
+goes by its name. A processor goes by its kind, which is known only on it: rows of the CPU are taken
+on the machine that measured them.
 """
 
 from __future__ import annotations
@@ -16,55 +18,96 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pelt_kernels.ops import BACKENDS
+from pelt_kernels.ops import _dispatch as dispatch
+from pelt_kernels.ops import _native as native
 from pelt_kernels.ops._forms import FILE
+from pelt_kernels.training.report import hardware
 
 from .run import write
 
-DIRECTION = "forward+backward"
 Rows = list[dict[str, Any]]
 
 
+class ElsewhereError(ValueError):
+    """Rows of the CPU were measured on another processor; one sentence."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0, or 2 where the file has no forms to choose between."""
+    """0, or 2 where the file has nothing to choose between or is of another processor."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("rows", type=Path, help="what benchmarks.run wrote with --json")
     options = parser.parse_args(arguments)
-    measured = forms_in(json.loads(options.rows.read_text()))
+    try:
+        measured = forms_in(json.loads(options.rows.read_text()))
+    except ElsewhereError as error:
+        print(f"benchmarks.forms: {error}", file=sys.stderr)
+        return 2
     if not measured:
         print(
-            f"benchmarks.forms: expected rows of backends with forms (cuda:single) in"
-            f" {options.rows}, found none; measure with --device cuda",
+            "benchmarks.forms: expected rows of backends with forms (cuda:single), or of a backend"
+            f" and eager, in {options.rows}, found none",
             file=sys.stderr,
         )
         return 2
     write(FILE, merged(json.loads(FILE.read_text()), measured))
     for row in measured:
-        print(row["op"], row["dtype"], row["sizes"], row["us"])
+        print(row["op"], row["dtype"], row["direction"], row["sizes"], row["us"])
     return 0
 
 
 def forms_in(rows: Rows) -> Rows:
-    """A row for each case that was measured in several forms: their microseconds."""
+    """A row for each case and direction that was measured in several ways: their microseconds."""
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:
-        backend, _, form = row["backend"].partition(":")
-        if backend != "cuda" or not form or row["direction"] != DIRECTION:
-            continue
-        key = (row["op"], row["hardware"], row["dtype"], row["case"])
+        measured = {row["backend"]: row["us"], row["baseline"]: row["baseline_us"]}
+        us = {
+            request: round(taken, 2)
+            for request, taken in measured.items()
+            if _is_way(row["op"], request)
+        }
+        key = tuple(row[name] for name in ("op", "hardware", "dtype", "direction", "case"))
         if key not in found:
             found[key] = {
-                "op": row["op"], "hardware": row["hardware"], "dtype": row["dtype"],
-                "sizes": row["sizes"], "us": {}, "commit": row["commit"],
+                **{name: row[name] for name in ("op", "hardware", "dtype", "direction", "sizes")},
+                "us": {}, "commit": row["commit"],
             }  # fmt: skip
-        found[key]["us"][form] = round(row["us"], 2)
-    return [row for row in found.values() if len(row["us"]) > 1]
+        found[key]["us"].update(us)
+    several = [row for row in found.values() if len(row["us"]) > 1]
+    for row in several:
+        row["hardware"] = _kind(row)
+    return several
+
+
+def _is_way(operator: str, request: str) -> bool:
+    """Is a contender one of the ways between which the dispatch chooses, and not a peer, or a
+    backend in whichever of its forms?
+    """
+    backend = dispatch.backend_of(request)
+    if backend not in BACKENDS or not BACKENDS[backend].is_automatic:
+        return False
+    return request != backend or dispatch.every_request(operator, backend) == [backend]
+
+
+def _kind(row: dict[str, Any]) -> str:
+    """The hardware of a row as the dispatch knows it. Raises ElsewhereError."""
+    if not any(dispatch.backend_of(request) == "cpu" for request in row["us"]):
+        return row["hardware"]
+    here = hardware()["cpu"]
+    if not row["hardware"].startswith(here):
+        raise ElsewhereError(
+            f"expected rows of the CPU that were measured on this machine ({here}), got"
+            f" {row['hardware']}; run it there"
+        )
+    return native.processor()
 
 
 def merged(old: Rows, new: Rows) -> Rows:
     """All rows, the new ones in the place of old ones for the same thing."""
 
     def key(row: dict[str, Any]) -> str:
-        return json.dumps([row[name] for name in ("op", "hardware", "dtype", "sizes")])
+        names = ("op", "hardware", "dtype", "direction", "sizes")
+        return json.dumps([row[name] for name in names])
 
     rows = {key(row): row for row in old}
     rows |= {key(row): row for row in new}

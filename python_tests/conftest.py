@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
 
+import parity
 import pytest
 import torch
 
 from pelt_kernels.ops import BACKENDS
+from pelt_kernels.ops import _dispatch as dispatch
 from pelt_kernels.ops import _native as native
+from pelt_kernels.ops._cases import Case
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,6 +50,30 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``isa``: each instruction set that the processor runs, of those for which the module's OPERATOR
+    has kernels, or where it names none, for which all have.
+    """
+    if "isa" in metafunc.fixturenames:
+        operator = getattr(metafunc.module, "OPERATOR", None)
+        forms = dispatch.forms_of(operator, "cpu") if operator else native.cpu_forms()
+        metafunc.parametrize("isa", forms, ids="cpu:{}".format)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Under which instruction sets the CPU kernels were asked for, from the names of the tests."""
+    found = (
+        re.search(r"\bcpu:(\w+)", report.nodeid)
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, ())
+    )
+    ran = Counter(match[1] for match in found if match)
+    sets = [f"{isa} ({ran[isa]} tests)" for isa in native.instruction_sets()]
+    if any(ran[isa] for isa in native.instruction_sets()):
+        processor = native.cpu_info("model name") or native.processor()
+        terminalreporter.write_line(f"CPU kernels on {processor}: {', '.join(sets)}")
+
+
 def required_backends(config: pytest.Config) -> set[str]:
     return {name for name in config.getoption("--require-backend").split(",") if name}
 
@@ -68,3 +97,18 @@ def need(request: pytest.FixtureRequest):
             pytest.skip(reason)
 
     return need
+
+
+@pytest.fixture
+def served():
+    """served(operator, isa, case, precision): what asks for the CPU kernels of an instruction set;
+    skips where they refuse the case.
+    """
+
+    def served(operator: str, isa: str, case: Case, precision: str) -> str:
+        refusal = parity.why_refused(operator, f"cpu:{isa}", case, precision)
+        if refusal:
+            pytest.skip(refusal)
+        return f"cpu:{isa}"
+
+    return served

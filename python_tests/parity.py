@@ -33,13 +33,14 @@ PRECISIONS = {
     "bfloat16": (torch.bfloat16, False),
     "bfloat16-master": (torch.bfloat16, True),
 }
-# Backends as a request names them: where one has several forms, each is a cell.
+# Backends as a request names them: where one has several forms, each is a cell; so on a CPU is each
+# instruction set that the processor runs.
 CELLS = [
     (o, request)
     for o in OPERATORS
     for b, backend in BACKENDS.items()
     if dispatch.has_file(o, backend.file)
-    for request in dispatch.requests_of(o, b)
+    for request in dispatch.every_request(o, b)
 ]
 
 Results = dict[

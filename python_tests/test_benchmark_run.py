@@ -67,7 +67,8 @@ def test_what_is_not_close_gets_no_speed(compiled, tmp_path, monkeypatch, capsys
     file = tmp_path / "rows.json"
     assert run.main([*ONE, "--json", str(file)]) == 1
     assert json.loads(file.read_text()) == []
-    assert "symmetric_kl T512-C2-tokens float32 cpu: loss: error 1" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "symmetric_kl T512-C2-tokens float32 cpu:" in error and ": loss: error 1" in error
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -87,22 +88,6 @@ def test_peak_memory_counts_what_lives_at_once():
         return b
 
     assert 1500 <= timing.peak_bytes(call, "cpu") < 1700
-
-
-def test_forms_measured_on_a_gpu_enter_the_table(tmp_path, monkeypatch):
-    def row(backend, us, direction="forward+backward"):
-        return {"op": "lora_linear", "case": "T1", "hardware": "a GPU", "dtype": "bfloat16",
-                "direction": direction, "backend": backend, "us": us, "commit": "c",
-                "sizes": {"S": 128, "R_i": [8]}}  # fmt: skip
-
-    table, file = tmp_path / "forms.json", tmp_path / "rows.json"
-    table.write_text(json.dumps([{**row("", 0), "us": {"single": 1.0, "composed": 2.0}}]))
-    monkeypatch.setattr(forms, "FILE", table)
-    measured = [row("cuda:single", 5), row("cuda:composed", 4), row("cuda:single", 3, "forward")]
-    file.write_text(json.dumps([*measured, row("triton", 9)]))
-    assert forms.main([str(file)]) == 0
-    (found,) = json.loads(table.read_text())
-    assert found["us"] == {"single": 5, "composed": 4} and found["sizes"] == row("", 0)["sizes"]
 
 
 def test_rows_without_forms_change_no_table(tmp_path, monkeypatch, capsys):

@@ -12,10 +12,8 @@ namespace pelt::bindings {
 
 void bind_cpu(py::module_& m) {
   m.def(
-      "cpu_isa", [] { return std::string(cpu::name_of(cpu::current_isa())); },
-      "The instruction set that the CPU kernels use.");
-  m.def("choose_cpu_isa", &cpu::choose_isa, py::arg("name"),
-        "Makes the CPU kernels use an instruction set by name; \"\" is the best again.");
+      "best_cpu_isa", [] { return std::string(cpu::name_of(cpu::best_isa())); },
+      "The instruction set that \"\" stands for.");
   m.def(
       "cpu_isas",
       [] {
@@ -26,30 +24,32 @@ void bind_cpu(py::module_& m) {
         }
         return names;
       },
-      "The instruction sets that this processor runs.");
+      "The instruction sets that this module holds and this processor runs, the oldest first.");
 
   m.def(
       "fill_dropout",
       [](Address out, int64_t rows, int64_t columns, int element_bytes, uint64_t kept_bits,
-         uint32_t threshold, uint64_t seed, uint64_t first_group, int threads) {
+         uint32_t threshold, uint64_t seed, uint64_t first_group, int threads,
+         const std::string& isa) {
         const cpu::DropoutFill fill{at(out),   rows, columns,     element_bytes, kept_bits,
                                     threshold, seed, first_group, threads};
-        cpu::with_isa([&](auto isa) { cpu::fill_dropout<decltype(isa)::value>(fill); });
+        cpu::with_isa(cpu::isa_by_name(isa),
+                      [&](auto isa) { cpu::fill_dropout<decltype(isa)::value>(fill); });
       },
       py::kw_only(), py::arg("out"), py::arg("rows"), py::arg("columns"), py::arg("element_bytes"),
       py::arg("kept_bits"), py::arg("threshold"), py::arg("seed"), py::arg("first_group"),
-      py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+      py::arg("threads"), py::arg("isa") = "", py::call_guard<py::gil_scoped_release>());
 
   m.def(
       "philox4x32_10",
-      [](std::pair<uint64_t, uint64_t> counter, uint64_t key) {
+      [](std::pair<uint64_t, uint64_t> counter, uint64_t key, const std::string& isa) {
         std::array<uint32_t, 4> words;
-        cpu::with_isa([&](auto isa) {
+        cpu::with_isa(cpu::isa_by_name(isa), [&](auto isa) {
           cpu::philox_block<decltype(isa)::value>({counter.first, counter.second}, key, words);
         });
         return words;
       },
-      py::kw_only(), py::arg("counter"), py::arg("key"),
+      py::kw_only(), py::arg("counter"), py::arg("key"), py::arg("isa") = "",
       "The four words of one counter and key, given in 64-bit halves, the low one first.");
 }
 

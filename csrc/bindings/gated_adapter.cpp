@@ -6,6 +6,7 @@
 #if defined(PELT_HAS_CPU_KERNELS)
 #include <algorithm>
 #include <array>
+#include <string>
 #include <tuple>
 
 #include "cpu/isa.h"
@@ -157,11 +158,13 @@ void bind_on_cpu(py::module_& m) {
     return call;
   };
   py::class_<CpuCall>(m, "GatedAdapterCpu")
-      .def(py::init([](int dtype, uint32_t masters, const std::array<int64_t, 6>& sizes,
+      .def(py::init([](const std::string& isa, int dtype, uint32_t masters,
+                       const std::array<int64_t, 6>& sizes,
                        const std::array<bool, 3>& per_sample_or_row, int activation, int pooling,
                        int residual_from, const std::array<float, 3>& scale_and_eps, bool has_skip,
                        float skip_below, uint32_t threshold, float dropout_scale) {
              CpuCall call;
+             call.isa = cpu::isa_by_name(isa);
              call.dtype = static_cast<DType>(dtype), call.masters = masters;
              std::tie(call.B, call.S, call.D, call.R, call.M, call.M_up) = std::tuple_cat(sizes);
              std::tie(call.has_down_index_per_sample, call.has_up_index_per_sample,
@@ -175,7 +178,7 @@ void bind_on_cpu(py::module_& m) {
              call.dropout_threshold = threshold, call.dropout_scale = dropout_scale;
              return call;
            }),
-           py::kw_only(), py::arg("dtype"), py::arg("masters"), py::arg("sizes"),
+           py::kw_only(), py::arg("isa"), py::arg("dtype"), py::arg("masters"), py::arg("sizes"),
            py::arg("per_sample_or_row"), py::arg("activation"), py::arg("pooling"),
            py::arg("residual_from"), py::arg("scale_and_eps"), py::arg("has_skip"),
            py::arg("skip_below"), py::arg("threshold"), py::arg("dropout_scale"))
@@ -185,16 +188,10 @@ void bind_on_cpu(py::module_& m) {
             CpuCall call = plan;
             for (int i = 0; i < kInputs; ++i) call.input[i] = given >> i & 1u ? &plan : nullptr;
             call.threads = threads;
-            int64_t bytes = 0;  // enough for each instruction set that may be chosen
-            for (int i = 0; i < cpu::kIsaCount; ++i) {
-              if (!cpu::is_supported(static_cast<cpu::Isa>(i))) continue;
-              bytes = std::max(
-                  bytes, cpu::with_isa(static_cast<cpu::Isa>(i), [&](auto isa) {
-                    return is_backward ? cpu_backward_workspace_bytes<decltype(isa)::value>(call)
-                                       : cpu_forward_workspace_bytes<decltype(isa)::value>(call);
-                  }));
-            }
-            return bytes;
+            return cpu::with_isa(call.isa, [&](auto isa) {
+              return is_backward ? cpu_backward_workspace_bytes<decltype(isa)::value>(call)
+                                 : cpu_forward_workspace_bytes<decltype(isa)::value>(call);
+            });
           },
           py::kw_only(), py::arg("is_backward"), py::arg("given"), py::arg("threads"))
       .def(
@@ -203,7 +200,7 @@ void bind_on_cpu(py::module_& m) {
               Address h, Address workspace, uint64_t seed, int threads) {
             CpuCall call = with_inputs(plan, inputs, workspace, seed, threads);
             call.y = at(y), call.gate_value = at<float>(gate_value), call.h = at(h);
-            cpu::with_isa([&](auto isa) { cpu_forward<decltype(isa)::value>(call); });
+            cpu::with_isa(call.isa, [&](auto isa) { cpu_forward<decltype(isa)::value>(call); });
           },
           py::kw_only(), py::arg("inputs"), py::arg("y"), py::arg("gate_value"), py::arg("h"),
           py::arg("workspace"), py::arg("seed"), py::arg("threads"),
@@ -215,7 +212,7 @@ void bind_on_cpu(py::module_& m) {
             CpuCall call = with_inputs(plan, inputs, workspace, seed, threads);
             std::transform(grads.begin(), grads.end(), call.grad, [](Address a) { return at(a); });
             call.dy = at(dy), call.gate_value = at<float>(gate_value), call.h = at(h);
-            cpu::with_isa([&](auto isa) { cpu_backward<decltype(isa)::value>(call); });
+            cpu::with_isa(call.isa, [&](auto isa) { cpu_backward<decltype(isa)::value>(call); });
           },
           py::kw_only(), py::arg("inputs"), py::arg("grads"), py::arg("dy"), py::arg("gate_value"),
           py::arg("h"), py::arg("workspace"), py::arg("seed"), py::arg("threads"),

@@ -179,10 +179,11 @@ void bind_on_cuda(py::module_& m) {
 #endif
 
 #if defined(PELT_HAS_CPU_KERNELS)
-CpuCall make_plan(int dtype, const std::array<int64_t, 4>& sizes,
+CpuCall make_plan(const std::string& isa, int dtype, const std::array<int64_t, 4>& sizes,
                   const std::vector<BranchPlan>& branches, const std::vector<GatePlan>& gates,
                   uint32_t threshold, float dropout_scale) {
   CpuCall call;
+  call.isa = cpu::isa_by_name(isa);
   call.dtype = static_cast<DType>(dtype);
   std::tie(call.B, call.S, call.Din, call.Dout) = std::tuple_cat(sizes);
   call.branches = static_cast<int>(std::min<size_t>(branches.size(), kCpuBranches));
@@ -229,7 +230,7 @@ CpuCall with_inputs(const CpuCall& plan, Address x, Address mask, Address s,
 
 void bind_on_cpu(py::module_& m) {
   py::class_<CpuCall>(m, "LoraLinearCpu")
-      .def(py::init(&make_plan), py::kw_only(), py::arg("dtype"), py::arg("sizes"),
+      .def(py::init(&make_plan), py::kw_only(), py::arg("isa"), py::arg("dtype"), py::arg("sizes"),
            py::arg("branches"), py::arg("gates"), py::arg("threshold"), py::arg("dropout_scale"))
       .def_property_readonly_static("max_branches", [](const py::object&) { return kCpuBranches; })
       .def_property_readonly_static("max_gates", [](const py::object&) { return kCpuGates; })
@@ -238,16 +239,10 @@ void bind_on_cpu(py::module_& m) {
           [](const CpuCall& plan, bool is_backward, int threads) {
             CpuCall call = plan;
             call.threads = threads;
-            int64_t bytes = 0;  // enough for each instruction set that may be chosen
-            for (int i = 0; i < cpu::kIsaCount; ++i) {
-              if (!cpu::is_supported(static_cast<cpu::Isa>(i))) continue;
-              bytes = std::max(
-                  bytes, cpu::with_isa(static_cast<cpu::Isa>(i), [&](auto isa) {
-                    return is_backward ? cpu_backward_workspace_bytes<decltype(isa)::value>(call)
-                                       : cpu_forward_workspace_bytes<decltype(isa)::value>(call);
-                  }));
-            }
-            return bytes;
+            return cpu::with_isa(call.isa, [&](auto isa) {
+              return is_backward ? cpu_backward_workspace_bytes<decltype(isa)::value>(call)
+                                 : cpu_forward_workspace_bytes<decltype(isa)::value>(call);
+            });
           },
           py::kw_only(), py::arg("is_backward"), py::arg("threads"))
       .def(
@@ -257,7 +252,7 @@ void bind_on_cpu(py::module_& m) {
              Address y, Address workspace, uint64_t seed, int threads) {
             CpuCall call = with_inputs(plan, x, mask, s, branches, gates, workspace, seed, threads);
             call.y = at(y);
-            cpu::with_isa([&](auto isa) { cpu_forward<decltype(isa)::value>(call); });
+            cpu::with_isa(call.isa, [&](auto isa) { cpu_forward<decltype(isa)::value>(call); });
           },
           py::kw_only(), py::arg("x"), py::arg("mask"), py::arg("s"), py::arg("branches"),
           py::arg("gates"), py::arg("y"), py::arg("workspace"), py::arg("seed"), py::arg("threads"),
@@ -280,7 +275,7 @@ void bind_on_cpu(py::module_& m) {
               const GateGradients& to = gate_grads.at(j);
               call.gate[j].weight.grad = at(to[0]), call.gate[j].bias.grad = at(to[1]);
             }
-            cpu::with_isa([&](auto isa) { cpu_backward<decltype(isa)::value>(call); });
+            cpu::with_isa(call.isa, [&](auto isa) { cpu_backward<decltype(isa)::value>(call); });
           },
           py::kw_only(), py::arg("x"), py::arg("mask"), py::arg("s"), py::arg("branches"),
           py::arg("gates"), py::arg("branch_grads"), py::arg("gate_grads"), py::arg("dy"),

@@ -87,11 +87,12 @@ void bind_on_cuda(py::module_& m) {
 void bind_on_cpu(py::module_& m) {
   // What forward and backward of one call have in common; it borrows every address.
   py::class_<CpuInputs>(m, "MaskedWeightCpuInputs")
-      .def(py::init([](bool is_float32, const std::array<int64_t, 4>& sizes, Address w0,
-                       int64_t w0_stride, Address u, Address v, Address a, Address b, Address row,
-                       Address col, int64_t keep, float beta, float alpha1, float alpha2,
-                       int threads) {
+      .def(py::init([](const std::string& isa, bool is_float32, const std::array<int64_t, 4>& sizes,
+                       Address w0, int64_t w0_stride, Address u, Address v, Address a, Address b,
+                       Address row, Address col, int64_t keep, float beta, float alpha1,
+                       float alpha2, int threads) {
              CpuInputs in;
+             in.isa = cpu::isa_by_name(isa);
              in.is_float32 = is_float32;
              std::tie(in.Dout, in.Din, in.R, in.R2) = std::tuple_cat(sizes);
              in.w0 = at(w0);
@@ -104,19 +105,19 @@ void bind_on_cpu(py::module_& m) {
              in.threads = threads;
              return in;
            }),
-           py::kw_only(), py::arg("is_float32"), py::arg("sizes"), py::arg("w0"),
+           py::kw_only(), py::arg("isa"), py::arg("is_float32"), py::arg("sizes"), py::arg("w0"),
            py::arg("w0_stride"), py::arg("u"), py::arg("v"), py::arg("a"), py::arg("b"),
            py::arg("row"), py::arg("col"), py::arg("keep"), py::arg("beta"), py::arg("alpha1"),
            py::arg("alpha2"), py::arg("threads"))
       .def_property_readonly("forward_bytes",
                              [](const CpuInputs& in) {
-                               return cpu::with_isa([&](auto isa) {
+                               return cpu::with_isa(in.isa, [&](auto isa) {
                                  return forward_bytes_on_cpu<decltype(isa)::value>(in);
                                });
                              })
       .def_property_readonly("backward_bytes", [](const CpuInputs& in) {
         return cpu::with_isa(
-            [&](auto isa) { return backward_bytes_on_cpu<decltype(isa)::value>(in); });
+            in.isa, [&](auto isa) { return backward_bytes_on_cpu<decltype(isa)::value>(in); });
       });
 
   m.def(
@@ -132,7 +133,7 @@ void bind_on_cpu(py::module_& m) {
   m.def(
       "masked_weight_cpu_fwd",
       [](const CpuInputs& inputs, Address y, Address mask, Address workspace) {
-        cpu::with_isa([&](auto isa) {
+        cpu::with_isa(inputs.isa, [&](auto isa) {
           forward_on_cpu<decltype(isa)::value>(inputs, at(y), at<bool>(mask), at(workspace));
         });
       },
@@ -146,8 +147,9 @@ void bind_on_cpu(py::module_& m) {
         const CpuBackward grad{at(dy),        at<const bool>(mask), at(dw0),
                                at<float>(du), at<float>(dv),        at<float>(da),
                                at<float>(db), at<float>(drow),      at<float>(dcol)};
-        cpu::with_isa(
-            [&](auto isa) { backward_on_cpu<decltype(isa)::value>(inputs, grad, at(workspace)); });
+        cpu::with_isa(inputs.isa, [&](auto isa) {
+          backward_on_cpu<decltype(isa)::value>(inputs, grad, at(workspace));
+        });
       },
       py::kw_only(), py::arg("inputs"), py::arg("dy"), py::arg("mask"), py::arg("dw0"),
       py::arg("du"), py::arg("dv"), py::arg("da"), py::arg("db"), py::arg("drow"), py::arg("dcol"),

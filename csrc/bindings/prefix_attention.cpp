@@ -195,8 +195,10 @@ void bind_on_cpu(py::module_& m) {
                         const std::vector<SegmentArguments>& prefixes, TypedAddress gate,
                         bool has_gate_per_head, Address key_mask, Address lengths,
                         TypedAddress bias, std::pair<int64_t, int64_t> bias_strides, bool is_causal,
-                        float scale, float kept, uint32_t threshold, uint64_t seed, int threads) {
+                        float scale, float kept, uint32_t threshold, uint64_t seed, int threads,
+                        const std::string& isa) {
              CpuInputs in;
+             in.isa = cpu::isa_by_name(isa);
              in.is_float32 = is_float32;
              std::tie(in.B, in.H, in.G, in.S, in.N, in.E) = std::tuple_cat(sizes);
              in.q = at(q), in.k = at(k), in.v = at(v);
@@ -227,12 +229,12 @@ void bind_on_cpu(py::module_& m) {
            py::arg("prefixes"), py::arg("gate"), py::arg("has_gate_per_head"), py::arg("key_mask"),
            py::arg("lengths"), py::arg("bias"), py::arg("bias_strides"), py::arg("is_causal"),
            py::arg("scale"), py::arg("kept"), py::arg("threshold"), py::arg("seed"),
-           py::arg("threads"));
+           py::arg("threads"), py::arg("isa"));
 
   m.def(
       "prefix_attention_cpu_fwd",
       [](const CpuInputs& inputs, Address out, Address lse) {
-        cpu::with_isa([&](auto isa) {
+        cpu::with_isa(inputs.isa, [&](auto isa) {
           forward_on_cpu<decltype(isa)::value>(inputs, at(out), at<float>(lse));
         });
       },
@@ -245,7 +247,8 @@ void bind_on_cpu(py::module_& m) {
          Address dv, Address dgate, Address dbias, int64_t chunks) {
         const CpuBackward grad{at(dout), at(out),          at<const float>(lse), at(dq), at(dk),
                                at(dv),   at<float>(dgate), at<float>(dbias),     chunks};
-        cpu::with_isa([&](auto isa) { backward_on_cpu<decltype(isa)::value>(inputs, grad); });
+        cpu::with_isa(inputs.isa,
+                      [&](auto isa) { backward_on_cpu<decltype(isa)::value>(inputs, grad); });
       },
       py::kw_only(), py::arg("inputs"), py::arg("dout"), py::arg("out"), py::arg("lse"),
       py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("dgate"), py::arg("dbias"),

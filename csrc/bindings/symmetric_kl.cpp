@@ -57,18 +57,20 @@ void bind_on_cpu(py::module_& m) {
   // What forward and backward of one call have in common; it borrows every address.
   py::class_<CpuInputs>(m, "SymmetricKlCpuInputs")
       .def(py::init([](bool is_float32, int64_t T, int64_t C, Address z1, Address z2,
-                       int64_t z1_stride, int64_t z2_stride, Address mask, int threads) {
-             return CpuInputs{is_float32,           T,      C, at(z1), at(z2), z1_stride, z2_stride,
-                              at<const bool>(mask), threads};
+                       int64_t z1_stride, int64_t z2_stride, Address mask, int threads,
+                       const std::string& isa) {
+             return CpuInputs{
+                 cpu::isa_by_name(isa), is_float32, T, C, at(z1), at(z2), z1_stride, z2_stride,
+                 at<const bool>(mask),  threads};
            }),
            py::kw_only(), py::arg("is_float32"), py::arg("T"), py::arg("C"), py::arg("z1"),
            py::arg("z2"), py::arg("z1_stride"), py::arg("z2_stride"), py::arg("mask"),
-           py::arg("threads"));
+           py::arg("threads"), py::arg("isa"));
 
   m.def(
       "symmetric_kl_cpu_fwd",
       [](const CpuInputs& inputs, Address rows, Address lse, Address loss) {
-        cpu::with_isa([&](auto isa) {
+        cpu::with_isa(inputs.isa, [&](auto isa) {
           forward_on_cpu<decltype(isa)::value>(inputs, at<float>(rows), at<float>(lse),
                                                at<float>(loss));
         });
@@ -79,7 +81,7 @@ void bind_on_cpu(py::module_& m) {
   m.def(
       "symmetric_kl_cpu_bwd",
       [](const CpuInputs& inputs, Address dloss, Address lse, Address dz1, Address dz2) {
-        cpu::with_isa([&](auto isa) {
+        cpu::with_isa(inputs.isa, [&](auto isa) {
           backward_on_cpu<decltype(isa)::value>(inputs, at<const float>(dloss),
                                                 at<const float>(lse), at(dz1), at(dz2));
         });

@@ -1,26 +1,8 @@
 #include "cpu/isa.h"
 
-#include <atomic>
-
 #include "common/check.h"
 
 namespace pelt::cpu {
-
-namespace {
-
-std::atomic<int> chosen_isa{-1};
-
-Isa best_isa() {
-  static const Isa best = [] {
-    for (int i = kIsaCount - 1; i > 0; --i) {
-      if (is_supported(static_cast<Isa>(i))) return static_cast<Isa>(i);
-    }
-    return Isa::kBaseline;
-  }();
-  return best;
-}
-
-}  // namespace
 
 const char* name_of(Isa isa) {
   constexpr const char* kNames[kIsaCount] = {"baseline", "avx2", "avx512", "avx512_bf16"};
@@ -45,24 +27,26 @@ bool is_supported(Isa isa) {
 #endif
 }
 
-Isa current_isa() {
-  const int chosen = chosen_isa.load(std::memory_order_relaxed);
-  return chosen < 0 ? best_isa() : static_cast<Isa>(chosen);
+Isa best_isa() {
+  static const Isa best = [] {
+    for (int i = kIsaCount - 1; i > 0; --i) {
+      if (is_supported(static_cast<Isa>(i))) return static_cast<Isa>(i);
+    }
+    return Isa::kBaseline;
+  }();
+  return best;
 }
 
-void choose_isa(const std::string& name) {
-  if (name.empty()) {
-    chosen_isa = -1;
-    return;
+Isa isa_by_name(const std::string& name) {
+  if (name.empty()) return best_isa();
+  for (int i = 0; i < kIsaCount; ++i) {
+    const auto isa = static_cast<Isa>(i);
+    if (name == name_of(isa) && is_supported(isa)) return isa;
   }
   std::string able;
   for (int i = 0; i < kIsaCount; ++i) {
-    if (!is_supported(static_cast<Isa>(i))) continue;
-    if (name == name_of(static_cast<Isa>(i))) {
-      chosen_isa = i;
-      return;
-    }
-    able += sentence(able.empty() ? "" : ", ", name_of(static_cast<Isa>(i)));
+    const auto isa = static_cast<Isa>(i);
+    if (is_supported(isa)) able += sentence(able.empty() ? "" : ", ", name_of(isa));
   }
   fail("instruction set: expected one that this processor runs (", able, "), got '", name, "'");
 }

@@ -1,9 +1,10 @@
 // Which instruction set the CPU kernels use.
 //
 // A *_cpu.cpp file is compiled once for each entry of Isa, with that entry's flags and PELT_CPU_ISA
-// defined as its name, and gives one specialization of each function it offers. The processor is
-// asked at run time. So that no linker can pick a function compiled for a newer processor where an
-// older one runs it, those files keep every helper, headers included, in unnamed namespaces.
+// defined as its name, and gives one specialization of each function it offers. A call names the
+// one it wants; nothing here is kept from call to call. So that no linker can pick a function
+// compiled for a newer processor where an older one runs it, those files keep every helper, headers
+// included, in unnamed namespaces.
 #pragma once
 
 #include <string>
@@ -22,11 +23,11 @@ constexpr int kIsaCount = 4;
 const char* name_of(Isa isa);
 bool is_supported(Isa isa);  // by this processor, and compiled into this module
 
-// The best that the processor supports, or the one that `choose_isa` asked for.
-Isa current_isa();
+// The best that the processor supports.
+Isa best_isa();
 
-// By name, for tests and measurements; "" is the best again. Throws Error if it cannot run here.
-void choose_isa(const std::string& name);
+// The one of that name; "" is the best. Throws Error if it cannot run here.
+Isa isa_by_name(const std::string& name);
 
 template <Isa kIsa>
 struct IsaTag {
@@ -48,12 +49,6 @@ auto with_isa(Isa isa, Visit&& visit) {
     default:
       return visit(IsaTag<Isa::kBaseline>{});
   }
-}
-
-// For the current instruction set.
-template <class Visit>
-auto with_isa(Visit&& visit) {
-  return with_isa(current_isa(), visit);
 }
 
 }  // namespace pelt::cpu

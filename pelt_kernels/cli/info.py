@@ -24,12 +24,13 @@ def info(
         out = results()
         facts = Table(show_header=False, title="pelt-kernels")
         for name, value in (versions() | hardware()).items():
-            facts.add_row(name, "none" if value is None else str(value))
+            shown = ", ".join(value) if isinstance(value, list) else value
+            facts.add_row(name.replace("_", " "), str(shown or "none"))
         out.print(facts)
         backends = Table("operator", "backend", "able here", title="backends")
         for operator, call in _probes().items():
-            for backend, refusal in _ability(call).items():
-                backends.add_row(operator, backend, refusal or "yes")
+            for backend, able in _ability(operator, call).items():
+                backends.add_row(operator, backend, able)
         out.print(backends)
         if model is not None:
             out.print(_describe_model(model))
@@ -58,19 +59,22 @@ def _probes() -> dict[str, Callable[[str], Any]]:
     }
 
 
-def _ability(call: Callable[[str], Any]) -> dict[str, str]:
-    """Per backend, empty if it served the call, else why it did not."""
-    from ..ops import BACKENDS, BackendError
+def _ability(operator: str, call: Callable[[str], Any]) -> dict[str, str]:
+    """Per backend, that it served the call and in which of its forms (on a CPU, with which
+    instruction set), or why it did not.
+    """
+    from ..ops import BACKENDS, BackendError, explain
 
-    refusals = {}
+    able = {}
     for backend in BACKENDS:
         try:
             call(backend)
-            refusals[backend] = ""
+            form = next(c.form for c in reversed(explain(operator)) if c.requested == backend)
+            able[backend] = f"yes, {form}" if form else "yes"
         except BackendError as error:
             # "<operator>: backend '<name>' was asked for but <reason>.  Able: <names>."
-            refusals[backend] = "no: " + str(error).partition(" but ")[2].partition(".  Able")[0]
-    return refusals
+            able[backend] = "no: " + str(error).partition(" but ")[2].partition(".  Able")[0]
+    return able
 
 
 def _describe_model(name: str) -> Table:

@@ -73,7 +73,10 @@ class Call:
     form: str = ""  # which of its ways, where the backend has several
     forward: Any = None
     backward: Any = None
-    selected: dict[str, Call] = field(default_factory=dict)  # request -> this call on its backend
+    choice: Any = None  # how the dispatch came to it,
+    era: int = -1  # and when it last told so
+    # This call on its backend, by request; without and with a backward to follow.
+    selected: tuple[dict[str, Call], dict[str, Call]] = field(default_factory=lambda: ({}, {}))
 
     def place(self, given: Sequence[Tensor | None]) -> dict[str, Value]:
         """The inputs by name, from the tensors that are there."""

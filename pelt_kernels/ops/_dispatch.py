@@ -3,7 +3,7 @@
 A backend is one file in an operator's folder with three functions, `supports(call)`, `forward(call,
 ...)` and `backward(call, ...)`. A file that is not there is a cell that does not exist. A backend
 with several ways to serve a call names them in `FORMS` and finds the chosen one in `call.form`; a
-request for one is written ``backend:form``.
+request for one is written ``backend:form``. On a CPU the forms are instruction sets.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -32,19 +32,27 @@ class Backend:
     devices: tuple[str, ...]  # device types it may serve; empty: any
     is_automatic: bool  # False: only on request
     library: str = ""  # the compiled module it needs
+    forms: str = "its forms of this operator"  # what FORMS are, for a sentence
 
 
 # In the order in which they are tried.
 BACKENDS: dict[str, Backend] = {
     "cuda": Backend("cuda", ("cuda",), True, library="_C"),
     "triton": Backend("triton", ("cuda", "cpu"), True),
-    "cpu": Backend("cpu", ("cpu",), True, library="_C"),
+    "cpu": Backend(
+        "cpu",
+        ("cpu",),
+        True,
+        library="_C",
+        forms="the instruction sets that it has kernels for and this processor runs",
+    ),
     "cuda_sim": Backend("cuda", ("cpu",), False, library="_C_sim"),
     "eager": Backend("eager", (), True),
 }
 
 _requested = os.environ.get("PELT_KERNELS_BACKEND", "")
 _choices: dict[str, dict[str, Choice]] = {}
+_era = 0  # grows when choices are forgotten
 
 
 @dataclass(frozen=True)
@@ -59,12 +67,16 @@ class Choice:
     form: str = ""  # where the backend has several
     form_reason: str = ""
 
+    @property
+    def served(self) -> str:
+        """The backend, with its form where it has several: what would ask for the same."""
+        return f"{self.backend}:{self.form}" if self.form else self.backend
+
     def __str__(self) -> str:
-        why = "as asked" if self.requested else "first able"
-        form = f":{self.form}" if self.form else ""
+        why = "as asked" if self.requested else "automatic"
         reason = f"; {self.form} {self.form_reason}" if self.form_reason else ""
         refused = "".join(f"; {name}: {reason}" for name, reason in self.refusals.items())
-        return f"{self.call} -> {self.backend}{form} ({why}{reason}{refused})"
+        return f"{self.call} -> {self.served} ({why}{reason}{refused})"
 
 
 class BackendError(ValueError):
@@ -74,7 +86,8 @@ class BackendError(ValueError):
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
     """Asks for one backend by name for every operator inside the block (``None``: automatic again).
-    ``"cuda:single"`` asks for a form of its kernels too, of those operators that have several.
+    ``"cuda:single"`` or ``"cpu:avx2"`` asks for a form of its kernels too, of those operators that
+    have several.
 
     The request is process-wide, like `torch.set_default_dtype`, so that it also reaches the threads
     in which autograd runs. A call's own ``backend=`` goes first; the environment variable
@@ -106,7 +119,8 @@ def explain(operator: str | None = None) -> list[Choice]:
     """The decisions made in this process, per operator and combination of sizes, newest last.
 
     Each `Choice` tells the backend that serves the call, whether it was asked for, and why each
-    backend tried before it was refused; ``print(*explain(), sep="\\n")`` reads well.
+    backend tried before it was refused: because it cannot serve the call, or because eager was
+    measured to be faster; ``print(*explain(), sep="\\n")`` reads well.
     """
     if operator is not None:
         return list(_choices.get(operator, {}).values())
@@ -115,31 +129,34 @@ def explain(operator: str | None = None) -> list[Choice]:
 
 def forget_choices() -> None:
     """Empties what `explain` tells, so that a run reports only its own calls."""
+    global _era
     _choices.clear()
+    _era += 1
 
 
-def select(call: Call, request: str) -> Call:
-    """The call with its backend: the one asked for, or the first able one. Raises BackendError.
+def select(call: Call, request: str, needs_grad: bool = True) -> Call:
+    """The call with its backend: the one asked for, or the first able one that was not measured
+    slower than eager. Raises BackendError.
 
-    It reads the call's sizes, dtype and device only, so forward and backward of one call always
-    agree.
+    ``needs_grad`` False: no backward will follow, so forward's measurements decide. Beside that it
+    reads the call's sizes, dtype and device only, so forward and backward of one call always agree.
     """
-    chosen = call.selected.get(request)
+    chosen = call.selected[needs_grad].get(request)
     if chosen is None:
-        choice = _select(call, request)
+        choice = _select(call, request, needs_grad)
         module = implementation(call.contract.name, choice.backend)
         chosen = replace(
             call, backend=choice.backend, form=choice.form, forward=module.forward,
-            backward=module.backward, selected={},
+            backward=module.backward, selected=({}, {}), choice=choice,
         )  # fmt: skip
-        call.selected[request] = chosen
-        _remember(choice)
-    elif call.contract.name not in _choices:  # chosen before `forget_choices`
-        _remember(Choice(call.contract.name, str(call), chosen.backend, request, {}, chosen.form))
+        call.selected[needs_grad][request] = chosen
+        _remember(chosen)
+    elif chosen.era != _era:  # chosen before `forget_choices`
+        _remember(chosen)
     return chosen
 
 
-def _select(call: Call, request: str) -> Choice:
+def _select(call: Call, request: str, needs_grad: bool) -> Choice:
     check_name(request)
     if request:
         reason = why_not(request, call)
@@ -149,7 +166,7 @@ def _select(call: Call, request: str) -> Choice:
                 f"{call.contract.name}: backend '{request}' was asked for but {reason}.  Able:"
                 f" {', '.join(able)}."
             )
-        return _choose_form(call, request, request, {})
+        return _choose_form(call, request, request, {}, needs_grad)[0]
     refusals: dict[str, str] = {}
     for name, backend in BACKENDS.items():
         if not backend.is_automatic or not _serves_device(backend, call):
@@ -158,31 +175,44 @@ def _select(call: Call, request: str) -> Choice:
             continue  # its interpreter is for tests, on request
         reason = why_not(name, call)
         if not reason:
-            return _choose_form(call, name, "", refusals)
+            choice, reason = _choose_form(call, name, "", refusals, needs_grad)
+            if not reason:
+                return choice
         refusals[name] = reason
         logger.info("%s: not on %s: %s", call, name, reason)
     raise BackendError(f"{call.contract.name}: no backend serves {call}: {refusals}")
 
 
-def _choose_form(call: Call, name: str, request: str, refusals: dict[str, str]) -> Choice:
-    """The choice of a backend that serves the call, with the first able one of its forms."""
+def _choose_form(
+    call: Call, name: str, request: str, refusals: dict[str, str], needs_grad: bool
+) -> tuple[Choice, str]:
+    """The choice of a backend that serves the call, with the first able one of its forms; and that
+    eager was measured faster than that, if it was.
+    """
     backend, _, asked = name.partition(":")
     forms = forms_of(call.contract.name, backend)
     choice = Choice(call.contract.name, str(call), backend, request, refusals)
     if asked:
-        return replace(choice, form=asked if forms else "")
-    for form, reason in _forms.ranked(call, forms):
+        return replace(choice, form=asked if forms else ""), ""
+    requests = _requests(backend, forms)
+    row = _forms.nearest(call, requests, needs_grad)
+    for found, reason in _forms.ranked(call, requests, row):
+        form = found.partition(":")[2]
         refusal = _supports(backend, call, form)
         if not refusal:
-            return replace(choice, form=form, form_reason=reason)
-        refusals[f"{backend}:{form}"] = refusal
-    return choice
+            choice = replace(choice, form=form, form_reason=reason)
+            return choice, _forms.why_slower(found, row)
+        refusals[found] = refusal
+    raise AssertionError(f"{call}: {backend} serves it in one of {forms}, and in none of them")
 
 
-def _remember(choice: Choice) -> None:
+def _remember(chosen: Call) -> None:
+    choice: Choice = chosen.choice
+    chosen.era = _era
     choices = _choices.setdefault(choice.operator, {})
     if len(choices) < 1024:  # enough to read; more would only be a leak
-        choices[f"{choice.call} {choice.requested}"] = choice
+        # What is the same with and without gradients is told once.
+        choices[f"{choice} {choice.requested}"] = choice
 
 
 def why_not(name: str, call: Call) -> str:
@@ -200,15 +230,20 @@ def why_not(name: str, call: Call) -> str:
     forms = forms_of(call.contract.name, name) or ("",)
     if form and forms != ("",):
         if form not in forms:
-            return f"its forms of this operator are {' and '.join(forms)}, not '{form}'"
+            return f"it expects one of {backend.forms} ({', '.join(forms)}), not '{form}'"
         forms = (form,)
-    refusals = [_supports(name, call, form) for form in forms]
-    return "" if "" in refusals else "; ".join(dict.fromkeys(refusals))
+    refusals: dict[str, None] = {}
+    for form in forms:
+        refusal = _supports(name, call, form)
+        if not refusal:
+            return ""
+        refusals[refusal] = None
+    return "; ".join(refusals)
 
 
 def _supports(name: str, call: Call, form: str) -> str:
     module = implementation(call.contract.name, name)
-    return module.supports(replace(call, backend=name, form=form, selected={}))
+    return module.supports(replace(call, backend=name, form=form, selected=({}, {})))
 
 
 def forms_of(operator: str, backend: str) -> tuple[str, ...]:
@@ -216,11 +251,23 @@ def forms_of(operator: str, backend: str) -> tuple[str, ...]:
     return getattr(implementation(operator, backend), "FORMS", ())
 
 
-def requests_of(operator: str, backend: str) -> list[str]:
+def every_request(operator: str, backend: str) -> list[str]:
     """What asks for a backend's way, or each of its ways, to serve an operator."""
-    if not BACKENDS[backend].library:
-        return [backend]
-    return [f"{backend}:{form}" for form in forms_of(operator, backend)] or [backend]
+    return _requests(backend, forms_of(operator, backend) if BACKENDS[backend].library else ())
+
+
+def requests_of(operator: str, backend: str) -> list[str]:
+    """`every_request` between which speed has to decide: of instruction sets the best and the
+    tiles, because the others are for older processors.
+    """
+    requests = every_request(operator, backend)
+    if backend != "cpu":
+        return requests
+    return [r for r in requests if r == requests[0] or r == f"{backend}:{_native.TILES}"]
+
+
+def _requests(backend: str, forms: Sequence[str]) -> list[str]:
+    return [f"{backend}:{form}" for form in forms] or [backend]
 
 
 def backend_of(request: str) -> str:

@@ -1,9 +1,10 @@
-"""Which form of a backend's kernels goes first, where it has several ways to serve a call.
+"""What measurements say about a call: which form of a backend's kernels goes first, and where a
+backend is slower than eager.
 
 Measurements decide, never a guess: `forms.json` holds what `python -m benchmarks.forms` took from a
-run on a GPU, a row for each operator, GPU, dtype and sizes with the microseconds of each form,
-forward and backward together. Where nothing near was measured on this GPU, a backend's own order
-stands.
+run, a row for each operator, kind of hardware, dtype, direction and sizes, with the microseconds of
+each request (``cuda:single``, ``cpu:avx512``, ``eager``). Where nothing near was measured on this
+kind of hardware, the usual order stands.
 """
 
 from __future__ import annotations
@@ -17,41 +18,59 @@ from typing import Any
 
 import torch
 
+from . import _native
 from ._contract import Call
 
 FILE = Path(__file__).with_name("forms.json")
 FARTHEST = 3.0  # doublings, over all sizes, from which a measurement still tells
+SLOWER = 1.03  # of eager's time: less than that is within what two runs differ by
+DIRECTIONS = {False: "forward", True: "forward+backward"}  # by whether gradients are asked for
+
+Row = dict[str, Any]
 
 
-def ranked(call: Call, forms: Sequence[str]) -> list[tuple[str, str]]:
-    """The forms in the order in which to try them, each with the reason for its place."""
-    if len(forms) < 2:
-        return [(form, "") for form in forms]
-    hardware = _hardware(call.device)
-    row = _nearest(call, hardware)
-    if row is None:
-        reason = f"is the usual form; nothing near was measured on {hardware}"
-        return [(form, reason) for form in forms]
-    us: dict[str, float] = row["us"]
-    sizes = " ".join(f"{letter}={size}" for letter, size in row["sizes"].items())
-    order = sorted(forms, key=lambda form: us.get(form, math.inf))
-    reason = ", ".join(f"{form} {us[form]:.0f} us" for form in order if form in us)
-    return [(form, f"by measurement at {sizes}: {reason}") for form in order]
-
-
-def _nearest(call: Call, hardware: str) -> dict[str, Any] | None:
+def nearest(call: Call, requests: Sequence[str], needs_grad: bool) -> Row | None:
+    """The row measured nearest to a call that tells something about one of the requests."""
     dtype = str(call.dtype).removeprefix("torch.")
-    rows = [
-        row
-        for row in table()
-        if (row["op"], row["hardware"], row["dtype"]) == (call.contract.name, hardware, dtype)
-    ]
+    key = (call.contract.name, hardware(call.device), dtype, DIRECTIONS[needs_grad])
+    rows = [row for row in table().get(key, ()) if not row["us"].keys().isdisjoint(requests)]
     distance, row = min(
         ((_doublings(call.sizes, row["sizes"]), row) for row in rows),
         key=lambda found: found[0],
         default=(math.inf, None),
     )
     return row if distance <= FARTHEST else None
+
+
+def ranked(call: Call, requests: Sequence[str], row: Row | None) -> list[tuple[str, str]]:
+    """Requests for a backend's forms in the order in which to try them, each with the reason for
+    its place; no reason where there is only one.
+    """
+    if len(requests) < 2:
+        return [(request, "") for request in requests]
+    if row is None:
+        reason = f"is the usual form; nothing near was measured on {hardware(call.device)}"
+        return [(request, reason) for request in requests]
+    us: dict[str, float] = row["us"]
+    order = sorted(requests, key=lambda request: us.get(request, math.inf))
+    reason = ", ".join(f"{request} {us[request]:.0f} us" for request in order if request in us)
+    return [(request, f"by measurement of {_where(row)}: {reason}") for request in order]
+
+
+def why_slower(request: str, row: Row | None) -> str:
+    """That eager was measured faster, in one sentence; empty if it was not."""
+    us: dict[str, float] = {} if row is None else row["us"]
+    if row is None or not {request, "eager"} <= us.keys() or us[request] <= SLOWER * us["eager"]:
+        return ""
+    return (
+        f"eager took {us['eager']:.0f} us and {request} {us[request]:.0f} us for {_where(row)},"
+        f" measured on {row['hardware']}"
+    )
+
+
+def _where(row: Row) -> str:
+    sizes = " ".join(f"{letter}={size}" for letter, size in row["sizes"].items())
+    return f"{row['direction']} at {sizes}"
 
 
 def _doublings(one: dict[str, Any], other: dict[str, Any]) -> float:
@@ -66,11 +85,18 @@ def _sum(size: Any) -> int:
 
 
 @cache
-def table() -> list[dict[str, Any]]:
-    """The measured rows: op, hardware, dtype, sizes, us (form -> microseconds), commit."""
-    return json.loads(FILE.read_text())
+def table() -> dict[tuple[str, ...], list[Row]]:
+    """The measured rows by operator, hardware, dtype and direction; beside those a row has sizes,
+    us (request -> microseconds) and commit.
+    """
+    rows: dict[tuple[str, ...], list[Row]] = {}
+    for row in json.loads(FILE.read_text()):
+        key = (row["op"], row["hardware"], row["dtype"], row["direction"])
+        rows.setdefault(key, []).append(row)
+    return rows
 
 
 @cache
-def _hardware(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "the simulator"
+def hardware(device: torch.device) -> str:
+    """On what kind of hardware rows have to be measured to tell about a device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _native.processor()

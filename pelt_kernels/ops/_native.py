@@ -7,15 +7,20 @@ Everything here works, and says what is missing, when neither was built.
 from __future__ import annotations
 
 import importlib
+import logging
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+logger = logging.getLogger("pelt_kernels")
+TILES = "amx"  # the instruction set that multiplies tiles, and bfloat16 only
 _poison = False
 
 
@@ -49,6 +54,58 @@ def build_info() -> dict[str, Any]:
     """Compiler, flags and architectures of `_C`; empty if it was not built."""
     module, _ = _load("_C")
     return dict(module.build_info()) if module is not None else {}
+
+
+@cache
+def instruction_sets() -> tuple[str, ...]:
+    """Those for which `_C` holds CPU kernels and that this processor runs, the newest first; none
+    without `_C`. What the processor lists and the system refuses is said once at INFO.
+    """
+    module, _ = _load("_C")
+    if module is None or not hasattr(module, "best_cpu_isa"):
+        return ()
+    for note in getattr(module, "cpu_isa_notes", list)():
+        logger.info("cpu: %s", note)
+    return tuple(reversed(module.cpu_isas()))
+
+
+def cpu_forms(has_tiles: bool = False) -> tuple[str, ...]:
+    """The instruction sets as forms of an operator's CPU kernels, the best first.
+
+    Tiles come last, so that they serve on request and where they were measured to be faster: no
+    test of theirs has run on a processor that has them.
+    """
+    found = instruction_sets()
+    vectors = tuple(isa for isa in found if isa != TILES)
+    return (*vectors, TILES) if has_tiles and TILES in found else vectors
+
+
+def why_not_cpu(kernel: str) -> str:
+    """Why `_C` cannot run such CPU kernels as these sources call; empty if it can."""
+    module = library("_C")
+    if hasattr(module, kernel) and hasattr(module, "best_cpu_isa"):
+        return ""
+    return "the compiled module is older than this kernel; build it with `make build`"
+
+
+@cache
+def processor() -> str:
+    """The kind of this processor, for measurements that hold for others of its kind: who made it
+    and the newest of its `instruction_sets`, as "Intel amx" or "AMD avx2".
+    """
+    names = {"GenuineIntel": "Intel", "AuthenticAMD": "AMD"}
+    vendor = cpu_info("vendor_id")
+    return " ".join([names.get(vendor, vendor) or platform.machine(), *instruction_sets()[:1]])
+
+
+def cpu_info(field: str) -> str:
+    """A field of the first processor in Linux's list; empty where there is none."""
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.is_file() else ():
+        name, _, value = line.partition(":")
+        if name.strip() == field:
+            return value.strip()
+    return ""
 
 
 def pointer(tensor: Tensor | None) -> int:
@@ -111,22 +168,21 @@ def can_fill_dropout(device: torch.device) -> bool:
         or torch._C._len_torch_dispatch_stack()
     ):
         return False
-    module, _ = _load("_C")
-    return module is not None and hasattr(module, "fill_dropout")
+    return bool(instruction_sets())
 
 
 def fill_dropout(
-    out: Tensor, kept_bits: int, threshold: int, seed: int, first_group: int = 0
+    out: Tensor, kept_bits: int, threshold: int, seed: int, first_group: int = 0, isa: str = ""
 ) -> None:
     """Writes ``kept_bits`` where dropout keeps an element of ``out`` [rows, columns], 0 elsewhere.
 
     The bits do not depend on the number of threads. ``first_group`` is the counter of the first
-    four elements.
+    four elements; ``isa`` asks for an instruction set, by default the best.
     """
     library("_C").fill_dropout(
         out=out.data_ptr(), rows=out.shape[0], columns=out.shape[1],
         element_bytes=out.element_size(),
         kept_bits=kept_bits, threshold=threshold, seed=seed & 0xFFFFFFFFFFFFFFFF,
         first_group=first_group,
-        threads=torch.get_num_threads(),
+        threads=torch.get_num_threads(), isa=isa,
     )  # fmt: skip

@@ -61,8 +61,9 @@ class Operator:
         signature, given, is_plain, requires_grad = scan(values)
         if not is_plain:
             return self._through_torch(values, attributes, seed, request)
-        call = _dispatch.select(contract.bind(values, attributes, signature), request)
-        if requires_grad and torch.is_grad_enabled():
+        needs_grad = requires_grad and torch.is_grad_enabled()
+        call = _dispatch.select(contract.bind(values, attributes, signature), request, needs_grad)
+        if needs_grad:
             flat = _apply(call, values, seed, *given)
             if contract.has_list_outputs:
                 return tuple(unflatten(iter(flat), call.output_lengths))

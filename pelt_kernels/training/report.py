@@ -8,7 +8,6 @@ import resource
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -16,19 +15,19 @@ import torch
 import transformers
 
 from .. import __version__
-from ..ops import explain
+from ..ops import _native, explain
 from .config import TrainConfig
 from .metrics import NAMES, summarise
 from .tasks import Task
 
 
 def backends_used() -> dict[str, str]:
-    """The backends that served each operator since `forget_choices`."""
-    used: dict[str, list[str]] = {}
+    """The backends that served each operator since `forget_choices`, as a request names them: with
+    the form, on a CPU the instruction set.
+    """
+    used: dict[str, dict[str, None]] = {}
     for choice in explain():
-        names = used.setdefault(choice.operator, [])
-        if choice.backend not in names:
-            names.append(choice.backend)
+        used.setdefault(choice.operator, {})[choice.served] = None
     return {operator: ", ".join(names) for operator, names in used.items()}
 
 
@@ -47,9 +46,12 @@ def seconds_per_step(history: Iterable[dict[str, Any]]) -> float | None:
 
 
 def hardware() -> dict[str, Any]:
-    """The processor, how many threads compute, and the GPU if there is one."""
+    """The processor, the instruction sets for which there are kernels and that it runs (the newest
+    first; none without the compiled module), how many threads compute, and the GPU if there is one.
+    """
     return {
         "cpu": _cpu_name(),
+        "instruction_sets": list(_native.instruction_sets()),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
@@ -104,9 +106,5 @@ def metrics(
 
 
 def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()} x {os.cpu_count()}"
-    return f"{platform.processor() or platform.machine()} x {os.cpu_count()}"
+    name = _native.cpu_info("model name") or platform.processor() or platform.machine()
+    return f"{name} x {os.cpu_count()}"

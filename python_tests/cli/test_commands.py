@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from command import Run, options
 
+from pelt_kernels.ops import _native as native
 from pelt_kernels.training import load_task
 from pelt_kernels.training.recipes import RECIPES
 
@@ -141,6 +142,9 @@ def test_info_names_versions_backends_and_the_adapter(run: Run, trained: Path) -
     assert done.code == 0, done.err
     for word in ("torch", "gated_adapter", "prefix_attention", "lora_linear", "eager", "yes"):
         assert word in done.out
+    for isa in native.cpu_forms()[:1]:
+        assert f"yes, {isa}" in done.out
+    assert all(isa in done.out for isa in native.instruction_sets())
     assert "unipelt" in done.out and "BertForSequenceClassification" in done.out
 
 

@@ -1,5 +1,5 @@
-"""The CPU kernels of gated_adapter: what they refuse, sizes around their blocks, every instruction set
-this processor runs, and bits that do not depend on threads.
+"""The CPU kernels of gated_adapter: what they refuse, sizes around their blocks, formulas under every
+instruction set that this processor runs, and bits that do not depend on threads.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from closeness import assert_close
-from parity import PRECISIONS, SEED, case_of, check, contract_of, evaluate, inputs_of, run
+from parity import PRECISIONS, SEED, contract_of, evaluate, inputs_of, run
 
 from pelt_kernels import gated_adapter
 from pelt_kernels.ops import _dispatch as dispatch
@@ -46,14 +46,6 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=native.library("_C").cpu_isas() if HAS_KERNELS else [])
-def isa(request):
-    """Each instruction set that this processor runs."""
-    native.library("_C").choose_cpu_isa(request.param)
-    yield request.param
-    native.library("_C").choose_cpu_isa("")
-
-
 def _call(dtype=torch.float32, rank=8, width=16, rows=3):
     x, w = torch.zeros(1, rows, width, dtype=dtype), torch.zeros(rank, width, dtype=dtype)
     values = dict.fromkeys(CONTRACT.input_names)
@@ -84,7 +76,7 @@ def test_a_refusal_reaches_the_caller():
         gated_adapter(x, w, w.T.contiguous(), backend="cpu")
 
 
-def _agrees(case: Case, precision: str) -> None:
+def _agrees(case: Case, precision: str, backend: str = "cpu") -> None:
     """Outputs and gradients of a case that is not in the contract's list, by the closeness rule."""
     values, module = inputs_of(OPERATOR, case, precision), contract_of(OPERATOR)
     attributes = dict(zip(CONTRACT.attribute_names, make_attributes(CONTRACT, case)))
@@ -95,7 +87,7 @@ def _agrees(case: Case, precision: str) -> None:
     exact = [v.double() if v is not None and v.is_floating_point() else v for v in values]
     truth = evaluate(OPERATOR, case, exact, by_reference)
     baseline = evaluate(OPERATOR, case, values, by_reference)
-    for name, value in run(OPERATOR, "cpu", case, precision).items():
+    for name, value in run(OPERATOR, backend, case, precision).items():
         assert_close(value, baseline[name], truth[name], PRECISIONS[precision][0], name)
 
 
@@ -119,42 +111,38 @@ def test_ranks_around_vectors_and_blocks(rank):
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "tanh", "identity"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_activations(activation, precision, isa):
+def test_activations(activation, precision, isa, served):
     sizes = {"B": 1, "S": 33, "D": 48, "R": 24}
-    _agrees(Case("activation", sizes, "b_down b_up", {"activation": activation}), precision)
+    case = Case("activation", sizes, "b_down b_up", {"activation": activation})
+    _agrees(case, precision, served(OPERATOR, isa, case, precision))
 
 
 @pytest.mark.parametrize(
     "value", [-60.0, -1e-30, 0.0, 1e-30, 3e-4, 0.62, 0.64, 0.99, 1.01, 4.1, 90.0]
 )
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "tanh"])
-def test_activations_where_their_formulas_change(value, activation, isa):
+def test_activations_where_their_formulas_change(value, activation, isa, served):
     """By an adapter that is the activation itself; 4 units of rounding of the exact value."""
+    sizes = {"B": 1, "S": 1, "D": 8, "R": 8}
+    backend = served(OPERATOR, isa, Case("itself", sizes), "float32")
     x = torch.full((1, 8), value)
     one = torch.eye(8)
-    found = gated_adapter(x, one, one, activation=activation, residual=None, backend="cpu")
+    found = gated_adapter(x, one, one, activation=activation, residual=None, backend=backend)
     exact = gated_adapter(
         x.double(), one.double(), one.double(), activation=activation, residual=None
     )
     assert_close(found, x[:0].sum() + exact.float(), exact, torch.float32, activation)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "bfloat16-master"])
-@pytest.mark.parametrize(
-    "name", ["plain", "token_gate", "everything", "bank_per_sample", "adamix_both"]
-)
-def test_every_instruction_set(name, precision, isa):
-    check(OPERATOR, "cpu", case_of(OPERATOR, name), precision)
-
-
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", LARGE)
-def test_bits_depend_neither_on_threads_nor_on_the_run(name, precision, isa, threads):
+def test_bits_depend_neither_on_threads_nor_on_the_run(name, precision, isa, threads, served):
+    backend = served(OPERATOR, isa, LARGE[name], precision)
     threads(1)
-    alone = run(OPERATOR, "cpu", LARGE[name], precision)
+    alone = run(OPERATOR, backend, LARGE[name], precision)
     for count in (1, 2, 5):
         threads(count)
-        for what, value in run(OPERATOR, "cpu", LARGE[name], precision).items():
+        for what, value in run(OPERATOR, backend, LARGE[name], precision).items():
             assert torch.equal(value, alone[what]), f"{what} with {count} threads"
 
 
@@ -194,7 +182,9 @@ def test_skipped_rows_do_no_work(gate):
 
 @pytest.mark.parametrize("width", [1, 16, 130, 257])
 @pytest.mark.parametrize("rank", [1, 9, 33])
-def test_nothing_is_written_beside_results_and_workspace(width, rank, isa, threads, monkeypatch):
+def test_nothing_is_written_beside_results_and_workspace(
+    width, rank, isa, threads, served, monkeypatch
+):
     """Each piece of memory that the kernels get lies between two stretches of a known value."""
     pieces = []
 
@@ -209,7 +199,8 @@ def test_nothing_is_written_beside_results_and_workspace(width, rank, isa, threa
     sizes = {"B": 2, "S": 80, "D": width, "R": rank}
     inputs = f"b_down b_up gate_weight gate_bias mask {NORMS}"
     attributes = {"pooling": "masked_mean", "dropout_p": 0.1}
-    run(OPERATOR, "cpu", Case("guards", sizes, inputs, attributes), "bfloat16-master")
+    case = Case("guards", sizes, inputs, attributes)
+    run(OPERATOR, served(OPERATOR, isa, case, "bfloat16-master"), case, "bfloat16-master")
     assert len(pieces) > 15
     for memory, count in pieces:
         beside = torch.cat([memory[:64], memory[64 + count :]])

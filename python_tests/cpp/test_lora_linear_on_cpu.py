@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import parity
 import pytest
 import torch
-from parity import case_of, check, contract_of, run
+from parity import check, contract_of, run
 
 from pelt_kernels.ops import LoraBranch, lora_linear
 from pelt_kernels.ops import _native as native
@@ -51,22 +51,14 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=native.library("_C").cpu_isas() if HAS_KERNELS else [])
-def isa(request):
-    """Each instruction set that this processor runs."""
-    native.library("_C").choose_cpu_isa(request.param)
-    yield request.param
-    native.library("_C").choose_cpu_isa("")
-
-
 @pytest.fixture
 def agrees(monkeypatch):
     """Holds outputs and gradients of a case that is not in the contract's list to the reference."""
 
-    def agrees(case: Case, precision: str) -> None:
+    def agrees(case: Case, precision: str, backend: str = "cpu") -> None:
         monkeypatch.setattr(parity, "case_of", lambda operator, name: case)
         parity.expected.cache_clear()
-        check(OPERATOR, "cpu", case, precision)
+        check(OPERATOR, backend, case, precision)
 
     yield agrees
     parity.expected.cache_clear()
@@ -115,17 +107,12 @@ def test_widths_around_vectors_and_stretches(width, precision, agrees):
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5, 7, 8, 9, 13, 16, 31, 33, 100, 189, 255])
-def test_ranks_around_blocks(rank, isa, agrees):
-    """In float32 to the 192 ranks in all that the kernels take, beyond in bfloat16."""
+def test_ranks_around_blocks(rank, isa, served, agrees):
+    """In float32 to the 192 ranks in all that the kernels take; beyond, and on tiles, in bfloat16."""
     case = _case("rank", _sizes(1, 19, 40, (rank, 3), 56, 21), "bias", [1.0, 0.5],
                  attributes={"offsets": [3, 35]})  # fmt: skip
-    agrees(case, "float32" if rank + 3 <= 192 else "bfloat16")
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "bfloat16-master"])
-@pytest.mark.parametrize("name", ["lora", "fused_qkv", "dropout", "bank_per_sample", "rank_17"])
-def test_every_instruction_set(name, precision, isa):
-    check(OPERATOR, "cpu", case_of(OPERATOR, name), precision)
+    precision = "float32" if rank + 3 <= 192 and isa != native.TILES else "bfloat16"
+    agrees(case, precision, served(OPERATOR, isa, case, precision))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -136,13 +123,14 @@ def test_several_chunks_agree_with_the_reference(name, precision, threads, agree
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_bits_depend_neither_on_threads_nor_on_the_run(name, isa, threads):
+def test_bits_depend_neither_on_threads_nor_on_the_run(name, isa, threads, served):
     """Of what the kernels compute: torch's product may take another order on more threads."""
+    backend = served(OPERATOR, isa, LARGE[name], "bfloat16-master")
     threads(1)
-    alone = run(OPERATOR, "cpu", LARGE[name], "bfloat16-master")
+    alone = run(OPERATOR, backend, LARGE[name], "bfloat16-master")
     for count in (1, 2, 5):
         threads(count)
-        for what, value in run(OPERATOR, "cpu", LARGE[name], "bfloat16-master").items():
+        for what, value in run(OPERATOR, backend, LARGE[name], "bfloat16-master").items():
             if what not in ("y", "dx", "dweight"):
                 assert torch.equal(value, alone[what]), f"{what} with {count} threads"
 
@@ -167,7 +155,9 @@ def test_a_nan_stays_in_its_row():
 
 @pytest.mark.parametrize("width", [1, 16, 130, 257])
 @pytest.mark.parametrize("rank", [1, 9, 33])
-def test_nothing_is_written_beside_results_and_workspace(width, rank, isa, threads, monkeypatch):
+def test_nothing_is_written_beside_results_and_workspace(
+    width, rank, isa, threads, served, monkeypatch
+):
     """Each piece of memory that the kernels get lies between two stretches of a known value."""
     pieces = []
 
@@ -183,7 +173,7 @@ def test_nothing_is_written_beside_results_and_workspace(width, rank, isa, threa
     inputs = "bias gate_weight:0 gate_bias:0 extra_weight:0 extra_bias:0 mask"
     sizes = _sizes(2, 80, width, (rank,))
     case = _case("guards", sizes, inputs, [1.0], attributes=attributes)
-    run(OPERATOR, "cpu", case, "bfloat16-master")
+    run(OPERATOR, served(OPERATOR, isa, case, "bfloat16-master"), case, "bfloat16-master")
     assert len(pieces) > 9
     for memory, count in pieces:
         beside = torch.cat([memory[:64], memory[64 + count :]])

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from closeness import assert_close
-from parity import case_of, check, contract_of, evaluate, inputs_of, run
+from parity import contract_of, evaluate, inputs_of, run
 
 from pelt_kernels.ops import _dispatch as dispatch
 from pelt_kernels.ops import _native as native
@@ -30,14 +30,6 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=native.library("_C").cpu_isas() if HAS_KERNELS else [])
-def isa(request):
-    """Each instruction set that this processor runs."""
-    native.library("_C").choose_cpu_isa(request.param)
-    yield request.param
-    native.library("_C").choose_cpu_isa("")
-
-
 def _large(sparsity, **sizes):
     sizes = {"Dout": ROWS, "Din": COLUMNS, "R": 5, "R2": 3, **sizes}
     entries = sizes["Dout"] * sizes["Din"]
@@ -45,12 +37,12 @@ def _large(sparsity, **sizes):
     return Case("large", sizes, attributes=attributes)
 
 
-def _by_scores(scores, keep):
+def _by_scores(scores, keep, backend="cpu"):
     """What stays of a matrix whose scores are its own sizes: no factor adds anything."""
     rows, columns = scores.shape
     nothing = [torch.zeros(s) for s in ((rows, 1), (1, columns), (rows, 1), (1, columns))]
     return masked_weight(
-        scores, *nothing, torch.zeros(rows), torch.zeros(columns), keep, backend="cpu"
+        scores, *nothing, torch.zeros(rows), torch.zeros(columns), keep, backend=backend
     )
 
 
@@ -65,12 +57,6 @@ def test_refusals_are_sentences():
     )
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "bfloat16-master"])
-@pytest.mark.parametrize("name", ["pst", "half", "all_equal", "factors", "wide"])
-def test_every_instruction_set(name, precision, isa):
-    check(OPERATOR, "cpu", case_of(OPERATOR, name), precision)
-
-
 @pytest.mark.parametrize("sparsity", [0.01, 0.5, 0.9, 0.999, 0.99999])
 def test_large_matrices_agree_with_the_reference(sparsity, isa):
     case, module = _large(sparsity), contract_of(OPERATOR)
@@ -82,7 +68,7 @@ def test_large_matrices_agree_with_the_reference(sparsity, isa):
     values = inputs_of(OPERATOR, case, "float32")
     truth = evaluate(OPERATOR, case, [v.double() for v in values], by_reference)
     baseline = evaluate(OPERATOR, case, values, by_reference)
-    for name, value in run(OPERATOR, "cpu", case, "float32").items():
+    for name, value in run(OPERATOR, f"cpu:{isa}", case, "float32").items():
         assert_close(value, baseline[name], truth[name], torch.float32, name)
 
 
@@ -91,10 +77,10 @@ def test_large_matrices_agree_with_the_reference(sparsity, isa):
 def test_bits_do_not_depend_on_threads(precision, ranks, isa, threads):
     case = _large(0.9, R=ranks[0], R2=ranks[1])
     threads(1)
-    alone = run(OPERATOR, "cpu", case, precision)
+    alone = run(OPERATOR, f"cpu:{isa}", case, precision)
     for count in (2, 5):
         threads(count)
-        for name, value in run(OPERATOR, "cpu", case, precision).items():
+        for name, value in run(OPERATOR, f"cpu:{isa}", case, precision).items():
             assert torch.equal(value, alone[name]), f"{name} with {count} threads"
 
 
@@ -125,7 +111,7 @@ def _hard_scores():
 def test_the_mask_is_that_of_a_stable_sort(name, keep, isa, threads):
     threads(3)
     scores = _hard_scores()[name]
-    y = _by_scores(scores, keep)
+    y = _by_scores(scores, keep, f"cpu:{isa}")
     expected = torch.where(highest(scores.abs(), keep), scores, 0.0)
     assert torch.equal(y.nan_to_num(7.0), expected.nan_to_num(7.0))
 
@@ -150,9 +136,9 @@ def test_nothing_is_written_beside_results_and_workspace(precision, isa, threads
 
     threads(3)
     monkeypatch.setattr(native, "empty", between_guards)
-    run(OPERATOR, "cpu", _large(0.9), precision)
-    run(OPERATOR, "cpu", Case("small", {"Dout": 7, "Din": 9, "R": 2, "R2": 1},
-                              attributes={"keep": 20}), precision)  # fmt: skip
+    small = Case("small", {"Dout": 7, "Din": 9, "R": 2, "R2": 1}, attributes={"keep": 20})
+    for case in (_large(0.9), small):
+        run(OPERATOR, f"cpu:{isa}", case, precision)
     assert len(pieces) == 2 * (2 + 1 + 7 + 1)
     for memory, count in pieces:
         assert bool((memory[:64] == 1).all()) and bool((memory[64 + count :] == 1).all())

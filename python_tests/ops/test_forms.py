@@ -1,11 +1,16 @@
-"""Which form of a backend's kernels serves a call, where it has several."""
+"""Which form of a backend's kernels serves a call, where it has several, and where measurements say
+that eager is faster.
+"""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 import torch
 
 from pelt_kernels.ops import (
+    BACKENDS,
     OPERATORS,
     BackendError,
     _dispatch,
@@ -14,19 +19,14 @@ from pelt_kernels.ops import (
     forget_choices,
     gated_adapter,
 )
+from pelt_kernels.ops import _native as native
 from pelt_kernels.ops.gated_adapter.contract import CONTRACT
+
+HERE = _forms.hardware(torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
-def _two_forms(monkeypatch):
-    """The eager adapter with two forms, the second of which takes at most 64 rows."""
-    eager = _dispatch.implementation("gated_adapter", "eager")
-    monkeypatch.setattr(eager, "FORMS", ("usual", "other"), raising=False)
-
-    def supports(call):
-        return "it takes 64 rows" if call.form == "other" and call.sizes["S"] > 64 else ""
-
-    monkeypatch.setattr(eager, "supports", supports)
+def _fresh():
     forget_choices()
     CONTRACT._calls.clear()
     yield
@@ -34,53 +34,134 @@ def _two_forms(monkeypatch):
     CONTRACT._calls.clear()
 
 
-def choice(backend="eager", rows=16):
-    gated_adapter(torch.ones(rows, 16), torch.ones(4, 16), torch.ones(16, 4), backend=backend)
+@pytest.fixture(autouse=True)
+def _two_forms(monkeypatch):
+    """The CPU's adapter with eager's arithmetic and two forms, the second of which takes at most 64
+    rows: these tests need no compiled module.
+    """
+    cpu = _dispatch.implementation("gated_adapter", "cpu")
+    eager = _dispatch.implementation("gated_adapter", "eager")
+
+    def supports(call):
+        return "it takes 64 rows" if call.form == "other" and call.sizes["S"] > 64 else ""
+
+    monkeypatch.setattr(native, "why_not", lambda library: "")
+    monkeypatch.setattr(cpu, "FORMS", ("usual", "other"))
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(cpu, name, getattr(eager, name))
+    monkeypatch.setattr(cpu, "supports", supports)
+
+
+def choice(backend=None, rows=16, needs_grad=False):
+    x = torch.ones(rows, 16, requires_grad=needs_grad)
+    gated_adapter(x, torch.ones(4, 16), torch.ones(16, 4), backend=backend)
     return explain("gated_adapter")[-1]
 
 
-def measured(monkeypatch, us, **sizes):
-    row = {
-        "op": "gated_adapter", "hardware": "the simulator", "dtype": "float32", "us": us,
-        "sizes": {"B": 1, "S": 16, "D": 16, "R": 4} | sizes,
-    }  # fmt: skip
-    monkeypatch.setattr(_forms, "table", lambda: [row])
+@pytest.fixture
+def measured(monkeypatch):
+    """measured(us, S=...): the table is this row."""
+
+    def measured(us, direction="forward", **sizes):
+        row = {
+            "op": "gated_adapter", "hardware": HERE, "dtype": "float32", "direction": direction,
+            "us": us, "sizes": {"B": 1, "S": 16, "D": 16, "R": 4} | sizes,
+        }  # fmt: skip
+        key = tuple(row[name] for name in ("op", "hardware", "dtype", "direction"))
+        monkeypatch.setattr(_forms, "table", lambda: {key: [row]})
+
+    return measured
 
 
-def test_without_measurements_the_usual_form_serves_and_says_so():
-    assert choice().form == "usual" and "nothing near was measured" in choice().form_reason
-    assert "-> eager:usual (as asked; usual is the usual form" in str(choice())
+def test_without_measurements_the_usual_form_serves_and_says_so(measured):
+    measured({})
+    assert choice().form == "usual"
+    assert (
+        f"-> cpu:usual (automatic; usual is the usual form; nothing near was measured on {HERE})"
+        in str(choice())
+    )
 
 
-def test_what_was_measured_faster_nearby_goes_first(monkeypatch):
-    measured(monkeypatch, {"usual": 9.0, "other": 3.0}, S=32)
+def test_what_was_measured_faster_nearby_goes_first(measured):
+    measured({"cpu:usual": 9.0, "cpu:other": 3.0}, S=32)
     found = choice()
     assert found.form == "other"
-    assert "by measurement at B=1 S=32 D=16 R=4: other 3 us, usual 9 us" in found.form_reason
+    assert (
+        "by measurement of forward at B=1 S=32 D=16 R=4: cpu:other 3 us, cpu:usual 9 us"
+        in found.form_reason
+    )
 
 
-def test_a_measurement_far_away_tells_nothing(monkeypatch):
-    measured(monkeypatch, {"usual": 9.0, "other": 3.0}, S=4096)
-    assert choice().form == "usual"
+def test_a_measurement_far_away_tells_nothing(measured):
+    measured({"cpu:usual": 9.0, "cpu:other": 3.0, "eager": 1.0}, S=4096)
+    assert choice().served == "cpu:usual"
 
 
-def test_the_fastest_form_that_is_able_serves(monkeypatch):
-    measured(monkeypatch, {"usual": 9.0, "other": 3.0}, S=128)
+def test_the_fastest_form_that_is_able_serves(measured):
+    measured({"cpu:usual": 9.0, "cpu:other": 3.0, "eager": 9.2}, S=128)
     found = choice(rows=128)
-    assert found.form == "usual" and found.refusals == {"eager:other": "it takes 64 rows"}
+    assert found.form == "usual" and found.refusals == {"cpu:other": "it takes 64 rows"}
 
 
 def test_a_form_can_be_asked_for():
-    found = choice("eager:other")
-    assert (found.backend, found.form, found.requested) == ("eager", "other", "eager:other")
-    with pytest.raises(BackendError, match="'eager:other' was asked for but it takes 64 rows"):
-        choice("eager:other", rows=128)
-    sentence = "its forms of this operator are usual and other, not 'third'"
+    found = choice("cpu:other")
+    assert (found.backend, found.form, found.requested) == ("cpu", "other", "cpu:other")
+    with pytest.raises(BackendError, match="'cpu:other' was asked for but it takes 64 rows"):
+        choice("cpu:other", rows=128)
+    sentence = (
+        r"'cpu:third' was asked for but it expects one of the instruction sets that it has kernels"
+        r" for and this processor runs \(usual, other\), not 'third'\.  Able: cpu, eager"
+    )
     with pytest.raises(BackendError, match=sentence):
-        choice("eager:third")
+        choice("cpu:third")
+
+
+def test_where_eager_was_measured_faster_no_kernel_serves_by_itself(measured):
+    measured({"cpu:usual": 1040.0, "cpu:other": 1100.0, "eager": 820.0})
+    found = choice()
+    assert found.served == "eager"
+    assert found.refusals == {
+        "cpu": "eager took 820 us and cpu:usual 1040 us for forward at B=1 S=16 D=16 R=4,"
+        f" measured on {HERE}"
+    }
+    assert "-> eager (automatic; cpu: eager took 820 us" in str(found)
+    assert choice("cpu").served == "cpu:usual"
+    assert choice("cpu:other").served == "cpu:other"
+
+
+@pytest.mark.parametrize(("us", "served"), [(102.9, "cpu:usual"), (103.1, "eager")])
+def test_what_two_runs_differ_by_decides_nothing(us, served, measured):
+    measured({"cpu:usual": us, "eager": 100.0})
+    assert choice().served == served
+
+
+def test_a_faster_form_that_is_not_able_does_not_speak_for_another(measured):
+    measured({"cpu:usual": 9.0, "cpu:other": 3.0, "eager": 5.0}, S=128)
+    assert choice(rows=128).served == "eager"
+    measured({"cpu:other": 3.0, "eager": 2.0}, S=128)
+    CONTRACT._calls.clear()
+    assert choice(rows=128).served == "cpu:usual", "it was not measured"
+
+
+def test_each_direction_goes_by_its_own_measurements(measured):
+    measured({"cpu:usual": 9.0, "eager": 1.0}, "forward")
+    with torch.no_grad():
+        assert choice(needs_grad=True).served == "eager"
+    assert choice(needs_grad=True).served == "cpu:usual"
+    assert choice(rows=17).served == "eager"
+
+
+def test_what_was_chosen_is_told_again_after_forgetting(measured):
+    measured({"cpu:usual": 9.0, "eager": 1.0})
+    before = [choice(rows=16), choice(rows=17)]
+    forget_choices()
+    assert [choice(rows=16), choice(rows=17)] == before == explain("gated_adapter")
 
 
 def test_the_table_holds_rows_that_can_be_read():
-    for row in _forms.table():
-        assert {"op", "hardware", "dtype", "sizes", "us", "commit"} <= row.keys()
+    for row in json.loads(_forms.FILE.read_text()):
+        assert {"op", "hardware", "dtype", "direction", "sizes", "us", "commit"} <= row.keys()
         assert row["op"] in OPERATORS and all(us > 0 for us in row["us"].values())
+        assert row["direction"] in _forms.DIRECTIONS.values()
+        assert {_dispatch.backend_of(request) for request in row["us"]} <= set(BACKENDS)
+    assert sum(map(len, _forms.table().values())) == len(json.loads(_forms.FILE.read_text()))

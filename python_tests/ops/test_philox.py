@@ -46,17 +46,6 @@ def by_torch(monkeypatch):
     return call
 
 
-@pytest.fixture(
-    params=native.library("_C").cpu_isas() if native.can_fill_dropout(CPU) else ["none"]
-)
-def isa(request):
-    """Each instruction set that this processor runs."""
-    library = native.library("_C")
-    library.choose_cpu_isa(request.param)
-    yield request.param
-    library.choose_cpu_isa("")
-
-
 @pytest.fixture(params=[1, 2])
 def threads(request):
     before = torch.get_num_threads()
@@ -74,7 +63,7 @@ def _words(text: str) -> list[int]:
 def test_known_answers_of_the_compiled_module(counter, key, expected, isa):
     c, k = _words(counter), _words(key)
     found = native.library("_C").philox4x32_10(
-        counter=(c[0] | c[1] << 32, c[2] | c[3] << 32), key=k[0] | k[1] << 32
+        counter=(c[0] | c[1] << 32, c[2] | c[3] << 32), key=k[0] | k[1] << 32, isa=isa
     )
     assert found == _words(expected)
 
@@ -93,9 +82,10 @@ def test_known_answer_of_torch():
     ("p", "seed"), [(0.1, 0), (0.5, 7), (0.999, 2**40 + 3), (1e-12, 5), (0.3, 2**64 - 1)]
 )
 def test_both_ways_give_the_same_bits(shape, p, seed, by_torch, isa, threads):
-    mask = philox.keep_mask(*shape, p, seed, CPU)
-    assert mask.dtype == torch.bool
+    mask = torch.empty(shape, dtype=torch.bool)
+    native.fill_dropout(mask, 1, philox.threshold(p), seed, isa=isa)
     assert torch.equal(mask, by_torch(philox.keep_mask, *shape, p, seed, CPU))
+    assert torch.equal(mask, philox.keep_mask(*shape, p, seed, CPU))
 
 
 @needs_module
@@ -103,17 +93,19 @@ def test_both_ways_give_the_same_bits(shape, p, seed, by_torch, isa, threads):
 @pytest.mark.parametrize("p", [0.1, 0.37, 0.9])
 def test_both_ways_give_the_same_factors(dtype, p, by_torch, isa, threads):
     like = torch.empty(0, dtype=dtype)
-    found = philox.dropout_factor(33, 127, p, 9, like)
     expected = by_torch(philox.dropout_factor, 33, 127, p, 9, like)
-    assert found.dtype == expected.dtype == dtype
+    found = torch.empty(33, 127, dtype=dtype)
+    native.fill_dropout(found, philox._kept_bits(p, dtype), philox.threshold(p), 9, isa=isa)
     assert torch.equal(found, expected)
+    chosen = philox.dropout_factor(33, 127, p, 9, like)
+    assert chosen.dtype == expected.dtype == dtype and torch.equal(chosen, expected)
 
 
 @needs_module
 @pytest.mark.parametrize("first_group", [2**32 - 3, 2**32, 2**40 + 1])
 def test_elements_past_32_bits(first_group, isa):
     found = torch.empty(1, 64, dtype=torch.bool)
-    native.fill_dropout(found, 1, philox.threshold(0.5), 11, first_group)
+    native.fill_dropout(found, 1, philox.threshold(0.5), 11, first_group, isa)
     counter = first_group + torch.arange(16)
     words = torch.stack(philox.philox4x32(counter & 0xFFFFFFFF, counter >> 32, 11), dim=-1)
     assert torch.equal(found[0], words.flatten() >= philox.threshold(0.5))
@@ -124,7 +116,7 @@ def test_an_unknown_instruction_set_is_refused():
     with pytest.raises(
         RuntimeError, match=r"instruction set: expected one that .*baseline.*, got 'mmx'"
     ):
-        native.library("_C").choose_cpu_isa("mmx")
+        native.fill_dropout(torch.empty(1, 4), 1, 0, 0, isa="mmx")
 
 
 def test_tracers_see_ordinary_operations():

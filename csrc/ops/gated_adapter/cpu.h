@@ -36,8 +36,9 @@ enum class CpuPooling : int { kNone = 0, kToken = 1, kMean = 2, kMaskedMean = 3 
 enum class CpuResidual : int { kInput = 0, kNone = 1, kTensor = 2 };
 
 struct CpuCall {
-  DType dtype = DType::kF32;  // of activations; kF32 or kBF16
-  uint32_t masters = 0;       // bit i: input i is float32 beside 16-bit activations
+  cpu::Isa isa = cpu::Isa::kBaseline;  // whose kernels serve it
+  DType dtype = DType::kF32;           // of activations; kF32 or kBF16
+  uint32_t masters = 0;                // bit i: input i is float32 beside 16-bit activations
   int64_t B = 0, S = 0, D = 0, R = 0;
   int64_t M = 1, M_up = 1;  // the banks' sizes; 1 also for a single weight
   bool has_down_index_per_sample = false;

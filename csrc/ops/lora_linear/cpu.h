@@ -45,7 +45,8 @@ struct CpuGate {
 };
 
 struct CpuCall {
-  DType dtype = DType::kF32;  // of activations; kF32 or kBF16
+  cpu::Isa isa = cpu::Isa::kBaseline;  // whose kernels serve it
+  DType dtype = DType::kF32;           // of activations; kF32 or kBF16
   int64_t B = 0, S = 0, Din = 0, Dout = 0;
   int branches = 0;
   int gates = 0;

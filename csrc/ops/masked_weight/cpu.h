@@ -11,7 +11,8 @@ namespace pelt::masked_weight {
 constexpr int64_t kMaxCpuEntries = int64_t{1} << 32;
 
 struct CpuInputs {
-  bool is_float32 = false;  // w0, y, dy and dw0; else bfloat16. Factors are float32.
+  cpu::Isa isa = cpu::Isa::kBaseline;  // whose kernels serve it
+  bool is_float32 = false;             // w0, y, dy and dw0; else bfloat16. Factors are float32.
   int64_t Dout = 0, Din = 0, R = 0, R2 = 0;
   const void* w0 = nullptr;    // [Dout, Din]
   int64_t w0_stride = 0;       // from row to row, in elements

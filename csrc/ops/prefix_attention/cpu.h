@@ -24,7 +24,8 @@ struct CpuSegment {
 };
 
 struct CpuInputs {
-  bool is_float32 = false;  // q, k, v, out and their gradients; else bfloat16
+  cpu::Isa isa = cpu::Isa::kBaseline;  // whose kernels serve it
+  bool is_float32 = false;             // q, k, v, out and their gradients; else bfloat16
   int64_t B = 0, H = 0, G = 0, S = 0, N = 0, E = 0;
   const void* q = nullptr;  // [B, H, S, E], with strides in elements and the last one 1
   const void* k = nullptr;  // [B, G, N, E]

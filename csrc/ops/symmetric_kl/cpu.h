@@ -8,7 +8,8 @@
 namespace pelt::symmetric_kl {
 
 struct CpuInputs {
-  bool is_float32 = false;  // z1, z2 and their gradients; else bfloat16
+  cpu::Isa isa = cpu::Isa::kBaseline;  // whose kernels serve it
+  bool is_float32 = false;             // z1, z2 and their gradients; else bfloat16
   int64_t T = 0, C = 0;
   const void* z1 = nullptr;  // [T, C]
   const void* z2 = nullptr;  // [T, C]

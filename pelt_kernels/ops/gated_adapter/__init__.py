@@ -72,7 +72,7 @@ def gated_adapter(
         skip_below: inference only: a row whose gate is below it gives its residual untouched.
         return_gate: also return the learned gate's value, float32, [B] ([B, S] for ``token``); None
             without one. It carries no gradient.
-        backend: a backend's name; None: `use_backend`'s, else the first able one.
+        backend: a backend's name; None: `use_backend`'s, else as `explain` tells.
 
     Returns:
         y like x, or (y, gate value).

@@ -18,6 +18,7 @@ from .._contract import Call, Value
 from .._philox import threshold
 from .contract import ACTIVATIONS, CONTRACT, NEVER_SKIP
 
+FORMS = _native.cpu_forms(has_tiles=True)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 2}
 _ACTIVATIONS = {name: i for i, name in enumerate(ACTIVATIONS)}
 _POOLINGS = {"none": 0, "token": 1, "mean": 2, "masked_mean": 3}
@@ -31,10 +32,12 @@ _SIXTY_FOUR_BITS = 0xFFFFFFFFFFFFFFFF
 
 def supports(call: Call) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    if not hasattr(_native.library("_C"), "GatedAdapterCpu"):
-        return "the compiled module is older than this kernel; build it with `make build`"
+    if reason := _native.why_not_cpu("GatedAdapterCpu"):
+        return reason
     if call.dtype not in _DTYPES:
         return f"it takes float32 or bfloat16, and x is {str(call.dtype).removeprefix('torch.')}"
+    if call.form == _native.TILES and call.dtype != torch.bfloat16:
+        return f"its tiles multiply bfloat16, and x is {str(call.dtype).removeprefix('torch.')}"
     if call.sizes["R"] > _MAX_RANK:
         return f"its tiles hold a bottleneck of at most {_MAX_RANK}, and R is {call.sizes['R']}"
     rows = call.sizes["B"] * call.sizes["S"]
@@ -105,6 +108,7 @@ class _Plan:
         at, sizes = call.attributes, call.sizes
         p = at["dropout_p"]
         self.native: Any = _native.library("_C").GatedAdapterCpu(
+            isa=call.form,
             dtype=_DTYPES[call.dtype],
             masters=_bits(name in call.master for name in _NAMES),
             sizes=[*(sizes[letter] for letter in "BSDR"), sizes.get("M", 1), sizes.get("M_up", 1)],

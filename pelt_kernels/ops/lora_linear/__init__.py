@@ -60,7 +60,7 @@ def lora_linear(
             of the seed (Philox4x32-10) that is never stored. Without a seed one is drawn from
             torch's CPU generator.
         return_gates: also return the branches' learned gates' values, without gradient.
-        backend: a backend's name; None: `use_backend`'s, else the first able one.
+        backend: a backend's name; None: `use_backend`'s, else as `explain` tells.
 
     Returns:
         y; with ``extra_gates`` (y, their values); with ``return_gates`` (y, extra values, branch

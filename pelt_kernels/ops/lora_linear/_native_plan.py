@@ -77,10 +77,12 @@ def base_grads(
 
 class Plan:
     """What is the same for every call with these shapes: the kernels' description of it, made by
-    ``native_class``, and the outputs' shapes.
+    ``native_class`` from it and from ``more``, and the outputs' shapes.
     """
 
-    def __init__(self, call: Call, inputs: dict[str, Value], native_class: Any) -> None:
+    def __init__(
+        self, call: Call, inputs: dict[str, Value], native_class: Any, more: dict[str, Any]
+    ) -> None:
         at, sizes, p = call.attributes, call.sizes, call.attributes["dropout_p"]
         # The branches with a learned gate, whose numbers come before the extra gates'.
         self.gated = [i for i, pooling in enumerate(at["poolings"]) if pooling != "none"]
@@ -97,6 +99,7 @@ class Plan:
             ],
             threshold=threshold(p) if p else 0,
             dropout_scale=1.0 / (1.0 - p),
+            **more,
         )
         shapes = CONTRACT.output_shapes(call)
         self.s_shape, self.extra_shapes = shapes["s"], shapes["extra_gates"]
@@ -199,13 +202,13 @@ class Plan:
 _plans: dict[int, tuple[Call, Plan]] = {}
 
 
-def plan_of(call: Call, inputs: dict[str, Value], native_class: Any) -> Plan:
+def plan_of(call: Call, inputs: dict[str, Value], native_class: Any, **more: Any) -> Plan:
     """The call's plan, made once."""
     found = _plans.get(id(call))
     if found is None or found[0] is not call:
         if len(_plans) >= 4096:  # as many as the contract keeps calls
             _plans.clear()
-        found = _plans[id(call)] = (call, Plan(call, inputs, native_class))
+        found = _plans[id(call)] = (call, Plan(call, inputs, native_class, more))
     return found[1]
 
 

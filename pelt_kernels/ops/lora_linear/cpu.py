@@ -19,6 +19,7 @@ from .. import _native
 from .._contract import Call, Value
 from ._native_plan import SIXTY_FOUR_BITS, Plan, base_grads, base_product, count_gates, plan_of
 
+FORMS = _native.cpu_forms(has_tiles=True)
 # Eager reads the factors as they lie: one row at Din = 4096, R = 64 takes it 0.9 of the time.
 _FEW_ROWS, _LARGE_FACTOR = 2, 1 << 17
 # Beyond these, factors are products like any other, and torch's own are faster: forward + backward
@@ -29,12 +30,14 @@ _MAX_RANKS = 192
 
 def supports(call: Call) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    native = getattr(_native.library("_C"), "LoraLinearCpu", None)
-    if native is None:
-        return "the compiled module is older than this kernel; build it with `make build`"
+    if reason := _native.why_not_cpu("LoraLinearCpu"):
+        return reason
     if call.dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 or bfloat16, and x is {str(call.dtype).removeprefix('torch.')}"
+    if call.form == _native.TILES and call.dtype != torch.bfloat16:
+        return f"its tiles multiply bfloat16, and x is {str(call.dtype).removeprefix('torch.')}"
     branches, gates = len(call.attributes["offsets"]), count_gates(call)
+    native = _native.library("_C").LoraLinearCpu
     if branches > native.max_branches or gates > native.max_gates:
         return (
             f"it takes at most {native.max_branches} branches and {native.max_gates} learned gates,"
@@ -58,7 +61,7 @@ def forward(
     """y [B, S, Dout], the extra gates, the branches' learned gates (or [0] each), and s [B, S, ΣR]
     for backward.
     """
-    plan = plan_of(call, inputs, _native.library("_C").LoraLinearCpu)
+    plan = plan_of(call, inputs, _native.library("_C").LoraLinearCpu, isa=call.form)
     y = base_product(call, x, weight, bias)
     extras, values, s = plan.outputs(call)
     if plan.is_empty or not plan.has_work:
@@ -89,7 +92,7 @@ def backward(
     **inputs: Value,
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
-    plan = plan_of(call, inputs, _native.library("_C").LoraLinearCpu)
+    plan = plan_of(call, inputs, _native.library("_C").LoraLinearCpu, isa=call.form)
     grads = base_grads(call, needs, dy, x, weight, bias, _product_dtype(call.dtype))
     grads |= plan.empty_grads(needs, inputs)
     if plan.is_empty or not plan.has_work:

@@ -44,7 +44,7 @@ def masked_weight(
             Parameters have w0's dtype, or float32 beside 16-bit weights.
         keep: how many entries stay, 0 to Dout · Din; `kept_entries` gives it for a sparsity.
         beta, alpha1, alpha2: factors.
-        backend: a backend's name; None: `use_backend`'s, else the first able one.
+        backend: a backend's name; None: `use_backend`'s, else as `explain` tells.
 
     Returns:
         [Dout, Din] in w0's dtype; pruned entries are 0.

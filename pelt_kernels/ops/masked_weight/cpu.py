@@ -14,18 +14,20 @@ from torch import Tensor
 from .. import _native
 from .._contract import Call, Value
 
+FORMS = _native.cpu_forms()
 _DTYPES = (torch.float32, torch.bfloat16)
 _FACTORS = ("u", "v", "a", "b", "row", "col")
 
 
 def supports(call: Call) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    library = _native.library("_C")
-    if not hasattr(library, "masked_weight_cpu_fwd"):
-        return "the compiled module is older than this kernel; build it with `make build`"
+    if reason := _native.why_not_cpu("masked_weight_cpu_fwd"):
+        return reason
     if call.dtype not in _DTYPES:
         return f"it takes float32 or bfloat16, and w0 is {str(call.dtype).removeprefix('torch.')}"
-    return library.masked_weight_cpu_why_not(Dout=call.sizes["Dout"], Din=call.sizes["Din"])
+    return _native.library("_C").masked_weight_cpu_why_not(
+        Dout=call.sizes["Dout"], Din=call.sizes["Din"]
+    )
 
 
 def forward(
@@ -99,7 +101,7 @@ def _inputs(call: Call, w0: Tensor, *factors: Tensor) -> tuple[Any, list[Tensor]
     # Factors are small beside the matrix, and scores are float32 in any case.
     dense = [factor.float().contiguous() for factor in factors]
     inputs = _native.library("_C").MaskedWeightCpuInputs(
-        is_float32=call.dtype == torch.float32,
+        isa=call.form, is_float32=call.dtype == torch.float32,
         sizes=[sizes[letter] for letter in ("Dout", "Din", "R", "R2")],
         w0=w0.data_ptr(), w0_stride=w0.stride(0),
         **{name: factor.data_ptr() for name, factor in zip(_FACTORS, dense)},

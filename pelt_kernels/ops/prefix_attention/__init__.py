@@ -62,7 +62,7 @@ def prefix_attention(
         dropout_p, seed: attention dropout, prefix columns included; the mask is a function of the
             seed (Philox4x32-10). Without a seed one is drawn from torch's CPU generator.
         return_lse: also return the log-sum-exp of the scores, float32 [B, H, S], without gradient.
-        backend: a backend's name; None: `use_backend`'s, else the first able one.
+        backend: a backend's name; None: `use_backend`'s, else as `explain` tells.
 
     Returns:
         out [B, H, S, E], or (out, lse). A row that sees nothing is 0 with gradient 0, and its lse

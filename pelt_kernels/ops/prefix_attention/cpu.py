@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _native, _philox
 from .._contract import Call, Value
 
+FORMS = _native.cpu_forms(has_tiles=True)
 _DTYPES = (torch.float32, torch.bfloat16)
 # Shared prefixes sum their gradients over the batch: in this many parts at most, one after the
 # other within each. More parts are more work for more threads, and more memory.
@@ -22,10 +23,12 @@ _CHUNKS = 8
 
 def supports(call: Call) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    if not hasattr(_native.library("_C"), "prefix_attention_cpu_fwd"):
-        return "the compiled module is older than this kernel; build it with `make build`"
+    if reason := _native.why_not_cpu("prefix_attention_cpu_fwd"):
+        return reason
     if call.dtype not in _DTYPES:
         return f"it takes float32 or bfloat16, and q is {str(call.dtype).removeprefix('torch.')}"
+    if call.form == _native.TILES and call.dtype != torch.bfloat16:
+        return f"its tiles multiply bfloat16, and q is {str(call.dtype).removeprefix('torch.')}"
     return ""
 
 
@@ -158,7 +161,7 @@ def _inputs(
     ]  # fmt: skip
     p = at["dropout_p"]
     inputs = _native.library("_C").PrefixAttentionCpuInputs(
-        is_float32=call.dtype == torch.float32,
+        isa=call.form, is_float32=call.dtype == torch.float32,
         sizes=[sizes[letter] for letter in "BHGSNE"],
         q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(),
         q_strides=q.stride()[:3], k_strides=k.stride()[:3], v_strides=v.stride()[:3],

@@ -24,7 +24,7 @@ def symmetric_kl(
             only). The softmax is in float32. With C = 1 (a regression) the loss and its gradient
             are 0.
         mask: bool, the shape of z1 without C: rows that count (an LM's target tokens); None: all.
-        backend: a backend's name; None: `use_backend`'s, else the first able one.
+        backend: a backend's name; None: `use_backend`'s, else as `explain` tells.
 
     Returns:
         float32 []; 0 where no row counts.

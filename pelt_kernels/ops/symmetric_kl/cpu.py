@@ -14,13 +14,14 @@ from torch import Tensor
 from .. import _native
 from .._contract import Call, Value
 
+FORMS = _native.cpu_forms()
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 def supports(call: Call) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    if not hasattr(_native.library("_C"), "symmetric_kl_cpu_fwd"):
-        return "the compiled module is older than this kernel; build it with `make build`"
+    if reason := _native.why_not_cpu("symmetric_kl_cpu_fwd"):
+        return reason
     if call.dtype not in _DTYPES:
         return f"it takes float32 or bfloat16, and z1 is {str(call.dtype).removeprefix('torch.')}"
     return ""
@@ -68,7 +69,7 @@ def _inputs(call: Call, z1: Tensor, z2: Tensor, mask: Tensor | None) -> tuple[An
     z1, z2 = (z if z.stride(1) == 1 else z.contiguous() for z in (z1, z2))
     mask = None if mask is None else mask.contiguous()
     inputs = _native.library("_C").SymmetricKlCpuInputs(
-        is_float32=call.dtype == torch.float32, T=call.sizes["T"], C=call.sizes["C"],
+        isa=call.form, is_float32=call.dtype == torch.float32, T=call.sizes["T"], C=call.sizes["C"],
         z1=z1.data_ptr(), z2=z2.data_ptr(), z1_stride=z1.stride(0), z2_stride=z2.stride(0),
         mask=_native.pointer(mask), threads=torch.get_num_threads(),
     )  # fmt: skip

@@ -1,0 +1,86 @@
+"""`benchmarks.forms`: what of a run's rows enters the table by which the dispatch chooses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import forms
+from pelt_kernels.ops import _dispatch as dispatch
+from pelt_kernels.ops import _native as native
+from pelt_kernels.training.report import hardware
+
+THIS = f"{hardware()['cpu']}, 2 thread(s)"
+
+
+def row(backend, us, direction="forward+backward", baseline="reference", hardware="a GPU"):
+    return {"op": "lora_linear", "case": "T1", "hardware": hardware, "dtype": "bfloat16",
+            "direction": direction, "backend": backend, "us": us, "commit": "c",
+            "baseline": baseline, "baseline_us": 7.0, "sizes": {"S": 128, "R_i": [8]}}  # fmt: skip
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """table(rows): what is in the table after these rows were taken into it."""
+    monkeypatch.setattr(forms, "FILE", tmp_path / "forms.json")
+    forms.FILE.write_text("[]")
+
+    def table(rows, code=0):
+        file = tmp_path / "rows.json"
+        file.write_text(json.dumps(rows))
+        assert forms.main([str(file)]) == code
+        return json.loads(forms.FILE.read_text())
+
+    return table
+
+
+def test_forms_of_a_gpu_by_direction(table):
+    measured = [row("cuda:single", 5), row("cuda:composed", 4), row("triton", 9)]
+    forward = [row("cuda:single", 3, "forward"), row("cuda:composed", 2.004, "forward")]
+    assert table([*measured, *forward]) == [
+        {"op": "lora_linear", "hardware": "a GPU", "dtype": "bfloat16", "direction": direction,
+         "sizes": {"S": 128, "R_i": [8]}, "us": us, "commit": "c"}
+        for direction, us in (
+            ("forward", {"cuda:single": 3, "cuda:composed": 2.0}),
+            ("forward+backward", {"cuda:single": 5, "cuda:composed": 4, "triton": 9}),
+        )
+    ]  # fmt: skip
+
+
+def test_new_rows_take_the_place_of_old_ones_for_the_same_thing(table):
+    table([row("cuda:single", 1), row("cuda:composed", 2)])
+    table([row("cuda:single", 1, hardware="b GPU"), row("cuda:composed", 2, hardware="b GPU")])
+    found = table([row("cuda:single", 5), row("cuda:composed", 4)])
+    assert [(row["hardware"], row["us"]["cuda:single"]) for row in found] == [
+        ("a GPU", 5),
+        ("b GPU", 1),
+    ]
+
+
+@pytest.mark.parametrize("is_backend", [True, False])
+def test_a_cpu_goes_by_its_kind_and_eager_beside_its_best_form(is_backend, table):
+    """Eager may stand in a run's rows as a backend of its own or as what another is compared with."""
+    if is_backend:
+        rows = [row("cpu:avx2", 5, hardware=THIS), row("eager", 7, hardware=THIS)]
+    else:
+        rows = [row("cpu:avx2", 5, hardware=THIS, baseline=peer) for peer in ("plain", "eager")]
+    (found,) = table(rows)
+    assert found["hardware"] == native.processor()
+    assert found["us"] == {"cpu:avx2": 5, "eager": 7}
+
+
+def test_what_is_no_way_to_serve_a_call_stays_out(table, monkeypatch):
+    monkeypatch.setattr(dispatch, "forms_of", lambda operator, backend: ("avx2", "baseline"))
+    names = ("plain", "torch.compile", "PEFT", "cuda_sim:single", "cpu", "cpu:avx2", "eager")
+    (found,) = table([row(name, 5, hardware=THIS) for name in names])
+    assert set(found["us"]) == {"cpu:avx2", "eager"}
+    assert table([row("cpu", 5, baseline="eager", hardware=THIS)], 2) == [found]
+
+
+def test_rows_of_another_processor_are_refused(table, capsys):
+    rows = [row("cpu:avx2", 5, baseline="eager", hardware="AMD EPYC x 2, 2 thread(s)")]
+    assert table(rows, 2) == []
+    sentence = capsys.readouterr().err
+    assert f"measured on this machine ({hardware()['cpu']}), got AMD EPYC x 2" in sentence
+    assert sentence.count("\n") == 1
