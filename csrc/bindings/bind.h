@@ -1,5 +1,5 @@
-// The Python module: `_C` with the CUDA kernels, or `_C_sim` with the same kernels on the
-// simulator; a file for each operator.
+// The Python module: `_C` with the CPU and the CUDA kernels, or `_C_sim` with the CUDA kernels on
+// the simulator and the CPU kernels on simulated tiles; a file for each operator.
 //
 // Tensors come as addresses: this folder and everything below it know nothing of torch. Every
 // function takes keywords only. A launcher releases the GIL; shapes and dtypes were checked by the
@@ -14,9 +14,6 @@
 
 #if defined(PELT_SIM) || defined(PELT_WITH_CUDA)
 #define PELT_HAS_CUDA_KERNELS 1
-#endif
-#if !defined(PELT_SIM)
-#define PELT_HAS_CPU_KERNELS 1
 #endif
 
 namespace pelt::bindings {

@@ -1,10 +1,8 @@
-#include "bindings/bind.h"
-
-#if defined(PELT_HAS_CPU_KERNELS)
 #include <array>
 #include <string>
 #include <vector>
 
+#include "bindings/bind.h"
 #include "cpu/isa.h"
 #include "cpu/philox.h"
 
@@ -25,6 +23,13 @@ void bind_cpu(py::module_& m) {
         return names;
       },
       "The instruction sets that this module holds and this processor runs, the oldest first.");
+  m.def(
+      "cpu_isa_notes",
+      [] {
+        const std::string note = cpu::why_no_tiles();
+        return note.empty() ? std::vector<std::string>{} : std::vector<std::string>{note};
+      },
+      "Why an instruction set that this processor lists is not used, in sentences.");
 
   m.def(
       "fill_dropout",
@@ -54,4 +59,3 @@ void bind_cpu(py::module_& m) {
 }
 
 }  // namespace pelt::bindings
-#endif

@@ -3,7 +3,6 @@
 #if defined(PELT_HAS_CUDA_KERNELS)
 #include "ops/gated_adapter/params.h"
 #endif
-#if defined(PELT_HAS_CPU_KERNELS)
 #include <algorithm>
 #include <array>
 #include <string>
@@ -11,7 +10,6 @@
 
 #include "cpu/isa.h"
 #include "ops/gated_adapter/cpu.h"
-#endif
 
 namespace pelt::bindings {
 
@@ -32,7 +30,7 @@ void bind_on_cuda(py::module_& m) {
       py::kw_only(), py::arg("dtype"), py::arg("B"), py::arg("S"), py::arg("D"), py::arg("R"));
 
   // What forward and backward of one call have in common; it borrows every address.
-  py::class_<Inputs>(m, "GatedAdapterInputs")
+  py::class_<Inputs>(m, "GatedAdapterInputs", py::module_local())
       .def(py::init([=](int dtype, int B, int S, int D, int R, Address x, TypedAddress w_down,
                         TypedAddress b_down, TypedAddress w_up, TypedAddress b_up,
                         Address down_index, Address up_index, TypedAddress pre_norm_weight,
@@ -145,7 +143,6 @@ void bind_on_cuda(py::module_& m) {
 }
 #endif
 
-#if defined(PELT_HAS_CPU_KERNELS)
 // A call without its tensors is made once and kept; forward and backward take the addresses of the
 // contract's inputs, in its order.
 void bind_on_cpu(py::module_& m) {
@@ -157,7 +154,7 @@ void bind_on_cpu(py::module_& m) {
     call.workspace = at(workspace), call.seed = seed, call.threads = threads;
     return call;
   };
-  py::class_<CpuCall>(m, "GatedAdapterCpu")
+  py::class_<CpuCall>(m, "GatedAdapterCpu", py::module_local())
       .def(py::init([](const std::string& isa, int dtype, uint32_t masters,
                        const std::array<int64_t, 6>& sizes,
                        const std::array<bool, 3>& per_sample_or_row, int activation, int pooling,
@@ -218,7 +215,6 @@ void bind_on_cpu(py::module_& m) {
           py::arg("h"), py::arg("workspace"), py::arg("seed"), py::arg("threads"),
           py::call_guard<py::gil_scoped_release>());
 }
-#endif
 
 }  // namespace
 
@@ -226,9 +222,7 @@ void bind_gated_adapter(py::module_& m) {
 #if defined(PELT_HAS_CUDA_KERNELS)
   bind_on_cuda(m);
 #endif
-#if defined(PELT_HAS_CPU_KERNELS)
   bind_on_cpu(m);
-#endif
 }
 
 }  // namespace pelt::bindings

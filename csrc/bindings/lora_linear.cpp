@@ -8,10 +8,8 @@
 #if defined(PELT_HAS_CUDA_KERNELS)
 #include "ops/lora_linear/params.h"
 #endif
-#if defined(PELT_HAS_CPU_KERNELS)
 #include "cpu/isa.h"
 #include "ops/lora_linear/cpu.h"
-#endif
 
 namespace pelt::bindings {
 
@@ -128,7 +126,7 @@ void bind_on_cuda(py::module_& m) {
       py::kw_only(), py::arg("dtype"), py::arg("sizes"), py::arg("branches"), py::arg("gates"));
   m.def("lora_linear_why_not_single", &why_not_single_of, py::kw_only(), py::arg("sizes"),
         py::arg("branches"), py::arg("gates"));
-  py::class_<Inputs>(m, "LoraLinearCuda")
+  py::class_<Inputs>(m, "LoraLinearCuda", py::module_local())
       .def(py::init(&make_inputs), py::kw_only(), py::arg("dtype"), py::arg("sizes"),
            py::arg("branches"), py::arg("gates"), py::arg("threshold"), py::arg("dropout_scale"))
       .def_property_readonly("forward_workspace_bytes", &forward_workspace_bytes)
@@ -178,7 +176,6 @@ void bind_on_cuda(py::module_& m) {
 }
 #endif
 
-#if defined(PELT_HAS_CPU_KERNELS)
 CpuCall make_plan(const std::string& isa, int dtype, const std::array<int64_t, 4>& sizes,
                   const std::vector<BranchPlan>& branches, const std::vector<GatePlan>& gates,
                   uint32_t threshold, float dropout_scale) {
@@ -229,7 +226,7 @@ CpuCall with_inputs(const CpuCall& plan, Address x, Address mask, Address s,
 }
 
 void bind_on_cpu(py::module_& m) {
-  py::class_<CpuCall>(m, "LoraLinearCpu")
+  py::class_<CpuCall>(m, "LoraLinearCpu", py::module_local())
       .def(py::init(&make_plan), py::kw_only(), py::arg("isa"), py::arg("dtype"), py::arg("sizes"),
            py::arg("branches"), py::arg("gates"), py::arg("threshold"), py::arg("dropout_scale"))
       .def_property_readonly_static("max_branches", [](const py::object&) { return kCpuBranches; })
@@ -282,7 +279,6 @@ void bind_on_cpu(py::module_& m) {
           py::arg("dx"), py::arg("workspace"), py::arg("seed"), py::arg("threads"),
           py::call_guard<py::gil_scoped_release>());
 }
-#endif
 
 }  // namespace
 
@@ -290,9 +286,7 @@ void bind_lora_linear(py::module_& m) {
 #if defined(PELT_HAS_CUDA_KERNELS)
   bind_on_cuda(m);
 #endif
-#if defined(PELT_HAS_CPU_KERNELS)
   bind_on_cpu(m);
-#endif
 }
 
 }  // namespace pelt::bindings

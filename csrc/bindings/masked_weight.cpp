@@ -3,7 +3,6 @@
 #if defined(PELT_HAS_CUDA_KERNELS)
 #include "ops/masked_weight/params.h"
 #endif
-#if defined(PELT_HAS_CPU_KERNELS)
 #include <array>
 #include <string>
 #include <tuple>
@@ -11,7 +10,6 @@
 #include "common/check.h"
 #include "cpu/isa.h"
 #include "ops/masked_weight/cpu.h"
-#endif
 
 namespace pelt::bindings {
 
@@ -28,7 +26,7 @@ void bind_on_cuda(py::module_& m) {
         py::arg("R"), py::arg("R2"));
 
   // What forward and backward of one call have in common; it borrows every address.
-  py::class_<Inputs>(m, "MaskedWeightInputs")
+  py::class_<Inputs>(m, "MaskedWeightInputs", py::module_local())
       .def(py::init([=](int dtype, int Dout, int Din, int R, int R2, Address w0, TypedAddress u,
                         TypedAddress v, TypedAddress a, TypedAddress b, TypedAddress row,
                         TypedAddress col, int64_t keep, float beta, float alpha1, float alpha2) {
@@ -83,10 +81,9 @@ void bind_on_cuda(py::module_& m) {
 }
 #endif
 
-#if defined(PELT_HAS_CPU_KERNELS)
 void bind_on_cpu(py::module_& m) {
   // What forward and backward of one call have in common; it borrows every address.
-  py::class_<CpuInputs>(m, "MaskedWeightCpuInputs")
+  py::class_<CpuInputs>(m, "MaskedWeightCpuInputs", py::module_local())
       .def(py::init([](const std::string& isa, bool is_float32, const std::array<int64_t, 4>& sizes,
                        Address w0, int64_t w0_stride, Address u, Address v, Address a, Address b,
                        Address row, Address col, int64_t keep, float beta, float alpha1,
@@ -156,14 +153,10 @@ void bind_on_cpu(py::module_& m) {
       py::arg("workspace"), py::call_guard<py::gil_scoped_release>());
 }
 
-#endif
-
 }  // namespace
 
 void bind_masked_weight([[maybe_unused]] py::module_& m) {
-#if defined(PELT_HAS_CPU_KERNELS)
   bind_on_cpu(m);
-#endif
 #if defined(PELT_HAS_CUDA_KERNELS)
   bind_on_cuda(m);
 #endif

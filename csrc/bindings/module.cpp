@@ -24,14 +24,16 @@ py::dict build_info() {
 
 PYBIND11_MODULE(PELT_MODULE, m) {
 #if defined(PELT_SIM)
-  m.doc() = "The CUDA kernels on the simulator: CPU memory in, CPU memory out.";
+  m.doc() =
+      "The CUDA kernels on the simulator, CPU memory in and out, and the CPU kernels on simulated "
+      "tiles.";
   m.def("set_seed", &sim::set_seed, py::arg("seed"),
         "Seeds the order of threads, warps and blocks. A sound kernel's results do not depend on "
         "it.");
 #else
   m.doc() = "The compiled kernels.";
-  bind_cpu(m);
 #endif
+  bind_cpu(m);
   m.def("build_info", &build_info, "What the module was made of.");
   bind_gated_adapter(m);
   bind_lora_linear(m);

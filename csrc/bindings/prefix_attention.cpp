@@ -9,10 +9,8 @@
 #include "common/check.h"
 #include "ops/prefix_attention/params.h"
 #endif
-#if defined(PELT_HAS_CPU_KERNELS)
 #include "cpu/isa.h"
 #include "ops/prefix_attention/cpu.h"
-#endif
 
 namespace pelt::bindings {
 
@@ -97,7 +95,7 @@ void bind_on_cuda(py::module_& m) {
 
   // Of each prefix A_i, P_i, and whether k and v are float32.
   using PrefixArguments = std::tuple<int, int, bool, bool>;
-  py::class_<Plan>(m, "PrefixAttention")
+  py::class_<Plan>(m, "PrefixAttention", py::module_local())
       .def(py::init([](int dtype, const std::array<int, 6>& sizes,
                        const std::vector<PrefixArguments>& prefixes, bool is_gate_float32,
                        bool has_gate_per_head, bool is_bias_float32,
@@ -178,8 +176,6 @@ void bind_on_cuda(py::module_& m) {
 }
 #endif
 
-#if defined(PELT_HAS_CPU_KERNELS)
-
 // Of a prefix: k, v, index, length, and where its gradients go (0 in forward).
 using SegmentArguments = std::tuple<TypedAddress, TypedAddress, Address, int64_t, Address, Address>;
 
@@ -187,7 +183,7 @@ void bind_on_cpu(py::module_& m) {
   auto tensor = [](const TypedAddress& a) { return CpuTensor{at(a.first), a.second}; };
 
   // What forward and backward of one call have in common; it borrows every address.
-  py::class_<CpuInputs>(m, "PrefixAttentionCpuInputs")
+  py::class_<CpuInputs>(m, "PrefixAttentionCpuInputs", py::module_local())
       .def(py::init([=](bool is_float32, const std::array<int64_t, 6>& sizes, Address q, Address k,
                         Address v, const std::array<int64_t, 3>& q_strides,
                         const std::array<int64_t, 3>& k_strides,
@@ -255,17 +251,13 @@ void bind_on_cpu(py::module_& m) {
       py::arg("chunks"), py::call_guard<py::gil_scoped_release>());
 }
 
-#endif
-
 }  // namespace
 
 void bind_prefix_attention(py::module_& m) {
 #if defined(PELT_HAS_CUDA_KERNELS)
   bind_on_cuda(m);
 #endif
-#if defined(PELT_HAS_CPU_KERNELS)
   bind_on_cpu(m);
-#endif
 }
 
 }  // namespace pelt::bindings

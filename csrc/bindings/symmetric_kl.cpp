@@ -3,10 +3,8 @@
 #if defined(PELT_HAS_CUDA_KERNELS)
 #include "ops/symmetric_kl/params.h"
 #endif
-#if defined(PELT_HAS_CPU_KERNELS)
 #include "cpu/isa.h"
 #include "ops/symmetric_kl/cpu.h"
-#endif
 
 namespace pelt::bindings {
 
@@ -19,7 +17,7 @@ void bind_on_cuda(py::module_& m) {
   m.def("symmetric_kl_why_not", &why_not, py::kw_only(), py::arg("T"), py::arg("C"));
 
   // What forward and backward of one call have in common; it borrows every address.
-  py::class_<Inputs>(m, "SymmetricKlInputs")
+  py::class_<Inputs>(m, "SymmetricKlInputs", py::module_local())
       .def(py::init([](int dtype, int64_t T, int C, Address z1, Address z2, Address mask) {
              return Inputs{static_cast<DType>(dtype), T, C, at(z1), at(z2), at<const bool>(mask)};
            }),
@@ -52,10 +50,9 @@ void bind_on_cuda(py::module_& m) {
 }
 #endif
 
-#if defined(PELT_HAS_CPU_KERNELS)
 void bind_on_cpu(py::module_& m) {
   // What forward and backward of one call have in common; it borrows every address.
-  py::class_<CpuInputs>(m, "SymmetricKlCpuInputs")
+  py::class_<CpuInputs>(m, "SymmetricKlCpuInputs", py::module_local())
       .def(py::init([](bool is_float32, int64_t T, int64_t C, Address z1, Address z2,
                        int64_t z1_stride, int64_t z2_stride, Address mask, int threads,
                        const std::string& isa) {
@@ -90,14 +87,10 @@ void bind_on_cpu(py::module_& m) {
       py::arg("dz2"), py::call_guard<py::gil_scoped_release>());
 }
 
-#endif
-
 }  // namespace
 
 void bind_symmetric_kl([[maybe_unused]] py::module_& m) {
-#if defined(PELT_HAS_CPU_KERNELS)
   bind_on_cpu(m);
-#endif
 #if defined(PELT_HAS_CUDA_KERNELS)
   bind_on_cuda(m);
 #endif

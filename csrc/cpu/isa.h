@@ -16,12 +16,16 @@ enum class Isa : int {
   kAvx2,        // x86-64-v3: AVX2 and FMA, 8 floats
   kAvx512,      // x86-64-v4: 16 floats
   kAvx512Bf16,  // and conversion to bfloat16 in one instruction
+  kAmx,         // and products of bfloat16 on tiles; all that the simulator's module holds
 };
 
-constexpr int kIsaCount = 4;
+constexpr int kIsaCount = 5;
 
 const char* name_of(Isa isa);
-bool is_supported(Isa isa);  // by this processor, and compiled into this module
+bool is_supported(Isa isa);  // by this processor and system, and compiled into this module
+
+// Why tiles that this processor lists are not used; empty otherwise.
+std::string why_no_tiles();
 
 // The best that the processor supports.
 Isa best_isa();
@@ -37,7 +41,15 @@ struct IsaTag {
 // Calls visit(IsaTag<isa>{}).
 template <class Visit>
 auto with_isa(Isa isa, Visit&& visit) {
+#if defined(PELT_SIM)
+  (void)isa;
+  return visit(IsaTag<Isa::kAmx>{});
+#else
   switch (isa) {
+#if defined(PELT_WITH_AMX)
+    case Isa::kAmx:
+      return visit(IsaTag<Isa::kAmx>{});
+#endif
 #if defined(__x86_64__)
     case Isa::kAvx2:
       return visit(IsaTag<Isa::kAvx2>{});
@@ -49,6 +61,7 @@ auto with_isa(Isa isa, Visit&& visit) {
     default:
       return visit(IsaTag<Isa::kBaseline>{});
   }
+#endif
 }
 
 }  // namespace pelt::cpu

@@ -59,25 +59,29 @@ inline float without_subnormals(float x) {
                                                : x;
 }
 
-// The halves of all pairs have a sum each, rounded after every product; those are added to each
-// other, and the result to C.
+// The halves of all pairs have a sum each, rounded after every product, which is exact; those are
+// added to each other, and the result to C.
 template <int kC, int kA, int kB>
 inline void tile_multiply() {
-  auto half = [](uint32_t word, int which) {
-    return without_subnormals(float_from_bits(which == 0 ? word << 16 : word & 0xffff0000u));
-  };
+  const Tile &a = simulated_tiles[kA], &b = simulated_tiles[kB];
   for (int64_t m = 0; m < kTileSide; ++m) {
-    for (int64_t n = 0; n < kTileSide; ++n) {
-      float sum[2] = {};
-      for (int64_t k = 0; k < kTileSide; ++k) {
-        const uint32_t a = simulated_tiles[kA].word[m][k], b = simulated_tiles[kB].word[k][n];
-        for (int i = 0; i < 2; ++i) {
-          sum[i] = without_subnormals(__builtin_fmaf(half(a, i), half(b, i), sum[i]));
+    float sum[2][kTileSide] = {};
+    for (int64_t k = 0; k < kTileSide; ++k) {
+      for (int i = 0; i < 2; ++i) {
+        const int shift = 16 * (1 - i);
+        const uint32_t left = a.word[m][k] << shift & 0xffff0000u;
+        for (int64_t n = 0; n < kTileSide; ++n) {
+          const uint32_t right = b.word[k][n] << shift & 0xffff0000u;
+          sum[i][n] =
+              without_subnormals(sum[i][n] + without_subnormals(float_from_bits(left)) *
+                                                 without_subnormals(float_from_bits(right)));
         }
       }
+    }
+    for (int64_t n = 0; n < kTileSide; ++n) {
       uint32_t& c = simulated_tiles[kC].word[m][n];
       const float before = without_subnormals(float_from_bits(c));
-      c = pelt::bits_of(without_subnormals(before + without_subnormals(sum[0] + sum[1])));
+      c = pelt::bits_of(without_subnormals(before + without_subnormals(sum[0][n] + sum[1][n])));
     }
   }
 }

@@ -32,7 +32,7 @@ class Backend:
     devices: tuple[str, ...]  # device types it may serve; empty: any
     is_automatic: bool  # False: only on request
     library: str = ""  # the compiled module it needs
-    forms: str = "its forms of this operator"  # what FORMS are, for a sentence
+    forms: str = "its forms of this operator"  # what FORMS are, for a sentence; empty: it has none
 
 
 # In the order in which they are tried.
@@ -47,6 +47,7 @@ BACKENDS: dict[str, Backend] = {
         forms="the instruction sets that it has kernels for and this processor runs",
     ),
     "cuda_sim": Backend("cuda", ("cpu",), False, library="_C_sim"),
+    "cpu_sim": Backend("cpu", ("cpu",), False, library="_C_sim", forms=""),
     "eager": Backend("eager", (), True),
 }
 
@@ -248,6 +249,8 @@ def _supports(name: str, call: Call, form: str) -> str:
 
 def forms_of(operator: str, backend: str) -> tuple[str, ...]:
     """The ways in which a backend can serve an operator, the usual one first; empty for one way."""
+    if not BACKENDS[backend].forms:
+        return ()
     return getattr(implementation(operator, backend), "FORMS", ())
 
 

@@ -50,6 +50,11 @@ def library(name: str) -> ModuleType:
     return module
 
 
+def library_of(backend: str) -> ModuleType:
+    """The compiled module of a backend: `_C_sim` of those that simulate, else `_C`."""
+    return library("_C_sim" if backend.endswith("_sim") else "_C")
+
+
 def build_info() -> dict[str, Any]:
     """Compiler, flags and architectures of `_C`; empty if it was not built."""
     module, _ = _load("_C")
@@ -80,9 +85,9 @@ def cpu_forms(has_tiles: bool = False) -> tuple[str, ...]:
     return (*vectors, TILES) if has_tiles and TILES in found else vectors
 
 
-def why_not_cpu(kernel: str) -> str:
-    """Why `_C` cannot run such CPU kernels as these sources call; empty if it can."""
-    module = library("_C")
+def why_not_cpu(backend: str, kernel: str) -> str:
+    """Why a backend's module cannot run such CPU kernels as these sources call; empty if it can."""
+    module = library_of(backend)
     if hasattr(module, kernel) and hasattr(module, "best_cpu_isa"):
         return ""
     return "the compiled module is older than this kernel; build it with `make build`"

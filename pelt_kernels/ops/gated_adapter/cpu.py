@@ -32,7 +32,7 @@ _SIXTY_FOUR_BITS = 0xFFFFFFFFFFFFFFFF
 
 def supports(call: Call) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    if reason := _native.why_not_cpu("GatedAdapterCpu"):
+    if reason := _native.why_not_cpu(call.backend, "GatedAdapterCpu"):
         return reason
     if call.dtype not in _DTYPES:
         return f"it takes float32 or bfloat16, and x is {str(call.dtype).removeprefix('torch.')}"
@@ -107,7 +107,7 @@ class _Plan:
     def __init__(self, call: Call, inputs: dict[str, Value]) -> None:
         at, sizes = call.attributes, call.sizes
         p = at["dropout_p"]
-        self.native: Any = _native.library("_C").GatedAdapterCpu(
+        self.native: Any = _native.library_of(call.backend).GatedAdapterCpu(
             isa=call.form,
             dtype=_DTYPES[call.dtype],
             masters=_bits(name in call.master for name in _NAMES),

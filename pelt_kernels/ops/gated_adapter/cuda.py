@@ -8,7 +8,6 @@ runs give the same bits.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,15 +24,11 @@ _RESIDUALS = {"input": 0, "none": 1, "tensor": 2}
 _PARAMETERS = tuple(row.name for row in CONTRACT.input_rows if row.kind == "parameter")
 
 
-def _library(call: Call) -> ModuleType:
-    return _native.library("_C_sim" if call.backend == "cuda_sim" else "_C")
-
-
 def supports(call: Call) -> str:
     """Why the kernels cannot serve a call; empty if they can. Decided by the C++ side, which knows
     its configurations.
     """
-    library = _library(call)
+    library = _native.library_of(call.backend)
     if not hasattr(library, "gated_adapter_why_not"):
         return "the compiled module was built without its CUDA kernels"
     if call.dtype not in _DTYPES:
@@ -54,7 +49,7 @@ def forward(call: Call, seed: int, **inputs: Value) -> tuple[Tensor, Tensor, Ten
     with _native.on(call.device) as stream:
         arguments = _inputs(call, dense, seed)
         workspace = _native.workspace(arguments.forward_workspace_bytes, call.device)
-        _library(call).gated_adapter_fwd(
+        _native.library_of(call.backend).gated_adapter_fwd(
             inputs=arguments, y=y.data_ptr(), gate_value=gate_value.data_ptr(), h=h.data_ptr(),
             workspace=_native.pointer(workspace), stream=stream,
         )  # fmt: skip
@@ -83,7 +78,7 @@ def backward(
     with _native.on(call.device) as stream:
         arguments = _inputs(call, dense, seed)
         workspace = _native.workspace(arguments.backward_workspace_bytes, call.device)
-        _library(call).gated_adapter_bwd(
+        _native.library_of(call.backend).gated_adapter_bwd(
             inputs=arguments, dy=dy.data_ptr(), gate_value=gate_value.data_ptr(), h=h.data_ptr(),
             dx=_native.pointer(grads.get("x")),
             **{f"d{name}": _typed(call, name, grads.get(name)) for name in _PARAMETERS},
@@ -100,7 +95,7 @@ def _typed(call: Call, name: str, tensor: Tensor | None) -> tuple[int, bool]:
 def _inputs(call: Call, inputs: dict[str, Value], seed: int) -> Any:
     at, sizes = call.attributes, call.sizes
     down_index, up_index, gate = inputs["down_index"], inputs["up_index"], inputs["gate"]
-    return _library(call).GatedAdapterInputs(
+    return _native.library_of(call.backend).GatedAdapterInputs(
         dtype=_DTYPES[call.dtype],
         **{letter: sizes[letter] for letter in "BSDR"},
         **{name: _typed(call, name, inputs[name]) for name in _PARAMETERS},

@@ -30,14 +30,14 @@ _MAX_RANKS = 192
 
 def supports(call: Call) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    if reason := _native.why_not_cpu("LoraLinearCpu"):
+    if reason := _native.why_not_cpu(call.backend, "LoraLinearCpu"):
         return reason
     if call.dtype not in (torch.float32, torch.bfloat16):
         return f"it takes float32 or bfloat16, and x is {str(call.dtype).removeprefix('torch.')}"
     if call.form == _native.TILES and call.dtype != torch.bfloat16:
         return f"its tiles multiply bfloat16, and x is {str(call.dtype).removeprefix('torch.')}"
     branches, gates = len(call.attributes["offsets"]), count_gates(call)
-    native = _native.library("_C").LoraLinearCpu
+    native = _native.library_of(call.backend).LoraLinearCpu
     if branches > native.max_branches or gates > native.max_gates:
         return (
             f"it takes at most {native.max_branches} branches and {native.max_gates} learned gates,"
@@ -61,7 +61,7 @@ def forward(
     """y [B, S, Dout], the extra gates, the branches' learned gates (or [0] each), and s [B, S, ΣR]
     for backward.
     """
-    plan = plan_of(call, inputs, _native.library("_C").LoraLinearCpu, isa=call.form)
+    plan = plan_of(call, inputs, _native.library_of(call.backend).LoraLinearCpu, isa=call.form)
     y = base_product(call, x, weight, bias)
     extras, values, s = plan.outputs(call)
     if plan.is_empty or not plan.has_work:
@@ -92,7 +92,7 @@ def backward(
     **inputs: Value,
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
-    plan = plan_of(call, inputs, _native.library("_C").LoraLinearCpu, isa=call.form)
+    plan = plan_of(call, inputs, _native.library_of(call.backend).LoraLinearCpu, isa=call.form)
     grads = base_grads(call, needs, dy, x, weight, bias, _product_dtype(call.dtype))
     grads |= plan.empty_grads(needs, inputs)
     if plan.is_empty or not plan.has_work:

@@ -17,7 +17,6 @@ base product bit for bit.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -39,13 +38,9 @@ FORMS = ("composed", "single")
 NO_BASE = (0, 0, False, False)  # of the composed form, whose base product is torch's
 
 
-def _library(call: Call) -> ModuleType:
-    return _native.library("_C_sim" if call.backend == "cuda_sim" else "_C")
-
-
 def supports(call: Call) -> str:
     """Why the kernels cannot serve a call; empty if they can. Decided by the C++ side."""
-    library = _library(call)
+    library = _native.library_of(call.backend)
     if not hasattr(library, "lora_linear_why_not"):
         return "the compiled module was built without its CUDA kernels"
     if call.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -80,7 +75,7 @@ def forward(
     """y [B, S, Dout], the extra gates, the branches' learned gates (or [0] each), and s [B, S, ΣR]
     for backward.
     """
-    plan = plan_of(call, inputs, _library(call).LoraLinearCuda)
+    plan = plan_of(call, inputs, _native.library_of(call.backend).LoraLinearCuda)
     is_single = call.form == "single" and not plan.is_empty
     with _native.on(call.device) as stream:
         if is_single:
@@ -118,7 +113,7 @@ def backward(
     **inputs: Value,
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
-    plan = plan_of(call, inputs, _library(call).LoraLinearCuda)
+    plan = plan_of(call, inputs, _native.library_of(call.backend).LoraLinearCuda)
     is_single = call.form == "single" and needs["x"] and not plan.is_empty
     with _native.on(call.device) as stream:
         by_torch = {**needs, "x": False} if is_single else needs

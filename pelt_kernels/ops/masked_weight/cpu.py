@@ -21,11 +21,11 @@ _FACTORS = ("u", "v", "a", "b", "row", "col")
 
 def supports(call: Call) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    if reason := _native.why_not_cpu("masked_weight_cpu_fwd"):
+    if reason := _native.why_not_cpu(call.backend, "masked_weight_cpu_fwd"):
         return reason
     if call.dtype not in _DTYPES:
         return f"it takes float32 or bfloat16, and w0 is {str(call.dtype).removeprefix('torch.')}"
-    return _native.library("_C").masked_weight_cpu_why_not(
+    return _native.library_of(call.backend).masked_weight_cpu_why_not(
         Dout=call.sizes["Dout"], Din=call.sizes["Din"]
     )
 
@@ -47,7 +47,7 @@ def forward(
         return y, mask
     inputs, borrowed = _inputs(call, w0, u, v, a, b, row, col)
     workspace = _native.workspace(inputs.forward_bytes, call.device)
-    _native.library("_C").masked_weight_cpu_fwd(
+    _native.library_of(call.backend).masked_weight_cpu_fwd(
         inputs=inputs, y=y.data_ptr(), mask=mask.data_ptr(), workspace=_native.pointer(workspace)
     )
     del borrowed
@@ -79,7 +79,7 @@ def backward(
     dw0 = _native.empty(w0.shape, call.dtype, call.device) if needs["w0"] else None
     inputs, borrowed = _inputs(call, w0, u, v, a, b, row, col)
     workspace = _native.workspace(inputs.backward_bytes, call.device)
-    _native.library("_C").masked_weight_cpu_bwd(
+    _native.library_of(call.backend).masked_weight_cpu_bwd(
         inputs=inputs, dy=dy.data_ptr(), mask=mask.data_ptr(), dw0=_native.pointer(dw0),
         **{f"d{name}": grad.data_ptr() for name, grad in found.items()},
         workspace=_native.pointer(workspace),
@@ -100,7 +100,7 @@ def _inputs(call: Call, w0: Tensor, *factors: Tensor) -> tuple[Any, list[Tensor]
         w0 = w0.contiguous()
     # Factors are small beside the matrix, and scores are float32 in any case.
     dense = [factor.float().contiguous() for factor in factors]
-    inputs = _native.library("_C").MaskedWeightCpuInputs(
+    inputs = _native.library_of(call.backend).MaskedWeightCpuInputs(
         isa=call.form, is_float32=call.dtype == torch.float32,
         sizes=[sizes[letter] for letter in ("Dout", "Din", "R", "R2")],
         w0=w0.data_ptr(), w0_stride=w0.stride(0),

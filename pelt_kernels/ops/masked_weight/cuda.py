@@ -7,7 +7,6 @@ are copied first. Two runs give the same bits.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,13 +21,9 @@ _FACTORS = tuple(row.name for row in CONTRACT.input_rows if row.kind == "paramet
 _LETTERS = ("Dout", "Din", "R", "R2")
 
 
-def _library(call: Call) -> ModuleType:
-    return _native.library("_C_sim" if call.backend == "cuda_sim" else "_C")
-
-
 def supports(call: Call) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    library = _library(call)
+    library = _native.library_of(call.backend)
     if not hasattr(library, "masked_weight_why_not"):
         return "the compiled module was built without its CUDA kernels"
     if call.dtype not in _DTYPES:
@@ -50,7 +45,7 @@ def forward(call: Call, **inputs: Value) -> tuple[Tensor, Tensor]:
     with _native.on(call.device) as stream:
         arguments = _inputs(call, dense)
         workspace = _native.workspace(arguments.forward_workspace_bytes, call.device)
-        _library(call).masked_weight_fwd(
+        _native.library_of(call.backend).masked_weight_fwd(
             inputs=arguments, y=y.data_ptr(), mask=mask.data_ptr(),
             workspace=_native.pointer(workspace), stream=stream,
         )  # fmt: skip
@@ -72,7 +67,7 @@ def backward(
     with _native.on(call.device) as stream:
         arguments = _inputs(call, dense)
         workspace = _native.workspace(arguments.backward_workspace_bytes, call.device)
-        _library(call).masked_weight_bwd(
+        _native.library_of(call.backend).masked_weight_bwd(
             inputs=arguments, dy=dy.data_ptr(), mask=mask.data_ptr(),
             dw0=_native.pointer(grads.get("w0")),
             **{f"d{name}": _typed(call, name, grads.get(name)) for name in _FACTORS},
@@ -88,7 +83,7 @@ def _typed(call: Call, name: str, tensor: Tensor | None) -> tuple[int, bool]:
 
 def _inputs(call: Call, inputs: dict[str, Value]) -> Any:
     at = call.attributes
-    return _library(call).MaskedWeightInputs(
+    return _native.library_of(call.backend).MaskedWeightInputs(
         dtype=_DTYPES[call.dtype],
         **{letter: call.sizes[letter] for letter in _LETTERS},
         w0=_native.pointer(inputs["w0"]),

@@ -23,7 +23,7 @@ _CHUNKS = 8
 
 def supports(call: Call) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    if reason := _native.why_not_cpu("prefix_attention_cpu_fwd"):
+    if reason := _native.why_not_cpu(call.backend, "prefix_attention_cpu_fwd"):
         return reason
     if call.dtype not in _DTYPES:
         return f"it takes float32 or bfloat16, and q is {str(call.dtype).removeprefix('torch.')}"
@@ -51,7 +51,7 @@ def forward(
     lse = _native.empty(q.shape[:3], torch.float32, call.device)
     prefixes = [(*pair, None, None) for pair in zip(prefix_k, prefix_v, prefix_index)]
     inputs, borrowed = _inputs(call, q, k, v, prefixes, gate, key_mask, lengths, bias, seed)
-    _native.library("_C").prefix_attention_cpu_fwd(
+    _native.library_of(call.backend).prefix_attention_cpu_fwd(
         inputs=inputs, out=out.data_ptr(), lse=lse.data_ptr()
     )
     del borrowed
@@ -103,7 +103,7 @@ def backward(
         dgate = _native.empty((sizes["B"], sizes["H"]), torch.float32, call.device)
     prefixes = list(zip(prefix_k, prefix_v, prefix_index, *sums))
     inputs, borrowed = _inputs(call, q, k, v, prefixes, gate, key_mask, lengths, bias, seed)
-    _native.library("_C").prefix_attention_cpu_bwd(
+    _native.library_of(call.backend).prefix_attention_cpu_bwd(
         inputs=inputs, dout=dout.data_ptr(), out=out.data_ptr(), lse=lse.data_ptr(),
         dq=dq.data_ptr(), dk=dk.data_ptr(), dv=dv.data_ptr(), dgate=_native.pointer(dgate),
         dbias=_native.pointer(dbias), chunks=chunks,
@@ -160,7 +160,7 @@ def _inputs(
         for keys, values, index, dk, dv in prefixes
     ]  # fmt: skip
     p = at["dropout_p"]
-    inputs = _native.library("_C").PrefixAttentionCpuInputs(
+    inputs = _native.library_of(call.backend).PrefixAttentionCpuInputs(
         isa=call.form, is_float32=call.dtype == torch.float32,
         sizes=[sizes[letter] for letter in "BHGSNE"],
         q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(),

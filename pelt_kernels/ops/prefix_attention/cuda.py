@@ -16,7 +16,6 @@ for dq in the composed form on a GPU, where flash attention sums by atomics unle
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -32,15 +31,11 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _SIXTY_FOUR_BITS = 0xFFFFFFFFFFFFFFFF
 
 
-def _library(call: Call) -> ModuleType:
-    return _native.library("_C_sim" if call.backend == "cuda_sim" else "_C")
-
-
 def supports(call: Call) -> str:
     """Why the kernels cannot serve a call; empty if they can. Decided by the C++ side, which knows
     its configurations.
     """
-    library = _library(call)
+    library = _native.library_of(call.backend)
     if not hasattr(library, "prefix_attention_why_not"):
         return "the compiled module was built without its CUDA kernels"
     if call.dtype not in _DTYPES:
@@ -227,7 +222,7 @@ def _plan(call: Call, inputs: dict[str, Value]) -> Any:
         for keys, values in zip(inputs["prefix_k"], inputs["prefix_v"])
     ]  # fmt: skip
     batch, heads, s, n = (1, 1, 0, 0) if bias is None else bias.shape
-    return _library(call).PrefixAttention(
+    return _native.library_of(call.backend).PrefixAttention(
         dtype=_DTYPES[call.dtype],
         sizes=[sizes[letter] for letter in "BHGSNE"],
         prefixes=prefixes,

@@ -7,7 +7,6 @@ contiguous, or do not start at a 16-byte border, are copied first. Two runs give
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,13 +18,9 @@ from .._contract import Call, Value
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
-def _library(call: Call) -> ModuleType:
-    return _native.library("_C_sim" if call.backend == "cuda_sim" else "_C")
-
-
 def supports(call: Call) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    library = _library(call)
+    library = _native.library_of(call.backend)
     if not hasattr(library, "symmetric_kl_why_not"):
         return "the compiled module was built without its CUDA kernels"
     if call.dtype not in _DTYPES:
@@ -46,7 +41,7 @@ def forward(call: Call, z1: Tensor, z2: Tensor, mask: Tensor | None) -> tuple[Te
     with _native.on(call.device) as stream:
         arguments = _inputs(call, *dense)
         workspace = _native.workspace(arguments.forward_workspace_bytes, call.device)
-        _library(call).symmetric_kl_fwd(
+        _native.library_of(call.backend).symmetric_kl_fwd(
             inputs=arguments, loss=loss.data_ptr(), lse=lse.data_ptr(),
             workspace=_native.pointer(workspace), stream=stream,
         )  # fmt: skip
@@ -72,7 +67,7 @@ def backward(
         return grads
     dense = [_native.dense(value) for value in (z1, z2, mask)]
     with _native.on(call.device) as stream:
-        _library(call).symmetric_kl_bwd(
+        _native.library_of(call.backend).symmetric_kl_bwd(
             inputs=_inputs(call, *dense), dloss=dloss.data_ptr(), lse=lse.data_ptr(),
             dz1=_native.pointer(grads.get("z1")), dz2=_native.pointer(grads.get("z2")),
             stream=stream,
@@ -81,7 +76,7 @@ def backward(
 
 
 def _inputs(call: Call, z1: Tensor, z2: Tensor, mask: Tensor | None) -> Any:
-    return _library(call).SymmetricKlInputs(
+    return _native.library_of(call.backend).SymmetricKlInputs(
         dtype=_DTYPES[call.dtype], T=call.sizes["T"], C=call.sizes["C"],
         z1=z1.data_ptr(), z2=z2.data_ptr(), mask=_native.pointer(mask),
     )  # fmt: skip
