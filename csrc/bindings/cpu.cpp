@@ -5,6 +5,7 @@
 #include "bindings/bind.h"
 #include "cpu/isa.h"
 #include "cpu/philox.h"
+#include "cpu/tile_product.h"
 
 namespace pelt::bindings {
 
@@ -44,6 +45,19 @@ void bind_cpu(py::module_& m) {
       py::kw_only(), py::arg("out"), py::arg("rows"), py::arg("columns"), py::arg("element_bytes"),
       py::arg("kept_bits"), py::arg("threshold"), py::arg("seed"), py::arg("first_group"),
       py::arg("threads"), py::arg("isa") = "", py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "tile_product",
+      [](Address a, Address b, Address c) {
+        const cpu::TileProduct product{at<const bf16>(a), at<const bf16>(b), at<float>(c)};
+        return cpu::with_isa(cpu::best_isa(), [&](auto isa) {
+          return cpu::tile_product<decltype(isa)::value>(product);
+        });
+      },
+      py::kw_only(), py::arg("a"), py::arg("b"), py::arg("c"),
+      "c [16, 16] float32 += a [16, 32] times b [16 pairs, 16, 2], both bfloat16, by one "
+      "instruction "
+      "of AMX or its simulation; false, and nothing happens, where there are no tiles.");
 
   m.def(
       "philox4x32_10",
