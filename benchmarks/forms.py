@@ -4,9 +4,9 @@ by which the dispatch chooses.
     python -m benchmarks.run --device cuda --cases full --json FILE
     python -m benchmarks.forms FILE
 
-Rows of the same operator, hardware, dtype, direction and sizes are replaced, others stay. A GPU
-goes by its name. A processor goes by its kind, which is known only on it: rows of the CPU are taken
-on the machine that measured them.
+Rows of the same operator, hardware, dtype, direction, sizes and options are replaced, others stay.
+A GPU goes by its name. A processor goes by its kind, which is known only on it: rows of the CPU are
+taken on the machine that measured them.
 """
 
 from __future__ import annotations
@@ -18,35 +18,39 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pelt_kernels.ops import BACKENDS
 from pelt_kernels.ops import _dispatch as dispatch
 from pelt_kernels.ops import _native as native
-from pelt_kernels.ops._forms import FILE
+from pelt_kernels.ops._forms import FILE, options
 from pelt_kernels.training.report import hardware
 
+from . import shapes
+from .contenders import parity
 from .run import write
 
 Rows = list[dict[str, Any]]
 
 
-class ElsewhereError(ValueError):
-    """Rows of the CPU were measured on another processor; one sentence."""
+class RowsError(ValueError):
+    """Rows that cannot be used here; one sentence."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0, or 2 where the file has nothing to choose between or is of another processor."""
+    """0, or 2 where the file has nothing to choose between or cannot be used here."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("rows", type=Path, help="what benchmarks.run wrote with --json")
-    options = parser.parse_args(arguments)
+    asked = parser.parse_args(arguments)
     try:
-        measured = forms_in(json.loads(options.rows.read_text()))
-    except ElsewhereError as error:
+        measured = forms_in(json.loads(asked.rows.read_text()))
+    except RowsError as error:
         print(f"benchmarks.forms: {error}", file=sys.stderr)
         return 2
     if not measured:
         print(
             "benchmarks.forms: expected rows of backends with forms (cuda:single), or of a backend"
-            f" and eager, in {options.rows}, found none",
+            f" and eager, in {asked.rows}, found none",
             file=sys.stderr,
         )
         return 2
@@ -73,10 +77,11 @@ def forms_in(rows: Rows) -> Rows:
                 "us": {}, "commit": row["commit"],
             }  # fmt: skip
         found[key]["us"].update(us)
-    several = [row for row in found.values() if len(row["us"]) > 1]
-    for row in several:
-        row["hardware"] = _kind(row)
-    return several
+    several = {key: row for key, row in found.items() if len(row["us"]) > 1}
+    for (operator, _, dtype, _, case), row in several.items():
+        row["hardware"], row["options"] = _kind(row), _options(operator, case, dtype)
+        row["dtype"] = str(parity.PRECISIONS[dtype][0]).removeprefix("torch.")
+    return list(several.values())
 
 
 def _is_way(operator: str, request: str) -> bool:
@@ -90,23 +95,34 @@ def _is_way(operator: str, request: str) -> bool:
 
 
 def _kind(row: dict[str, Any]) -> str:
-    """The hardware of a row as the dispatch knows it. Raises ElsewhereError."""
+    """The hardware of a row as the dispatch knows it. Raises RowsError."""
     if not any(dispatch.backend_of(request) == "cpu" for request in row["us"]):
         return row["hardware"]
     here = hardware()["cpu"]
     if not row["hardware"].startswith(here):
-        raise ElsewhereError(
+        raise RowsError(
             f"expected rows of the CPU that were measured on this machine ({here}), got"
             f" {row['hardware']}; run it there"
         )
     return native.processor()
 
 
+def _options(operator: str, name: str, dtype: str) -> list[str]:
+    """The options of a case, which only its name tells apart from others of its sizes. Raises
+    RowsError.
+    """
+    cases = {case.id: case for case in shapes.cases_of(operator, "cuda")}
+    if name not in cases:
+        raise RowsError(f"expected cases of benchmarks/shapes.py, got {operator}'s {name}")
+    with torch._subclasses.FakeTensorMode():  # draws nothing
+        return options(parity.call_of(operator, cases[name], dtype, "cpu"))
+
+
 def merged(old: Rows, new: Rows) -> Rows:
     """All rows, the new ones in the place of old ones for the same thing."""
 
     def key(row: dict[str, Any]) -> str:
-        names = ("op", "hardware", "dtype", "direction", "sizes")
+        names = ("op", "hardware", "dtype", "direction", "sizes", "options")
         return json.dumps([row[name] for name in names])
 
     rows = {key(row): row for row in old}

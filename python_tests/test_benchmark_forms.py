@@ -11,11 +11,15 @@ from pelt_kernels.ops import _dispatch as dispatch
 from pelt_kernels.ops import _native as native
 from pelt_kernels.training.report import hardware
 
+OF_UNIPELT = ["bias", "gate_weight", "gate_bias", "mask", "poolings=masked_mean"]
 THIS = f"{hardware()['cpu']}, 2 thread(s)"
 
 
-def row(backend, us, direction="forward+backward", baseline="reference", hardware="a GPU"):
-    return {"op": "lora_linear", "case": "T1", "hardware": hardware, "dtype": "bfloat16",
+def row(
+    backend, us, direction="forward+backward", baseline="reference", hardware="a GPU",
+    case="T1024-D768-R8-lora", dtype="bfloat16",
+):  # fmt: skip
+    return {"op": "lora_linear", "case": case, "hardware": hardware, "dtype": dtype,
             "direction": direction, "backend": backend, "us": us, "commit": "c",
             "baseline": baseline, "baseline_us": 7.0, "sizes": {"S": 128, "R_i": [8]}}  # fmt: skip
 
@@ -28,7 +32,7 @@ def table(tmp_path, monkeypatch):
 
     def table(rows, code=0):
         file = tmp_path / "rows.json"
-        file.write_text(json.dumps(rows))
+        file.write_text(json.dumps(list(rows)))
         assert forms.main([str(file)]) == code
         return json.loads(forms.FILE.read_text())
 
@@ -40,7 +44,7 @@ def test_forms_of_a_gpu_by_direction(table):
     forward = [row("cuda:single", 3, "forward"), row("cuda:composed", 2.004, "forward")]
     assert table([*measured, *forward]) == [
         {"op": "lora_linear", "hardware": "a GPU", "dtype": "bfloat16", "direction": direction,
-         "sizes": {"S": 128, "R_i": [8]}, "us": us, "commit": "c"}
+         "sizes": {"S": 128, "R_i": [8]}, "us": us, "commit": "c", "options": ["bias"]}
         for direction, us in (
             ("forward", {"cuda:single": 3, "cuda:composed": 2.0}),
             ("forward+backward", {"cuda:single": 5, "cuda:composed": 4, "triton": 9}),
@@ -56,6 +60,27 @@ def test_new_rows_take_the_place_of_old_ones_for_the_same_thing(table):
         ("a GPU", 5),
         ("b GPU", 1),
     ]
+
+
+def test_cases_of_the_same_sizes_are_told_apart_by_their_options(table):
+    found = table(
+        row(f"cuda:{form}", us, case=f"T1024-D768-R8{like}")
+        for like in ("-lora", "-dropout", "")
+        for form, us in (("single", 5), ("composed", 4))
+    )
+    assert sorted(row["options"] for row in found) == sorted(
+        [["bias"], ["bias", "gate", "dropout"], OF_UNIPELT]
+    )
+
+
+def test_master_parameters_are_an_option_beside_the_dtype_of_activations(table):
+    (found,) = table(row(f"cuda:{f}", 1, dtype="bfloat16-master") for f in ("single", "composed"))
+    assert (found["dtype"], found["options"]) == ("bfloat16", ["bias", "master"])
+
+
+def test_a_case_that_is_gone_is_named(table, capsys):
+    assert table([row("cuda:single", 1, case="T1", baseline="eager")], 2) == []
+    assert "cases of benchmarks/shapes.py, got lora_linear's T1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("is_backend", [True, False])

@@ -2,9 +2,9 @@
 backend is slower than eager.
 
 Measurements decide, never a guess: `forms.json` holds what `python -m benchmarks.forms` took from a
-run, a row for each operator, kind of hardware, dtype, direction and sizes, with the microseconds of
-each request (``cuda:single``, ``cpu:avx512``, ``eager``). Where nothing near was measured on this
-kind of hardware, the usual order stands.
+run, a row for each operator, kind of hardware, dtype, direction, sizes and options, with the
+microseconds of each request (``cuda:single``, ``cpu:avx512``, ``eager``). Where nothing near was
+measured on this kind of hardware, the usual order stands.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ._contract import Call
 
 FILE = Path(__file__).with_name("forms.json")
 FARTHEST = 3.0  # doublings, over all sizes, from which a measurement still tells
+OPTION = 0.25  # doublings for each option that only one of two calls has
 SLOWER = 1.03  # of eager's time: less than that is within what two runs differ by
 DIRECTIONS = {False: "forward", True: "forward+backward"}  # by whether gradients are asked for
 
@@ -34,8 +35,15 @@ def nearest(call: Call, requests: Sequence[str], needs_grad: bool) -> Row | None
     dtype = str(call.dtype).removeprefix("torch.")
     key = (call.contract.name, hardware(call.device), dtype, DIRECTIONS[needs_grad])
     rows = [row for row in table().get(key, ()) if not row["us"].keys().isdisjoint(requests)]
+    own = set(options(call))
     distance, row = min(
-        ((_doublings(call.sizes, row["sizes"]), row) for row in rows),
+        (
+            (
+                _doublings(call.sizes, row["sizes"]) + OPTION * len(own ^ set(row["options"])),
+                row,
+            )
+            for row in rows
+        ),
         key=lambda found: found[0],
         default=(math.inf, None),
     )
@@ -53,7 +61,8 @@ def ranked(call: Call, requests: Sequence[str], row: Row | None) -> list[tuple[s
         return [(request, reason) for request in requests]
     us: dict[str, float] = row["us"]
     order = sorted(requests, key=lambda request: us.get(request, math.inf))
-    reason = ", ".join(f"{request} {us[request]:.0f} us" for request in order if request in us)
+    told = (request for request in [*order, "eager"] if request in us)
+    reason = ", ".join(f"{request} {us[request]:.0f} us" for request in told)
     return [(request, f"by measurement of {_where(row)}: {reason}") for request in order]
 
 
@@ -66,6 +75,23 @@ def why_slower(request: str, row: Row | None) -> str:
         f"eager took {us['eager']:.0f} us and {request} {us[request]:.0f} us for {_where(row)},"
         f" measured on {row['hardware']}"
     )
+
+
+def options(call: Call) -> list[str]:
+    """On what a call's cost depends beside its sizes and dtype: the optional inputs that are there,
+    switches and words other than the default, dropout, and master parameters.
+    """
+    contract, at = call.contract, call.attributes
+    given = [row.name for row in contract.input_rows if row.is_optional and row.name in call.given]
+    words = [
+        f"{row.name}={value}"
+        for row in contract.attribute_rows
+        if row.type in ("bool", "str", "str[]")
+        for value in dict.fromkeys(at[row.name] if row.type == "str[]" else [at[row.name]])
+        if value not in (row.default, "none")
+    ]
+    more = {"dropout": at.get("dropout_p"), "master": call.master}
+    return [*given, *words, *(name for name, is_there in more.items() if is_there)]
 
 
 def _where(row: Row) -> str:
@@ -87,7 +113,7 @@ def _sum(size: Any) -> int:
 @cache
 def table() -> dict[tuple[str, ...], list[Row]]:
     """The measured rows by operator, hardware, dtype and direction; beside those a row has sizes,
-    us (request -> microseconds) and commit.
+    options, us (request -> microseconds) and commit.
     """
     rows: dict[tuple[str, ...], list[Row]] = {}
     for row in json.loads(FILE.read_text()):

@@ -45,7 +45,8 @@ def _two_forms(monkeypatch):
     def supports(call):
         return "it takes 64 rows" if call.form == "other" and call.sizes["S"] > 64 else ""
 
-    monkeypatch.setattr(native, "why_not", lambda library: "")
+    why_not = native.why_not
+    monkeypatch.setattr(native, "why_not", lambda name: "" if name == "_C" else why_not(name))
     monkeypatch.setattr(cpu, "FORMS", ("usual", "other"))
     for name in ("forward", "backward"):
         monkeypatch.setattr(cpu, name, getattr(eager, name))
@@ -65,7 +66,7 @@ def measured(monkeypatch):
     def measured(us, direction="forward", **sizes):
         row = {
             "op": "gated_adapter", "hardware": HERE, "dtype": "float32", "direction": direction,
-            "us": us, "sizes": {"B": 1, "S": 16, "D": 16, "R": 4} | sizes,
+            "us": us, "sizes": {"B": 1, "S": 16, "D": 16, "R": 4} | sizes, "options": [],
         }  # fmt: skip
         key = tuple(row[name] for name in ("op", "hardware", "dtype", "direction"))
         monkeypatch.setattr(_forms, "table", lambda: {key: [row]})
@@ -83,12 +84,11 @@ def test_without_measurements_the_usual_form_serves_and_says_so(measured):
 
 
 def test_what_was_measured_faster_nearby_goes_first(measured):
-    measured({"cpu:usual": 9.0, "cpu:other": 3.0}, S=32)
+    measured({"cpu:usual": 9.0, "cpu:other": 3.0, "eager": 20.0}, S=32)
     found = choice()
     assert found.form == "other"
-    assert (
-        "by measurement of forward at B=1 S=32 D=16 R=4: cpu:other 3 us, cpu:usual 9 us"
-        in found.form_reason
+    assert found.form_reason == (
+        "by measurement of forward at B=1 S=32 D=16 R=4: cpu:other 3 us, cpu:usual 9 us, eager 20 us"
     )
 
 
@@ -151,6 +151,29 @@ def test_each_direction_goes_by_its_own_measurements(measured):
     assert choice(rows=17).served == "eager"
 
 
+def test_a_call_goes_by_the_measurement_with_options_like_its_own(monkeypatch):
+    key = ("gated_adapter", HERE, "float32", "forward")
+    sizes = {"B": 1, "S": 16, "D": 16, "R": 4}
+    plain = {"sizes": sizes, "options": [], "us": {"cpu:usual": 3.0, "cpu:other": 9.0}}
+    norm = {"sizes": sizes, "options": ["dropout", "activation=gelu"], "us": {"cpu:other": 1.0}}
+    rows = [{"direction": "forward", **row} for row in (plain, norm)]
+    monkeypatch.setattr(_forms, "table", lambda: {key: rows})
+    x, down, up = torch.ones(16, 16), torch.ones(4, 16), torch.ones(16, 4)
+    for options, form in (
+        ({}, "usual"),
+        ({"activation": "gelu"}, "usual"),
+        ({"activation": "gelu", "dropout_p": 0.1}, "other"),
+    ):
+        gated_adapter(x, down, up, **options)
+        assert explain("gated_adapter")[-1].form == form
+
+
+def test_options_far_apart_tell_nothing(measured, monkeypatch):
+    measured({"cpu:usual": 9.0, "cpu:other": 3.0})
+    monkeypatch.setattr(_forms, "options", lambda call: [str(i) for i in range(13)])
+    assert choice().form == "usual"
+
+
 def test_what_was_chosen_is_told_again_after_forgetting(measured):
     measured({"cpu:usual": 9.0, "eager": 1.0})
     before = [choice(rows=16), choice(rows=17)]
@@ -160,7 +183,8 @@ def test_what_was_chosen_is_told_again_after_forgetting(measured):
 
 def test_the_table_holds_rows_that_can_be_read():
     for row in json.loads(_forms.FILE.read_text()):
-        assert {"op", "hardware", "dtype", "direction", "sizes", "us", "commit"} <= row.keys()
+        keys = {"op", "hardware", "dtype", "direction", "sizes", "options", "us", "commit"}
+        assert keys <= row.keys()
         assert row["op"] in OPERATORS and all(us > 0 for us in row["us"].values())
         assert row["direction"] in _forms.DIRECTIONS.values()
         assert {_dispatch.backend_of(request) for request in row["us"]} <= set(BACKENDS)
