@@ -23,12 +23,13 @@ demo: build $(SETUP)-demo
 # On a machine without a GPU, Triton's kernels run in its interpreter, which has to be chosen before
 # Python starts.
 test: build-sim $(SETUP)-demo $(SETUP)-test
-	$(PYTEST) --require-backend=cuda_sim,cpu $(TEST_OPTIONS)
+	$(PYTEST) --require-backend=cuda_sim,cpu_sim,cpu $(TEST_OPTIONS)
 	TRITON_INTERPRET=1 $(PYTEST) --require-backend=triton -k "triton and not ahead" \
 		python_tests/ops python_tests/triton $(TEST_OPTIONS)
 
-# The CUDA kernels on the simulator again, compiled with the address and undefined-behaviour
-# sanitizers, which find what lies outside the memory that the simulator watches itself.
+# The CUDA kernels on the simulator again, and the CPU kernels on simulated tiles, compiled with the
+# address and undefined-behaviour sanitizers, which find what lies outside the memory that the
+# simulator watches itself.
 SANITIZED := build/sanitize
 sanitize: $(SETUP)-test
 	$(CMAKE) -B $(SANITIZED) -DPELT_KERNELS_CUDA=off -DPELT_KERNELS_SANITIZE=ON >/dev/null
@@ -37,7 +38,7 @@ sanitize: $(SETUP)-test
 	rm -f $(SANITIZED)/pelt_kernels/*.so && cp $(SANITIZED)/_C_sim.* $(SANITIZED)/pelt_kernels
 	LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=halt_on_error=1 $(PYTEST) -p no:cacheprovider -o pythonpath=$(SANITIZED) \
-		-m quick -k cuda_sim --require-backend=cuda_sim python_tests/ops/test_parity.py
+		-m quick -k "cuda_sim or cpu_sim" --require-backend=cuda_sim,cpu_sim python_tests/ops/test_parity.py
 
 # The CUDA kernels as a release holds them, and what can be told of them without a GPU.
 cuda: $(SETUP)-test

@@ -59,22 +59,24 @@ inline float without_subnormals(float x) {
                                                : x;
 }
 
-// The halves of all pairs have a sum each, rounded after every product, which is exact; those are
-// added to each other, and the result to C.
+// The halves of all pairs have a sum each, rounded to float32 after every product; those are added
+// to each other, and the result to C. A product of two bfloat16 numbers and its sum with a float32
+// are so short that rounding them to float64 in between changes nothing.
 template <int kC, int kA, int kB>
 inline void tile_multiply() {
   const Tile &a = simulated_tiles[kA], &b = simulated_tiles[kB];
+  auto half = [](uint32_t word, int i) {
+    return static_cast<double>(
+        without_subnormals(float_from_bits(i == 0 ? word << 16 : word & 0xffff0000u)));
+  };
   for (int64_t m = 0; m < kTileSide; ++m) {
     float sum[2][kTileSide] = {};
     for (int64_t k = 0; k < kTileSide; ++k) {
       for (int i = 0; i < 2; ++i) {
-        const int shift = 16 * (1 - i);
-        const uint32_t left = a.word[m][k] << shift & 0xffff0000u;
+        const double left = half(a.word[m][k], i);
         for (int64_t n = 0; n < kTileSide; ++n) {
-          const uint32_t right = b.word[k][n] << shift & 0xffff0000u;
-          sum[i][n] =
-              without_subnormals(sum[i][n] + without_subnormals(float_from_bits(left)) *
-                                                 without_subnormals(float_from_bits(right)));
+          sum[i][n] = without_subnormals(
+              static_cast<float>(static_cast<double>(sum[i][n]) + left * half(b.word[k][n], i)));
         }
       }
     }

@@ -187,8 +187,8 @@ def _select(call: Call, request: str, needs_grad: bool) -> Choice:
 def _choose_form(
     call: Call, name: str, request: str, refusals: dict[str, str], needs_grad: bool
 ) -> tuple[Choice, str]:
-    """The choice of a backend that serves the call, with the first able one of its forms; and that
-    eager was measured faster than that, if it was.
+    """The choice of a backend that serves the call, with the first able one of its forms; and why an
+    automatic choice passes it by: eager was measured faster, or nobody has measured.
     """
     backend, _, asked = name.partition(":")
     forms = forms_of(call.contract.name, backend)
@@ -202,7 +202,7 @@ def _choose_form(
         refusal = _supports(backend, call, form)
         if not refusal:
             choice = replace(choice, form=form, form_reason=reason)
-            return choice, _forms.why_slower(found, row)
+            return choice, _forms.why_slower(found, row) or _forms.why_unproven(call)
         refusals[found] = refusal
     raise AssertionError(f"{call}: {backend} serves it in one of {forms}, and in none of them")
 

@@ -25,6 +25,9 @@ FILE = Path(__file__).with_name("forms.json")
 FARTHEST = 3.0  # doublings, over all sizes, from which a measurement still tells
 OPTION = 0.25  # doublings for each option that only one of two calls has
 SLOWER = 1.03  # of eager's time: less than that is within what two runs differ by
+# Operators whose CPU kernels compete with torch's matrix products: in bfloat16 they multiply in
+# float32, and a processor that multiplies bfloat16 itself may be faster in torch.
+MADE_OF_PRODUCTS = {"gated_adapter", "prefix_attention", "lora_linear"}
 DIRECTIONS = {False: "forward", True: "forward+backward"}  # by whether gradients are asked for
 
 Row = dict[str, Any]
@@ -92,6 +95,26 @@ def options(call: Call) -> list[str]:
     ]
     more = {"dropout": at.get("dropout_p"), "master": call.master}
     return [*given, *words, *(name for name, is_there in more.items() if is_there)]
+
+
+def why_unproven(call: Call) -> str:
+    """Why the CPU kernels are not taken without a measurement, in one sentence; empty if they are:
+    on a processor with instructions for bfloat16 that nobody has measured them on.
+    """
+    if (
+        call.device.type != "cpu"
+        or call.dtype != torch.bfloat16
+        or call.contract.name not in MADE_OF_PRODUCTS
+        or not _native.has_bf16_products()
+    ):
+        return ""
+    kind = hardware(call.device)
+    if any(key[:3] == (call.contract.name, kind, "bfloat16") for key in table()):
+        return ""
+    return (
+        f"nobody has measured it in bfloat16 on {kind}, which multiplies bfloat16 itself;"
+        " backend='cpu' asks for it"
+    )
 
 
 def _where(row: Row) -> str:

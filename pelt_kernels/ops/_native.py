@@ -103,6 +103,11 @@ def processor() -> str:
     return " ".join([names.get(vendor, vendor) or platform.machine(), *instruction_sets()[:1]])
 
 
+def has_bf16_products() -> bool:
+    """Does this processor multiply bfloat16, so that torch's products need not convert?"""
+    return "avx512_bf16" in instruction_sets()
+
+
 def cpu_info(field: str) -> str:
     """A field of the first processor in Linux's list; empty where there is none."""
     info = Path("/proc/cpuinfo")

@@ -65,7 +65,9 @@ KINDS = ["usual", "small", "subnormal", "large", "not finite"]
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_simulated_product_is_the_definition(kind: str) -> None:
     a, b, c = _operands(kind)
-    found, expected = _product("_C_sim", a, b, c), torch.from_numpy(_by_definition(a, b, c))
+    with np.errstate(all="ignore"):
+        expected = torch.from_numpy(_by_definition(a, b, c))
+    found = _product("_C_sim", a, b, c)
     assert found is not None
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.nan_to_num(), expected.nan_to_num())
