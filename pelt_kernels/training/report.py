@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +22,14 @@ from ..ops import explain
 from .config import TrainConfig
 from .metrics import NAMES, summarise
 from .tasks import Task
+
+# The widest first, each with the flags by which Linux names what it needs.
+INSTRUCTION_SETS = {
+    "amx": {"amx_tile", "amx_bf16", "avx512_bf16"},
+    "avx512_bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx2": {"avx2", "fma", "f16c"},
+}
 
 
 def backends_used() -> dict[str, str]:
@@ -47,9 +57,10 @@ def seconds_per_step(history: Iterable[dict[str, Any]]) -> float | None:
 
 
 def hardware() -> dict[str, Any]:
-    """The processor, how many threads compute, and the GPU if there is one."""
+    """The processor, its kind, how many threads compute, and the GPU if there is one."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": f"{_described(_processor())} x {os.cpu_count()}",
+        "kind": _kind(_processor()),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
@@ -103,10 +114,41 @@ def metrics(
     }
 
 
-def _cpu_name() -> str:
+def instruction_set() -> str:
+    """The widest one that this processor has and the kernels could use."""
+    return _instruction_set(_processor())
+
+
+@cache
+def _processor() -> dict[str, str]:
+    """What the system says of the first processor; empty where it has no such file."""
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()} x {os.cpu_count()}"
-    return f"{platform.processor() or platform.machine()} x {os.cpu_count()}"
+    if not info.is_file():
+        return {}
+    lines = info.read_text().partition("\n\n")[0].splitlines()
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def _instruction_set(processor: dict[str, str]) -> str:
+    has = set(processor.get("flags", "").split())
+    found = (name for name, needed in INSTRUCTION_SETS.items() if needed <= has)
+    return next(found, platform.machine())
+
+
+def _kind(processor: dict[str, str]) -> str:
+    """Maker and widest instruction set: what makes figures of two processors alike."""
+    maker = processor.get("vendor_id", "")
+    maker = {"GenuineIntel": "Intel", "AuthenticAMD": "AMD"}.get(maker, maker)
+    return f"{maker} {_instruction_set(processor)}".strip()
+
+
+def _described(processor: dict[str, str]) -> str:
+    """A cloud's processors are often all "Intel(R) Xeon(R) Processor": family and model tell them
+    apart.
+    """
+    name = re.sub(r"\((R|TM|r|tm)\)", "", processor.get("model name", ""))
+    name = " ".join(name.split()) or platform.processor() or platform.machine()
+    words = [_instruction_set(processor)]
+    words += [f"{key.split()[-1]} {processor[key]}" for key in ("cpu family", "model")
+              if key in processor]  # fmt: skip
+    return f"{name} ({', '.join(words)})"
