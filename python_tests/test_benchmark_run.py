@@ -10,6 +10,7 @@ import torch
 from benchmarks import contenders, forms, roofline, run, shapes, timing
 from pelt_kernels.ops import OPERATORS
 from pelt_kernels.ops import _native as native
+from pelt_kernels.ops._dispatch import contract_of
 
 ONE = ["--op", "symmetric_kl", "--device", "cpu", "--cases", "T512-C2-tokens", "--dtypes",
        "float32", "--no-compile", "--seconds", "0.001"]  # fmt: skip
@@ -146,3 +147,14 @@ def test_rows_without_forms_change_no_table(tmp_path, monkeypatch, capsys):
     file.write_text("[]")
     assert forms.main([str(file)]) == 2
     assert "expected rows of backends with forms" in capsys.readouterr().err
+
+
+def test_no_value_lies_so_near_the_kink_that_rounding_takes_the_other_side():
+    operator = "gated_adapter"
+    names = contract_of(operator).CONTRACT.input_names
+    for case in [*shapes.cases_of(operator, "cpu"), *shapes.swept(operator)]:
+        if "w_down:1" in case.inputs or "pre_norm_weight" in case.inputs:
+            continue
+        values = contenders.parity.inputs_of(operator, case, "float32")
+        x, w, b = (dict(zip(names, values))[name].double() for name in ("x", "w_down", "b_down"))
+        assert torch.nn.functional.linear(x, w, b).abs().min() > 1.5e-6, case.id
