@@ -8,10 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks import run, shapes
+from benchmarks.contenders import contenders, parity
 from pelt_kernels.ops import OPERATORS
-
-from . import run, shapes
-from .contenders import contenders, parity
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS = [
