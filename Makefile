@@ -52,11 +52,12 @@ lint: $(SETUP)-package $(SETUP)-dev
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
 
-# Times every operator on this machine, and puts the figures and plots into the README.
+# Times every operator on this machine, into the file of its kind of processor, and puts the figures
+# and plots into the README.
 bench: build $(SETUP)-test $(SETUP)-bench
 	kind=$$($(BIN)/python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")'); \
 	KINETO_LOG_LEVEL=99 $(BIN)/python -m benchmarks.run --device $$kind \
-		--json benchmarks/results/operators_$$kind.json --plot benchmarks/results
+		--json benchmarks/results --plot benchmarks/results
 	$(BIN)/python -m benchmarks.readme
 
 # The README's generated tables.

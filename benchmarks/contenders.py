@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +22,35 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "python_tests"))
 parity = importlib.import_module("parity")
 
 SEED: int = parity.SEED  # of dropout
+COMPILED = "torch.compile"  # of the reference
 
 
 def contenders(
-    operator: str, case: Case, dtype: str, device: str, backends: list[str], with_compile: bool
+    operator: str,
+    case: Case,
+    dtype: str,
+    device: str,
+    requests: Sequence[str],
+    baselines: Sequence[str],
 ) -> dict[str, dict[str, Function]]:
-    """Direction -> contender -> a call without arguments."""
+    """Direction -> contender -> a call without arguments. A request names a backend as users do,
+    and the empty one is the dispatch's own choice.
+    """
     module = shapes.contract_of(operator)
     attributes = make_attributes(module.CONTRACT, case)
     named = dict(zip(module.CONTRACT.attribute_names, attributes))
     if module.CONTRACT.has_seed:
         named["seed"] = SEED
-    functions: dict[str, Callable[..., Any]] = {
-        "reference": lambda values: module.reference(*values, **named)
-    }
-    if with_compile:
-        compiled = torch.compile(module.reference, dynamic=False)
-        functions["torch.compile"] = lambda values: compiled(*values, **named)
-    for name, peer in peers_of(operator, case).items():
-        functions[name] = lambda values, peer=peer: peer(*values, **named)
-    for name in backends:
-        functions[name] = lambda values, name=name: parity.operator_of(operator)(
-            values, attributes, SEED, name
+    functions: dict[str, Callable[..., Any]] = {}
+    others = {"reference": module.reference, **peers_of(operator, case)}
+    for name in baselines:
+        if name == COMPILED:
+            others[name] = torch.compile(module.reference, dynamic=False)
+        other = others[name]
+        functions[name] = lambda values, other=other: other(*values, **named)
+    for request in requests:
+        functions[request] = lambda values, request=request: parity.operator_of(operator)(
+            values, attributes, SEED, request or None
         )
     values = parity.inputs_of(operator, case, dtype, device)
     forward = {name: _forward(function, values) for name, function in functions.items()}
@@ -94,6 +101,11 @@ def _forward_backward(operator: str, function: Callable[..., Any], values: list[
         torch.autograd.grad(outputs, leaves, dys, allow_unused=True)
 
     return call
+
+
+def baselines_of(operator: str, case: Case) -> list[str]:
+    """Everything that this case can be timed against."""
+    return ["reference", COMPILED, *peers_of(operator, case)]
 
 
 def peers_of(operator: str, case: Case) -> dict[str, Callable[..., Any]]:

@@ -22,9 +22,7 @@ import torch
 
 from pelt_kernels.ops import BACKENDS
 from pelt_kernels.ops import _dispatch as dispatch
-from pelt_kernels.ops import _native as native
 from pelt_kernels.ops._forms import FILE, options
-from pelt_kernels.training.report import hardware
 
 from . import shapes
 from .contenders import parity
@@ -70,16 +68,16 @@ def forms_in(rows: Rows) -> Rows:
             for request, taken in measured.items()
             if _is_way(row["op"], request)
         }
-        key = tuple(row[name] for name in ("op", "hardware", "dtype", "direction", "case"))
+        key = tuple(row[name] for name in ("op", "kind", "dtype", "direction", "case"))
         if key not in found:
             found[key] = {
-                **{name: row[name] for name in ("op", "hardware", "dtype", "direction", "sizes")},
-                "us": {}, "commit": row["commit"],
+                **{name: row[name] for name in ("op", "dtype", "direction", "sizes")},
+                "hardware": row["kind"], "us": {}, "commit": row["commit"],
             }  # fmt: skip
         found[key]["us"].update(us)
     several = {key: row for key, row in found.items() if len(row["us"]) > 1}
     for (operator, _, dtype, _, case), row in several.items():
-        row["hardware"], row["options"] = _kind(row), _options(operator, case, dtype)
+        row["options"] = _options(operator, case, dtype)
         row["dtype"] = str(parity.PRECISIONS[dtype][0]).removeprefix("torch.")
     return list(several.values())
 
@@ -92,19 +90,6 @@ def _is_way(operator: str, request: str) -> bool:
     if backend not in BACKENDS or not BACKENDS[backend].is_automatic:
         return False
     return request != backend or dispatch.every_request(operator, backend) == [backend]
-
-
-def _kind(row: dict[str, Any]) -> str:
-    """The hardware of a row as the dispatch knows it. Raises RowsError."""
-    if not any(dispatch.backend_of(request) == "cpu" for request in row["us"]):
-        return row["hardware"]
-    here = hardware()["cpu"]
-    if not row["hardware"].startswith(here):
-        raise RowsError(
-            f"expected rows of the CPU that were measured on this machine ({here}), got"
-            f" {row['hardware']}; run it there"
-        )
-    return native.processor()
 
 
 def _options(operator: str, name: str, dtype: str) -> list[str]:

@@ -127,7 +127,7 @@ def _write(runs: Path, known: Sequence[str], name: str | None) -> None:
     path = readme.METHODS if name is None else readme.task_file(name)
     path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     if readme.README.is_file():
-        readme.main()
+        readme.README.write_text(readme.rewritten(readme.README.read_text()))
 
 
 def _row(folder: Path) -> dict[str, Any]:

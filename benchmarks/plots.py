@@ -1,4 +1,6 @@
-"""How time grows with each size: one panel a letter, logarithmic both ways, with the roofline."""
+"""How time grows with each size: one panel a letter, logarithmic both ways, with the least time
+that the machine allows.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ matplotlib.use("Agg")  # there need not be a screen
 from matplotlib import pyplot
 
 COLOURS = {
-    "reference": "tab:gray", "cuda": "tab:green", "cuda:single": "tab:green",
+    "plain": "tab:gray", "cuda": "tab:green", "cuda:single": "tab:green",
     "cuda:composed": "tab:olive", "triton": "tab:orange", "cpu": "tab:blue",
 }  # fmt: skip
 PEERS = ("tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:cyan")
@@ -46,7 +48,7 @@ def _draw_panel(axes: Any, points: list[dict[str, Any]]) -> None:
     for point in points:
         lines.setdefault(point["baseline"], {})[point["size"]] = point["baseline_us"]
         lines.setdefault(point["backend"], {})[point["size"]] = point["us"]
-        lines.setdefault("limit", {})[point["size"]] = point["roofline_us"]
+        lines.setdefault("limit", {})[point["size"]] = point["limit_us"]
     peers = [name for name in lines if name not in COLOURS and name != "limit"]
     colours = {**COLOURS, **dict(zip(peers, itertools.cycle(PEERS)))}
     for name, line in lines.items():

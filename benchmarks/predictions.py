@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -41,22 +42,24 @@ COUNTED = ("HMMA", "LDGSTS", "LDSM", "LDG.E.128", "STG.E.128", "BAR.SYNC", "MUFU
 
 def predicted(operator: str, case: Case) -> tuple[float, float, float, float]:
     """The floor and the prediction, forward and backward, in seconds."""
-    forward, both = roofline.least_bytes(operator, case, torch.bfloat16)
+    limit = roofline.work(operator, case, torch.bfloat16)
+    design = roofline.work(operator, _unmasked(operator, case), torch.bfloat16)
     launches, launches_back, again, again_back, share = DESIGN[operator]
     tensor = _largest(case) * torch.bfloat16.itemsize
     rows = []
-    for least, work, count, more in zip(
-        (forward, both - forward),
-        shapes.flops(operator, case),
-        (launches, launches_back),
-        (again, again_back),
-        strict=True,
-    ):
-        moved = (least + more * tensor) / (COPY * COPY_SHARE)
-        rows.append((max(least / COPY, work / PRODUCT),
-                     max(moved, work / (PRODUCT * share)) + count * LAUNCH))  # fmt: skip
+    for at, (count, more) in enumerate(((launches, again), (launches_back, again_back))):
+        moved = (design.bytes[at] + more * tensor) / (COPY * COPY_SHARE)
+        floor = max(limit.bytes[at] / COPY, limit.flops[at] / PRODUCT)
+        busy = max(moved, design.flops[at] / (PRODUCT * share))
+        rows.append((floor, busy + count * LAUNCH))
     (floor, time), (floor_back, time_back) = rows
     return floor, time, floor_back, time_back
+
+
+def _unmasked(operator: str, case: Case) -> Case:
+    """The case as kernels work on it: they read and multiply what is behind a mask too."""
+    mask, _ = shapes.BEHIND_MASK.get(operator, ("", ()))
+    return replace(case, fill={**case.fill, mask: 1}) if mask else case
 
 
 def _largest(case: Case) -> int:

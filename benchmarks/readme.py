@@ -1,8 +1,9 @@
-"""Rewrites the generated tables of README.md: what each backend supports, what each method reaches.
+"""Rewrites the generated tables of README.md and of benchmarks/results/README.md: what each backend
+supports, how fast it is, what each method reaches.
 
     python -m benchmarks.readme
 
-A table stands between two comments that name it; everything else in the file is left alone.
+A table stands between two comments that name it; everything else in a file is left alone.
 """
 
 from __future__ import annotations
@@ -10,19 +11,20 @@ from __future__ import annotations
 import json
 import textwrap
 from pathlib import Path
-from statistics import geometric_mean, mean
+from statistics import mean
 from typing import Any
 
 from pelt_kernels.methods import PRESETS
 from pelt_kernels.models import FAMILIES
 from pelt_kernels.ops import OPERATORS, support_table
 
+from . import operator_tables
 from .checkout import ROOT
 
 README = ROOT / "README.md"
 METHODS = ROOT / "benchmarks" / "results" / "methods.json"
 STEPS = ROOT / "benchmarks" / "results" / "train_step.json"
-OPERATOR_ROWS = ROOT / "benchmarks" / "results" / "operators_cpu.json"
+RESULTS = METHODS.with_name("README.md")
 
 
 def block(text: str, name: str) -> str:
@@ -40,7 +42,7 @@ def _bounds(text: str, name: str) -> tuple[int, int]:
     marks = [f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"]
     places = [text.find(mark) for mark in marks]
     if -1 in places:
-        raise ValueError(f"{README.name}: expected the comments of the table '{name}'")
+        raise ValueError(f"expected a page with the comments of the table '{name}', got none")
     return places[0] + len(marks[0]), places[1]
 
 
@@ -141,30 +143,6 @@ def steps_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def operators_table(rows: list[dict[str, Any]]) -> str:
-    """The geometric mean, the least and the most speedup of each backend against each baseline, and
-    its share of the baseline's peak memory, in Markdown, from what `benchmarks.run` wrote.
-    """
-    lines = [
-        "| operator | dtype | direction | backend | against | speedup | least | most | memory |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        key = tuple(row[k] for k in ("op", "dtype", "direction", "backend", "baseline"))
-        groups.setdefault(key, []).append(row)
-    for (operator, *words), group in groups.items():
-        speedups = [row["speedup"] for row in group]
-        memory = [row["peak_bytes"] / max(row["baseline_peak_bytes"], 1) for row in group]
-        lines.append(
-            f"| `{operator}` | {' | '.join(words)} | **{geometric_mean(speedups):.2f}x** "
-            f"| {min(speedups):.2f}x | {max(speedups):.2f}x | {geometric_mean(memory):.2f}x |"
-        )
-    commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
-    lines += ["", f"{rows[0]['hardware']}; torch {rows[0]['torch']}; commit {commits}."]
-    return "\n".join(lines) + "\n"
-
-
 def families() -> str:
     """Which method works in which encoder: all in all, as the named test trains."""
     methods = ", ".join(f"`{name}`" for name in PRESETS)
@@ -189,15 +167,28 @@ def rewritten(text: str) -> str:
         text = with_block(text, "tasks table", tasks_table(tasks))
     if STEPS.is_file():
         text = with_block(text, "steps table", steps_table(json.loads(STEPS.read_text())))
-    if OPERATOR_ROWS.is_file():
-        rows = json.loads(OPERATOR_ROWS.read_text())
-        text = with_block(text, "operators table", operators_table(rows))
-    return text
+    return with_block(text, "operators table", operator_tables.headline(operator_rows()))
+
+
+def results_rewritten(text: str) -> str:
+    """benchmarks/results/README.md as it should be."""
+    return with_block(text, "every row", operator_tables.full(operator_rows()))
+
+
+def operator_files() -> list[Path]:
+    """A file of `benchmarks.run` for each kind of processor."""
+    return sorted(RESULTS.parent.glob("operators_*.json"))
+
+
+def operator_rows() -> list[dict[str, Any]]:
+    """The rows of all of them."""
+    return [row for path in operator_files() for row in json.loads(path.read_text())]
 
 
 def main() -> None:
-    """Rewrites the file in place."""
-    README.write_text(rewritten(README.read_text()))
+    """Rewrites both pages in place."""
+    for page, rewrite in ((README, rewritten), (RESULTS, results_rewritten)):
+        page.write_text(rewrite(page.read_text()))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Times every backend of the operators against the reference, torch.compile of it, and peers.
+"""Times every backend of the operators against what people write, peers, the reference, and
+torch.compile of it.
 
     python -m benchmarks.run --op gated_adapter --device cpu [--cases quick|full|NAME,NAME]
-                             [--dtypes float32,bfloat16] [--threads N] [--seconds S] [--no-compile]
-                             [--json FILE] [--plot DIR]
+                             [--backends cpu,eager] [--dtypes float32,bfloat16] [--threads N]
+                             [--seconds S] [--no-compile] [--json FILE|DIR] [--plot DIR]
+    python -m benchmarks.run --check [--op ...] [--backend eager] [--dtypes ...] [--seconds S]
 
 A backend is held to the closeness rule on a case before it is timed on it; one that fails gets no
 row, and the command ends with 1. Contenders take turns in one process. ``forward`` runs without
 gradients; ``forward+backward`` makes the gradients of x and of everything that is trained.
-``--plot`` measures the sweeps too and draws how time grows with each size.
+``--plot`` measures the sweeps too and draws how time grows with each size. ``--json`` with a folder
+names the file after the processor. ``--check`` is told in `benchmarks.check`.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,11 +32,15 @@ from pelt_kernels.ops import _dispatch as dispatch
 from pelt_kernels.ops._cases import Case
 from pelt_kernels.training.report import hardware
 
-from . import plots, roofline, shapes, timing
+from . import check, plots, roofline, shapes, timing
 from .checkout import commit
-from .contenders import SEED, contenders, parity
+from .contenders import COMPILED, SEED, baselines_of, contenders, parity
 
 DTYPES = {"cpu": "float32,bfloat16", "cuda": "bfloat16"}
+BACKENDS_HELP = (
+    "requests with commas, such as cuda:single or eager; by default all that users get, with"
+    " --check what the dispatch chooses"
+)
 Rows = list[dict[str, Any]]
 
 
@@ -41,7 +49,7 @@ class UsageError(ValueError):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0, 1 if a backend was not close enough, 2 for a wrong request."""
+    """0, 1 if a backend was not close enough or a check did not pass, 2 for a wrong request."""
     options = _parse(arguments)
     try:
         operators, cases = _check(options)
@@ -57,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{_machine(options.device)}, torch {torch.__version__}, commit {commit()[:10]}",
         flush=True,
     )
+    if options.check:
+        return check.run(cases, options)
     for operator in operators:
         for dtype in options.dtypes.split(","):
             for case in cases[operator]:
@@ -65,11 +75,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _print(measured)
                 if options.json:
                     write(options.json, rows)
+    points = {}
     if options.plot:
-        for operator in operators:
-            points = _sweep(operator, options, failures)
-            if points:
-                print(plots.draw_sweeps(operator, points, options.plot))
+        points = {operator: _sweep(operator, options, failures) for operator in operators}
+    roofline.measure_again()
+    for found in (rows, *points.values()):
+        _set_limits(found, options.device)
+    if options.json:
+        write(options.json, rows)
+    for operator, found in points.items():
+        if found:
+            print(plots.draw_sweeps(operator, found, options.plot))
     for failure in failures:
         print(f"not close enough, so not timed: {failure}", file=sys.stderr)
     return 1 if failures else 0
@@ -80,7 +96,11 @@ def measure(
 ) -> Rows:
     """The rows of one case: each backend that serves it against each baseline."""
     able = []
-    for name in backends_of(operator, options.device):
+    default = default_of(operator, case, dtype, options.device)
+    requests = options.backends or backends_of(operator, options.device)
+    if not options.backends and not {default, dispatch.backend_of(default)} & set(requests):
+        requests = [*requests, default]  # what users get is always measured
+    for name in requests:
         if refusal := parity.why_refused(operator, name, case, dtype):
             print(f"{operator:16} {case.id:22} {dtype:9} not by {name}: {refusal}")
             continue
@@ -95,26 +115,28 @@ def measure(
         return rows
     checked_out = commit()
     sizes = dict(parity.call_of(operator, case, dtype, options.device).sizes)
-    real = parity.PRECISIONS[dtype][0]
-    least = roofline.least_bytes(operator, case, real)
-    floor = roofline.least_seconds(operator, case, real, options.device)
-    calls = contenders(operator, case, dtype, options.device, able, options.compile)
+    least = roofline.work(operator, case, parity.PRECISIONS[dtype][0])
+    against = [name for name in baselines_of(operator, case) if name not in options.without]
+    calls = contenders(operator, case, dtype, options.device, able, against)
+    served = default if default in able else dispatch.backend_of(default)
     for at, (direction, functions) in enumerate(calls.items()):
+        moved = sum(least.bytes[: at + 1])
         samples = timing.interleaved(functions, options.device, options.seconds)
         us = {name: 1e6 * timing.median(found) for name, found in samples.items()}
         peak = {name: timing.peak_bytes(call, options.device) for name, call in functions.items()}
         for backend in able:
             rows += [{
                 "op": operator, "case": case.id, "sizes": sizes, "dtype": dtype,
-                "direction": direction, "backend": backend, "baseline": baseline,
+                "direction": direction, "backend": backend, "is_default": backend == served,
+                "baseline": baseline,
                 "us": us[backend], "baseline_us": us[baseline],
                 "speedup": us[baseline] / us[backend], "spread": timing.spread(samples[backend]),
-                "bytes": least[at], "gbps": least[at] / us[backend] / 1e3,
-                "roofline_us": 1e6 * floor[at],
+                "bytes": moved, "gbps": moved / us[backend] / 1e3,
                 "peak_bytes": peak[backend], "baseline_peak_bytes": peak[baseline],
-                "hardware": _machine(options.device), "torch": torch.__version__,
-                "commit": checked_out,
+                "hardware": _machine(options.device), "kind": kind_of(options.device),
+                "torch": torch.__version__, "commit": checked_out,
             } for baseline in functions if baseline != backend]  # fmt: skip
+    _set_limits(rows, options.device)
     torch.compiler.reset()
     gc.collect()
     return rows
@@ -139,7 +161,7 @@ def backends_of(operator: str, device: str) -> list[str]:
 
 def _sweep(operator: str, options: argparse.Namespace, failures: list[str]) -> Rows:
     """A row for each point of the sweeps, with the letter that grows and its value."""
-    without = argparse.Namespace(**{**vars(options), "compile": False})
+    without = argparse.Namespace(**{**vars(options), "without": (COMPILED, "reference")})
     points: Rows = []
     for letter, cases in shapes.SWEEPS.get(operator, {}).items():
         for case in cases:
@@ -159,11 +181,40 @@ def _print(rows: Rows) -> None:
     for row in rows:
         print(
             f"{row['op']:16} {row['case']:22} {row['dtype']:9} {row['direction']:16} "
-            f"{row['backend']:7} {row['us']:10,.0f} us  {row['speedup']:5.2f}x {row['baseline']:14}"
-            f" spread {row['spread']:4.0%}  limit {row['roofline_us'] / row['us']:4.0%}"
+            f"{row['backend']:16} {row['us']:10,.0f} us  {row['speedup']:5.2f}x "
+            f"{row['baseline']:14} spread {row['spread']:4.0%}"
+            f"  limit {row['limit_us'] / row['us']:4.0%}"
             f"  peak {row['peak_bytes'] / max(row['baseline_peak_bytes'], 1):5.2f}x",
             flush=True,
         )
+
+
+def default_of(operator: str, case: Case, dtype: str, device: str) -> str:
+    """The request that names what the dispatch chooses by itself, with its form."""
+    call = dispatch.select(parity.call_of(operator, case, dtype, device), "")
+    return f"{call.backend}:{call.form}" if call.form else call.backend
+
+
+def _set_limits(rows: Rows, device: str) -> None:
+    """Each row's least time, by what is known of the machine until now."""
+    for row in rows:
+        every = [*shapes.cases_of(row["op"], device), *shapes.swept(row["op"])]
+        case = next(case for case in every if case.id == row["case"])
+        dtype = parity.PRECISIONS[row["dtype"]][0]
+        forward, both = roofline.least_seconds(roofline.work(row["op"], case, dtype), dtype, device)
+        row["limit_us"] = 1e6 * (forward if row["direction"] == "forward" else both)
+
+
+def kind_of(device: str) -> str:
+    """What rows of this machine may be compared with: rows of the same kind."""
+    found = hardware()
+    return found["gpu"] if device == "cuda" else found["kind"]
+
+
+def file_in(folder: Path, device: str) -> Path:
+    """Where a folder keeps the rows of this kind of machine."""
+    words = re.sub(r"[^a-z0-9]+", "_", kind_of(device).lower()).strip("_")
+    return folder / f"operators_{device}_{words}.json"
 
 
 def _machine(device: str) -> str:
@@ -183,15 +234,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--op", default=",".join(OPERATORS), help="operators, with commas")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cases", default="quick", help="quick, full, or names with commas")
+    parser.add_argument("--backends", "--backend", default="", help=BACKENDS_HELP)
+    parser.add_argument("--check", action="store_true", help="is it as fast as what people write?")
     parser.add_argument("--dtypes", help="of the activations, with commas")
     parser.add_argument("--threads", type=int, help="of the CPU; all of them by default")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each contender and case")
-    parser.add_argument("--no-compile", dest="compile", action="store_false",
-                        help="leave torch.compile out, which takes long to start")  # fmt: skip
-    parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--no-compile", dest="without", action="store_const", const=(COMPILED,),
+                        default=(), help="leave out torch.compile, slow to start")  # fmt: skip
+    parser.add_argument("--json", type=Path, help="file for the rows, or a folder")
     parser.add_argument("--plot", type=Path, help="folder for the plots of the sweeps")
     options = parser.parse_args(arguments)
     options.dtypes = options.dtypes or DTYPES.get(options.device, "float32")
+    options.backends = options.backends.split(",") if options.backends else []
+    if options.json and options.json.is_dir():
+        options.json = file_in(options.json, options.device)
     return options
 
 
@@ -215,8 +271,13 @@ def _check(options: argparse.Namespace) -> tuple[list[str], dict[str, list[Case]
     ):
         if folder and not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise UsageError(f"{option}: expected a folder that can be written to, got '{folder}'")
-    if options.json and options.json.is_dir():
-        raise UsageError(f"--json: expected a file, got the folder '{options.json}'")
+    if options.check and (options.json or options.plot):
+        raise UsageError("--check: writes no rows and draws nothing; leave --json and --plot out")
+    for name in options.backends:
+        try:
+            dispatch.check_name(name)
+        except ValueError as error:
+            raise UsageError(f"--backends: {error}") from None
     return operators, {operator: _chosen(operator, options) for operator in operators}
 
 

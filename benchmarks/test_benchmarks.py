@@ -8,10 +8,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks import run, shapes
+from benchmarks.contenders import contenders, parity
 from pelt_kernels.ops import OPERATORS
-
-from . import run, shapes
-from .contenders import contenders, parity
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROWS = [
@@ -20,18 +19,19 @@ ROWS = [
     for case in shapes.cases_of(operator, DEVICE)
     if case.is_quick
     for direction in ("forward", "forward+backward")
-    for name in ("reference", *run.backends_of(operator, DEVICE))
+    for name in ("plain", *run.backends_of(operator, DEVICE))
 ]
 
 
 @pytest.mark.parametrize(("operator", "case", "direction", "name"), ROWS)
 def test_time(benchmark, operator, case, direction, name):
     dtype = run.DTYPES[DEVICE].split(",")[0]
-    refusal = "" if name == "reference" else parity.why_refused(operator, name, case, dtype)
+    is_plain = name == "plain"
+    refusal = "" if is_plain else parity.why_refused(operator, name, case, dtype)
     if refusal:
         pytest.skip(refusal)
-    backends = [] if name == "reference" else [name]
-    call = contenders(operator, case, dtype, DEVICE, backends, False)[direction][name]
+    requests, baselines = ([], [name]) if is_plain else ([name], [])
+    call = contenders(operator, case, dtype, DEVICE, requests, baselines)[direction][name]
 
     def until_done():
         call()

@@ -1,5 +1,6 @@
-"""LoRA as others compute it. Each knows one ungated branch, or one with a learned gate, over all
-columns; banks and dropout are not theirs. PEFT itself, where it is installed, knows no gate.
+"""LoRA as others compute it. `plain` is the Linear with its branches as people write them; the
+others know one ungated branch, or one with a gate, over all columns, and no banks and no dropout.
+PEFT itself, where it is installed, knows no gate.
 """
 
 from __future__ import annotations
@@ -12,49 +13,102 @@ import torch
 from torch import Tensor
 
 from pelt_kernels.ops._cases import Case
-from pelt_kernels.ops._gate import over_rows, pool, row_gates
+
+from . import _parts
+
+F = torch.nn.functional
 
 
-def _gate(x: Tensor, given: dict[str, Any], poolings: list[str]) -> Tensor | None:
-    if given["gate_weight"][0] is None:
-        return None
-    gate = row_gates(x, given["gate_weight"][0], given["gate_bias"][0])
-    return over_rows(pool(gate, poolings[0], given["mask"]))
+def plain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: list[Tensor],
+    b: list[Tensor],
+    a_index: list[Tensor | None],
+    b_index: list[Tensor | None],
+    gate: list[Tensor | None],
+    gate_weight: list[Tensor | None],
+    gate_bias: list[Tensor | None],
+    extra_weight: list[Tensor],
+    extra_bias: list[Tensor],
+    mask: Tensor | None,
+    *,
+    transposed: bool,
+    offsets: list[int],
+    scales: list[float],
+    poolings: list[str],
+    extra_poolings: list[str],
+    dropout_p: float,
+    **rest: Any,
+) -> tuple[Tensor, list[Tensor]]:
+    """Linear(x) + gate * scale * B(A(dropout(x))) for each branch, and the extra gates; the seed is
+    torch's own affair.
+    """
+    y = _parts.linear(x, weight.T if transposed else weight, bias)
+    dropped = F.dropout(x, dropout_p) if dropout_p else x
+    for i, offset in enumerate(offsets):
+        low = _parts.linear(dropped, a[i], None, a_index[i])
+        delta = _parts.linear(low, b[i], None, b_index[i])
+        factor = _factor(x, scales[i], gate[i], gate_weight[i], gate_bias[i], poolings[i], mask)
+        if isinstance(factor, Tensor) or factor != 1:
+            delta = factor * delta
+        if delta.shape != y.shape:
+            delta = F.pad(delta, (offset, y.shape[-1] - offset - delta.shape[-1]))
+        y = y + delta
+    extras = [
+        _parts.learned_gate(x, *learned, mask).squeeze(2)
+        for learned in zip(extra_weight, extra_bias, extra_poolings)
+    ]
+    return y, [e.squeeze(1) if p != "token" else e for e, p in zip(extras, extra_poolings)]
+
+
+def _factor(
+    x: Tensor, scale: float, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    pooling: str, mask: Tensor | None,
+) -> Tensor | float:  # fmt: skip
+    """What multiplies a branch: a number, or a small tensor."""
+    if weight is not None and bias is not None:
+        return scale * _parts.learned_gate(x, weight, bias, pooling, mask)
+    return scale if gate is None else scale * _parts.over_rows(gate, x)
+
+
+def _only_factor(x: Tensor, rest: tuple[Any, ...], named: dict[str, Any]) -> Tensor | float:
+    """`_factor` of the one branch, from what follows a and b in the contract's order."""
+    _, _, gate, weight, bias, _, _, mask = rest
+    return _factor(x, named["scales"][0], gate[0], weight[0], bias[0], named["poolings"][0], mask)
 
 
 def three_products(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: list[Tensor], b: list[Tensor], *rest: Any,
-    scales: list[float], poolings: list[str], **attributes: Any,
+    **named: Any,
 ) -> tuple[Tensor]:  # fmt: skip
     """Three matrix products, the last of which adds to the first one's result."""
-    names = ("a_index", "b_index", "gate", "gate_weight", "gate_bias", "_", "_", "mask")
-    gate = _gate(x, dict(zip(names, rest)), poolings)
+    factor = _only_factor(x, rest, named)
     rows = x.flatten(0, -2)
     y = rows @ weight.T if bias is None else torch.addmm(bias, rows, weight.T)
     s = rows @ a[0].to(x.dtype).T
-    if gate is not None:
-        s = (s.view(*x.shape[:-1], -1) * gate).to(x.dtype).flatten(0, -2)
-    return (torch.addmm(y, s, b[0].to(x.dtype).T, alpha=scales[0]).view(*x.shape[:-1], -1),)
+    alpha = factor if isinstance(factor, float) else 1.0
+    if isinstance(factor, Tensor):
+        s = (s.unflatten(0, x.shape[:-1]) * factor).flatten(0, -2)
+    return (torch.addmm(y, s, b[0].to(x.dtype).T, alpha=alpha).unflatten(0, x.shape[:-1]),)
 
 
 def _in_float32(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: list[Tensor], b: list[Tensor], *rest: Any,
-    scales: list[float], poolings: list[str], **attributes: Any,
+    **named: Any,
 ) -> tuple[Tensor]:  # fmt: skip
     """PEFT's way as shipped: A and B are float32, and x is cast to them."""
-    names = ("a_index", "b_index", "gate", "gate_weight", "gate_bias", "_", "_", "mask")
-    gate = _gate(x, dict(zip(names, rest)), poolings)
-    y = torch.nn.functional.linear(x, weight, bias)
-    low = torch.nn.functional.linear(x.float(), a[0].float())
-    delta = torch.nn.functional.linear(low, b[0].float()) * scales[0]
-    return ((y + (delta if gate is None else delta * gate)).to(x.dtype),)
+    y = F.linear(x, weight, bias)
+    low = F.linear(x.float(), a[0].float())
+    return ((y + F.linear(low, b[0].float()) * _only_factor(x, rest, named)).to(x.dtype),)
 
 
 def frozen(
     x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any, **named: Any
 ) -> tuple[Tensor]:
     """The Linear alone: what the branch and its gate cost shows beside it."""
-    return (torch.nn.functional.linear(x, weight, bias),)
+    return (F.linear(x, weight, bias),)
 
 
 def _peft(is_float32: bool) -> Callable[..., tuple[Tensor]]:
@@ -95,6 +149,7 @@ def _peft_layer(weight: Tensor, bias: Tensor | None, rank: int, scale: float) ->
 
 
 PEERS: dict[str, Any] = {
+    "plain": plain,
     "frozen linear": frozen,
     "three products": three_products,
     "float32 branch": _in_float32,
@@ -104,10 +159,15 @@ if importlib.util.find_spec("peft"):
 
 
 def serves(name: str, case: Case) -> bool:
-    """One branch of its own, without dropout; PEFT's without a gate."""
+    """`plain` every case, others one branch of their own without dropout; PEFT's without a gate."""
+    if name == "plain":
+        return True
     is_ungated = "gate:-" in case.inputs and "gate_weight:-" in case.inputs
     if name.startswith("PEFT") and not is_ungated:
         return False
-    return len(case.sizes.get("R_i", ())) == 1 and not (
-        "index:0" in case.inputs or "index:1" in case.inputs or case.attributes.get("dropout_p")
+    is_whole = case.sizes.get("size_i") == (case.sizes["Dout"],)
+    return is_whole and not (
+        any(word in case.inputs for word in ("index:0", "index:1", "extra_weight"))
+        or case.attributes.get("transposed")
+        or case.attributes.get("dropout_p")
     )

@@ -187,8 +187,8 @@ def _select(call: Call, request: str, needs_grad: bool) -> Choice:
 def _choose_form(
     call: Call, name: str, request: str, refusals: dict[str, str], needs_grad: bool
 ) -> tuple[Choice, str]:
-    """The choice of a backend that serves the call, with the first able one of its forms; and why an
-    automatic choice passes it by: eager was measured faster, or nobody has measured.
+    """The choice of a backend that serves the call, with the first able one of its forms; and why
+    an automatic choice passes it by: eager was measured faster, or nobody has measured.
     """
     backend, _, asked = name.partition(":")
     forms = forms_of(call.contract.name, backend)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import sys
 from collections.abc import Iterable
@@ -46,11 +47,13 @@ def seconds_per_step(history: Iterable[dict[str, Any]]) -> float | None:
 
 
 def hardware() -> dict[str, Any]:
-    """The processor, the instruction sets for which there are kernels and that it runs (the newest
-    first; none without the compiled module), how many threads compute, and the GPU if there is one.
+    """The processor, its kind (figures of one kind may be compared), the instruction sets for which
+    there are kernels and that it runs (the newest first; none without the compiled module), how
+    many threads compute, and the GPU if there is one.
     """
     return {
-        "cpu": _cpu_name(),
+        "cpu": f"{_processor_name()} x {os.cpu_count()}",
+        "kind": _native.processor(),
         "instruction_sets": list(_native.instruction_sets()),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -105,6 +108,14 @@ def metrics(
     }
 
 
-def _cpu_name() -> str:
-    name = _native.cpu_info("model name") or platform.processor() or platform.machine()
-    return f"{name} x {os.cpu_count()}"
+def _processor_name() -> str:
+    """A cloud's processors are often all "Intel(R) Xeon(R) Processor": family and model tell them
+    apart.
+    """
+    name = re.sub(r"\((R|TM|r|tm)\)", "", _native.cpu_info("model name"))
+    name = " ".join(name.split()) or platform.processor() or platform.machine()
+    words = list(_native.instruction_sets()[:1])
+    for field in ("cpu family", "model"):
+        if value := _native.cpu_info(field):
+            words.append(f"{field.split()[-1]} {value}")
+    return f"{name} ({', '.join(words)})" if words else name
