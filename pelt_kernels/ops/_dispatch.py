@@ -202,7 +202,7 @@ def _choose_form(
         refusal = _supports(backend, call, form)
         if not refusal:
             choice = replace(choice, form=form, form_reason=reason)
-            return choice, _forms.why_slower(found, row) or _forms.why_unproven(call)
+            return choice, _forms.why_slower(found, row) or _forms.why_unproven(backend, call)
         refusals[found] = refusal
     raise AssertionError(f"{call}: {backend} serves it in one of {forms}, and in none of them")
 

@@ -97,12 +97,13 @@ def options(call: Call) -> list[str]:
     return [*given, *words, *(name for name, is_there in more.items() if is_there)]
 
 
-def why_unproven(call: Call) -> str:
-    """Why the CPU kernels are not taken without a measurement, in one sentence; empty if they are:
-    on a processor with instructions for bfloat16 that nobody has measured them on.
+def why_unproven(backend: str, call: Call) -> str:
+    """Why a backend is not taken without a measurement, in one sentence; empty if it is. These are
+    the CPU kernels in bfloat16 on a processor that has instructions for it and on which nobody has
+    measured them.
     """
     if (
-        call.device.type != "cpu"
+        backend != "cpu"
         or call.dtype != torch.bfloat16
         or call.contract.name not in MADE_OF_PRODUCTS
         or not _native.has_bf16_products()

@@ -189,3 +189,27 @@ def test_the_table_holds_rows_that_can_be_read():
         assert row["direction"] in _forms.DIRECTIONS.values()
         assert {_dispatch.backend_of(request) for request in row["us"]} <= set(BACKENDS)
     assert sum(map(len, _forms.table().values())) == len(json.loads(_forms.FILE.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "multiplies", "rows", "served"),
+    [
+        (torch.bfloat16, True, {}, "eager"),
+        (torch.bfloat16, False, {}, "cpu:usual"),
+        (torch.float32, True, {}, "cpu:usual"),
+        # Far from these sizes, but on this kind of processor.
+        (torch.bfloat16, True, {("gated_adapter", HERE, "bfloat16", "forward"): []}, "cpu:usual"),
+    ],
+)
+def test_where_torch_multiplies_bfloat16_the_kernels_wait_for_a_measurement(
+    dtype, multiplies, rows, served, monkeypatch
+):
+    monkeypatch.setattr(native, "has_bf16_products", lambda: multiplies)
+    monkeypatch.setattr(_forms, "table", lambda: rows)
+    x, w = torch.ones(16, 16, dtype=dtype), torch.ones(4, 16, dtype=dtype)
+    gated_adapter(x, w, w.T.contiguous())
+    found = explain("gated_adapter")[-1]
+    assert found.served == served
+    assert found.refusals.get("cpu", "").startswith("nobody has measured") == (served == "eager")
+    gated_adapter(x, w, w.T.contiguous(), backend="cpu")
+    assert explain("gated_adapter")[-1].served == "cpu:usual"

@@ -9,6 +9,8 @@
 // under p1 over the block that weighs most: without it the quotients could be much larger than
 // their difference. To find it, such a block is summed twice; the first one always is.
 //
+// Where classes are few, a vector is the same class of several rows, and its rows are one block.
+//
 // Backward is a second pass: dz1 = -dz2 = 0.5 dloss (exp(z1 - lse1) - exp(z2 - lse2)) / count.
 // Rows that do not count are not read. Everything is float32 inside; the order of sums follows from
 // the sizes alone.
@@ -28,6 +30,7 @@ using namespace pelt::cpu;
 
 constexpr int64_t kBlock = 512;         // columns between two looks at the maximum
 constexpr int64_t kWorkUnit = 1 << 14;  // elements that are worth a thread's while
+constexpr int64_t kFewClasses = 16;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 inline bool counts(const CpuInputs& in, int64_t row) { return !in.mask || in.mask[row]; }
@@ -39,13 +42,14 @@ inline int64_t count_of(const CpuInputs& in) {
   return std::max<int64_t>(count, 1);
 }
 
-// body(row) on several threads, in groups of rows that are worth it.
+// body(row), or with a step body(the first of so many rows), on several threads, in groups of rows
+// that are worth it.
 template <class Body>
-void for_rows(const CpuInputs& in, Body&& body) {
-  const int64_t each = std::max<int64_t>(1, kWorkUnit / in.C);
+void for_rows(const CpuInputs& in, Body&& body, int64_t step = 1) {
+  const int64_t each = round_up(std::max<int64_t>(1, kWorkUnit / in.C), step);
   parallel_for((in.T + each - 1) / each, in.threads, [&](int64_t group) {
     const int64_t end = std::min(in.T, (group + 1) * each);
-    for (int64_t t = group * each; t < end; ++t) body(t);
+    for (int64_t t = group * each; t < end; t += step) body(t);
   });
 }
 
@@ -149,15 +153,97 @@ void forward_row(const CpuInputs& in, int64_t row, float* rows, float* lse) {
   lse[in.T + row] = second.m + std::log(l2);
 }
 
+// ---- few classes: kWidth rows at once ----
+
+// The same class of `count` rows.
+template <class T>
+Vector class_of_rows(const T* z, int64_t stride, int64_t count) {
+  float lanes[kWidth] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = to_float(z[i * stride]);
+  return load(lanes);
+}
+
+// Of kWidth rows: their classes, largest ones, and sums of exponentials.
+struct FewClasses {
+  Vector z[kFewClasses], e[kFewClasses], m, l = {};
+
+  template <class T>
+  FewClasses(const T* from, int64_t stride, int64_t classes, int64_t count) {
+    m = splat(kMinusInfinity);
+    for (int64_t c = 0; c < classes; ++c) {
+      z[c] = class_of_rows(from + c, stride, count);
+      m = z[c] > m ? z[c] : m;
+    }
+    const Vector offset = m == kMinusInfinity ? Vector{} : m;
+    for (int64_t c = 0; c < classes; ++c) {
+      e[c] = exp_of_negative(z[c] - offset);
+      l += e[c];
+    }
+  }
+};
+
+template <class T>
+void forward_rows(const CpuInputs& in, int64_t row, float* rows, float* lse) {
+  const int64_t count = std::min<int64_t>(kWidth, in.T - row);
+  const FewClasses first(static_cast<const T*>(in.z1) + row * in.z1_stride, in.z1_stride, in.C,
+                         count);
+  const FewClasses second(static_cast<const T*>(in.z2) + row * in.z2_stride, in.z2_stride, in.C,
+                          count);
+  Vector shift = {};
+  for (int64_t c = 0; c < in.C; ++c) shift += first.e[c] * (first.z[c] - second.z[c]);
+  shift /= first.l;
+  shift = absolute(shift) <= std::numeric_limits<float>::max() ? shift : Vector{};
+  Vector t1 = {}, t2 = {};
+  for (int64_t c = 0; c < in.C; ++c) {
+    const Vector d = (first.z[c] - second.z[c]) - shift;
+    t1 += first.e[c] * d;
+    t2 += second.e[c] * d;
+  }
+  const Vector difference = t1 / first.l - t2 / second.l;
+  const Vector half = difference < 0.0f ? Vector{} : 0.5f * difference;
+  for (int64_t i = 0; i < count; ++i) {
+    const bool is_read = counts(in, row + i);
+    rows[row + i] = is_read ? half[i] : 0.0f;
+    lse[row + i] = is_read ? first.m[i] + std::log(first.l[i]) : 0.0f;
+    lse[in.T + row + i] = is_read ? second.m[i] + std::log(second.l[i]) : 0.0f;
+  }
+}
+
+template <class T>
+void backward_rows(const CpuInputs& in, int64_t row, float factor, const float* lse, T* dz1,
+                   T* dz2) {
+  const int64_t count = std::min<int64_t>(kWidth, in.T - row);
+  const T* z1 = static_cast<const T*>(in.z1) + row * in.z1_stride;
+  const T* z2 = static_cast<const T*>(in.z2) + row * in.z2_stride;
+  const Vector lse1 = load_part(lse + row, count), lse2 = load_part(lse + in.T + row, count);
+  for (int64_t c = 0; c < in.C; ++c) {
+    const Vector p1 = exp_of_negative(class_of_rows(z1 + c, in.z1_stride, count) - lse1);
+    const Vector p2 = exp_of_negative(class_of_rows(z2 + c, in.z2_stride, count) - lse2);
+    T d[kWidth], minus[kWidth];
+    store(d, factor * (p1 - p2));
+    store(minus, -(factor * (p1 - p2)));
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t place = (row + i) * in.C + c;
+      const bool is_read = counts(in, row + i);
+      if (dz1) dz1[place] = is_read ? d[i] : T{};
+      if (dz2) dz2[place] = is_read ? minus[i] : T{};
+    }
+  }
+}
+
 template <class T>
 void forward_all(const CpuInputs& in, float* rows, float* lse, float* loss) {
-  for_rows(in, [&](int64_t t) {
-    if (counts(in, t)) {
-      forward_row<T>(in, t, rows, lse);
-    } else {
-      rows[t] = lse[t] = lse[in.T + t] = 0.0f;
-    }
-  });
+  if (in.C <= kFewClasses) {
+    for_rows(in, [&](int64_t t) { forward_rows<T>(in, t, rows, lse); }, kWidth);
+  } else {
+    for_rows(in, [&](int64_t t) {
+      if (counts(in, t)) {
+        forward_row<T>(in, t, rows, lse);
+      } else {
+        rows[t] = lse[t] = lse[in.T + t] = 0.0f;
+      }
+    });
+  }
   double sum = 0.0;
   for (int64_t t = 0; t < in.T; ++t) sum += rows[t];
   *loss = static_cast<float>(sum / static_cast<double>(count_of(in)));
@@ -169,6 +255,10 @@ void backward_all(const CpuInputs& in, float dloss, const float* lse, T* dz1, T*
   prefer_huge_pages(dz1, bytes);
   prefer_huge_pages(dz2, bytes);
   const float factor = 0.5f * dloss / static_cast<float>(count_of(in));
+  if (in.C <= kFewClasses) {
+    for_rows(in, [&](int64_t t) { backward_rows(in, t, factor, lse, dz1, dz2); }, kWidth);
+    return;
+  }
   for_rows(in, [&](int64_t row) {
     const T* z1 = static_cast<const T*>(in.z1) + row * in.z1_stride;
     const T* z2 = static_cast<const T*>(in.z2) + row * in.z2_stride;
