@@ -6,7 +6,6 @@
 // <dy B, s>, of which the gates' gradients are sums.
 //
 // Shared memory per block, ranks 16, 64: 107, 139 KB; 256 columns: 159 KB.
-#include "common/type_list.h"
 #include "ops/lora_linear/single.cuh"
 
 namespace pelt::lora_linear {
@@ -83,23 +82,15 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
   store_out<C>(p, s, warp, sums, [](int) { return 0.0f; });
 }
 
-template <class T, bool kHasRowsOfN, int kRanks, int kColumns>
-using Config = SingleConfig<T, false, kHasRowsOfN, kRanks, kColumns>;
-using Configs =
-    TypeList<Config<bf16, true, 16, 128>, Config<bf16, true, 64, 128>, Config<bf16, false, 16, 128>,
-             Config<bf16, false, 64, 128>, Config<f16, true, 16, 128>, Config<f16, true, 64, 128>,
-             Config<f16, false, 16, 128>, Config<f16, false, 64, 128>, Config<bf16, true, 16, 256>,
-             Config<bf16, false, 16, 256>, Config<f16, true, 16, 256>, Config<f16, false, 16, 256>>;
-
 }  // namespace
 
 void launch_single_bwd_sm80(const SingleBackwardParams& p, bool is_transposed, Stream stream) {
-  const bool found = run_single(Configs{}, p, is_transposed, single_backward_ranks(p.in),
-                                [&](auto tag, const LaunchShape& shape) {
-                                  using C = typename decltype(tag)::type;
-                                  launch<lora_linear_single_bwd_sm80<C>>(
-                                      "lora_linear_single_bwd_sm80", shape, stream, p);
-                                });
+  const bool found = run_single(
+      SingleConfigs<false>{}, p, is_transposed, single_backward_ranks(p.in),
+      [&](auto tag, const LaunchShape& shape) {
+        using C = typename decltype(tag)::type;
+        launch<lora_linear_single_bwd_sm80<C>>("lora_linear_single_bwd_sm80", shape, stream, p);
+      });
   check(found, "lora_linear_single_bwd_sm80: expected bfloat16 or float16 and at most ",
         kSingleRanks, " ranks, got ", name_of(p.in.dtype), " and ", single_backward_ranks(p.in));
 }

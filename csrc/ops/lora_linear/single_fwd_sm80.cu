@@ -6,7 +6,6 @@
 // its ranks are. s is stored by the first block of columns that a branch reaches, gates likewise.
 //
 // Shared memory per block, ranks 16, 64: 109, 140 KB; 256 columns: 163 KB.
-#include "common/type_list.h"
 #include "ops/lora_linear/single.cuh"
 
 namespace pelt::lora_linear {
@@ -98,26 +97,19 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
   });
 }
 
-template <class T, bool kHasRowsOfN, int kRanks, int kColumns>
-using Config = SingleConfig<T, true, kHasRowsOfN, kRanks, kColumns>;
-using Configs =
-    TypeList<Config<bf16, true, 16, 128>, Config<bf16, true, 64, 128>, Config<bf16, false, 16, 128>,
-             Config<bf16, false, 64, 128>, Config<f16, true, 16, 128>, Config<f16, true, 64, 128>,
-             Config<f16, false, 16, 128>, Config<f16, false, 64, 128>, Config<bf16, true, 16, 256>,
-             Config<bf16, false, 16, 256>, Config<f16, true, 16, 256>, Config<f16, false, 16, 256>>;
-
 }  // namespace
 
 size_t single_shared_bytes(int ranks, int columns) {
-  if (columns > kSingleColumns) return sizeof(SingleShared<Config<bf16, true, 16, 256>>);
-  return ranks <= 16 ? sizeof(SingleShared<Config<bf16, true, 16, 128>>)
-                     : sizeof(SingleShared<Config<bf16, true, 64, 128>>);
+  if (columns > kSingleColumns)
+    return sizeof(SingleShared<SingleConfig<bf16, true, true, 16, 256>>);
+  return ranks <= 16 ? sizeof(SingleShared<SingleConfig<bf16, true, true, 16, 128>>)
+                     : sizeof(SingleShared<SingleConfig<bf16, true, true, 64, 128>>);
 }
 
 void launch_single_fwd_sm80(const SingleForwardParams& p, bool is_transposed, Stream stream) {
   const int ranks = single_forward_ranks(p.in, p.tile_columns);
-  const bool found =
-      run_single(Configs{}, p, !is_transposed, ranks, [&](auto tag, const LaunchShape& shape) {
+  const bool found = run_single(
+      SingleConfigs<true>{}, p, !is_transposed, ranks, [&](auto tag, const LaunchShape& shape) {
         using C = typename decltype(tag)::type;
         launch<lora_linear_single_fwd_sm80<C>>("lora_linear_single_fwd_sm80", shape, stream, p);
       });
