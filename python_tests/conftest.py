@@ -52,12 +52,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``isa``: each instruction set that the processor runs, of those for which the module's OPERATOR
-    has kernels, or where it names none, for which all have.
+    has kernels, or where it names none, for which all have; and cpu_sim, where the module says with
+    ON_SIMULATED_TILES that its tests take it for one.
     """
     if "isa" in metafunc.fixturenames:
         operator = getattr(metafunc.module, "OPERATOR", None)
         forms = dispatch.forms_of(operator, "cpu") if operator else native.cpu_forms()
-        metafunc.parametrize("isa", forms, ids="cpu:{}".format)
+        if getattr(metafunc.module, "ON_SIMULATED_TILES", False):
+            forms = (*forms, "cpu_sim")
+        metafunc.parametrize("isa", forms, ids=_request)
+
+
+def _request(isa: str) -> str:
+    """What asks for the CPU kernels of an instruction set."""
+    return isa if isa in BACKENDS else f"cpu:{isa}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -100,15 +108,17 @@ def need(request: pytest.FixtureRequest):
 
 
 @pytest.fixture
-def served():
-    """served(operator, isa, case, precision): what asks for the CPU kernels of an instruction set;
-    skips where they refuse the case.
+def served(need):
+    """served(operator, isa, case, precision): what asks for the CPU kernels of an ``isa``; skips where
+    they refuse the case.
     """
 
     def served(operator: str, isa: str, case: Case, precision: str) -> str:
-        refusal = parity.why_refused(operator, f"cpu:{isa}", case, precision)
+        request = _request(isa)
+        need(dispatch.backend_of(request), parity.why_unavailable(operator, request))
+        refusal = parity.why_refused(operator, request, case, precision)
         if refusal:
             pytest.skip(refusal)
-        return f"cpu:{isa}"
+        return request
 
     return served

@@ -156,13 +156,16 @@ inline void load_pair_tile(const PairRows& a, int64_t row, int64_t k, int64_t ro
   tile_load<kTile>(edge, kTileDepth * static_cast<int64_t>(sizeof(bf16)));
 }
 
-// c [32, 32], whole, = or += the rows of A from `row` on times a panel. Tiles 0 to 3 are sums, two
-// by two, so that each tile of A and of B that is loaded is used twice.
+// c [32, 32], whole, = or += the rows of A from `row` on times a panel, of which `columns` are more
+// than zeros. Tiles 0 to 3 are sums, two by two, so that each tile of A and of B that is loaded is
+// used twice.
 inline void multiply_pair_tiles(const PairRows& a, int64_t row, int64_t rows, const bf16* panel,
-                                int64_t depth, float* c, int64_t stride, bool accumulate) {
+                                int64_t depth, int64_t columns, float* c, int64_t stride,
+                                bool accumulate) {
   alignas(64) bf16 edge[kTileSide * kTileDepth];
   const int64_t bytes = stride * static_cast<int64_t>(sizeof(float));
   const bool is_high = rows - row > kTileSide;  // else the lower tiles have no row
+  const bool is_wide = columns > kTileSide;     // else the right ones are not added to
   float* const corner[4] = {c, c + kTileSide, c + kTileSide * stride,
                             c + kTileSide * stride + kTileSide};
   if (accumulate) {
@@ -174,12 +177,14 @@ inline void multiply_pair_tiles(const PairRows& a, int64_t row, int64_t rows, co
   constexpr int64_t kPanelBytes = 2 * kPairColumns * static_cast<int64_t>(sizeof(bf16));
   for (int64_t k = 0; k < depth; k += kTileDepth, panel += kTileDepth * kPairColumns) {
     tile_load<6>(panel, kPanelBytes);
-    tile_load<7>(panel + 2 * kTileSide, kPanelBytes);
+    if (is_wide) tile_load<7>(panel + 2 * kTileSide, kPanelBytes);
     load_pair_tile<4>(a, row, k, rows, depth, edge);
-    tile_multiply<0, 4, 6>(), tile_multiply<1, 4, 7>();
+    tile_multiply<0, 4, 6>();
+    if (is_wide) tile_multiply<1, 4, 7>();
     if (!is_high) continue;
     load_pair_tile<5>(a, row + kTileSide, k, rows, depth, edge);
-    tile_multiply<2, 5, 6>(), tile_multiply<3, 5, 7>();
+    tile_multiply<2, 5, 6>();
+    if (is_wide) tile_multiply<3, 5, 7>();
   }
   tile_store<0>(corner[0], bytes), tile_store<1>(corner[1], bytes);
   if (!is_high) return;
@@ -203,7 +208,8 @@ inline void multiply_pairs_each(const PairRows& a, const bf16* panels, int64_t d
       alignas(64) float block[kPairBlockRows * kPairColumns];
       constexpr int kRows = 4;
       for (int64_t row = first; row < end; row += kPairBlockRows) {
-        multiply_pair_tiles(a, row, end, panel, depth, block, kPairColumns, false);
+        multiply_pair_tiles(a, row, end, panel, depth, columns - column, block, kPairColumns,
+                            false);
         for (int64_t r = 0; r < std::min(kPairBlockRows, end - row); r += kRows) {
           Sums<kRows, kPairVectors> sums;
           for_sums(sums, [&](int i, int j, Vector& sum) {
@@ -224,8 +230,8 @@ constexpr int64_t pair_blocks_of(int64_t rows, int64_t columns) {
   return (rows + kPairBlockRows - 1) / kPairBlockRows * (pair_columns(columns) / kPairColumns);
 }
 
-// C [rows, columns] float32 = or += A B. C has room for whole blocks: rows for a multiple of
-// kPairBlockRows and columns for whole panels; what lies there beyond the result is anything.
+// C [rows, columns] float32 = or += A B. C has room for whole tiles: rows for a multiple of
+// kTileSide and columns for whole panels; what lies there beyond the result is anything.
 inline void multiply_pairs_into(const PairRows& a, const bf16* panels, int64_t depth, int64_t rows,
                                 int64_t columns, float* c, int64_t stride, bool accumulate,
                                 Ahead ahead = {}) {
@@ -235,8 +241,8 @@ inline void multiply_pairs_into(const PairRows& a, const bf16* panels, int64_t d
 #if defined(PELT_HAS_TILES)
     for (int64_t row = 0; row < rows; row += kPairBlockRows) {
       ahead.step();
-      multiply_pair_tiles(a, row, rows, panel, depth, c + row * stride + column, stride,
-                          accumulate);
+      multiply_pair_tiles(a, row, rows, panel, depth, columns - column, c + row * stride + column,
+                          stride, accumulate);
     }
 #else
     (void)a, (void)panel, (void)rows, (void)c, (void)stride, (void)accumulate, (void)ahead;

@@ -31,9 +31,6 @@ constexpr int64_t panel_floats(int64_t depth, int64_t columns) {
   return depth * round_up(columns, kWidth);
 }
 
-template <int kRows, int kVectors>
-using Sums = Vector[kRows][kVectors];
-
 // sums = A B over `depth`; A's element (row, k) is at row * row_stride + k * k_stride.
 template <int kRows, int kVectors>
 inline __attribute__((always_inline)) void multiply(const float* a, int64_t row_stride,

@@ -64,9 +64,6 @@ inline void with_count(int64_t number, Visit&& visit) {
   visit(Count<kMost>{});
 }
 
-template <int kRows, int kVectors>
-using Sums = Vector[kRows][kVectors];
-
 template <int kRows, int kVectors, class Finish>
 inline __attribute__((always_inline)) void multiply_block(Left a, Right b, int64_t depth,
                                                           Finish&& finish) {

@@ -30,6 +30,10 @@ typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 
+// A block of a product's result, in registers.
+template <int kRows, int kVectors>
+using Sums = Vector[kRows][kVectors];
+
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
 // Minus zero, because only that gives every value back, -0 included: adding zero would be an

@@ -1,5 +1,5 @@
 """The CPU kernels of lora_linear: what they refuse, sizes around their blocks, every instruction set
-this processor runs, and bits that do not depend on threads.
+this processor runs and tiles that are simulated, and bits that do not depend on threads.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from types import SimpleNamespace
 import parity
 import pytest
 import torch
-from parity import check, contract_of, run
+from parity import PRECISIONS, check, contract_of, run
 
-from pelt_kernels.ops import LoraBranch, lora_linear
+from pelt_kernels.ops import LearnedGate, LoraBranch, lora_linear
 from pelt_kernels.ops import _native as native
 from pelt_kernels.ops._cases import Case, make_attributes
 from pelt_kernels.ops.lora_linear import cpu
 from pelt_kernels.ops.lora_linear.contract import _case
 
 OPERATOR = "lora_linear"
+ON_SIMULATED_TILES = True
+TILES = (native.TILES, "cpu_sim")
 CONTRACT = contract_of(OPERATOR).CONTRACT
 HAS_KERNELS = not native.why_not("_C") and hasattr(native.library("_C"), "LoraLinearCpu")
 pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="the compiled module _C is not there")
@@ -91,19 +93,23 @@ def test_every_refusal_is_a_sentence(monkeypatch):
     assert cpu.supports(_call()).startswith("the compiled module is older than this kernel")
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 23, 25, 49, 129])
-def test_rows_around_a_tile(rows, threads, agrees):
+@pytest.mark.parametrize("rows", [1, 2, 3, 15, 17, 23, 25, 31, 33, 49, 63, 65, 129])
+def test_rows_around_a_tile(rows, isa, threads, served, agrees):
     threads(2)
-    agrees(_case("rows", _sizes(1, rows, 40, (8,)), "bias", [1.0]), "float32")
+    case = _case("rows", _sizes(1, rows, 40, (8,)), "bias", [1.0])
+    precision = "bfloat16" if isa in TILES else "float32"
+    agrees(case, precision, served(OPERATOR, isa, case, precision))
 
 
-@pytest.mark.parametrize("width", [1, 3, 8, 15, 16, 17, 33, 255, 257, 511, 513, 520])
+@pytest.mark.parametrize("width", [1, 3, 8, 15, 16, 17, 31, 33, 47, 255, 257, 511, 513, 520])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16-master"])
-def test_widths_around_vectors_and_stretches(width, precision, agrees):
+def test_widths_around_vectors_and_stretches(width, precision, isa, served, agrees):
+    if isa in TILES and precision == "float32":
+        pytest.skip("tiles multiply bfloat16 only")
     inputs = "bias gate_weight:0 gate_bias:0 mask"
     attributes = {"poolings": ["masked_mean"]}
     case = _case("width", _sizes(2, 7, width, (6,)), inputs, [1.0], attributes=attributes)
-    agrees(case, precision)
+    agrees(case, precision, served(OPERATOR, isa, case, precision))
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5, 7, 8, 9, 13, 16, 31, 33, 100, 189, 255])
@@ -111,15 +117,17 @@ def test_ranks_around_blocks(rank, isa, served, agrees):
     """In float32 to the 192 ranks in all that the kernels take; beyond, and on tiles, in bfloat16."""
     case = _case("rank", _sizes(1, 19, 40, (rank, 3), 56, 21), "bias", [1.0, 0.5],
                  attributes={"offsets": [3, 35]})  # fmt: skip
-    precision = "float32" if rank + 3 <= 192 and isa != native.TILES else "bfloat16"
+    precision = "float32" if rank + 3 <= 192 and isa not in TILES else "bfloat16"
     agrees(case, precision, served(OPERATOR, isa, case, precision))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", LARGE)
-def test_several_chunks_agree_with_the_reference(name, precision, threads, agrees):
+def test_several_chunks_agree_with_the_reference(name, precision, isa, threads, served, agrees):
+    if isa in TILES and precision == "float32":
+        pytest.skip("tiles multiply bfloat16 only")
     threads(3)
-    agrees(LARGE[name], precision)
+    agrees(LARGE[name], precision, served(OPERATOR, isa, LARGE[name], precision))
 
 
 @pytest.mark.parametrize("name", LARGE)
@@ -135,22 +143,44 @@ def test_bits_depend_neither_on_threads_nor_on_the_run(name, isa, threads, serve
                 assert torch.equal(value, alone[what]), f"{what} with {count} threads"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_b_it_is_the_base_product_bit_for_bit(dtype):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_without_b_it_is_the_base_product_bit_for_bit(precision, isa, served):
+    backend, dtype = served(OPERATOR, isa, LARGE["wide"], precision), PRECISIONS[precision][0]
     x, w, bias = (torch.randn(n, dtype=dtype) for n in ((2, 50, 72), (40, 72), (40,)))
     branch = LoraBranch(torch.randn(9, 72, dtype=dtype), torch.zeros(40, 9, dtype=dtype), 0, 2.0)
-    y = lora_linear(x, w, bias, [branch], backend="cpu")
+    y = lora_linear(x, w, bias, [branch], backend=backend)
     assert torch.equal(y, torch.nn.functional.linear(x, w, bias))
 
 
-def test_a_nan_stays_in_its_row():
-    x = torch.randn(70, 32)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_nan_stays_in_its_row(precision, isa, served):
+    backend, dtype = served(OPERATOR, isa, LARGE["wide"], precision), PRECISIONS[precision][0]
+    x, w, a, b = (torch.randn(n, 32, dtype=dtype) for n in (70, 32, 8, 32))
     x[40, 3] = float("nan")
-    branch = LoraBranch(torch.randn(8, 32), torch.randn(32, 8))
-    y = lora_linear(x, torch.randn(32, 32), None, [branch], backend="cpu")
-    assert y[40].isnan().all()
-    assert not y[:40].isnan().any()
-    assert not y[41:].isnan().any()
+    x.requires_grad_()
+    gate = LearnedGate(w[0], torch.zeros(1, dtype=dtype), "token")
+    branch = LoraBranch(a, b[:, :8].contiguous(), gate=gate)
+    y = lora_linear(x, w, None, [branch], backend=backend)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    for result in (y, dx):
+        assert result[40].isnan().all()
+        assert not result[:40].isnan().any()
+        assert not result[41:].isnan().any()
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "bfloat16-master"])
+def test_an_infinity_opens_or_shuts_a_gate(precision, isa, served):
+    backend = served(OPERATOR, isa, LARGE["gates"], precision)
+    dtype, has_masters = PRECISIONS[precision]
+    x, weight = torch.randn(40, 36, dtype=dtype), torch.randn(36)
+    if not has_masters:
+        weight = weight.to(dtype)
+    x[5, 3], x[30, 7] = float("inf"), float("-inf")
+    gate = LearnedGate(weight, torch.zeros(1, dtype=weight.dtype), "token")
+    w = torch.randn(16, 36, dtype=dtype)
+    _, (gates,), _ = lora_linear(x, w, extra_gates=[gate], return_gates=True, backend=backend)
+    assert gates[0, 5] == float(weight[3] > 0)
+    assert gates[0, 30] == float(weight[7] < 0)
 
 
 @pytest.mark.parametrize("width", [1, 16, 130, 257])

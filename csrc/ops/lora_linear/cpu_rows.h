@@ -1,5 +1,5 @@
 // What forward and backward of lora_linear on the CPU have in common: the columns that are products
-// with x, the cut into tiles of rows, parameters as float32, gates and dropout.
+// with x, the cut into tiles of rows, gates and dropout.
 //
 // Compiled once for each instruction set (see cpu/isa.h), so everything is in an unnamed namespace.
 #pragma once
@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "common/parallel.h"
+#include "cpu/pairs.h"
 #include "cpu/philox_lanes.h"
 #include "cpu/skinny.h"
 #include "ops/lora_linear/cpu.h"
@@ -19,6 +20,9 @@ using namespace pelt::cpu;
 
 inline int64_t rows_of(const CpuCall& call) { return call.B * call.S; }
 inline bool has_dropout(const CpuCall& call) { return call.dropout_threshold != 0; }
+
+// Whether products take bfloat16 as it is, on tiles.
+inline bool uses_pairs(const CpuCall& call) { return kHasPairs && call.dtype == DType::kBF16; }
 
 inline int64_t rank_sum(const CpuCall& call) {
   int64_t sum = 0;
@@ -79,25 +83,6 @@ inline void read_row(const T* from, int64_t columns, float* to) {
   for_vectors(columns, [&](int64_t i, auto part) { store(to + i, part.load_from(from + i)); });
 }
 
-// W [rows, columns] -> [columns, stride] in float32, from column `first` of the result on. Beyond
-// the rows whole vectors are zero.
-template <class T>
-inline void read_transposed(const T* w, int64_t rows, int64_t columns, float* to, int64_t stride) {
-  for (int64_t row = 0; row < rows; row += kWidth) {
-    const int64_t count = std::min<int64_t>(kWidth, rows - row);
-    for_vectors(columns, [&](int64_t column, auto part) {
-      Vector block[kWidth];
-      for (int64_t i = 0; i < kWidth; ++i) {
-        block[i] = i < count ? part.load_from(w + (row + i) * columns + column) : Vector{};
-      }
-      transpose(block);
-      for (int64_t i = 0; i < std::min<int64_t>(kWidth, columns - column); ++i) {
-        store(to + (column + i) * stride + row, block[i]);
-      }
-    });
-  }
-}
-
 // The members of a bank that a call uses: slot 0 is the one of the batch, or slot i is member i.
 struct Bank {
   int64_t first_member = 0;
@@ -139,14 +124,18 @@ struct Group {
   int64_t slots = 1;
 };
 
+// On tiles a gate has two columns: its weight's bfloat16 value, and what that leaves out.
 struct Columns {
   Group group[kCpuBranches + 1];
   int groups = 0;
   int64_t of_branch[kCpuBranches] = {};
   int64_t of_gates = 0;
+  int64_t gate_width;  // columns of a gate
+  int64_t unit;        // at multiples of which groups begin
   int64_t stride = 0;  // of a row of all columns
 
-  explicit Columns(const CpuCall& call) {
+  explicit Columns(const CpuCall& call)
+      : gate_width(uses_pairs(call) ? 2 : 1), unit(uses_pairs(call) ? kPairColumns : kWidth) {
     bool is_one = !has_dropout(call);
     for (int i = 0; i < call.branches; ++i) is_one &= !call.branch[i].has_a_index_per_sample;
     int64_t place = 0;
@@ -159,17 +148,18 @@ struct Columns {
     if (call.gates > 0) {
       if (!is_one || call.branches == 0) open(place, call.branches, call);
       of_gates = place;
-      place += call.gates;
+      place += call.gates * gate_width;
       group[groups - 1].has_gates = true;
       if (!is_one) group[groups - 1].is_dropped = false;
       close(place, call.branches);
     }
-    stride = row_distance(std::max<int64_t>(place, 1));
+    place = std::max<int64_t>(place, 1);
+    stride = uses_pairs(call) ? pair_distance(place) : row_distance(place);
   }
 
  private:
   void open(int64_t& place, int branch, const CpuCall& call) {
-    place = padded(place);
+    place = round_up(place, unit);
     Group& g = group[groups++];
     g.first_branch = g.end_branch = branch;
     g.place = place;
@@ -179,72 +169,6 @@ struct Columns {
   void close(int64_t place, int end_branch) {
     group[groups - 1].count = place - group[groups - 1].place;
     group[groups - 1].end_branch = end_branch;
-  }
-};
-
-// ---- factors, as both directions read them ----
-
-// A's rows with the gates' weights below them, and B's transpose; rows are padded with zeros.
-struct Weights {
-  float* down[kCpuBranches + 1] = {};  // of each group: [slots, count, row_distance(Din)]
-  float* up[kCpuBranches] = {};        // of each branch: [slots, R, row_distance(size)]
-
-  void place(const CpuCall& call, const Columns& columns, Arena& arena) {
-    for (int g = 0; g < columns.groups; ++g) {
-      const Group& group = columns.group[g];
-      down[g] = arena.take(group.slots * group.count * row_distance(call.Din));
-    }
-    for (int i = 0; i < call.branches; ++i) {
-      const CpuBranch& branch = call.branch[i];
-      up[i] = arena.take(b_bank(branch).slots * branch.R * row_distance(branch.size));
-    }
-  }
-
-  template <class T>
-  void read(const CpuCall& call, const Columns& columns) {
-    const int64_t stride = row_distance(call.Din);
-    for (int g = 0; g < columns.groups; ++g) {
-      const Group& group = columns.group[g];
-      float* to = down[g];
-      for (int64_t slot = 0; slot < group.slots; ++slot) {
-        for (int i = group.first_branch; i < group.end_branch; ++i) {
-          const CpuBranch& branch = call.branch[i];
-          const int64_t first = (a_bank(branch).first_member + slot) * branch.R;
-          with_data<T>(branch.a, [&](const auto* a) {
-            for (int64_t r = 0; r < branch.R; ++r, to += stride) {
-              read_row(a + (first + r) * call.Din, call.Din, to);
-            }
-          });
-        }
-        for (int j = 0; group.has_gates && j < call.gates; ++j, to += stride) {
-          with_data<T>(call.gate[j].weight, [&](const auto* w) { read_row(w, call.Din, to); });
-        }
-      }
-    }
-    for (int i = 0; i < call.branches; ++i) {
-      const CpuBranch& branch = call.branch[i];
-      const Bank bank = b_bank(branch);
-      const int64_t distance = row_distance(branch.size), floats = branch.size * branch.R;
-      with_data<T>(branch.b, [&](const auto* b) {
-        for (int64_t slot = 0; slot < bank.slots; ++slot) {
-          read_transposed(b + (bank.first_member + slot) * floats, branch.size, branch.R,
-                          up[i] + slot * branch.R * distance, distance);
-        }
-      });
-    }
-  }
-
-  // The rows of a group, or of a branch's transposed B, that serve a sentence.
-  const float* down_of(const CpuCall& call, const Columns& columns, int g, int64_t sentence) const {
-    const Group& group = columns.group[g];
-    return down[g] + slot_of(call, group, sentence) * group.count * row_distance(call.Din);
-  }
-  const float* up_of(const CpuBranch& branch, int i, int64_t sentence) const {
-    return up[i] + b_bank(branch).slot_of(sentence) * branch.R * row_distance(branch.size);
-  }
-
-  static int64_t slot_of(const CpuCall& call, const Group& group, int64_t sentence) {
-    return group.slots > 1 ? a_bank(call.branch[group.first_branch]).slot_of(sentence) : 0;
   }
 };
 
@@ -270,6 +194,9 @@ struct Tiles {
       if (branch.has_a_index_per_sample || branch.has_b_index_per_sample) groups = call.B;
     }
     group_rows = rows_of(call) / groups;
+    if (uses_pairs(call)) {
+      tile_rows = std::min(2 * kPairBlockRows, round_up(group_rows, kPairBlockRows));
+    }
     per_group = (group_rows + tile_rows - 1) / tile_rows;
   }
   int64_t count() const { return groups * per_group; }
@@ -301,19 +228,24 @@ inline Right stretch_of(const void* from, int64_t width, const Tile& tile, int64
   return {memory, kStretchStride};
 }
 
-// What dropout multiplies a stretch of x by: 0 or 1 / (1 - p); `begin` is a multiple of 4.
+// What dropout multiplies a stretch of a row of x by: 0 or 1 / (1 - p); `begin` is a multiple of 4.
+inline void read_dropout_row(const CpuCall& call, int64_t row, int64_t begin, int64_t count,
+                             float* to) {
+  alignas(64) uint32_t words[4 * kPhiloxGroups];
+  const int64_t group = row * ((call.Din + 3) / 4) + begin / 4;
+  for (int64_t done = 0; done < count; done += 4 * kPhiloxGroups) {
+    philox_words(static_cast<uint64_t>(group + done / 4), 0, call.seed, words);
+    const int64_t here = std::min<int64_t>(4 * kPhiloxGroups, padded(count) - done);
+    for (int64_t i = 0; i < here; ++i) {
+      to[done + i] = words[i] >= call.dropout_threshold ? call.dropout_scale : 0.0f;
+    }
+  }
+}
+
 inline void read_dropout(const CpuCall& call, const Tile& tile, int64_t begin, int64_t count,
                          float* to) {
-  alignas(64) uint32_t words[4 * kPhiloxGroups];
-  for (int64_t r = 0; r < tile.rows; ++r, to += kStretchStride) {
-    const int64_t group = (tile.row + r) * ((call.Din + 3) / 4) + begin / 4;
-    for (int64_t done = 0; done < count; done += 4 * kPhiloxGroups) {
-      philox_words(static_cast<uint64_t>(group + done / 4), 0, call.seed, words);
-      const int64_t here = std::min<int64_t>(4 * kPhiloxGroups, padded(count) - done);
-      for (int64_t i = 0; i < here; ++i) {
-        to[done + i] = words[i] >= call.dropout_threshold ? call.dropout_scale : 0.0f;
-      }
-    }
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    read_dropout_row(call, tile.row + r, begin, count, to + r * kStretchStride);
   }
 }
 
@@ -331,6 +263,18 @@ inline void multiply_stretch(const Tile& tile, int64_t count, const float* facto
 // of their gradients keeps its digits.
 inline float sigmoid_of(float x) {
   return static_cast<float>(1.0 / (1.0 + std::exp(-static_cast<double>(x))));
+}
+
+template <class T, class W>
+inline float dot_of(const T* x, const W* w, int64_t columns) {
+  Vector sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kWidth <= columns; i += 4 * kWidth) {
+    for (int k = 0; k < 4; ++k) sum[k] += load(x + i + k * kWidth) * load(w + i + k * kWidth);
+  }
+  for (; i + kWidth <= columns; i += kWidth) sum[0] += load(x + i) * load(w + i);
+  if (i < columns) sum[1] += load_part(x + i, columns - i) * load_part(w + i, columns - i);
+  return sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 inline bool is_pooled(const CpuGate& gate) { return gate.pooling != CpuPooling::kToken; }

@@ -14,88 +14,31 @@
 //   second  a chunk's x, in stretches: logits again, then dx and the sums for dA and dw
 //
 // The gates' logits are columns beside ds, their weights rows below A: one product serves both.
-#include "ops/lora_linear/cpu_rows.h"
+//
+// On tiles d, the columns beside each other, is kept in bfloat16 as it is and transposed, for it is
+// the left side of both dx and the sums over rows, of which a tile's rows are packed for one panel
+// of columns at a time. A dlogit is two numbers of bfloat16, as a gate's weight is; dx takes the
+// nearest one, for both parts of the weight.
+#include "ops/lora_linear/cpu_backward_pairs.h"
 
 namespace pelt::lora_linear {
 namespace {
 
-constexpr int64_t kMostChunks = 32;
-constexpr int64_t kChunkRows = 64;      // at least
 constexpr int64_t kColumnsAtOnce = 64;  // of dB, in the last step
 
-struct Backward {
-  const CpuCall& call;
-  Columns columns;
-  Tiles tiles;
-  int64_t ranks;
-  int64_t chunks = 1;
-  Weights weights;
-  float* down_sums[kCpuBranches + 1] = {};  // [chunks, slots, count, row_distance(Din)]
-  float* up_sums[kCpuBranches] = {};        // [chunks, slots, R, row_distance(size)]
-  double* bias_sums = nullptr;              // [chunks, gates]
-  float* d_all = nullptr;                   // [B * S, columns]: ds and dlogit
-  float* dot[kCpuBranches] = {};            // [B * S]: <raw, s>
-  float* dvalue[kCpuGates] = {};            // [B] | [B, S]
-  double* divisors[kCpuGates] = {};         // [B]
-  float* scratch = nullptr;
-  int64_t scratch_floats = 0;
-
-  explicit Backward(const CpuCall& c) : call(c), columns(c), tiles(c), ranks(rank_sum(c)) {
-    const int64_t rows = rows_of(call), floats = std::max<int64_t>(1, floats_of_sums());
-    // The sums together are no more than half of what dx and dy are.
-    const int64_t affordable = rows * (call.Din + call.Dout) / 2 / floats;
-    chunks = std::min({kMostChunks, rows / kChunkRows, affordable, tiles.count()});
-    chunks = std::max<int64_t>(chunks, 1);
-  }
-
-  int64_t down_floats(const Group& group) const { return group.count * row_distance(call.Din); }
-  int64_t up_floats(const CpuBranch& branch) const { return branch.R * row_distance(branch.size); }
-  int64_t floats_of_sums() const {
-    int64_t floats = 0;
-    for (int g = 0; g < columns.groups; ++g) {
-      floats += columns.group[g].slots * down_floats(columns.group[g]);
-    }
-    for (int i = 0; i < call.branches; ++i) {
-      floats += b_bank(call.branch[i]).slots * up_floats(call.branch[i]);
-    }
-    return floats;
-  }
-
-  int64_t place(Arena arena) {
-    const int64_t rows = rows_of(call);
-    weights.place(call, columns, arena);
-    for (int g = 0; g < columns.groups; ++g) {
-      const Group& group = columns.group[g];
-      down_sums[g] = arena.take(chunks * group.slots * down_floats(group));
-    }
-    int64_t most = 0;
-    for (int i = 0; i < call.branches; ++i) {
-      const CpuBranch& branch = call.branch[i];
-      const int64_t slots = b_bank(branch).slots;
-      up_sums[i] = arena.take(chunks * slots * up_floats(branch));
-      dot[i] = arena.take(rows);
-      most = std::max(most, row_distance(branch.R));
-    }
-    for (int j = 0; j < call.gates; ++j) {
-      dvalue[j] = arena.take(rows);
-      divisors[j] = arena.take<double>(call.B);
-    }
-    bias_sums = arena.take<double>(chunks * call.gates);
-    d_all = arena.take(rows * columns.stride + kWidth);
-    // A stretch of x or dy, dropout's factors and what they multiply, a branch's f s, and its raw
-    // for all rows of a chunk.
-    const int64_t chunk_rows = ((tiles.count() + chunks - 1) / chunks) * tiles.tile_rows;
-    const int64_t stretches = has_dropout(call) ? 3 : 1;
-    scratch_floats = tiles.tile_rows * (stretches * kStretchStride + most) + chunk_rows * most;
-    scratch_floats = round_up(scratch_floats, 16);
-    scratch = arena.take(scratch_floats * call.threads);
-    return round_up(arena.used, 64);
-  }
+struct Backward : PairsBackward {
+  using PairsBackward::PairsBackward;
 
   template <class T>
   void run() {
-    weights.read<T>(call, columns);
+    if (by_pairs) {
+      pair_weights.read(call, columns);
+    } else {
+      weights.read<T>(call, columns);
+    }
     parallel_for_on(chunks, call.threads, [&](int64_t chunk, int thread) {
+      const TileScope scope;
+      if (by_pairs) clear_pairs(chunk);
       for (int i = 0; i < call.branches; ++i) {
         pass_over_dy<T>(chunk, i, scratch + thread * scratch_floats);
       }
@@ -105,17 +48,11 @@ struct Backward {
       for (int64_t b = 0; b < call.B; ++b) divisors[j][b] = divisor_of(call, call.gate[j], b);
     }
     parallel_for_on(chunks, call.threads, [&](int64_t chunk, int thread) {
-      logits_backward<T>(chunk);
+      const TileScope scope;
+      logits_backward<T>(chunk, scratch + thread * scratch_floats);
       pass_over_x<T>(chunk, scratch + thread * scratch_floats);
     });
     write_sums<T>();
-  }
-
-  template <class Visit>
-  void for_tiles(int64_t chunk, Visit&& visit) const {
-    const int64_t begin = tiles.count() * chunk / chunks,
-                  end = tiles.count() * (chunk + 1) / chunks;
-    for (int64_t i = begin; i < end; ++i) visit(tiles.at(i), i == begin);
   }
 
   // ---- raw = dy B, ds, and the sums for dB ----
@@ -124,52 +61,72 @@ struct Backward {
   void pass_over_dy(int64_t chunk, int i, float* memory) {
     const CpuBranch& branch = call.branch[i];
     const Bank bank = b_bank(branch);
-    const int64_t distance = row_distance(branch.R), stride = row_distance(branch.size);
-    const int64_t first = columns.of_branch[i], first_row = row_of(chunk);
-    int64_t first_of_s = 0;
-    for (int k = 0; k < i; ++k) first_of_s += call.branch[k].R;
+    const int64_t distance = sum_distance(branch.R), stride = sum_distance(branch.size);
+    const int64_t first_of_s = first_rank(i);
     float* dy = memory;
     float* scaled = dy + tiles.tile_rows * kStretchStride;  // [tile, R]: f s
-    float* raw = scaled + tiles.tile_rows * distance;       // [chunk, R]
+    float* raw = scaled + tiles.tile_rows * distance;       // [tiles, tile, R]
+    const PairMemory pairs(*this, memory);
+    if (by_pairs) raw = pairs.raw;
     float* sums = up_sums[i] + chunk * bank.slots * up_floats(branch);
     const bool wants_sums = branch.b.grad != nullptr;
     if (bank.slots > 1) std::fill(sums, sums + bank.slots * up_floats(branch), 0.0f);
     for (int64_t begin = 0; begin < branch.size; begin += kDotStretch) {
       const int64_t end = std::min(begin + kDotStretch, branch.size);
-      for_tiles(chunk, [&](const Tile& tile, bool is_first) {
+      for_tiles(chunk, [&](const Tile& tile, int64_t place) {
+        float* raw_of = raw + place * tiles.tile_rows * distance;
+        float* to = wants_sums ? sums + bank.slot_of(tile.sentence) * up_floats(branch) : nullptr;
+        const bool accumulate = place > 0 || bank.slots > 1;
+        if (by_pairs) {
+          pass_over_dy_pairs(i, tile, begin, end, pairs, raw_of, to, accumulate);
+          return;
+        }
         const T* rows = static_cast<const T*>(call.dy) + tile.row * call.Dout + branch.offset;
         multiply_dots(tile.rows, branch.R, end - begin, rows + begin, call.Dout,
-                      {weights.up_of(branch, i, tile.sentence) + begin, stride},
-                      raw + (tile.row - first_row) * distance, distance, begin > 0);
+                      {weights.up_of(branch, i, tile.sentence) + begin, stride}, raw_of, distance,
+                      begin > 0);
         if (!wants_sums) return;
         read_scaled<T>(call, branch, tile, first_of_s, ranks, scaled, distance);
-        float* to = sums + bank.slot_of(tile.sentence) * up_floats(branch);
         for (int64_t column = begin; column < end; column += kStretch) {
           const int64_t count = std::min(kStretch, end - column);
           multiply_to(branch.R, count, tile.rows, {scaled, 1, distance},
                       stretch_of<T>(call.dy, call.Dout, tile, branch.offset + column, count, dy),
-                      to + column, stride, !is_first || bank.slots > 1);
+                      to + column, stride, accumulate);
         }
       });
     }
-    for_tiles(chunk, [&](const Tile& tile, bool) {
-      for (int64_t row = tile.row; row < tile.row + tile.rows; ++row) {
-        const float* of_row = raw + (row - first_row) * distance;
-        const T* s = static_cast<const T*>(call.s) + row * ranks + first_of_s;
-        const float factor = factor_of<T>(call, branch, row);
-        float* ds = d_all + row * columns.stride + first;
-        Vector sum = {};
-        for_vectors(branch.R, [&](int64_t r, auto part) {
-          const Vector value = part.load_from(of_row + r);
-          sum += value * part.load_from(s + r);
-          part.store_to(ds + r, factor * value);
-        });
-        dot[i][row] = sum_of(sum);
+    for_tiles(chunk, [&](const Tile& tile, int64_t place) {
+      float* raw_of = raw + place * tiles.tile_rows * distance;
+      if (by_pairs) {
+        finish_ds<T>(i, tile, raw_of, d_pairs);
+        store_transposed(raw_of, distance, tile.rows, branch.R,
+                         transposed_of(chunk, place) + columns.of_branch[i] * tiles.tile_rows,
+                         tiles.tile_rows);
+      } else {
+        finish_ds<T>(i, tile, raw_of, d_all);
       }
     });
   }
 
-  int64_t row_of(int64_t chunk) const { return tiles.at(tiles.count() * chunk / chunks).row; }
+  // ds = f raw into its columns of d, and <raw, s>; with pairs raw becomes ds too.
+  template <class T, class D>
+  void finish_ds(int i, const Tile& tile, float* raw, D* d) {
+    const CpuBranch& branch = call.branch[i];
+    const int64_t distance = sum_distance(branch.R), first_of_s = first_rank(i);
+    for (int64_t row = tile.row; row < tile.row + tile.rows; ++row, raw += distance) {
+      const T* s = static_cast<const T*>(call.s) + row * ranks + first_of_s;
+      const float factor = factor_of<T>(call, branch, row);
+      D* ds = d + row * columns.stride + columns.of_branch[i];
+      Vector sum = {};
+      for_vectors(branch.R, [&](int64_t r, auto part) {
+        const Vector value = part.load_from(raw + r);
+        sum += value * part.load_from(s + r);
+        part.store_to(ds + r, factor * value);
+        if constexpr (sizeof(D) == sizeof(bf16)) part.store_to(raw + r, factor * value);
+      });
+      dot[i][row] = sum_of(sum);
+    }
+  }
 
   // ---- gates ----
 
@@ -203,48 +160,51 @@ struct Backward {
 
   // dlogit of a chunk's rows, from their logits made again.
   template <class T>
-  void logits_backward(int64_t chunk) {
-    for (int j = 0; j < call.gates; ++j) {
-      const CpuGate& gate = call.gate[j];
-      const float* weight = row_of_gate(weights.down, j, 0);
-      const float* dvalue_of = gate.dvalue != nullptr ? gate.dvalue : dvalue[j];
-      const float bias = element<T>(gate.bias, 0);
-      double sum = 0.0;
-      for_tiles(chunk, [&](const Tile& tile, bool) {
-        for (int64_t row = tile.row; row < tile.row + tile.rows; ++row) {
-          const int64_t sentence = row / call.S;
+  void logits_backward(int64_t chunk, float* memory) {
+    std::fill_n(bias_sums + chunk * call.gates, call.gates, 0.0);
+    if (call.gates == 0) return;
+    float* logits = by_pairs ? PairMemory(*this, memory).logits : nullptr;
+    for_tiles(chunk, [&](const Tile& tile, int64_t place) {
+      const T* x = static_cast<const T*>(call.x) + tile.row * call.Din;
+      if constexpr (sizeof(T) == sizeof(bf16)) {
+        if (by_pairs) {
+          multiply_pairs_into({x, call.Din}, pair_weights.gates.of(0), call.Din, tile.rows,
+                              pair_weights.gates.columns, logits, logit_distance(), false);
+        }
+      }
+      for (int j = 0; j < call.gates; ++j) {
+        const CpuGate& gate = call.gate[j];
+        const int64_t column = columns.of_gates + columns.gate_width * j;
+        const float* dvalue_of = gate.dvalue != nullptr ? gate.dvalue : dvalue[j];
+        const float bias = element<T>(gate.bias, 0);
+        for (int64_t r = 0; r < tile.rows; ++r) {
+          const int64_t row = tile.row + r, sentence = row / call.S;
           double dlogit = 0.0;  // of a row that does not count: it has no part in the gate
           if (counts(call, gate, row)) {
-            const T* x = static_cast<const T*>(call.x) + row * call.Din;
-            const double s = sigmoid_of(dot_of(x, weight) + bias);
+            const float logit =
+                by_pairs ? logit_of_pair(call, gate, row, logits + r * logit_distance() + 2 * j)
+                         : dot_of(x + r * call.Din, row_of_gate(weights.down, j, 0), call.Din);
+            const double s = sigmoid_of(logit + bias);
             const double d = dvalue_of[is_pooled(gate) ? sentence : row] / divisors[j][sentence];
             dlogit = d * s * (1.0 - s);
           }
-          d_all[row * columns.stride + columns.of_gates + j] = static_cast<float>(dlogit);
-          sum += dlogit;
+          bias_sums[chunk * call.gates + j] += dlogit;
+          if (by_pairs) {
+            put_dlogit(static_cast<float>(dlogit), d_pairs + row * columns.stride + column,
+                       transposed_of(chunk, place) + column * tiles.tile_rows + r);
+          } else {
+            d_all[row * columns.stride + column] = static_cast<float>(dlogit);
+          }
         }
-      });
-      bias_sums[chunk * call.gates + j] = sum;
-    }
+      }
+    });
   }
 
   // The row of gate j in the group of the gates' weights, or of their sums: the chunk's.
   float* row_of_gate(float* const* of_groups, int j, int64_t chunk) const {
     const Group& group = columns.group[columns.groups - 1];
     return of_groups[columns.groups - 1] + chunk * group.slots * down_floats(group) +
-           (columns.of_gates + j - group.place) * row_distance(call.Din);
-  }
-
-  template <class T>
-  float dot_of(const T* x, const float* w) const {
-    Vector sum[4] = {};
-    int64_t i = 0;
-    for (; i + 4 * kWidth <= call.Din; i += 4 * kWidth) {
-      for (int k = 0; k < 4; ++k) sum[k] += load(x + i + k * kWidth) * load(w + i + k * kWidth);
-    }
-    for (; i + kWidth <= call.Din; i += kWidth) sum[0] += load(x + i) * load(w + i);
-    if (i < call.Din) sum[1] += load_part(x + i, call.Din - i) * load_part(w + i, call.Din - i);
-    return sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
+           (columns.of_gates + columns.gate_width * j - group.place) * sum_distance(call.Din);
   }
 
   // ---- dx, and the sums for dA and dw ----
@@ -268,12 +228,13 @@ struct Backward {
       float* sums = down_sums[g] + chunk * group.slots * down_floats(group);
       if (group.slots > 1) std::fill(sums, sums + group.slots * down_floats(group), 0.0f);
     }
+    if (by_pairs) return pass_over_x_pairs(chunk, wants, PairMemory(*this, memory));
     float* x = memory;
     float* dropout = x + tiles.tile_rows * kStretchStride;
     float* through = dropout + tiles.tile_rows * kStretchStride;  // ds A before dropout
     for (int64_t begin = 0; begin < call.Din; begin += kStretch) {
       const int64_t count = std::min(kStretch, call.Din - begin);
-      for_tiles(chunk, [&](const Tile& tile, bool is_first) {
+      for_tiles(chunk, [&](const Tile& tile, int64_t place) {
         Right of_x = {x, kStretchStride};
         if (has_dropout(call)) {
           read_dropout(call, tile, begin, count, dropout);
@@ -295,7 +256,7 @@ struct Backward {
           if (wants[g]) {
             multiply_to(group.count, count, tile.rows, {d, 1, columns.stride}, of_x,
                         down_sums[g] + chunk * group.slots * down_floats(group) + at, stride,
-                        !is_first || group.slots > 1);
+                        place > 0 || group.slots > 1);
           }
           if (call.dx == nullptr) continue;
           T* dx = static_cast<T*>(call.dx) + tile.row * call.Din + begin;
@@ -363,14 +324,17 @@ struct Backward {
     }
   }
 
-  // to [columns] = the sum of the chunks' rows, `distance` floats apart.
+  // to [columns] = the sum of the chunks' rows, `distance` floats apart, each of so many parts.
   template <class T>
-  void write_row(const CpuParameter& p, int64_t first, const float* sums, int64_t distance) {
+  void write_row(const CpuParameter& p, int64_t first, const float* sums, int64_t distance,
+                 int64_t parts) {
     with_grad<T>(p, [&](auto* grad) {
       for_vectors(call.Din, [&](int64_t d, auto part) {
         Vector sum = {};
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-          sum += part.load_from(sums + chunk * distance + d);
+          for (int64_t i = 0; i < parts; ++i) {
+            sum += part.load_from(sums + chunk * distance + i * sum_distance(call.Din) + d);
+          }
         }
         part.store_to(grad + first + d, sum);
       });
@@ -387,8 +351,8 @@ struct Backward {
     const int64_t row = columns.of_branch[i] - group.place + r;
     const int64_t member = a_bank(branch).first_member + slot;
     write_row<T>(branch.a, (member * branch.R + r) * call.Din,
-                 down_sums[g] + slot * down_floats(group) + row * row_distance(call.Din),
-                 group.slots * down_floats(group));
+                 down_sums[g] + slot * down_floats(group) + row * sum_distance(call.Din),
+                 group.slots * down_floats(group), 1);
   }
 
   template <class T>
@@ -396,7 +360,8 @@ struct Backward {
     const CpuGate& gate = call.gate[j];
     const Group& group = columns.group[columns.groups - 1];
     if (gate.weight.grad != nullptr) {
-      write_row<T>(gate.weight, 0, row_of_gate(down_sums, j, 0), group.slots * down_floats(group));
+      write_row<T>(gate.weight, 0, row_of_gate(down_sums, j, 0), group.slots * down_floats(group),
+                   columns.gate_width);
     }
     if (gate.bias.grad == nullptr) return;
     double sum = 0.0;
@@ -409,7 +374,7 @@ struct Backward {
   void write_db(int i, int64_t task) {
     const CpuBranch& branch = call.branch[i];
     const Bank bank = b_bank(branch);
-    const int64_t slot = task / blocks_of_b(branch), stride = row_distance(branch.size);
+    const int64_t slot = task / blocks_of_b(branch), stride = sum_distance(branch.size);
     const int64_t begin = task % blocks_of_b(branch) * kColumnsAtOnce;
     const int64_t end = std::min(begin + kColumnsAtOnce, branch.size);
     const float* sums = up_sums[i] + slot * up_floats(branch);

@@ -11,10 +11,14 @@
 // A pooled gate scales a sentence only when all its rows have been seen: then the second half runs
 // over all tiles after the first one did.
 //
+// On tiles x is the left side of the first product where it lies, dropped rows aside, which are
+// written in bfloat16; and s is that of the second, whose sums the epilogue multiplies by scale g
+// and adds to y.
+//
 // s is rounded to the activation's type before B sees it, so that backward, which reads it from
 // memory, uses the same numbers. Each row is computed alone and every sum has one order, so bits
 // depend neither on tiles nor on threads.
-#include "ops/lora_linear/cpu_rows.h"
+#include "ops/lora_linear/cpu_weights.h"
 
 namespace pelt::lora_linear {
 namespace {
@@ -25,27 +29,48 @@ struct Forward {
   Tiles tiles;
   int64_t ranks;
   Weights weights;
+  PairWeights pair_weights{/*is_backward=*/false};
   float* gates = nullptr;  // [gates, B * S]: each row's
   float* scratch = nullptr;
   int64_t scratch_floats = 0;
+  bool by_pairs;
 
-  explicit Forward(const CpuCall& c) : call(c), columns(c), tiles(c), ranks(rank_sum(c)) {}
+  explicit Forward(const CpuCall& c)
+      : call(c), columns(c), tiles(c), ranks(rank_sum(c)), by_pairs(uses_pairs(c)) {}
 
   int64_t place(Arena arena) {
-    weights.place(call, columns, arena);
+    if (by_pairs) {
+      pair_weights.place(call, columns, arena);
+    } else {
+      weights.place(call, columns, arena);
+    }
     gates = arena.take(call.gates * rows_of(call));
-    // A stretch of x (or a branch's scaled s, which is no wider), dropout's factors, all columns.
-    const int64_t stretches = has_dropout(call) ? 2 : 1;
-    scratch_floats = round_up(tiles.tile_rows * (stretches * kStretchStride + columns.stride), 16);
+    scratch_floats = round_up(tiles.tile_rows * floats_of_row(), 16);
     scratch = arena.take(scratch_floats * call.threads);
     return round_up(arena.used, 64);
   }
 
+  // A stretch of x (or a branch's scaled s, which is no wider), dropout's factors, all columns;
+  // with pairs all columns and dropped x, or a branch's s and its factor.
+  int64_t floats_of_row() const {
+    if (!by_pairs) return (has_dropout(call) ? 2 : 1) * kStretchStride + columns.stride;
+    int64_t most = columns.stride + (has_dropout(call) ? pair_distance(call.Din) / 2 : 0);
+    for (int i = 0; i < call.branches; ++i) {
+      most = std::max(most, pair_distance(call.branch[i].R) / 2 + 1);
+    }
+    return most;
+  }
+
   template <class T>
   void run() {
-    weights.read<T>(call, columns);
+    if (by_pairs) {
+      pair_weights.read(call, columns);
+    } else {
+      weights.read<T>(call, columns);
+    }
     const bool waits = has_pooled_branch();
     parallel_for_on(tiles.count(), call.threads, [&](int64_t i, int thread) {
+      const TileScope scope;
       const Tile tile = tiles.at(i);
       float* memory = scratch + thread * scratch_floats;
       project_down<T>(tile, memory);
@@ -56,6 +81,7 @@ struct Forward {
     }
     if (!waits) return;
     parallel_for_on(tiles.count(), call.threads, [&](int64_t i, int thread) {
+      const TileScope scope;
       project_up<T>(tiles.at(i), scratch + thread * scratch_floats);
     });
   }
@@ -72,6 +98,24 @@ struct Forward {
 
   template <class T>
   void project_down(const Tile& tile, float* memory) {
+    const float* all =
+        by_pairs ? multiply_pairs(tile, memory) : multiply_stretches<T>(tile, memory);
+    store_s<T>(tile, all);
+    for (int j = 0; j < call.gates; ++j) {
+      const CpuGate& gate = call.gate[j];
+      const float bias = element<T>(gate.bias, 0);
+      float* values = is_pooled(gate) ? gates + j * rows_of(call) : gate.value;
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        const float* sums = all + r * columns.stride + columns.of_gates + columns.gate_width * j;
+        const float logit = by_pairs ? logit_of_pair(call, gate, tile.row + r, sums) : sums[0];
+        values[tile.row + r] = sigmoid_of(logit + bias);
+      }
+    }
+  }
+
+  // All columns of a tile, in `memory`.
+  template <class T>
+  const float* multiply_stretches(const Tile& tile, float* memory) {
     float* x = memory;
     float* dropout = x + tiles.tile_rows * kStretchStride;
     float* all = memory + (has_dropout(call) ? 2 : 1) * tiles.tile_rows * kStretchStride;
@@ -87,15 +131,30 @@ struct Forward {
       multiply_stretch(tile, count, dropout, x);
       multiply_groups(tile, begin, count, x, kStretchStride, all, /*dropped=*/true);
     }
-    store_s<T>(tile, all);
-    for (int j = 0; j < call.gates; ++j) {
-      const CpuGate& gate = call.gate[j];
-      const float bias = element<T>(gate.bias, 0);
-      float* values = is_pooled(gate) ? gates + j * rows_of(call) : gate.value;
-      for (int64_t r = 0; r < tile.rows; ++r) {
-        values[tile.row + r] = sigmoid_of(all[r * columns.stride + columns.of_gates + j] + bias);
+    return all;
+  }
+
+  const float* multiply_pairs(const Tile& tile, float* memory) {
+    float* all = memory;
+    bf16* dropped = reinterpret_cast<bf16*>(all + tiles.tile_rows * columns.stride);
+    const PairRows x = {static_cast<const bf16*>(call.x) + tile.row * call.Din, call.Din};
+    const PairRows dropped_x = {dropped, pair_distance(call.Din)};
+    for (int64_t r = 0; r < tile.rows && has_dropout(call); ++r) {
+      alignas(64) float factor[kStretch];
+      for (int64_t begin = 0; begin < call.Din; begin += kStretch) {
+        const int64_t count = std::min(kStretch, call.Din - begin);
+        read_dropout_row(call, tile.row + r, begin, count, factor);
+        drop_row(x.data + r * x.stride + begin, factor, count,
+                 dropped + r * dropped_x.stride + begin);
       }
     }
+    for (int g = 0; g < columns.groups; ++g) {
+      const Group& group = columns.group[g];
+      const bf16* panels = pair_weights.down[g].of(Weights::slot_of(call, group, tile.sentence));
+      multiply_pairs_into(group.is_dropped ? dropped_x : x, panels, call.Din, tile.rows,
+                          group.count, all + group.place, columns.stride, false);
+    }
+    return all;
   }
 
   template <class T>
@@ -139,6 +198,7 @@ struct Forward {
 
   template <class T>
   void project_up(const Tile& tile, float* memory) {
+    if (by_pairs) return project_pairs_up(tile, memory);
     int64_t first = 0;
     for (int i = 0; i < call.branches; ++i) {
       const CpuBranch& branch = call.branch[i];
@@ -147,6 +207,36 @@ struct Forward {
       const float* b = weights.up_of(branch, i, tile.sentence);
       multiply_add_to(tile.rows, branch.size, branch.R, {memory, distance, 1}, {b, stride},
                       static_cast<T*>(call.y) + tile.row * call.Dout + branch.offset, call.Dout);
+      first += branch.R;
+    }
+  }
+
+  void project_pairs_up(const Tile& tile, float* memory) {
+    float* factor = memory;
+    bf16* s = reinterpret_cast<bf16*>(memory + tiles.tile_rows);
+    int64_t first = 0;
+    for (int i = 0; i < call.branches; ++i) {
+      const CpuBranch& branch = call.branch[i];
+      const int64_t depth = pair_depth(branch.R), distance = pair_distance(branch.R);
+      for (int64_t r = 0; r < tile.rows; ++r) {
+        const bf16* from = static_cast<const bf16*>(call.s) + (tile.row + r) * ranks + first;
+        bf16* to = s + r * distance;
+        std::copy(from, from + branch.R, to);
+        std::fill(to + branch.R, to + depth, bf16{0});
+        factor[r] = factor_of<bf16>(call, branch, tile.row + r);
+      }
+      bf16* y = static_cast<bf16*>(call.y) + tile.row * call.Dout + branch.offset;
+      const int64_t rows = tile.rows, stride = call.Dout, size = branch.size;
+      multiply_pairs_each(
+          {s, distance}, pair_weights.up[i].of(b_bank(branch).slot_of(tile.sentence)), depth, rows,
+          size, rows, [=](int64_t row, int64_t column, auto& sums) {
+            bf16* to = y + row * stride + column;
+            const float* of_row = factor + row;
+            store_sums(sums, rows - row, size - column, to, stride,
+                       [=](int64_t r, int64_t k, auto part, Vector sum) {
+                         return part.load_from(to + r * stride + k) + of_row[r] * sum;
+                       });
+          });
       first += branch.R;
     }
   }
