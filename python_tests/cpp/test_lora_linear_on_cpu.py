@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import parity
 import pytest
 import torch
 from parity import case_of, check, contract_of, run
@@ -59,19 +58,6 @@ def isa(request):
     native.library("_C").choose_cpu_isa("")
 
 
-@pytest.fixture
-def agrees(monkeypatch):
-    """Holds outputs and gradients of a case that is not in the contract's list to the reference."""
-
-    def agrees(case: Case, precision: str) -> None:
-        monkeypatch.setattr(parity, "case_of", lambda operator, name: case)
-        parity.expected.cache_clear()
-        check(OPERATOR, "cpu", case, precision)
-
-    yield agrees
-    parity.expected.cache_clear()
-
-
 def _call(dtype=torch.float32, branches=1, rows=3, rank=4, width=16):
     x, a, b = torch.zeros(1, rows, width), torch.zeros(rank, width), torch.zeros(16, rank)
     values = dict.fromkeys(CONTRACT.input_names)
@@ -100,26 +86,26 @@ def test_every_refusal_is_a_sentence(monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 23, 25, 49, 129])
-def test_rows_around_a_tile(rows, threads, agrees):
+def test_rows_around_a_tile(rows, threads):
     threads(2)
-    agrees(_case("rows", _sizes(1, rows, 40, (8,)), "bias", [1.0]), "float32")
+    check(OPERATOR, "cpu", _case("rows", _sizes(1, rows, 40, (8,)), "bias", [1.0]), "float32")
 
 
 @pytest.mark.parametrize("width", [1, 3, 8, 15, 16, 17, 33, 255, 257, 511, 513, 520])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16-master"])
-def test_widths_around_vectors_and_stretches(width, precision, agrees):
+def test_widths_around_vectors_and_stretches(width, precision):
     inputs = "bias gate_weight:0 gate_bias:0 mask"
     attributes = {"poolings": ["masked_mean"]}
     case = _case("width", _sizes(2, 7, width, (6,)), inputs, [1.0], attributes=attributes)
-    agrees(case, precision)
+    check(OPERATOR, "cpu", case, precision)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5, 7, 8, 9, 13, 16, 31, 33, 100, 189, 255])
-def test_ranks_around_blocks(rank, isa, agrees):
+def test_ranks_around_blocks(rank, isa):
     """In float32 to the 192 ranks in all that the kernels take, beyond in bfloat16."""
     case = _case("rank", _sizes(1, 19, 40, (rank, 3), 56, 21), "bias", [1.0, 0.5],
                  attributes={"offsets": [3, 35]})  # fmt: skip
-    agrees(case, "float32" if rank + 3 <= 192 else "bfloat16")
+    check(OPERATOR, "cpu", case, "float32" if rank + 3 <= 192 else "bfloat16")
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "bfloat16-master"])
@@ -130,9 +116,9 @@ def test_every_instruction_set(name, precision, isa):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", LARGE)
-def test_several_chunks_agree_with_the_reference(name, precision, threads, agrees):
+def test_several_chunks_agree_with_the_reference(name, precision, threads):
     threads(3)
-    agrees(LARGE[name], precision)
+    check(OPERATOR, "cpu", LARGE[name], precision)
 
 
 @pytest.mark.parametrize("name", LARGE)
