@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -222,17 +222,17 @@ def check(
     """
     device = device_of(backend)
 
-    @lru_cache(maxsize=None)
+    @cache
     def drawn(n: int) -> Sequence[Any]:
         return inputs_of(operator, case, precision, device, n) if draw is None else draw(n)
 
-    @lru_cache(maxsize=None)
+    @cache
     def pair(n: int) -> tuple[Results, Results]:
         if draw is None:
             return expected(operator, case, precision, device, n)
         return by_reference(operator, case, drawn(n))
 
-    @lru_cache(maxsize=None)
+    @cache
     def by_second(n: int) -> Results:
         return run(operator, second, case, precision, drawn(n))
 

@@ -12,7 +12,7 @@ from parity import case_of, check, contract_of, run
 
 from pelt_kernels.ops import LoraBranch, lora_linear
 from pelt_kernels.ops import _native as native
-from pelt_kernels.ops._cases import Case, make_attributes
+from pelt_kernels.ops._cases import make_attributes
 from pelt_kernels.ops.lora_linear import cpu
 from pelt_kernels.ops.lora_linear.contract import _case
 
