@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from contextlib import contextmanager
 
 import parity
 import pytest
@@ -122,3 +123,30 @@ def served(need):
         return request
 
     return served
+
+
+@pytest.fixture
+def between_guards(monkeypatch):
+    """``with between_guards(at_least=n)``: each piece of memory that kernels get, n or more, lies between
+    two stretches of a known value, which have to be there afterwards.
+    """
+
+    @contextmanager
+    def between_guards(at_least: int):
+        guard, pieces = -77, []
+
+        def empty(shape, dtype, device):
+            count = torch.Size(shape).numel()
+            memory = torch.full((count + 128,), guard, dtype=dtype)
+            pieces.append((memory, count))
+            return memory[64 : 64 + count].view(shape)
+
+        monkeypatch.setattr(native, "empty", empty)
+        yield
+        monkeypatch.undo()
+        assert len(pieces) >= at_least
+        for memory, count in pieces:
+            beside = torch.cat([memory[:64], memory[64 + count :]])
+            assert torch.equal(beside, torch.full((128,), guard, dtype=memory.dtype))
+
+    return between_guards

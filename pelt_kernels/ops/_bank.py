@@ -9,6 +9,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from ._gate import cast
+
 
 @overload
 def member(bank: Tensor, index: Tensor | None, rank: int) -> Tensor: ...
@@ -39,7 +41,7 @@ def member_grad(grad: Tensor, bank: Tensor, index: Tensor | None) -> Tensor:
     """A bank's gradient from the gradient of what `member` returned: added where it was picked, 0
     elsewhere.
     """
-    grad = grad.to(bank.dtype)
+    grad = cast(grad, bank.dtype)
     if grad.shape == bank.shape and index is None:
         return grad
     out = torch.zeros_like(bank, memory_format=torch.contiguous_format)
@@ -63,8 +65,8 @@ def check_bank(operator: str, name: str, size: int, index_name: str, has_index: 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b in the dtype of x, for a weight [O, I] or one for each sample [B, O, I]."""
-    weight = weight.to(x.dtype)
-    bias = None if bias is None else bias.to(x.dtype)
+    weight = cast(weight, x.dtype)
+    bias = None if bias is None else cast(bias, x.dtype)
     if weight.ndim == 2:
         return torch.nn.functional.linear(x, weight, bias)
     out = x @ weight.transpose(1, 2)

@@ -120,6 +120,7 @@ class Contract:
         self.has_lists = any(row.is_list for row in self.input_rows)
         self.has_list_outputs = any(row.is_list for row in self.output_rows)
         self.attribute_names = tuple(row.name for row in self.attribute_rows)
+        self.is_public = tuple(not row.is_private for row in self.output_rows)
         self.public_rows = [row for row in self.output_rows if not row.is_private]
         self.differentiable_rows = [row for row in self.output_rows if row.is_differentiable]
         self.saved_rows = [row for row in self.output_rows if row.is_saved]

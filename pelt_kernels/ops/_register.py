@@ -69,14 +69,14 @@ class Operator:
                 return tuple(unflatten(iter(flat), call.output_lengths))
             return flat
         outputs = _run_forward(call, dict(zip(contract.input_names, values)), seed)
-        return tuple(o for o, row in zip(outputs, contract.output_rows) if not row.is_private)
+        return tuple(compress(outputs, contract.is_public))
 
     def _through_torch(
         self, values: Sequence[Value], attributes: Sequence[Any], seed: int, request: str
     ) -> tuple[Any, ...]:
         packed = pack(self.contract.input_rows, values)
         outputs = self.fwd(*packed, *attributes, *self._seed(seed), request)
-        return tuple(o for o, row in zip(outputs, self.contract.output_rows) if not row.is_private)
+        return tuple(compress(outputs, self.contract.is_public))
 
     def _define(self, name: str, schema: str, implementation: Any, fake: Any) -> Any:
         _LIBRARY.define(f"{name}{schema}")
@@ -114,7 +114,7 @@ class Operator:
         arguments.
 
         An input whose gradient is dy itself is not kept: it stands as None, and the attributes tell
-            that it was there.
+        that it was there.
         """
         contract = self.contract
         names = contract.gradient_names + contract.saved_names
@@ -129,9 +129,9 @@ class Operator:
     def _backward(self, *args: Any) -> list[Tensor]:
         named, needs, forward_args = self._split(args)
         call, inputs, seed = self._select(forward_args)
-        return _flatten_grads(
-            call.contract, needs, inputs, _run_backward(call, needs, named, inputs, seed)
-        )
+        found = _run_backward(call, needs, named, inputs, seed)
+        # As the fake promises. The short way takes a gradient as it lies.
+        return [grad.contiguous() for grad in _flatten_grads(call.contract, needs, inputs, found)]
 
     def _fake_backward(self, *args: Any) -> list[Tensor]:
         _, needs, forward_args = self._split(args)
@@ -202,7 +202,7 @@ class _Eager(torch.autograd.Function):
     """The short way: one node around the backend's forward and backward.
 
     Tensors come flat, so that autograd sees them, and without the absent ones: `Call.slots` tells
-        where each belongs.
+    where each belongs.
     """
 
     @staticmethod

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from closeness import assert_close
-from parity import PRECISIONS, SEED, contract_of, evaluate, inputs_of, run
+from parity import check, contract_of, run
 
 from pelt_kernels import gated_adapter
 from pelt_kernels.ops import _dispatch as dispatch
@@ -18,6 +18,7 @@ from pelt_kernels.ops._cases import Case, make_attributes
 from pelt_kernels.ops.gated_adapter import cpu
 
 OPERATOR = "gated_adapter"
+ON_SIMULATED_TILES = True
 CONTRACT = contract_of(OPERATOR).CONTRACT
 HAS_KERNELS = not native.why_not("_C") and hasattr(native.library("_C"), "GatedAdapterCpu")
 pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="the compiled module _C is not there")
@@ -76,37 +77,31 @@ def test_a_refusal_reaches_the_caller():
         gated_adapter(x, w, w.T.contiguous(), backend="cpu")
 
 
-def _agrees(case: Case, precision: str, backend: str = "cpu") -> None:
-    """Outputs and gradients of a case that is not in the contract's list, by the closeness rule."""
-    values, module = inputs_of(OPERATOR, case, precision), contract_of(OPERATOR)
-    attributes = dict(zip(CONTRACT.attribute_names, make_attributes(CONTRACT, case)))
-
-    def by_reference(given):
-        return module.reference(*given, **attributes, seed=SEED)
-
-    exact = [v.double() if v is not None and v.is_floating_point() else v for v in values]
-    truth = evaluate(OPERATOR, case, exact, by_reference)
-    baseline = evaluate(OPERATOR, case, values, by_reference)
-    for name, value in run(OPERATOR, backend, case, precision).items():
-        assert_close(value, baseline[name], truth[name], PRECISIONS[precision][0], name)
-
-
-@pytest.mark.parametrize("rows", [1, 5, 6, 7, 71, 73, 145])
-def test_rows_around_a_tile(rows, threads):
+@pytest.mark.parametrize("rows", [1, 5, 6, 7, 15, 17, 31, 33, 71, 73, 145])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_rows_around_a_tile(rows, precision, isa, threads, served):
     threads(2)
-    _agrees(Case("rows", {"B": 1, "S": rows, "D": 40, "R": 8}, "b_down b_up"), "float32")
+    sizes = {"B": 1, "S": rows, "D": 40, "R": 8}
+    case = Case("rows", sizes, "b_down b_up", {"activation": "gelu"})
+    check(OPERATOR, served(OPERATOR, isa, case, precision), case, precision)
 
 
 @pytest.mark.parametrize("width", [1, 3, 8, 15, 16, 17, 33, 127, 129, 255, 256, 257, 520])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16-master"])
-def test_widths_around_vectors_panels_and_stretches(width, precision):
-    sizes = {"B": 2, "S": 7, "D": width, "R": 6}
-    _agrees(Case("width", sizes, f"b_down b_up {NORMS}" if width > 8 else "b_down b_up"), precision)
+def test_widths_around_vectors_panels_and_stretches(width, precision, isa, served):
+    """With an activation that has no kink, at which rounding may take either side."""
+    sizes, inputs = {"B": 2, "S": 7, "D": width, "R": 6}, "b_down b_up"
+    inputs = f"{inputs} {NORMS}" if width > 8 else inputs
+    case = Case("width", sizes, inputs, {"activation": "gelu"})
+    check(OPERATOR, served(OPERATOR, isa, case, precision), case, precision)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 100])
-def test_ranks_around_vectors_and_blocks(rank):
-    _agrees(Case("rank", {"B": 1, "S": 19, "D": 40, "R": rank}, "b_down b_up"), "float32")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_ranks_around_vectors_and_blocks(rank, precision, isa, served):
+    sizes = {"B": 1, "S": 19, "D": 40, "R": rank}
+    case = Case("rank", sizes, "b_down b_up", {"activation": "gelu"})
+    check(OPERATOR, served(OPERATOR, isa, case, precision), case, precision)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu", "tanh", "identity"])
@@ -114,7 +109,7 @@ def test_ranks_around_vectors_and_blocks(rank):
 def test_activations(activation, precision, isa, served):
     sizes = {"B": 1, "S": 33, "D": 48, "R": 24}
     case = Case("activation", sizes, "b_down b_up", {"activation": activation})
-    _agrees(case, precision, served(OPERATOR, isa, case, precision))
+    check(OPERATOR, served(OPERATOR, isa, case, precision), case, precision)
 
 
 @pytest.mark.parametrize(
@@ -146,16 +141,20 @@ def test_bits_depend_neither_on_threads_nor_on_the_run(name, precision, isa, thr
             assert torch.equal(value, alone[what]), f"{what} with {count} threads"
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", LARGE)
-def test_several_tiles_agree_with_the_reference(name, threads):
+def test_several_tiles_agree_with_the_reference(name, precision, isa, threads, served):
     threads(3)
-    _agrees(LARGE[name], "float32")
+    backend = served(OPERATOR, isa, LARGE[name], precision)
+    check(OPERATOR, backend, LARGE[name], precision)
 
 
-def test_a_nan_stays_in_its_row():
-    x = torch.randn(70, 32)
+def test_a_nan_stays_in_its_row(isa, served):
+    x = torch.randn(70, 32).bfloat16()
     x[40, 3] = float("nan")
-    y = gated_adapter(x, torch.randn(8, 32), torch.randn(32, 8), backend="cpu")
+    backend = served(OPERATOR, isa, Case("nan", {"B": 1, "S": 70, "D": 32, "R": 8}), "bfloat16")
+    w = torch.randn(8, 32).bfloat16()
+    y = gated_adapter(x, w, w.T.contiguous(), backend=backend)
     assert y[40].isnan().all()
     assert not y[:40].isnan().any()
     assert not y[41:].isnan().any()
@@ -183,25 +182,13 @@ def test_skipped_rows_do_no_work(gate):
 @pytest.mark.parametrize("width", [1, 16, 130, 257])
 @pytest.mark.parametrize("rank", [1, 9, 33])
 def test_nothing_is_written_beside_results_and_workspace(
-    width, rank, isa, threads, served, monkeypatch
+    width, rank, isa, threads, served, between_guards
 ):
-    """Each piece of memory that the kernels get lies between two stretches of a known value."""
-    pieces = []
-
-    def between_guards(shape, dtype, device):
-        count = torch.Size(shape).numel()
-        memory = torch.full((count + 128,), -777.0, dtype=dtype)
-        pieces.append((memory, count))
-        return memory[64 : 64 + count].view(shape)
-
     threads(3)
-    monkeypatch.setattr(native, "empty", between_guards)
     sizes = {"B": 2, "S": 80, "D": width, "R": rank}
     inputs = f"b_down b_up gate_weight gate_bias mask {NORMS}"
     attributes = {"pooling": "masked_mean", "dropout_p": 0.1}
     case = Case("guards", sizes, inputs, attributes)
-    run(OPERATOR, served(OPERATOR, isa, case, "bfloat16-master"), case, "bfloat16-master")
-    assert len(pieces) > 15
-    for memory, count in pieces:
-        beside = torch.cat([memory[:64], memory[64 + count :]])
-        assert torch.equal(beside, torch.full((128,), -777.0, dtype=memory.dtype))
+    backend = served(OPERATOR, isa, case, "bfloat16-master")
+    with between_guards(at_least=16):
+        run(OPERATOR, backend, case, "bfloat16-master")

@@ -63,12 +63,11 @@ def test_the_mask_is_that_of_a_stable_sort(name, keep):
 
 
 @pytest.mark.parametrize("ranks", [(8, 16), (1, 15), (35, 16)])
-def test_several_bands_and_rank_chunks(ranks, monkeypatch):
+def test_several_bands_and_rank_chunks(ranks):
     """Against the reference, and the same bits under another order of threads."""
     sizes = {"Dout": ROWS, "Din": COLUMNS, "R": ranks[0], "R2": ranks[1]}
     attributes = {"keep": 9000, "beta": 0.7, "alpha1": 0.5, "alpha2": 2.0}
     case = Case(f"bands {ranks}", sizes, attributes=attributes)
-    monkeypatch.setattr("parity.case_of", lambda operator, name: case)
     native.library("_C_sim").set_seed(1)
     first = check("masked_weight", "cuda_sim", case, "float32")
     native.library("_C_sim").set_seed(2)

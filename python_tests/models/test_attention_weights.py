@@ -111,7 +111,10 @@ def test_the_output_is_weights_times_gated_values(gate):
     before = (gate * prefix.v).transpose(0, 1).expand(2, -1, -1, -1)
     found = weights @ torch.cat([before, v], dim=2)
     out = prefix_attention(q, k, v, (prefix,), **options, backend="eager")
-    assert_close(found, out, out, torch.float32, "out")
+    options["gate"], exact = gates.double(), Prefix(prefix.k.double(), prefix.v.double())
+    q, k, v = q.double(), k.double(), v.double()
+    truth = prefix_attention(q, k, v, (exact,), **options, backend="eager")
+    assert_close(found, out, truth, torch.float32, "out")
     if gate == 0.0:
         torch.testing.assert_close(weights[1], torch.cat([torch.full((H, S, P), 1 / P),
                                                           torch.zeros(H, S, S)], -1))  # fmt: skip

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._bank import check_bank, linear, member
+from .._bank import check_bank, member
 from .._cases import Case, around_one, uniform
 from .._contract import Call, Contract, Value
 from .._gate import accumulator, check_pooling, over_rows, pool, row_gates
 from .._philox import dropout_factor
+from .._product import linear
 
 ACTIVATIONS = {
     "relu": torch.relu,

@@ -2,7 +2,12 @@
 
 Backward keeps x and h only. With v = dy' W_up (dy' = dy after dropout), the gate's gradient needs
 no up projection again: ``<dy', W_up a + b_up> = <v, a> + <dy', b_up>``; with a post-norm the
-    adapter's output is recomputed from h.
+adapter's output is recomputed from h.
+
+Passes over [T, D] are what costs beside the products, so factors go to the narrow side: backward
+multiplies a and v [T, R] by scale and gate, never dy, and a learned gate's part of dx and its
+weight's gradient are one more column in the products of the down projection. Forward writes the
+output over the up projection's.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from torch import Tensor
 
 from .._bank import bias_grad, linear, member, member_grad, weight_grad
 from .._contract import Call, Value
-from .._gate import accumulator, over_rows, pool, pool_backward, row_gates
+from .._gate import accumulator, cast, over_rows, pool, pool_backward, quick_row_gates
 from .._philox import dropout_factor
 from .contract import ACTIVATIONS, NEVER_SKIP, layer_norm
 
@@ -55,14 +60,15 @@ def forward(
     if post_norm_weight is not None and post_norm_bias is not None:
         u = layer_norm(u, post_norm_weight, post_norm_bias, at["post_norm_eps"])
     if at["dropout_p"]:
-        u = u * _dropout(call, seed, u)
-    gate_value = x.new_empty(0, dtype=accumulator(x.dtype))
-    if gate_weight is not None and gate_bias is not None:
-        gate = gate_value = pool(row_gates(x, gate_weight, gate_bias), at["pooling"], mask)
-    y = u * _factor(call, scale, gate).to(x.dtype)
-    if at["residual_from"] != "none":
-        y = y + (x if residual is None else residual)
-    return y.contiguous(), gate_value, h.contiguous()
+        u = u.mul_(_dropout(call, seed, u))
+    if gate_weight is None or gate_bias is None:
+        gate_value = x.new_empty(0, dtype=accumulator(x.dtype))
+    else:
+        gates = quick_row_gates(x, gate_weight, gate_bias)
+        gate = gate_value = pool(gates, at["pooling"], mask)
+    if at["residual_from"] == "input":
+        residual = x
+    return _added(residual, u, _factor(call, scale, gate)), gate_value, h
 
 
 def backward(
@@ -91,88 +97,54 @@ def backward(
     seed: int,
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
-    at, acc, grads = call.attributes, accumulator(x.dtype), {}
+    at, acc = call.attributes, accumulator(x.dtype)
     value = gate if gate_weight is None else gate_value
-    up = member(w_up, up_index, 2)
-    up_bias = member(b_up, up_index, 1)
-    per_sample_up = up.ndim == 3
-    a = ACTIVATIONS[at["activation"]](h)
     factor = _factor(call, scale, value)
+    a = ACTIVATIONS[at["activation"]](h)
     dropped = dy * _dropout(call, seed, dy) if at["dropout_p"] else dy
-    du = dropped * factor.to(x.dtype)
-
+    up_rows = (member(w_up, up_index, 2), member(b_up, up_index, 1))
+    # What the output was multiplied by: where its gradient is asked for, it is <dy', output>.
+    has_dot = gate_weight is not None or needs["gate"] or needs["scale"]
+    dot_of = (scale if value is None else value) if has_dot else None
+    grads: dict[str, Value] = {}
+    dot: Tensor | None
     if post_norm_weight is not None and post_norm_bias is not None:
-        u = linear(a, up, up_bias)
-        normed, mean, rstd = torch.ops.aten.native_layer_norm(
-            u,
-            u.shape[-1:],
-            post_norm_weight.to(u.dtype),
-            post_norm_bias.to(u.dtype),
-            at["post_norm_eps"],
-        )
-        row_dot = (dropped.to(acc) * normed).sum(-1)
-        du, grads["post_norm_weight"], grads["post_norm_bias"] = _norm_backward(
-            du, u, mean, rstd, post_norm_weight, post_norm_bias
-        )
-        da = du @ up.to(x.dtype)
+        post_norm = (post_norm_weight, post_norm_bias, at["post_norm_eps"])
+        da, dot = _up_backward_normed(needs, grads, dropped, a, up_rows, post_norm, factor, dot_of)
     else:
-        da = dropped @ up.to(x.dtype)
-        row_dot = (da.to(acc) * a).sum(-1)
-        if up_bias is not None:
-            row_dot = row_dot + (dropped.to(acc) @ up_bias.to(acc)[..., None])[..., 0]
-        da = da * factor.to(x.dtype)
+        da, dot = _up_backward(needs, grads, dropped, a, up_rows, factor, dot_of)
+    for name, bank in (("w_up", w_up), ("b_up", b_up)):
+        if bank is not None and needs[name]:
+            grads[name] = member_grad(grads[name], bank, up_index)
 
-    if needs["w_up"]:
-        grads["w_up"] = member_grad(weight_grad(du, a, per_sample_up), w_up, up_index)
-    if b_up is not None and needs["b_up"]:
-        grads["b_up"] = member_grad(bias_grad(du, per_sample_up, acc), b_up, up_index)
+    dlogit: Tensor | None = None
+    if value is not None and dot is not None:
+        if dot.ndim > value.ndim:
+            dot = dot.sum(1)
+        dgate = _times(dot, at["scale_value"])
+        if scale is not None:
+            dgate = dgate * scale.to(acc)
+        if gate_weight is not None and gate_bias is not None:
+            gates = quick_row_gates(x, gate_weight, gate_bias)
+            dlogit = pool_backward(dgate, gates, at["pooling"], mask)
+            grads["gate_bias"] = cast(dlogit.sum().view(1), gate_bias.dtype)
+        else:
+            grads["gate"] = dgate.to(value.dtype)
+        dot = dot if scale is None else dot * value
+    if scale is not None and dot is not None:
+        grads["scale"] = (dot.sum() * at["scale_value"]).to(scale.dtype)
 
     dh = _activation_backward(at["activation"], da, h)
     down = member(w_down, down_index, 2)
-    per_sample_down = down.ndim == 3
-    z = x
-    if pre_norm_weight is not None and pre_norm_bias is not None:
-        z, mean, rstd = torch.ops.aten.native_layer_norm(
-            x,
-            x.shape[-1:],
-            pre_norm_weight.to(x.dtype),
-            pre_norm_bias.to(x.dtype),
-            at["pre_norm_eps"],
-        )
-    if needs["w_down"]:
-        grads["w_down"] = member_grad(weight_grad(dh, z, per_sample_down), w_down, down_index)
     if b_down is not None and needs["b_down"]:
-        grads["b_down"] = member_grad(bias_grad(dh, per_sample_down, acc), b_down, down_index)
-    dx = dh @ down.to(x.dtype)
-    if pre_norm_weight is not None and pre_norm_bias is not None:
-        dx, grads["pre_norm_weight"], grads["pre_norm_bias"] = _norm_backward(
-            dx, x, mean, rstd, pre_norm_weight, pre_norm_bias
-        )
-    if at["residual_from"] == "input":
-        dx = dx + dy
-
-    scale_number = at["scale_value"] * (1.0 if scale is None else scale.to(acc))
-    if value is not None:
-        dgate = row_dot * scale_number if value.ndim == 2 else (row_dot * scale_number).sum(1)
-        if gate_weight is not None and gate_bias is not None:
-            gates = row_gates(x, gate_weight, gate_bias)
-            dlogit = pool_backward(dgate, gates, at["pooling"], mask)
-            dx = (dx + dlogit[..., None] * gate_weight.to(x.dtype)).to(x.dtype)
-            grads["gate_weight"] = torch.einsum("bs,bsd->d", dlogit, x.to(acc)).to(
-                gate_weight.dtype
-            )
-            grads["gate_bias"] = dlogit.sum().reshape(1).to(gate_bias.dtype)
-        else:
-            grads["gate"] = dgate.to(value.dtype)
-        row_dot = row_dot * (value[:, None] if value.ndim == 1 else value)
-    if scale is not None:
-        grads["scale"] = (row_dot.sum() * at["scale_value"]).to(scale.dtype)
-    grads["x"] = dx
-    return {name: _contiguous(grads.get(name)) for name, need in needs.items() if need}
-
-
-def _contiguous(grad: Value) -> Value:
-    return None if grad is None else grad.contiguous()
+        sums = bias_grad(dh, down.ndim == 3, b_down.dtype)  # which adds in float32 all the same
+        grads["b_down"] = member_grad(sums, b_down, down_index)
+    pre_norm = (pre_norm_weight, pre_norm_bias, at["pre_norm_eps"])
+    dx, dw_down = _down_backward(needs, grads, x, dh, down, pre_norm, dlogit, gate_weight)
+    if dw_down is not None:
+        grads["w_down"] = member_grad(dw_down, w_down, down_index)
+    grads["x"] = dx.add_(dy) if dx is not None and at["residual_from"] == "input" else dx
+    return {name: grads[name] for name, need in needs.items() if need}
 
 
 def _dropout(call: Call, seed: int, like: Tensor) -> Tensor:
@@ -181,19 +153,148 @@ def _dropout(call: Call, seed: int, like: Tensor) -> Tensor:
     return dropout_factor(rows, like.shape[2], at["dropout_p"], seed, like).view_as(like)
 
 
-def _factor(call: Call, scale: Tensor | None, gate: Tensor | None) -> Tensor:
-    """scale · g, broadcastable over [B, S, D], in the accumulator dtype; 0 where the gate is below
-    `skip_below`.
+def _factor(call: Call, scale: Tensor | None, gate: Tensor | None) -> Tensor | float:
+    """scale · g: a number, or a tensor that multiplies [B, S, D], rounded to its dtype; 0 where the
+    gate is below `skip_below`.
     """
     at, acc = call.attributes, accumulator(call.dtype)
-    factor = torch.full((1, 1, 1), at["scale_value"], dtype=acc, device=call.device)
-    if scale is not None:
-        factor = factor * scale.to(acc)
+    number: float = at["scale_value"]
+    if scale is None and gate is None:
+        return number
+    factor = torch.ones((), dtype=acc, device=call.device) if scale is None else scale.to(acc)
     if gate is not None:
-        factor = factor * over_rows(gate).to(acc)
+        rows = cast(over_rows(gate), acc)
+        factor = rows if scale is None else factor * rows
         if at["skip_below"] > NEVER_SKIP:
             factor = factor * (over_rows(gate) >= at["skip_below"])
-    return factor
+    factor = factor if number == 1.0 else factor * number
+    return cast(factor.view(1, 1, 1) if gate is None else factor, call.dtype)
+
+
+def _added(residual: Tensor | None, u: Tensor, factor: Tensor | float) -> Tensor:
+    """residual + factor · u, written over u."""
+    if isinstance(factor, Tensor):
+        return u.mul_(factor) if residual is None else torch.addcmul(residual, u, factor, out=u)
+    if residual is None:
+        return u if factor == 1.0 else u.mul_(factor)
+    return torch.add(residual, u, alpha=factor, out=u)
+
+
+def _times(rows: Tensor, factor: Tensor | float) -> Tensor:
+    """factor · rows; the rows themselves if it is 1."""
+    return rows if isinstance(factor, float) and factor == 1.0 else rows * factor
+
+
+def _up_backward(
+    needs: dict[str, bool],
+    grads: dict[str, Value],
+    dropped: Tensor,
+    a: Tensor,
+    up_rows: tuple[Tensor, Tensor | None],
+    factor: Tensor | float,
+    dot_of: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """da, and <dy', W_up a + b_up> for each element of the gate ``dot_of``; adds the gradients of
+    the up projection's members to ``grads``.
+    """
+    acc, (up, bias) = accumulator(a.dtype), up_rows
+    is_per_row = dot_of is not None and dot_of.ndim == 2
+    v = dropped @ cast(up, a.dtype)
+    if needs["w_up"]:
+        grads["w_up"] = weight_grad(dropped, _times(a, factor), up.ndim == 3)
+    dot: Tensor | None = None
+    if dot_of is not None:
+        dot = (cast(v, acc) * cast(a, acc)).sum(-1 if is_per_row else (1, 2))
+    if bias is not None and (needs["b_up"] or dot is not None):
+        if is_per_row and dot is not None and isinstance(factor, Tensor):
+            dot = dot + (dropped @ cast(bias, a.dtype)[..., None])[..., 0]
+            by_sample = (factor.transpose(1, 2) @ dropped)[:, 0].to(acc)
+        else:
+            sums = cast(dropped.sum(1), acc)
+            if dot is not None:
+                shift = cast(bias, acc)
+                dot = dot + (sums @ shift if bias.ndim == 1 else (sums * shift).sum(-1))
+            by_sample = sums * factor.view(-1, 1) if isinstance(factor, Tensor) else sums * factor
+        grads["b_up"] = by_sample if bias.ndim == 2 else by_sample.sum(0)
+    return _times(v, factor), dot
+
+
+def _up_backward_normed(
+    needs: dict[str, bool],
+    grads: dict[str, Value],
+    dropped: Tensor,
+    a: Tensor,
+    up_rows: tuple[Tensor, Tensor | None],
+    norm: tuple[Tensor, Tensor, float],
+    factor: Tensor | float,
+    dot_of: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The same with a post-norm, whose input is made again; its dot is of each row."""
+    acc, (up, bias), (weight, shift, eps) = accumulator(a.dtype), up_rows, norm
+    u = linear(a, up, bias)
+    normed, mean, rstd = torch.ops.aten.native_layer_norm(
+        u, u.shape[-1:], weight.to(u.dtype), shift.to(u.dtype), eps
+    )
+    dot = None if dot_of is None else (dropped * normed).sum(-1).to(acc)
+    du, grads["post_norm_weight"], grads["post_norm_bias"] = _norm_backward(
+        _times(dropped, factor), u, mean, rstd, weight, shift
+    )
+    if needs["w_up"]:
+        grads["w_up"] = weight_grad(du, a, up.ndim == 3)
+    if bias is not None and needs["b_up"]:
+        grads["b_up"] = bias_grad(du, up.ndim == 3, acc)
+    return du @ cast(up, a.dtype), dot
+
+
+def _down_backward(
+    needs: dict[str, bool],
+    grads: dict[str, Value],
+    x: Tensor,
+    dh: Tensor,
+    down: Tensor,
+    norm: tuple[Tensor | None, Tensor | None, float],
+    dlogit: Tensor | None,
+    gate_weight: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx without the residual's part, and the gradient of the down projection's members."""
+    weight, shift, eps = norm
+    down, r = cast(down, x.dtype), dh.shape[-1]
+    dx = dw_down = None
+    if weight is None and down.ndim == 2 and dlogit is not None and gate_weight is not None:
+        # The gate as one more row of the down projection. Products of 16 bits prefer a depth that
+        # is a multiple of 4, so rows of 0 are added, and whatever stands beside them.
+        more = 1 if x.dtype == dlogit.dtype else 4 - r % 4
+        column = cast(dlogit, x.dtype).unsqueeze(-1)
+        wide = torch.cat([dh, column.expand(-1, -1, more)], -1)
+        rows = torch.cat(
+            [down, cast(gate_weight, x.dtype)[None], down.new_zeros(more - 1, x.shape[-1])]
+        )
+        if needs["x"]:
+            dx = wide @ rows
+        if needs["w_down"] or needs["gate_weight"]:
+            both = weight_grad(wide, x, False)
+            dw_down = both[:r]
+            grads["gate_weight"] = both[r].to(gate_weight.dtype, copy=True)
+        return dx, dw_down
+    z = x
+    if weight is not None and shift is not None:
+        z, mean, rstd = torch.ops.aten.native_layer_norm(
+            x, x.shape[-1:], weight.to(x.dtype), shift.to(x.dtype), eps
+        )
+    if needs["w_down"]:
+        dw_down = weight_grad(dh, z, down.ndim == 3)
+    if weight is not None and shift is not None:
+        dx, grads["pre_norm_weight"], grads["pre_norm_bias"] = _norm_backward(
+            dh @ down, x, mean, rstd, weight, shift
+        )
+    elif needs["x"]:
+        dx = dh @ down
+    if dlogit is not None and gate_weight is not None:
+        by_row = dlogit.to(x.dtype).flatten()
+        if dx is not None:
+            dx.view(-1, x.shape[-1]).addr_(by_row, gate_weight.to(x.dtype))
+        grads["gate_weight"] = (by_row @ x.flatten(0, 1)).to(gate_weight.dtype)
+    return dx, dw_down
 
 
 def _norm_backward(

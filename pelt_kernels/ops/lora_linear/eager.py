@@ -3,16 +3,22 @@
 Backward keeps x and s = dropout(x) Aᵀ [T, ΣR]. With raw = dy B (the branch's columns of dy), the
 gate's gradient is ``scale <raw, s>`` and that of s is ``scale g raw``: no branch output is made
 again.
+
+Beside the base product nothing has a pass over [T, Dout] or [T, Din] of its own: a branch's last
+product adds to what the base product wrote, forward and backward, and all that is narrow (branches
+and learned gates) is side by side in one product for dx and one for the gradients of its rows.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._bank import linear, member, member_grad, weight_grad
 from .._contract import Call, Value
-from .._gate import accumulator, over_rows, pool, pool_backward, row_gates
+from .._gate import accumulator, cast, over_rows, pool, pool_backward, quick_row_gates
 from .._philox import dropout_factor
 
 
@@ -51,14 +57,15 @@ def forward(
         g, value = gate[i], x.new_empty(0, dtype=acc)
         w, c = gate_weight[i], gate_bias[i]
         if w is not None and c is not None:
-            g = value = pool(row_gates(x, w, c), at["poolings"][i], mask)
+            g = value = pool(quick_row_gates(x, w, c), at["poolings"][i], mask)
         values.append(value)
-        delta = linear(parts[-1] * _factor(call, i, g), member(b[i], b_index[i], 2), None)
-        y[..., offset : offset + delta.shape[-1]] += delta
-    s = torch.cat(parts, dim=-1) if parts else x.new_empty(*x.shape[:2], 0)
+        up = cast(member(b[i], b_index[i], 2), x.dtype)
+        columns = y[..., offset : offset + up.shape[-2]]
+        _add_product(columns, _times(parts[-1], _factor(call, i, g)), up.transpose(-1, -2))
+    s = parts[0] if len(parts) == 1 else torch.cat([x.new_empty(*x.shape[:2], 0), *parts], dim=-1)
     poolings = at["extra_poolings"]
     extras = [
-        pool(row_gates(x, w, c), p, mask).clone()
+        pool(quick_row_gates(x, w, c), p, mask)
         for w, c, p in zip(extra_weight, extra_bias, poolings)
     ]
     return y, extras, values, s
@@ -92,10 +99,9 @@ def backward(
         name: [None] * len(a) for name in ("a", "b", "gate", "gate_weight", "gate_bias")
     }
     grads |= {"extra_weight": [], "extra_bias": []}
-    base = (weight.T if at["transposed"] else weight).to(x.dtype)
-    dx = dy @ base if needs["x"] else torch.zeros_like(x)
+    of_x: list[_Narrow] = []  # what reads x as it is: gates, and branches without dropout
+    of_dropped = [] if at["dropout_p"] else of_x
     dropped = _dropped(call, x, seed)
-    ddropped = torch.zeros_like(dx)
     parts = s.split(list(call.sizes.get("R_i", ())), dim=-1)
     for i, offset in enumerate(at["offsets"]):
         up, down = member(b[i], b_index[i], 2), member(a[i], a_index[i], 2)
@@ -103,31 +109,43 @@ def backward(
         w, c = gate_weight[i], gate_bias[i]
         value = gate[i] if w is None else gate_values[i]
         factor = _factor(call, i, value)
-        raw = d @ up.to(x.dtype)
-        ds = raw * factor
-        grads["b"][i] = member_grad(
-            weight_grad(d, parts[i] * factor, up.ndim == 3), b[i], b_index[i]
-        )
-        grads["a"][i] = member_grad(weight_grad(ds, dropped, down.ndim == 3), a[i], a_index[i])
-        ddropped += ds @ down.to(x.dtype)
+        raw = d @ cast(up, x.dtype)
+        if needs["b"]:
+            each = weight_grad(d, _times(parts[i], factor), up.ndim == 3)
+            grads["b"][i] = member_grad(each, b[i], b_index[i])
+        of_dropped.append(_Narrow("a", i, _times(raw, factor), down))
         if value is None:
             continue
-        row_dot = at["scales"][i] * (raw.to(acc) * parts[i]).sum(-1)
-        dgate = row_dot if value.ndim == 2 else row_dot.sum(1)
+        dgate = (raw.to(acc) * parts[i]).sum(-1 if value.ndim == 2 else (1, 2)) * at["scales"][i]
         if w is not None and c is not None:
-            step = _gate_step(x, dgate, w, c, at["poolings"][i], mask)
-            dx, grads["gate_weight"][i], grads["gate_bias"][i] = dx + step[0], step[1], step[2]
+            dlogit = pool_backward(dgate, quick_row_gates(x, w, c), at["poolings"][i], mask)
+            of_x.append(_Narrow("gate_weight", i, dlogit[..., None], w[None]))
+            grads["gate_bias"][i] = dlogit.sum().reshape(1).to(c.dtype)
         else:
             grads["gate"][i] = dgate.to(value.dtype)
     extras = zip(dextra_gates, extra_weight, extra_bias, at["extra_poolings"])
-    for dgate, weight_row, bias_row, pooling in extras:
-        step = _gate_step(x, dgate, weight_row, bias_row, pooling, mask)
-        dx = dx + step[0]
-        grads["extra_weight"].append(step[1])
-        grads["extra_bias"].append(step[2])
-    if at["dropout_p"]:
-        ddropped = ddropped * _factor_of_dropout(call, x, seed)
-    grads["x"] = dx + ddropped
+    for i, (dgate, w, c, pooling) in enumerate(extras):
+        dlogit = pool_backward(dgate, quick_row_gates(x, w, c), pooling, mask)
+        of_x.append(_Narrow("extra_weight", i, dlogit[..., None], w[None]))
+        grads["extra_weight"].append(None)
+        grads["extra_bias"].append(dlogit.sum().reshape(1).to(c.dtype))
+
+    _row_gradients(grads, needs, x, of_x)
+    if of_dropped is not of_x:
+        _row_gradients(grads, needs, dropped, of_dropped)
+    if needs["a"]:
+        grads["a"] = [member_grad(*each) for each in zip(grads["a"], a, a_index)]
+    for name, rows in (("gate_weight", gate_weight), ("extra_weight", extra_weight)):
+        if needs[name]:
+            pairs = zip(grads[name], rows)
+            grads[name] = [None if w is None else grad[0].to(w.dtype) for grad, w in pairs]
+    if needs["x"]:
+        dx = grads["x"] = dy @ cast(weight.T if at["transposed"] else weight, x.dtype)
+        _add_products(dx, of_x)
+        if of_dropped is not of_x:
+            ddropped = torch.zeros_like(dx)
+            _add_products(ddropped, of_dropped)
+            dx.addcmul_(ddropped, _factor_of_dropout(call, x, seed))
     if needs["weight"]:
         dweight = weight_grad(dy, x, False)
         grads["weight"] = (dweight.T if at["transposed"] else dweight).to(weight.dtype).contiguous()
@@ -136,17 +154,68 @@ def backward(
     return {name: grads[name] for name, need in needs.items() if need}
 
 
-def _gate_step(
-    x: Tensor, dgate: Tensor, weight: Tensor, bias: Tensor, pooling: str, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What a learned gate adds to dx, and its weight's and bias's gradients."""
-    dlogit = pool_backward(dgate, row_gates(x, weight, bias), pooling, mask)
-    dweight = torch.einsum("bs,bsd->d", dlogit, x.to(dlogit.dtype)).to(weight.dtype)
-    return (
-        (dlogit[..., None] * weight.to(x.dtype)).to(x.dtype),
-        dweight,
-        dlogit.sum().reshape(1).to(bias.dtype),
-    )
+class _Narrow(NamedTuple):
+    """A part of dx, columns @ rows, with the input whose gradient, columnsᵀ x, its rows have."""
+
+    name: str
+    i: int
+    columns: Tensor  # [B, S, R]
+    rows: Tensor  # [R, Din], or one for each sample [B, R, Din]
+
+
+def _joined(parts: list[_Narrow], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Columns and rows: first those of all parts that samples share, side by side, with rows of 0
+    to a multiple of 4; then each of the others.
+    """
+    columns = [part.columns.to(dtype) for part in parts if part.rows.ndim == 2]
+    rows = [part.rows.to(dtype) for part in parts if part.rows.ndim == 2]
+    if len(rows) > 1:
+        width = -sum(len(part) for part in rows) % 4
+        columns.append(columns[0].new_zeros(*columns[0].shape[:2], width))
+        rows.append(rows[0].new_zeros(width, rows[0].shape[1]))
+        columns, rows = [torch.cat(columns, -1)], [torch.cat(rows)]
+    others = [part for part in parts if part.rows.ndim == 3]
+    return [*zip(columns, rows), *((p.columns.to(dtype), p.rows.to(dtype)) for p in others)]
+
+
+def _add_product(out: Tensor, columns: Tensor, rows: Tensor) -> None:
+    """out += columns @ rows, in place."""
+    if rows.ndim == 2:
+        b, s, width = out.shape  # `view` refuses what a copy would make lose its result
+        out.view(b * s, width).addmm_(columns.flatten(0, 1), rows)
+    else:
+        out.baddbmm_(columns, rows)
+
+
+def _add_products(dx: Tensor, parts: list[_Narrow]) -> None:
+    for columns, rows in _joined(parts, dx.dtype):
+        _add_product(dx, columns, rows)
+
+
+def _row_gradients(
+    grads: dict[str, Value], needs: dict[str, bool], x: Tensor, parts: list[_Narrow]
+) -> None:
+    """columnsᵀ x of each part that is needed, into its place in ``grads``."""
+    parts = [part for part in parts if needs[part.name]]
+    shared = [part for part in parts if part.rows.ndim == 2]
+    others = [part for part in parts if part.rows.ndim == 3]
+    for part in others:
+        grads[part.name][part.i] = weight_grad(part.columns, x, True)
+    if not shared:
+        return
+    columns, rows = _joined(shared, x.dtype)[0]
+    both = weight_grad(columns, x, False)
+    if len(shared) == 1:
+        grads[shared[0].name][shared[0].i] = both
+        return
+    sizes = [len(part.rows) for part in shared]
+    for part, grad in zip(shared, both.split([*sizes, len(rows) - sum(sizes)])):
+        grads[part.name][part.i] = grad.clone()
+
+
+def _times(rows: Tensor, factor: Tensor | float) -> Tensor:
+    """factor · rows; the rows themselves if it is 1."""
+    return rows if isinstance(factor, float) and factor == 1.0 else rows * factor
 
 
 def _factor(call: Call, i: int, gate: Tensor | None) -> Tensor | float:

@@ -14,6 +14,7 @@ from .._cases import Case, uniform
 from .._contract import Call, Contract, Value
 from .._gate import accumulator
 from .._philox import dropout_factor
+from .._product import product
 
 MAX_SEGMENTS = 4
 
@@ -140,7 +141,7 @@ def reference(
     acc = accumulator(q.dtype)
     (batch, heads, s, _), (groups, n) = q.shape, k.shape[1:3]
     keys, values = k.repeat_interleave(heads // groups, 1), v.repeat_interleave(heads // groups, 1)
-    scores = scale * (q @ keys.transpose(-1, -2)).to(acc)
+    scores = scale * product(q, keys.transpose(-1, -2)).to(acc)
     if bias is not None:
         scores = scores + bias.to(acc)
     visible = visible_keys({"S": s, "N": n}, key_mask, lengths, is_causal, q.device)
@@ -162,12 +163,12 @@ def reference(
 
     if prefix_k:
         before = expanded(prefix_k).to(q.dtype)
-        scores = torch.cat([scale * (q @ before.transpose(-1, -2)).to(acc), scores], dim=-1)
+        scores = torch.cat([scale * product(q, before.transpose(-1, -2)).to(acc), scores], dim=-1)
         values = torch.cat([expanded(prefix_v).to(q.dtype), values], dim=2)
     p, lse = softmax_with_lse(scores)
     if dropout_p:
         p = p * dropout_factor(batch * heads * s, p.shape[-1], dropout_p, seed, p).view_as(p)
-    return p.to(q.dtype) @ values, lse.detach()
+    return product(p.to(q.dtype), values), lse.detach()
 
 
 _SIZES = {"B": 2, "H": 4, "G": 4, "S": 17, "N": 17, "E": 32, "P_i": (10,)}

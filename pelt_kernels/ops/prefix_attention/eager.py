@@ -15,6 +15,7 @@ from torch import Tensor
 from .._contract import Call, Value
 from .._gate import accumulator
 from .._philox import dropout_factor
+from . import _flash_joined
 from .contract import softmax_with_lse, visible_keys
 
 
@@ -38,6 +39,10 @@ def forward(
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, S, E] and log-sum-exp [B, H, S]."""
+    if not _flash_joined.why_not(call):
+        return _flash_joined.forward(
+            call, q, k, v, prefix_k, prefix_v, prefix_index, gate, key_mask, lengths, bias
+        )
     g = _by_head(call, gate)
     p, lse = probabilities(call, q, k, prefix_k, prefix_index, gate, key_mask, lengths, bias)
     if call.attributes["dropout_p"]:
@@ -70,6 +75,11 @@ def backward(
     seed: int,
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
+    if not needs["bias"] and not _flash_joined.why_not(call):
+        return _flash_joined.backward(
+            call, needs, dout, out, lse, q, k, v, prefix_k, prefix_v, prefix_index, gate, key_mask,
+            lengths, bias,
+        )  # fmt: skip
     acc, scale = accumulator(q.dtype), call.attributes["scale"]
     g, keys = _by_head(call, gate), _joined(prefix_k, prefix_index)
     scores, raw = _scores(call, q, k, keys, g, key_mask, lengths, bias)
@@ -154,14 +164,8 @@ def _gated(columns: Tensor, gate: Tensor | None) -> Tensor:
 
 def _joined(prefixes: list[Tensor], indices: list[Tensor | None]) -> Tensor:
     """All segments in order, [1 or B, G, 1, P, E]; expanded to the batch only beside a table."""
-    if not prefixes:
-        return torch.empty(0)
-    batch = next((len(index) for index in indices if index is not None), 1)
-    parts = [
-        prefix[None].expand(batch, -1, -1, -1) if index is None else prefix[index]
-        for prefix, index in zip(prefixes, indices)
-    ]
-    return torch.cat(parts, dim=1).transpose(1, 2).unsqueeze(2)
+    rows = _flash_joined.prefix_rows(prefixes, indices)
+    return torch.empty(0) if rows is None else rows.transpose(1, 2).unsqueeze(2)
 
 
 def _scores(
