@@ -168,11 +168,11 @@ inline void multiply_pair_tiles(const PairRows& a, int64_t row, int64_t rows, co
   const bool is_wide = columns > kTileSide;     // else the right ones are not added to
   float* const corner[4] = {c, c + kTileSide, c + kTileSide * stride,
                             c + kTileSide * stride + kTileSide};
-  if (accumulate) {
-    tile_load<0>(corner[0], bytes), tile_load<1>(corner[1], bytes);
-    tile_load<2>(corner[2], bytes), tile_load<3>(corner[3], bytes);
-  } else {
+  if (!accumulate) {
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  } else {
+    tile_load<0>(corner[0], bytes), tile_load<1>(corner[1], bytes);
+    if (is_high) tile_load<2>(corner[2], bytes), tile_load<3>(corner[3], bytes);
   }
   constexpr int64_t kPanelBytes = 2 * kPairColumns * static_cast<int64_t>(sizeof(bf16));
   for (int64_t k = 0; k < depth; k += kTileDepth, panel += kTileDepth * kPairColumns) {
