@@ -53,12 +53,6 @@ struct PairRows {
 
 // ---- packing ----
 
-inline Words load_halves(const bf16* from) {
-  Halves halves;
-  std::memcpy(&halves, from, sizeof halves);
-  return __builtin_convertvector(halves, Words);
-}
-
 inline void store_words(bf16* to, Words words) { std::memcpy(to, &words, sizeof words); }
 
 // The pairs of two rows [count], as 32-bit words: to [count, 2]; the second row may be missing.
@@ -99,7 +93,24 @@ inline void pack_pair_panel(int64_t depth, int64_t count, bf16* panel, Row&& row
   }
 }
 
-// One panel of B = the transpose of W [columns, depth]: `count` rows of W, of which row(i) gives
+// `count` numbers of a row as words, and zeros behind them.
+template <class T>
+inline Vector load_pairs(const T* from, int64_t count) {
+#if defined(__AVX512BW__)
+  if constexpr (sizeof(T) == sizeof(bf16)) {
+    const auto mask = static_cast<__mmask32>((uint64_t{1} << count) - 1);
+    return (Vector)_mm512_maskz_loadu_epi16(mask, from);
+  }
+#endif
+  bf16 buffer[2 * kWidth] = {};
+  for_vectors(count,
+              [&](int64_t i, auto part) { part.store_to(buffer + i, part.load_from(from + i)); });
+  Vector words;
+  std::memcpy(&words, buffer, sizeof words);
+  return words;
+}
+
+// One panel of B = the transpose of W [columns, depth]: `columns` rows of W, of which row(i) gives
 // the i-th. A pair lies in one row of W, so that words are transposed.
 template <class Row>
 inline void pack_pair_panel_transposed(int64_t depth, int64_t columns, bf16* panel, Row&& row) {
@@ -109,24 +120,9 @@ inline void pack_pair_panel_transposed(int64_t depth, int64_t columns, bf16* pan
       Vector block[kWidth];
       const int64_t count = std::clamp<int64_t>(depth - k, 0, kHere);
       for (int64_t i = 0; i < kWidth; ++i) {
-        block[i] = Vector{};
-        if (part + i >= columns || count == 0) continue;
-        bf16 buffer[kHere] = {};
-        const auto* from = row(part + i) + k;
-        if (count < kHere) {
-          for (int64_t j = 0; j < count; ++j) {
-            if constexpr (sizeof *from == sizeof(bf16)) {
-              buffer[j] = from[j];
-            } else {
-              store_part(buffer + j, splat(from[j]), 1);
-            }
-          }
-          std::memcpy(&block[i], buffer, sizeof block[i]);
-        } else {
-          std::memcpy(&block[i], as_bf16(from, kHere, buffer), sizeof block[i]);
-        }
+        block[i] = part + i < columns ? load_pairs(row(part + i) + k, count) : Vector{};
       }
-      transpose(block);
+      if (part < columns && count > 0) transpose(block);
       for (int64_t i = 0; i < kWidth; ++i) {
         std::memcpy(panel + (k / 2 + i) * 2 * kPairColumns + 2 * part, &block[i], sizeof block[i]);
       }

@@ -60,18 +60,31 @@ inline Vector load(const float* from) {
   return v;
 }
 
-inline Vector load(const bf16* from) {
+// 16-bit numbers as 32-bit words.
+inline Words widen(Halves halves) {
+#if defined(__AVX512F__)
+  // gcc 12 widens a vector of 512 bits in two parts. Under a mask of ones, because it warns about
+  // the plain instruction's undefined pass-through.
+  return (Words)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)halves);
+#else
+  return __builtin_convertvector(halves, Words);
+#endif
+}
+
+inline Words load_halves(const bf16* from) {
   Halves halves;
   std::memcpy(&halves, from, sizeof halves);
-  return from_bits(__builtin_convertvector(halves, Words) << 16);
+  return widen(halves);
 }
+
+inline Vector load(const bf16* from) { return from_bits(load_halves(from) << 16); }
 
 inline void store(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
 
 // To the nearest, ties to even. A NaN must not be rounded up into infinity.
-inline void store(bf16* to, Vector v) {
+inline Halves to_halves(Vector v) {
 #if defined(__AVX512BF16__)
-  const __m256bh halves = _mm512_cvtneps_pbh((__m512)v);
+  return (Halves)_mm512_cvtneps_pbh((__m512)v);
 #else
   const Words bits = bits_of(v);
   const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -79,15 +92,40 @@ inline void store(bf16* to, Vector v) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   // gcc 12 narrows element by element; the words fit, so saturation changes nothing.
   const __m256i packed = _mm256_packus_epi32((__m256i)words, (__m256i)words);
-  const __m128i halves = _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+  return (Halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
 #else
-  const Halves halves = __builtin_convertvector(words, Halves);
+  return __builtin_convertvector(words, Halves);
 #endif
 #endif
+}
+
+inline void store(bf16* to, Vector v) {
+  const Halves halves = to_halves(v);
   std::memcpy(to, &halves, sizeof halves);
 }
 
+#if defined(__AVX512F__)
+
 // The first `count` elements, 0 behind them.
+inline Vector load_part(const float* from, int64_t count) {
+  return (Vector)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+}
+
+inline Vector load_part(const bf16* from, int64_t count) {
+  const __m256i halves = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), from);
+  return from_bits(widen((Halves)halves) << 16);
+}
+
+inline void store_part(float* to, Vector v, int64_t count) {
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
+}
+
+inline void store_part(bf16* to, Vector v, int64_t count) {
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1), (__m256i)to_halves(v));
+}
+
+#else
+
 template <class T>
 inline Vector load_part(const T* from, int64_t count) {
   T whole[kWidth] = {};
@@ -101,6 +139,8 @@ inline void store_part(T* to, Vector v, int64_t count) {
   store(whole, v);
   std::memcpy(to, whole, static_cast<size_t>(count) * sizeof(T));
 }
+
+#endif
 
 // Calls visit(column, loader, storer) for each vector of a row: whole ones, and a last part.
 struct Whole {
