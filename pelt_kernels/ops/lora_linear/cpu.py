@@ -2,9 +2,10 @@
 (csrc/ops/lora_linear/fused_cpu.cpp and its backward).
 
 float32 and bfloat16, sums in float32; float32 parameters of the branches beside bfloat16
-activations are used unrounded. Every sum of the kernels has an order fixed by the shapes: results
-depend neither on the run nor on the number of threads beyond what torch's product does. Where B is
-zero, y is that product bit for bit.
+activations are used unrounded, but by the form `amx`, whose tiles take A and B rounded and a gate's
+weight as two numbers. Every sum of the kernels has an order fixed by the shapes: results depend
+neither on the run nor on the number of threads beyond what torch's product does. Where B is zero, y
+is that product bit for bit.
 """
 
 from __future__ import annotations
