@@ -30,6 +30,7 @@ import torch
 from pelt_kernels.ops import BACKENDS, OPERATORS
 from pelt_kernels.ops import _dispatch as dispatch
 from pelt_kernels.ops._cases import Case
+from pelt_kernels.ops._forms import DIRECTIONS
 from pelt_kernels.training.report import hardware
 
 from . import check, plots, roofline, shapes, timing
@@ -96,10 +97,14 @@ def measure(
 ) -> Rows:
     """The rows of one case: each backend that serves it against each baseline."""
     able = []
-    default = default_of(operator, case, dtype, options.device)
-    requests = options.backends or backends_of(operator, options.device)
-    if not options.backends and not {default, dispatch.backend_of(default)} & set(requests):
-        requests = [*requests, default]  # what users get is always measured
+    requests = list(options.backends or backends_of(operator, options.device))
+    defaults = {
+        direction: default_of(operator, case, dtype, options.device, direction)
+        for direction in DIRECTIONS.values()
+    }
+    for default in defaults.values():  # what users get is always measured
+        if not options.backends and not {default, dispatch.backend_of(default)} & set(requests):
+            requests.append(default)
     for name in requests:
         if refusal := parity.why_refused(operator, name, case, dtype):
             print(f"{operator:16} {case.id:22} {dtype:9} not by {name}: {refusal}")
@@ -118,9 +123,10 @@ def measure(
     least = roofline.work(operator, case, parity.PRECISIONS[dtype][0])
     against = [name for name in baselines_of(operator, case) if name not in options.without]
     calls = contenders(operator, case, dtype, options.device, able, against)
-    served = default if default in able else dispatch.backend_of(default)
     for at, (direction, functions) in enumerate(calls.items()):
         moved = sum(least.bytes[: at + 1])
+        default = defaults[direction]
+        served = default if default in able else dispatch.backend_of(default)
         samples = timing.interleaved(functions, options.device, options.seconds)
         us = {name: 1e6 * timing.median(found) for name, found in samples.items()}
         peak = {name: timing.peak_bytes(call, options.device) for name, call in functions.items()}
@@ -189,9 +195,10 @@ def _print(rows: Rows) -> None:
         )
 
 
-def default_of(operator: str, case: Case, dtype: str, device: str) -> str:
+def default_of(operator: str, case: Case, dtype: str, device: str, direction: str) -> str:
     """The request that names what the dispatch chooses by itself, with its form."""
-    call = dispatch.select(parity.call_of(operator, case, dtype, device), "")
+    needs_grad = direction == DIRECTIONS[True]
+    call = dispatch.select(parity.call_of(operator, case, dtype, device), "", needs_grad)
     return f"{call.backend}:{call.form}" if call.form else call.backend
 
 
