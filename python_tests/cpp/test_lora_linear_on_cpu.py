@@ -154,6 +154,32 @@ def test_a_nan_stays_in_its_row(precision, isa, served):
         assert not result[41:].isnan().any()
 
 
+def test_a_gate_keeps_the_digits_of_a_float32_weight(isa, served):
+    """Where tiles multiply bfloat16, its value and its gradient are still 16 times closer than with
+    one number of that type for a weight or for the gradient of a logit.
+    """
+    backend = served(OPERATOR, isa, LARGE["gates"], "bfloat16-master")
+    x, w = torch.randn(1, 90, 256).bfloat16(), torch.randn(16, 256).bfloat16()
+    weight, dgate = torch.randn(256) / 16, torch.randn(1, 90)
+    gate = LearnedGate(weight.requires_grad_(), torch.zeros(1), "token")
+    _, (found,) = lora_linear(x, w, extra_gates=[gate], backend=backend)
+    (dweight,) = torch.autograd.grad(found, weight, dgate)
+
+    def values(weight):
+        return torch.sigmoid(x.double() @ weight.detach().double())
+
+    def errors(found, one_number, truth):
+        return ((t.double() - truth).abs().max() for t in (found, one_number))
+
+    truth = values(weight)
+    error, of_one_number = errors(found.detach(), values(weight.bfloat16()), truth)
+    assert error < of_one_number / 16
+    dlogit = dgate.double() * truth * (1 - truth)
+    truth, one_number = ((d.double() @ x.double())[0, 0] for d in (dlogit, dlogit.bfloat16()))
+    error, of_one_number = errors(dweight, one_number, truth)
+    assert error < of_one_number / 16
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "bfloat16-master"])
 def test_an_infinity_opens_or_shuts_a_gate(precision, isa, served):
     backend = served(OPERATOR, isa, LARGE["gates"], precision)
