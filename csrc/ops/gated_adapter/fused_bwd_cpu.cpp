@@ -17,9 +17,9 @@
 //             A thread owns columns and passes by all rows in order, in stretches of kRowsAtOnce
 //             that it packs once. No partial sums of weights exist, and threads do not matter.
 //
-// On tiles (cpu/pairs.h) dh and f a are rounded to bfloat16, as rows for dx and as the transpose S^T
-// for the weights. What weights the rows of X for a gradient [columns] rides along as two more rows
-// of S^T: its bfloat16 value, and what that leaves out.
+// On tiles (cpu/pairs.h) dh and f a are rounded to bfloat16, as rows for dx and as the transpose
+// S^T for the weights. What weights the rows of X for a gradient [columns] rides along as two more
+// rows of S^T: its bfloat16 value, and what that leaves out.
 //
 // A pre-norm: G = dh^T xhat, from which dW_down and the norm's gradients follow without another
 // pass, since the gradient of xhat's affine image is dh W_down. A post-norm: u is made again, du
