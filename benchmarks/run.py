@@ -198,8 +198,8 @@ def _print(rows: Rows) -> None:
 def default_of(operator: str, case: Case, dtype: str, device: str, direction: str) -> str:
     """The request that names what the dispatch chooses by itself, with its form."""
     needs_grad = direction == DIRECTIONS[True]
-    call = dispatch.select(parity.call_of(operator, case, dtype, device), "", needs_grad)
-    return f"{call.backend}:{call.form}" if call.form else call.backend
+    call = parity.call_of(operator, case, dtype, device)
+    return dispatch.select(call, "", needs_grad).choice.served
 
 
 def _set_limits(rows: Rows, device: str) -> None:

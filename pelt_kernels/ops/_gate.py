@@ -45,7 +45,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.to(dtype)``, for small calls that feel a dispatch which does nothing."""
+    """``tensor.to(dtype)`` without the dispatch that costs time where there is nothing to do."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 

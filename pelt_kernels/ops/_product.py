@@ -1,9 +1,9 @@
-"""Products of the references, on which no processor has an opinion.
+"""Products of the references, the same on every processor.
 
 torch's own product of 16-bit tensors is that of the processor's matrix unit, and they differ: where
 the depth is no multiple of 4, oneDNN on AMX lets what is not finite in one row into the row before
-it. A reference judges, so it multiplies in float32, where a product of two 16-bit numbers is exact,
-and rounds the sum once, as a matrix unit that is right does.
+it. Other results are held to the references, so they multiply in float32, where a product of two
+16-bit numbers is exact, and round the sum once, as a matrix unit that is right does.
 """
 
 from __future__ import annotations

@@ -133,11 +133,11 @@ struct Backward {
     }
   }
 
-  // Zeros behind the last query. `ds` and `p` serve as memory for a few rows.
+  // Zeros behind the last query. A few rows of dq, still zero then, serve as memory.
   void transpose_queries(const Head<T>& head) {
     for (int64_t first = 0; first < pair_depth(in.S); first += kRows) {
       const int64_t count = std::min(kRows, in.S - first);
-      float* some = dq + first * out_width;  // which is still zero there
+      float* some = dq + first * out_width;  // cleared again below
       head.read_queries(first, first + count, out_width, 1.0f, some);
       store_transposed(some, out_width, kRows, in.E, q_transposed + first, query_distance());
       for (int64_t i = 0; i < count; ++i) {
