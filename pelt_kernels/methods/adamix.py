@@ -32,6 +32,11 @@ class AdaMixConfig(MethodConfig):
     dropout of their own, in one call of the model, and the loss is ``CE(z1) + c · symmetric_kl(z1,
     z2)``. It holds for every family: the official code forgets it for BERT.
 
+    Other than the authors' code: evaluation always takes the average (their inference level 3; one
+    random expert at evaluation is not offered). LoRA's targets draw their experts apart, where the
+    authors' fused query and value share one draw. Scores of a regression such as STS-B are not
+    clipped at 0. Both passes are one batch of twice the size, with the same numbers.
+
     Attributes:
         kind: adapter or lora.
         experts: M; 1 is what `PeltModel.merge_experts` leaves.

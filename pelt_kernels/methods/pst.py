@@ -20,6 +20,11 @@ class PSTConfig(MethodConfig):
     `PeltModel.set_progress` after each step; the command and PeltTrainer do. A model that is loaded
     for inference has its final sparsity.
 
+    Other than the authors' code: among equal scores the entry that comes first in memory stays,
+    where theirs follow an unstable sort; an evaluation exactly at ``end`` counts as one at the
+    final sparsity; and the command warms the learning rate up and clips the gradient's norm at 1,
+    as for every method, where their recipe does neither.
+
     Attributes:
         sparsity: s in [0, 1), of each matrix by itself.
         r1, r2: ranks of the update U V and of the scores A B.

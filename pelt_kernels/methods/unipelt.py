@@ -26,6 +26,9 @@ class UniPELTConfig(MethodConfig):
     Presets: `UniPELTConfig.apl()` (adapter, prefix, LoRA: the paper's main model) and
         `UniPELTConfig.ap()`.
 
+    Other than the authors' code: there is no central gate (one decision for all parts of a layer,
+    off by default there), and gradient checkpointing keeps the prefixes, which are dropped there.
+
     Raises:
         ValueError: no part at all, a part of the wrong type, or a pooling that a part contradicts.
     """
