@@ -92,7 +92,7 @@ def _describe_model(name: str) -> Table:
 
 
 def _describe_adapter(folder: Path) -> Table:
-    from ..models.checkpoint import read_config
+    from ..models.adapter_files import read_config
     from ..training import RunError
     from ..training.predictor import Card
 

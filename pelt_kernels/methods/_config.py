@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
@@ -79,11 +80,16 @@ class MethodConfig:
                 "unknown "
                 f"{', '.join(repr(key) for key in unknown)}"
             )
-        made = {
-            key: config_from_dict(value) if isinstance(value, dict) else value
-            for key, value in values.items()
-            if key != "method"
-        }
+        made = {}
+        for key, value in values.items():
+            if key == "method":
+                continue
+            if isinstance(value, dict) and "method" not in value:
+                raise ValueError(
+                    f"{cls.__name__}: expected {key} as a config with its 'method' or a plain "
+                    f"value, got {value!r:.80}"
+                )
+            made[key] = config_from_dict(value) if isinstance(value, dict) else value
         return cls(**made)
 
 
@@ -112,7 +118,7 @@ def check_int(config: MethodConfig, name: str, at_least: int, optional: bool = F
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise ValueError(
             f"{type(config).__name__}: expected {name} as a whole number >= {at_least}"
-            f"{' or None' if optional else ''}, got {value!r}"
+            f"{' or None' if optional else ''}, got {value!r:.80}"
         )
 
 
@@ -122,10 +128,10 @@ def check_number(config: MethodConfig, name: str) -> None:
     if (
         not isinstance(value, (int, float))
         or isinstance(value, bool)
-        or not abs(value) < float("inf")
+        or not abs(value) <= sys.float_info.max
     ):
         raise ValueError(
-            f"{type(config).__name__}: expected {name} as a finite number, got {value!r}"
+            f"{type(config).__name__}: expected {name} as a finite number, got {value!r:.80}"
         )
 
 
@@ -143,8 +149,33 @@ def check_choice(config: MethodConfig, name: str, choices: tuple[str, ...]) -> N
     if value not in choices:
         raise ValueError(
             f"{type(config).__name__}: expected {name} to be one of {', '.join(choices)}, got "
-            f"{value!r}"
+            f"{value!r:.80}"
         )
+
+
+def check_flag(config: MethodConfig, name: str) -> None:
+    """Raises ValueError unless the field is True or False."""
+    value = getattr(config, name)
+    if not isinstance(value, bool):
+        raise ValueError(
+            f"{type(config).__name__}: expected {name} as True or False, got {value!r:.80}"
+        )
+
+
+def set_names(config: MethodConfig, name: str, choices: tuple[str, ...]) -> None:
+    """Makes the field a tuple. Raises ValueError unless it lists different ones of the choices."""
+    value = getattr(config, name)
+    if (
+        not isinstance(value, (list, tuple))
+        or not value
+        or any(not isinstance(member, str) or member not in choices for member in value)
+        or len(set(value)) != len(value)
+    ):
+        raise ValueError(
+            f"{type(config).__name__}: expected {name} as a list of different names out of "
+            f"{', '.join(choices)}, got {value!r:.80}"
+        )
+    object.__setattr__(config, name, tuple(value))
 
 
 def check_gate(config: MethodConfig) -> None:
@@ -152,6 +183,6 @@ def check_gate(config: MethodConfig) -> None:
     gated = config.gated  # type: ignore[attr-defined]
     if gated is not None and not isinstance(gated, bool):
         raise ValueError(
-            f"{type(config).__name__}: expected gated as True, False or None, got {gated!r}"
+            f"{type(config).__name__}: expected gated as True, False or None, got {gated!r:.80}"
         )
     check_choice(config, "gate_pooling", GATE_POOLINGS)

@@ -11,6 +11,7 @@ from ._config import (
     Parts,
     check_choice,
     check_dropout,
+    check_flag,
     check_int,
     check_number,
 )
@@ -77,6 +78,8 @@ class AdaMixConfig(MethodConfig):
         check_int(self, "bottleneck", 1, optional=True)
         check_choice(self, "activation", tuple(ACTIVATIONS))
         check_dropout(self, "dropout")
+        for name in ("share_down", "share_up", "identical_start"):
+            check_flag(self, name)
         check_int(self, "routing_seed", 0)
         check_number(self, "consistency")
         if self.consistency < 0:

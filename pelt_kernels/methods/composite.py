@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ._config import MethodConfig, Parts
+from ._config import MethodConfig, Parts, check_flag
 from .adamix import AdaMixConfig
 from .adapter import BottleneckAdapterConfig
 from .lora import LoraConfig
@@ -58,10 +58,7 @@ class CompositeConfig(MethodConfig):
                     f"CompositeConfig: expected {name} as {kind.__name__} or None, got "
                     f"{type(part).__name__}"
                 )
-        if not isinstance(self.bitfit, bool):
-            raise ValueError(
-                f"CompositeConfig: expected bitfit as True or False, got {self.bitfit!r}"
-            )
+        check_flag(self, "bitfit")
         if not self.bitfit and all(getattr(self, name) is None for name in wanted):
             raise ValueError(
                 f"CompositeConfig: expected at least one of {', '.join(wanted)} and bitfit, got "

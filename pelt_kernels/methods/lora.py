@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ._config import MethodConfig, Parts, check_dropout, check_gate, check_int, check_number
+from ._config import (
+    MethodConfig,
+    Parts,
+    check_dropout,
+    check_gate,
+    check_int,
+    check_number,
+    set_names,
+)
 
 TARGETS = ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")
 MAX_RANK = 256
@@ -45,18 +53,7 @@ class LoraConfig(MethodConfig):
         if self.r > MAX_RANK:
             raise ValueError(f"LoraConfig: expected r <= {MAX_RANK}, got {self.r}")
         check_number(self, "alpha")
-        if (
-            not isinstance(self.targets, (list, tuple))
-            or not self.targets
-            or len(set(self.targets)) != len(self.targets)
-            or any(target not in TARGETS for target in self.targets)
-        ):
-            raise ValueError(
-                "LoraConfig: expected targets as a list of different names out of "
-                f"{', '.join(TARGETS)}, "
-                f"got {self.targets!r}"
-            )
-        object.__setattr__(self, "targets", tuple(self.targets))
+        set_names(self, "targets", TARGETS)
         check_dropout(self, "dropout")
         check_gate(self)
 

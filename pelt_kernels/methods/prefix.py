@@ -46,7 +46,7 @@ class PrefixTuningConfig(MethodConfig):
         ):
             raise ValueError(
                 "PrefixTuningConfig: expected skip_layers as a list of layer numbers from 0, got "
-                f"{self.skip_layers!r}"
+                f"{self.skip_layers!r:.80}"
             )
         object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
         check_gate(self)

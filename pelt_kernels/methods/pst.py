@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ._config import MethodConfig, Parts, check_int, check_number
+from ._config import MethodConfig, Parts, check_flag, check_int, check_number, set_names
 from .lora import TARGETS
 
 
@@ -64,21 +64,8 @@ class PSTConfig(MethodConfig):
             )
         check_int(self, "r1", 1)
         check_int(self, "r2", 1)
-        if (
-            not isinstance(self.targets, (list, tuple))
-            or not self.targets
-            or len(set(self.targets)) != len(self.targets)
-            or any(target not in TARGETS for target in self.targets)
-        ):
-            raise ValueError(
-                f"PSTConfig: expected targets as different names out of {', '.join(TARGETS)}, got "
-                f"{self.targets!r}"
-            )
-        object.__setattr__(self, "targets", tuple(self.targets))
-        if not isinstance(self.train_head, bool):
-            raise ValueError(
-                f"PSTConfig: expected train_head as True or False, got {self.train_head!r}"
-            )
+        set_names(self, "targets", TARGETS)
+        check_flag(self, "train_head")
 
     def sparsity_at(self, progress: float) -> float:
         """The sparsity when a share of the training is done."""

@@ -1,30 +1,23 @@
-"""An adapter on disk: adapter_config.json and adapter_model.safetensors, whole or not at all."""
+"""What a model does with files and states: only what is trained goes into them."""
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
-from ..methods import MethodConfig, PrefixTuningConfig, config_from_dict, with_part_changes
+from ..methods import MethodConfig, PrefixTuningConfig, with_part_changes
 from ..nn import PrefixAttention
+from .adapter_files import copy_weights, read_config, read_weights, write_adapter
+from .allocation import check_size
 from .pruning import Prunable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from typing_extensions import Self
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-FORMAT = 1
 SHAPE_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -67,8 +60,8 @@ class Checkpointed(nn.Module):
                 ``is_main_process``).
 
         Raises:
-            OSError: the directory cannot be made or written, or there is no space; earlier files
-                are as they were.
+            ValueError: a trained number is not finite. OSError: the directory cannot be made or
+                written, or there is no space. Earlier files are as they were.
         """
         self._check_attached("save_pretrained")
         tensors: dict[str, Tensor] = dict(self.trained_parameters())
@@ -112,11 +105,13 @@ class Checkpointed(nn.Module):
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: a damaged or cut file, another architecture, shape or method.
+            ValueError: a damaged or cut file, another architecture, shape or method, or a number
+                that is not finite.
         """
         config, base = read_config(directory)
         check_base(model, base, directory)
         tensors = read_weights(directory, config)
+        check_size(model, config, tensors, directory)
         made = cls(model, config)
         try:
             copy_weights(made.trained_parameters(), tensors, directory)
@@ -204,155 +199,3 @@ def check_base(
 def without_reparametrisation(config: MethodConfig) -> MethodConfig:
     """The config of the same method after its prefix was collapsed to plain parameters."""
     return with_part_changes(config, PrefixTuningConfig, mid=None)
-
-
-def write_adapter(
-    directory: str | os.PathLike[str],
-    config: MethodConfig,
-    base: dict[str, Any],
-    tensors: dict[str, Tensor],
-) -> None:
-    """Writes both files through temporary ones, so that an interruption leaves the earlier pair or
-    the new one.
-
-    The weights carry the config in their header, so a pair torn between two saves is noticed on
-    reading.
-
-    Raises:
-        OSError: the directory cannot be made or written.
-    """
-    from .. import __version__
-
-    target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    described = {
-        "format": FORMAT,
-        "pelt_kernels": __version__,
-        "config": config.to_dict(),
-        "base": base,
-    }
-    text = json.dumps(described, indent=2, sort_keys=True)
-    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    header = {"format": "pt", "pelt_kernels": json.dumps(described["config"], sort_keys=True)}
-    _write_atomically(target / WEIGHTS_FILE, safetensors_bytes(weights, metadata=header))
-    _write_atomically(target / CONFIG_FILE, text.encode() + b"\n")
-
-
-def read_config(directory: str | os.PathLike[str]) -> tuple[MethodConfig, dict[str, Any]]:
-    """The method's config and the description of the base model.
-
-    Raises:
-        FileNotFoundError: no adapter_config.json. ValueError: a damaged one, or one of another
-            program.
-    """
-    path = Path(directory) / CONFIG_FILE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"from_pretrained: expected {CONFIG_FILE} in {directory}, found none"
-        )
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"from_pretrained: {path} is not JSON, it is damaged or cut short ({error})"
-        ) from error
-    if not isinstance(described, dict) or described.get("format") != FORMAT:
-        found = described.get("format") if isinstance(described, dict) else type(described).__name__
-        raise ValueError(
-            f"from_pretrained: expected {path} in format {FORMAT} of pelt_kernels, got {found!r}; "
-            "was it written by another library?"
-        )
-    base = described.get("base")
-    if not isinstance(base, dict):
-        raise ValueError(
-            f"from_pretrained: expected {path} to describe its base model, got "
-            f"{type(base).__name__}"
-        )
-    return config_from_dict(described.get("config", {})), base
-
-
-def read_weights(directory: str | os.PathLike[str], config: MethodConfig) -> dict[str, Tensor]:
-    """The tensors by parameter name, on the CPU.
-
-    Raises:
-        FileNotFoundError: no adapter_model.safetensors. ValueError: a truncated file, or weights of
-            another save.
-    """
-    path = Path(directory) / WEIGHTS_FILE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"from_pretrained: expected {WEIGHTS_FILE} in {directory}, found none"
-        )
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError) as error:
-        raise ValueError(
-            f"from_pretrained: {path} cannot be read, it is damaged or cut short ({error})"
-        ) from error
-    if not _is_of(config, header.get("pelt_kernels", "")):
-        raise ValueError(
-            f"from_pretrained: {CONFIG_FILE} and {WEIGHTS_FILE} in {directory} are not from the "
-            "same save; "
-            "save the adapter again, or use an earlier checkpoint"
-        )
-    return tensors
-
-
-def _is_of(config: MethodConfig, header: str) -> bool:
-    """Whether a header names the config. Fields that came later than the file have their defaults
-    in both.
-    """
-    try:
-        return config_from_dict(json.loads(header)) == config
-    except ValueError:
-        return False
-
-
-def copy_weights(
-    wanted: Mapping[str, Tensor], tensors: dict[str, Tensor], where: str | os.PathLike[str]
-) -> None:
-    """Copies tensors into the parameters of the same names, after checking all of them.
-
-    Raises:
-        ValueError: a missing or unknown name, or another shape; nothing is copied then.
-    """
-    missing = [name for name in wanted if name not in tensors]
-    unknown = [name for name in tensors if name not in wanted]
-    if missing or unknown:
-        raise ValueError(
-            f"from_pretrained: expected {where} to hold the {len(wanted)} tensors of this method "
-            "in this model, got "
-            f"{len(missing)} missing{_some(missing)} and {len(unknown)} unknown{_some(unknown)}"
-        )
-    for name, parameter in wanted.items():
-        if parameter.shape != tensors[name].shape:
-            raise ValueError(
-                f"from_pretrained: expected {name} {list(parameter.shape)} (from the model), got "
-                f"{list(tensors[name].shape)} in {where}"
-            )
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(tensors[name])
-
-
-def _some(names: list[str]) -> str:
-    return f" ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})" if names else ""
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Through a temporary file in the same folder, with the permissions of a plain open()."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -199,7 +199,9 @@ class PeltTrainer(Trainer):
                 self._save_scaler(str(partial))
                 self._save_rng_state(str(partial))
                 self.state.save_to_json(str(partial / STATE_FILE))
-        except RuntimeError as error:  # torch.save reports a failed write so; RunError is one too
+        # torch.save reports a failed write as RuntimeError, which RunError is too; weights that are
+        # not finite are a ValueError.
+        except (RuntimeError, ValueError) as error:
             raise RunError(
                 f"checkpoint {checkpoint} cannot be written ({reason(error)}); "
                 "earlier checkpoints are intact"

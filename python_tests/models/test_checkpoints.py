@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pelt_kernels.methods import (
+    AdaMixConfig,
     BitFitConfig,
     BottleneckAdapterConfig,
     FullConfig,
@@ -21,6 +23,7 @@ from pelt_kernels.methods import (
     UniPELTConfig,
 )
 from pelt_kernels.models import FAMILIES, PeltModel, get_pelt_model
+from pelt_kernels.models.adapter_files import digest
 
 SMALL = {
     "adapter": BottleneckAdapterConfig(bottleneck=4),
@@ -123,6 +126,13 @@ def saved(make_base, tmp_path, method="unipelt", family="bert"):
     return tmp_path
 
 
+def rewrite(folder, tensors):
+    """Other tensors for the config that lies there, with a digest that is right."""
+    config = json.loads((folder / "adapter_config.json").read_text())["config"]
+    header = json.dumps({"config": config, "sha256": digest(tensors)})
+    save_file(tensors, folder / "adapter_model.safetensors", {"pelt_kernels": header})
+
+
 def refuses(make_base, folder, match, error=ValueError, **base):
     """One sentence, and the base model as it was."""
     model = make_base(**base)
@@ -151,7 +161,7 @@ def test_truncated_files_are_refused(make_base, tmp_path):
         refuses(make_base, folder, "not JSON, it is damaged or cut short")
     for other in ("[]", '{"peft_type": "LORA"}'):
         config.write_text(other)
-        refuses(make_base, folder, "in format 1 of pelt_kernels, got")
+        refuses(make_base, folder, "in format 2 of pelt_kernels, got")
     config.write_text(text)
     weights.unlink()
     refuses(make_base, folder, "expected adapter_model.safetensors", FileNotFoundError)
@@ -177,18 +187,154 @@ def test_other_architectures_and_shapes_are_refused(make_base, tmp_path):
 def test_missing_unknown_and_misshapen_tensors_are_refused(method, make_base, tmp_path):
     folder = saved(make_base, tmp_path, method)
     path = folder / "adapter_model.safetensors"
-    with safe_open(path, "pt") as file:
-        header = file.metadata()
     tensors = load_file(path)
     name = "base_model.classifier.bias"
-    save_file({k: v for k, v in tensors.items() if k != name}, path, header)
+    rewrite(folder, {k: v for k, v in tensors.items() if k != name})
     refuses(make_base, folder, f"1 missing \\({name}\\) and 0 unknown")
-    save_file(tensors | {"extra": torch.zeros(1)}, path, header)
+    rewrite(folder, tensors | {"extra": torch.zeros(1)})
     refuses(make_base, folder, r"0 missing and 1 unknown \(extra\)")
-    save_file(tensors | {name: torch.zeros(4)}, path, header)
+    rewrite(folder, tensors | {name: torch.zeros(4)})
     refuses(make_base, folder, f"expected {name} \\[3\\] \\(from the model\\), got \\[4\\]")
-    save_file(tensors, path, header | {"pelt_kernels": "{}"})
+    save_file(tensors, path, {"pelt_kernels": "{}"})
     refuses(make_base, folder, "not from the same save")
+
+
+VALUES = {
+    "NaN": (
+        torch.tensor([0.0, float("nan"), 0.0]),
+        "finite numbers, got NaN or infinity in {name}",
+    ),
+    "infinity": (
+        torch.tensor([0.0, 0.0, -float("inf")]),
+        "finite numbers, got NaN or .* in {name}",
+    ),
+    "int64": (torch.ones(3, dtype=torch.int64), "expected {name} in float32, .*, got int64 in"),
+    "bool": (torch.ones(3, dtype=torch.bool), "expected {name} in float32, .*, got bool in"),
+    "float64": (torch.full((3,), 1e300, dtype=torch.float64), "{name} in the range of float32"),
+}
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_tensors_of_other_than_finite_numbers_are_refused(case, make_base, tmp_path):
+    folder, name = saved(make_base, tmp_path, "lora"), "base_model.classifier.bias"
+    value, sentence = VALUES[case]
+    rewrite(folder, load_file(folder / "adapter_model.safetensors") | {name: value})
+    refuses(make_base, folder, sentence.format(name=name))
+
+
+def test_what_is_not_finite_is_not_saved(make_base, tmp_path):
+    folder = saved(make_base, tmp_path)
+    before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
+    model = get_pelt_model(make_base(), METHODS["unipelt"])
+    with torch.no_grad():
+        model.get_parameter("base_model.classifier.bias")[1] = float("nan")
+    with pytest.raises(ValueError, match="got NaN or infinity in base_model.classifier.bias"):
+        model.save_pretrained(folder)
+    assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
+
+
+@pytest.mark.parametrize("place", [0.3, 0.6, 0.9, 1.0])
+def test_a_flipped_bit_is_refused(place, make_base, tmp_path):
+    folder = saved(make_base, tmp_path)
+    path = folder / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    first = 8 + int.from_bytes(content[:8], "little")  # of the tensors, after the header
+    content[first + int(place * (len(content) - first - 1))] ^= 1
+    path.write_bytes(content)
+    refuses(
+        make_base, folder, "the digest of its header, [0-9a-f]{12}, got .*; the file is damaged"
+    )
+
+
+def test_weights_from_before_the_digest_load(make_base, make_batch, tmp_path):
+    model = get_pelt_model(make_base(), METHODS["unipelt"])
+    model.save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "adapter_config.json").read_text())
+    header = {"format": "pt", "pelt_kernels": json.dumps(described["config"])}
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(weights), weights, header)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(described | {"format": 1}))
+    batch = make_batch()
+    again = PeltModel.from_pretrained(make_base(), tmp_path)
+    assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_equal_adapters_are_equal_files(method, make_base, tmp_path):
+    contents = []
+    for number in range(4):
+        torch.manual_seed(0)
+        folder = saved(make_base, tmp_path / str(number), method)
+        contents.append({name: (folder / name).read_bytes() for name in os.listdir(folder)})
+    assert len(contents[0]) == 2 and all(content == contents[0] for content in contents)
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+WRONG_CONFIGS = {
+    ("config.targets", '["query", ["a"]]'): "expected targets as a list of different names",
+    (
+        "config.targets",
+        '{"query": 1}',
+    ): "LoraConfig: expected targets as a config with its 'method'",
+    ("config.r", '"4"'): "expected r as a whole number >= 1, got '4'",
+    ("config.r", "true"): "expected r as a whole number >= 1, got True",
+    ("config.alpha", "NaN"): "expected alpha as a finite number, got nan",
+    ("config.alpha", "1" + "0" * 400): "expected alpha as a finite number, got 1000",
+    ("config.dropout", "null"): "expected dropout as a finite number, got None",
+    ("config.gated", "1"): "expected gated as True, False or None, got 1",
+    ("config.gate_pooling", '[["mean"]]'): "expected gate_pooling to be one of",
+    ("config.rank", "4"): "got the unknown 'rank'",
+    ("config.method", "[]"): "expected method to be one of",
+    ("config", "[1]"): "expected a dictionary with the key 'method'",
+    ("config", DEEP): "is not JSON, it is damaged or cut short",
+    ("config", '{"a":' * 400 + "1" + "}" * 400): "expected a dictionary with the key 'method'",
+    ("base", "null"): "to describe its base model, got NoneType",
+    ("base.hidden_size", '"32"'): "expected base.hidden_size as a whole number, got '32'",
+    ("base.num_labels", "3.0"): "expected base.num_labels as a whole number or null, got 3.0",
+    ("base.model_type", '["bert"]'): "expected base.model_type as text, got ['bert']",
+    ("base.name_or_path", "7"): "expected base.name_or_path as text or null, got 7",
+    ("format", "[2]"): "in format 2 of pelt_kernels, got [2]",
+    ("format", "true"): "in format 2 of pelt_kernels, got True",
+}
+
+
+@pytest.mark.parametrize(("key", "text"), WRONG_CONFIGS)
+def test_wrong_types_in_the_config_are_named(key, text, make_base, tmp_path):
+    folder = saved(make_base, tmp_path, "lora")
+    path = folder / "adapter_config.json"
+    described = json.loads(path.read_text())
+    *parents, last = key.split(".")
+    inner = described
+    for parent in parents:
+        inner = inner[parent]
+    inner[last] = "HERE"
+    path.write_text(json.dumps(described).replace('"HERE"', text))
+    refuses(make_base, folder, re.escape(WRONG_CONFIGS[key, text]))
+
+
+SIZES = {
+    "adapter": {"bottleneck": 10**6},
+    "adapter beyond 64 bits": {"bottleneck": 10**30},
+    "prefix": {"prefix_length": 10**12},
+    "adamix": {"experts": 10**9},
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_sizes_that_the_weights_do_not_have_are_refused_before_memory_is_taken(
+    case, make_base, tmp_path
+):
+    """Both files say it, so that only the tensors can contradict."""
+    name = case.split()[0]
+    small = AdaMixConfig(kind="lora", share_up=False) if name == "adamix" else METHODS[name]
+    get_pelt_model(make_base(), small).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    described = json.loads(path.read_text())
+    described["config"] |= SIZES[case]
+    path.write_text(json.dumps(described))
+    rewrite(tmp_path, load_file(tmp_path / "adapter_model.safetensors"))
+    held = sum(v.numel() for v in load_file(tmp_path / "adapter_model.safetensors").values())
+    refuses(make_base, tmp_path, f"to be those of its {held:,} numbers, got ")
 
 
 def test_a_torn_pair_of_files_is_noticed(make_base, tmp_path):

@@ -166,7 +166,7 @@ BAD = [
     (lambda: PSTConfig(end=1.5), r"the schedule is longer than the training"),
     (lambda: PSTConfig(begin=0.8), r"begin < end <= 1"),
     (lambda: PSTConfig(r1=0), r"expected r1 as a whole number >= 1, got 0"),
-    (lambda: PSTConfig(targets=()), r"expected targets as different names out of"),
+    (lambda: PSTConfig(targets=()), r"expected targets as a list of different names out of"),
 ]
 
 

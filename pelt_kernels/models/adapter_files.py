@@ -1,0 +1,261 @@
+"""The two files of an adapter, written whole or not at all and believed only after every check."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from ..methods import MethodConfig, config_from_dict
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+FORMAT = 2
+WITHOUT_DIGEST = 1  # of files from before the weights carried one
+HEADER = "pelt_kernels"
+# safetensors writes several keys in an order of its own, another one each time: one key makes equal
+# adapters equal files.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# The types of what a config says about the base model, and how a sentence calls them.
+BASE_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "model_type": ((str,), "text"),
+    "architecture": ((str,), "text"),
+    "name_or_path": ((str, type(None)), "text or null"),
+    "hidden_size": ((int,), "a whole number"),
+    "num_hidden_layers": ((int,), "a whole number"),
+    "num_attention_heads": ((int,), "a whole number"),
+    "num_labels": ((int, type(None)), "a whole number or null"),
+}
+
+_log = logging.getLogger(__name__)
+
+
+def write_adapter(
+    directory: str | os.PathLike[str],
+    config: MethodConfig,
+    base: dict[str, Any],
+    tensors: dict[str, Tensor],
+) -> None:
+    """Writes both files through temporary ones, so that an interruption leaves the earlier pair or
+    the new one. Equal adapters give equal bytes.
+
+    The weights carry the config and a digest of themselves in their header, so a pair torn between
+    two saves and a flipped bit are noticed on reading.
+
+    Raises:
+        ValueError: a tensor holds what is not finite. OSError: the directory cannot be made or
+            written.
+    """
+    from .. import __version__
+
+    for name, tensor in tensors.items():
+        if not _extremes(tensor).isfinite().all():
+            raise ValueError(
+                f"save_pretrained: expected finite numbers, got NaN or infinity in {name}; the "
+                "training has diverged, earlier files are as they were"
+            )
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    described = {
+        "format": FORMAT,
+        "pelt_kernels": __version__,
+        "config": config.to_dict(),
+        "base": base,
+    }
+    text = json.dumps(described, indent=2, sort_keys=True)
+    weights = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    header = {"config": described["config"], "sha256": digest(weights)}
+    metadata = {HEADER: json.dumps(header, sort_keys=True)}
+    _write_atomically(target / WEIGHTS_FILE, safetensors_bytes(weights, metadata=metadata))
+    _write_atomically(target / CONFIG_FILE, text.encode() + b"\n")
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of CPU tensors, in the order of their names."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        found.update(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+    return found.hexdigest()
+
+
+def read_config(directory: str | os.PathLike[str]) -> tuple[MethodConfig, dict[str, Any]]:
+    """The method's config and the description of the base model.
+
+    Raises:
+        FileNotFoundError: no adapter_config.json. ValueError: a damaged one, one of another
+            program, or a value of a wrong type, with its key.
+    """
+    path = Path(directory) / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"from_pretrained: expected {CONFIG_FILE} in {directory}, found none"
+        )
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"from_pretrained: {path} is not JSON, it is damaged or cut short ({error})"
+        ) from error
+    found = described.get("format") if isinstance(described, dict) else type(described).__name__
+    if found not in (FORMAT, WITHOUT_DIGEST) or isinstance(found, bool):
+        raise ValueError(
+            f"from_pretrained: expected {path} in format {FORMAT} of pelt_kernels, got "
+            f"{found!r:.80}; was it written by another library?"
+        )
+    base = described.get("base")
+    if not isinstance(base, dict):
+        raise ValueError(
+            f"from_pretrained: expected {path} to describe its base model, got "
+            f"{type(base).__name__}"
+        )
+    for key, (types, words) in BASE_TYPES.items():
+        if key in base and (not isinstance(base[key], types) or isinstance(base[key], bool)):
+            raise ValueError(
+                f"from_pretrained: expected base.{key} as {words}, got {base[key]!r:.80} in {path}"
+            )
+    try:
+        return config_from_dict(described.get("config", {})), base
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"from_pretrained: {error} (config in {path})") from error
+
+
+def read_weights(directory: str | os.PathLike[str], config: MethodConfig) -> dict[str, Tensor]:
+    """The tensors by parameter name, on the CPU.
+
+    Raises:
+        FileNotFoundError: no adapter_model.safetensors. ValueError: a truncated file, weights of
+            another save, bytes that are not what was written, or a tensor of other than
+            floating-point numbers.
+    """
+    path = Path(directory) / WEIGHTS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"from_pretrained: expected {WEIGHTS_FILE} in {directory}, found none"
+        )
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(
+            f"from_pretrained: {path} cannot be read, it is damaged or cut short ({error})"
+        ) from error
+    written, expected = _read_header(metadata.get(HEADER, ""))
+    if written != config:
+        raise ValueError(
+            f"from_pretrained: {CONFIG_FILE} and {WEIGHTS_FILE} in {directory} are not from the "
+            "same save; save the adapter again, or use an earlier checkpoint"
+        )
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise ValueError(
+                f"from_pretrained: expected {name} in "
+                f"{', '.join(_dtype_name(dtype) for dtype in DTYPES[:-1])} or "
+                f"{_dtype_name(DTYPES[-1])}, got {_dtype_name(tensor.dtype)} in {path}"
+            )
+    if expected is None:
+        _log.info("%s was written without a digest: a flipped bit in it cannot be noticed", path)
+    elif digest(tensors) != expected:
+        raise ValueError(
+            f"from_pretrained: expected the tensors in {path} to have the digest of its header, "
+            f"{expected:.12}, got {digest(tensors):.12}; the file is damaged"
+        )
+    return tensors
+
+
+def _read_header(text: str) -> tuple[MethodConfig | None, str | None]:
+    """The config that the weights were saved with (None: not ours) and their digest (None: they
+    have none). Fields that came later than the file have their defaults.
+    """
+    try:
+        header = json.loads(text)
+        if isinstance(header, dict) and "sha256" in header:
+            return config_from_dict(header.get("config", {})), str(header["sha256"])
+        return config_from_dict(header), None
+    except (ValueError, RecursionError):
+        return None, None
+
+
+def copy_weights(
+    wanted: Mapping[str, Tensor], tensors: dict[str, Tensor], where: str | os.PathLike[str]
+) -> None:
+    """Copies tensors into the parameters of the same names, after checking all of them.
+
+    Raises:
+        ValueError: a missing or unknown name, another shape, or a number that is not finite or
+            does not fit into the parameter's dtype; nothing is copied then.
+    """
+    missing = [name for name in wanted if name not in tensors]
+    unknown = [name for name in tensors if name not in wanted]
+    if missing or unknown:
+        raise ValueError(
+            f"from_pretrained: expected {where} to hold the {len(wanted)} tensors of this method "
+            "in this model, got "
+            f"{len(missing)} missing{_some(missing)} and {len(unknown)} unknown{_some(unknown)}"
+        )
+    for name, parameter in wanted.items():
+        tensor = tensors[name]
+        if parameter.shape != tensor.shape:
+            raise ValueError(
+                f"from_pretrained: expected {name} {list(parameter.shape)} (from the model), got "
+                f"{list(tensor.shape)} in {where}"
+            )
+        extremes = _extremes(tensor)
+        if not extremes.isfinite().all():
+            raise ValueError(
+                f"from_pretrained: expected finite numbers, got NaN or infinity in {name} in "
+                f"{where}"
+            )
+        if not extremes.to(parameter.dtype).isfinite().all():
+            raise ValueError(
+                f"from_pretrained: expected {name} in the range of {_dtype_name(parameter.dtype)} "
+                f"(from the model), got {extremes.abs().max():.3g} in {where}"
+            )
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(tensors[name])
+
+
+@torch.no_grad()
+def _extremes(tensor: Tensor) -> Tensor:
+    """Minimum and maximum, both NaN where one entry is: a thirtieth of what asking each entry
+    takes.
+    """
+    return torch.stack(torch.aminmax(tensor)) if tensor.numel() else tensor.new_zeros(2)
+
+
+def _some(names: list[str]) -> str:
+    return f" ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})" if names else ""
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    """Through a temporary file in the same folder, with the permissions of a plain open()."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
