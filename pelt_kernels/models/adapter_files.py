@@ -86,7 +86,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        found.update(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
