@@ -11,14 +11,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 
-from . import _forms, _native
+from . import _forms, _native, _request
 from ._contract import Call
 
 logger = logging.getLogger("pelt_kernels")
@@ -51,8 +51,9 @@ BACKENDS: dict[str, Backend] = {
     "eager": Backend("eager", (), True),
 }
 
-_requested = os.environ.get("PELT_KERNELS_BACKEND", "")
+# The decisions of all threads.
 _choices: dict[str, dict[str, Choice]] = {}
+_choices_lock = threading.Lock()
 _era = 0  # grows when choices are forgotten
 
 
@@ -90,18 +91,16 @@ def use_backend(name: str | None) -> Iterator[None]:
     ``"cuda:single"`` or ``"cpu:avx2"`` asks for a form of its kernels too, of those operators that
     have several.
 
-    The request is process-wide, like `torch.set_default_dtype`, so that it also reaches the threads
-    in which autograd runs. A call's own ``backend=`` goes first; the environment variable
-    PELT_KERNELS_BACKEND is the initial value. Raises ValueError for an unknown name, and later, at
-    the call, BackendError if that backend cannot serve it.
+    The request holds in this thread, and in this task of asyncio, until the block is left: other
+    threads, and those started inside it, have their own. Backward runs on the backend that ran
+    forward, wherever it is called. What activation checkpointing computes again in backward follows
+    the request where backward was called. A call's own ``backend=`` goes first; outside of any
+    block the environment variable PELT_KERNELS_BACKEND holds. Raises ValueError for an unknown
+    name, and later, at the call, BackendError if that backend cannot serve it.
     """
-    global _requested
     check_name(name or "")
-    before, _requested = _requested, name or ""
-    try:
+    with _request.block(name or ""):
         yield
-    finally:
-        _requested = before
 
 
 def check_name(name: str) -> None:
@@ -113,26 +112,29 @@ def current_request() -> str:
     """The backend asked for by `use_backend` or PELT_KERNELS_BACKEND; empty for the automatic
     choice.
     """
-    return _requested
+    return _request.current()
 
 
 def explain(operator: str | None = None) -> list[Choice]:
-    """The decisions made in this process, per operator and combination of sizes, newest last.
+    """The decisions made in this process, by all its threads, per operator and combination of
+    sizes, newest last.
 
     Each `Choice` tells the backend that serves the call, whether it was asked for, and why each
     backend tried before it was refused: because it cannot serve the call, or because eager was
     measured to be faster; ``print(*explain(), sep="\\n")`` reads well.
     """
-    if operator is not None:
-        return list(_choices.get(operator, {}).values())
-    return [choice for choices in _choices.values() for choice in choices.values()]
+    with _choices_lock:
+        if operator is not None:
+            return list(_choices.get(operator, {}).values())
+        return [choice for choices in _choices.values() for choice in choices.values()]
 
 
 def forget_choices() -> None:
     """Empties what `explain` tells, so that a run reports only its own calls."""
     global _era
-    _choices.clear()
-    _era += 1
+    with _choices_lock:
+        _choices.clear()
+        _era += 1
 
 
 def select(call: Call, request: str, needs_grad: bool = True) -> Call:
@@ -210,10 +212,11 @@ def _choose_form(
 def _remember(chosen: Call) -> None:
     choice: Choice = chosen.choice
     chosen.era = _era
-    choices = _choices.setdefault(choice.operator, {})
-    if len(choices) < 1024:  # enough to read; more would only be a leak
-        # What is the same with and without gradients is told once.
-        choices[f"{choice} {choice.requested}"] = choice
+    with _choices_lock:
+        choices = _choices.setdefault(choice.operator, {})
+        if len(choices) < 1024:  # enough to read; more would only be a leak
+            # What is the same with and without gradients is told once.
+            choices[f"{choice} {choice.requested}"] = choice
 
 
 def why_not(name: str, call: Call) -> str:

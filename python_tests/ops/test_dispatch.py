@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -36,6 +38,10 @@ def call(rows=3, dtype=torch.float32, **more):
     )
 
 
+def call_with(x):
+    return gated_adapter(x, torch.ones(4, 16), torch.ones(16, 4))
+
+
 def only_choice():
     (choice,) = explain("gated_adapter")
     return choice
@@ -56,6 +62,127 @@ def test_the_call_goes_before_the_context_and_the_context_ends():
         assert _dispatch.current_request() == "cuda"
         with pytest.raises(BackendError):
             call()
+    assert _dispatch.current_request() == ""
+
+
+def in_thread(function, *args):
+    """What it returns, called in a thread of its own."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(function(*args)))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def test_overlapping_blocks_of_threads_do_not_meet():
+    first_open, second_open, first_left = (threading.Event() for _ in range(3))
+    seen = {}
+
+    def first():
+        with use_backend("eager"):
+            first_open.set()
+            second_open.wait(10)
+            seen["first"] = _dispatch.current_request()
+        first_left.set()
+
+    def second():
+        first_open.wait(10)
+        seen["second, before"] = _dispatch.current_request()
+        with use_backend("cpu"):
+            second_open.set()
+            first_left.wait(10)
+            seen["second"] = _dispatch.current_request()
+
+    threads = [threading.Thread(target=run) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"first": "eager", "second, before": "", "second": "cpu"}
+    assert _dispatch.current_request() == ""
+    with use_backend("eager"):
+        assert in_thread(_dispatch.current_request) == ""
+
+
+def test_tasks_have_their_own_request():
+    async def task(name):
+        with use_backend(name):
+            await asyncio.sleep(0)
+            return _dispatch.current_request()
+
+    async def both():
+        return await asyncio.gather(task("eager"), task("cpu"))
+
+    assert asyncio.run(both()) == ["eager", "cpu"]
+
+
+def test_blocks_may_be_left_in_any_order_and_by_an_exception():
+    def holder(name):
+        with use_backend(name):
+            yield
+
+    first, second = holder("eager"), holder("cpu")
+    next(first), next(second)
+    first.close()
+    assert _dispatch.current_request() == "cpu"
+    second.close()
+    assert _dispatch.current_request() == ""
+    third = holder("eager")
+    next(third)
+    in_thread(third.close)
+    assert _dispatch.current_request() == ""
+    with pytest.raises(KeyError), use_backend("cpu"):
+        raise KeyError
+    assert _dispatch.current_request() == ""
+
+
+def test_what_checkpointing_computes_again_follows_the_request():
+    """In a thread of autograd's too: backward inside of backward, more than 60 deep, goes there."""
+    x = torch.ones(3, 16, requires_grad=True)
+    here, others = threading.get_ident(), set()
+
+    class Deeper(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dx):
+            y = x.detach().requires_grad_()
+            with torch.enable_grad():
+                if threading.get_ident() == here:
+                    Deeper.apply(y).sum().backward()
+                else:
+                    others.add(threading.get_ident())
+                    call_with(y)  # as a checkpoint does
+            return dx
+
+    with use_backend("eager"):
+        Deeper.apply(x).sum().backward()
+    assert others
+    assert {choice.requested for choice in explain()} == {"eager"}
+
+
+def test_a_compiled_function_follows_the_request():
+    x = torch.ones(3, 16)
+
+    def inside(x):
+        with use_backend("eager"):
+            return call_with(x)
+
+    def requests(function):
+        forget_choices()
+        function(x)
+        return [choice.requested for choice in explain()]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call_with, fullgraph=True, backend="aot_eager")
+    assert requests(compiled) == [""]
+    with use_backend("eager"):
+        assert requests(compiled) == ["eager"]
+        assert in_thread(requests, compiled) == [""]
+    assert requests(compiled) == [""]
+    assert requests(torch.compile(inside, fullgraph=True, backend="aot_eager")) == ["eager"]
     assert _dispatch.current_request() == ""
 
 
