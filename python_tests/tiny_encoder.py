@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,3 +70,10 @@ def toy_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         write_tsv(folder / "train.tsv", rows(200, seed=1)),
         write_tsv(folder / "test.tsv", rows(60, seed=2)),
     )
+
+
+def damage_json(path: Path, key: str, text: str) -> None:
+    """Puts JSON text in the place of a key's value."""
+    values = json.loads(path.read_text())
+    values[key] = "HERE"
+    path.write_text(json.dumps(values).replace('"HERE"', text))

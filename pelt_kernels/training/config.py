@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from ..methods import MethodConfig, config_from_options
 from ..ops import BACKENDS
 from .base_model import EMBEDDED
-from .errors import RunError, UsageError, reason
+from .errors import UsageError, reason
 from .recipes import recipe
+from .records import read_record
 from .storage import write_json
 from .tasks import Columns
 
 FILE = "run.json"
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
+# numpy's generator takes no larger seed, and no count of a run comes near the other.
+LARGEST_SEED, LARGEST_COUNT = 2**32 - 1, 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -105,15 +107,22 @@ class TrainConfig:
 
     def _check(self) -> None:
         for name in ("epochs", "batch_size", "max_length", "patience", "train_examples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UsageError(f"{_option(name)}: expected at least 1, got {getattr(self, name)}")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise UsageError(f"seeds: expected different numbers from 0, got {list(self.seeds)}")
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= LARGEST_COUNT:
+                most = f"at most {LARGEST_COUNT}" if value > 1 else "at least 1"
+                raise UsageError(f"{_option(name)}: expected {most}, got {_shown(value)}")
+        is_different = self.seeds and len(set(self.seeds)) == len(self.seeds)
+        if not is_different or not 0 <= min(self.seeds) <= max(self.seeds) <= LARGEST_SEED:
+            raise UsageError(
+                f"seeds: expected different numbers from 0 to {LARGEST_SEED}, got "
+                f"{_shown(self.seeds)}"
+            )
         if not all(0 < lr < float("inf") for lr in self.lr) or len(set(self.lr)) < len(self.lr):
             raise UsageError(f"lr: expected different positive numbers, got {list(self.lr)}")
-        if self.eval_every < 0:
+        if not 0 <= self.eval_every <= LARGEST_COUNT:
             raise UsageError(
-                f"eval-every: expected 0 (once an epoch) or more steps, got {self.eval_every}"
+                "eval-every: expected 0 (once an epoch) or a number of steps up to "
+                f"{LARGEST_COUNT}, got {_shown(self.eval_every)}"
             )
         if not 0 <= self.warmup < 1:
             raise UsageError(f"warmup: expected a share in [0, 1), got {self.warmup}")
@@ -144,12 +153,9 @@ def load_config(folder: Path) -> TrainConfig:
     path = folder / FILE
     if not path.is_file():
         raise UsageError(f"resume: {folder} holds no run ({FILE} is missing)")
-    try:
-        values: dict[str, Any] = json.loads(path.read_text())
-        values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        return TrainConfig(**values)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise RunError(f"resume: {path} is damaged ({error})") from error
+    values = read_record(path, get_type_hints(TrainConfig), "resume", has_defaults=True)
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return TrainConfig(**values)
 
 
 def continued(folder: Path, asked: dict[str, Any]) -> TrainConfig:
@@ -198,4 +204,5 @@ def _option(name: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    words = value if isinstance(value, list | tuple) else [value]
+    return ",".join(map(str, words)) if words else "none"

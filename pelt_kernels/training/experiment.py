@@ -24,8 +24,9 @@ from .errors import RunError, UsageError, reason
 from .metrics import score
 from .plots import draw_curves, draw_gates
 from .predictor import Predictor
+from .records import read_record
 from .report import metrics
-from .run import Run, Watchers
+from .run import Run, Watchers, rate_name
 from .storage import clear_partial, replacing, require_writable, write_json
 from .tasks import Task, load_task
 
@@ -124,7 +125,7 @@ def _experiment(
         tried = {lr: run(lr, config.seeds[0]).result(watchers)["dev_accuracy"] for lr in config.lr}
         watchers.say(
             "dev accuracy by learning rate: "
-            + ", ".join(f"{lr:g}: {accuracy:.3f}" for lr, accuracy in tried.items())
+            + ", ".join(f"{rate_name(lr)}: {accuracy:.3f}" for lr, accuracy in tried.items())
         )
     lr = max(tried, key=lambda rate: tried[rate]) if tried else config.lr[0]
     runs = {seed: run(lr, seed) for seed in config.seeds}
@@ -138,7 +139,7 @@ def _experiment(
     title = f"{config.method} on {task.name}"
     draw_curves(output / "curves.png", title, histories)
     draw_gates(output / "gates.png", f"{title}, seed {best}", histories[f"seed {best}"])
-    tried_by_name = {f"{rate:g}": accuracy for rate, accuracy in tried.items()}
+    tried_by_name = {rate_name(rate): accuracy for rate, accuracy in tried.items()}
     found = metrics(config, task, lr, tried_by_name, list(results.values()))
     found["adapter_seed"] = best
     write_json(output / METRICS_FILE, found)
@@ -224,9 +225,6 @@ def _check_same_data(task: Task, output: Path) -> None:
     path = output / TASK_FILE
     if not path.is_file():
         return  # stopped before the data was read
-    try:
-        before = json.loads(path.read_text())["fingerprint"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise RunError(f"resume: {path} is damaged") from error
+    before = read_record(path, {"fingerprint": str}, "resume")["fingerprint"]
     if before != task.fingerprint:
         raise UsageError(f"resume: the data of {task.name} has changed since {output} was begun")

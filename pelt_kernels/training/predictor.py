@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 
@@ -14,6 +13,7 @@ from ..models import PeltModel
 from .base_model import load_classifier, load_tokenizer
 from .encode import Pad, encode
 from .errors import RunError, UsageError, reason
+from .records import read_record
 from .storage import write_json
 from .tasks import Example
 
@@ -41,11 +41,15 @@ class Card:
         path = folder / FILE
         if not path.is_file():
             raise UsageError(f"adapter: {folder} holds no trained adapter ({FILE} is missing)")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**values | {"labels": tuple(values["labels"])})
-        except (ValueError, TypeError, LookupError) as error:
-            raise RunError(f"adapter: {path} is damaged ({reason(error)})") from error
+        types = get_type_hints(cls)
+        values = read_record(path, types, "adapter")
+        card = cls(**{name: values[name] for name in types} | {"labels": tuple(values["labels"])})
+        if len(set(card.labels)) < max(2, len(card.labels)) or card.max_length < 1:
+            raise RunError(
+                f"adapter: {path} is damaged (expected different labels, two at least, and "
+                f"max_length >= 1, got {card.labels!r:.80} and {card.max_length})"
+            )
+        return card
 
 
 @dataclass(frozen=True)

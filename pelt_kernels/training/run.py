@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -22,13 +21,29 @@ from .encode import Encoded, Pad, encode
 from .errors import Interrupted, RunError, UsageError
 from .metrics import score_logits
 from .predictor import Card
+from .records import read_record
 from .report import backends_used, peak_memory, seconds_per_step
 from .stopping import BEST_METRIC, EarlyStopping, Stop, evaluations_without_gain
 from .storage import clear_partial, replacing, require_writable, write_json
 from .tasks import Task
-from .trainer import PeltTrainer, checkpoints, read_state
+from .trainer import PeltTrainer, check_history, checkpoints, read_state
 
 RESULT_FILE = "result.json"
+# What it holds at least.
+RESULT: dict[str, Any] = {
+    "seed": int,
+    "learning_rate": float,
+    "dev_accuracy": float,
+    "best_step": int,
+    "steps": int,
+    "seconds_per_step": float | None,
+    "trainable_parameters": int,
+    "total_parameters": int,
+    "train_examples": int,
+    "backends": dict[str, str],
+    "peak_memory_bytes": int,
+    "history": list[dict[str, Any]],
+}
 LOG_ENTRIES = 100  # of the training loss in a whole run
 
 
@@ -61,11 +76,11 @@ class Run:
 
     @property
     def title(self) -> str:
-        return f"{self.config.method}, lr {self.lr:g}, seed {self.seed}"
+        return f"{self.config.method}, lr {rate_name(self.lr)}, seed {self.seed}"
 
     @property
     def folder(self) -> Path:
-        return self.output / f"lr-{self.lr:g}-seed-{self.seed}"
+        return self.output / f"lr-{rate_name(self.lr)}-seed-{self.seed}"
 
     @property
     def max_length(self) -> int:
@@ -80,15 +95,22 @@ class Run:
         """The finished run: read if it is finished, continued if it was begun, else trained."""
         path = self.folder / RESULT_FILE
         if path.is_file():
-            try:
-                return json.loads(path.read_text())
-            except ValueError as error:
-                raise RunError(f"{path} is damaged; remove {self.folder} to train again") from error
+            return self._read_result(path)
         result = self._train(watchers)
         write_json(path, result)
         for checkpoint in checkpoints(self.folder):
             shutil.rmtree(checkpoint)  # the adapter is saved: they have done their service
         return result
+
+    def _read_result(self, path: Path) -> dict[str, Any]:
+        try:
+            result = read_record(path, RESULT, "resume")
+            check_history(path, result["history"])
+            if (result["seed"], result["learning_rate"]) != (self.seed, self.lr):
+                raise RunError(f"resume: {path} is of another run")
+            return result
+        except RunError as error:
+            raise RunError(f"{error}; remove {self.folder} to train again") from error
 
     def _train(self, watchers: Watchers) -> dict[str, Any]:
         forget_choices()
@@ -225,3 +247,9 @@ class Run:
         if not kept:
             return f"{stopped} before the first checkpoint"
         return f"{stopped}; {kept[-1]} is kept, continue with --resume --output {self.output}"
+
+
+def rate_name(lr: float) -> str:
+    """A learning rate as people write it, and another name for every other rate."""
+    short = f"{lr:g}"
+    return short if float(short) == lr else repr(lr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from ..models import PeltModel
 from ..nn import Router, spare_unselected
 from .encode import Encoded, LengthGroups
 from .errors import RunError, reason
+from .records import mismatch, read_record
 from .stopping import BEST_METRIC, IS_PRUNING
 from .storage import replacing
 
@@ -41,6 +43,25 @@ _UNREADABLE = (
     EOFError,
     pickle.UnpicklingError,
 )
+
+
+# What an entry of a run's history holds; everything else in it is a number.
+_ENTRY: dict[str, Any] = {
+    "step": int,
+    "gates": dict[str, float],
+    IS_PRUNING: bool,
+    "seconds_per_step": float | None,
+}
+GATE = re.compile("[0-9]{1,6}[.].+")
+_STATE: dict[str, Any] = {
+    "global_step": int,
+    "max_steps": int,
+    "num_train_epochs": int,
+    "epoch": float | None,
+    "best_metric": float | None,
+    "best_global_step": int | None,
+    "log_history": list[dict[str, Any]],
+}
 
 
 class StepClock(TrainerCallback):
@@ -220,6 +241,11 @@ class PeltTrainer(Trainer):
             with _reading(Path(checkpoint)):
                 super()._load_optimizer_and_scheduler(checkpoint)
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with _reading(Path(checkpoint)):
+                super()._load_scaler(checkpoint)
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             with _reading(Path(checkpoint)):
@@ -228,8 +254,14 @@ class PeltTrainer(Trainer):
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
-    found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step_of(path)]
+    return sorted(found, key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    """0 for a name that no checkpoint has."""
+    number = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    return int(number) if re.fullmatch("[1-9][0-9]{,15}", number) else 0
 
 
 def read_state(checkpoint: Path) -> TrainerState:
@@ -238,16 +270,30 @@ def read_state(checkpoint: Path) -> TrainerState:
         missing = [name for name in FILES if not (checkpoint / name).is_file()]
         if missing:
             raise FileNotFoundError(f"{', '.join(missing)} missing")
+        path = checkpoint / STATE_FILE
+        check_history(path, read_record(path, _STATE, "state")["log_history"])
         return TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+
+
+def check_history(path: Path, history: list[dict[str, Any]]) -> None:
+    """Raises RunError where an entry of a run's history, read from `path`, holds another type."""
+    for index, entry in enumerate(history):
+        wrong = [
+            mismatch(value, _ENTRY.get(key, float), f"history.{index}.{key}")
+            for key, value in entry.items()
+        ]
+        wrong += [] if "step" in entry else [f"history.{index}.step is missing"]
+        if not any(wrong) and not all(map(GATE.fullmatch, entry.get("gates", {}))):
+            wrong.append(f"expected gates as <layer>.<kind> in history.{index}")
+        if any(wrong):
+            raise RunError(f"{path} is damaged ({next(filter(None, wrong))})")
 
 
 @contextmanager
 def _reading(checkpoint: Path) -> Iterator[None]:
     try:
         yield
-    except RunError:
-        raise
-    except _UNREADABLE as error:
+    except _UNREADABLE as error:  # RunError of a record among them
         raise _damaged(checkpoint, error) from error
 
 
