@@ -41,6 +41,7 @@ class MethodConfig:
     """
 
     method: ClassVar[str] = ""
+    RETIRED: ClassVar[tuple[str, ...]] = ()  # fields that earlier files hold; read over
 
     @property
     def parts(self) -> Parts:
@@ -73,7 +74,8 @@ class MethodConfig:
         if name != cls.method:
             raise ValueError(f"{cls.__name__}: expected method {cls.method!r}, got {name!r}")
         known = [field.name for field in fields(cls)]
-        unknown = [key for key in values if key not in known and key != "method"]
+        read_over = ("method", *cls.RETIRED)
+        unknown = [key for key in values if key not in known and key not in read_over]
         if unknown:
             raise ValueError(
                 f"{cls.__name__}: expected the fields {', '.join(known) or '(none)'}, got the "
@@ -82,7 +84,7 @@ class MethodConfig:
             )
         made = {}
         for key, value in values.items():
-            if key == "method":
+            if key not in known:
                 continue
             if isinstance(value, dict) and "method" not in value:
                 raise ValueError(

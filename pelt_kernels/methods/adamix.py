@@ -27,16 +27,22 @@ class AdaMixConfig(MethodConfig):
 
     ``adapter``: ``W_up φ(W_down f + b_d) + b_u + f`` on the FFN's output f, before its dropout and
     residual. ``lora``: ``alpha / r · (x Aᵀ) Bᵀ`` beside the target projections. The draws of both
-    sides are independent, for each layer and pass, one for the whole batch.
+    sides are independent, for each layer and pass, one for the whole batch; they come from torch's
+    generator of the device, as dropout does (`torch.manual_seed`), so gradient checkpointing needs
+    its default ``preserve_rng_state=True``.
 
     With ``consistency`` c > 0 a training step makes two passes over the batch with draws and
-    dropout of their own, in one call of the model, and the loss is ``CE(z1) + c · symmetric_kl(z1,
-    z2)``. It holds for every family: the official code forgets it for BERT.
+    dropout of their own, in one call of the `PeltModel`, and the loss is the model's own of the
+    first pass plus ``c · symmetric_kl(z1, z2)``: over classes of a sentence, of a token that has a
+    label, of each choice; over yes and no for each of several labels; over the start and the end of
+    an answer. It holds for every family: the official code forgets it for BERT. A regression has
+    no classes and leaves it out; so does, with a warning, a forward without labels; and
+    ``model.base_model(...)`` is one pass with the base model's own loss.
 
     Other than the authors' code: evaluation always takes the average (their inference level 3; one
     random expert at evaluation is not offered). LoRA's targets draw their experts apart, where the
     authors' fused query and value share one draw. Scores of a regression such as STS-B are not
-    clipped at 0. Both passes are one batch of twice the size, with the same numbers.
+    clipped at 0.
 
     Attributes:
         kind: adapter or lora.
@@ -48,13 +54,13 @@ class AdaMixConfig(MethodConfig):
         identical_start: all A of a bank start equal, as in the official LoRA code, where only the
             routing tells them apart later; else each has its own draw. Adapters always differ.
         consistency: c; the papers use 1 for classification and 100 for language models.
-        routing_seed: of the draws.
 
     Raises:
         ValueError: a field outside its range, or both sides shared with more than one expert.
     """
 
     method: ClassVar[str] = "adamix"
+    RETIRED: ClassVar[tuple[str, ...]] = ("routing_seed",)
 
     kind: str = "adapter"
     experts: int = 4
@@ -69,7 +75,6 @@ class AdaMixConfig(MethodConfig):
     dropout: float = 0.0
     identical_start: bool = False
     consistency: float = 1.0
-    routing_seed: int = 0
 
     def __post_init__(self) -> None:
         check_choice(self, "kind", KINDS)
@@ -80,7 +85,6 @@ class AdaMixConfig(MethodConfig):
         check_dropout(self, "dropout")
         for name in ("share_down", "share_up", "identical_start"):
             check_flag(self, name)
-        check_int(self, "routing_seed", 0)
         check_number(self, "consistency")
         if self.consistency < 0:
             raise ValueError(f"AdaMixConfig: expected consistency >= 0, got {self.consistency}")

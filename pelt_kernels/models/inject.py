@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..methods import BottleneckAdapterConfig, LoraConfig, Parts, PrefixTuningConfig
 from ..methods.lora import TARGETS
-from ..nn import GatedAdapter, LoRALinear, PrefixAttention, Router
+from ..nn import GatedAdapter, LoRALinear, PrefixAttention
 from .attention import (
     PELT,
     SITE,
@@ -21,7 +21,7 @@ from .attention import (
     read_mask,
     register_attention,
 )
-from .mixture import adapt_with_experts
+from .mixture import adapt_with_experts, check_random_state
 from .pruning import prune_linears
 from .replacement import Replacement
 from .slots import Slots, embeddings_of, layers_of, place_of
@@ -94,7 +94,6 @@ class Injection:
     Attributes:
         prefix: the prefixes of all layers, or None.
         sites: what hangs on each layer's attention module.
-        router: what draws AdaMix's experts, or None.
     """
 
     def __init__(self, model: PreTrainedModel, slots: Slots, parts: Parts) -> None:
@@ -114,10 +113,6 @@ class Injection:
         self._is_parallel = parts.adapter is not None and parts.adapter.placement == "parallel"
         self._ffn_path = slots.ffn_in
         self._handles: list[Any] = []
-        self.router: Router | None = None
-        mixture = parts.mixture
-        if mixture is not None:
-            self.router = Router(mixture.experts, mixture.routing_seed, self.made["device"])
         self.base_config = model.config
         needs_mask = any(_pools_by_mask(part) for part in parts[:3])
         self.uses_pelt_attention = needs_mask or self.prefix is not None
@@ -140,10 +135,8 @@ class Injection:
             self.replacements.extend(self._adapt(layer, slots, site))
             if parts.pruning is not None:
                 self.replacements += prune_linears(layer, slots, parts.pruning, self.made)
-            if mixture is not None and self.router is not None:
-                self.replacements += adapt_with_experts(
-                    layer, slots, mixture, self.router, self.made
-                )
+            if parts.mixture is not None:
+                self.replacements += adapt_with_experts(layer, slots, parts.mixture, self.made)
 
     def _adapt(self, layer: nn.Module, slots: Slots, site: LayerSite) -> Iterator[Replacement]:
         """The modules that stand for a layer's own; the query's Linear also for a prefix's gate."""
@@ -208,6 +201,9 @@ class Injection:
                 if self.parts.adapter is None and site.needs_mask:
                     setattr(norm, SITE, site)
                     self._handles.append(norm.register_forward_pre_hook(forget_mask))
+        if self.parts.mixture is not None:
+            for layer in self.layers:
+                self._handles.append(layer.register_forward_pre_hook(check_random_state))
         # A module attribute would be registered as a submodule; this is a note, not ownership.
         object.__setattr__(self.embeddings, FIRST_LAYER, self.layers[0])
         self._handles.append(self.embeddings.register_forward_hook(start_gradient))

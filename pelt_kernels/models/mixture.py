@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..methods import AdaMixConfig
 from ..methods.adapter import bottleneck_of
-from ..nn import ExpertAdapter, ExpertLoRALinear, Router
+from ..nn import ExpertAdapter, ExpertLoRALinear
 from ..ops import symmetric_kl
 from .replacement import Replacement
 from .slots import Slots, place_of
@@ -38,7 +38,7 @@ class ExpertLinear(nn.Module):
 
 
 def adapt_with_experts(
-    layer: nn.Module, slots: Slots, config: AdaMixConfig, router: Router, made: dict[str, Any]
+    layer: nn.Module, slots: Slots, config: AdaMixConfig, made: dict[str, Any]
 ) -> Iterator[Replacement]:
     """The modules with experts that stand for a layer's own."""
     sizes = config.bank_sizes()
@@ -50,7 +50,6 @@ def adapt_with_experts(
             hidden_size,
             bottleneck_of(config, hidden_size),
             sizes,
-            router,
             activation=config.activation,
             dropout=config.dropout,
             **made,
@@ -65,7 +64,6 @@ def adapt_with_experts(
             config.r,
             config.alpha,
             sizes,
-            router,
             dropout=config.dropout,
             identical_start=config.identical_start,
             dtype=made["dtype"],
@@ -73,64 +71,95 @@ def adapt_with_experts(
         yield Replacement(parent, name, original, adapted)
 
 
+def check_random_state(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of a layer: the experts of a checkpointed layer are drawn again from the
+    random state in which its forward drew them, so that state has to be kept.
+    """
+    checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+    keeps = getattr(checkpoint, "keywords", {}).get("preserve_rng_state", True)
+    if not keeps and getattr(layer, "gradient_checkpointing", False) and layer.training:
+        raise ValueError(
+            "AdaMixConfig: expected gradient checkpointing with preserve_rng_state=True (a layer "
+            "that is computed again draws the experts of its forward again), got False"
+        )
+
+
 def compares_passes(model: PreTrainedModel, config: AdaMixConfig) -> bool:
-    """Whether training compares two passes. A regression's single logit has nothing to compare,
-    which is said once, when the model is made.
+    """Whether training may compare two passes. Where it is known that there is nothing to compare,
+    this is said once, when the model is made.
     """
     if not config.consistency or config.experts == 1:
         return False
-    if getattr(model.config, "num_labels", None) == 1:
+    if getattr(model.config, "num_labels", None) == 1 or _is_regression(model):
         warnings.warn(
-            "AdaMixConfig: the consistency loss of a model with one logit (a regression) is 0; "
-            "training makes one pass over each batch and leaves it out",
+            "AdaMixConfig: the consistency loss of a regression is 0; training makes one pass over "
+            "each batch and leaves it out",
             stacklevel=4,
         )
-        return False
     return True
 
 
 def consistent_forward(
-    model: PreTrainedModel, router: Router, consistency: float, inputs: dict[str, Any]
+    model: PreTrainedModel, consistency: float, args: tuple[Any, ...], inputs: dict[str, Any]
 ) -> Any:
-    """One call of the model on the batch twice over; the outputs' ``loss`` is ``CE(z1) + c ·
-    symmetric_kl(z1, z2)`` and their ``logits`` are z1.
+    """The model's own outputs of a first pass over the batch, to whose loss ``c ·
+    symmetric_kl(z1, z2)`` with the logits z2 of a second pass is added.
+
+    Without labels there is no loss to add it to: warns, because the consistency is left out then.
 
     Raises:
-        ValueError: a model without ``logits``, or labels that are not those of a classification.
+        ValueError: a model that has a loss but no logits to compare.
     """
-    labels = inputs["labels"]
-    first = next(inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs)
-    batch = first.shape[0]
-    doubled = {
-        name: torch.cat([value, value])
-        if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch
-        else value
-        for name, value in inputs.items()
-        if name not in ("labels", "return_dict")
-    }
-    router.draw(passes=2, batch=batch)
-    outputs = model(**doubled, return_dict=True)
+    wants_dict = inputs.pop("return_dict", None)
+    if wants_dict is None:
+        wants_dict = model.config.return_dict
+    outputs = model(*args, **inputs, return_dict=True)
+    if getattr(outputs, "loss", None) is None:
+        if torch.is_grad_enabled():
+            warnings.warn(
+                "AdaMixConfig: a forward in training without labels leaves the consistency loss "
+                "out; a Trainer with label_smoothing_factor or compute_loss_func takes the labels "
+                "away before the model sees them. Set consistency=0 for a loss of your own",
+                stacklevel=5,
+            )
+    elif not _has_nothing_to_compare(model, outputs):
+        if not {"logits", "start_logits"} & outputs.keys():
+            raise ValueError(
+                "AdaMixConfig: expected a model that classifies sentences, tokens or answers for "
+                f"the consistency loss, got {type(model).__name__}, whose outputs are "
+                f"{', '.join(outputs)}; use consistency=0 for it"
+            )
+        second = model(*args, **inputs, return_dict=True)
+        divergence = _divergence(model, outputs, second, inputs.get("labels"))
+        outputs["loss"] = outputs["loss"] + consistency * divergence
+    return outputs if wants_dict else outputs.to_tuple()
+
+
+def _is_regression(model: PreTrainedModel) -> bool:
+    return getattr(model.config, "problem_type", None) == "regression"
+
+
+def _has_nothing_to_compare(model: PreTrainedModel, outputs: Any) -> bool:
+    """A regression, whose logits are no distribution over classes; or one class."""
     logits = getattr(outputs, "logits", None)
-    if logits is None or labels.shape not in (logits[:batch].shape[:-1], logits[:batch].shape):
-        raise ValueError(
-            "AdaMixConfig: expected a model that classifies sentences or tokens for the consistency"
-            f" loss, with labels [B] or [B, S], got {type(model).__name__} with labels"
-            f" {list(labels.shape)}; use consistency=0 for it"
-        )
-    z1, z2 = logits[:batch], logits[batch:]
-    outputs["loss"] = _cross_entropy(z1, labels) + consistency * symmetric_kl(
-        z1, z2, _counted(z1, labels)
-    )
-    outputs["logits"] = z1
-    return outputs
+    return _is_regression(model) or (logits is not None and logits.shape[-1] == 1)
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    if labels.shape == logits.shape:  # several labels at once
-        return nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-    return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
-
-
-def _counted(logits: Tensor, labels: Tensor) -> Tensor | None:
-    """The rows whose label is not ignored; None for all."""
-    return None if labels.shape == logits.shape else labels != -100
+def _divergence(model: PreTrainedModel, first: Any, second: Any, labels: Tensor | None) -> Tensor:
+    """The symmetric divergence between the two passes' distributions over classes, averaged as the
+    model averages its loss: over sentences, over tokens that have a label, over the labels where
+    several may be right (each is a yes or no), over the start and the end of an answer.
+    """
+    if "logits" not in first:
+        names = ("start_logits", "end_logits")
+        return torch.stack([symmetric_kl(first[name], second[name]) for name in names]).mean()
+    z1, z2 = first["logits"], second["logits"]
+    if getattr(model.config, "problem_type", None) == "multi_label_classification":
+        # A sigmoid is the softmax of a logit and 0.
+        pairs = [torch.stack([z, torch.zeros_like(z)], dim=-1) for z in (z1, z2)]
+        return symmetric_kl(*pairs)
+    if labels is None:
+        return symmetric_kl(z1, z2)
+    if model.can_generate():  # a token's logits are for the next one
+        z1, z2, labels = z1[:, :-1], z2[:, :-1], labels[:, 1:]
+    return symmetric_kl(z1, z2, (labels != -100).reshape(z1.shape[:-1]))

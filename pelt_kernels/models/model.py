@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..methods import AdaMixConfig, MethodConfig, with_part_changes
-from ..nn import Bank, Router
+from ..nn import Bank
 from .checkpoint import Checkpointed, without_reparametrisation
 from .export import Exportable
 from .inject import Injection, raise_occupied
@@ -41,7 +41,6 @@ class PeltModel(Exportable, Checkpointed):
         base_model: the model, with the parts in it.
         method_config: the method's config.
         prefix: the prefixes of all layers (`pelt_kernels.nn.PrefixAttention`), or None.
-        router: what draws AdaMix's experts (`pelt_kernels.nn.Router`), or None.
     """
 
     def __init__(self, model: PreTrainedModel, config: MethodConfig) -> None:
@@ -73,7 +72,6 @@ class PeltModel(Exportable, Checkpointed):
         injection = Injection(model, slots, parts)
         self.base_model = model
         self.prefix = injection.prefix
-        self.router = injection.router
         self._compares_passes = parts.mixture is not None and compares_passes(model, parts.mixture)
         self.method_config = config
         self._head = head
@@ -92,8 +90,6 @@ class PeltModel(Exportable, Checkpointed):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name in trained)
         self._trained = tuple(name for name, _ in self.named_parameters() if name in trained)
-
-    router: Router | None
 
     def forward(
         self,
@@ -126,12 +122,10 @@ class PeltModel(Exportable, Checkpointed):
             "labels": labels,
         }
         kwargs.update({name: value for name, value in named.items() if value is not None})
-        if self.router is not None and self.training and not self._is_detached:
-            mixture = self.method_config.parts.mixture
-            if labels is not None and self._compares_passes and mixture is not None:
-                consistency = mixture.consistency
-                return consistent_forward(self.base_model, self.router, consistency, kwargs)
-            self.router.draw()
+        mixture = self.method_config.parts.mixture
+        compares = self._compares_passes and self.training and not self._is_detached
+        if compares and mixture is not None:
+            return consistent_forward(self.base_model, mixture.consistency, (), kwargs)
         return self.base_model(**kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -254,7 +248,7 @@ class PeltModel(Exportable, Checkpointed):
         Raises:
             ValueError: the method has no experts.
         """
-        if self.router is None:
+        if self.method_config.parts.mixture is None:
             raise ValueError(
                 "merge_experts: expected the method 'adamix', alone or as a part, got "
                 f"{self.method_config.method!r}"

@@ -1,6 +1,6 @@
 """Modules: the parameters of an operator, their initialisation, and a forward that calls it."""
 
-from .experts import Bank, ExpertAdapter, ExpertLoRALinear, Router, spare_unselected
+from .experts import Bank, ExpertAdapter, ExpertLoRALinear, spare_unselected
 from .gate import Gate
 from .gated_adapter import GatedAdapter
 from .lora_linear import LoRALinear
@@ -16,6 +16,5 @@ __all__ = [
     "LoRALinear",
     "PrefixAttention",
     "PrunedLinear",
-    "Router",
     "spare_unselected",
 ]

@@ -9,122 +9,54 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import LoraBranch, gated_adapter, lora_linear
-from ._computed import Computed
 from .lora_linear import merged
-
-PASSES = 2  # of one training step: AdaMix's consistency loss compares two
-
-
-class Router(nn.Module):
-    """Draws one expert for each side of each of its modules and for each pass over a batch.
-
-    The draws are a function of a seed, a step and how many were made since `seek`: the same on
-    every rank, and again the same after a resumption. They lie in the buffer ``draws`` [PASSES,
-    modules, 2] on the device, so a captured CUDA graph reads what `draw` last wrote there; nothing
-    is read back.
-    """
-
-    draws: Tensor
-
-    def __init__(self, experts: int, seed: int = 0, device: torch.device | None = None) -> None:
-        super().__init__()
-        self.experts, self.seed, self.step, self.drawn = experts, seed, 0, 0
-        self.modules_served = 0
-        self.index: Tensor | None = None
-        empty = torch.zeros(PASSES, 0, 2, dtype=torch.int64, device=device)
-        self.register_buffer("draws", empty, persistent=False)
-
-    def add(self) -> int:
-        """A number for one more module."""
-        self.modules_served += 1
-        self.draws = self.draws.new_zeros(PASSES, self.modules_served, 2)
-        return self.modules_served - 1
-
-    def seek(self, step: int, seed: int | None = None) -> None:
-        """The draws from here on are those of a training step."""
-        self.step, self.drawn = step, 0
-        self.seed = self.seed if seed is None else seed
-
-    def draw(self, passes: int = 1, batch: int = 1) -> None:
-        """Draws for one pass over a batch, or for two at once: the first ``batch`` sentences are
-        the first pass, the others the second.
-        """
-        is_captured = self.draws.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not is_captured:
-            # Sums of odd multiples: neighbouring steps and seeds get unrelated generators.
-            mixed = self.seed * 0x9E3779B97F4A7C15 + self.step * 0xC2B2AE3D27D4EB4F + self.drawn
-            generator = torch.Generator().manual_seed(mixed % 2**63)
-            shape = (PASSES, self.modules_served, 2)
-            self.draws.copy_(torch.randint(0, self.experts, shape, generator=generator))
-            self.drawn += 1
-        # A copy, because the next draw overwrites the buffer and backward may come after it.
-        if passes == 1:
-            self.index = self.draws[0].clone()
-        else:
-            self.index = self.draws[:passes].permute(1, 2, 0).repeat_interleave(batch, dim=2)
-
-    def of(self, number: int, side: int) -> Tensor:
-        """The index of one module's side: [] or [B]."""
-        if self.index is None:
-            self.draw()
-        assert self.index is not None
-        return self.index[number, side]
 
 
 class Bank(nn.Module):
-    """What banks of experts share: their parameters by side, the draw, and the cached average."""
+    """What banks of experts share: their parameters by side, the draw, and the average.
+
+    Nothing of a forward is kept here. Each forward in training draws from torch's generator of the
+    parameters' device, as dropout does: gradient checkpointing puts that generator back before it
+    computes a layer again, so the layer meets the experts of its own forward however many others
+    came between; whoever keeps torch's random state repeats the draws; a captured CUDA graph draws
+    at each replay; and ranks draw independently, unless their generators are equal.
+    """
 
     SIDES: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())  # parameter names: down, up
 
-    def __init__(self, router: Router) -> None:
-        super().__init__()
-        # The router is one for all modules and belongs to the model.
-        object.__setattr__(self, "router", router)
-        self.number = router.add()
-        self._averages: Computed[dict[str, Tensor | None]] = Computed()
+    def banks(self) -> dict[str, nn.Parameter]:
+        """The banks of both sides by name, [M, ...] each."""
+        return {name: getattr(self, name) for names in self.SIDES for name in names}
 
-    def _bank(self, name: str) -> nn.Parameter | None:
-        return cast("nn.Parameter | None", getattr(self, name))
+    def draw(self) -> Tensor:
+        """One expert for each side, [2] int64: of one forward, for its whole batch."""
+        banks = self.banks().values()
+        device = next(iter(banks)).device
+        return torch.randint(max(map(len, banks)), (2,), device=device)
 
-    def chosen(self) -> tuple[dict[str, Tensor | None], tuple[Tensor | None, Tensor | None]]:
-        """The parameters of this pass by name, and the index of each side that is a bank."""
+    def chosen(self) -> tuple[dict[str, Tensor], tuple[Tensor | None, Tensor | None]]:
+        """The parameters of this forward by name, and the index [] of each side that is a bank."""
         if not self.training:
             return self.averages(), (None, None)
-        router = cast(Router, self.router)
-        values: dict[str, Tensor | None] = {}
-        index: list[Tensor | None] = []
-        for side, names in enumerate(self.SIDES):
-            banks = {name: self._bank(name) for name in names}
-            sizes = {len(bank) for bank in banks.values() if bank is not None}
-            is_single = sizes == {1}
-            for name, bank in banks.items():
-                values[name] = bank[0] if is_single and bank is not None else bank
-            index.append(None if is_single else router.of(self.number, side))
-        return values, (index[0], index[1])
+        banks = self.banks()
+        values = {name: bank[0] if len(bank) == 1 else bank for name, bank in banks.items()}
+        is_one = [len(banks[names[0]]) == 1 for names in self.SIDES]
+        if all(is_one):
+            return values, (None, None)
+        down, up = self.draw().unbind()
+        return values, (None if is_one[0] else down, None if is_one[1] else up)
 
-    def averages(self) -> dict[str, Tensor | None]:
-        """The mean of each bank: with gradients where they are wanted, else `Computed` once (a
-        compiled graph makes them itself).
+    def averages(self) -> dict[str, Tensor]:
+        """The mean of each bank, made anew each time: what it costs is small, and no way to write
+        a parameter can leave an old one behind.
         """
-        banks = {name: self._bank(name) for names in self.SIDES for name in names}
+        return {name: _mean(bank) for name, bank in self.banks().items()}
 
-        def means() -> dict[str, Tensor | None]:
-            return {name: None if b is None else _mean(b) for name, b in banks.items()}
-
-        given = [bank for bank in banks.values() if bank is not None]
-        wants_gradient = torch.is_grad_enabled() and any(bank.requires_grad for bank in given)
-        if wants_gradient or torch.compiler.is_compiling():
-            return means()
-        return self._averages(given, means)
-
+    @torch.no_grad()
     def merge(self) -> None:
         """Each bank becomes its mean, a bank of one."""
-        for name, value in self.averages().items():
-            bank = self._bank(name)
-            if bank is not None and value is not None:
-                merged = nn.Parameter(value.detach().clone()[None], bank.requires_grad)
-                setattr(self, name, merged)
-        self._averages.forget()
+        for name, bank in self.banks().items():
+            setattr(self, name, nn.Parameter(_mean(bank).clone()[None], bank.requires_grad))
 
 
 class ExpertAdapter(Bank):
@@ -144,14 +76,13 @@ class ExpertAdapter(Bank):
         hidden_size: int,
         bottleneck: int,
         sizes: tuple[int, int],
-        router: Router,
         *,
         activation: str = "gelu",
         dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(router)
+        super().__init__()
         self.activation, self.dropout = activation, dropout
 
         def empty(*shape: int) -> nn.Parameter:
@@ -172,14 +103,12 @@ class ExpertAdapter(Bank):
     def forward(self, x: Tensor) -> Tensor:
         """y [B, S, D]."""
         values, index = self.chosen()
-        w_down, w_up = values["w_down"], values["w_up"]
-        assert w_down is not None and w_up is not None
         return cast(
             Tensor,
             gated_adapter(
                 x,
-                w_down,
-                w_up,
+                values["w_down"],
+                values["w_up"],
                 b_down=values["b_down"],
                 b_up=values["b_up"],
                 bank_index=index,
@@ -205,13 +134,12 @@ class ExpertLoRALinear(Bank):
         r: int,
         alpha: float,
         sizes: tuple[int, int],
-        router: Router,
         *,
         dropout: float = 0.0,
         identical_start: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(router)
+        super().__init__()
         self.r, self.alpha, self.dropout = r, alpha, dropout
         self.weight = base.weight
         self.register_parameter("bias", base.bias)
@@ -229,7 +157,6 @@ class ExpertLoRALinear(Bank):
         """y [..., Dout]."""
         values, index = self.chosen()
         a, b = values["lora_a"], values["lora_b"]
-        assert a is not None and b is not None
         branch = LoraBranch(a, b, scale=self.alpha / self.r, bank_index=index)
         dropout = self.dropout if self.training else 0.0
         return cast(Tensor, lora_linear(x, self.weight, self.bias, [branch], dropout_p=dropout))
@@ -238,9 +165,7 @@ class ExpertLoRALinear(Bank):
     def merged_weight(self) -> Tensor:
         """``W + alpha / R · B A`` [Dout, Din] with the banks' means A and B, as `LoRALinear`'s."""
         means = self.averages()
-        a, b = means["lora_a"], means["lora_b"]
-        assert a is not None and b is not None
-        return merged(self.weight, a, b, self.alpha / self.r)
+        return merged(self.weight, means["lora_a"], means["lora_b"], self.alpha / self.r)
 
 
 def _mean(bank: Tensor) -> Tensor:
@@ -260,9 +185,8 @@ def spare_unselected(optimizer: torch.optim.Optimizer, model: nn.Module) -> None
         bank
         for module in model.modules()
         if isinstance(module, Bank)
-        for names in module.SIDES
-        for bank in (module._bank(name) for name in names)
-        if bank is not None and len(bank) > 1
+        for bank in module.banks().values()
+        if len(bank) > 1
     ]
     before: list[tuple[Tensor, Tensor, Tensor]] = []
 

@@ -57,7 +57,7 @@ def export(
         raise UsageError(f"output: {output} is there already; name another folder")
     name = model or card.model
     tuned = _load(folder, card, name)
-    if tuned.router is not None:
+    if tuned.method_config.parts.mixture is not None:
         tuned.merge_experts()
     refusal = tuned.why_not_dense()
     if form is None:

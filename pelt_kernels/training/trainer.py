@@ -17,7 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from ..models import PeltModel
-from ..nn import Router, spare_unselected
+from ..nn import spare_unselected
 from .encode import Encoded, LengthGroups
 from .errors import RunError, reason
 from .records import mismatch, read_record
@@ -94,18 +94,6 @@ class StepClock(TrainerCallback):
         return (time.perf_counter() - begun) / steps if begun is not None and steps else None
 
 
-class Routing(TrainerCallback):
-    """Makes AdaMix's draws a function of the run's seed and step, so that a resumed run repeats
-    them.
-    """
-
-    def __init__(self, router: Router, seed: int) -> None:
-        self.router, self.seed = router, seed
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.router.seek(state.global_step, self.seed)
-
-
 class Pruning(TrainerCallback):
     """Raises PST's sparsity with the steps taken, and has the end of training evaluated: a model
     counts only at its final sparsity.
@@ -155,8 +143,6 @@ class PeltTrainer(Trainer):
         self.add_callback(self._clock)
         if model.method_config.parts.pruning is not None:
             self.add_callback(Pruning(model))
-        if model.router is not None:
-            self.add_callback(Routing(model.router, order_seed))
         model.record_gates(True)
 
     @property
@@ -203,7 +189,7 @@ class PeltTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if is_new and self.pelt.router is not None:
+        if is_new and self.pelt.method_config.parts.mixture is not None:
             spare_unselected(optimizer, self.pelt)
         return optimizer
 

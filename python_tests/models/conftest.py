@@ -7,6 +7,8 @@ import torch
 import transformers as hf
 from torch import nn
 
+from pelt_kernels.nn import Bank
+
 BERT_LIKE = {
     "bert": (hf.BertConfig, hf.BertForSequenceClassification),
     "camembert": (hf.CamembertConfig, hf.CamembertForSequenceClassification),
@@ -88,6 +90,21 @@ def make_batch():
 def randomise():
     """Moves everything a PeltModel trains away from its start."""
     return _randomise
+
+
+@pytest.fixture
+def draws(monkeypatch):
+    """What the banks draw from here on: bank -> [[down, up] of each forward]."""
+    drawn = {}
+    draw = Bank.draw
+
+    def watched(bank):
+        made = draw(bank)
+        drawn.setdefault(bank, []).append(made.tolist())
+        return made
+
+    monkeypatch.setattr(Bank, "draw", watched)
+    return drawn
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from pelt_kernels.nn import Bank, PrunedLinear
 
 
 def test_pruned_linears_experts_and_added_parts_are_their_formulas_at_once(
-    make_base, make_batch, randomise
+    make_base, make_batch, randomise, draws
 ):
     """The literal Linears of two papers in a plain model, and the other parts put over them."""
     base, batch = make_base(dtype=torch.float64), make_batch()
@@ -50,8 +50,8 @@ def test_pruned_linears_experts_and_added_parts_are_their_formulas_at_once(
             assert 0 < module.sparsity < PRUNED.sparsity
             new = LiteralPruned(plain.get_submodule(name), module)
         elif isinstance(module, Bank):
-            draws = model.router.draws[0, module.number].tolist()
-            new = LiteralExperts(plain.get_submodule(name), module, experts, draws)
+            (drawn,) = draws[module]
+            new = LiteralExperts(plain.get_submodule(name), module, experts, drawn)
         else:
             continue
         # The parallel adapter's hook hangs on the FFN's first Linear, which is replaced here.
