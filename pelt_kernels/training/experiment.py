@@ -27,7 +27,7 @@ from .predictor import Predictor
 from .records import read_record
 from .report import metrics
 from .run import Run, Watchers, rate_name
-from .storage import clear_partial, replacing, require_writable, write_json
+from .storage import claimed, clear_partial, replacing, require_writable, write_json
 from .tasks import Task, load_task
 
 METRICS_FILE = "metrics.json"
@@ -54,7 +54,8 @@ def train(
     ``curves.png``, ``gates.png`` where the method has gates, ``test_predictions.jsonl`` and a
     folder for each run. With `resume`, runs that are finished are read, the one that was begun goes
     on from its last checkpoint and reaches the weights it would have reached without a break.
-    With `overwrite`, a run that is there gives way once everything asked for has been checked.
+    With `overwrite`, a run that is there gives way once everything asked for has been checked. One
+    run at a time writes in a folder; the claim on it ends with the process.
 
     Raises:
         UsageError: what was asked for cannot be done as asked.
@@ -65,24 +66,29 @@ def train(
     config = config.resolved()
     computing_device(config.device)
     _check_machine(config)
-    _check_output(output, resume or overwrite)
+    _check_output(output, resume, overwrite)
+    if is_run(output):
+        with claimed(output):  # a run that goes on there is noticed before the data is read
+            pass
     tokenizer = load_tokenizer(config.model)
     config = replace(config, max_length=_longest_text(config, tokenizer))
     task = load_task(config.task, config.eval, config.columns)
     task.draw_train(config.train_examples, seed=0)  # refuses too many before anything is written
     _check_method(config, len(task.labels))
     require_writable(output)
-    clear_partial(output)
-    if overwrite and is_run(output):
-        _clear_run(output)
-    if resume:
-        _check_same_data(task, output)
-    save_config(config, output)
-    write_json(output / TASK_FILE, {"fingerprint": task.fingerprint})
-    _describe(task, config, watchers)
-    # Without a name the request of the environment stands.
-    with use_backend(config.backend) if config.backend else nullcontext():
-        return _experiment(config, task, tokenizer, output, watchers)
+    with claimed(output):
+        _check_output(output, resume, overwrite)  # another run may have come and gone
+        clear_partial(output)
+        if overwrite and is_run(output):
+            _clear_run(output)
+        if resume:
+            _check_same_data(task, output)
+        save_config(config, output)
+        write_json(output / TASK_FILE, {"fingerprint": task.fingerprint})
+        _describe(task, config, watchers)
+        # Without a name the request of the environment stands.
+        with use_backend(config.backend) if config.backend else nullcontext():
+            return _experiment(config, task, tokenizer, output, watchers)
 
 
 def is_run(folder: Path) -> bool:
@@ -90,10 +96,16 @@ def is_run(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file()
 
 
-def _check_output(folder: Path, may_hold_run: bool) -> None:
+def _check_output(folder: Path, resume: bool, overwrite: bool) -> None:
     if is_run(folder):
-        if not may_hold_run:
+        if not (resume or overwrite):
             raise UsageError(f"output: {folder} holds a run already; --resume or --overwrite it")
+        linked = [path for path in _folders_of(folder) if path.is_symlink()]
+        if overwrite and linked:
+            raise UsageError(
+                f"output: {linked[0]} is a link, and what it leads to is not overwritten; remove "
+                "the link, or name another --output"
+            )
         return
     for name in (*_OWN_FILES, ADAPTER_FOLDER):
         if (folder / name).exists():
@@ -102,10 +114,15 @@ def _check_output(folder: Path, may_hold_run: bool) -> None:
             )
 
 
+def _folders_of(folder: Path) -> list[Path]:
+    """The folders inside the folder of an experiment that are its own."""
+    return [folder / ADAPTER_FOLDER, *folder.glob("lr-*-seed-*")]
+
+
 def _clear_run(folder: Path) -> None:
     """Removes an experiment from its folder, and nothing else that lies there."""
     try:
-        for path in [folder / ADAPTER_FOLDER, *folder.glob("lr-*-seed-*")]:
+        for path in _folders_of(folder):
             if path.is_dir():
                 shutil.rmtree(path)
         for name in _OWN_FILES:

@@ -13,8 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import RunError
+from filelock import FileLock, Timeout
 
+from .errors import RunError, reason
+
+LOCK_FILE = ".lock"
 _PARTIAL = ".partial-"
 
 
@@ -32,7 +35,7 @@ def replacing(path: Path) -> Iterator[Path]:
     If the block raises, what was at `path` is still there. A write that failed raises RunError with
     the reason.
     """
-    partial = path.with_name(f"{_PARTIAL}{path.name}")
+    partial = path.with_name(f"{_PARTIAL}{os.getpid()}-{path.name}")
     _remove(partial)
     try:
         yield partial
@@ -46,6 +49,32 @@ def replacing(path: Path) -> Iterator[Path]:
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         _remove(partial)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Holds a folder, which is there, for one writer until the block or the process ends, however
+    that comes about. Readers are not kept out.
+
+    Raises RunError at once where another holds it, or where its disk knows no locks.
+    """
+    lock = FileLock(folder / LOCK_FILE, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise RunError(
+            f"output: another run is writing in {folder}; wait for its end, or name another "
+            "--output"
+        ) from error
+    except (OSError, NotImplementedError) as error:
+        raise RunError(
+            f"output: {folder} cannot be locked against a second run ({reason(error)}); name an "
+            "--output elsewhere"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def share(folder: Path) -> None:
