@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.nn import Parameter
 
 from ._checks import bind_shape, check_attributes, check_dtypes, elements
@@ -111,6 +112,8 @@ class Contract:
     has_seed: bool
     rules: Callable[[Call, dict[str, Value]], None]
     output_shapes: Callable[[Call], dict[str, Any]]
+    # The formula in PyTorch's own operations, which stands below the contract in its file.
+    reference: Callable[..., Any] = field(init=False)
 
     def __post_init__(self) -> None:
         self.input_rows = [parse_input(row) for row in rows_of(self.inputs)]
@@ -240,6 +243,8 @@ class Contract:
             for i, tensor in enumerate(value if row.is_list else (value,)):
                 if tensor is None or _is_fake(tensor) or not tensor.numel():
                     continue
+                while _functorch.is_functorch_wrapped_tensor(tensor):
+                    tensor = _functorch.get_unwrapped(tensor)  # all samples of `torch.vmap` at once
                 bound = call.sizes[row.bound]
                 limit = bound[i] if isinstance(bound, tuple) else bound
                 low, high = (int(v) for v in torch.aminmax(tensor))

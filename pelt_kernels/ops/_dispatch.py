@@ -209,9 +209,29 @@ def _choose_form(
     raise AssertionError(f"{call}: {backend} serves it in one of {forms}, and in none of them")
 
 
+def check_formula(operator: str, request: str, why: str) -> None:
+    """Raises BackendError where a backend was asked for by name and a call has to be made of
+    PyTorch's own operations, which is eager's way.
+    """
+    check_name(request)
+    if backend_of(request) not in ("", "eager"):
+        raise BackendError(
+            f"{operator}: backend '{request}' was asked for but {why}.  Able: eager; without a"
+            " request it is chosen here."
+        )
+
+
+def remember_formula(call: Call, request: str, why: str) -> None:
+    """Lets `explain` tell that a call was served by the operator's formula."""
+    _tell(Choice(call.contract.name, str(call), "eager", request, {}, "formula", f"since {why}"))
+
+
 def _remember(chosen: Call) -> None:
-    choice: Choice = chosen.choice
     chosen.era = _era
+    _tell(chosen.choice)
+
+
+def _tell(choice: Choice) -> None:
     with _choices_lock:
         choices = _choices.setdefault(choice.operator, {})
         if len(choices) < 1024:  # enough to read; more would only be a leak

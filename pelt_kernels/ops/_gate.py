@@ -81,7 +81,7 @@ def pool(gates: Tensor, pooling: str, mask: Tensor | None) -> Tensor:
         return gates.mean(dim=1)
     assert mask is not None
     weights = mask.to(gates.dtype)
-    return (gates * weights).sum(1) / weights.sum(1).clamp_(min=1)
+    return (gates * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 def pool_backward(dgate: Tensor, gates: Tensor, pooling: str, mask: Tensor | None) -> Tensor:

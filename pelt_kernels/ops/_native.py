@@ -176,6 +176,8 @@ def can_fill_dropout(device: torch.device) -> bool:
         device.type != "cpu"
         or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
     ):
         return False
     return bool(instruction_sets())

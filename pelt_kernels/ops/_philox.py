@@ -31,12 +31,15 @@ def threshold(p: float) -> int:
     return min(math.floor(p * 2.0**32), _LOW)
 
 
-def philox4x32(counter_low: Tensor, counter_high: Tensor, seed: int) -> list[Tensor]:
+def philox4x32(counter_low: Tensor, counter_high: Tensor, seed: int | Tensor) -> list[Tensor]:
     """The four output words of Philox4x32-10 with the counter (low, high, 0, 0), as int64 tensors
     in [0, 2**32).
     """
-    seed &= 0xFFFFFFFFFFFFFFFF
-    k0, k1 = seed & _LOW, seed >> 32
+    if isinstance(seed, Tensor):
+        seed = seed.to(counter_low.device)
+    else:
+        seed &= 0xFFFFFFFFFFFFFFFF
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     c0, c1, c2, c3 = (
         counter_low,
         counter_high,
@@ -60,11 +63,13 @@ def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return middle >> 16, ((middle & 0xFFFF) << 16) | (by_low & 0xFFFF)
 
 
-def keep_mask(rows: int, columns: int, p: float, seed: int, device: torch.device) -> Tensor:
+def keep_mask(
+    rows: int, columns: int, p: float, seed: int | Tensor, device: torch.device
+) -> Tensor:
     """[rows, columns] bool: True where dropout with probability p keeps the element."""
     if _native.can_fill_dropout(device):
         out = torch.empty(rows, columns, dtype=torch.bool, device=device)
-        _native.fill_dropout(out, 1, threshold(p), seed)
+        _native.fill_dropout(out, 1, threshold(p), int(seed))
         return out
     groups = (columns + 3) // 4
     counter = torch.arange(rows * groups, dtype=torch.int64, device=device)
@@ -72,13 +77,13 @@ def keep_mask(rows: int, columns: int, p: float, seed: int, device: torch.device
     return words.view(rows, groups * 4)[:, :columns] >= threshold(p)
 
 
-def dropout_factor(rows: int, columns: int, p: float, seed: int, like: Tensor) -> Tensor:
+def dropout_factor(rows: int, columns: int, p: float, seed: int | Tensor, like: Tensor) -> Tensor:
     """[rows, columns]: 0 where an element is dropped, 1 / (1 - p) where it is kept, in the dtype of
     ``like``.
     """
     if _native.can_fill_dropout(like.device):
         out = torch.empty(rows, columns, dtype=like.dtype, device=like.device)
-        _native.fill_dropout(out, _kept_bits(p, like.dtype), threshold(p), seed)
+        _native.fill_dropout(out, _kept_bits(p, like.dtype), threshold(p), int(seed))
         return out
     return keep_mask(rows, columns, p, seed, like.device).to(like.dtype) / (1.0 - p)
 

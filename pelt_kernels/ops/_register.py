@@ -3,28 +3,30 @@ way for eager mode.
 
 ``torch.ops.pelt_kernels.<name>_fwd`` and ``_bwd`` take the contract's inputs and attributes, the
 seed, and the request for a backend. They carry a fake implementation and an autograd formula, so
-`torch.compile`, `opcheck`, `torch.export` and function transforms see ordinary operators.
+`torch.compile`, `opcheck` and `torch.export` see ordinary operators.
 
 In eager mode a call of 27 arguments through torch's dispatcher and that formula costs more than a
 small adapter does: 40 us a call without and 330 us with gradients, against 13 and 30 us (2-core
 EPYC, torch 2.13). So plain tensors outside of any mode or transform take one `autograd.Function`
-straight to the backend: same binding, same choice, same numbers.
+straight to the backend: same binding, same choice, same numbers. What needs more than an output and
+its gradient is served by `_formula`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import compress
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, compress
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
-from . import _dispatch
+from . import _dispatch, _formula
 from ._contract import Call, Contract, Value, flatten, lengths_of, scan, unflatten
 from ._schema import backward_schema, forward_schema, nothing, pack, unpack, width
 
+_c = torch._C
 _LIBRARY = torch.library.Library("pelt_kernels", "DEF")
 
 
@@ -33,8 +35,9 @@ class Operator:
     order.
     """
 
-    def __init__(self, contract: Contract) -> None:
+    def __init__(self, contract: Contract, reference: Callable[..., Any]) -> None:
         self.contract = contract
+        contract.reference = reference
         self.fwd = self._define(
             f"{contract.name}_fwd", forward_schema(contract), self._forward, self._fake_forward
         )
@@ -43,13 +46,13 @@ class Operator:
         )
         torch.library.register_autograd(
             f"pelt_kernels::{contract.name}_fwd",
-            self._formula,
+            self._differentiate,
             setup_context=self._keep,
             lib=_LIBRARY,
         )
 
     def __call__(
-        self, values: Sequence[Value], attributes: Sequence[Any], seed: int, backend: str | None
+        self, values: Sequence[Value], attributes: Sequence[Any], seed: Any, backend: str | None
     ) -> tuple[Any, ...]:
         """The contract's public outputs, as a tuple. Builds no graph where no gradient can be asked
         for.
@@ -57,7 +60,11 @@ class Operator:
         contract = self.contract
         request = _dispatch.current_request() if backend is None else backend
         if torch.compiler.is_compiling() or _is_watched():
-            return self._through_torch(values, attributes, seed, request)
+            why = _formula.reason(values)
+            if why:
+                return _formula.forward(contract, values, attributes, seed, request, why)
+            if torch.compiler.is_compiling() or _c._len_torch_dispatch_stack() > 0:
+                return self._through_torch(values, attributes, seed, request)
         signature, given, is_plain, requires_grad = scan(values)
         if not is_plain:
             return self._through_torch(values, attributes, seed, request)
@@ -100,6 +107,11 @@ class Operator:
         return _dispatch.select(call, args[-1]), inputs, args[-2] if self.contract.has_seed else 0
 
     def _forward(self, *args: Any) -> tuple[Any, ...]:
+        if forward_ad._current_level >= 0:  # tangents do not come through torch to here
+            raise NotImplementedError(
+                f"{self.contract.name}: expected no forward-mode differentiation of a graph that"
+                " holds the operator; differentiate the function that the graph was made from"
+            )
         return tuple(_run_forward(*self._select(args)))
 
     def _fake_forward(self, *args: Any) -> tuple[Any, ...]:
@@ -161,17 +173,18 @@ class Operator:
             _like(out) for out, row in zip(output, contract.output_rows) if row.is_differentiable
         ]
 
-    def _formula(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    def _differentiate(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
         """The autograd formula of the forward operator: one call of the backward operator.
 
         torch wants for each argument None, or for a list of tensors (and for any empty list) a list
         of the same length.
         """
+        if _formula.is_batched(flatten(grads)):
+            return _formula.each(lambda *dys: self._differentiate(ctx, *dys), grads)
         contract = self.contract
         tensors = unflatten(iter(ctx.saved_tensors), ctx.lengths)
         saved, kept = tensors[: len(contract.saved_rows)], iter(tensors[len(contract.saved_rows) :])
         dys = [grad for grad, row in zip(grads, contract.output_rows) if row.is_differentiable]
-        named = _named_grads(contract, dys, ctx.likes)
         values = [None if row.grad_is_dy else next(kept) for row in contract.input_rows]
         needs_grad = iter(ctx.needs_input_grad)
         asked = []
@@ -179,19 +192,25 @@ class Operator:
             asked.append(_any(next(needs_grad)))
             for _ in flags:
                 next(needs_grad)
+        packed = [[value, *flags] for value, flags in zip(values, ctx.flags)]
+        fresh: Iterator[Tensor] = iter(())
         needs = [need for need, row in zip(asked, contract.input_rows) if not row.grad_is_dy]
-        packed: list[Any] = []
-        for row, value, flags in zip(contract.input_rows, values, ctx.flags):
-            packed += [] if row.grad_is_dy else [value, *flags]
-        fresh = iter(
-            self.bwd(*named.values(), *saved, needs, *packed, *ctx.rest) if any(needs) else []
-        )
+        if any(needs) and _formula.needs_formula(flatten(dys)):
+            call, inputs = self._bind([*chain(*packed), *ctx.rest])
+            seed = ctx.rest[-2] if contract.has_seed else 0
+            names = compress(contract.backward_names, needs)
+            wanted = [slot for name in names for slot in _slots(name, inputs[name])]
+            fresh = iter(_formula.backward(call, wanted, flatten(dys), inputs, seed))
+        elif any(needs):
+            named = _named_grads(contract, dys, ctx.likes)
+            kept = chain(*(p for p, row in zip(packed, contract.input_rows) if not row.grad_is_dy))
+            fresh = iter(self.bwd(*named.values(), *saved, needs, *kept, *ctx.rest))
         result: list[Any] = []
         for row, need, value, flags in zip(contract.input_rows, asked, values, ctx.flags):
             if isinstance(value, list):
                 result.append([next(fresh) if need else None for _ in value])
             elif row.grad_is_dy:
-                result.append(next(iter(named.values())) if need else None)
+                result.append(dys[0] if need else None)
             else:
                 result.append(next(fresh) if need else None)
             result += map(nothing, flags)
@@ -219,11 +238,14 @@ class _Eager(torch.autograd.Function):
         return tuple(compress(flat, call.public))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *flat_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if _formula.is_batched(flat_grads):
+            return _formula.each(lambda *dys: _Eager.backward(ctx, *dys), flat_grads)
         call, contract = ctx.call, ctx.call.contract
         tensors = iter(ctx.saved_tensors)
         inputs = call.place([next(tensors) if is_kept else None for is_kept in call.kept])
+        if _formula.needs_formula(flat_grads):
+            return _by_formula(ctx, inputs, flat_grads)
         dys = compress(flat_grads, compress(call.differentiable, call.public))
         filled = iter([_filled(dy, like) for dy, like in zip(dys, ctx.likes)])
         named = dict(zip(contract.gradient_names, unflatten(filled, call.differentiable_lengths)))
@@ -244,6 +266,21 @@ class _Eager(torch.autograd.Function):
             else:
                 result.append(found[name] if i < 0 else found[name][i])
         return tuple(result)
+
+
+def _by_formula(
+    ctx: Any, inputs: dict[str, Value], flat_grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    call: Call = ctx.call
+    dys = list(compress(flat_grads, compress(call.differentiable, call.public)))
+    names = call.contract.backward_names
+    asked = ctx.needs_input_grad[3:]
+    wanted = [slot for slot in compress(call.slots, asked) if slot[0] in names]
+    found = iter(_formula.backward(call, wanted, dys, inputs, ctx.seed) if wanted else ())
+    result: list[Tensor | None] = [None, None, None]
+    for (name, _), need in zip(call.slots, asked):
+        result.append((next(found) if name in names else dys[0]) if need else None)
+    return tuple(result)
 
 
 # No transform is active here, which is what `Function.apply` looks for
@@ -302,9 +339,15 @@ def _is_autocast(call: Call) -> bool:
 
 
 def _is_watched() -> bool:
-    """A mode or a function transform is active, which has to see the call."""
-    c = torch._C
-    return c._len_torch_dispatch_stack() > 0 or c._are_functorch_transforms_active()
+    """A mode, a transform, a tracer or forward-mode differentiation is active, which may have to
+    see the call.
+    """
+    return (
+        _c._len_torch_dispatch_stack() > 0
+        or _c._are_functorch_transforms_active()
+        or _c._is_tracing()
+        or forward_ad._current_level >= 0
+    )
 
 
 def _flatten_grads(
@@ -342,6 +385,13 @@ def _empty_output(call: Call, row: Any, shape: Any) -> Any:
     if row.is_list:
         return [torch.empty(s, dtype=dtype, device=call.device) for s in shape]
     return torch.empty(shape, dtype=dtype, device=call.device)
+
+
+def _slots(name: str, value: Value) -> list[tuple[str, int]]:
+    """An input's tensors that are there, as `Call.slots` names them."""
+    if isinstance(value, (list, tuple)):
+        return [(name, i) for i, v in enumerate(value) if v is not None]
+    return [] if value is None else [(name, -1)]
 
 
 def _any(need: Any) -> bool:

@@ -179,18 +179,6 @@ def test_autocast_computes_in_its_dtype_with_float32_parameters(operator):
     assert x.grad.dtype == a.grad.dtype == torch.float32 and a.grad.abs().max() > 0
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_a_second_derivative_is_refused(operator):
-    case = next(case for case in contract_of(operator).CASES if case.is_quick)
-    values = [with_gradients(value) for value in inputs_of(operator, case, "float32")]
-    y = operator_of(operator)(
-        values, make_attributes(contract_of(operator).CONTRACT, case), SEED, "eager"
-    )[0]
-    (grad,) = torch.autograd.grad(y.square().sum(), values[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 def test_a_frozen_input_gets_no_gradient_and_no_graph_is_built_without_one():
     x, a, b = torch.randn(2, 5, 16), torch.randn(4, 16), torch.randn(16, 4)
     assert not gated_adapter(x, a, b).requires_grad

@@ -13,9 +13,9 @@ from .._autocast import cast_activation
 from .._gate import LearnedGate
 from .._register import Operator
 from .._seed import draw_seed
-from .contract import CONTRACT, NEVER_SKIP
+from .contract import CONTRACT, NEVER_SKIP, reference
 
-_operator = Operator(CONTRACT)
+_operator = Operator(CONTRACT, reference)
 
 
 class Norm(NamedTuple):

@@ -174,8 +174,10 @@ def reference(
         if skip_below > NEVER_SKIP:
             factor = factor * (over_rows(gate) >= skip_below)
     y = (factor * u).to(x.dtype)
-    if residual_from != "none":
-        y = y + (x if residual is None else residual)
+    if residual_from == "input":
+        y = y + x
+    elif residual is not None:
+        y = y + residual
     return y, gate_value
 
 

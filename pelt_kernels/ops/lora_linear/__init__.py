@@ -12,10 +12,11 @@ from torch import Tensor
 from .._autocast import cast_activation
 from .._gate import LearnedGate
 from .._register import Operator
+from .._scale import fold
 from .._seed import draw_seed
-from .contract import CONTRACT
+from .contract import CONTRACT, reference
 
-_operator = Operator(CONTRACT)
+_operator = Operator(CONTRACT, reference)
 
 
 class LoraBranch(NamedTuple):
@@ -24,7 +25,7 @@ class LoraBranch(NamedTuple):
     a: Tensor
     b: Tensor
     offset: int = 0
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
     gate: Tensor | LearnedGate | None = None
     bank_index: Tensor | tuple[Tensor | None, Tensor | None] | None = None
 
@@ -52,7 +53,8 @@ def lora_linear(
             Frozen as a rule: one that does not require a gradient costs nothing in backward.
         branches: `LoraBranch`es over one read of x: a [R, Din] and b [size, R], or banks [M, ...]
             with an int64 index [] or [B]; R from 1 to 256; scale is alpha / R or whatever the
-            method says; gate is [B], [B, S] or a `LearnedGate`.
+            method says, or a [] tensor with a gradient, which multiplies b beforehand; gate is [B],
+            [B, S] or a `LearnedGate`.
         extra_gates: `LearnedGate`s evaluated on x for other uses (a prefix's gate); they carry
             gradients.
         mask: [B, S] bool, True for real tokens; needed by the pooling ``masked_mean``.
@@ -115,7 +117,8 @@ def _fields(branch: LoraBranch) -> tuple[Any, ...]:
     elif index is not None:  # one index serves the sides that are banks
         a_index = index if a.ndim == 3 else None
         b_index = index if b.ndim == 3 else None
+    scale, (b,) = fold("lora_linear: scale of a branch", scale, b)
     if gate.__class__ is LearnedGate:
         weight, bias, pooling = gate
-        return a, b, a_index, b_index, None, weight, bias, offset, float(scale), pooling
-    return a, b, a_index, b_index, gate, None, None, offset, float(scale), "none"
+        return a, b, a_index, b_index, None, weight, bias, offset, scale, pooling
+    return a, b, a_index, b_index, gate, None, None, offset, scale, "none"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._register import Operator
-from .contract import CONTRACT, kept_entries
+from .._scale import fold
+from .contract import CONTRACT, kept_entries, reference
 
 __all__ = ["kept_entries", "masked_weight"]
 
-_operator = Operator(CONTRACT)
+_operator = Operator(CONTRACT, reference)
 
 
 def masked_weight(
@@ -22,9 +23,9 @@ def masked_weight(
     col: Tensor,
     keep: int,
     *,
-    beta: float = 1.0,
-    alpha1: float = 1.0,
-    alpha2: float = 1.0,
+    beta: float | Tensor = 1.0,
+    alpha1: float | Tensor = 1.0,
+    alpha2: float | Tensor = 1.0,
     backend: str | None = None,
 ) -> Tensor:
     """``mask ⊙ W`` with ``W = w0 + beta · u v`` and mask = 1 at the ``keep`` highest scores ``|W| +
@@ -43,7 +44,8 @@ def masked_weight(
         u, v: [Dout, R] and [R, Din]. a, b: [Dout, R2] and [R2, Din]. row, col: [Dout] and [Din].
             Parameters have w0's dtype, or float32 beside 16-bit weights.
         keep: how many entries stay, 0 to Dout · Din; `kept_entries` gives it for a sparsity.
-        beta, alpha1, alpha2: factors.
+        beta, alpha1, alpha2: factors; a [] tensor has a gradient, and multiplies u, a, or row and
+            col beforehand.
         backend: a backend's name; None: `use_backend`'s, else as `explain` tells.
 
     Returns:
@@ -56,6 +58,9 @@ def masked_weight(
     Saved for backward: the inputs and the mask [Dout, Din], one byte an entry. Paper: Li et al.
     2022 (PST).
     """
+    beta, (u,) = fold("masked_weight: beta", beta, u)
+    alpha1, (a,) = fold("masked_weight: alpha1", alpha1, a)
+    alpha2, (row, col) = fold("masked_weight: alpha2", alpha2, row, col)
     values = (w0, u, v, a, b, row, col)
-    (y,) = _operator(values, (keep, float(beta), float(alpha1), float(alpha2)), 0, backend)
+    (y,) = _operator(values, (keep, beta, alpha1, alpha2), 0, backend)
     return y

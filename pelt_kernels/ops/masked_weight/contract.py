@@ -74,10 +74,9 @@ def highest(scores: Tensor, keep: int) -> Tensor:
     all.
     """
     flat = torch.where(scores.isnan(), torch.inf, scores).flatten()
-    order = flat.argsort(descending=True, stable=True)
-    mask = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
-    mask[order[:keep]] = True
-    return mask.view(scores.shape)
+    kept = flat.argsort(descending=True, stable=True)[:keep]
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    return mask.scatter(0, kept, torch.ones_like(kept, dtype=torch.bool)).view(scores.shape)
 
 
 def reference(

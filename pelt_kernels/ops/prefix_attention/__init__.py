@@ -10,10 +10,11 @@ from torch import Tensor
 
 from .._autocast import cast_activation
 from .._register import Operator
+from .._scale import fold
 from .._seed import draw_seed
-from .contract import CONTRACT
+from .contract import CONTRACT, reference
 
-_operator = Operator(CONTRACT)
+_operator = Operator(CONTRACT, reference)
 
 
 class Prefix(NamedTuple):
@@ -37,7 +38,7 @@ def prefix_attention(
     lengths: Tensor | None = None,
     is_causal: bool = False,
     bias: Tensor | None = None,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
     return_lse: bool = False,
@@ -58,7 +59,8 @@ def prefix_attention(
             columns are always seen.
         is_causal: bottom-right aligned: row i sees keys j <= i + N - S.
         bias: additive, [B or 1, H or 1, S, N] (T5's relative positions); 0 on prefix columns.
-        scale: default 1 / sqrt(E); T5 uses 1.
+        scale: a number, or a [] tensor with a gradient, which multiplies q beforehand; default 1 /
+            sqrt(E); T5 uses 1.
         dropout_p, seed: attention dropout, prefix columns included; the mask is a function of the
             seed (Philox4x32-10). Without a seed one is drawn from torch's CPU generator.
         return_lse: also return the log-sum-exp of the scores, float32 [B, H, S], without gradient.
@@ -78,13 +80,12 @@ def prefix_attention(
     q, k, v = cast_activation(q), cast_activation(k), cast_activation(v)
     if lengths is not None:
         lengths = lengths.to(torch.int64)
+    scale, (q,) = fold(
+        "prefix_attention: scale", q.shape[-1] ** -0.5 if scale is None else scale, q
+    )
     values = (
         q, k, v, [prefix.k for prefix in prefixes], [prefix.v for prefix in prefixes],
         [prefix.index for prefix in prefixes], gate, key_mask, lengths, bias,
     )  # fmt: skip
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    out, lse = _operator(
-        values, (is_causal, float(scale), dropout_p), draw_seed(dropout_p, seed), backend
-    )
+    out, lse = _operator(values, (is_causal, scale, dropout_p), draw_seed(dropout_p, seed), backend)
     return (out, lse) if return_lse else out

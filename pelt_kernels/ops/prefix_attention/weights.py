@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._autocast import cast_activation
+from .._scale import fold
 from . import eager
 from .contract import CONTRACT
 
@@ -20,7 +21,7 @@ def attention_weights(
     gate: Tensor | None = None,
     key_mask: Tensor | None = None,
     is_causal: bool = False,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
 ) -> Tensor:
     """``softmax([g · scale · Q Pkᵀ ; scale · Q Kᵀ + mask])`` [B, H, S, P + N].
 
@@ -32,7 +33,9 @@ def attention_weights(
     q, k = cast_activation(q), cast_activation(k)
     keys, values = [prefix[0] for prefix in prefixes], [prefix[1] for prefix in prefixes]
     indices = [prefix[2] for prefix in prefixes]
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale, (q,) = fold(
+        "attention_weights: scale", q.shape[-1] ** -0.5 if scale is None else scale, q
+    )
     inputs = (q, k, k, keys, values, indices, gate, key_mask, None, None)
     call = CONTRACT.bind(inputs, (is_causal, scale, 0.0))
     with torch.autocast(q.device.type, enabled=False):

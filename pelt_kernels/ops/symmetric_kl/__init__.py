@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._register import Operator
-from .contract import CONTRACT
+from .contract import CONTRACT, reference
 
-_operator = Operator(CONTRACT)
+_operator = Operator(CONTRACT, reference)
 
 
 def symmetric_kl(
@@ -43,8 +43,7 @@ def symmetric_kl(
                 f"symmetric_kl: expected mask {list(z1.shape[:-1])} (z1 without its last size), got"
                 f" {list(mask.shape)}"
             )
-        rows = z1.shape[:-1].numel()
-        z1, z2 = z1.reshape(rows, z1.shape[-1]), z2.reshape(rows, z2.shape[-1])
-        mask = None if mask is None else mask.reshape(rows)
+        z1, z2 = (z[None] if z.ndim == 1 else z.flatten(0, -2) for z in (z1, z2))
+        mask = None if mask is None else mask.reshape(-1)
     (loss,) = _operator((z1, z2, mask), (), 0, backend)
     return loss
