@@ -29,6 +29,7 @@ from .report import metrics
 from .run import Run, Watchers, rate_name
 from .storage import claimed, clear_partial, replacing, require_writable, write_json
 from .tasks import Task, load_task
+from .tasks.examples import shortened
 
 METRICS_FILE = "metrics.json"
 TASK_FILE = "data.json"
@@ -72,8 +73,8 @@ def train(
             pass
     tokenizer = load_tokenizer(config.model)
     config = replace(config, max_length=_longest_text(config, tokenizer))
-    task = load_task(config.task, config.eval, config.columns)
-    task.draw_train(config.train_examples, seed=0)  # refuses too many before anything is written
+    task = load_task(config.task, config.eval, config.columns, watchers.say)
+    _check_draws(task, config, watchers)
     _check_method(config, len(task.labels))
     require_writable(output)
     with claimed(output):
@@ -82,9 +83,9 @@ def train(
         if overwrite and is_run(output):
             _clear_run(output)
         if resume:
-            _check_same_data(task, output)
+            task = _with_the_labels_of_the_run(task, output)
         save_config(config, output)
-        write_json(output / TASK_FILE, {"fingerprint": task.fingerprint})
+        write_json(output / TASK_FILE, {"fingerprint": task.fingerprint, "labels": task.labels})
         _describe(task, config, watchers)
         # Without a name the request of the environment stands.
         with use_backend(config.backend) if config.backend else nullcontext():
@@ -238,10 +239,30 @@ def _longest_text(config: TrainConfig, tokenizer: Any) -> int:
     return config.max_length
 
 
-def _check_same_data(task: Task, output: Path) -> None:
+def _check_draws(task: Task, config: TrainConfig, watchers: Watchers) -> None:
+    """Refuses more examples than there are before anything is written; says where a draw leaves
+    out a class.
+    """
+    for seed in config.seeds:
+        drawn = {example.label for example in task.draw_train(config.train_examples, seed)}
+        absent = [label for label in task.labels if label not in drawn]
+        if absent:
+            watchers.say(
+                f"train-examples: seed {seed} draws no row of {len(absent)} of "
+                f"{len(task.labels)} classes: {shortened(absent)}"
+            )
+
+
+def _with_the_labels_of_the_run(task: Task, output: Path) -> Task:
+    """The task with its labels in the order in which the run in `output` numbers its classes.
+    Raises UsageError where the data is not that of the run.
+    """
     path = output / TASK_FILE
     if not path.is_file():
-        return  # stopped before the data was read
-    before = read_record(path, {"fingerprint": str}, "resume")["fingerprint"]
-    if before != task.fingerprint:
+        return task  # stopped before the data was read
+    before = read_record(path, {"fingerprint": str, "labels": list[str]}, "resume")
+    if set(before["labels"]) == set(task.labels):
+        task = replace(task, labels=tuple(before["labels"]))
+    if before["fingerprint"] != task.fingerprint:
         raise UsageError(f"resume: the data of {task.name} has changed since {output} was begun")
+    return task

@@ -15,7 +15,15 @@ from safetensors.torch import load_file
 from tiny_encoder import rows, write_tsv
 from transformers import TrainerCallback
 
-from pelt_kernels.training import Interrupted, RunError, TrainConfig, UsageError, Watchers, train
+from pelt_kernels.training import (
+    Interrupted,
+    RunError,
+    TrainConfig,
+    UsageError,
+    Watchers,
+    load_task,
+    train,
+)
 from pelt_kernels.training.trainer import FILES, checkpoints
 
 STEPS_PER_EPOCH = 6  # 48 examples in batches of 8
@@ -260,6 +268,28 @@ def test_changed_data_cannot_be_resumed(
     shutil.copytree(broken_run, output)
     with pytest.raises(UsageError, match="has changed since"):
         train(replace(config, task=str(other)), output, resume=True)
+
+
+def test_a_resumed_run_numbers_its_classes_as_it_was_begun(
+    config: TrainConfig, broken_run: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(broken_run, output)
+    stored = json.loads((output / "data.json").read_text())
+    assert stored["labels"] == ["0", "1"]
+    task = load_task(config.task, config.eval)
+    turned = replace(task, labels=("1", "0"))  # as an earlier rule might have ordered them
+    (output / "data.json").write_text(
+        json.dumps({"fingerprint": turned.fingerprint, "labels": turned.labels})
+    )
+    train(config, output, resume=True)
+    assert json.loads((output / "adapter" / "task.json").read_text())["labels"] == ["1", "0"]
+    (output / "data.json").write_text(json.dumps(stored | {"labels": ["1", "0"]}))
+    with pytest.raises(UsageError, match="has changed since"):
+        train(config, output, resume=True)
+    (output / "data.json").write_text(json.dumps({"fingerprint": stored["fingerprint"]}))
+    with pytest.raises(RunError, match="data.json is damaged"):
+        train(config, output, resume=True)
 
 
 def test_a_run_is_not_overwritten_by_accident(config: TrainConfig, broken_run: Path) -> None:

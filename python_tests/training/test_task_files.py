@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import types
+from collections import Counter
+from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from tiny_encoder import rows, write_csv, write_tsv
 
 from pelt_kernels.training import RunError, Task, UsageError, load_task
 from pelt_kernels.training.tasks import Columns, read_examples
+from pelt_kernels.training.tasks.examples import label_order
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -133,6 +137,63 @@ def test_labels_have_a_fixed_order_and_unknown_ones_are_refused(tmp_path: Path) 
     test = write_tsv(tmp_path / "test.tsv", [("text", "yes"), ("text", "maybe")])
     with pytest.raises(UsageError, match="line 3 of .*label 'maybe' is not one of no, yes"):
         load_task(str(words), str(test))
+
+
+def test_labels_that_are_equal_numbers_have_an_order_too() -> None:
+    """A set's own order changes from process to process."""
+    for labels in (("-0", "0"), ("0", "00", "01", "1"), ("--5", "2"), ("10", "9", "x"), ("2", "²")):
+        for given in permutations(labels):
+            # The order of a dict is that in which it was filled, as a set's is by the hash seed.
+            assert label_order(dict.fromkeys(given).keys()) == labels
+
+
+@pytest.mark.parametrize("duplicates", [1, 3])
+def test_each_class_is_held_out_by_its_share_and_none_whole(
+    tmp_path: Path, duplicates: int
+) -> None:
+    classes = {"a": 300, "b": 90, "c": 10, "one": 1, "two": 2}
+    table = [(f"{label} {n}", label) for label, size in classes.items() for n in range(size)]
+    told: list[str] = []
+    path = write_tsv(tmp_path / "a.tsv", table * duplicates)
+    task = load_task(str(path), say=told.append)
+    counts = {
+        part: Counter(example.label for example in getattr(task, part))
+        for part in ("train", "dev", "test")
+    }
+    assert set(counts["train"]) == set(classes)
+    assert_disjoint(task)
+    if duplicates == 1:
+        assert counts["test"] == {"a": 30, "b": 9, "c": 1}
+        assert counts["dev"] == {"a": 27, "b": 8, "c": 1}
+        assert [sentence.split(" classes ")[0] for sentence in told] == ["a.tsv: 2 of 5"] * 2
+        assert all(sentence.endswith("one, two") for sentence in told)
+    again = load_task(str(path))
+    assert again.fingerprint == task.fingerprint
+
+
+def test_a_text_with_two_labels_takes_neither_class_away(tmp_path: Path) -> None:
+    table = [(f"text {n}", "ab"[n % 2]) for n in range(60)]
+    for n in range(60):
+        rare = [*table, (f"text {n}", "rare")]
+        task = load_task(str(write_tsv(tmp_path / "a.tsv", rare)))
+        assert {example.label for example in task.train} == {"a", "b", "rare"}
+        assert_disjoint(task)
+
+
+def test_a_class_whose_texts_are_all_tested_is_refused(tmp_path: Path) -> None:
+    table = rows(60, seed=4)
+    path = write_tsv(tmp_path / "a.tsv", [*table, ("one of a kind", "rare")])
+    test = write_tsv(tmp_path / "test.tsv", [("one of a kind", "rare"), *table[:5]])
+    with pytest.raises(UsageError, match="no row of class 'rare' is left for training"):
+        load_task(str(path), str(test))
+    lone = write_tsv(tmp_path / "lone.tsv", [(f"text {n}", str(n)) for n in range(20)])
+    with pytest.raises(UsageError, match="expected a class with two texts or more"):
+        load_task(str(lone))
+
+
+def test_equal_rows_under_another_order_of_labels_are_another_task(tmp_path: Path) -> None:
+    task = load_task(str(write_tsv(tmp_path / "a.tsv", rows(50, seed=0))))
+    assert replace(task, labels=task.labels[::-1]).fingerprint != task.fingerprint
 
 
 def test_more_examples_than_there_are_is_refused(tmp_path: Path) -> None:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import UsageError
 from . import docstring_match, hub
-from .examples import LARGEST_DEV, LARGEST_TEST, Example, Task, held_out_size, hold_out, label_order
+from .examples import (
+    LARGEST_DEV,
+    LARGEST_TEST,
+    Example,
+    Task,
+    held_out_size,
+    hold_out,
+    label_order,
+    shortened,
+)
 from .files import Columns, read_examples
 
 __all__ = ["Columns", "Example", "Task", "check_labels", "load_task", "read_examples"]
@@ -15,16 +24,23 @@ __all__ = ["Columns", "Example", "Task", "check_labels", "load_task", "read_exam
 FEWEST_EXAMPLES = 8
 
 
-def load_task(name: str, test_file: str | None = None, columns: Columns | None = None) -> Task:
+def load_task(
+    name: str,
+    test_file: str | None = None,
+    columns: Columns | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
+) -> Task:
     """The task called `name`: ``docstring-match``, a CSV, TSV or JSONL file, or a data set such as
     ``glue/sst2``.
 
     The dev part is always held out of the training rows. The test part is `test_file`, or the data
     set's validation split, or another held-out part. Which rows are held out depends on nothing but
-    the rows.
+    the rows; each class is in them by its share, and none is held out whole. `say` is told what a
+    person should know of the data in a sentence each.
 
     Raises UsageError for what cannot be read, for a label of the test part that training never
-    shows, and for fewer than two labels; RunError where a data set cannot be loaded.
+    shows, for a class without a row for training, and for fewer than two labels; RunError where a
+    data set cannot be loaded.
     """
     columns = columns or Columns()
     if name == docstring_match.NAME:
@@ -48,7 +64,9 @@ def load_task(name: str, test_file: str | None = None, columns: Columns | None =
         test = splits.get(test_source)
     if test_file is not None:
         test, test_source = read_examples(Path(test_file), columns, needs_label=True), test_file
-    return _assemble(title, pool, test, test_source)
+    task = _assemble(title, pool, test, test_source)
+    _say_absent(task, say)
+    return task
 
 
 def check_labels(examples: Sequence[Example], labels: Sequence[str]) -> None:
@@ -85,9 +103,29 @@ def _assemble(
         tested = {example.content for example in test}
         rest = [example for example in pool if example.content not in tested]
     dev, train = hold_out(rest, held_out_size(len(rest), LARGEST_DEV), salt="dev")
-    if not train:
+    trained = {example.label for example in train}
+    for label in labels:
+        if label not in trained:
+            raise UsageError(
+                f"{title}: no row of class '{label}' is left for training; "
+                f"its texts stand in the test part too ({test_source})"
+            )
+    if not dev or not test:
         raise UsageError(
-            f"{title}: no row is left for training after {len(dev)} for dev, {len(test)} for test"
+            f"{title}: expected a class with two texts or more, so that one can be held out, got "
+            f"one text for each of {len(labels)} classes"
         )
     sources = {"train": title, "dev": f"held out of {title}", "test": test_source}
     return Task(title, labels, tuple(train), tuple(dev), tuple(test), sources)
+
+
+def _say_absent(task: Task, say: Callable[[str], None]) -> None:
+    """Says which classes no figure speaks of, having too few rows to be in a part."""
+    for part, examples in (("dev", task.dev), ("test", task.test)):
+        present = {example.label for example in examples}
+        absent = [label for label in task.labels if label not in present]
+        if absent:
+            say(
+                f"{task.name}: {len(absent)} of {len(task.labels)} classes have no row in {part}, "
+                f"so that its figures do not speak of them: {shortened(absent)}"
+            )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ..errors import UsageError
@@ -13,6 +15,8 @@ from ..errors import UsageError
 # is read every epoch.
 LARGEST_DEV = 500
 LARGEST_TEST = 1000
+
+_WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,10 @@ class Task:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of all three parts: equal digests mean equal data."""
-        digest = hashlib.sha256()
+        """A digest of the labels in their order and all three parts: equal digests mean equal
+        data and equal class numbers.
+        """
+        digest = hashlib.sha256(repr(self.labels).encode())
         for part in (self.train, self.dev, self.test):
             for example in part:
                 digest.update(repr((example.text, example.pair, example.label)).encode())
@@ -71,31 +77,67 @@ class Task:
         return random.Random(f"draw {seed}").sample(list(self.train), count)
 
 
-def label_order(labels: set[str]) -> tuple[str, ...]:
-    """Labels in a fixed order: by number where all are integers, by letters otherwise."""
-    if all(label.lstrip("-").isdigit() for label in labels):
-        return tuple(sorted(labels, key=int))
+def label_order(labels: Collection[str]) -> tuple[str, ...]:
+    """Labels in an order that depends on nothing but them: by number where all are whole numbers,
+    by letters otherwise; equal numbers, such as 1 and 01, by letters.
+    """
+    if all(_WHOLE_NUMBER.fullmatch(label) for label in labels):
+        return tuple(sorted(labels, key=lambda label: (int(label), label)))
     return tuple(sorted(labels))
 
 
 def hold_out(
     examples: Sequence[Example], count: int, *, salt: str
 ) -> tuple[list[Example], list[Example]]:
-    """`count` examples and the rest of them, chosen by `salt` alone; no text stands on both
-    sides.
+    """Up to `count` examples, each class by its share, and the rest of them.
+
+    Chosen by the rows and `salt` alone. No text stands on both sides, and no class is held out
+    whole: the last text of a class stays in the rest.
     """
+    wanted = _shares(Counter(example.label for example in examples), count)
+    labels_of: dict[tuple[str, str | None], set[str | None]] = defaultdict(set)
+    for example in examples:
+        labels_of[example.content].add(example.label)
+    texts_left = Counter(label for labels in labels_of.values() for label in labels)
     order = list(range(len(examples)))
     random.Random(salt).shuffle(order)
-    held = [examples[index] for index in sorted(order[:count])]
-    contents = {example.content for example in held}
-    kept = [
-        examples[index]
-        for index in sorted(order[count:])
-        if examples[index].content not in contents
-    ]
-    return held, kept
+    held: list[int] = []
+    contents: set[tuple[str, str | None]] = set()
+    for index in order:
+        example = examples[index]
+        if not wanted[example.label]:
+            continue
+        if example.content not in contents:
+            labels = labels_of[example.content]
+            if any(texts_left[label] == 1 for label in labels):
+                continue
+            texts_left.subtract(labels)
+            contents.add(example.content)
+        wanted[example.label] -= 1
+        held.append(index)
+    kept = [example for example in examples if example.content not in contents]
+    return [examples[index] for index in sorted(held)], kept
 
 
 def held_out_size(total: int, largest: int) -> int:
     """A tenth of `total`, at least one and at most `largest`."""
     return max(1, min(largest, total // 10))
+
+
+def shortened(names: Sequence[str], shown: int = 5) -> str:
+    """Names for a sentence, the first of them where there are many."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def _shares(sizes: Counter[str | None], count: int) -> Counter[str | None]:
+    """`count` shared out in proportion to the sizes: whole parts first, then one each to the
+    largest remainders, the larger class first where they are equal.
+    """
+    total = sizes.total()
+    shares = Counter({label: count * size // total for label, size in sizes.items()})
+    by_remainder = sorted(
+        sizes, key=lambda label: (-(count * sizes[label] % total), -sizes[label], label or "")
+    )
+    shares.update(by_remainder[: count - shares.total()])
+    return shares
