@@ -7,10 +7,13 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from .signals import answered_by
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, warnings and debug logs.")]
 
@@ -30,9 +33,14 @@ def speaking_plainly(debug: bool) -> Iterator[None]:
     """Ends the command with one sentence and an exit code on any error; with `debug` it passes."""
     from ..ops import BackendError
     from ..training import Interrupted, RunError, UsageError
+    from ..training.experiment import check_environment
+
+    def interrupt(number: int, _frame: FrameType | None = None) -> None:
+        raise Interrupted(number)
 
     try:
-        with _quiet(debug):
+        with answered_by(interrupt), _quiet(debug):
+            check_environment()
             yield
     except (UsageError, RunError, Interrupted, BackendError) as error:
         if debug:

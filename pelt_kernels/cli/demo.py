@@ -13,6 +13,7 @@ import typer
 from rich.table import Table
 
 from .console import Debug, notes, results, speaking_plainly
+from .signals import answered_by
 
 EXAMPLES = 1000
 SHOWN = 5
@@ -44,13 +45,18 @@ def demo(
         results().print(f"demo: {time.perf_counter() - begun:.0f} s in all; results in {output}")
 
 
-def _run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+def _run(*arguments: str, **options: Any) -> str:
+    """Runs a command in a new process and returns what it was asked to catch of its output."""
     notes().print(f"$ pelt-kernels {' '.join(arguments)}", markup=False, soft_wrap=True)
     command = [sys.executable, "-m", "pelt_kernels.cli", *arguments]
-    done = subprocess.run(command, text=True, check=False, **options)
-    if done.returncode:
-        raise typer.Exit(done.returncode)  # the command has said why
-    return done
+    # A terminal's Ctrl-C would reach both: in a session of its own the command has it from here
+    # alone, and is waited for while it keeps a checkpoint.
+    process = subprocess.Popen(command, text=True, start_new_session=True, **options)
+    with answered_by(lambda number, _frame: process.send_signal(number)):
+        out, _ = process.communicate()
+    if process.returncode:
+        raise typer.Exit(process.returncode)  # the command has said why
+    return out or ""
 
 
 def _side_by_side(found: dict[str, dict[str, Any]]) -> Table:
@@ -79,11 +85,11 @@ def _check_reloaded(folder: Path) -> None:
     with replacing(sample) as partial:
         rows = ({key: row[key] for key in ("text", "text_pair", "label")} for row in before)
         partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    done = _run(
+    out = _run(
         "predict", "--adapter", str(folder / "adapter"), "--file", str(sample), "--json",
         stdout=subprocess.PIPE,
     )  # fmt: skip
-    after = [json.loads(line) for line in done.stdout.splitlines()]
+    after = [json.loads(line) for line in out.splitlines()]
     table = Table("name", "docstring", "truth", "trained", "reloaded", title="a new process")
     for old, new in zip(before, after, strict=True):
         predicted = (f"{row['predicted']} {row['probability']:.3f}" for row in (old,))

@@ -206,11 +206,16 @@ def _describe(task: Task, config: TrainConfig, watchers: Watchers) -> None:
 def _check_machine(config: TrainConfig) -> None:
     if config.precision == "fp16" and computing_device(config.device) == "cpu":
         raise UsageError("precision: fp16 needs a GPU; bf16 and fp32 work here")
+    check_environment()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("train runs in one process; start it without a distributed launcher")
+
+
+def check_environment() -> None:
+    """Raises UsageError where PELT_KERNELS_BACKEND names no backend."""
     requested = os.environ.get("PELT_KERNELS_BACKEND")
     if requested:
         check_choice("PELT_KERNELS_BACKEND", backend_of(requested), tuple(BACKENDS))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("train runs in one process; start it without a distributed launcher")
 
 
 def _check_method(config: TrainConfig, classes: int) -> None:

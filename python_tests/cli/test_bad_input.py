@@ -196,8 +196,10 @@ def test_a_wrong_name_in_the_environment_ends_with_2(
     run: Run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PELT_KERNELS_BACKEND", "cudnn")
-    sentence = run("train", "--output", tmp_path / "out").refused(2)
-    assert "PELT_KERNELS_BACKEND: expected one of" in sentence
+    sentence = "PELT_KERNELS_BACKEND: expected one of"
+    adapter = ["--adapter", trained / "adapter"]
+    for words in (["train", "--output", tmp_path / "out"], ["predict", "good", *adapter], ["info"]):
+        assert sentence in run(*words).refused(2)
 
 
 def test_debug_shows_where_an_error_came_from(run: Run, tmp_path: Path) -> None:

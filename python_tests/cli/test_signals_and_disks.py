@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -62,6 +65,51 @@ def test_a_signal_keeps_a_checkpoint_from_which_the_same_end_is_reached(
         json.loads((folder / "metrics.json").read_text()) for folder in (output, tmp_path / "whole")
     ]
     assert figures[0]["accuracy"] == figures[1]["accuracy"]
+
+
+def catches_sigterm(process: subprocess.Popen[str]) -> bool:
+    """Python itself leaves it alone, so this is the first moment at which a signal is answered."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    (caught,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def imports_torch(process: subprocess.Popen[str]) -> bool:
+    return "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux for the moment")
+@pytest.mark.parametrize("has_come", [catches_sigterm, imports_torch])
+@pytest.mark.parametrize(
+    ("command", "number"), [("train", signal.SIGINT), ("predict", signal.SIGTERM)]
+)
+def test_a_signal_at_the_start_is_one_line(
+    has_come: Callable[[subprocess.Popen[str]], bool], command: str, number: signal.Signals
+) -> None:
+    process = start(command, stdin=subprocess.PIPE)
+    while not has_come(process):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (128 + number, "")
+    assert err == f"pelt-kernels: stopped by {number.name}\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_of_a_command_is_one_line(
+    run: Run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """Nothing half written is left, and the handlers of before are back."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    arguments = ["export", "--adapter", trained / "adapter", "--format", "adapter", "--output"]
+    monkeypatch.setattr(
+        "pelt_kernels.training.exporting.write_json", lambda *_: os.kill(os.getpid(), number)
+    )
+    refused = run(*arguments, tmp_path / "out").refused(128 + number)
+    assert refused == f"pelt-kernels: stopped by {number.name}"
+    assert list(tmp_path.iterdir()) == []
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
 def test_a_write_that_fails_leaves_earlier_checkpoints(

@@ -1,0 +1,46 @@
+"""The commands put together, and how one of them is run."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from .demo import demo
+from .export import export
+from .info import info
+from .predict import predict
+from .train import train
+
+app = typer.Typer(
+    name="pelt-kernels",
+    help="Parameter-efficient tuning of transformers with fused kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (train, predict, export, info, demo):
+    app.command()(command)
+
+# The base of typer's errors of usage, under its public name in no version of typer.
+_WrongUsage = typer.BadParameter.__base__
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """Runs one command and returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What a console's encoding lacks is shown as its escape.
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = app(
+            args=list(arguments) if arguments is not None else None,
+            prog_name="pelt-kernels",
+            standalone_mode=False,
+        )
+    except _WrongUsage as error:  # type: ignore[misc]
+        print(f"pelt-kernels: {error.format_message()}", file=sys.stderr)
+        return 2
+    return code if isinstance(code, int) else 0
