@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import masked_weight
+from ..ops._formula import is_recorded
 from ..ops.masked_weight import kept_entries
 from ._computed import Computed
 
@@ -82,7 +83,8 @@ class PrunedLinear(nn.Module):
         parameters = [self.weight, self.update_u, self.update_v, self.score_a, self.score_b]
         parameters += [self.score_row, self.score_col]
         wants_gradient = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        if self.training or wants_gradient or torch.compiler.is_compiling():
+        is_seen = torch.compiler.is_compiling() or is_recorded()
+        if self.training or wants_gradient or is_seen:
             self._evaluated.forget()
             return self.pruned_weight()
         factors = (self.sparsity, self.beta, self.alpha1, self.alpha2)
