@@ -115,10 +115,9 @@ def _draw(
     master: bool,
     draws: dict[str, Draw],
 ) -> Tensor:
-    if row.kind == "index":
-        if row.bound is None:
-            return draws[row.name](shape, generator).to(device)
-        return torch.randint(0, _size(case, row.bound, i), shape, generator=generator).to(device)
+    if row.bound is not None:
+        limit = _size(case, row.bound, i) + row.includes_bound
+        return torch.randint(0, limit, shape, generator=generator).to(device)
     if row.kind == "bool":
         mask = torch.rand(shape, generator=generator) < 0.7
         return (
@@ -131,7 +130,7 @@ def _draw(
     elif row.name in draws:
         value = draws[row.name](shape, generator)
     else:
-        scale = shape[-1] ** -0.5 if row.kind == "parameter" and len(shape) > 1 else 1.0
+        scale = max(shape[-1], 1) ** -0.5 if row.kind == "parameter" and len(shape) > 1 else 1.0
         value = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
     kind = torch.float32 if master and row.kind == "parameter" else dtype
     value = value.to(kind).to(device)

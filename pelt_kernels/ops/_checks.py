@@ -11,7 +11,7 @@ from torch import Tensor
 from ._rows import Input
 
 if TYPE_CHECKING:
-    from ._contract import Contract, Value
+    from ._contract import Call, Contract, Value
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
@@ -70,6 +70,18 @@ def bind_shape(
                 sizes[letter] = size
 
 
+def check_not_zero(
+    contract: Contract, letter: str, sizes: dict[str, Any], source: dict[str, str]
+) -> None:
+    """Raises ValueError if a size is 0 that must not be."""
+    size = sizes.get(letter, ())
+    if any(s == 0 for s in (size if isinstance(size, list) else (size,))):
+        raise ValueError(
+            f"{contract.name}: expected a size {letter} of at least 1, got 0 (from"
+            f" {source[letter]})"
+        )
+
+
 def _at(sizes: dict[str, Any], letter: str, i: int) -> int | None:
     """The size known for a letter, if any; a shape may also name a number, such as the 1 of a
     gate's bias.
@@ -116,7 +128,7 @@ def check_dtypes(
             allowed = (dtype, torch.float32)
         elif row.kind == "bool":
             allowed = (torch.bool,)
-        elif row.kind == "index":
+        elif row.kind in ("index", "count"):
             allowed = (torch.int64,)
         for tensor in elements(contract, row, values[row.name]):
             if tensor is None:
@@ -149,6 +161,31 @@ def check_attributes(contract: Contract, attributes: dict[str, Any]) -> None:
                 )
             if row.allowed == "[0, 1)" and not 0.0 <= item < 1.0:
                 raise ValueError(f"{contract.name}: expected {row.name} in [0, 1), got {item}")
+
+
+def check_count(contract: Contract, name: str, wanted: int, found: Sequence[Any]) -> None:
+    """Checks the length of a list that is given to a registered operator by hand."""
+    if len(found) != wanted:
+        raise ValueError(f"{contract.name}: expected {wanted} elements of {name}, got {len(found)}")
+
+
+def check_output(
+    contract: Contract,
+    call: Call,
+    name: str,
+    dtype: torch.dtype,
+    shapes: Sequence[Sequence[int]],
+    found: Sequence[Tensor],
+) -> None:
+    """Checks a gradient or a saved output, or a list of them, against what forward gives."""
+    check_count(contract, name, len(shapes), found)
+    for shape, tensor in zip(shapes, found):
+        got = (list(tensor.shape), tensor.dtype, tensor.device)
+        if got != (list(shape), dtype, call.device):
+            raise ValueError(
+                f"{contract.name}: expected {name} {list(shape)} {_name(dtype)} on {call.device} as"
+                f" forward gives it, got {got[0]} {_name(got[1])} on {got[2]}"
+            )
 
 
 def _name(dtype: torch.dtype) -> str:

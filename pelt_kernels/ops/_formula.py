@@ -65,9 +65,12 @@ def forward(
     Raises BackendError if another backend than eager was asked for by name.
     """
     _dispatch.check_formula(contract.name, request, why)
+    values = contract.with_own_indices(values)
     if not torch.compiler.is_compiling():
         with _off_the_record():
-            _dispatch.remember_formula(contract.bind(values, attributes), request, why)
+            call = contract.bind(values, attributes)
+            contract.check_indices(call, values)
+            _dispatch.remember_formula(call, request, why)
     outputs = _reference(contract, values, dict(zip(contract.attribute_names, attributes)), seed)
     return tuple(
         out if row.is_differentiable else _detached(out)

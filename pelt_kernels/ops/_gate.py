@@ -65,6 +65,8 @@ def quick_row_gates(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     take 27 us through a copy that stays in the cache, and 43 us without (Xeon, AVX-512).
     """
     acc = accumulator(x.dtype)
+    if not x.numel():  # of no rows `torch.addmv` makes one
+        return row_gates(x, weight, bias)
     if x.dtype != acc and x.numel() > _SMALL:
         logits = torch.nn.functional.linear(x, cast(weight, x.dtype)[None], cast(bias, x.dtype))
         return logits[..., 0].to(acc).sigmoid_()
@@ -77,6 +79,8 @@ def pool(gates: Tensor, pooling: str, mask: Tensor | None) -> Tensor:
     """[B] for a pooled gate, [B, S] for ``token``. A sentence without real tokens: 0."""
     if pooling == "token":
         return gates
+    if not gates.shape[1]:
+        return gates.sum(dim=1)
     if pooling == "mean":
         return gates.mean(dim=1)
     assert mask is not None

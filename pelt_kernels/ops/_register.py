@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _dispatch, _formula
-from ._contract import Call, Contract, Value, flatten, lengths_of, scan, unflatten
+from ._checks import check_count
+from ._contract import Call, Contract, Value, flatten, lengths_of, output_dtype, scan, unflatten
 from ._schema import backward_schema, forward_schema, nothing, pack, unpack, width
 
 _c = torch._C
@@ -70,6 +71,10 @@ class Operator:
             return self._through_torch(values, attributes, seed, request)
         needs_grad = requires_grad and torch.is_grad_enabled()
         call = _dispatch.select(contract.bind(values, attributes, signature), request, needs_grad)
+        if call.has_index:
+            values = contract.with_own_indices(values)
+            contract.check_indices(call, values)
+            given = [value for value in flatten(values) if value is not None]
         if needs_grad:
             flat = _apply(call, values, seed, *given)
             if contract.has_list_outputs:
@@ -81,7 +86,7 @@ class Operator:
     def _through_torch(
         self, values: Sequence[Value], attributes: Sequence[Any], seed: int, request: str
     ) -> tuple[Any, ...]:
-        packed = pack(self.contract.input_rows, values)
+        packed = pack(self.contract.input_rows, self.contract.with_own_indices(values))
         outputs = self.fwd(*packed, *attributes, *self._seed(seed), request)
         return tuple(compress(outputs, self.contract.is_public))
 
@@ -97,9 +102,12 @@ class Operator:
     def _bind(self, args: Sequence[Any]) -> tuple[Call, dict[str, Value]]:
         """The call and its named inputs, from an operator's arguments."""
         contract, rest = self.contract, iter(args)
-        values = unpack(contract.input_rows, rest)
+        values = unpack(contract, rest)
         attributes = [next(rest) for _ in contract.attribute_rows]
-        return contract.bind(values, attributes), dict(zip(contract.input_names, values))
+        call = contract.bind(values, attributes)
+        if call.has_index:
+            contract.check_indices(call, values)
+        return call, dict(zip(contract.input_names, values))
 
     def _select(self, args: Sequence[Any]) -> tuple[Call, dict[str, Value], int]:
         """The call on its backend, its named inputs and its seed."""
@@ -132,6 +140,7 @@ class Operator:
         names = contract.gradient_names + contract.saved_names
         named = dict(zip(names, args))
         needs = dict(zip(contract.backward_names, args[len(names)]))
+        check_count(contract, "needs", len(contract.backward_names), args[len(names)])
         rest = iter(args[len(names) + 1 :])
         packed: list[Any] = []
         for row in contract.input_rows:
@@ -141,15 +150,14 @@ class Operator:
     def _backward(self, *args: Any) -> list[Tensor]:
         named, needs, forward_args = self._split(args)
         call, inputs, seed = self._select(forward_args)
+        self.contract.check_outputs(call, named)
         found = _run_backward(call, needs, named, inputs, seed)
         # As the fake promises. The short way takes a gradient as it lies.
         return [grad.contiguous() for grad in _flatten_grads(call.contract, needs, inputs, found)]
 
     def _fake_backward(self, *args: Any) -> list[Tensor]:
         _, needs, forward_args = self._split(args)
-        inputs = dict(
-            zip(self.contract.input_names, unpack(self.contract.input_rows, iter(forward_args)))
-        )
+        inputs = dict(zip(self.contract.input_names, unpack(self.contract, iter(forward_args))))
         like = {name: _new_empty(inputs[name]) for name in needs}
         return _flatten_grads(self.contract, needs, inputs, like)
 
@@ -374,14 +382,7 @@ def _new_empty(value: Value) -> Value:
 
 
 def _empty_output(call: Call, row: Any, shape: Any) -> Any:
-    """By the row's kind: ``activation``, ``float32`` (beside float64 activations float64) or
-    ``bool``.
-    """
-    dtype = call.dtype
-    if row.kind == "bool":
-        dtype = torch.bool
-    elif row.kind == "float32" and dtype != torch.float64:
-        dtype = torch.float32
+    dtype = output_dtype(call, row)
     if row.is_list:
         return [torch.empty(s, dtype=dtype, device=call.device) for s in shape]
     return torch.empty(shape, dtype=dtype, device=call.device)

@@ -26,6 +26,10 @@ class Input:
     def is_differentiable(self) -> bool:
         return self.kind in ("activation", "parameter")
 
+    @property
+    def includes_bound(self) -> bool:
+        return self.kind == "count"
+
 
 @dataclass(frozen=True)
 class Attribute:

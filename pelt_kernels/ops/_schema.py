@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ._checks import check_count
 from ._contract import Contract, Value
 from ._rows import Input
 
@@ -58,14 +59,15 @@ def pack(rows: Sequence[Input], values: Sequence[Value]) -> list[Any]:
     return packed
 
 
-def unpack(rows: Sequence[Input], packed: Iterator[Any]) -> list[Value]:
-    """The way back from `pack`."""
+def unpack(contract: Contract, packed: Iterator[Any]) -> list[Value]:
+    """The way back from `pack`. Raises ValueError for a list that is not as long as it is said."""
     values: list[Value] = []
-    for row in rows:
+    for row in contract.input_rows:
         value = next(packed)
         if width(row) == 2:
-            there = iter(value)
-            value = [next(there) if flag else None for flag in next(packed)]
+            there, flags = iter(value), next(packed)
+            check_count(contract, row.name, sum(flags), value)
+            value = [next(there) if flag else None for flag in flags]
         values.append(value)
     return values
 

@@ -109,6 +109,7 @@ CONTRACT = Contract(
     has_seed=True,
     rules=rules,
     output_shapes=output_shapes,
+    never_zero="D M M_up",
 )
 
 DRAWS = {"gate": uniform, "pre_norm_weight": around_one, "post_norm_weight": around_one}

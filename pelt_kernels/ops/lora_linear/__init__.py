@@ -81,7 +81,10 @@ def lora_linear(
     leading = None
     if isinstance(x, Tensor) and x.ndim != 3:
         leading = x.shape[:-1]
-        x = x.reshape(leading[0] if len(leading) > 2 else 1, -1, x.shape[-1])
+        batch = leading[0] if len(leading) > 2 else 1
+        # Not -1 for the rows: of an empty batch their number could not be told.
+        rows = (leading[1:] if len(leading) > 2 else leading).numel()
+        x = x.reshape(batch, rows, x.shape[-1])
     a, b, a_index, b_index, gate, gate_weight, gate_bias, offsets, scales, poolings = _columns(
         branches
     )

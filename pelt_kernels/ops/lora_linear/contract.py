@@ -129,6 +129,7 @@ CONTRACT = Contract(
     has_seed=True,
     rules=rules,
     output_shapes=output_shapes,
+    never_zero="Din Dout M_i N_i size_i",
 )
 
 DRAWS = {"gate": uniform}

@@ -22,7 +22,7 @@ MAX_SEGMENTS = 4
 def rules(call: Call, values: dict[str, Value]) -> None:
     """What shapes cannot say: which inputs go together."""
     name, sizes, given = call.contract.name, call.sizes, call.given
-    if sizes["G"] == 0 or sizes["H"] % sizes["G"]:
+    if sizes["H"] % sizes["G"]:
         raise ValueError(
             f"{name}: expected the query heads H to be a multiple of the key-value heads G, "
             f"got H={sizes['H']} (from q) and G={sizes['G']} (from k)"
@@ -66,7 +66,7 @@ CONTRACT = Contract(
         prefix_index  index(A_i)?*  [B]
         gate          parameter?    [B] | [B, H]
         key_mask      bool?         [B, N]
-        lengths       index?        [B]
+        lengths       count(N)?     [B]
         bias          parameter?    [B, H, S, N] | [1, H, S, N] | [B, 1, S, N] | [1, 1, S, N]
     """,
     attributes="""
@@ -81,12 +81,10 @@ CONTRACT = Contract(
     has_seed=True,
     rules=rules,
     output_shapes=output_shapes,
+    never_zero="G E A_i",
 )
 
-DRAWS = {
-    "gate": uniform,
-    "lengths": lambda shape, generator: torch.randint(0, 6, shape, generator=generator),
-}
+DRAWS = {"gate": uniform}
 
 
 def visible_keys(

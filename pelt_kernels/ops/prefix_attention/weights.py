@@ -38,6 +38,7 @@ def attention_weights(
     )
     inputs = (q, k, k, keys, values, indices, gate, key_mask, None, None)
     call = CONTRACT.bind(inputs, (is_causal, scale, 0.0))
+    CONTRACT.check_indices(call, inputs)
     with torch.autocast(q.device.type, enabled=False):
         p, _ = eager.probabilities(call, q, k, keys, indices, gate, key_mask, None, None)
     return p.flatten(1, 2).to(q.dtype)
