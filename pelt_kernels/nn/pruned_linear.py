@@ -6,9 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import masked_weight
-from ..ops._formula import is_recorded
 from ..ops.masked_weight import kept_entries
-from ._computed import Computed
 
 
 class PrunedLinear(nn.Module):
@@ -16,8 +14,10 @@ class PrunedLinear(nn.Module):
 
     W0 and b are the very parameters of the `nn.Linear` it stands for, under the same names. U [n,
     r1] and A [n, r2] start as N(0, 1); V, B, R and C start as 0, so that W = W0 and the scores are
-    |W0| at the start. ``sparsity`` may change at any time; each forward in training makes the mask
-    anew, one without gradients in evaluation only after a parameter or the sparsity has changed.
+    |W0| at the start. ``sparsity`` may change at any time; each forward makes the weight anew, in
+    evaluation too, so no way to write a parameter can leave an old one behind. Beside the product
+    of thousands of tokens that is little; beside that of one sentence it is most of the time:
+    `PeltModel.export_dense` writes the weight down for inference.
 
     Args:
         base: the Linear. r1, r2: ranks. beta, alpha1, alpha2: factors. sparsity: at the start.
@@ -52,7 +52,6 @@ class PrunedLinear(nn.Module):
         self.score_row, self.score_col = zeros(out), zeros(into)
         nn.init.normal_(self.update_u)
         nn.init.normal_(self.score_a)
-        self._evaluated: Computed[Tensor] = Computed()
 
     @property
     def keep(self) -> int:
@@ -77,15 +76,4 @@ class PrunedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., n]."""
-        return nn.functional.linear(x, self._current_weight(), self.bias)
-
-    def _current_weight(self) -> Tensor:
-        parameters = [self.weight, self.update_u, self.update_v, self.score_a, self.score_b]
-        parameters += [self.score_row, self.score_col]
-        wants_gradient = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        is_seen = torch.compiler.is_compiling() or is_recorded()
-        if self.training or wants_gradient or is_seen:
-            self._evaluated.forget()
-            return self.pruned_weight()
-        factors = (self.sparsity, self.beta, self.alpha1, self.alpha2)
-        return self._evaluated(parameters, self.pruned_weight, *factors)
+        return nn.functional.linear(x, self.pruned_weight(), self.bias)
