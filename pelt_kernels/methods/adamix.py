@@ -39,6 +39,11 @@ class AdaMixConfig(MethodConfig):
     no classes and leaves it out; so does, with a warning, a forward without labels; and
     ``model.base_model(...)`` is one pass with the base model's own loss.
 
+    An optimizer sees a bank as one parameter: experts that were not drawn have a gradient of 0, by
+    which AdamW shrinks them and lets their moments fade, as in the authors' own environment. The
+    command leaves them alone, and so does a transformers.Trainer with
+    ``callbacks=model.callbacks()``; a loop of one's own calls `pelt_kernels.nn.spare_unselected`.
+
     Other than the authors' code: evaluation always takes the average (their inference level 3; one
     random expert at evaluation is not offered). LoRA's targets draw their experts apart, where the
     authors' fused query and value share one draw. Scores of a regression such as STS-B are not

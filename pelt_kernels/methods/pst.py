@@ -16,9 +16,10 @@ class PSTConfig(MethodConfig):
     sparsity) lowest entries of each matrix of n stay (`pelt_kernels.masked_weight`).
 
     The sparsity is raised over training: 0 until ``begin`` of it, then ``s · (1 - (1 - t)³)`` with
-    t the share of the way to ``end``, then s. Whoever writes the training loop calls
-    `PeltModel.set_progress` after each step; the command and PeltTrainer do. A model that is loaded
-    for inference has its final sparsity.
+    t the share of the way to ``end``, then s. The sparsity has to be told how far the training is:
+    the command does, a transformers.Trainer with ``callbacks=model.callbacks()`` does, and a loop
+    of one's own calls `PeltModel.set_progress` before each step and after the last; a training
+    forward that was never told raises. A model that is loaded has its final sparsity.
 
     Other than the authors' code: among equal scores the entry that comes first in memory stays,
     where theirs follow an unstable sort; an evaluation exactly at ``end`` counts as one at the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,10 +16,11 @@ from .checkpoint import Checkpointed, without_reparametrisation
 from .export import Exportable
 from .inject import Injection, raise_occupied
 from .mixture import compares_passes, consistent_forward
+from .shown import empty, shown_as
 from .slots import slots_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainerCallback
 
 BASE = "base_model."
 
@@ -91,42 +92,55 @@ class PeltModel(Exportable, Checkpointed):
             parameter.requires_grad_(name in trained)
         self._trained = tuple(name for name, _ in self.named_parameters() if name in trained)
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """The base model's forward; its outputs are what they are without a method.
+    SHOWN: ClassVar[tuple[type, type]]  # of the class that `shown_as` made
 
-        Args:
-            input_ids, token_type_ids, position_ids: int64 [B, S]. inputs_embeds: [B, S, D].
-            attention_mask: [B, S], 1 for tokens, 0 for padding; None: no padding. The gates pool
-            over tokens by it.
-            labels and further arguments: as the base model takes them. With output_attentions=True
-            the weights of a layer with a prefix are [B, H, S, P + S], prefix columns first.
+    def __new__(cls, model: Any = None, config: Any = None) -> PeltModel:
+        has_forward = hasattr(type(model), "forward") and not hasattr(cls, "SHOWN")
+        made: PeltModel = super().__new__(shown_as(cls, type(model)) if has_forward else cls)
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made for the base model's, so its name alone would not find it again.
+        return empty, type(self).SHOWN, self.__dict__
+
+    def _get_name(self) -> str:
+        # transformers.Trainer asks by it whether labels stand for the next token.
+        return type(self.base_model).__name__
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward: its arguments, which `inspect.signature` shows, and its
+        outputs, as they are without a method.
+
+        An attention_mask is [B, N], 1 for tokens, 0 for padding; None: no padding; the gates pool
+        over tokens by it. With output_attentions=True the weights of a layer with a prefix are [B,
+        H, S, P + S], prefix columns first. AdaMix in training makes two passes and adds its
+        consistency to the loss, see `AdaMixConfig`.
 
         Raises:
-            ValueError: a mask that is not [B, S].
+            ValueError: a mask of another shape; PST in training where nothing says how far the
+                training is (`set_progress`, `callbacks`).
         """
-        named = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-            "labels": labels,
-        }
-        kwargs.update({name: value for name, value in named.items() if value is not None})
-        mixture = self.method_config.parts.mixture
-        compares = self._compares_passes and self.training and not self._is_detached
-        if compares and mixture is not None:
-            return consistent_forward(self.base_model, mixture.consistency, (), kwargs)
-        return self.base_model(**kwargs)
+        if self.base_model.training and not self._is_detached:
+            self._check_progress()
+            mixture = self.method_config.parts.mixture
+            if mixture is not None and self._compares_passes:
+                return consistent_forward(self.base_model, mixture.consistency, args, kwargs)
+        return self.base_model(*args, **kwargs)
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """What a transformers.Trainer needs to train the method as its paper does, for its
+        ``callbacks``: PST's sparsity, AdaMix's care of experts that were not drawn. Empty for other
+        methods.
+        """
+        from .callbacks import SparedExperts, SparsitySchedule
+
+        parts = self.method_config.parts
+        made: list[TrainerCallback] = []
+        if parts.pruning is not None:
+            made.append(SparsitySchedule(self))
+        if parts.mixture is not None:
+            made.append(SparedExperts(self))
+        return made
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -154,8 +168,12 @@ class PeltModel(Exportable, Checkpointed):
 
     @property
     def accepts_loss_kwargs(self) -> bool:
-        """Whether the base model's loss takes num_items_in_batch; transformers.Trainer asks."""
+        """Whether the base model's loss takes num_items_in_batch; transformers.Trainer asks. A
+        consistency, which is a mean over the batch, does not.
+        """
         model = self.base_model
+        if self._compares_passes:
+            return False
         if hasattr(model, "accepts_loss_kwargs"):
             return bool(model.accepts_loss_kwargs)
         parameters = inspect.signature(model.forward).parameters.values()

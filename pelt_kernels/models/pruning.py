@@ -39,6 +39,8 @@ def prune_linears(
 class Prunable(nn.Module):
     """What `PeltModel` does for PST."""
 
+    _progress: float | None = None  # as `set_progress` was told; None: never
+
     if TYPE_CHECKING:
         base_model: PreTrainedModel
         method_config: MethodConfig
@@ -51,11 +53,24 @@ class Prunable(nn.Module):
         """Tells the method which share of the training is done: PST's sparsity follows it, for
         every forward from here on. A new model stands at 0, a loaded one at 1.
         """
+        self._progress = progress
         pruning = self.method_config.parts.pruning
         if pruning is not None:
             sparsity = pruning.sparsity_at(progress)
             for module in self._pruned("set_progress").values():
                 module.sparsity = sparsity
+
+    def _check_progress(self) -> None:
+        """Raises ValueError for a training forward of PST that nothing will ever prune."""
+        pruning = self.method_config.parts.pruning
+        is_told = self._progress is not None or pruning is None or not pruning.sparsity
+        if not is_told and torch.is_grad_enabled():
+            raise ValueError(
+                "PSTConfig: expected to be told how far the training is, which the sparsity "
+                "follows, got a training forward without; give transformers.Trainer "
+                "callbacks=model.callbacks(), or call model.set_progress(share of the steps done) "
+                "before each step"
+            )
 
     @torch.no_grad()
     def density(self) -> dict[str, float]:

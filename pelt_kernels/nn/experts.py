@@ -7,6 +7,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..ops import LoraBranch, gated_adapter, lora_linear
 from .lora_linear import merged
@@ -173,9 +174,9 @@ def _mean(bank: Tensor) -> Tensor:
     return bank[0] if len(bank) == 1 else bank.mean(dim=0)
 
 
-def spare_unselected(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+def spare_unselected(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[RemovableHandle]:
     """From now on a step of the optimizer leaves alone every expert without a gradient: its
-    weights, its decay and its moments.
+    weights, its decay and its moments. Ends when the returned hooks are removed.
 
     A bank is one parameter, so an expert that was not drawn has a gradient of zeros, by which Adam
     would let its moments fade and AdamW would shrink its weights. Bias correction counts the
@@ -206,8 +207,7 @@ def spare_unselected(optimizer: torch.optim.Optimizer, model: nn.Module) -> None
                 tensor.copy_(torch.where(is_unselected, value, tensor))
         before.clear()
 
-    optimizer.register_step_pre_hook(keep)
-    optimizer.register_step_post_hook(restore)
+    return [optimizer.register_step_pre_hook(keep), optimizer.register_step_post_hook(restore)]
 
 
 def _moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[Tensor]:

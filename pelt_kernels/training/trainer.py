@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..models import PeltModel
-from ..nn import spare_unselected
 from .encode import Encoded, LengthGroups
 from .errors import RunError, reason
 from .records import mismatch, read_record
@@ -94,23 +93,6 @@ class StepClock(TrainerCallback):
         return (time.perf_counter() - begun) / steps if begun is not None and steps else None
 
 
-class Pruning(TrainerCallback):
-    """Raises PST's sparsity with the steps taken, and has the end of training evaluated: a model
-    counts only at its final sparsity.
-    """
-
-    def __init__(self, model: PeltModel) -> None:
-        self.model = model
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.model.set_progress(state.global_step / state.max_steps)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.model.set_progress(state.global_step / state.max_steps)
-        if state.global_step >= state.max_steps and args.eval_strategy == IntervalStrategy.STEPS:
-            control.should_evaluate = True
-
-
 class PeltTrainer(Trainer):
     """Trains a `PeltModel`; the history it keeps is what the plots and the figures are made of.
 
@@ -141,8 +123,8 @@ class PeltTrainer(Trainer):
         self._order_seed = order_seed
         self._clock = StepClock()
         self.add_callback(self._clock)
-        if model.method_config.parts.pruning is not None:
-            self.add_callback(Pruning(model))
+        for callback in model.callbacks():
+            self.add_callback(callback)
         model.record_gates(True)
 
     @property
@@ -185,13 +167,6 @@ class PeltTrainer(Trainer):
         # One copy from the device for all of them.
         means = torch.stack([value.float().mean() for value in gates.values()]).tolist()
         return {f"{layer}.{kind}": mean for (layer, kind), mean in zip(gates, means, strict=True)}
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if is_new and self.pelt.method_config.parts.mixture is not None:
-            spare_unselected(optimizer, self.pelt)
-        return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroups:
         return LengthGroups(self._lengths, self.args.train_batch_size, self._order_seed)

@@ -106,6 +106,7 @@ def test_the_exported_model_has_the_asked_zeros_and_the_same_logits(
 def test_the_classifier_is_trained_unless_the_official_omission_is_asked_for(make_base, make_batch):
     for train_head in (True, False):
         model = get_pelt_model(make_base(), replace(PST, train_head=train_head)).train()
+        model.set_progress(0.0)
         model(**make_batch()).loss.backward()
         head = model.base_model.classifier
         assert all((p.grad is not None) == train_head for p in head.parameters())

@@ -1,0 +1,49 @@
+"""What a method does beside the forward while it is trained, for transformers.Trainer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
+
+from ..nn import spare_unselected
+
+if TYPE_CHECKING:
+    from .model import PeltModel
+
+
+class SparsitySchedule(TrainerCallback):
+    """Raises PST's sparsity with the steps taken, and has the end of training evaluated: a model
+    counts only at its final sparsity.
+    """
+
+    def __init__(self, model: PeltModel) -> None:
+        self.model = model
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.model.set_progress(state.global_step / state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.model.set_progress(state.global_step / state.max_steps)
+        if state.global_step >= state.max_steps and args.eval_strategy == IntervalStrategy.STEPS:
+            control.should_evaluate = True
+
+
+class SparedExperts(TrainerCallback):
+    """Has the optimizer leave alone the experts that a step did not draw: `spare_unselected`."""
+
+    def __init__(self, model: PeltModel) -> None:
+        self.model = model
+        self._hooks: list[Any] = []
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
+    ) -> None:
+        # accelerate's wrapper has no hooks of its own.
+        self._hooks = spare_unselected(getattr(optimizer, "optimizer", optimizer), self.model)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
