@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .console import Debug, notes, speaking_plainly
 
 if TYPE_CHECKING:
-    from ..training import Example, Prediction
+    from ..training import Example
+    from ..training.predictor import Card, Predictions
 
 
 def predict(
@@ -54,20 +57,24 @@ def predict(
         from ..training.config import check_choice
         from ..training.experiment import computing_device
         from ..training.predictor import Card
-        from ..training.tasks import check_labels
+        from .progress import counting
 
         card = Card.load(adapter)
-        examples = _examples(
-            texts, pair, file, (text_column, pair_column, label_column), card.has_pairs
-        )
-        check_labels(examples, card.labels)
+        columns = (text_column, pair_column, label_column)
+        examples, total = _examples(texts, pair, file, columns, card)
         where = computing_device(device)
         if backend is not None:
             check_choice("backend", backend, tuple(BACKENDS))
+        console, seen = notes(), _Seen()
         with use_backend(backend) if backend else nullcontext():
-            predictions = Predictor(adapter, model, where)(examples, batch_size)
-        _print(examples, predictions.rows, as_json)
-        _remark(examples, predictions.rows, predictions.truncated, card.max_length)
+            predictor = Predictor(adapter, model, where)
+            with counting(console, "texts", total) as advance:
+                for part in predictor.stream(examples, batch_size, advance):
+                    sys.stdout.write("".join(_lines_of(part, as_json)))
+                    sys.stdout.flush()  # what is interrupted has said what it knows
+                    seen.add(part)
+        for sentence in seen.remarks(card.max_length):
+            console.print(sentence)
 
 
 def _examples(
@@ -75,95 +82,145 @@ def _examples(
     pairs: list[str] | None,
     file: Path | None,
     columns: tuple[str | None, str | None, str | None],
-    has_pairs: bool,
-) -> list[Example]:
-    from ..training import Example, UsageError
-    from ..training.tasks import Columns, read_examples
+    card: Card,
+) -> tuple[Iterable[Example], int | None]:
+    """What to label, one after the other, and how many there are. A file is read twice, so that a
+    mistake in its last line is found before the first is labelled; standard input cannot be.
+    """
+    from ..training import UsageError
+    from ..training.tasks import Columns, check_labels, iterate_examples
     from ..training.tasks.files import SUFFIXES
 
     if texts and file:
         raise UsageError("give texts or --file, not both")
     if pairs and not texts:
         raise UsageError("--pair goes with texts on the command line")
-    if texts and pairs:
-        if len(texts) != len(pairs):
+    if texts:
+        if pairs and len(texts) != len(pairs):
             raise UsageError(
                 f"expected one --pair for each of {len(texts)} texts, got {len(pairs)}"
             )
-        lines = [f"{text}\t{second}" for text, second in zip(texts, pairs, strict=True)]
-        origin = "argument"
-    elif texts:
-        lines, origin = texts, "argument"
-    elif file is None:
+        lines = (
+            [f"{text}\t{pair}" for text, pair in zip(texts, pairs, strict=True)] if pairs else texts
+        )
+        return list(_split(lines, "argument", card.has_pairs)), len(texts)
+    if file is None:
         if sys.stdin.isatty():
             raise UsageError("no text: give texts, --file, or lines on standard input")
-        lines, origin = _lines(sys.stdin.read()), "line"
-    elif file.suffix.lower() in SUFFIXES:
-        examples = read_examples(file, Columns(*columns), needs_label=False, allows_empty=True)
-        if (examples[0].pair is not None) != has_pairs:
-            raise UsageError(f"{file}: the adapter reads {_count(has_pairs)} a row")
-        return examples
-    else:
-        lines, origin = _lines(_read(file)), f"line of {file}"
-    if not lines:
+        return _not_empty(_split(_standard_input(), "line", card.has_pairs)), None
+
+    def read() -> Iterator[Example]:
+        assert file is not None
+        if file.suffix.lower() in SUFFIXES:
+            return iterate_examples(file, Columns(*columns), needs_label=False, allows_empty=True)
+        return _split(_lines(file), f"line of {file}", card.has_pairs)
+
+    total = 0
+    for example in read():
+        total += 1
+        check_labels((example,), card.labels)
+        if (example.pair is not None) != card.has_pairs:
+            raise UsageError(f"{file}: the adapter reads {_count(card.has_pairs)} a row")
+    if not total:
         raise UsageError("no text: the input is empty")
-    split = [line.split("\t") if has_pairs else [line] for line in lines]
-    for number, parts in enumerate(split, start=1):
+    return read(), total
+
+
+def _not_empty(examples: Iterator[Example]) -> Iterator[Example]:
+    """The examples; raises UsageError at once where there are none."""
+    from ..training import UsageError
+
+    first = next(examples, None)
+    if first is None:
+        raise UsageError("no text: the input is empty")
+    return chain((first,), examples)
+
+
+def _split(lines: Iterable[str], origin: str, has_pairs: bool) -> Iterator[Example]:
+    from ..training import Example, UsageError
+
+    for number, line in enumerate(lines, start=1):
+        parts = line.split("\t") if has_pairs else [line]
         if len(parts) != 1 + has_pairs:
             raise UsageError(
                 f"{origin} {number}: the adapter reads {_count(has_pairs)}, separated by a tab"
             )
-    return [
-        Example(parts[0], parts[1] if has_pairs else None, None, f"{origin} {number}")
-        for number, parts in enumerate(split, start=1)
-    ]
+        yield Example(parts[0], parts[1] if has_pairs else None, None, f"{origin} {number}")
 
 
-def _lines(text: str) -> list[str]:
+def _lines(file: Path) -> Iterator[str]:
     """Lines as other tools count them; str.splitlines would also cut at U+2028 and its like."""
-    return text.removesuffix("\n").split("\n") if text else []
-
-
-def _read(file: Path) -> str:
     from ..training import UsageError
 
     try:
-        return file.read_text(encoding="utf-8")
+        with file.open(encoding="utf-8-sig") as opened:
+            for line in opened:
+                yield line.removesuffix("\n")
     except FileNotFoundError as error:
         raise UsageError(f"{file}: there is no such file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{file}: cannot be read as UTF-8 text ({error})") from error
 
 
+def _standard_input() -> Iterator[str]:
+    from ..training import UsageError
+
+    try:
+        for line in sys.stdin:
+            yield line.removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input: cannot be read as {error.encoding} text") from error
+
+
 def _count(has_pairs: bool) -> str:
     return "two texts" if has_pairs else "one text"
 
 
-def _print(examples: Sequence[Example], predictions: Sequence[Prediction], as_json: bool) -> None:
-    for example, prediction in zip(examples, predictions, strict=True):
+def _lines_of(part: Predictions, as_json: bool) -> Iterator[str]:
+    # Outside Unicode a console's escapes are not JSON's.
+    is_unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+    for example, prediction in zip(part.examples, part.rows, strict=True):
         if not as_json:
-            shown = " | ".join(part for part in example.content if part is not None)
-            print(f"{prediction.label}\t{prediction.probability:.4f}\t{shown}")
+            shown = " | ".join(text for text in example.content if text is not None)
+            yield f"{prediction.label}\t{prediction.probability:.4f}\t{shown}\n"
             continue
-        row = {"text": example.text}
+        row: dict[str, Any] = {"text": example.text}
         if example.pair is not None:
             row["text_pair"] = example.pair
         if example.label is not None:
             row["expected"] = example.label
         scores = {"probability": prediction.probability, "probabilities": prediction.probabilities}
-        print(json.dumps(row | {"label": prediction.label} | scores, ensure_ascii=False))
+        row |= {"label": prediction.label} | scores
+        yield json.dumps(row, ensure_ascii=not is_unicode) + "\n"
 
 
-def _remark(
-    examples: Sequence[Example], predictions: Sequence[Prediction], truncated: int, longest: int
-) -> None:
-    console = notes()
-    if truncated:
-        console.print(f"{truncated} texts are longer than {longest} tokens and were cut")
-    empty = sum(not any((part or "").strip() for part in example.content) for example in examples)
-    if empty:
-        console.print(f"{empty} texts are empty: their label comes from the special tokens alone")
-    expected = [example.label for example in examples]
-    if None not in expected:
-        right = sum(a == b.label for a, b in zip(expected, predictions, strict=True))
-        console.print(f"accuracy {right / len(expected):.4f} on {len(expected)} labelled texts")
+@dataclass
+class _Seen:
+    """What is remarked at the end, counted on the way."""
+
+    texts: int = 0
+    truncated: int = 0
+    empty: int = 0
+    labelled: int = 0
+    right: int = 0
+
+    def add(self, part: Predictions) -> None:
+        self.texts += len(part.rows)
+        self.truncated += part.truncated
+        for example, prediction in zip(part.examples, part.rows, strict=True):
+            self.empty += not any((text or "").strip() for text in example.content)
+            if example.label is not None:
+                self.labelled += 1
+                self.right += example.label == prediction.label
+
+    def remarks(self, longest: int) -> Iterator[str]:
+        if self.truncated:
+            yield f"{self.truncated} texts are longer than {longest} tokens and were cut"
+        if self.empty:
+            yield f"{self.empty} texts are empty: their label comes from the special tokens alone"
+        if self.labelled:
+            rest = self.texts - self.labelled
+            yield (
+                f"accuracy {self.right / self.labelled:.4f} on {self.labelled} labelled texts"
+                f"{f'; {rest} are without a label' if rest else ''}"
+            )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +26,23 @@ def progress_bars(console: Console) -> Iterator[Bars]:
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         yield Bars(progress, console)
+
+
+@contextmanager
+def counting(console: Console, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar, and the function that moves it; `total` is None where nobody knows it."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    # Lines in a terminal are progress enough, and a bar below would move with each of them.
+    is_shown = console.is_terminal and not sys.stdout.isatty()
+    with Progress(*columns, console=console, disable=not is_shown) as progress:
+        bar = progress.add_task(title, total=total)
+        yield lambda count: progress.advance(bar, count)
 
 
 class Bars:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -18,6 +19,7 @@ from .storage import write_json
 from .tasks import Example
 
 FILE = "task.json"
+POOL = 32  # batches whose rows are sorted by length together
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Predictions:
-    """One prediction per example, in order, and how many texts were cut to the longest length."""
+    """Examples with one prediction for each, in order, and how many texts were cut to the longest
+    length.
+    """
 
+    examples: list[Example]
     rows: list[Prediction]
     truncated: int
 
@@ -93,8 +98,31 @@ class Predictor:
         self.model.to(device).eval()
         self.tokenizer = load_tokenizer(name)
 
-    def __call__(self, examples: Sequence[Example], batch_size: int = 32) -> Predictions:
+    def __call__(self, examples: Iterable[Example], batch_size: int = 32) -> Predictions:
         """The labels of the examples. An empty text is the model's special tokens alone."""
+        parts = list(self.stream(examples, batch_size))
+        return Predictions(
+            [example for part in parts for example in part.examples],
+            [row for part in parts for row in part.rows],
+            sum(part.truncated for part in parts),
+        )
+
+    def stream(
+        self,
+        examples: Iterable[Example],
+        batch_size: int = 32,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> Iterator[Predictions]:
+        """The same, some batches at a time in the order of the examples, which may be more than fit
+        into memory. `advance` is told how many more are done.
+        """
+        rest = iter(examples)
+        while part := list(islice(rest, batch_size * POOL)):
+            yield self._predict(part, batch_size, advance)
+
+    def _predict(
+        self, examples: list[Example], batch_size: int, advance: Callable[[int], None]
+    ) -> Predictions:
         encoded = encode(examples, self.tokenizer, self.card.max_length)
         pad = Pad(self.tokenizer)
         lengths = encoded.lengths
@@ -104,7 +132,9 @@ class Predictor:
             chosen = order[at : at + batch_size]
             probabilities = self._probabilities(pad([encoded[index] for index in chosen]))
             found.update(zip(chosen, map(self._prediction, probabilities), strict=True))
-        return Predictions([found[index] for index in range(len(encoded))], encoded.truncated)
+            advance(len(chosen))
+        rows = [found[index] for index in range(len(encoded))]
+        return Predictions(examples, rows, encoded.truncated)
 
     @torch.inference_mode()
     def _probabilities(self, batch: dict[str, Any]) -> list[list[float]]:

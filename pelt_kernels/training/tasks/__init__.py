@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ..errors import UsageError
@@ -17,9 +17,17 @@ from .examples import (
     label_order,
     shortened,
 )
-from .files import Columns, read_examples
+from .files import Columns, iterate_examples, read_examples
 
-__all__ = ["Columns", "Example", "Task", "check_labels", "load_task", "read_examples"]
+__all__ = [
+    "Columns",
+    "Example",
+    "Task",
+    "check_labels",
+    "iterate_examples",
+    "load_task",
+    "read_examples",
+]
 
 FEWEST_EXAMPLES = 8
 
@@ -43,6 +51,12 @@ def load_task(
     data set cannot be loaded.
     """
     columns = columns or Columns()
+    for option, given in (("task", name), ("eval", test_file or "")):
+        if "://" in given:
+            raise UsageError(
+                f"{option}: {given} is an address; download the file and give its name here, or "
+                "give the name of a data set such as glue/sst2"
+            )
     if name == docstring_match.NAME:
         if test_file is not None:
             raise UsageError(f"eval: {name} brings its own test part; --eval goes with a file")
@@ -69,7 +83,7 @@ def load_task(
     return task
 
 
-def check_labels(examples: Sequence[Example], labels: Sequence[str]) -> None:
+def check_labels(examples: Iterable[Example], labels: Sequence[str]) -> None:
     """Raises UsageError at the first label that is not among `labels`."""
     for example in examples:
         if example.label is not None and example.label not in labels:

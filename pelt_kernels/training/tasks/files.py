@@ -38,7 +38,14 @@ class Columns:
 def read_examples(
     path: Path, columns: Columns, *, needs_label: bool, allows_empty: bool = False
 ) -> list[Example]:
-    """The rows of a file.
+    """The rows of a file. Raises UsageError as `iterate_examples`."""
+    return list(iterate_examples(path, columns, needs_label=needs_label, allows_empty=allows_empty))
+
+
+def iterate_examples(
+    path: Path, columns: Columns, *, needs_label: bool, allows_empty: bool = False
+) -> Iterator[Example]:
+    """The rows of a file one by one, so that it may be larger than the memory.
 
     Raises UsageError in one sentence for a missing or empty file, an unknown suffix, an absent
     column, a row with too few fields, an empty text (unless allowed) or, where it is needed, an
@@ -53,27 +60,27 @@ def read_examples(
         raise UsageError(
             f"{path}: expected a name ending in {', '.join(SUFFIXES)}, got '{path.suffix}'"
         )
+    resolved = None
     try:
-        rows = list(read(path))
+        for number, row in read(path):
+            resolved = resolved or resolve_columns(
+                str(path), list(row), columns, needs_label=needs_label
+            )
+            yield example_from_row(
+                row,
+                resolved,
+                f"line {number} of {path}",
+                needs_label=needs_label,
+                allows_empty=allows_empty,
+            )
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{path}: expected UTF-8, got byte {error.object[error.start]:#04x}"
         ) from error
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
-    if not rows:
+    if resolved is None:
         raise UsageError(f"{path}: the file holds no rows")
-    resolved = resolve_columns(str(path), list(rows[0][1]), columns, needs_label=needs_label)
-    return [
-        example_from_row(
-            row,
-            resolved,
-            f"line {number} of {path}",
-            needs_label=needs_label,
-            allows_empty=allows_empty,
-        )
-        for number, row in rows
-    ]
 
 
 def example_from_row(
