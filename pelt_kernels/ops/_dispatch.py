@@ -93,10 +93,11 @@ def use_backend(name: str | None) -> Iterator[None]:
 
     The request holds in this thread, and in this task of asyncio, until the block is left: other
     threads, and those started inside it, have their own. Backward runs on the backend that ran
-    forward, wherever it is called. What activation checkpointing computes again in backward follows
-    the request where backward was called. A call's own ``backend=`` goes first; outside of any
-    block the environment variable PELT_KERNELS_BACKEND holds. Raises ValueError for an unknown
-    name, and later, at the call, BackendError if that backend cannot serve it.
+    forward, wherever it is called; with ``create_graph=True`` by the operator's formula. What
+    activation checkpointing computes again in backward follows the request where backward was
+    called. A call's own ``backend=`` goes first; outside of any block the environment variable
+    PELT_KERNELS_BACKEND holds. Raises ValueError for an unknown name, and later, at the call,
+    BackendError if that backend cannot serve it.
     """
     check_name(name or "")
     with _request.block(name or ""):

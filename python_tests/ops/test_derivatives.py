@@ -12,6 +12,7 @@ from closeness import assert_close
 from derivatives import BACKENDS, QUICK, by_backend, check, flat, ones_like
 from parity import OTHER_DRAWS, case_of, contract_of, has_true_gradient, inputs_of
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from pelt_kernels.ops import (
     OPERATORS,
@@ -23,6 +24,7 @@ from pelt_kernels.ops import (
     symmetric_kl,
 )
 from pelt_kernels.ops._cases import make_inputs
+from pelt_kernels.ops.prefix_attention.weights import attention_weights
 
 # Small enough for differences in float64, and with every kind of input and option among them.
 DIFFERENCES = [
@@ -57,6 +59,17 @@ def test_second_derivatives_are_the_formulas(operator, case_id, backend):
     function = by_backend(operator, case, backend)
     found = second_derivatives(*flat(operator, inputs_of(operator, case, "float32"), function))
     check(operator, case, second_derivatives, found)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_mode_that_counts_operations_loses_no_term(operator):
+    case = case_of(operator, next(id for o, id in QUICK if o == operator))
+    values = inputs_of(operator, case, "float32")
+    function, inputs = flat(operator, values, by_backend(operator, case, "eager"))
+    expected = second_derivatives(function, inputs)
+    with FlopCounterMode(display=False):
+        found = second_derivatives(function, inputs)
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize(("operator", "case_id"), DIFFERENCES)
@@ -188,20 +201,21 @@ def test_a_learned_factor_has_its_gradient(dtype):
     factors = [0.1 * torch.randn(s).to(dtype) for s in ((12, 2), (2, 16), (12, 3), (3, 16))]
     sides = torch.randn(12).to(dtype), torch.randn(16).to(dtype)
     calls = {
-        "prefix_attention": lambda s, b: prefix_attention(q, q, q, [Prefix(p, p)], scale=s),
-        "lora_linear": lambda s, t: lora_linear(x, w, None, [LoraBranch(a, b, scale=s)]),
-        "beta": lambda s, t: masked_weight(w, *factors, *sides, 99, beta=s),
-        "alpha1": lambda s, t: masked_weight(w, *factors, *sides, 99, alpha1=s),
-        "alpha2": lambda s, t: masked_weight(w, *factors, *sides, 99, alpha2=s),
+        "prefix_attention": lambda s: prefix_attention(q, q, q, [Prefix(p, p)], scale=s),
+        "lora_linear": lambda s: lora_linear(x, w, None, [LoraBranch(a, b, scale=s)]),
+        "weights": lambda s: attention_weights(q, q, [Prefix(p, p)], scale=s),
+        "beta": lambda s: masked_weight(w, *factors, *sides, 99, beta=s),
+        "alpha1": lambda s: masked_weight(w, *factors, *sides, 99, alpha1=s),
+        "alpha2": lambda s: masked_weight(w, *factors, *sides, 99, alpha2=s),
     }
     for name, call in calls.items():
         scale = torch.tensor(0.5, requires_grad=True)
-        y = call(scale, None)
-        assert torch.equal(y, call(0.5, None)), name  # a power of 2 costs no digit
+        y = call(scale)
+        assert torch.equal(y, call(0.5)), name  # a power of 2 costs no digit
         (grad,) = torch.autograd.grad(y.float().square().sum(), scale)
         assert grad.dtype == torch.float32 and grad.abs() > 0, name
         with pytest.raises(ValueError, match=r"a number or a tensor \[\], got \[2\]"):
-            call(torch.ones(2), None)
+            call(torch.ones(2))
 
 
 def test_the_gradient_of_a_learned_factor_is_the_formulas():
