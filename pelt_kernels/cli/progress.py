@@ -82,9 +82,10 @@ class RunProgress(TrainerCallback):
         self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any
     ) -> None:
         if metrics:
+            metric = args.metric_for_best_model
             self.bars.console.print(
                 f"{self.title}: step {state.global_step}/{state.max_steps}  {self.loss}  "
-                f"dev accuracy {metrics['eval_accuracy']:.3f}  {self._left(state)}",
+                f"dev {metric} {metrics[f'eval_{metric}']:.3f}  {self._left(state)}",
                 soft_wrap=True,
             )
 

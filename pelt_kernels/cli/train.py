@@ -53,6 +53,16 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Default by method.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Default by method.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens kept of a text; 128.")] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="What decides on dev (best weights, stopping, rate): accuracy, f1 or matthews."
+        ),
+    ] = None,
+    class_weights: Annotated[
+        str | None,
+        typer.Option(help="balanced: all classes weigh the same in the loss, in sum; or none."),
+    ] = None,
     patience: Annotated[
         int | None, typer.Option(help="Evaluations on dev without a gain before stopping; 3.")
     ] = None,

@@ -11,6 +11,7 @@ from ..methods import MethodConfig, config_from_options
 from ..ops import BACKENDS
 from .base_model import EMBEDDED
 from .errors import UsageError, reason
+from .metrics import NAMES as METRICS
 from .recipes import recipe
 from .records import read_record
 from .storage import write_json
@@ -19,6 +20,7 @@ from .tasks import Columns
 FILE = "run.json"
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
+CLASS_WEIGHTS = ("none", "balanced")
 # numpy's generator takes no larger seed, and no count of a run comes near the other.
 LARGEST_SEED, LARGEST_COUNT = 2**32 - 1, 2**31 - 1
 
@@ -39,10 +41,17 @@ class TrainConfig:
         seeds: one run for each; the result is their mean and standard deviation.
         lr: learning rates; of several, the best on dev with the first seed serves all seeds. Empty:
             the recipe's.
-        epochs, batch_size: None takes the recipe's.
+        epochs: None takes the recipe's for the number of training examples.
+        batch_size: None takes the recipe's.
         max_length: tokens after which a text is cut; None takes 128, or what the model reads.
+        metric: what decides on dev: the best weights, when to stop, the learning rate; one of
+            `metrics.NAMES`. Between equal values the lower loss decides.
+        class_weights: ``balanced`` weighs each class's examples by ``n / (C n_c)`` in the loss, n_c
+            of the n training examples having one of the C classes; ``none`` leaves the model's loss
+            as it is.
         patience: evaluations on dev without a gain after which training stops.
-        eval_every: steps between evaluations and checkpoints; 0 means once an epoch.
+        eval_every: steps between evaluations and checkpoints; 0 means once an epoch, or every 25
+            where an epoch is shorter.
         warmup: share of the steps in which the learning rate rises; it then falls linearly to 0.
         backend: the backend every operator must use; None chooses by itself.
     """
@@ -58,6 +67,8 @@ class TrainConfig:
     epochs: int | None = None
     batch_size: int | None = None
     max_length: int | None = None
+    metric: str = "accuracy"
+    class_weights: str = "none"
     patience: int = 3
     eval_every: int = 0
     warmup: float = 0.06
@@ -96,7 +107,6 @@ class TrainConfig:
         config = replace(
             self,
             lr=tuple(self.lr) or (defaults.lr,),
-            epochs=defaults.epochs if self.epochs is None else self.epochs,
             batch_size=defaults.batch_size if self.batch_size is None else self.batch_size,
             seeds=tuple(self.seeds),
             options=tuple(self.options),
@@ -129,12 +139,14 @@ class TrainConfig:
         if not 0 <= self.weight_decay < float("inf"):
             raise UsageError(f"weight-decay: expected 0 or more, got {self.weight_decay}")
         for name, known in (
+            ("metric", METRICS),
+            ("class_weights", CLASS_WEIGHTS),
             ("backend", tuple(BACKENDS)),
             ("device", DEVICES),
             ("precision", PRECISIONS),
         ):
             if getattr(self, name) is not None:
-                check_choice(name, getattr(self, name), known)
+                check_choice(_option(name), getattr(self, name), known)
 
 
 def check_choice(name: str, value: str, known: Sequence[str]) -> None:

@@ -24,9 +24,11 @@ from .errors import RunError, UsageError, reason
 from .metrics import score
 from .plots import draw_curves, draw_gates
 from .predictor import Predictor
+from .recipes import recipe
 from .records import read_record
 from .report import metrics
 from .run import Run, Watchers, rate_name
+from .stopping import rank
 from .storage import claimed, clear_partial, replacing, require_writable, write_json
 from .tasks import Task, load_task
 from .tasks.examples import shortened
@@ -75,6 +77,7 @@ def train(
     config = replace(config, max_length=_longest_text(config, tokenizer))
     task = load_task(config.task, config.eval, config.columns, watchers.say)
     _check_draws(task, config, watchers)
+    config = replace(config, epochs=_epochs(config, task))
     _check_method(config, len(task.labels))
     require_writable(output)
     with claimed(output):
@@ -138,26 +141,34 @@ def _experiment(
     def run(lr: float, seed: int) -> Run:
         return Run(config, task, tokenizer, output, lr, seed)
 
-    tried = {}
+    def on_dev(result: dict[str, Any]) -> tuple[float, float]:
+        return rank(result[dev_metric], result["dev_loss"])
+
+    dev_metric = f"dev_{config.metric}"
+    lr, tried = config.lr[0], {}
     if len(config.lr) > 1:
-        tried = {lr: run(lr, config.seeds[0]).result(watchers)["dev_accuracy"] for lr in config.lr}
+        results_by_lr = {lr: run(lr, config.seeds[0]).result(watchers) for lr in config.lr}
+        tried = {lr: result[dev_metric] for lr, result in results_by_lr.items()}
         watchers.say(
-            "dev accuracy by learning rate: "
-            + ", ".join(f"{rate_name(lr)}: {accuracy:.3f}" for lr, accuracy in tried.items())
+            f"dev {config.metric} by learning rate: "
+            + ", ".join(f"{rate_name(lr)}: {value:.3f}" for lr, value in tried.items())
         )
-    lr = max(tried, key=lambda rate: tried[rate]) if tried else config.lr[0]
+        lr = max(config.lr, key=lambda rate: on_dev(results_by_lr[rate]))
     runs = {seed: run(lr, seed) for seed in config.seeds}
     results = {seed: one.result(watchers) for seed, one in runs.items()}
-    best = max(config.seeds, key=lambda seed: results[seed]["dev_accuracy"])
+    for result in results.values():
+        for note in result["notes"]:
+            watchers.say(note)
+    best = max(config.seeds, key=lambda seed: on_dev(results[seed]))
     for seed, one in runs.items():
         results[seed] |= _test(one, output / PREDICTIONS_FILE if seed == best else None)
     with replacing(output / ADAPTER_FOLDER) as partial:
         shutil.copytree(runs[best].adapter, partial)
     histories = {f"seed {seed}": result.pop("history") for seed, result in results.items()}
     title = f"{config.method} on {task.name}"
-    draw_curves(output / "curves.png", title, histories)
+    draw_curves(output / "curves.png", title, histories, config.metric)
     draw_gates(output / "gates.png", f"{title}, seed {best}", histories[f"seed {best}"])
-    tried_by_name = {rate_name(rate): accuracy for rate, accuracy in tried.items()}
+    tried_by_name = {rate_name(rate): value for rate, value in tried.items()}
     found = metrics(config, task, lr, tried_by_name, list(results.values()))
     found["adapter_seed"] = best
     write_json(output / METRICS_FILE, found)
@@ -231,6 +242,15 @@ def _check_method(config: TrainConfig, classes: int) -> None:
         raise UsageError(f"method {config.method}: {reason(error)}") from error
 
 
+def _epochs(config: TrainConfig, task: Task) -> int:
+    """As many as were asked for, else the recipe's for so many training examples."""
+    if config.epochs is not None:
+        return config.epochs
+    assert config.batch_size is not None  # `resolved` set it
+    examples = len(task.train) if config.train_examples is None else config.train_examples
+    return recipe(config.method).epochs_for(examples, config.batch_size)
+
+
 def _longest_text(config: TrainConfig, tokenizer: Any) -> int:
     # Tokenizers without a limit of their own report a huge number.
     positions = getattr(load_config(config.model), "max_position_embeddings", None)
@@ -245,12 +265,18 @@ def _longest_text(config: TrainConfig, tokenizer: Any) -> int:
 
 
 def _check_draws(task: Task, config: TrainConfig, watchers: Watchers) -> None:
-    """Refuses more examples than there are before anything is written; says where a draw leaves
-    out a class.
+    """Refuses more examples than there are, and classes that cannot be balanced, before anything is
+    written; says where a draw leaves out a class.
     """
     for seed in config.seeds:
         drawn = {example.label for example in task.draw_train(config.train_examples, seed)}
         absent = [label for label in task.labels if label not in drawn]
+        if absent and config.class_weights == "balanced":
+            raise UsageError(
+                "class-weights: expected training examples of every class, got none of "
+                f"{shortened(absent)} in what seed {seed} draws; draw more with --train-examples, "
+                "or leave the weights out"
+            )
         if absent:
             watchers.say(
                 f"train-examples: seed {seed} draws no row of {len(absent)} of "

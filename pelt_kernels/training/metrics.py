@@ -1,13 +1,15 @@
-"""Accuracy, F1 and Matthews' correlation of predicted classes."""
+"""Accuracy, F1 and Matthews' correlation of predicted classes; weights against unequal classes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 NAMES = ("accuracy", "f1", "matthews")
+CLASSES_ANSWERED = "classes_answered"  # how many different ones the model gave
 
 
 def score(predicted: np.ndarray, expected: np.ndarray, classes: int) -> dict[str, float]:
@@ -28,9 +30,29 @@ def score(predicted: np.ndarray, expected: np.ndarray, classes: int) -> dict[str
 
 
 def score_logits(prediction: Any) -> dict[str, float]:
-    """`score` of a transformers EvalPrediction, for `Trainer(compute_metrics=...)`."""
+    """`score` of a transformers EvalPrediction, and how many classes the model answers with, for
+    `Trainer(compute_metrics=...)`.
+    """
     logits = prediction.predictions
-    return score(logits.argmax(axis=-1), prediction.label_ids, logits.shape[-1])
+    predicted = logits.argmax(axis=-1)
+    found = score(predicted, prediction.label_ids, logits.shape[-1])
+    return found | {CLASSES_ANSWERED: len(np.unique(predicted))}
+
+
+def balanced_weights(numbers: Sequence[int], classes: int) -> list[float]:
+    """``w_c = n / (C n_c)``: the weight of each class's examples in the loss, by which all classes
+    weigh the same in sum and the mean weight of an example is 1.
+
+    Args:
+        numbers: the class of each training example.
+
+    Raises:
+        ValueError: a class without an example.
+    """
+    counts = np.bincount(numbers, minlength=classes)
+    if not counts.all():
+        raise ValueError(f"expected examples of every class, got {counts.tolist()} of them")
+    return [float(weight) for weight in len(numbers) / (classes * counts)]
 
 
 def summarise(values: list[float]) -> dict[str, float]:

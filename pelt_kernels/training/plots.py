@@ -8,19 +8,18 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .stopping import BEST_METRIC
 from .storage import replacing
 
 History = Sequence[dict[str, Any]]
 
 
-def draw_curves(path: Path, title: str, histories: dict[str, History]) -> None:
-    """Training loss and dev accuracy over steps, one line for each run."""
+def draw_curves(path: Path, title: str, histories: dict[str, History], metric: str) -> None:
+    """Training loss and the score on dev over steps, one line for each run."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, 2)
     figure.suptitle(title)
     for panel, key, name in zip(
-        panels, ("loss", BEST_METRIC), ("training loss", "dev accuracy"), strict=True
+        panels, ("loss", f"eval_{metric}"), ("training loss", f"dev {metric}"), strict=True
     ):
         for run, history in histories.items():
             points = [(entry["step"], entry[key]) for entry in history if key in entry]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..methods import PRESETS
@@ -10,11 +11,19 @@ from .errors import UsageError
 
 @dataclass(frozen=True)
 class Recipe:
-    """Defaults of one method: learning rate, epochs and batch size."""
+    """Defaults of one method: learning rate, epochs and batch size, and the least number of steps,
+    for which small training sets are gone through more often.
+    """
 
     lr: float
     epochs: int
     batch_size: int = 16
+    steps: int = 200
+
+    def epochs_for(self, examples: int, batch_size: int) -> int:
+        """How often that many training examples are gone through."""
+        steps_per_epoch = math.ceil(examples / batch_size)
+        return max(self.epochs, math.ceil(self.steps / steps_per_epoch))
 
 
 # Small added parts want a rate a hundred times that of full fine-tuning, and so does a head on

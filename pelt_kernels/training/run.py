@@ -19,11 +19,17 @@ from .base_model import load_classifier
 from .config import TrainConfig
 from .encode import Encoded, Pad, encode
 from .errors import Interrupted, RunError, UsageError
-from .metrics import score_logits
+from .metrics import NAMES, balanced_weights, score_logits
 from .predictor import Card
 from .records import read_record
 from .report import backends_used, peak_memory, seconds_per_step
-from .stopping import BEST_METRIC, EarlyStopping, Stop, evaluations_without_gain
+from .stopping import (
+    EarlyStopping,
+    Stop,
+    best_evaluation,
+    evaluations_without_gain,
+    is_constant,
+)
 from .storage import clear_partial, replacing, require_writable, write_json
 from .tasks import Task
 from .trainer import PeltTrainer, check_history, checkpoints, read_state
@@ -33,7 +39,7 @@ RESULT_FILE = "result.json"
 RESULT: dict[str, Any] = {
     "seed": int,
     "learning_rate": float,
-    "dev_accuracy": float,
+    **{f"dev_{name}": float for name in (*NAMES, "loss")},
     "best_step": int,
     "steps": int,
     "seconds_per_step": float | None,
@@ -42,9 +48,13 @@ RESULT: dict[str, Any] = {
     "train_examples": int,
     "backends": dict[str, str],
     "peak_memory_bytes": int,
+    "notes": list[str],
     "history": list[dict[str, Any]],
 }
 LOG_ENTRIES = 100  # of the training loss in a whole run
+# An evaluation on 500 examples costs as much as ten to twenty steps; in small training sets an
+# epoch is shorter than that.
+LEAST_STEPS_BETWEEN_EVALUATIONS = 25
 
 
 @dataclass
@@ -139,10 +149,12 @@ class Run:
             model.save_pretrained(partial)
             self._card().save(partial)
         history = trainer.state.log_history
+        best = best_evaluation(history, self.config.metric)
+        assert best is not None  # the last step was evaluated
         return {
             "seed": self.seed,
             "learning_rate": self.lr,
-            "dev_accuracy": trainer.state.best_metric,
+            **{f"dev_{name}": best[f"eval_{name}"] for name in (*NAMES, "loss")},
             "best_step": trainer.state.best_global_step,
             "steps": trainer.state.global_step,
             "seconds_per_step": seconds_per_step(history),
@@ -151,6 +163,7 @@ class Run:
             "train_examples": len(train),
             "backends": backends_used(),
             "peak_memory_bytes": peak_memory(),
+            "notes": [self._constant(len(dev))] if is_constant(best) else [],
             "history": history,
         }
 
@@ -169,27 +182,34 @@ class Run:
     def _trainer(
         self, model: PeltModel, train: Encoded, dev: Encoded, watchers: Watchers
     ) -> PeltTrainer:
-        assert self.config.batch_size is not None  # `resolved` set it
-        steps = math.ceil(len(train) / self.config.batch_size) * (self.config.epochs or 1)
+        assert self.config.batch_size is not None and self.config.epochs is not None
+        weights = None
+        if self.config.class_weights == "balanced":
+            numbers = [row["labels"] for row in train.rows]
+            weights = balanced_weights(numbers, len(self.task.labels))
         return PeltTrainer(
             model,
-            self._arguments(logging_steps=max(1, steps // LOG_ENTRIES)),
+            self._arguments(math.ceil(len(train) / self.config.batch_size)),
             train,
             dev,
             data_collator=Pad(self.tokenizer),
             compute_metrics=score_logits,
             callbacks=[
                 *watchers.progress(self.title),
-                EarlyStopping(self.config.patience),
+                EarlyStopping(self.config.metric, self.config.patience),
                 watchers.stop,
             ],
             order_seed=self.seed,
+            class_weights=weights,
         )
 
-    def _arguments(self, logging_steps: int) -> TrainingArguments:
+    def _arguments(self, steps_per_epoch: int) -> TrainingArguments:
         config = self.config
         assert config.batch_size is not None and config.epochs is not None
-        strategy = IntervalStrategy.STEPS if config.eval_every else IntervalStrategy.EPOCH
+        eval_every = config.eval_every
+        if steps_per_epoch < LEAST_STEPS_BETWEEN_EVALUATIONS:
+            eval_every = eval_every or LEAST_STEPS_BETWEEN_EVALUATIONS
+        strategy = IntervalStrategy.STEPS if eval_every else IntervalStrategy.EPOCH
         arguments = TrainingArguments(
             output_dir=str(self.folder),
             seed=self.seed,
@@ -200,12 +220,12 @@ class Run:
             warmup_steps=config.warmup,
             weight_decay=config.weight_decay,
             eval_strategy=strategy,
-            eval_steps=config.eval_every or None,
+            eval_steps=eval_every or None,
             save_strategy=strategy,
-            save_steps=config.eval_every or 500,
-            metric_for_best_model=BEST_METRIC,
+            save_steps=eval_every or 500,
+            metric_for_best_model=config.metric,
             greater_is_better=True,
-            logging_steps=logging_steps,
+            logging_steps=max(1, steps_per_epoch * config.epochs // LOG_ENTRIES),
             logging_nan_inf_filter=False,
             bf16=config.precision == "bf16",
             fp16=config.precision == "fp16",
@@ -227,11 +247,19 @@ class Run:
             return
         state = read_state(begun[-1])
         watchers.say(f"{self.title}: going on from {begun[-1]}")
-        is_stopped = evaluations_without_gain(state.log_history) >= self.config.patience
+        waited = evaluations_without_gain(state.log_history, self.config.metric)
+        is_stopped = waited >= self.config.patience
         if state.global_step >= state.max_steps or is_stopped:
             trainer.state = state
         else:
             trainer.train(resume_from_checkpoint=str(begun[-1]))
+
+    def _constant(self, examples: int) -> str:
+        return (
+            f"{self.title}: the model that is kept gives all {examples} dev examples the same "
+            f"answer, and no other had a higher {self.config.metric} there; --metric matthews, "
+            "--class-weights balanced, more --epochs or another --lr may help"
+        )
 
     def _note_truncated(self, watchers: Watchers, *parts: Encoded) -> None:
         cut = sum(part.truncated for part in parts)

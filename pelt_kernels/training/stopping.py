@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,9 +13,12 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from .errors import Interrupted
+from .metrics import CLASSES_ANSWERED
 
-BEST_METRIC = "eval_accuracy"
 IS_PRUNING = "is_pruning"  # marks an evaluation at a sparsity below the final one
+# One answer among a million moves a score by more, and training that still learns moves the loss by
+# more.
+SCORE_DIGITS, LOSS_DIGITS = 6, 4
 
 
 class Stop(TrainerCallback):
@@ -81,26 +85,60 @@ def stoppable(say: Callable[[str], None]) -> Iterator[Stop]:
 
 
 class EarlyStopping(TrainerCallback):
-    """Stops after `patience` evaluations on dev without a gain.
+    """Stops after `patience` evaluations on dev without a gain in `metric`.
 
     It counts in the history, which every checkpoint holds, so it needs no state of its own.
     """
 
-    def __init__(self, patience: int):
-        self.patience = patience
+    def __init__(self, metric: str, patience: int):
+        self.metric, self.patience = metric, patience
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if evaluations_without_gain(state.log_history) >= self.patience:
+        if evaluations_without_gain(state.log_history, self.metric) >= self.patience:
             control.should_training_stop = True
 
 
-def evaluations_without_gain(history: Sequence[dict[str, Any]]) -> int:
-    """How many evaluations lie behind the (first) best one; those at a sparsity that still rose do
-    not count.
+def rank(score: float, loss: float) -> tuple[float, float]:
+    """What orders evaluations: the score on dev, and between equal scores the lower loss on dev.
+
+    On few or unbalanced examples the score can stand still for epochs (at the share of the largest
+    class) while the loss falls and the model learns.
     """
-    values = [
-        entry[BEST_METRIC]
-        for entry in history
-        if BEST_METRIC in entry and not entry.get(IS_PRUNING)
-    ]
-    return len(values) - 1 - values.index(max(values)) if values else 0
+    return round(score, SCORE_DIGITS), -round(loss, LOSS_DIGITS)
+
+
+def best_evaluation(history: Sequence[dict[str, Any]], metric: str) -> dict[str, Any] | None:
+    """The entry of the evaluation that is first by `rank`, the earliest of equals; None without one
+    that counts.
+    """
+    counted = _counted(history, metric)
+    return max(counted, key=lambda entry: _rank(entry, metric)) if counted else None
+
+
+def evaluations_without_gain(history: Sequence[dict[str, Any]], metric: str) -> int:
+    """How many evaluations lie behind the last one that was a gain: that was better by `rank` than
+    all before it, or, where the model gives all of dev the same answer, had a lower loss. A model
+    that still has to leave such an answer may have scored more by chance before.
+    """
+    since = 0
+    best, lowest = (-math.inf, -math.inf), math.inf
+    for entry in _counted(history, metric):
+        found, loss = _rank(entry, metric), round(entry["eval_loss"], LOSS_DIGITS)
+        is_learning = is_constant(entry) and loss < lowest
+        since = 0 if found > best or is_learning else since + 1
+        best, lowest = max(best, found), min(lowest, loss)
+    return since
+
+
+def is_constant(entry: dict[str, Any]) -> bool:
+    """Whether the model gave all of dev the same answer in an evaluation."""
+    return entry.get(f"eval_{CLASSES_ANSWERED}") == 1
+
+
+def _rank(entry: dict[str, Any], metric: str) -> tuple[float, float]:
+    return rank(entry[f"eval_{metric}"], entry["eval_loss"])
+
+
+def _counted(history: Sequence[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
+    """The evaluations, but for those at a sparsity that still rose."""
+    return [entry for entry in history if f"eval_{metric}" in entry and not entry.get(IS_PRUNING)]

@@ -7,20 +7,22 @@ import pickle
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from ..models import PeltModel
 from .encode import Encoded, LengthGroups
 from .errors import RunError, reason
+from .metrics import CLASSES_ANSWERED, NAMES
 from .records import mismatch, read_record
-from .stopping import BEST_METRIC, IS_PRUNING
+from .stopping import IS_PRUNING, best_evaluation
 from .storage import replacing
 
 STATE_FILE = "trainer_state.json"
@@ -51,6 +53,8 @@ _ENTRY: dict[str, Any] = {
     IS_PRUNING: bool,
     "seconds_per_step": float | None,
 }
+# What that of an evaluation holds at least.
+_EVALUATION = tuple(f"eval_{name}" for name in (*NAMES, "loss", CLASSES_ANSWERED))
 GATE = re.compile("[0-9]{1,6}[.].+")
 _STATE: dict[str, Any] = {
     "global_step": int,
@@ -93,6 +97,14 @@ class StepClock(TrainerCallback):
         return (time.perf_counter() - begun) / steps if begun is not None and steps else None
 
 
+class LastStep(TrainerCallback):
+    """Has the end of training evaluated, also where evaluations come every so many steps."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps and args.eval_strategy == IntervalStrategy.STEPS:
+            control.should_evaluate = True
+
+
 class PeltTrainer(Trainer):
     """Trains a `PeltModel`; the history it keeps is what the plots and the figures are made of.
 
@@ -112,6 +124,7 @@ class PeltTrainer(Trainer):
         dev: Encoded,
         *,
         order_seed: int,
+        class_weights: Sequence[float] | None = None,
         **kwargs: Any,
     ):
         super().__init__(model, arguments, train_dataset=train, eval_dataset=dev, **kwargs)
@@ -121,11 +134,18 @@ class PeltTrainer(Trainer):
         # A loss over classes takes no number of items, though BERT's forward accepts anything.
         self.model_accepts_loss_kwargs = False
         self._order_seed = order_seed
+        self._class_weights = None if class_weights is None else torch.tensor(class_weights)
         self._clock = StepClock()
         self.add_callback(self._clock)
+        self.add_callback(LastStep())
         for callback in model.callbacks():
             self.add_callback(callback)
         model.record_gates(True)
+
+    @property
+    def metric(self) -> str:
+        """What decides which evaluation is the best: one of `metrics.NAMES`."""
+        return str(self.args.metric_for_best_model)
 
     @property
     def folder(self) -> Path:
@@ -140,7 +160,31 @@ class PeltTrainer(Trainer):
         self.pelt.set_progress(1.0)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        return not self._is_pruning() and super()._determine_best_metric(metrics, trial)
+        best = best_evaluation(self.state.log_history, self.metric)
+        if best is None or best["step"] != self.state.global_step:
+            return False
+        self.state.best_metric = best[f"eval_{self.metric}"]
+        self.state.best_global_step = best["step"]
+        return True
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The model's own loss. With class weights its cross-entropy ``mean(l_i)`` gives way to
+        ``sum(w_i l_i) / sum(w_i)``, w_i the weight of the example's class; what else the model adds
+        to its loss (AdaMix's consistency) stays.
+        """
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self._class_weights is not None:
+            logits, labels = outputs["logits"].float(), inputs["labels"]
+            weights = self._class_weights.to(logits.device)
+            plain, weighted = cross_entropy(logits, labels), cross_entropy(logits, labels, weights)
+            loss = loss + (weighted - plain)
+        return (loss, outputs) if return_outputs else loss
 
     def _is_pruning(self) -> bool:
         pruning, state = self.pelt.method_config.parts.pruning, self.state
@@ -156,7 +200,7 @@ class PeltTrainer(Trainer):
                     "a smaller --lr may help"
                 )
             logs = logs | {"gates": self._mean_gates(), "seconds_per_step": self._clock.lap()}
-        if BEST_METRIC in logs and self._is_pruning():
+        if f"eval_{self.metric}" in logs and self._is_pruning():
             logs = logs | {IS_PRUNING: True}
         super().log(logs, start_time)
 
@@ -243,7 +287,9 @@ def check_history(path: Path, history: list[dict[str, Any]]) -> None:
             mismatch(value, _ENTRY.get(key, float), f"history.{index}.{key}")
             for key, value in entry.items()
         ]
-        wrong += [] if "step" in entry else [f"history.{index}.step is missing"]
+        is_evaluation = any(key.startswith("eval_") for key in entry)
+        expected = ("step", *_EVALUATION) if is_evaluation else ("step",)
+        wrong += [f"history.{index}.{key} is missing" for key in expected if key not in entry]
         if not any(wrong) and not all(map(GATE.fullmatch, entry.get("gates", {}))):
             wrong.append(f"expected gates as <layer>.<kind> in history.{index}")
         if any(wrong):

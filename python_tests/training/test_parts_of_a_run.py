@@ -1,4 +1,4 @@
-"""Metrics, batches, files and the counting of evaluations, each by itself."""
+"""Metrics, batches, files and options, each by itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pelt_kernels.training.base_model import load_tokenizer
 from pelt_kernels.training.config import continued, save_config
 from pelt_kernels.training.encode import LengthGroups, Pad, encode
 from pelt_kernels.training.metrics import score, summarise
-from pelt_kernels.training.stopping import evaluations_without_gain
 from pelt_kernels.training.storage import clear_partial, replacing, require_writable
 from pelt_kernels.training.tasks import Example
 
@@ -127,23 +126,6 @@ def test_a_read_only_folder_is_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "count"),
-    [
-        ([], 0),
-        ([0.5], 0),
-        ([0.5, 0.6], 0),
-        ([0.6, 0.6], 1),
-        ([0.6, 0.5, 0.6], 2),
-        ([0.6, 0.5, 0.7], 0),
-    ],
-)
-def test_evaluations_are_counted_from_the_first_best(values: list[float], count: int) -> None:
-    history: list[dict[str, Any]] = [{"eval_accuracy": value} for value in values]
-    history.insert(0, {"loss": 1.0})
-    assert evaluations_without_gain(history) == count
-
-
-@pytest.mark.parametrize(
     ("option", "value", "sentence"),
     [
         ("method", "unipeltt", "method: expected one of unipelt, "),
@@ -158,6 +140,8 @@ def test_evaluations_are_counted_from_the_first_best(values: list[float], count:
         ("lr", (0.0,), "lr: expected different positive numbers"),
         ("lr", (float("nan"),), "lr: expected different positive numbers"),
         ("warmup", 1.5, "warmup: expected a share"),
+        ("metric", "auc", "metric: expected one of accuracy, f1, matthews, got 'auc'"),
+        ("class_weights", "inverse", "class-weights: expected one of none, balanced, got 'inv"),
         ("eval_every", -1, "eval-every: expected 0"),
     ],
 )
@@ -167,9 +151,13 @@ def test_a_wrong_option_is_refused(option: str, value: Any, sentence: str) -> No
 
 
 def test_a_continued_run_keeps_its_options(tmp_path: Path) -> None:
-    config = TrainConfig(method="lora", lr=(1e-3, 1e-2)).resolved()
+    config = TrainConfig(method="lora", lr=(1e-3, 1e-2), metric="f1").resolved()
     save_config(config, tmp_path)
     assert continued(tmp_path, {}) == config
+    with pytest.raises(UsageError, match="metric: the run in .* was begun with f1, not matthews"):
+        continued(tmp_path, {"metric": "matthews"})
+    with pytest.raises(UsageError, match="class-weights: the run in .* was begun with none, not b"):
+        continued(tmp_path, {"class_weights": "balanced"})
     assert continued(tmp_path, {"lr": (1e-3, 1e-2)}) == config
     with pytest.raises(UsageError, match="method: the run in .* was begun with lora, not prefix"):
         continued(tmp_path, {"method": "prefix"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,20 @@ from pelt_kernels.training import (
     UsageError,
     Watchers,
     load_task,
+    run,
     train,
 )
 from pelt_kernels.training.trainer import FILES, checkpoints
 
 STEPS_PER_EPOCH = 6  # 48 examples in batches of 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_epoch_is_evaluated() -> Iterator[None]:
+    """However short it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "LEAST_STEPS_BETWEEN_EVALUATIONS", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
