@@ -16,6 +16,8 @@ from .slots import layers_of, place_of, slots_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .inject import Injection
+
 
 class Matrix(NamedTuple):
     """A Linear of a layer: the layer's number, its place (``query`` and so on), its name in the
@@ -36,6 +38,9 @@ class Matrix(NamedTuple):
 
 class Exportable(Prunable):
     """What `PeltModel` does to become a plain model."""
+
+    if TYPE_CHECKING:
+        _injection: Injection
 
     def why_not_dense(self) -> str:
         """Empty where `export_dense` can serve, else the reason it cannot, as one clause."""
@@ -58,6 +63,7 @@ class Exportable(Prunable):
         refusal = self.why_not_dense()
         if refusal:
             raise ValueError(f"export_dense: expected parts that weights can hold, got {refusal}")
+        self._injection.check_detachable("export_dense")
         weights = self._merged_weights()
         self._take_out(keep_trained=True)
         self._put({f"{name}.weight": weight for name, weight in weights.items()})

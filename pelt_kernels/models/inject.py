@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..methods import BottleneckAdapterConfig, LoraConfig, Parts, PrefixTuningConfig
 from ..methods.lora import TARGETS
 from ..nn import GatedAdapter, LoRALinear, PrefixAttention
+from ..nn.original import Original
 from .attention import (
     PELT,
     SITE,
@@ -23,7 +24,7 @@ from .attention import (
 )
 from .mixture import adapt_with_experts, check_random_state
 from .pruning import prune_linears
-from .replacement import Replacement
+from .replacement import Replacement, check_places
 from .slots import Slots, embeddings_of, layers_of, place_of
 
 if TYPE_CHECKING:
@@ -59,13 +60,15 @@ class AdaptedNorm(nn.Module):
     left with the layer.
 
     s [B, S, D] is the FFN's output plus its residual, which is what the LayerNorm it stands for is
-    given. weight and bias are the LayerNorm's own parameters under the same names.
+    given. weight and bias are the LayerNorm's own parameters under the same names. Hooks of the
+    LayerNorm fire once in a forward, for the layer's output: they see ``g·u + s`` and out.
     """
 
     def __init__(
         self, base: nn.LayerNorm, adapter: GatedAdapter, site: LayerSite, is_parallel: bool
     ) -> None:
         super().__init__()
+        self.original = Original(base, nn.LayerNorm)
         self.normalized_shape, self.eps = base.normalized_shape, base.eps
         self.weight, self.bias = base.weight, base.bias
         self.adapter = adapter
@@ -81,9 +84,11 @@ class AdaptedNorm(nn.Module):
         y, gate = self.adapter(read, residual=s, mask=mask if is_gated else None, return_gate=True)
         if is_gated:
             self.site.record("adapter", gate)
-        return self._norm(y)
+        return self._norm(y) if self.original.is_plain else self.original(self, y)
 
     def _norm(self, s: Tensor) -> Tensor:
+        if self.original.has_own_forward:
+            return self.original.without_hooks(self, s)
         return nn.functional.layer_norm(s, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
@@ -102,6 +107,7 @@ class Injection:
         self.embeddings = embeddings_of(model, slots)
         if FIRST_LAYER in self.embeddings.__dict__:
             raise_occupied()
+        check_places(model, self.layers, slots, parts)
         _check_decoder(model, parts)
         _check_chunking(model, parts)
         self.made = _parameter_placement(self.layers[0].get_submodule(slots.query))
@@ -211,6 +217,11 @@ class Injection:
     def _ffns(self) -> list[nn.Module]:
         """The first Linear of each layer's FFN, or what stands for it now."""
         return [layer.get_submodule(self._ffn_path) for layer in self.layers]
+
+    def check_detachable(self, who: str) -> None:
+        """Raises ValueError where `detach` would not leave the base model."""
+        for place in self.replacements:
+            place.check_removable(who)
 
     def detach(self) -> None:
         """Takes the parts out: the model has its own modules, configuration and attention."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..methods import AdaMixConfig
 from ..methods.adapter import bottleneck_of
 from ..nn import ExpertAdapter, ExpertLoRALinear
+from ..nn.original import Original
 from ..ops import symmetric_kl
 from .replacement import Replacement
 from .slots import Slots, place_of
@@ -28,12 +29,17 @@ class ExpertLinear(nn.Module):
 
     def __init__(self, base: nn.Linear, experts: ExpertAdapter) -> None:
         super().__init__()
+        self.original = Original(base, nn.Linear)
         self.weight, self.bias = base.weight, base.bias
         self.experts = experts
 
     def forward(self, x: Tensor) -> Tensor:
         """y [B, S, D]."""
-        y: Tensor = self.experts(nn.functional.linear(x, self.weight, self.bias))
+        if self.original.is_plain:
+            f = nn.functional.linear(x, self.weight, self.bias)
+        else:
+            f = self.original(self, x)
+        y: Tensor = self.experts(f)
         return y
 
 

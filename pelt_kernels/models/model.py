@@ -292,6 +292,7 @@ class PeltModel(Exportable, Checkpointed):
         if self._is_detached:
             yield
             return
+        self._injection.check_detachable("disable_adapter")
         self._injection.detach()
         self._is_detached = True
         trained_values = self._put_first_values(keep_head=True)
@@ -317,6 +318,7 @@ class PeltModel(Exportable, Checkpointed):
         """
         self._check_has_base("remove")
         self._check_attached("remove")
+        self._injection.check_detachable("remove")
         self._take_out(keep_head=keep_head)
         return self.base_model
 

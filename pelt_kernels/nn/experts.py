@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..ops import LoraBranch, gated_adapter, lora_linear
 from .lora_linear import merged
+from .original import Original
 
 
 class Bank(nn.Module):
@@ -142,6 +143,7 @@ class ExpertLoRALinear(Bank):
     ) -> None:
         super().__init__()
         self.r, self.alpha, self.dropout = r, alpha, dropout
+        self.original = Original(base, nn.Linear)
         self.weight = base.weight
         self.register_parameter("bias", base.bias)
         device, dtype = base.weight.device, dtype or base.weight.dtype
@@ -160,11 +162,16 @@ class ExpertLoRALinear(Bank):
         a, b = values["lora_a"], values["lora_b"]
         branch = LoraBranch(a, b, scale=self.alpha / self.r, bank_index=index)
         dropout = self.dropout if self.training else 0.0
-        return cast(Tensor, lora_linear(x, self.weight, self.bias, [branch], dropout_p=dropout))
+        if self.original.is_plain:
+            return cast(Tensor, lora_linear(x, self.weight, self.bias, [branch], dropout_p=dropout))
+        nothing = torch.zeros_like(self.weight)
+        update = cast(Tensor, lora_linear(x, nothing, None, [branch], dropout_p=dropout))
+        return self.original(self, x) + update
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """``W + alpha / R · B A`` [Dout, Din] with the banks' means A and B, as `LoRALinear`'s."""
+        self.original.check_mergeable()
         means = self.averages()
         return merged(self.weight, means["lora_a"], means["lora_b"], self.alpha / self.r)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import LoraBranch, lora_linear
 from .gate import Gate
+from .original import Original, why_not_replaceable
 
 
 def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -35,7 +36,8 @@ class LoRALinear(nn.Module):
     W [Dout, Din] and b [Dout] are the very parameters of the `nn.Linear` it stands for, under the
     same names, so the base model's state_dict does not change. lora_a [R, Din] starts as
     U(±1/sqrt(Din)) (Kaiming uniform with a = sqrt 5), lora_b [Dout, R] as 0: the branch is exactly
-    0 at the start.
+    0 at the start. A Linear with hooks or a forward of its own is called for ``x Wᵀ + b``, which
+    costs a second product; its hooks see that output, without the branch.
 
     Extra gates do not scale this layer; their values are returned for another part that is gated by
     the same input (UniPELT's prefix is gated by the attention's input, which the query's Linear
@@ -69,11 +71,11 @@ class LoRALinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(base, nn.Linear) or not base.weight.is_floating_point():
+        reason = why_not_replaceable(base)
+        if reason:
             raise TypeError(
-                "LoRALinear: expected base as an nn.Linear with a floating-point weight, "
-                f"got {type(base).__name__} "
-                f"({getattr(getattr(base, 'weight', None), 'dtype', 'no weight')})"
+                "LoRALinear: expected base as an nn.Linear with floating-point weight and bias, "
+                f"got {reason}"
             )
         if r < 0:
             raise ValueError(f"LoRALinear: expected r >= 0, got {r}")
@@ -81,6 +83,7 @@ class LoRALinear(nn.Module):
             raise ValueError(f"LoRALinear: expected dropout in [0, 1), got {dropout}")
         self.in_features, self.out_features = base.in_features, base.out_features
         self.r, self.alpha, self.dropout = r, alpha, dropout
+        self.original = Original(base, nn.Linear)
         self.weight = base.weight
         self.register_parameter("bias", base.bias)
         made: dict[str, Any] = {"device": base.weight.device, "dtype": dtype or base.weight.dtype}
@@ -122,16 +125,19 @@ class LoRALinear(nn.Module):
             scale = self.alpha / self.r if self.gate is None else 1.0
             learned = None if self.gate is None else self.gate.learned(mask)
             branches.append(LoraBranch(self.lora_a, self.lora_b, scale=scale, gate=learned))
+        is_plain = self.original.is_plain
         y, extra_values, own = lora_linear(
             x,
-            self.weight,
-            self.bias,
+            self.weight if is_plain else torch.zeros_like(self.weight),
+            self.bias if is_plain else None,
             branches,
             extra_gates=tuple(gate.learned(mask) for gate in gates[: len(self.extra_gates)]),
             mask=mask if any(gate.mask_for(mask) is not None for gate in gates) else None,
             dropout_p=self.dropout if self.training else 0.0,
             return_gates=True,
         )
+        if not is_plain:
+            y = self.original(self, x) + y
         values = dict(zip(self.extra_gates, extra_values))
         if self.gate is not None:
             values[""] = own[0]
@@ -142,8 +148,10 @@ class LoRALinear(nn.Module):
         """``W + alpha / R · B A`` [Dout, Din], computed in float64 and rounded once.
 
         Raises:
-            ValueError: a gate, or a 16-bit W, in which the update would be lost.
+            ValueError: a gate, a 16-bit W, in which the update would be lost, or a Linear with a
+                forward of its own.
         """
+        self.original.check_mergeable()
         if self.gate is not None:
             raise ValueError(
                 "LoRALinear: expected a branch without gate to merge, got a gated one, whose scale "

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..ops import masked_weight
 from ..ops.masked_weight import kept_entries
+from .original import Original
 
 
 class PrunedLinear(nn.Module):
@@ -39,6 +40,7 @@ class PrunedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.beta, self.alpha1, self.alpha2, self.sparsity = beta, alpha1, alpha2, sparsity
+        self.original = Original(base, nn.Linear)
         self.weight = base.weight
         self.register_parameter("bias", base.bias)
         out, into = base.weight.shape
@@ -76,4 +78,7 @@ class PrunedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., n]."""
-        return nn.functional.linear(x, self.pruned_weight(), self.bias)
+        weight = self.pruned_weight()
+        if self.original.is_plain:
+            return nn.functional.linear(x, weight, self.bias)
+        return self.original(self, x, weight)
