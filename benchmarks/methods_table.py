@@ -1,14 +1,15 @@
 """Every method on a task, 3 seeds each, into benchmarks/results and the README's tables.
 
     python -m benchmarks.methods_table [--methods unipelt,head] [--runs FOLDER]
-    python -m benchmarks.methods_table --name sst2 --train-examples 500
+    python -m benchmarks.methods_table --name sst2 --train-examples 200
         --task ../shared/data/sst2/train.tsv --eval ../shared/data/sst2/dev.tsv
 
-Without a task it is the embedded one. For AdaMix the table also tells what one random expert of
-each module reaches in the place of the average. What is finished is read, what was begun goes on,
-so that it can be stopped and started again. A table holds the methods that are finished. Accuracies
-are comparable only where every row comes from one commit, so each row carries its own; remove the
-folder of runs to measure anew.
+Without a task it is the embedded one. `--metric matthews` chooses on the development part by
+another score than accuracy, and the table shows it. For AdaMix the table also tells what one random
+expert of each module reaches in the place of the average. What is finished is read, what was begun
+goes on, so that it can be stopped and started again. A table holds the methods that are finished.
+Scores are comparable only where every row comes from one commit, so each row carries its own;
+remove the folder of runs to measure anew.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from pelt_kernels.training.metrics import NAMES, score
 
 from . import readme
 from .checkout import commit
@@ -51,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", help="of the task in the table; default the file's folder")
     parser.add_argument("--train-examples", type=int, default=EXAMPLES)
     parser.add_argument("--seeds", default=SEEDS)
+    parser.add_argument("--metric", choices=NAMES, default="accuracy")
     parser.add_argument("--model", help="default the embedded one")
     parser.add_argument("--runs", type=Path, help="default runs/methods or runs/methods-<name>")
     options = parser.parse_args(arguments)
@@ -62,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = options.runs or Path("runs") / ("methods" if name is None else f"methods-{name}")
     known = METHODS if name is None else ON_FILES
     common = ["--train-examples", str(options.train_examples), "--seeds", options.seeds]
+    common += ["--metric", options.metric]
     for option in ("task", "eval", "model"):
         given = getattr(options, option)
         common += [] if given is None else [f"--{option}", str(given)]
@@ -92,9 +97,10 @@ def _train(row: str, folder: Path, common: Sequence[str]) -> int:
 
 
 def _random_experts(folder: Path) -> list[float]:
-    """The test accuracies of the kept adapter with one random expert for each of its modules in the
+    """The scores on test of the kept adapter with one random expert for each of its modules in the
     place of their average.
     """
+    import numpy as np
     import torch
 
     from pelt_kernels.nn import Bank
@@ -102,7 +108,8 @@ def _random_experts(folder: Path) -> list[float]:
     from pelt_kernels.training.config import load_config
 
     config = load_config(folder)
-    test = load_task(config.task, config.eval, config.columns).test
+    task = load_task(config.task, config.eval, config.columns)
+    truth = [task.labels.index(example.label or "") for example in task.test]
     generator = torch.Generator().manual_seed(0)
     found = []
     for _ in range(RANDOM_EXPERTS):
@@ -114,9 +121,9 @@ def _random_experts(folder: Path) -> list[float]:
                 for name in side:
                     member = getattr(bank, name)[drawn : drawn + 1]
                     setattr(bank, name, torch.nn.Parameter(member.clone(), requires_grad=False))
-        rows = predictor(test).rows
-        right = sum(row.label == one.label for row, one in zip(rows, test, strict=True))
-        found.append(right / len(test))
+        predicted = [task.labels.index(row.label) for row in predictor(task.test).rows]
+        scores = score(np.array(predicted), np.array(truth), len(task.labels))
+        found.append(scores[config.metric])
     return found
 
 
@@ -133,19 +140,20 @@ def _write(runs: Path, known: Sequence[str], name: str | None) -> None:
 def _row(folder: Path) -> dict[str, Any]:
     found = json.loads((folder / "metrics.json").read_text())
     experts = folder / "random_experts.json"
-    task = found["task"]
+    task, metric = found["task"], found["config"]["metric"]
     return {
         "method": found["method"],
+        "metric": metric,
         **found["summary"],
         "seeds": [
-            {key: run[key] for key in ("seed", "accuracy", "dev_accuracy", "best_step", "steps")}
+            {key: run[key] for key in ("seed", metric, f"dev_{metric}", "best_step", "steps")}
             for run in found["seeds"]
         ],
         **{
             key: found[key]
             for key in (
                 "learning_rate", "trainable_parameters", "total_parameters", "seconds_per_step",
-                "peak_memory_bytes", "backends", "hardware", "torch",
+                "peak_memory_bytes", "backends", "hardware", "torch", "adapter_seed",
             )
         },
         "task": task["name"],

@@ -25,6 +25,7 @@ README = ROOT / "README.md"
 METHODS = ROOT / "benchmarks" / "results" / "methods.json"
 STEPS = ROOT / "benchmarks" / "results" / "train_step.json"
 RESULTS = METHODS.with_name("README.md")
+METRIC_NAMES = {"accuracy": "accuracy", "f1": "F1", "matthews": "Matthews"}
 
 
 def block(text: str, name: str) -> str:
@@ -82,46 +83,69 @@ def task_file(name: str) -> Path:
 
 
 def tasks_table(tasks: dict[str, list[dict[str, Any]]]) -> str:
-    """The methods' accuracy on tasks of files side by side, in Markdown; what one random expert of
-    AdaMix reaches; the conditions.
+    """The methods' scores on tasks of files side by side, in Markdown; where one does not reach
+    more than the linear probe; what one random expert of AdaMix reaches; the conditions.
     """
     by_row = {name: {row["row"]: row for row in rows} for name, rows in tasks.items()}
-    names = list(dict.fromkeys(row for rows in by_row.values() for row in rows))
+    metrics = {name: rows[0]["metric"] for name, rows in tasks.items()}
+    titles = [f"{name}, {METRIC_NAMES[metric]}" for name, metric in metrics.items()]
     lines = [
-        f"| method | {' | '.join(tasks)} | trained parameters |",
+        f"| method | {' | '.join(titles)} | trained parameters |",
         "|---" * (len(tasks) + 2) + "|",
     ]
-    for name in names:
-        found = [by_row[task].get(name) for task in tasks]
+    for name in dict.fromkeys(row for rows in by_row.values() for row in rows):
+        found = {task: by_row[task].get(name) for task in tasks}
         shown = [
-            f"{row['accuracy']['mean']:.3f} ± {row['accuracy']['std']:.3f}" if row else "–"
-            for row in found
+            "{mean:.3f} ± {std:.3f}".format(**row[metrics[task]]) if row else "–"
+            for task, row in found.items()
         ]
-        trained = max(row["trainable_parameters"] for row in found if row)
+        trained = max(row["trainable_parameters"] for row in found.values() if row)
         lines.append(f"| `{name}` | {' | '.join(shown)} | {trained:,} |")
     lines.append("")
-    for task, rows in by_row.items():
-        for name, row in rows.items():
-            if row.get("random_experts"):
-                drawn = mean(row["random_experts"])
-                best = max(row["seeds"], key=lambda seed: seed["dev_accuracy"])["accuracy"]
-                sentence = (
-                    f"On {task} the average of the experts of `{name}` has {best:.3f} (the seed "
-                    "that is best on the development part), one random expert for each module "
-                    f"{drawn:.3f} in the mean of {len(row['random_experts'])} draws."
-                )
-                lines.append(textwrap.fill(sentence, 100))
+    for task, metric in metrics.items():
+        lines += _beside_the_probe(task, metric, by_row[task])
+    for task, metric in metrics.items():
+        lines += _random_experts(task, metric, by_row[task])
     rows = [row for rows in tasks.values() for row in rows]
     first = rows[0]
     commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
+    trained_on = ", ".join(dict.fromkeys(f"{row['train_examples']:,}" for row in rows))
     sizes = ", ".join(f"{rows[0]['test_examples']:,} ({name})" for name, rows in tasks.items())
     lines += [
         "",
-        f"Mean and standard deviation of {len(first['seeds'])} seeds, {first['train_examples']:,} "
+        f"Mean and standard deviation of {len(first['seeds'])} seeds, {trained_on} "
         f"training examples each, test examples: {sizes}; {first['hardware']['cpu']}, "
         f"{first['hardware']['threads']} thread(s); torch {first['torch']}; commit {commits}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _beside_the_probe(task: str, metric: str, rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Which methods do not reach more than the linear probe, in the mean of the seeds."""
+    if "head" not in rows or len(rows) == 1:
+        return []
+    least = rows["head"][metric]["mean"]
+    below = [name for name in rows if name != "head" and rows[name][metric]["mean"] <= least]
+    if not below:
+        return [f"On {task} every method reaches more than the linear probe (`head`).  "]
+    names = ", ".join(f"`{name}`" for name in below)
+    return [f"On {task} these reach no more than the linear probe (`head`): {names}.  "]
+
+
+def _random_experts(task: str, metric: str, rows: dict[str, dict[str, Any]]) -> list[str]:
+    """What one random expert of each module reaches in the place of the average."""
+    lines = []
+    for name, row in rows.items():
+        if row["random_experts"]:
+            (kept,) = (run for run in row["seeds"] if run["seed"] == row["adapter_seed"])
+            sentence = (
+                f"On {task} the average of the experts of `{name}` has {kept[metric]:.3f} (the "
+                "seed that is best on the development part), one random expert for each module "
+                f"{mean(row['random_experts']):.3f} in the mean of {len(row['random_experts'])} "
+                "draws."
+            )
+            lines.append(textwrap.fill(sentence, 100))
+    return lines
 
 
 def steps_table(rows: list[dict[str, Any]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_encoder import tiny_model, toy_files
@@ -25,11 +26,11 @@ def test_rows_are_trained_once_and_stand_beside_each_other(
     monkeypatch.setattr(readme, "METHODS", tmp_path / "results" / "methods.json")
     monkeypatch.setattr(readme, "rewritten", only_tasks)
     common = ["--task", str(toy_files[0]), "--eval", str(toy_files[1]), "--model", str(tiny_model)]
-    common += ["--train-examples", "48", "--seeds", "0", "--name", "toy"]
+    common += ["--train-examples", "48", "--seeds", "0", "--name", "toy", "--metric", "f1"]
     common += ["--runs", str(tmp_path / "runs"), "--methods", "bitfit,adamix-lora"]
     assert methods_table.main(common) == 0
     first = page.read_text()
-    assert "| method | toy | trained parameters |" in first
+    assert "| method | toy, F1 | trained parameters |" in first
     assert "| `bitfit` | 0." in first and "| `adamix-lora` | 0." in first
     assert "On toy the average of the experts of `adamix-lora` has " in first
     rows = json.loads((tmp_path / "results" / "methods_toy.json").read_text())["rows"]
@@ -54,12 +55,29 @@ def test_without_the_data_it_is_skipped_with_a_reason(
     assert "skipped, " in capsys.readouterr().err
 
 
-def test_a_task_without_a_row_has_a_dash() -> None:
-    row = {
-        "row": "head", "accuracy": {"mean": 0.5, "std": 0.01}, "trainable_parameters": 7,
-        "random_experts": [], "commit": "0" * 40, "train_examples": 500, "test_examples": 10,
-        "seeds": [{}], "hardware": {"cpu": "x", "threads": 1}, "torch": "2",
+def row_of(name: str, mean: float, metric: str = "accuracy") -> dict[str, Any]:
+    return {
+        "row": name, "metric": metric, metric: {"mean": mean, "std": 0.01}, "commit": "0" * 40,
+        "trainable_parameters": 7, "random_experts": [], "train_examples": 200,
+        "test_examples": 10, "seeds": [{}], "hardware": {"cpu": "x", "threads": 1}, "torch": "2",
     }  # fmt: skip
-    table = readme.tasks_table({"one": [row], "two": [row | {"row": "lora"}]})
+
+
+def test_a_task_without_a_row_has_a_dash() -> None:
+    table = readme.tasks_table({"one": [row_of("head", 0.5)], "two": [row_of("lora", 0.5)]})
     assert "| `head` | 0.500 ± 0.010 | – | 7 |" in table
     assert "| `lora` | – | 0.500 ± 0.010 | 7 |" in table
+
+
+def test_each_task_shows_its_metric_and_who_stays_at_the_linear_probe() -> None:
+    tasks = {
+        "one": [row_of("head", 0.5), row_of("lora", 0.5), row_of("full", 0.4)],
+        "two": [row_of("head", 0.1, "matthews"), row_of("lora", 0.2, "matthews")],
+        "three": [row_of("lora", 0.5)],
+    }
+    table = readme.tasks_table(tasks)
+    assert "| method | one, accuracy | two, Matthews | three, accuracy | trained" in table
+    assert "| `lora` | 0.500 ± 0.010 | 0.200 ± 0.010 | 0.500 ± 0.010 | 7 |" in table
+    assert "On one these reach no more than the linear probe (`head`): `lora`, `full`." in table
+    assert "On two every method reaches more than the linear probe (`head`)." in table
+    assert "On three" not in table

@@ -18,7 +18,7 @@ class Recipe:
     lr: float
     epochs: int
     batch_size: int = 16
-    steps: int = 200
+    steps: int = 150
 
     def epochs_for(self, examples: int, batch_size: int) -> int:
         """How often that many training examples are gone through."""
@@ -30,12 +30,16 @@ class Recipe:
 # frozen features. An adapter scaled by four wants less: on 500 sentences of SST-2 `mam` stays at
 # chance with 1e-3 and reaches 0.81 with 2e-4. Four experts share the steps of one, and want more:
 # on 500 questions of TREC `adamix` stays below the linear probe with 1e-3 and reaches 0.85 with
-# 3e-3.
+# 3e-3. Prefixes are no smaller step: on 200 questions of TREC `prefix` answers with one class for
+# 90 steps and reaches 0.70 in 208 with 1e-3, and 0.86 in 156 with 3e-3.
+#
+# Small sets get 150 steps: the loss falls for as many whatever the number of examples, and six
+# epochs of 200 are 78.
 RECIPES: dict[str, Recipe] = {
     "unipelt": Recipe(lr=1e-3, epochs=6),
     "unipelt-ap": Recipe(lr=1e-3, epochs=6),
     "adapter": Recipe(lr=1e-3, epochs=6),
-    "prefix": Recipe(lr=1e-3, epochs=6),
+    "prefix": Recipe(lr=3e-3, epochs=6),
     "lora": Recipe(lr=2e-3, epochs=6),
     "adamix": Recipe(lr=3e-3, epochs=6),
     "pst": Recipe(lr=3e-4, epochs=12),
