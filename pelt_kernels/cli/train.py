@@ -50,7 +50,9 @@ def train(
     lr: Annotated[
         str | None, typer.Option(help="Learning rate; of several (1e-3,1e-2) the best on dev.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Default by method.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Default by method, and more for few examples.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Default by method.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens kept of a text; 128.")] = None,
     metric: Annotated[
@@ -64,10 +66,11 @@ def train(
         typer.Option(help="balanced: all classes weigh the same in the loss, in sum; or none."),
     ] = None,
     patience: Annotated[
-        int | None, typer.Option(help="Evaluations on dev without a gain before stopping; 3.")
+        int | None,
+        typer.Option(help="Evaluations on dev without a better score or loss before stopping; 3."),
     ] = None,
     eval_every: Annotated[
-        int | None, typer.Option(help="Steps between evaluations; 0: once an epoch.")
+        int | None, typer.Option(help="Steps between evaluations; 0: an epoch, but at least 25.")
     ] = None,
     warmup: Annotated[
         float | None, typer.Option(help="Share of the steps with a rising rate; 0.06.")

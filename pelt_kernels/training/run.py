@@ -255,10 +255,13 @@ class Run:
             trainer.train(resume_from_checkpoint=str(begun[-1]))
 
     def _constant(self, examples: int) -> str:
+        asked = (self.config.metric, self.config.class_weights)
+        more = {"matthews": "--metric matthews", "balanced": "--class-weights balanced"}
+        ways = [way for value, way in more.items() if value not in asked]
         return (
-            f"{self.title}: the model that is kept gives all {examples} dev examples the same "
-            f"answer, and no other had a higher {self.config.metric} there; --metric matthews, "
-            "--class-weights balanced, more --epochs or another --lr may help"
+            f"{self.title}: the model that is kept, the best on dev by {self.config.metric}, gives "
+            f"all {examples} dev examples the same answer; "
+            f"{', '.join([*ways, 'more --epochs'])} or another --lr may help"
         )
 
     def _note_truncated(self, watchers: Watchers, *parts: Encoded) -> None:

@@ -37,6 +37,11 @@ WRONG = {
     ),
     "one label": (["--task", "one.tsv"], "expected at least two labels"),
     "unknown method": (["--method", "adaptor"], "method: expected one of unipelt, "),
+    "unknown metric": (["--metric", "auc"], "metric: expected one of accuracy, f1, matthews, got "),
+    "unknown class weights": (
+        ["--class-weights", "inverse"],
+        "class-weights: expected one of none, balanced, got 'inverse'",
+    ),
     "unknown backend": (["--backend", "cudnn"], "backend: expected one of "),
     "unknown device": (["--device", "tpu"], "device: expected one of "),
     "unknown task": (["--task", "docstring"], "'docstring' is neither a file nor docstring-match"),

@@ -148,7 +148,8 @@ def test_a_run_goes_on_while_a_constant_answer_improves_and_says_what_it_kept(
     assert run["best_step"] == 40 and run["dev_loss"] == losses[-1]
     (note,) = run["notes"]
     assert note in said
-    assert "the model that is kept gives all 30 dev examples the same answer" in note
+    assert "the best on dev by accuracy, gives all 30 dev examples the same answer; " in note
+    assert "; --metric matthews, --class-weights balanced, more --epochs or" in note
     assert json.loads((tmp_path / "metrics.json").read_text())["seeds"][0]["notes"] == [note]
 
 
