@@ -71,7 +71,7 @@ def quick_row_gates(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         logits = torch.nn.functional.linear(x, cast(weight, x.dtype)[None], cast(bias, x.dtype))
         return logits[..., 0].to(acc).sigmoid_()
     weight, bias = cast(cast(weight, x.dtype), acc), cast(bias, acc)
-    rows = cast(x.reshape(-1, x.shape[-1]), acc)
+    rows = cast(x.flatten(0, -2), acc)
     return torch.addmv(bias, rows, weight).sigmoid_().view(x.shape[:-1])
 
 
@@ -84,8 +84,28 @@ def pool(gates: Tensor, pooling: str, mask: Tensor | None) -> Tensor:
     if pooling == "mean":
         return gates.mean(dim=1)
     assert mask is not None
-    weights = mask.to(gates.dtype)
-    return (gates * weights).sum(1) / weights.sum(1).clamp(min=1)
+    return torch.where(mask, gates, 0.0).sum(1) / _real_rows(mask)
+
+
+def learned_gate(
+    x: Tensor, weight: Tensor, bias: Tensor, pooling: str, mask: Tensor | None
+) -> Tensor:
+    """The gate of the rows of x by the formula, for autograd; rows that do not count have no part
+    in its gradients either.
+    """
+    if pooling == "masked_mean":
+        x = counted(x, mask)
+    return pool(row_gates(x, weight, bias), pooling, mask)
+
+
+def counted(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x with zeros for the rows that do not count, whatever they hold."""
+    assert mask is not None
+    return torch.where(mask.unsqueeze(-1), x, 0.0)
+
+
+def _real_rows(mask: Tensor) -> Tensor:
+    return mask.sum(1).clamp(min=1)
 
 
 def pool_backward(dgate: Tensor, gates: Tensor, pooling: str, mask: Tensor | None) -> Tensor:
@@ -96,8 +116,8 @@ def pool_backward(dgate: Tensor, gates: Tensor, pooling: str, mask: Tensor | Non
         dgate = (dgate / gates.shape[1]).unsqueeze(1).expand_as(gates)
     elif pooling == "masked_mean":
         assert mask is not None
-        weights = mask.to(gates.dtype)
-        dgate = (dgate / weights.sum(1).clamp_(min=1)).unsqueeze(1) * weights
+        dgate = (dgate / _real_rows(mask)).unsqueeze(1).expand_as(gates)
+        return torch.where(mask, torch.ops.aten.sigmoid_backward(dgate, gates), 0.0)
     return torch.ops.aten.sigmoid_backward(dgate, gates)
 
 

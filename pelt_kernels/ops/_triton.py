@@ -92,11 +92,9 @@ def activate(h, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activation_slope(h, ACTIVATION: tl.constexpr):
-    """φ'(h) in float32."""
+    """φ'(h) in float32, of a smooth φ."""
     slope = tl.full(h.shape, 1.0, tl.float32)
-    if ACTIVATION == "relu":
-        slope = tl.where(h > 0, 1.0, 0.0)
-    elif ACTIVATION == "gelu":
+    if ACTIVATION == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * h * h)
         slope = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476)) + h * density
     elif ACTIVATION == "gelu_tanh":
@@ -110,6 +108,16 @@ def activation_slope(h, ACTIVATION: tl.constexpr):
         t = tanh(h)
         slope = 1.0 - t * t
     return slope
+
+
+@triton.jit
+def through_activation(da, h, ACTIVATION: tl.constexpr):
+    """da φ'(h) in float32. Where relu has no slope it lets nothing through, not even a NaN."""
+    if ACTIVATION == "relu":
+        found = tl.where(h <= 0, 0.0, da)
+    else:
+        found = da * activation_slope(h, ACTIVATION)
+    return found
 
 
 @triton.jit

@@ -26,7 +26,15 @@ The means of a pre-norm's backward need no further stream: <dz weight> = dh · (
 import triton
 import triton.language as tl
 
-from .._triton import activate, activation_slope, keep_mask, member, product, row_norm, vector
+from .._triton import (
+    activate,
+    keep_mask,
+    member,
+    product,
+    row_norm,
+    through_activation,
+    vector,
+)
 from ._triton_fwd import row_gate, scale_number, up_chunk, up_norm
 
 # What "rows" leaves for each row: fields of a float32 buffer [FIELDS, T].
@@ -166,7 +174,7 @@ def _gated_adapter_bwd_rows_kernel(
     if post_weight_ptr is None:
         row_dot += tl.sum(v * a.to(tl.float32), axis=1)
         v = factor[:, None] * v
-    dh = (v * activation_slope(h, ACTIVATION)).to(dtype)
+    dh = through_activation(v, h, ACTIVATION).to(dtype)
     tl.store(dh_ptr + t0 * R + h_at, dh, mask=h_ok)
     if pre_weight_ptr is not None:
         wide = dh.to(tl.float32)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._bank import check_bank, member
 from .._cases import Case, around_one, uniform
 from .._contract import Call, Contract, Value
-from .._gate import accumulator, check_pooling, over_rows, pool, row_gates
+from .._gate import accumulator, check_pooling, learned_gate, over_rows
 from .._philox import dropout_factor
 from .._product import linear
 
@@ -169,11 +169,11 @@ def reference(
         factor = factor * scale.to(acc)
     gate_value = x.new_empty(0, dtype=acc)
     if gate_weight is not None and gate_bias is not None:
-        gate = gate_value = pool(row_gates(x, gate_weight, gate_bias), pooling, mask)
+        gate = gate_value = learned_gate(x, gate_weight, gate_bias, pooling, mask)
     if gate is not None:
         factor = factor * over_rows(gate).to(acc)
         if skip_below > NEVER_SKIP:
-            factor = factor * (over_rows(gate) >= skip_below)
+            u = u.masked_fill(over_rows(gate) < skip_below, 0.0)
     y = (factor * u).to(x.dtype)
     if residual_from == "input":
         y = y + x

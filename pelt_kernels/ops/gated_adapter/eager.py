@@ -66,6 +66,8 @@ def forward(
     else:
         gates = quick_row_gates(x, gate_weight, gate_bias)
         gate = gate_value = pool(gates, at["pooling"], mask)
+    if gate is not None and at["skip_below"] > NEVER_SKIP:
+        u = u.masked_fill_(over_rows(gate) < at["skip_below"], 0.0)
     if at["residual_from"] == "input":
         residual = x
     return _added(residual, u, _factor(call, scale, gate)), gate_value, h

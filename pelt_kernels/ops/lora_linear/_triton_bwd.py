@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .._triton import keep_mask, product, sum_parts, vector
-from ._triton_fwd import packed_a, packed_b, reached, slot_factors
+from ._triton_fwd import of_branch, packed_a, packed_b, reached, slot_factors
 
 
 @triton.jit(do_not_specialize=["N", "S", "tiles", "T"])
@@ -28,7 +28,7 @@ def _lora_linear_bwd_rows_kernel(
     DOUT: tl.constexpr, FIRST: tl.constexpr, CHUNKS: tl.constexpr,
     BEGINS: tl.constexpr, RANKS: tl.constexpr, OFFSETS: tl.constexpr, SIZES: tl.constexpr,
     B_PER_SAMPLE: tl.constexpr, GATE_PER_ROW: tl.constexpr, W: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
+    IS_APART: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows: ds [T, W], and for a branch with a gate scale <raw, s> of each row in
     dgate_ptrs[i] [T], or in dot_ptr [branches, T] where that is None.
@@ -52,7 +52,17 @@ def _lora_linear_bwd_rows_kernel(
             b_ptrs, b_index_ptrs, group, slots[None, :], cols[:, None], dy_ptr,
             BEGINS, RANKS, OFFSETS, SIZES, B_PER_SAMPLE,
         )  # fmt: skip
-        raw = product(dy, b, raw)
+        if IS_APART:
+            for i in tl.static_range(len(RANKS)):
+                own, mine = (
+                    of_branch(slots, BEGINS[i], RANKS[i]),
+                    of_branch(cols, OFFSETS[i], SIZES[i]),
+                )
+                if tl.max(mine.to(tl.int32), axis=0) > 0:
+                    own_dy = tl.where(mine[None, :], dy, tl.zeros_like(dy))
+                    raw = product(own_dy, tl.where(own[None, :], b, tl.zeros_like(b)), raw)
+        else:
+            raw = product(dy, b, raw)
 
     factors = slot_factors(
         gate_ptrs, scales, t, row_ok, slots, S, BEGINS, RANKS, GATE_PER_ROW, BLOCK_T, BLOCK_W
@@ -64,7 +74,7 @@ def _lora_linear_bwd_rows_kernel(
         s = tl.load(s_ptr + at, mask=ok, other=0.0).to(tl.float32)
         for i in tl.static_range(len(RANKS)):
             if gate_ptrs[i] is not None:
-                mine = (slots >= BEGINS[i]) & (slots < BEGINS[i] + RANKS[i])
+                mine = of_branch(slots, BEGINS[i], RANKS[i])
                 dot = scales[i] * tl.sum(tl.where(mine[None, :], raw * s, 0.0), axis=1)
                 if dgate_ptrs[i] is not None:
                     at_row = dgate_ptrs[i] + t
@@ -112,10 +122,11 @@ def _pool_gate(
                 share = vector(dvalue_ptr, at, real)
             elif IS_TOKEN:
                 share = vector(dot_ptr, at, real)
-            elif IS_MASKED:
+            dlogit = share * gate * (1.0 - gate)
+            if IS_MASKED:
                 counts = tl.load(mask_ptr + at, mask=real, other=0) != 0
-                share = tl.where(counts, share, 0.0)
-            tl.store(row_gate_ptr + at, share * gate * (1.0 - gate), mask=real)
+                dlogit = tl.where(counts, dlogit, 0.0)
+            tl.store(row_gate_ptr + at, dlogit, mask=real)
 
 
 @triton.jit(do_not_specialize=["B", "S"])
@@ -150,11 +161,11 @@ def _lora_linear_bwd_pool_kernel(
     ]
 )  # fmt: skip
 def _lora_linear_bwd_columns_in_kernel(
-    x_ptr, a_ptrs, a_index_ptrs, gate_weight_ptrs, ds_ptr, dlogit_ptr, dx_ptr, part_ptr,
+    x_ptr, a_ptrs, a_index_ptrs, gate_weight_ptrs, ds_ptr, dlogit_ptr, mask_ptr, dx_ptr, part_ptr,
     N, shares, T, rows_per_share, seed_low, seed_high, threshold, keep_scale,
     D: tl.constexpr, BEGINS: tl.constexpr, RANKS: tl.constexpr, A_PER_SAMPLE: tl.constexpr,
     W: tl.constexpr, HAS_DROPOUT: tl.constexpr, PART_SIZE: tl.constexpr, A_AT: tl.constexpr,
-    WEIGHT_AT: tl.constexpr, BIAS_AT: tl.constexpr,
+    WEIGHT_AT: tl.constexpr, BIAS_AT: tl.constexpr, IS_MASKED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_D columns of one share of a group's rows: dx of them, complete, and the share's part of
@@ -213,7 +224,12 @@ def _lora_linear_bwd_columns_in_kernel(
         for j in tl.static_range(GATES):
             dlogit = vector(dlogit_ptr, j * T.to(tl.int64) + t, row_ok)
             mine = gates == j
-            step = tl.sum(dlogit[:, None] * x.to(tl.float32), axis=0)
+            step = dlogit[:, None] * x.to(tl.float32)
+            if IS_MASKED[j]:
+                # A row that does not count has no part in a gate, whatever it holds.
+                counts = tl.load(mask_ptr + t, mask=row_ok, other=0) != 0
+                step = tl.where(counts[:, None], step, 0.0)
+            step = tl.sum(step, axis=0)
             dweight += tl.where(mine[:, None], step[None, :], 0.0)
             dbias += tl.where(mine, tl.sum(dlogit, axis=0), 0.0)
             if dx_ptr is not None:

@@ -6,7 +6,8 @@
 All branches and learned gates are one skinny matrix: branch i has the *slots* begin_i ... begin_i +
 R_i, in the order of the saved s [T, ΣR], and the gates' weights follow. Its tiles are gathered from
 the parameters where they lie, masked, so nothing is packed in memory, and branches that share
-columns simply meet in one product.
+columns simply meet in one product. Branches that reach different columns ("apart") have a product
+each, of the tiles they reach, so that what is not finite in one stays in its columns.
 
 "shrink": a program owns BLOCK_T rows of one group (a group is a sample where banks are picked per
 sample, else all T rows) and streams x once: s and every row's sigmoids. "pool": a program per
@@ -73,11 +74,17 @@ def packed_b(
 
 
 @triton.jit
+def of_branch(at, first, count):
+    """Which slots, or columns of the output, are among a branch's."""
+    return (at >= first) & (at < first + count)
+
+
+@triton.jit
 def reached(cols, OFFSETS: tl.constexpr, SIZES: tl.constexpr):
     """Which columns of the output some branch reaches."""
     found = cols < 0
     for i in tl.static_range(len(SIZES)):
-        found |= (cols >= OFFSETS[i]) & (cols < OFFSETS[i] + SIZES[i])
+        found |= of_branch(cols, OFFSETS[i], SIZES[i])
     return found
 
 
@@ -98,7 +105,7 @@ def slot_factors(
             if not GATE_PER_ROW[i]:
                 at = t.to(tl.int32) // S
             factor *= vector(gate_ptrs[i], at, row_ok)
-        mine = (slots >= BEGINS[i]) & (slots < BEGINS[i] + RANKS[i])
+        mine = of_branch(slots, BEGINS[i], RANKS[i])
         found = tl.where(mine[None, :], factor[:, None], found)
     return found
 
@@ -200,7 +207,7 @@ def _lora_linear_expand_kernel(
     DOUT: tl.constexpr, FIRST: tl.constexpr, CHUNKS: tl.constexpr,
     BEGINS: tl.constexpr, RANKS: tl.constexpr, OFFSETS: tl.constexpr, SIZES: tl.constexpr,
     B_PER_SAMPLE: tl.constexpr, GATE_PER_ROW: tl.constexpr, W: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
+    IS_APART: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """One tile of y, of the CHUNKS tiles of columns from FIRST on: y += (scale · g · s) Bᵀ."""
     pid = tl.program_id(0)
@@ -229,5 +236,18 @@ def _lora_linear_expand_kernel(
             BEGINS, RANKS, GATE_PER_ROW, BLOCK_T, BLOCK_W,
         )  # fmt: skip
         s = (s.to(tl.float32) * factors).to(dtype)
-        delta = product(s, b, tl.zeros([BLOCK_T, BLOCK_D], tl.float32))
+        delta = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+        if IS_APART:
+            for i in tl.static_range(len(RANKS)):
+                own, mine = (
+                    of_branch(slots, BEGINS[i], RANKS[i]),
+                    of_branch(cols, OFFSETS[i], SIZES[i]),
+                )
+                if tl.max(mine.to(tl.int32), axis=0) > 0:
+                    own_s = tl.where(own[None, :], s, tl.zeros_like(s))
+                    own_b = tl.where(own[:, None], b, tl.zeros_like(b))
+                    part = product(own_s, own_b, tl.zeros([BLOCK_T, BLOCK_D], tl.float32))
+                    delta += tl.where(mine[None, :], part, 0.0)
+        else:
+            delta = product(s, b, delta)
         tl.store(y_at, (y.to(tl.float32) + delta).to(dtype), mask=ok)

@@ -102,6 +102,7 @@ class Plan:
         self.rows: int = sizes["S"] if per_sample else self.rows_total
         self.first_column = min(self.offsets, default=0)
         self.last_column = max((o + n for o, n in zip(self.offsets, self.sizes)), default=0)
+        self.is_apart = len({*zip(self.offsets, self.sizes)}) > 1
         self.configs = {kernel: self._config(kernel) for kernel in _DEFAULTS}
         self.slots = {
             "BEGINS": self.begins,

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._bank import check_bank, member
 from .._cases import Case, uniform
 from .._contract import Call, Contract, Value
-from .._gate import accumulator, check_pooling, over_rows, pool, row_gates
+from .._gate import accumulator, check_pooling, learned_gate, over_rows
 from .._philox import dropout_factor
 from .._product import linear
 
@@ -174,15 +174,14 @@ def reference(
         g, value = gate[i], x.new_empty(0, dtype=accumulator(x.dtype))
         w, c = gate_weight[i], gate_bias[i]
         if w is not None and c is not None:
-            g = value = pool(row_gates(x, w, c), poolings[i], mask)
+            g = value = learned_gate(x, w, c, poolings[i], mask)
         gate_values.append(value)
         if g is not None:
             delta = delta * over_rows(g)
         columns = torch.nn.functional.pad(delta, (offset, y.shape[-1] - offset - delta.shape[-1]))
         y = y + columns.to(y.dtype)
     extras = [
-        pool(row_gates(x, w, c), p, mask)
-        for w, c, p in zip(extra_weight, extra_bias, extra_poolings)
+        learned_gate(x, w, c, p, mask) for w, c, p in zip(extra_weight, extra_bias, extra_poolings)
     ]
     return y, extras, gate_values
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._bank import linear, member, member_grad, weight_grad
 from .._contract import Call, Value
-from .._gate import accumulator, cast, over_rows, pool, pool_backward, quick_row_gates
+from .._gate import accumulator, cast, counted, over_rows, pool, pool_backward, quick_row_gates
 from .._philox import dropout_factor
 
 
@@ -126,7 +126,8 @@ def backward(
     extras = zip(dextra_gates, extra_weight, extra_bias, at["extra_poolings"])
     for i, (dgate, w, c, pooling) in enumerate(extras):
         dlogit = pool_backward(dgate, quick_row_gates(x, w, c), pooling, mask)
-        of_x.append(_Narrow("extra_weight", i, dlogit[..., None], w[None]))
+        hidden = mask if pooling == "masked_mean" else None
+        of_x.append(_Narrow("extra_weight", i, dlogit[..., None], w[None], hidden))
         grads["extra_weight"].append(None)
         grads["extra_bias"].append(dlogit.sum().reshape(1).to(c.dtype))
 
@@ -161,6 +162,7 @@ class _Narrow(NamedTuple):
     i: int
     columns: Tensor  # [B, S, R]
     rows: Tensor  # [R, Din], or one for each sample [B, R, Din]
+    mask: Tensor | None = None  # of the rows of x that count in that gradient
 
 
 def _joined(parts: list[_Narrow], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -197,10 +199,13 @@ def _row_gradients(
 ) -> None:
     """columnsᵀ x of each part that is needed, into its place in ``grads``."""
     parts = [part for part in parts if needs[part.name]]
-    shared = [part for part in parts if part.rows.ndim == 2]
-    others = [part for part in parts if part.rows.ndim == 3]
-    for part in others:
-        grads[part.name][part.i] = weight_grad(part.columns, x, True)
+    shared = [part for part in parts if part.rows.ndim == 2 and part.mask is None]
+    for part in parts:
+        if part.mask is not None:
+            columns, rows = part.columns.to(x.dtype), counted(x, part.mask)
+            grads[part.name][part.i] = weight_grad(columns, rows, False)
+        elif part.rows.ndim == 3:
+            grads[part.name][part.i] = weight_grad(part.columns, x, True)
     if not shared:
         return
     columns, rows = _joined(shared, x.dtype)[0]

@@ -170,6 +170,7 @@ def _expand(
         _kernels("fwd")._lora_linear_expand_kernel[(outer["CHUNKS"] * plan.groups * tiles,)](
             y, s, given["b"], given["b_index"], _factors(given, values), plan.scales,
             plan.rows, plan.call.sizes["S"], tiles, **outer, B_PER_SAMPLE=plan.b_per_sample,
+            IS_APART=plan.is_apart,
         )  # fmt: skip
 
     launch_fitting(plan.configs, "expand", launch)
@@ -241,7 +242,7 @@ class _Backward:
             self.dy, self.s, given["b"], given["b_index"], self.factors, plan.scales,
             self.ds, self.dots, by_row,
             plan.rows, plan.call.sizes["S"], tiles, plan.rows_total, **plan.outer(config),
-            B_PER_SAMPLE=plan.b_per_sample,
+            B_PER_SAMPLE=plan.b_per_sample, IS_APART=plan.is_apart,
         )  # fmt: skip
 
     def _pool(self, wants_learned: bool) -> None:
@@ -289,9 +290,9 @@ class _Backward:
         constants = plan.once((self.wanted, config), lambda: self.layout.inner(plan, config))
         _kernels("bwd")._lora_linear_bwd_columns_in_kernel[(chunks * plan.groups * shares,)](
             self.x, given["a"], given["a_index"], weights, self.ds, self.row_gates,
-            self.grads.get("x"), self._part(False, shares),
+            given["mask"], self.grads.get("x"), self._part(False, shares),
             plan.rows, shares, plan.rows_total, rows_per_share, *signed(self.seed), *plan.dropout,
-            **constants,
+            **constants, IS_MASKED=plan.is_masked,
         )  # fmt: skip
 
     def _columns_out(self, config: Config) -> None:

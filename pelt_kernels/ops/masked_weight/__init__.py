@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .._register import Operator
@@ -39,6 +40,9 @@ def masked_weight(
     G the gradient of the result, ``dW = G ⊙ (mask + |W|)`` and ``dscore = G ⊙ W``, from which those
     of the factors follow; the entries that are pruned learn too.
 
+    A factor of 0 leaves its term out: nothing of u, v, a, b, row or col is read for it, and their
+    gradients are 0.
+
     Args:
         w0: [Dout, Din]; float32, float16 or bfloat16 (float64: eager only).
         u, v: [Dout, R] and [R, Din]. a, b: [Dout, R2] and [R2, Din]. row, col: [Dout] and [Din].
@@ -62,5 +66,17 @@ def masked_weight(
     alpha1, (a,) = fold("masked_weight: alpha1", alpha1, a)
     alpha2, (row, col) = fold("masked_weight: alpha2", alpha2, row, col)
     values = (w0, u, v, a, b, row, col)
-    (y,) = _operator(values, (keep, beta, alpha1, alpha2), 0, backend)
+    attributes = (keep, beta, alpha1, alpha2)
+    if not all(attributes[1:]):
+        CONTRACT.bind(values, attributes)  # before it sees less of them
+        u, v = (u, v) if beta else (u[:, :0], v[:0])
+        a, b = (a, b) if alpha1 else (a[:, :0], b[:0])
+        row, col = (row, col) if alpha2 else (_zeros(row), _zeros(col))
+        values = (w0, u, v, a, b, row, col)
+    (y,) = _operator(values, attributes, 0, backend)
     return y
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """Zeros that have gradients, of 0 as well, and read nothing."""
+    return torch.nn.functional.pad(like[:0], (0, len(like)))

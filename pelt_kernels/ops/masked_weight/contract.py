@@ -95,11 +95,20 @@ def reference(
 ) -> tuple[Tensor]:
     """mask ⊙ W by the formula, differentiable by autograd as if the mask were its scores."""
     acc = accumulator(w0.dtype)
-    w = w0.to(acc) + beta * (u.to(acc) @ v.to(acc))
-    structure = row.to(acc)[:, None] + col.to(acc)[None, :]
-    scores = w.abs() + alpha1 * (a.to(acc) @ b.to(acc)) + alpha2 * structure
-    mask = highest(scores.detach(), keep).to(acc) + (scores - scores.detach())
-    return ((w * mask).to(w0.dtype),)
+    w = w0.to(acc)
+    if beta:
+        w = w + beta * (u.to(acc) @ v.to(acc))
+    scores = w.abs()
+    if alpha1:
+        scores = scores + alpha1 * (a.to(acc) @ b.to(acc))
+    if alpha2:
+        scores = scores + alpha2 * (row.to(acc)[:, None] + col.to(acc)[None, :])
+    kept = torch.where(highest(scores.detach(), keep), w, 0.0)
+    # The mask's part of w · mask: no value, and the gradient of the scores. Of a score that is not
+    # finite the difference is no 0, and it has no gradient.
+    is_finite = scores.isfinite()
+    w, scores = torch.where(is_finite, w, 0.0), torch.where(is_finite, scores, 0.0)
+    return ((kept + w * (scores - scores.detach())).to(w0.dtype),)
 
 
 _ONE = {"Dout": 64, "Din": 48, "R": 8, "R2": 8}

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .._triton import keep_mask, product
 from ._triton_bwd_rows import probability, row_lse
-from ._triton_fwd import head_gate, kept, own_scores, row_tile, seen_keys
+from ._triton_fwd import head_gate, kept, own_scores, row_tile, seen_keys, without_hidden
 
 
 @triton.jit
@@ -87,6 +87,9 @@ def _prefix_attention_bwd_dkv_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
 
     all_seen, length = seen_keys(lengths_ptr, mask_ptr, b, N)
+    j = start + tl.arange(0, BLOCK_N)
+    k = without_hidden(k, j, mask_ptr, length, N, True)
+    v = without_hidden(v, j, mask_ptr, length, N, True)
     begin, clean = 0, 0  # the first query that sees a key here, and the first that sees all
     if IS_CAUSAL:
         begin = tl.maximum(start - (N - S), 0) // BLOCK_S * BLOCK_S

@@ -26,6 +26,7 @@ from ._triton_fwd import (
     prefix_tile,
     row_tile,
     seen_keys,
+    without_hidden,
 )
 
 
@@ -57,6 +58,8 @@ def _dq_tiles(
         j = start + tl.arange(0, BLOCK_N)
         k = row_tile(k_ptr, start, k_stride, N, E, BLOCK_N, BLOCK_E, CHECK)
         v = row_tile(v_ptr, start, v_stride, N, E, BLOCK_N, BLOCK_E, CHECK)
+        k = without_hidden(k, j, mask_ptr, length, N, CHECK)
+        v = without_hidden(v, j, mask_ptr, length, N, CHECK)
         dots = product(q, tl.trans(k), tl.zeros([BLOCK_S, BLOCK_N], tl.float32))
         scores = own_scores(
             dots, i[:, None], j[None, :], mask_ptr, bias_ptr, bias_stride, S, N, length, scale,
@@ -215,6 +218,8 @@ def _prefix_attention_bwd_bias_kernel(
         )  # fmt: skip
         dout = row_tile(dout_ptr + row * E, 0, E, S - first, E, BLOCK_S, BLOCK_E, True)
         _, length = seen_keys(lengths_ptr, None, b, N)
+        k = without_hidden(k, j, head_mask, length, N, True)
+        v = without_hidden(v, j, head_mask, length, N, True)
         zeros = tl.zeros([BLOCK_S, BLOCK_N], tl.float32)
         scores = own_scores(
             product(q, tl.trans(k), zeros), i[:, None], j[None, :], head_mask,

@@ -63,6 +63,19 @@ def row_tile(
 
 
 @triton.jit
+def without_hidden(rows, j, mask_ptr, length, N, CHECK: tl.constexpr):
+    """Keys or values ``rows`` [BLOCK, BLOCK_E], with zeros for those j that the sample's mask or
+    length hides, which only a tile with CHECK has: a probability of 0 times a NaN would be one.
+    """
+    if CHECK:
+        seen = (j >= 0) & (j < length)
+        if mask_ptr is not None:
+            seen = seen & (tl.load(mask_ptr + j, mask=(j >= 0) & (j < N), other=0) != 0)
+        rows = tl.where(seen[:, None], rows, tl.zeros_like(rows))
+    return rows
+
+
+@triton.jit
 def prefix_tile(
     ptrs, index_ptrs, b, g, cols, like_ptr,
     G: tl.constexpr, E: tl.constexpr, BEGINS: tl.constexpr, LENGTHS: tl.constexpr,
@@ -198,6 +211,7 @@ def _attend(
         j = start + tl.arange(0, BLOCK_N)
         k = row_tile(k_ptr, start, k_stride, N, E, BLOCK_N, BLOCK_E, CHECK)
         v = row_tile(v_ptr, start, v_stride, N, E, BLOCK_N, BLOCK_E, CHECK)
+        v = without_hidden(v, j, mask_ptr, length, N, CHECK)
         dots = product(q, tl.trans(k), tl.zeros([BLOCK_S, BLOCK_N], tl.float32))
         scores = own_scores(
             dots, i[:, None], j[None, :], mask_ptr, bias_ptr, bias_stride, S, N, length, scale,

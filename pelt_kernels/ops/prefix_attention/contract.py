@@ -108,6 +108,17 @@ def visible_keys(
     return visible
 
 
+def without_hidden(rows: Tensor, key_mask: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """Keys or values [B, G, N, E], with zeros where the mask or the length hides them: a
+    probability of 0 times a NaN would be one.
+    """
+    if key_mask is None and lengths is None:
+        return rows
+    visible = visible_keys({"S": 1, "N": rows.shape[2]}, key_mask, lengths, False, rows.device)
+    assert visible is not None
+    return torch.where(visible.transpose(2, 3), rows, 0.0)
+
+
 def softmax_with_lse(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Probabilities and log-sum-exp over the last dimension; a row of -inf gives zeros and -inf,
     never NaN.
@@ -138,8 +149,17 @@ def reference(
     """
     acc = accumulator(q.dtype)
     (batch, heads, s, _), (groups, n) = q.shape, k.shape[1:3]
-    keys, values = k.repeat_interleave(heads // groups, 1), v.repeat_interleave(heads // groups, 1)
-    scores = scale * product(q, keys.transpose(-1, -2)).to(acc)
+    keys, values = (
+        without_hidden(rows, key_mask, lengths).repeat_interleave(heads // groups, 1)
+        for rows in (k, v)
+    )
+
+    def scores_of(keys: Tensor) -> Tensor:
+        # Scaled before they are rounded: in float16 products are larger than the largest number
+        # long before scores are.
+        return (scale * (q.to(acc) @ keys.to(acc).transpose(-1, -2))).to(q.dtype).to(acc)
+
+    scores = scores_of(keys)
     if bias is not None:
         scores = scores + bias.to(acc)
     visible = visible_keys({"S": s, "N": n}, key_mask, lengths, is_causal, q.device)
@@ -161,7 +181,7 @@ def reference(
 
     if prefix_k:
         before = expanded(prefix_k).to(q.dtype)
-        scores = torch.cat([scale * product(q, before.transpose(-1, -2)).to(acc), scores], dim=-1)
+        scores = torch.cat([scores_of(before), scores], dim=-1)
         values = torch.cat([expanded(prefix_v).to(q.dtype), values], dim=2)
     p, lse = softmax_with_lse(scores)
     if dropout_p:

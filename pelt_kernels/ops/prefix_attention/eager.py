@@ -16,7 +16,7 @@ from .._contract import Call, Value
 from .._gate import accumulator
 from .._philox import dropout_factor
 from . import _flash_joined
-from .contract import softmax_with_lse, visible_keys
+from .contract import softmax_with_lse, visible_keys, without_hidden
 
 
 def supports(call: Call) -> str:
@@ -39,6 +39,7 @@ def forward(
     seed: int,
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, S, E] and log-sum-exp [B, H, S]."""
+    k, v = (without_hidden(rows, key_mask, lengths) for rows in (k, v))
     if not _flash_joined.why_not(call):
         return _flash_joined.forward(
             call, q, k, v, prefix_k, prefix_v, prefix_index, gate, key_mask, lengths, bias
@@ -75,6 +76,7 @@ def backward(
     seed: int,
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
+    k, v = (without_hidden(rows, key_mask, lengths) for rows in (k, v))
     if not needs["bias"] and not _flash_joined.why_not(call):
         return _flash_joined.backward(
             call, needs, dout, out, lse, q, k, v, prefix_k, prefix_v, prefix_index, gate, key_mask,
@@ -86,7 +88,10 @@ def backward(
     prefix = scores.shape[-1] - k.shape[2]
     grouped = _grouped(call, q)
     d = _grouped(call, dout)
-    lse = lse.reshape(scores.shape[:-1])
+    if _flash_joined.why_not(call):
+        lse = lse.reshape(scores.shape[:-1])
+    else:  # forward's was that of scores which nothing had rounded
+        lse = torch.logsumexp(scores, dim=-1)
     p = torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse)[..., None])
     dp = (d @ v.unsqueeze(2).transpose(-1, -2)).to(acc)
     grads: dict[str, Value] = {}
@@ -182,7 +187,10 @@ def _scores(
     before the gate.
     """
     acc, scale = accumulator(q.dtype), call.attributes["scale"]
-    grouped = _grouped(call, q)
+    # In float16 a product is larger than the largest number long before the score is, so the scale
+    # comes first: as a power of 2, which rounds nothing, and what that leaves in float32.
+    part = 2.0 ** min(math.frexp(scale)[1] - 1, 0)
+    grouped, scale = _grouped(call, q) * part, scale / part
     scores = scale * (grouped @ k.unsqueeze(2).transpose(-1, -2)).to(acc)
     if bias is not None:
         by_head = bias.to(acc)

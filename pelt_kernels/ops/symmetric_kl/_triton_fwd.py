@@ -10,8 +10,9 @@ both, rescaled where m grows, and in the end t1 / l1 - t2 / l2. The constant ("s
 of d under p1 so far: without it the quotients could be much larger than their difference.
 
 "fwd": a program owns BLOCK_T rows and streams their columns. "mean": one program adds up the rows'
-values, so that their order is fixed. Rows that do not count are not read. Everything is float32
-inside.
+values, so that their order is fixed. A logit of -inf is a class that does not exist: its
+probability is 0, and so is its term; where the other side has it, that side's term is infinite.
+Rows that do not count are not read. Everything is float32 inside.
 """
 
 import triton
@@ -28,6 +29,12 @@ def _finite(x):
 def _scaled(m, larger):
     """The factor of sums whose maximum grows from m to ``larger``, which may both be -inf."""
     return tl.where(m == larger, 1.0, tl.exp(m - larger))
+
+
+@triton.jit
+def _term(e, d):
+    """e d, where 0 is what a class without weight adds to a sum."""
+    return tl.where(e == 0.0, 0.0, e * d)
 
 
 @triton.jit
@@ -58,16 +65,19 @@ def _symmetric_kl_fwd_kernel(
         z2 = tl.load(z2_ptr + at, mask=ok, other=float("-inf")).to(tl.float32)
         larger1, larger2 = tl.maximum(m1, tl.max(z1, axis=1)), tl.maximum(m2, tl.max(z2, axis=1))
         f1, f2 = _scaled(m1, larger1), _scaled(m2, larger2)
-        m1, l1, t1, m2, l2, t2 = larger1, l1 * f1, t1 * f1, larger2, l2 * f2, t2 * f2
+        m1, l1, t1 = larger1, l1 * f1, _term(f1, t1)
+        m2, l2, t2 = larger2, l2 * f2, _term(f2, t2)
         e1, e2 = _weights(z1, m1, ok), _weights(z2, m2, ok)
-        d = tl.where(ok, (z1 - z2) - shift[:, None], 0.0)
+        # Two classes that do not exist have no difference.
+        d = tl.where(z1 == z2, 0.0, z1 - z2)
+        d = tl.where(ok, d - shift[:, None], 0.0)
         # The block's sums are taken around its own mean, and then moved to that of all columns.
         s1, s2 = tl.sum(e1, axis=1), tl.sum(e2, axis=1)
-        mean = _finite(tl.sum(e1 * d, axis=1) / s1)
+        mean = _finite(tl.sum(_term(e1, d), axis=1) / s1)
         d = tl.where(ok, d - mean[:, None], 0.0)
         step = _finite(mean * (s1 / (l1 + s1)))
-        t1 = (t1 - step * l1) + (tl.sum(e1 * d, axis=1) + (mean - step) * s1)
-        t2 = (t2 - step * l2) + (tl.sum(e2 * d, axis=1) + (mean - step) * s2)
+        t1 = (t1 - step * l1) + (tl.sum(_term(e1, d), axis=1) + (mean - step) * s1)
+        t2 = (t2 - step * l2) + (tl.sum(_term(e2, d), axis=1) + (mean - step) * s2)
         l1, l2, shift = l1 + s1, l2 + s2, shift + step
     value = t1 / l1 - t2 / l2
     # Never negative but by rounding; a NaN stays one.

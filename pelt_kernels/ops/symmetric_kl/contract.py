@@ -45,13 +45,20 @@ DRAWS: dict[str, Any] = {}
 def reference(z1: Tensor, z2: Tensor, mask: Tensor | None) -> tuple[Tensor]:
     """The loss by the formula, differentiable by autograd with detached targets."""
     acc = accumulator(z1.dtype)
+    if mask is not None:
+        z1, z2 = (torch.where(mask[:, None], z, 0.0) for z in (z1, z2))
     log_p1, log_p2 = z1.to(acc).log_softmax(-1), z2.to(acc).log_softmax(-1)
-    fixed1, fixed2 = log_p1.detach(), log_p2.detach()
-    rows = 0.5 * (fixed2.exp() * (fixed2 - log_p1) + fixed1.exp() * (fixed1 - log_p2)).sum(-1)
+
+    def divergence(target: Tensor, log_p: Tensor) -> Tensor:
+        target = target.detach()
+        # 0 log 0 is 0: a class that the target does not have.
+        return torch.where(target == -torch.inf, 0.0, target.exp() * (target - log_p)).sum(-1)
+
+    rows = 0.5 * (divergence(log_p2, log_p1) + divergence(log_p1, log_p2))
     if mask is None:
         # A sum and not a size, so that it is counted anew wherever the formula was recorded.
         return (rows.sum() / torch.ones_like(rows, dtype=torch.int64).sum().clamp(min=1),)
-    return ((rows * mask).sum() / mask.sum().clamp(min=1),)
+    return (torch.where(mask, rows, 0.0).sum() / mask.sum().clamp(min=1),)
 
 
 _ONE = {"T": 16, "C": 2}

@@ -22,8 +22,13 @@ def forward(call: Call, z1: Tensor, z2: Tensor, mask: Tensor | None) -> tuple[Te
     acc = accumulator(z1.dtype)
     z1, z2 = z1.to(acc), z2.to(acc)
     lse = torch.stack([z1.logsumexp(-1), z2.logsumexp(-1)])
+    # Beside a logit of infinity, and where all are -inf, a softmax is NaN as a whole.
+    lse += lse - lse
     log_p1, log_p2 = z1 - lse[0][:, None], z2 - lse[1][:, None]
-    rows = 0.5 * ((log_p1.exp() - log_p2.exp()) * (log_p1 - log_p2)).sum(-1)
+    weights = log_p1.exp() - log_p2.exp()
+    # A class that neither has counts 0, though its difference is -inf - (-inf).
+    terms = torch.where(weights == 0, 0.0, weights * (log_p1 - log_p2))
+    rows = 0.5 * terms.sum(-1)
     if mask is not None:
         rows = torch.where(mask, rows, 0.0)
     return rows.sum() / _count(rows, mask), lse
