@@ -72,6 +72,7 @@ def _measure(method: str, steps: int, backend: str | None, device: str) -> dict[
     torch.manual_seed(0)
     batches = _batches(WARM_UP + steps)
     model = get_pelt_model(load_classifier(EMBEDDED, 2), make_config(method)).to(device).train()
+    model.set_progress(1.0)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
 

@@ -7,6 +7,7 @@ attention the base model was loaded with.
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from typing import Any
@@ -24,6 +25,7 @@ logger = logging.get_logger(__name__)
 
 PELT = "pelt"
 SITE = "_pelt_site"
+FORWARDS = "_pelt_forwards"
 
 
 class InFlight(threading.local):
@@ -43,6 +45,22 @@ class InFlight(threading.local):
 
     def __reduce__(self) -> tuple[type[InFlight], tuple[()]]:
         return InFlight, ()
+
+
+class Forwards(threading.local):
+    """Keeps a forward that begins inside another one, in a hook of one of its modules, apart from
+    it: what is in flight in the layers waits until the inner forward has ended.
+    """
+
+    def __init__(self, sites: list[LayerSite]) -> None:
+        self.sites = sites
+        self.waiting: list[list[tuple[InFlight, dict[str, Any]]]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Forwards:
+        return Forwards(copy.deepcopy(self.sites, memo))
+
+    def __reduce__(self) -> tuple[type[Forwards], tuple[list[LayerSite]]]:
+        return Forwards, (self.sites,)
 
 
 class LayerSite:
@@ -110,6 +128,29 @@ def padding_mask(
             f"{q_offset + q_length} tokens; leave cache_implementation at its default"
         )
     return attention_mask
+
+
+def begin_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of the encoder: lets what is in flight wait."""
+    if torch.compiler.is_compiling():
+        return
+    forwards: Forwards = getattr(module, FORWARDS)
+    waiting = []
+    for site in forwards.sites:
+        state = vars(site.in_flight)
+        if any(value is not None for value in state.values()):
+            waiting.append((site.in_flight, state.copy()))
+            state.clear()
+    forwards.waiting.append(waiting)
+
+
+def end_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of the encoder, called after an error too: what waited goes on."""
+    if torch.compiler.is_compiling():
+        return
+    for in_flight, state in getattr(module, FORWARDS).waiting.pop():
+        vars(in_flight).clear()
+        vars(in_flight).update(state)
 
 
 def read_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

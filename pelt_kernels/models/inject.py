@@ -14,9 +14,13 @@ from ..methods.lora import TARGETS
 from ..nn import GatedAdapter, LoRALinear, PrefixAttention
 from ..nn.original import Original
 from .attention import (
+    FORWARDS,
     PELT,
     SITE,
+    Forwards,
     LayerSite,
+    begin_forward,
+    end_forward,
     forget_mask,
     keep_ffn_input,
     read_mask,
@@ -189,6 +193,11 @@ class Injection:
 
     def attach(self) -> None:
         """Puts the parts in: modules, the attention function, hooks that read a layer's mask."""
+        if self.uses_pelt_attention or self._is_parallel:
+            encoder = self.model.base_model
+            setattr(encoder, FORWARDS, Forwards(self.sites))
+            self._handles.append(encoder.register_forward_pre_hook(begin_forward))
+            self._handles.append(encoder.register_forward_hook(end_forward, always_call=True))
         for place in self.replacements:
             place.adapted.train(place.original.training)
             setattr(place.parent, place.name, place.adapted)
@@ -241,6 +250,7 @@ class Injection:
             for module in (*self._attentions, *self._last_norms):
                 module.__dict__.pop(SITE, None)
         self.embeddings.__dict__.pop(FIRST_LAYER, None)
+        self.model.base_model.__dict__.pop(FORWARDS, None)
 
     def _use_config(self, old: Any, new: Any) -> None:
         """The attention implementation is read from the configuration object that modules share;

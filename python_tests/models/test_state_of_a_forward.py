@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 import transformers as hf
+from every_method import METHODS
 from test_adamix import KINDS
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
@@ -136,6 +137,35 @@ def test_a_forward_inside_a_forward_leaves_it_its_experts(make_base, make_batch,
             lambda model: model(**make_batch()).loss,
             change,
         )
+
+
+INSIDE = ["attention.self.query", "attention.self.key", "intermediate.dense", "output.LayerNorm"]
+
+
+@pytest.mark.parametrize("place", INSIDE)
+@pytest.mark.parametrize("method", ["unipelt", "mam", "composite"])
+def test_a_forward_inside_a_layer_leaves_it_its_mask_and_gates(
+    method, place, make_base, make_batch, randomise
+):
+    """A hook within a layer asks the model something else, which may even fail."""
+    batch, other = make_batch(with_labels=False), make_batch((4, 2), with_labels=False)
+    model = randomise(get_pelt_model(make_base(), METHODS[method])).eval()
+    expected, answer = model(**batch).logits, model(**other).logits
+    inside = []
+
+    def ask(*_):
+        if inside:
+            inside.pop()()
+            return
+        inside.append(lambda: None)
+        assert torch.equal(model.base_model(**other).logits, answer)
+        inside.append(lambda: [][0])
+        with pytest.raises(IndexError):
+            model.base_model(**other)
+
+    layer = model.base_model.bert.encoder.layer[1]
+    layer.get_submodule(place).register_forward_pre_hook(ask)
+    assert torch.equal(model(**batch).logits, expected)
 
 
 def test_every_step_of_a_generation_draws(draws):
