@@ -130,7 +130,7 @@ class PrefixAttention(nn.Module):
         gate: Tensor | None = None,
         key_mask: Tensor | None = None,
         is_causal: bool = False,
-        scale: float | None = None,
+        scale: float | Tensor | None = None,
         dropout_p: float = 0.0,
     ) -> Tensor:
         """Attention of one layer: q [B, H, S, E], k and v [B, H, N, E], gate [B], key_mask [B, N]
@@ -162,7 +162,7 @@ class PrefixAttention(nn.Module):
         gate: Tensor | None = None,
         key_mask: Tensor | None = None,
         is_causal: bool = False,
-        scale: float | None = None,
+        scale: float | Tensor | None = None,
     ) -> Tensor:
         """The probabilities [B, H, S, P + N] of `forward`, before dropout, prefix columns first. It
         never makes them itself: this is for looking at them.

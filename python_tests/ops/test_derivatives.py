@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from closeness import assert_close
-from derivatives import BACKENDS, QUICK, by_backend, check, flat, ones_like
+from derivatives import BACKENDS, QUICK, by_backend, check, flat, ones_like, public_calls
 from parity import OTHER_DRAWS, case_of, contract_of, has_true_gradient, inputs_of
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
@@ -167,6 +167,21 @@ def test_several_gradients_at_once_are_those_one_by_one(operator, backend):
             return torch.autograd.grad(outputs, leaves, dys, materialize_grads=True)
 
         check(operator, case, gradients, [grad[1] for grad in over_vmap])
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_vectorized_jacobian_is_the_one_row_by_row(operator):
+    call, x = public_calls()[operator], torch.randn(1, 2, 16)
+
+    def some(x):
+        return call(x).flatten()[:3]
+
+    rows = torch.autograd.functional.jacobian(some, x)
+    assert torch.equal(torch.autograd.functional.jacobian(some, x, vectorize=True), rows)
+    columns = torch.autograd.functional.jacobian(some, x, vectorize=True, strategy="forward-mode")
+    exact = public_calls(torch.float64)[operator]
+    truth = torch.autograd.functional.jacobian(lambda x: exact(x).flatten()[:3], x.double())
+    assert_close(columns, rows, truth, torch.float32, operator)
 
 
 def test_a_straight_through_mask_is_so_at_every_order():
