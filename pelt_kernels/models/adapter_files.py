@@ -76,8 +76,8 @@ def write_adapter(
     weights = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     header = {"config": described["config"], "sha256": digest(weights)}
     metadata = {HEADER: json.dumps(header, sort_keys=True)}
-    _write_atomically(target / WEIGHTS_FILE, safetensors_bytes(weights, metadata=metadata))
-    _write_atomically(target / CONFIG_FILE, text.encode() + b"\n")
+    write_atomically(target / WEIGHTS_FILE, safetensors_bytes(weights, metadata=metadata))
+    write_atomically(target / CONFIG_FILE, text.encode() + b"\n")
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -244,7 +244,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Through a temporary file in the same folder, with the permissions of a plain open()."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

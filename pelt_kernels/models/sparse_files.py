@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
+
+from .adapter_files import digest, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 FORMS = ("dense", "2:4", "csr")
 SPARSE_FILE = "sparse_model.safetensors"
 HEADER = "pelt_kernels_sparse"
+PARTS = {"csr": ("crow_indices", "col_indices", "values"), "2:4": ("values", "places")}
 GROUP, KEPT = 4, 2  # of 2:4: at most two entries in four neighbours
 
 
@@ -67,10 +70,11 @@ def save_exported(
     config.architectures, config.dtype = [type(model).__name__], model.dtype
     config.save_pretrained(target)
     shapes = {name: list(weight.shape) for name, weight in weights.items()}
-    header = {"form": form, "model": type(model).__name__, "shapes": shapes}
     # Tied tensors are written once for each of their names, each with its own memory.
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    save_file(tensors, target / SPARSE_FILE, metadata={HEADER: json.dumps(header)})
+    header = {"form": form, "model": type(model).__name__, "shapes": shapes}
+    metadata = {HEADER: json.dumps(header | {"sha256": digest(tensors)}, sort_keys=True)}
+    write_atomically(target / SPARSE_FILE, safetensors_bytes(tensors, metadata=metadata))
 
 
 def load_exported(directory: str | os.PathLike[str]) -> PreTrainedModel:
@@ -93,6 +97,17 @@ def load_exported(directory: str | os.PathLike[str]) -> PreTrainedModel:
             f"{header['model']!r}"
         )
     model: PreTrainedModel = model_class(config).eval()
+    try:
+        # Their dtype is the model's.
+        model.load_state_dict(_dense_state(tensors, header), assign=True)
+    except RuntimeError as error:  # torch's for indices and shapes that do not go together
+        first = str(error).splitlines()[0]
+        raise ValueError(f"load_exported: {directory} does not fit together ({first})") from error
+    model.tie_weights()
+    return model
+
+
+def _dense_state(tensors: Mapping[str, Tensor], header: dict[str, Any]) -> dict[str, Tensor]:
     state = {
         name: tensor
         for name, tensor in tensors.items()
@@ -109,9 +124,7 @@ def load_exported(directory: str | os.PathLike[str]) -> PreTrainedModel:
             if header["form"] == "csr"
             else _from_two_of_four(parts, shape)
         )
-    model.load_state_dict(state, assign=True)  # their dtype is the model's
-    model.tie_weights()
-    return model
+    return state
 
 
 def sparse_weights(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -123,9 +136,8 @@ def sparse_weights(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
     tensors, header = _read(directory)
     if header["form"] != "csr":
         raise ValueError(f"sparse_weights: expected {directory} as csr, got {header['form']!r}")
-    parts = ("crow_indices", "col_indices", "values")
     return {
-        name: _from_csr({part: tensors[f"{name}.{part}"] for part in parts}, shape)
+        name: _from_csr({part: tensors[f"{name}.{part}"] for part in PARTS["csr"]}, shape)
         for name, shape in header["shapes"].items()
     }
 
@@ -217,8 +229,32 @@ def _read(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[st
         with safe_open(path, framework="pt", device="cpu") as file:
             header = json.loads((file.metadata() or {})[HEADER])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError, KeyError) as error:
+    except (SafetensorError, ValueError, OSError, KeyError, RecursionError) as error:
         raise ValueError(
             f"load_exported: {path} cannot be read, it is damaged or of another program ({error})"
         ) from error
+    wrong = _why_not_ours(header, tensors)
+    if wrong:
+        raise ValueError(f"load_exported: {path} is damaged or of another program ({wrong})")
     return tensors, header
+
+
+def _why_not_ours(header: Any, tensors: Mapping[str, Tensor]) -> str:
+    """What of a header is not as `save_exported` writes it, or nothing."""
+    if not isinstance(header, dict) or header.get("form") not in FORMS[1:]:
+        return "expected a header with the form 2:4 or csr"
+    if not isinstance(header.get("model"), str):
+        return f"expected model as text, got {header.get('model')!r:.80}"
+    shapes = header.get("shapes")
+    if not isinstance(shapes, dict):
+        return f"expected shapes as an object, got {shapes!r:.80}"
+    for name, shape in shapes.items():
+        if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)):
+            return f"expected shapes.{name} as two whole numbers, got {shape!r:.80}"
+        missing = [part for part in PARTS[header["form"]] if f"{name}.{part}" not in tensors]
+        if missing:
+            return f"{name}.{missing[0]} is missing"
+    # Files from before the digest have none.
+    if "sha256" in header and header["sha256"] != digest(tensors):
+        return "the tensors are not those that were written"
+    return ""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers as hf
 from every_method import EXPERTS, METHODS, PRUNED
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass as to_torch,
 )
@@ -32,7 +35,7 @@ from pelt_kernels.models import (
     save_exported,
     sparse_weights,
 )
-from pelt_kernels.models.sparse_files import SPARSE_FILE
+from pelt_kernels.models.sparse_files import HEADER, SPARSE_FILE
 
 MERGEABLE = {
     "lora": LoraConfig(r=4, targets=("query", "attention_output", "ffn_in")),
@@ -243,6 +246,44 @@ def test_damaged_and_missing_files_are_refused(make_base, randomise, tmp_path):
     (tmp_path / SPARSE_FILE).write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="damaged or of another program"):
         load_exported(tmp_path)
+    flipped = bytearray(content)
+    flipped[-5] ^= 1  # of the last tensor
+    (tmp_path / SPARSE_FILE).write_bytes(flipped)
+    with pytest.raises(ValueError, match="the tensors are not those that were written"):
+        load_exported(tmp_path)
+    (tmp_path / SPARSE_FILE).write_bytes(content)
+    with safe_open(tmp_path / SPARSE_FILE, "pt") as file:
+        header = json.loads(file.metadata()[HEADER])
+    tensors = load_file(tmp_path / SPARSE_FILE)
+    name = f"{names[0]}.weight"
+    for change, sentence in {
+        "model": (["BertModel"], "expected model as text, got"),
+        "form": ({}, "expected a header with the form 2:4 or csr"),
+        "shapes": ({name: [1, "2"]}, f"expected shapes.{name} as two whole numbers"),
+    }.items():
+        value, words = sentence
+        metadata = {HEADER: json.dumps(header | {change: value})}
+        save_file(tensors, tmp_path / SPARSE_FILE, metadata)
+        with pytest.raises(ValueError, match=words):
+            load_exported(tmp_path)
+    metadata = {HEADER: json.dumps(header | {"shapes": header["shapes"] | {name: [3, 5]}})}
+    save_file(tensors, tmp_path / SPARSE_FILE, metadata)
+    with pytest.raises(ValueError, match="does not fit together"):
+        load_exported(tmp_path)
+    del tensors[f"{name}.values"]
+    save_file(tensors, tmp_path / SPARSE_FILE, {HEADER: json.dumps(header)})
+    with pytest.raises(ValueError, match=f"{name}.values is missing"):
+        load_exported(tmp_path)
+
+
+def test_equal_sparse_models_are_equal_files(make_base, randomise, tmp_path):
+    contents = []
+    for number in range(3):
+        torch.manual_seed(0)
+        plain, names = pruned_model(make_base, randomise, 0.9)
+        save_exported(plain, tmp_path / str(number), names, "csr")
+        contents.append((tmp_path / str(number) / SPARSE_FILE).read_bytes())
+    assert contents[0] == contents[1] == contents[2]
 
 
 def test_an_adapter_saved_and_loaded_exports_the_same(make_base, make_batch, randomise, tmp_path):
