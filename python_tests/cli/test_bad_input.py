@@ -44,6 +44,7 @@ WRONG = {
     ),
     "unknown backend": (["--backend", "cudnn"], "backend: expected one of "),
     "unknown device": (["--device", "tpu"], "device: expected one of "),
+    "an address": (["--task", "https://example.org/sst2"], "is an address; download the file"),
     "unknown task": (["--task", "docstring"], "'docstring' is neither a file nor docstring-match"),
     "unknown option": (["--learning-rate", "1"], "No such option: --learning-rate"),
     "unknown field": (
