@@ -73,7 +73,7 @@ def predict(
                     sys.stdout.write("".join(_lines_of(part, as_json)))
                     sys.stdout.flush()  # what is interrupted has said what it knows
                     seen.add(part)
-        for sentence in seen.remarks(card.max_length):
+        for sentence in seen.remarks(predictor.max_length):
             console.print(sentence)
 
 

@@ -4,6 +4,7 @@ and a network needed.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from ..errors import RunError, UsageError, reason
@@ -30,8 +31,12 @@ def read_splits(name: str, columns: Columns) -> dict[str, list[Example]]:
             "data set, install the package datasets (pip install datasets)"
         ) from error
     path, subset = split_name(name)
+    # Packages before datasets 4 run a script of the data set's where nothing forbids it.
+    runs_scripts = "trust_remote_code" in inspect.signature(datasets.load_dataset).parameters
     try:
-        loaded = datasets.load_dataset(path, subset)
+        loaded = datasets.load_dataset(
+            path, subset, **({"trust_remote_code": False} if runs_scripts else {})
+        )
     except Exception as error:  # its own, the network's and the file system's errors, of many types
         raise RunError(f"task '{name}': the data set cannot be loaded ({reason(error)})") from error
     splits = {
