@@ -14,7 +14,6 @@ from .files import Columns, example_from_row, resolve_columns
 # Collections whose second word is a subset; elsewhere a slash separates owner and name, and a colon
 # the subset.
 COLLECTIONS = ("glue", "super_glue")
-UNLABELLED = -1
 
 
 def read_splits(name: str, columns: Columns) -> dict[str, list[Example]]:
@@ -62,11 +61,16 @@ def _examples(where: str, rows: Any, columns: Columns) -> list[Example]:
     examples = []
     for number, row in enumerate(rows):
         label = row[resolved.label]
-        if label in (None, UNLABELLED):
+        if names:
+            label = names[label] if label is not None and label >= 0 else None
+        if label is None:
             continue
-        named = {column: str(value) for column, value in row.items()}
-        named[resolved.label or ""] = names[label] if names else str(label)
         examples.append(
-            example_from_row(named, resolved, f"row {number} of {where}", needs_label=True)
+            example_from_row(
+                row | {resolved.label or "": label},
+                resolved,
+                f"row {number} of {where}",
+                needs_label=True,
+            )
         )
     return examples
