@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -18,6 +18,7 @@ from .console import Debug, notes, speaking_plainly
 if TYPE_CHECKING:
     from ..training import Example
     from ..training.predictor import Card, Predictions
+    from ..training.tasks import Columns
 
 
 def predict(
@@ -38,6 +39,9 @@ def predict(
     label_column: Annotated[
         str | None, typer.Option(help="Where there are labels, the accuracy is told.")
     ] = None,
+    no_header: Annotated[
+        bool, typer.Option("--no-header", help="Columns of --file are called 1, 2, 3, ...")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     model: Annotated[
         str | None, typer.Option(help="The base model, where it has moved since training.")
@@ -57,15 +61,20 @@ def predict(
         from ..training.config import check_choice
         from ..training.experiment import computing_device
         from ..training.predictor import Card
+        from ..training.tasks import Columns
         from .progress import counting
 
         card = Card.load(adapter)
-        columns = (text_column, pair_column, label_column)
-        examples, total = _examples(texts, pair, file, columns, card)
+        columns = Columns(text_column, pair_column, label_column, not no_header)
+        console, seen = notes(), _Seen()
+
+        def say(sentence: str) -> None:
+            console.print(sentence, markup=False, soft_wrap=True)
+
+        examples, total = _examples(texts, pair, file, columns, card, say)
         where = computing_device(device)
         if backend is not None:
             check_choice("backend", backend, tuple(BACKENDS))
-        console, seen = notes(), _Seen()
         with use_backend(backend) if backend else nullcontext():
             predictor = Predictor(adapter, model, where)
             with counting(console, "texts", total) as advance:
@@ -73,7 +82,7 @@ def predict(
                     sys.stdout.write("".join(_lines_of(part, as_json)))
                     sys.stdout.flush()  # what is interrupted has said what it knows
                     seen.add(part)
-        for sentence in seen.remarks(card.max_length):
+        for sentence in seen.remarks(predictor.max_length):
             console.print(sentence)
 
 
@@ -81,14 +90,15 @@ def _examples(
     texts: list[str] | None,
     pairs: list[str] | None,
     file: Path | None,
-    columns: tuple[str | None, str | None, str | None],
+    columns: Columns,
     card: Card,
+    say: Callable[[str], None],
 ) -> tuple[Iterable[Example], int | None]:
     """What to label, one after the other, and how many there are. A file is read twice, so that a
     mistake in its last line is found before the first is labelled; standard input cannot be.
     """
     from ..training import UsageError
-    from ..training.tasks import Columns, check_labels, iterate_examples
+    from ..training.tasks import iterate_examples, readable, with_known_labels
     from ..training.tasks.files import SUFFIXES
 
     if texts and file:
@@ -103,22 +113,22 @@ def _examples(
         lines = (
             [f"{text}\t{pair}" for text, pair in zip(texts, pairs, strict=True)] if pairs else texts
         )
-        return list(_split(lines, "argument", card.has_pairs)), len(texts)
+        return list(readable(_split(lines, "argument", card.has_pairs), say)), len(texts)
     if file is None:
         if sys.stdin.isatty():
             raise UsageError("no text: give texts, --file, or lines on standard input")
-        return _not_empty(_split(_standard_input(), "line", card.has_pairs)), None
+        return _not_empty(readable(_split(_standard_input(), "line", card.has_pairs), say)), None
 
-    def read() -> Iterator[Example]:
+    def read(say: Callable[[str], None] = lambda sentence: None) -> Iterator[Example]:
         assert file is not None
         if file.suffix.lower() in SUFFIXES:
-            return iterate_examples(file, Columns(*columns), needs_label=False, allows_empty=True)
+            rows = iterate_examples(file, columns, needs_label=False, allows_empty=True)
+            return with_known_labels(readable(rows, say), card.labels)
         return _split(_lines(file), f"line of {file}", card.has_pairs)
 
     total = 0
-    for example in read():
+    for example in read(say):
         total += 1
-        check_labels((example,), card.labels)
         if (example.pair is not None) != card.has_pairs:
             raise UsageError(f"{file}: the adapter reads {_count(card.has_pairs)} a row")
     if not total:

@@ -79,6 +79,10 @@ def train(
     text_column: Annotated[str | None, typer.Option(help="Default text, sentence, ...")] = None,
     pair_column: Annotated[str | None, typer.Option(help="The second text's column.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Default label.")] = None,
+    no_header: Annotated[
+        bool | None,
+        typer.Option("--no-header", help="CSV or TSV without names: columns are called 1, 2, ..."),
+    ] = None,
     backend: Annotated[str | None, typer.Option(help="Ask every operator for one backend.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,

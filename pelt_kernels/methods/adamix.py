@@ -37,7 +37,8 @@ class AdaMixConfig(MethodConfig):
     label, of each choice; over yes and no for each of several labels; over the start and the end of
     an answer. It holds for every family: the official code forgets it for BERT. A regression has
     no classes and leaves it out; so does, with a warning, a forward without labels; and
-    ``model.base_model(...)`` is one pass with the base model's own loss.
+    ``model.base_model(...)`` is one pass with the base model's own loss. Under torch's
+    DistributedDataParallel two passes want checkpointing with ``use_reentrant=False``.
 
     An optimizer sees a bank as one parameter: experts that were not drawn have a gradient of 0, by
     which AdamW shrinks them and lets their moments fade, as in the authors' own environment. The

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,17 @@ FAMILIES: dict[str, Slots] = {
     "roberta": BERT,
     "xlm-roberta": BERT,
 }
+
+# Families whose first position is pad_token_id + 1: the rows before it serve no token.
+POSITIONS_AFTER_PADDING = {"camembert", "data2vec-text", "roberta", "xlm-roberta"}
+
+
+def longest_input(config: PreTrainedConfig) -> int | None:
+    """Tokens that a model of this configuration reads; None where it sets no limit."""
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    if positions is None or config.model_type not in POSITIONS_AFTER_PADDING:
+        return positions
+    return positions - (config.pad_token_id + 1)
 
 
 def slots_of(model: PreTrainedModel) -> Slots:

@@ -87,7 +87,7 @@ def load_exported(directory: str | os.PathLike[str]) -> PreTrainedModel:
     import transformers
 
     tensors, header = _read(directory)
-    config = transformers.AutoConfig.from_pretrained(directory)
+    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
     model_class = getattr(transformers, header["model"], None)
     if not (
         isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)

@@ -15,10 +15,15 @@ def cast_activation(x: Tensor) -> Tensor:
     if not isinstance(x, Tensor):
         return x
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype in (
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
+    if (
+        device != "meta"
+        and torch.is_autocast_enabled(device)
+        and x.dtype
+        in (
+            torch.float32,
+            torch.float16,
+            torch.bfloat16,
+        )
     ):
         return x.to(torch.get_autocast_dtype(device))
     return x

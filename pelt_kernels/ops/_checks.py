@@ -11,10 +11,17 @@ from torch import Tensor
 from ._rows import Input
 
 if TYPE_CHECKING:
-    from ._contract import Call, Contract, Value
+    from ._contract import Call, Contract
+    from ._values import Value
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+_TYPES: dict[str, tuple[type, ...]] = {
+    "float": (float, int, torch.SymFloat, torch.SymInt),
+    "int": (int, torch.SymInt),
+    "str": (str,),
+    "bool": (bool, torch.SymBool),
+}
 
 
 def elements(contract: Contract, row: Input, value: Value) -> Sequence[Tensor | None]:
@@ -37,6 +44,9 @@ def elements(contract: Contract, row: Input, value: Value) -> Sequence[Tensor | 
                 f"{contract.name}: expected {row.name} as a torch.Tensor, got"
                 f" {type(element).__name__}"
             )
+        elif element.is_nested or element.layout is not torch.strided:
+            layout = "a nested tensor" if element.is_nested else str(element.layout)
+            raise TypeError(f"{contract.name}: expected {row.name} as a dense tensor, got {layout}")
     return found
 
 
@@ -150,17 +160,33 @@ def check_dtypes(
 
 
 def check_attributes(contract: Contract, attributes: dict[str, Any]) -> None:
-    """Checks each attribute against the values its row allows."""
+    """Checks each attribute's type, and its value against those its row allows."""
     for row in contract.attribute_rows:
         value = attributes[row.name]
-        for item in value if isinstance(value, (list, tuple)) else (value,):
+        if row.is_list and not isinstance(value, (list, tuple)):
+            raise TypeError(
+                f"{contract.name}: expected {row.name} as a list, got {type(value).__name__}"
+            )
+        for i, item in enumerate(value if row.is_list else (value,)):
+            label = f"{row.name}[{i}]" if row.is_list else row.name
+            types = _TYPES[row.type.removesuffix("[]")]
+            if not isinstance(item, types) or (isinstance(item, bool) and bool not in types):
+                raise TypeError(
+                    f"{contract.name}: expected {label} as {types[0].__name__}, got"
+                    f" {type(item).__name__}"
+                )
             if row.choices and item not in row.choices:
                 raise ValueError(
-                    f"{contract.name}: expected {row.name} to be one of {', '.join(row.choices)},"
-                    f" got {item!r}"
+                    f"{contract.name}: expected {label} to be one of {', '.join(row.choices)}, got"
+                    f" {item!r}"
                 )
-            if row.allowed == "[0, 1)" and not 0.0 <= item < 1.0:
-                raise ValueError(f"{contract.name}: expected {row.name} in [0, 1), got {item}")
+            # A number that torch.compile keeps open is checked where it has its value.
+            if (
+                isinstance(item, (int, float))
+                and (row.allowed and not row.choices)
+                and not row.allows(item)
+            ):
+                raise ValueError(f"{contract.name}: expected {label} in {row.allowed}, got {item}")
 
 
 def check_count(contract: Contract, name: str, wanted: int, found: Sequence[Any]) -> None:

@@ -24,14 +24,13 @@ output's, so backward does not need it.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _functorch
-from torch.nn import Parameter
 
 from ._checks import (
     bind_shape,
@@ -42,8 +41,7 @@ from ._checks import (
     elements,
 )
 from ._rows import Output, parse_attribute, parse_input, parse_output, rows_of
-
-Value = Any  # a Tensor, None, or a list of either
+from ._values import Value, extremes, is_fake, is_given, own_copy, scan
 
 
 @dataclass
@@ -153,7 +151,7 @@ class Contract:
         ``signature`` is what `scan` told of the values, if the caller has it already.
         """
         key = (
-            *(scan(values)[0] if signature is None else signature),
+            *(self.scan(values)[0] if signature is None else signature),
             *(attributes if self._attributes_hash else _hashable(attributes)),
         )
         try:
@@ -184,7 +182,7 @@ class Contract:
             check_not_zero(self, letter, sizes, source)
         master = check_dtypes(self, first.name, like, values)
         check_attributes(self, attributes)
-        given = frozenset(row.name for row in self.input_rows if _is_given(values[row.name]))
+        given = frozenset(row.name for row in self.input_rows if is_given(values[row.name]))
         slots = tuple(
             (row.name, i if row.is_list else -1)
             for row in self.input_rows
@@ -240,12 +238,25 @@ class Contract:
         call.saved_lengths = tuple(lengths[row.name] for row in self.saved_rows)
         call.differentiable_lengths = tuple(lengths[row.name] for row in self.differentiable_rows)
 
+    def scan(self, values: Sequence[Value]) -> tuple[list[Any], list[Tensor], bool, bool]:
+        """What `bind` and a caller have to know of each input, in one look."""
+        try:
+            return scan(values)
+        except RuntimeError:  # a nested tensor has no shape
+            self.check_kinds(values)
+            raise
+
+    def check_kinds(self, values: Sequence[Value]) -> None:
+        """Raises TypeError where something else stands than a dense tensor, or a list of them."""
+        for row, value in zip(self.input_rows, values):
+            elements(self, row, value)
+
     def with_own_indices(self, values: Sequence[Value]) -> list[Value]:
         """The inputs with a copy of each index that is on the CPU: what is checked is what runs,
         forward and backward, whatever the caller writes into an index meanwhile.
         """
         return [
-            value if row.bound is None else _copied(value)
+            value if row.bound is None else own_copy(value)
             for row, value in zip(self.input_rows, values)
         ]
 
@@ -259,13 +270,13 @@ class Contract:
             if row.bound is None:
                 continue
             for i, tensor in enumerate(value if row.is_list else (value,)):
-                if tensor is None or _is_fake(tensor) or not tensor.numel():
+                if tensor is None or is_fake(tensor) or not tensor.numel():
                     continue
                 while _functorch.is_functorch_wrapped_tensor(tensor):
                     tensor = _functorch.get_unwrapped(tensor)  # all samples of `torch.vmap` at once
                 bound = call.sizes[row.bound]
                 bound = bound[i] if isinstance(bound, tuple) else bound
-                low, high = _extremes(tensor)
+                low, high = extremes(tensor)
                 if low >= 0 and high < bound + row.includes_bound:
                     continue
                 label = f"{row.name}[{i}]" if row.is_list else row.name
@@ -295,94 +306,6 @@ def output_dtype(call: Call, row: Output) -> torch.dtype:
     if row.kind == "float32" and call.dtype != torch.float64:
         return torch.float32
     return call.dtype
-
-
-def lengths_of(values: Iterable[Any]) -> tuple[int, ...]:
-    """-1 for a tensor or None, the number of elements for a list."""
-    return tuple(len(value) if isinstance(value, (list, tuple)) else -1 for value in values)
-
-
-def flatten(values: Iterable[Any]) -> list[Any]:
-    """Values with their lists expanded; `unflatten` with their `lengths_of` is the way back."""
-    flat: list[Any] = []
-    for value in values:
-        if isinstance(value, (list, tuple)):
-            flat.extend(value)
-        else:
-            flat.append(value)
-    return flat
-
-
-def unflatten(flat: Iterator[Any], lengths: Iterable[int]) -> list[Any]:
-    """Takes from ``flat`` one value for -1 and a list of n for n."""
-    return [next(flat) if length < 0 else [next(flat) for _ in range(length)] for length in lengths]
-
-
-def _is_given(value: Value) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(v is not None for v in value)
-    return value is not None
-
-
-def _is_fake(tensor: Tensor) -> bool:
-    return tensor.is_meta or (
-        type(tensor) is not Tensor and not isinstance(tensor, torch.nn.Parameter)
-    )
-
-
-def _copied(value: Value) -> Value:
-    if isinstance(value, (list, tuple)):
-        return [_copied(v) for v in value]
-    return value if value is None or value.device.type != "cpu" else value.clone()
-
-
-def _extremes(index: Tensor) -> tuple[int, int]:
-    """The least and the greatest value. Python finds those of few values sooner: in 0.5 us, where
-    torch takes 2.3 us.
-    """
-    if index.numel() <= 32:
-        found = index.flatten().tolist()
-        return min(found), max(found)
-    low, high = torch.aminmax(index)
-    return int(low), int(high)
-
-
-def scan(values: Sequence[Value]) -> tuple[list[Any], list[Tensor], bool, bool]:
-    """One look at each input: what a call is recognised by, the tensors that are there, whether all
-    are ordinary tensors, and whether one of them requires a gradient.
-
-    A wrong type is its own signature and fails in `Contract.bind`. Written for speed: this runs at
-    every call.
-    """
-    signature: list[Any] = []
-    given: list[Tensor] = []
-    is_plain, requires_grad = True, False
-    for value in values:
-        if value is None:
-            signature.append(None)
-        elif value.__class__ is Tensor or value.__class__ is Parameter:
-            given.append(value)
-            signature += (value.shape, value.dtype, value.device)
-            requires_grad = requires_grad or value.requires_grad
-        elif isinstance(value, (list, tuple)):
-            signature.append(len(value))
-            for element in value:
-                if element is None:
-                    signature.append(None)
-                elif isinstance(element, Tensor):
-                    given.append(element)
-                    signature += (element.shape, element.dtype, element.device)
-                    requires_grad = requires_grad or element.requires_grad
-                    if element.__class__ is not Tensor and element.__class__ is not Parameter:
-                        is_plain = False
-                else:
-                    signature.append(type(element))
-        elif isinstance(value, Tensor):
-            is_plain = False
-            signature += (value.shape, value.dtype, value.device)
-        else:
-            signature.append(type(value))
-    return signature, given, is_plain, requires_grad
 
 
 def _hashable(attributes: Sequence[Any]) -> tuple[Any, ...]:

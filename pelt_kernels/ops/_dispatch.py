@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 
+import torch
+
 from . import _forms, _native, _request
 from ._contract import Call
 
@@ -99,21 +101,36 @@ def use_backend(name: str | None) -> Iterator[None]:
     PELT_KERNELS_BACKEND holds. Raises ValueError for an unknown name, and later, at the call,
     BackendError if that backend cannot serve it.
     """
-    check_name(name or "")
-    with _request.block(name or ""):
+    name = "" if name is None else name
+    check_name(name)
+    with _request.block(name):
         yield
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, who: str = "backend: expected") -> None:
+    """Raises ValueError for a name that is none, with the names that are, and TypeError for what is
+    no name at all; ``who`` begins the sentence.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"{who} a name or None, got {type(name).__name__}")
     if name and backend_of(name) not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+        raise ValueError(f"{who} one of {', '.join(BACKENDS)}, got {name!r}")
+
+
+def request_of(operator: str, backend: str | None, is_compiling: bool) -> str:
+    """A call's own request, or the current one."""
+    if backend is None:
+        return _request.compiled() if is_compiling else _request.current()
+    if not isinstance(backend, str):
+        check_name(backend, f"{operator}: expected backend as")
+    return backend
 
 
 def current_request() -> str:
     """The backend asked for by `use_backend` or PELT_KERNELS_BACKEND; empty for the automatic
     choice.
     """
-    return _request.current()
+    return _request.compiled() if torch.compiler.is_compiling() else _request.current()
 
 
 def explain(operator: str | None = None) -> list[Choice]:
@@ -161,7 +178,7 @@ def select(call: Call, request: str, needs_grad: bool = True) -> Call:
 
 
 def _select(call: Call, request: str, needs_grad: bool) -> Choice:
-    check_name(request)
+    check_name(request, f"{call.contract.name}: expected backend as")
     if request:
         reason = why_not(request, call)
         if reason:
@@ -214,7 +231,7 @@ def check_formula(operator: str, request: str, why: str) -> None:
     """Raises BackendError where a backend was asked for by name and a call has to be made of
     PyTorch's own operations, which is eager's way.
     """
-    check_name(request)
+    check_name(request, f"{operator}: expected backend as")
     if backend_of(request) not in ("", "eager"):
         raise BackendError(
             f"{operator}: backend '{request}' was asked for but {why}.  Able: eager; without a"

@@ -19,7 +19,8 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import _dispatch
-from ._contract import Call, Contract, Value, flatten
+from ._contract import Call, Contract
+from ._values import Value, flatten
 
 Slot = tuple[str, int]  # an input's name, and the place in a list or -1
 

@@ -24,8 +24,18 @@ from torch.autograd import forward_ad
 
 from . import _dispatch, _formula
 from ._checks import check_count
-from ._contract import Call, Contract, Value, flatten, lengths_of, output_dtype, scan, unflatten
-from ._schema import backward_schema, forward_schema, nothing, pack, unpack, width
+from ._contract import Call, Contract, output_dtype
+from ._schema import (
+    backward_schema,
+    flat_grads,
+    forward_schema,
+    new_empty,
+    nothing,
+    pack,
+    unpack,
+    width,
+)
+from ._values import Value, flatten, lengths_of, unflatten
 
 _c = torch._C
 _LIBRARY = torch.library.Library("pelt_kernels", "DEF")
@@ -59,14 +69,15 @@ class Operator:
         for.
         """
         contract = self.contract
-        request = _dispatch.current_request() if backend is None else backend
-        if torch.compiler.is_compiling() or _is_watched():
+        is_compiling = torch.compiler.is_compiling()
+        request = _dispatch.request_of(contract.name, backend, is_compiling)
+        if is_compiling or _is_watched():
             why = _formula.reason(values)
             if why:
                 return _formula.forward(contract, values, attributes, seed, request, why)
-            if torch.compiler.is_compiling() or _c._len_torch_dispatch_stack() > 0:
+            if is_compiling or _c._len_torch_dispatch_stack() > 0:
                 return self._through_torch(values, attributes, seed, request)
-        signature, given, is_plain, requires_grad = scan(values)
+        signature, given, is_plain, requires_grad = contract.scan(values)
         if not is_plain:
             return self._through_torch(values, attributes, seed, request)
         needs_grad = requires_grad and torch.is_grad_enabled()
@@ -86,6 +97,7 @@ class Operator:
     def _through_torch(
         self, values: Sequence[Value], attributes: Sequence[Any], seed: int, request: str
     ) -> tuple[Any, ...]:
+        self.contract.check_kinds(values)
         packed = pack(self.contract.input_rows, self.contract.with_own_indices(values))
         outputs = self.fwd(*packed, *attributes, *self._seed(seed), request)
         return tuple(compress(outputs, self.contract.is_public))
@@ -153,13 +165,13 @@ class Operator:
         self.contract.check_outputs(call, named)
         found = _run_backward(call, needs, named, inputs, seed)
         # As the fake promises. The short way takes a gradient as it lies.
-        return [grad.contiguous() for grad in _flatten_grads(call.contract, needs, inputs, found)]
+        return [grad.contiguous() for grad in flat_grads(call.contract, needs, inputs, found)]
 
     def _fake_backward(self, *args: Any) -> list[Tensor]:
         _, needs, forward_args = self._split(args)
         inputs = dict(zip(self.contract.input_names, unpack(self.contract, iter(forward_args))))
-        like = {name: _new_empty(inputs[name]) for name in needs}
-        return _flatten_grads(self.contract, needs, inputs, like)
+        like = {name: new_empty(inputs[name]) for name in needs}
+        return flat_grads(self.contract, needs, inputs, like)
 
     def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         """Keeps for the formula the inputs that backward needs, the saved outputs, and the
@@ -356,29 +368,6 @@ def _is_watched() -> bool:
         or _c._is_tracing()
         or forward_ad._current_level >= 0
     )
-
-
-def _flatten_grads(
-    contract: Contract, needs: dict[str, bool], inputs: dict[str, Value], grads: dict[str, Value]
-) -> list[Tensor]:
-    """The gradients that were asked for, in the contract's order, lists expanded, absent elements
-    left out.
-    """
-    flat: list[Tensor] = []
-    for name in contract.backward_names:
-        if needs[name]:
-            value, grad = inputs[name], grads[name]
-            if isinstance(value, (list, tuple)):
-                flat += [g for v, g in zip(value, grad) if v is not None]
-            else:
-                flat.append(grad)
-    return flat
-
-
-def _new_empty(value: Value) -> Value:
-    if isinstance(value, (list, tuple)):
-        return [_new_empty(v) for v in value]
-    return None if value is None else value.new_empty(value.shape)
 
 
 def _empty_output(call: Call, row: Any, shape: Any) -> Any:

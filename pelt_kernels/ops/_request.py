@@ -61,18 +61,17 @@ def _open(blocks: tuple[_Block, ...] | None) -> tuple[_Block, ...]:
 
 def current() -> str:
     """The request of the innermost open block, else the process's; empty: the automatic choice."""
-    if torch.compiler.is_compiling():
-        return _HERE.name if _compiled is None else _compiled
-    return _read()
-
-
-def _read() -> str:
     blocks = _blocks.get()
     if blocks is None and _were_blocks:
         blocks = _blocks_of_backward()
     if not blocks:
         return _DEFAULT
     return next((block.name for block in reversed(blocks) if block.is_open), _DEFAULT)
+
+
+def compiled() -> str:
+    """The same for a function that is being compiled."""
+    return _HERE.name if _compiled is None else _compiled
 
 
 def _blocks_of_backward() -> tuple[_Block, ...] | None:
@@ -88,7 +87,7 @@ def _blocks_of_backward() -> tuple[_Block, ...] | None:
 def _attribute(name: str) -> str:
     if name != "name":
         raise AttributeError(name)
-    return _read()
+    return current()
 
 
 _HERE = ModuleType("pelt_kernels_request")

@@ -33,7 +33,9 @@ class Input:
 
 @dataclass(frozen=True)
 class Attribute:
-    """One attribute row: a number or a word, with its default and the values it may take."""
+    """One attribute row: a number or a word, with its default and the values it may take: words
+    with ``|`` between them, or an interval, where ``(-inf, inf)`` is every finite number.
+    """
 
     name: str
     type: str
@@ -47,6 +49,16 @@ class Attribute:
             if self.type in ("str", "str[]") and self.allowed
             else ()
         )
+
+    @property
+    def is_list(self) -> bool:
+        return self.type.endswith("[]")
+
+    def allows(self, number: float) -> bool:
+        """Does the number lie in the row's interval? NaN lies in none."""
+        low, high = (float(end) for end in self.allowed[1:-1].split(","))
+        above = number >= low if self.allowed.startswith("[") else number > low
+        return above and (number <= high if self.allowed.endswith("]") else number < high)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ._checks import check_count
-from ._contract import Contract, Value
+from ._contract import Contract
 from ._rows import Input
+from ._values import Value
 
 
 def forward_schema(contract: Contract) -> str:
@@ -75,3 +78,27 @@ def unpack(contract: Contract, packed: Iterator[Any]) -> list[Value]:
 def nothing(argument: Any) -> Any:
     """No gradient for an argument, in the structure that torch asks for."""
     return [] if isinstance(argument, (list, tuple)) and not len(argument) else None
+
+
+def flat_grads(
+    contract: Contract, needs: dict[str, bool], inputs: dict[str, Value], grads: dict[str, Value]
+) -> list[Tensor]:
+    """The gradients that were asked for, in the contract's order, lists expanded, absent elements
+    left out.
+    """
+    flat: list[Tensor] = []
+    for name in contract.backward_names:
+        if needs[name]:
+            value, grad = inputs[name], grads[name]
+            if isinstance(value, (list, tuple)):
+                flat += [g for v, g in zip(value, grad) if v is not None]
+            else:
+                flat.append(grad)
+    return flat
+
+
+def new_empty(value: Value) -> Value:
+    """Memory like an input's, or each of a list's."""
+    if isinstance(value, (list, tuple)):
+        return [new_empty(v) for v in value]
+    return None if value is None else value.new_empty(value.shape)

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
+from ._arguments import whole
 from ._formula import is_recorded
 
 
-def draw_seed(dropout_p: float, seed: int | None) -> Any:
+def draw_seed(operator: str, dropout_p: float, seed: int | None) -> Any:
     """The given seed, or one from torch's default CPU generator, whose state activation
     checkpointing restores.
 
@@ -18,7 +19,7 @@ def draw_seed(dropout_p: float, seed: int | None) -> Any:
     Nothing is drawn without dropout, so that a model in evaluation leaves the generator as it was.
     """
     if seed is not None:
-        return seed
+        return whole(operator, "seed", seed)
     if not dropout_p:
         return 0
     drawn = torch.randint(0, 2**63 - 1, (), dtype=torch.int64)

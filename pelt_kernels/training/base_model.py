@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
 
+from ..models.slots import longest_input
 from .errors import RunError, UsageError, reason
 
 # A real six-layer BERT whose weights lie inside a Python package: it needs no network.
@@ -37,42 +45,95 @@ def locate(name: str) -> tuple[str, bool]:
 
 def load_tokenizer(name: str) -> Any:
     """The model's tokenizer. Raises UsageError or RunError in one sentence."""
-    place, is_local = locate(name)
-    return _load(name, lambda: AutoTokenizer.from_pretrained(place, local_files_only=is_local))
+    tokenizer = _load(name, AutoTokenizer)
+    if tokenizer.pad_token is None:
+        raise UsageError(
+            f"model: the tokenizer of {name} has no padding token, without which texts make no "
+            "batch; name one as pad_token in its tokenizer_config.json"
+        )
+    return tokenizer
 
 
 def load_classifier(name: str, classes: int) -> Any:
-    """The model with a fresh classification head (drawn from torch's generator), in eval mode."""
-    place, is_local = locate(name)
-    return _load(
+    """The model with a fresh classification head (drawn from torch's generator), in eval mode,
+    whatever head and kind of problem the folder is for.
+    """
+    model, info = _load(
         name,
-        lambda: AutoModelForSequenceClassification.from_pretrained(
-            place, num_labels=classes, local_files_only=is_local, dtype="float32"
-        ),
+        AutoModelForSequenceClassification,
+        config=_classifier_config(name, classes),
+        ignore_mismatched_sizes=True,  # of the head's, which is drawn anew
+        output_loading_info=True,
+        dtype="float32",
     )
+    encoder = model.base_model_prefix + "."
+    for key, stored, expected in info["mismatched_keys"]:
+        if key.startswith(encoder):
+            raise RunError(
+                f"model '{name}' cannot be loaded: expected {key} {list(expected)} (from its "
+                f"config.json), got {list(stored)}"
+            )
+    heads = [child for child in model.children() if child is not model.base_model]
+    named = {key for key, _ in model.named_parameters() if not key.startswith(encoder)}
+    if not named <= set(info["missing_keys"]):
+        for head in heads:
+            head.apply(partial(_draw_anew, model))
+    return model
 
 
 def empty_classifier(name: str, classes: int) -> Any | None:
     """The model without weights, which takes no time and no space; None for a class that is not
     made for classification.
     """
-    config = load_config(name)
-    config.num_labels = classes
+    config = _classifier_config(name, classes)
     try:
         with torch.device("meta"):
-            return AutoModelForSequenceClassification.from_config(config)
+            return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     except ValueError:
         return None
 
 
+def longest_text(name: str, tokenizer: Any) -> int:
+    """Tokens of a text that the model reads, the special ones among them. Raises as load_config."""
+    # Tokenizers without a limit of their own report a huge number.
+    return min(tokenizer.model_max_length, longest_input(load_config(name)) or sys.maxsize)
+
+
 def load_config(name: str) -> Any:
     """The model's configuration. Raises UsageError or RunError in one sentence."""
+    return _load(name, AutoConfig)
+
+
+def _classifier_config(name: str, classes: int) -> Any:
+    """The model's configuration for one label a text, whatever its folder was trained for."""
+    config = load_config(name)
+    config.id2label = {number: f"LABEL_{number}" for number in range(classes)}
+    config.label2id = {label: number for number, label in config.id2label.items()}
+    config.problem_type = "single_label_classification"
+    config.return_dict = True
+    config.output_hidden_states = config.output_attentions = False
+    return config
+
+
+def _draw_anew(model: Any, module: torch.nn.Module) -> None:
+    """Initialises a module of the model as transformers does where a checkpoint lacks it."""
+    for parameter in module.parameters(recurse=False):
+        parameter._is_hf_initialized = False  # type: ignore[attr-defined]
+    model._init_weights(module)
+
+
+def _load(name: str, loader: Any, **options: Any) -> Any:
+    """What transformers loads from the model's place, running no code that lies there."""
     place, is_local = locate(name)
-    return _load(name, lambda: AutoConfig.from_pretrained(place, local_files_only=is_local))
-
-
-def _load(name: str, load: Any) -> Any:
+    options |= {"local_files_only": is_local, "trust_remote_code": False}
     try:
-        return load()
+        stored, _ = PreTrainedConfig.get_config_dict(place, local_files_only=is_local)
+        loaded = None if "auto_map" in stored else loader.from_pretrained(place, **options)
     except Exception as error:  # of transformers, safetensors, the network, the file system
         raise RunError(f"model '{name}' cannot be loaded: {reason(error)}") from error
+    if loaded is None:
+        raise UsageError(
+            f"model: {name} is made to run Python code of its own (auto_map in its config.json), "
+            "which is not done; expected a model of a class in transformers"
+        )
+    return loaded

@@ -53,6 +53,7 @@ class TrainConfig:
         eval_every: steps between evaluations and checkpoints; 0 means once an epoch, or every 25
             where an epoch is shorter.
         warmup: share of the steps in which the learning rate rises; it then falls linearly to 0.
+        no_header: the files have no line of names; columns are called 1, 2, 3 and so on.
         backend: the backend every operator must use; None chooses by itself.
     """
 
@@ -76,13 +77,14 @@ class TrainConfig:
     text_column: str | None = None
     pair_column: str | None = None
     label_column: str | None = None
+    no_header: bool = False
     backend: str | None = None
     device: str = "auto"
     precision: str = "fp32"
 
     @property
     def columns(self) -> Columns:
-        return Columns(self.text_column, self.pair_column, self.label_column)
+        return Columns(self.text_column, self.pair_column, self.label_column, not self.no_header)
 
     def method_config(self) -> MethodConfig:
         """The method with the options in it. Raises UsageError."""

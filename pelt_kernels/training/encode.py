@@ -18,7 +18,7 @@ class Encoded(Dataset[dict[str, Any]]):
     """Examples as token ids."""
 
     rows: list[dict[str, Any]]
-    truncated: int  # how many were longer than max_length
+    truncated: int  # how many were cut
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -41,11 +41,11 @@ def encode(
         return Encoded([], 0)
     texts = [example.text for example in examples]
     pairs = None if examples[0].pair is None else [example.pair or "" for example in examples]
-    # One pass without a limit tells which rows are too long; its warning would only repeat our
-    # note.
+    # One pass without a limit tells which rows are cut; its warning would only repeat our note.
     batch = tokenizer(texts, pairs, truncation=True, max_length=max_length)
     full = tokenizer(texts, pairs, truncation=False, verbose=False)
-    truncated = sum(len(ids) > max_length for ids in full["input_ids"])
+    both = zip(batch["input_ids"], full["input_ids"], strict=True)
+    truncated = sum(len(cut) < len(whole) for cut, whole in both)
     numbers = {label: number for number, label in enumerate(labels)}
     rows = []
     for index, example in enumerate(examples):

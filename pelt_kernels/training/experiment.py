@@ -17,7 +17,7 @@ import torch
 from ..models import get_pelt_model
 from ..ops import BACKENDS, use_backend
 from ..ops._dispatch import backend_of
-from .base_model import empty_classifier, load_config, load_tokenizer
+from .base_model import empty_classifier, load_tokenizer, longest_text
 from .config import DEVICES, TrainConfig, check_choice, save_config
 from .config import FILE as CONFIG_FILE
 from .errors import RunError, UsageError, reason
@@ -74,8 +74,8 @@ def train(
         with claimed(output):  # a run that goes on there is noticed before the data is read
             pass
     tokenizer = load_tokenizer(config.model)
-    config = replace(config, max_length=_longest_text(config, tokenizer))
     task = load_task(config.task, config.eval, config.columns, watchers.say)
+    config = replace(config, max_length=_max_length(config, tokenizer, task))
     _check_draws(task, config, watchers)
     config = replace(config, epochs=_epochs(config, task))
     _check_method(config, len(task.labels))
@@ -251,17 +251,22 @@ def _epochs(config: TrainConfig, task: Task) -> int:
     return recipe(config.method).epochs_for(examples, config.batch_size)
 
 
-def _longest_text(config: TrainConfig, tokenizer: Any) -> int:
-    # Tokenizers without a limit of their own report a huge number.
-    positions = getattr(load_config(config.model), "max_position_embeddings", None)
-    longest = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
-    if config.max_length is None:
-        return min(DEFAULT_MAX_LENGTH, longest)
-    if config.max_length > longest:
+def _max_length(config: TrainConfig, tokenizer: Any, task: Task) -> int:
+    """Tokens at which texts are cut: as asked, if the model reads that many and they hold more
+    than the special tokens.
+    """
+    longest = longest_text(config.model, tokenizer)
+    asked = min(DEFAULT_MAX_LENGTH, longest) if config.max_length is None else config.max_length
+    if asked > longest:
+        raise UsageError(f"max-length: {config.model} reads at most {longest} tokens, not {asked}")
+    special = tokenizer.num_special_tokens_to_add(pair=task.has_pairs)
+    texts = 1 + task.has_pairs
+    if asked < special + texts:
         raise UsageError(
-            f"max-length: {config.model} reads at most {longest} tokens, not {config.max_length}"
+            f"max-length: expected at least {special + texts} ({special} special tokens and one "
+            f"token {'of each text' if task.has_pairs else 'of the text'}), got {asked}"
         )
-    return config.max_length
+    return asked
 
 
 def _check_draws(task: Task, config: TrainConfig, watchers: Watchers) -> None:

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 import torch
 
 from ..models import PeltModel
-from .base_model import load_classifier, load_tokenizer
+from .base_model import load_classifier, load_tokenizer, longest_text
 from .encode import Pad, encode
 from .errors import RunError, UsageError, reason
 from .records import read_record
@@ -97,6 +97,7 @@ class Predictor:
             raise RunError(f"adapter {folder} cannot be used: {reason(error)}") from error
         self.model.to(device).eval()
         self.tokenizer = load_tokenizer(name)
+        self.max_length = min(self.card.max_length, longest_text(name, self.tokenizer))
 
     def __call__(self, examples: Iterable[Example], batch_size: int = 32) -> Predictions:
         """The labels of the examples. An empty text is the model's special tokens alone."""
@@ -123,7 +124,7 @@ class Predictor:
     def _predict(
         self, examples: list[Example], batch_size: int, advance: Callable[[int], None]
     ) -> Predictions:
-        encoded = encode(examples, self.tokenizer, self.card.max_length)
+        encoded = encode(examples, self.tokenizer, self.max_length)
         pad = Pad(self.tokenizer)
         lengths = encoded.lengths
         order = sorted(range(len(encoded)), key=lengths.__getitem__)  # little padding per batch

@@ -107,6 +107,50 @@ def test_predict_tells_the_accuracy_of_labelled_rows(
     assert f"accuracy {accuracy:.4f} on 60 labelled texts" in done.err
 
 
+UNLABELLED = {
+    "empty.csv": "text,label\na good film,\nbad,\n",
+    "minus.tsv": "sentence\tidx\tlabel\na good film\t0\t-1\nbad\t1\t-1\n",
+    "null.jsonl": '{"text": "a good film", "label": null}\n{"text": "bad", "label": NaN}\n',
+    "gone.jsonl": '{"text": "a good film"}\n{"text": "bad", "id": 1}\n',
+}
+
+
+@pytest.mark.parametrize("name", UNLABELLED)
+def test_rows_without_a_label_are_labelled(
+    run: Run, trained: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text(UNLABELLED[name])
+    adapter = ["--adapter", trained / "adapter"]
+    done = run("predict", *adapter, "--file", tmp_path / name)
+    assert done.code == 0 and done.out == run("predict", *adapter, "a good film", "bad").out
+    assert "accuracy" not in done.err
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text('{"text": "a good film"}\n{"text": "bad", "label": 1}\n')
+    assert "on 1 labelled texts; 1 are without" in run("predict", *adapter, "--file", mixed).err
+
+
+def test_an_argument_that_is_no_text_is_read_with_a_note(run: Run, trained: Path) -> None:
+    adapter = ["--adapter", trained / "adapter", "--json"]
+    done = run("predict", *adapter, "a good film", "good \udcff")  # the byte 0xff as Python has it
+    assert done.code == 0 and json.loads(done.out.splitlines()[1])["text"] == "good \ufffd"
+    assert "argument 2: what is no character" in done.err
+
+
+def test_columns_by_their_places_are_kept_and_resumed(
+    run: Run, tiny_model: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "a.tsv"
+    table.write_text("".join(f"id{n}\t{n % 2}\tgood film {n}\n" for n in range(60)))
+    names = ["--no-header", "--text-column", 3, "--label-column", 2]
+    small = ["--model", tiny_model, "--method", "head", "--epochs", 1, "--device", "cpu"]
+    output = tmp_path / "out"
+    done = run("train", "--task", table, *names, *small, "--output", output)
+    assert done.code == 0, done.err
+    assert run("train", "--resume", "--output", output).out == done.out
+    told = run("predict", "--adapter", output / "adapter", "--file", table, *names).err
+    assert "on 60 labelled texts" in told
+
+
 def test_an_over_long_text_is_cut_with_one_note(run: Run, trained: Path) -> None:
     long = "good film " * 300
     done = run("predict", "--adapter", trained / "adapter", long, "--json")

@@ -20,7 +20,7 @@ from pelt_kernels.ops import (
     symmetric_kl,
 )
 from pelt_kernels.ops._cases import make_attributes
-from pelt_kernels.ops._contract import flatten, lengths_of, unflatten
+from pelt_kernels.ops._values import flatten, lengths_of, unflatten
 
 BACKENDS = ["cpu", "eager"]
 QUICK = [

@@ -12,6 +12,7 @@ from pelt_kernels.ops import (
     Prefix,
     gated_adapter,
     lora_linear,
+    masked_weight,
     prefix_attention,
 )
 from pelt_kernels.ops._contract import Contract
@@ -44,6 +45,11 @@ def lora(x=None, weight=None, branches=(), **more):
     return lora_linear(*given, None, branches, **more)
 
 
+def pruned(keep, **more):
+    factors = (tensor(6, 2), tensor(2, 8), tensor(6, 2), tensor(2, 8), tensor(6), tensor(8))
+    return masked_weight(tensor(6, 8), *factors, keep, **more)
+
+
 INDEX = torch.tensor([0, 7])
 GATE = LearnedGate(tensor(D), tensor(1))
 BRANCH = LoraBranch(tensor(R, D), tensor(12, R))
@@ -69,7 +75,14 @@ BAD = [
     (lambda: adapter(w_down=tensor(3, R, D), bank_index=INDEX[:1].int()), ValueError, "expected down_index"),
     (lambda: adapter(bank_index=(INDEX, None)), ValueError, "expected a bank with a size M beside down_index, got none"),
     (lambda: adapter(w_down=tensor(3, R, D), b_down=tensor(R), bank_index=INDEX * 0), ValueError, "both as banks or both as single"),
-    (lambda: adapter(pre_norm=Norm(tensor(D), None)), ValueError, "expected pre_norm with weight and bias, got only one"),
+    (lambda: adapter(bank_index=INDEX), ValueError, "^gated_adapter: expected a bank beside bank_index"),
+    (lambda: adapter(bank_index="nonsense"), TypeError, "^gated_adapter: expected bank_index as a torch.Tensor or a pair, got str"),
+    (lambda: adapter(pre_norm=(tensor(D), tensor(D))), TypeError, "^gated_adapter: expected pre_norm as a Norm, got tuple"),
+    (lambda: adapter(backend=3), TypeError, "^gated_adapter: expected backend as a name or None, got int"),
+    (lambda: adapter(activation=[]), TypeError, "^gated_adapter: expected activation as str, got list"),
+    (lambda: adapter(seed=2**63), ValueError, "^gated_adapter: expected seed in"),
+    (lambda: adapter(x=tensor(B, S, D).to_sparse()), TypeError, "^gated_adapter: expected x as a dense tensor, got torch.sparse_coo"),
+    (lambda: adapter(pre_norm=Norm(tensor(D), None)), TypeError, r"expected pre_norm\.bias as a torch\.Tensor, got NoneType"),
     (lambda: adapter(residual="output"), ValueError, "expected residual 'input', None or a tensor, got 'output'"),
     (lambda: adapter(residual=tensor(B, S, D + 1)), ValueError, r"expected residual\[B, S, D\] = \[2, 5, 16\]"),
     (lambda: adapter(dropout_p=1.0), ValueError, r"expected dropout_p in \[0, 1\), got 1.0"),
@@ -85,6 +98,17 @@ BAD = [
     (lambda: attention(key_mask=tensor(B, S)), ValueError, "expected key_mask in bool"),
     (lambda: attention(bias=tensor(B, 4, S, S + 1)), ValueError, r"expected bias\[B, H, S, N\]"),
     (lambda: attention(gate=tensor(4)), ValueError, r"expected gate\[B\] = \[2\]"),
+    (lambda: attention(lengths=torch.tensor([3.7, 2.0])), ValueError, "^prefix_attention: expected lengths in int64 .*, got float32"),
+    (lambda: attention(lengths=torch.tensor([-1, 9])), ValueError, r"^prefix_attention: expected lengths in \[0, 5\] \(N=5\), got values from -1 to 9"),
+    (lambda: attention(lengths=torch.tensor([2, 6], dtype=torch.int32)), ValueError, r"expected lengths in \[0, 5\] \(N=5\), got values from 2 to 6"),
+    (lambda: attention(lengths=[3, 2]), TypeError, "^prefix_attention: expected lengths as a torch.Tensor, got list"),
+    (lambda: attention(scale=float("nan")), ValueError, r"^prefix_attention: expected scale in \(-inf, inf\), got nan"),
+    (lambda: attention(scale="1"), TypeError, "^prefix_attention: expected scale as a number, got str"),
+    (lambda: attention(is_causal=1), TypeError, "^prefix_attention: expected is_causal as True or False, got int"),
+    (lambda: attention(dropout_p=True), TypeError, "^prefix_attention: expected dropout_p as a number, got bool"),
+    # masked_weight
+    (lambda: pruned(2.5), TypeError, "^masked_weight: expected keep as an integer, got float"),
+    (lambda: pruned(3, beta=float("inf")), ValueError, r"^masked_weight: expected beta in \(-inf, inf\), got inf"),
     # lora_linear
     (lambda: lora(weight=tensor(12, D + 1)), ValueError, "expected weight"),
     (lambda: lora(weight=tensor(D, 12), transposed=False), ValueError, r"lora_linear: expected weight\[Dout, Din\] = \[12, 16\] \(transposed=False\), got \[16, 12\]"),

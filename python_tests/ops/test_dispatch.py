@@ -211,9 +211,12 @@ def test_a_backend_that_cannot_serve_says_why_and_who_can(name, monkeypatch):
 
 
 def test_an_unknown_backend_is_named_with_the_known_ones():
-    sentence = f"backend: expected one of {', '.join(BACKENDS)}, got 'tpu'"
-    with pytest.raises(ValueError, match=sentence), use_backend("tpu"):
+    names = f"one of {', '.join(BACKENDS)}, got 'tpu'"
+    with pytest.raises(ValueError, match=f"^backend: expected {names}"), use_backend("tpu"):
         pass
+    with pytest.raises(TypeError, match="^backend: expected a name or None"), use_backend(3):
+        pass
+    sentence = f"gated_adapter: expected backend as {names}"
     with pytest.raises(ValueError, match=sentence):
         call(backend="tpu")
     code = (

@@ -94,6 +94,68 @@ WRONG_FILES = {
     "not JSON": ("a.jsonl", b'{"text": "x", "label": 1}\n{"text"\n', "line 2 of .*not JSON"),
     "not an object": ("a.jsonl", b"[1]\n", "expected an object, got list"),
     "key missing": ("a.jsonl", b'{"text": "x", "label": 1}\n{"label": 1}\n', "'text' is missing"),
+    "several labels": (
+        "a.jsonl",
+        b'{"text": "x", "labels": ["joy", "anger"]}\n',
+        r"line 1 of .*one label in 'labels', got \['joy', 'anger'\]; .*multi-label",
+    ),
+    "a label that is an object": ("a.jsonl", b'{"text": "x", "label": {"a": 1}}\n', "one label in"),
+    "a label that is not a number": (
+        "a.jsonl",
+        b'{"text": "x", "label": 1}\n{"text": "x", "label": NaN}\n',
+        "line 2 of .*the label is empty",
+    ),
+    "a text that is an object": (
+        "a.jsonl",
+        b'{"text": {"en": "x"}, "label": 1}\n',
+        "expected text in 'text', got an object",
+    ),
+    "a text that is a list": (
+        "a.jsonl",
+        b'{"text": ["x"], "label": 1}\n',
+        "expected text in 'text', got a list",
+    ),
+    "no second text": (
+        "a.jsonl",
+        b'{"text": "x", "text_pair": null, "label": 1}\n',
+        "the text is empty",
+    ),
+    "half a character in a label": (
+        "a.jsonl",
+        b'{"text": "x", "label": "\\ud83d"}\n',
+        r"line 1 of .*label '\\ud83d' holds what is no character",
+    ),
+    "deep nesting": (
+        "a.jsonl",
+        b'{"text": "x", "label": 1, "id": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        "line 1 of .*nested too deeply",
+    ),
+    "a column that comes later": (
+        "a.jsonl",
+        b'{"text": "x", "label": 1}\n{"text": "x", "text_pair": "y", "label": 1}\n',
+        "line 2 of .*a further one for the texts: text, text_pair, label",
+    ),
+    "a column that goes": (
+        "a.jsonl",
+        b'{"text": "x", "text_pair": "y", "label": 1}\n{"text": "x", "label": 1}\n',
+        "line 2 of .*column 'text_pair' is missing",
+    ),
+    "ends of lines": ("a.tsv", b"text\tlabel\rx\t1\ry\t0\r", "to end in LF or CR LF, got CR alone"),
+    "scores": (
+        "a.tsv",
+        b"text\tlabel\n" + b"x\t2.800\ny\t10.000\nz\t0.5\n" * 4,
+        r"a.tsv: expected classes as labels, got 3 numbers such as 0.5; scores \(regression\)",
+    ),
+    "one number in two forms": (
+        "a.jsonl",
+        b'{"text": "x", "label": 1}\n{"text": "y", "label": 1.0}\n' * 5,
+        "line 2 of .*label 1.0 is the number 1, which is a label too",
+    ),
+    "no label at all": (
+        "a.tsv",
+        b"text\tlabel\n" + b"x\t-1\n" * 20,
+        "at least two labels, got none",
+    ),
     "one label": ("a.tsv", b"text\tlabel\n" + b"x\t1\n" * 20, "at least two labels, got only '1'"),
     "few rows": ("a.tsv", b"text\tlabel\nx\t1\ny\t0\n", "at least 8 rows, got 2"),
 }
@@ -107,6 +169,79 @@ def test_a_wrong_file_is_refused_in_one_sentence(tmp_path: Path, case: str) -> N
     with pytest.raises(UsageError, match=sentence) as error:
         load_task(str(tmp_path / name))
     assert "\n" not in str(error.value)
+
+
+def test_a_field_that_nobody_reads_may_be_any_number(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('\n{"text": 5, "label": 1.50, "id": ' + "9" * 5000 + ', "x": Infinity}\n')
+    (read,) = read_examples(path, Columns(), needs_label=True)
+    assert (read.text, read.label, read.origin) == ("5", "1.50", f"line 2 of {path}")
+
+
+def test_half_of_a_surrogate_pair_is_read_as_no_character_with_one_note(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = ['{"text": "good \\ud83d\\ude00", "text_pair": "a", "label": 1}']
+    lines += ['{"text": "cut \\ud83d", "text_pair": "\\ude00 b", "label": 1}'] * 2
+    path.write_text("\n".join(lines))
+    told: list[str] = []
+    read = read_examples(path, Columns(), needs_label=True, say=told.append)
+    assert [example.content for example in read] == [
+        ("good \U0001f600", "a"), *[("cut \ufffd", "\ufffd b")] * 2,
+    ]  # fmt: skip
+    assert len(told) == 1 and told[0].startswith(f"line 2 of {path}") and "U+FFFD" in told[0]
+
+
+@pytest.mark.parametrize(("name", "mark"), [("a.tsv", "\t"), ("a.csv", ",")])
+def test_columns_without_names_are_called_by_their_places(
+    tmp_path: Path, name: str, mark: str
+) -> None:
+    table = [(label, "0", "*", text) for text, label in rows(30, seed=2)]
+    path = tmp_path / name
+    path.write_text("\n" + "".join(mark.join(row) + "\n" for row in table))
+    columns = Columns(text="4", label="1", has_header=False)
+    read = read_examples(path, columns, needs_label=True)
+    assert [(e.text, e.label) for e in read] == [(row[3], row[0]) for row in table]
+    assert read[0].origin == f"line 2 of {path}"
+    assert len(load_task(str(path), columns=columns).train) > 20
+    with pytest.raises(UsageError, match="no text column .* among 1, 2, 3, 4; name it with"):
+        load_task(str(path), columns=Columns(has_header=False))
+    lines = tmp_path / "a.jsonl"
+    lines.write_text('{"text": "x", "label": 1}\n')
+    with pytest.raises(UsageError, match="no-header: expected a CSV or TSV file, got .*a.jsonl"):
+        load_task(str(lines), columns=Columns(has_header=False))
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv"])
+def test_blank_lines_before_the_names_are_blank_lines(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    mark = "\t" if name == "a.tsv" else ","
+    path.write_text(f"\n\ntext{mark}label\n\nx{mark}1\n")
+    (read,) = read_examples(path, Columns(), needs_label=True)
+    assert read.content == ("x", None) and read.origin == f"line 5 of {path}"
+
+
+def test_rows_of_minus_one_are_no_class_beside_whole_numbers(tmp_path: Path) -> None:
+    table = rows(60, seed=1)
+    path = write_tsv(tmp_path / "a.tsv", [*table, ("a song", "-1"), ("a book", "-1")])
+    test = write_tsv(tmp_path / "test.tsv", [*rows(9, seed=2), ("a film", "-1")])
+    told: list[str] = []
+    task = load_task(str(path), str(test), say=told.append)
+    assert task.labels == ("0", "1") and len(task.test) == 9
+    assert [sentence.split(" are left out")[0] for sentence in told] == [
+        "a.tsv: 2 of 62 rows", f"{test}: 1 of 10 rows",
+    ]  # fmt: skip
+    none = write_tsv(tmp_path / "none.tsv", [("a film", "-1")])
+    with pytest.raises(UsageError, match=r"none.tsv: expected labels, got none or -1 in every row"):
+        load_task(str(path), str(none))
+
+
+def test_minus_one_is_a_class_where_it_can_be_one(tmp_path: Path) -> None:
+    for others in (["1"], ["neg", "pos"], ["-2", "0"]):
+        labels = ["-1", *others]
+        table = [(f"text {n}", labels[n % len(labels)]) for n in range(60)]
+        # Beside 1 alone it would be the only other class.
+        path = write_tsv(tmp_path / "a.tsv", table)
+        assert set(load_task(str(path)).labels) == set(labels)
 
 
 def test_a_column_that_was_named_must_be_there(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from triton.runtime.jit import JITFunction
 
 from pelt_kernels.ops import _triton_host as host
 from pelt_kernels.ops._cases import Case, make_attributes, make_inputs
-from pelt_kernels.ops._contract import flatten
+from pelt_kernels.ops._values import flatten
 
 _TYPES = {
     torch.float32: "*fp32",

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._arguments import dense, flag, group, indices_of_sides, number, refuse
 from .._autocast import cast_activation
 from .._gate import LearnedGate
 from .._register import Operator
@@ -16,6 +17,7 @@ from .._seed import draw_seed
 from .contract import CONTRACT, NEVER_SKIP, reference
 
 _operator = Operator(CONTRACT, reference)
+_NAME = CONTRACT.name
 
 
 class Norm(NamedTuple):
@@ -80,20 +82,18 @@ def gated_adapter(
     Raises:
         ValueError: a shape, dtype, device, choice or index that does not fit; `skip_below` where a
             gradient is wanted; a backend that was asked for and cannot serve the call. TypeError:
-            not a tensor where one is needed.
+            an argument of another type.
 
     Saved for backward: x, h [B, S, R] and the gate's value. Papers: Houlsby et al. 2019; Mao et al.
     2022 (UniPELT); Wang et al. 2022 (AdaMix); Lin et al. 2020 (VLM); Zhang et al. 2022 (HyperPELT).
     """
     is_flat = isinstance(x, Tensor) and x.ndim == 2
-    x = cast_activation(x[None] if is_flat else x)
-    learned = gate if isinstance(gate, LearnedGate) else None
-    down_index, up_index = bank_index if isinstance(bank_index, tuple) else (bank_index, bank_index)
-    if (
-        not isinstance(bank_index, tuple) and bank_index is not None
-    ):  # one index serves the sides that are banks
-        down_index = bank_index if w_down.ndim == 3 else None
-        up_index = bank_index if w_up.ndim == 3 else None
+    x = cast_activation(dense(_NAME, "x", x)[None] if is_flat else x)
+    learned = group(_NAME, "gate", gate, LearnedGate) if isinstance(gate, LearnedGate) else None
+    down_index, up_index = indices_of_sides(_NAME, "bank_index", bank_index, w_down, w_up)
+    before = None if pre_norm is None else group(_NAME, "pre_norm", pre_norm, Norm)
+    after = None if post_norm is None else group(_NAME, "post_norm", post_norm, Norm)
+    dropout_p = number(_NAME, "dropout_p", dropout_p)
     residual_from, residual_tensor = _residual(residual, is_flat)
     if (
         skip_below is not None
@@ -107,29 +107,33 @@ def gated_adapter(
     scale_tensor = scale if isinstance(scale, Tensor) else None
     values = (
         x, w_down, b_down, w_up, b_up, down_index, up_index,
-        None if pre_norm is None else pre_norm.weight, None if pre_norm is None else pre_norm.bias,
-        None if post_norm is None else post_norm.weight,
-        None if post_norm is None else post_norm.bias,
+        None if before is None else before.weight, None if before is None else before.bias,
+        None if after is None else after.weight, None if after is None else after.bias,
         scale_tensor, None if learned else gate,
         learned.weight if learned else None, learned.bias if learned else None,
         mask, residual_tensor,
     )  # fmt: skip
     attributes = (
         activation, learned.pooling if learned else "none", residual_from,
-        1.0 if scale_tensor is not None else float(scale),
-        1e-5 if pre_norm is None else pre_norm.eps, 1e-5 if post_norm is None else post_norm.eps,
-        dropout_p, NEVER_SKIP if skip_below is None else skip_below,
+        1.0 if scale_tensor is not None else number(_NAME, "scale", scale),
+        1e-5 if before is None else number(_NAME, "pre_norm.eps", before.eps),
+        1e-5 if after is None else number(_NAME, "post_norm.eps", after.eps),
+        dropout_p, NEVER_SKIP if skip_below is None else number(_NAME, "skip_below", skip_below),
     )  # fmt: skip
-    y, gate_value = _operator(values, attributes, draw_seed(dropout_p, seed), backend)
+    y, gate_value = _operator(values, attributes, draw_seed(_NAME, dropout_p, seed), backend)
     y = y[0] if is_flat else y
-    return (y, gate_value if learned else None) if return_gate else y
+    return (y, gate_value if learned else None) if flag(_NAME, "return_gate", return_gate) else y
 
 
 def _residual(residual: str | Tensor | None, is_flat: bool) -> tuple[str, Tensor | None]:
     if residual is None:
         return "none", None
     if isinstance(residual, Tensor):
-        return "tensor", cast_activation(residual[None] if is_flat else residual)
+        return "tensor", cast_activation(
+            dense(_NAME, "residual", residual)[None] if is_flat else residual
+        )
+    if not isinstance(residual, str):
+        raise refuse(_NAME, "residual", "'input', None or a torch.Tensor", residual)
     if residual != "input":
         raise ValueError(
             f"gated_adapter: expected residual 'input', None or a tensor, got {residual!r}"

@@ -95,11 +95,11 @@ CONTRACT = Contract(
         activation    str = relu      relu | gelu | gelu_tanh | silu | tanh | identity
         pooling       str = none      none | token | mean | masked_mean
         residual_from str = input     input | none | tensor
-        scale_value   float = 1.0
-        pre_norm_eps  float = 1e-5
-        post_norm_eps float = 1e-5
+        scale_value   float = 1.0     (-inf, inf)
+        pre_norm_eps  float = 1e-5    [0, inf)
+        post_norm_eps float = 1e-5    [0, inf)
         dropout_p     float = 0.0     [0, 1)
-        skip_below    float = -inf
+        skip_below    float = -inf    [-inf, inf]
     """,
     outputs="""
         y           activation  differentiable

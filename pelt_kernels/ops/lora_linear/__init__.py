@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .._arguments import dense, flag, group, groups, indices_of_sides, number, whole
 from .._autocast import cast_activation
 from .._gate import LearnedGate
 from .._register import Operator
@@ -17,6 +18,7 @@ from .._seed import draw_seed
 from .contract import CONTRACT, reference
 
 _operator = Operator(CONTRACT, reference)
+_NAME = CONTRACT.name
 
 
 class LoraBranch(NamedTuple):
@@ -71,33 +73,37 @@ def lora_linear(
 
     Raises:
         ValueError: a shape, dtype, device, rank, column range or index that does not fit; a backend
-            that was asked for and cannot serve the call. TypeError: not a tensor where one is
-            needed.
+            that was asked for and cannot serve the call. TypeError: an argument of another type.
 
     Saved for backward: x and s = dropout(x) Aᵀ [B, S, ΣR]. Papers: Hu et al. 2022 (LoRA); Mao et
         al. 2022 (UniPELT).
     """
     x = cast_activation(x)
     leading = None
-    if isinstance(x, Tensor) and x.ndim != 3:
-        leading = x.shape[:-1]
+    if isinstance(x, Tensor) and x.ndim not in (0, 3):
+        leading = dense(_NAME, "x", x).shape[:-1]
         batch = leading[0] if len(leading) > 2 else 1
         # Not -1 for the rows: of an empty batch their number could not be told.
         rows = (leading[1:] if len(leading) > 2 else leading).numel()
         x = x.reshape(batch, rows, x.shape[-1])
+    dropout_p = number(_NAME, "dropout_p", dropout_p)
+    extra_gates = groups(_NAME, "extra_gates", extra_gates, LearnedGate)
     a, b, a_index, b_index, gate, gate_weight, gate_bias, offsets, scales, poolings = _columns(
-        branches
+        groups(_NAME, "branches", branches, LoraBranch)
     )
     values = (
         x, weight, bias, a, b, a_index, b_index, gate, gate_weight, gate_bias,
         [gate.weight for gate in extra_gates], [gate.bias for gate in extra_gates], mask,
     )  # fmt: skip
     extra_poolings = [gate.pooling for gate in extra_gates]
-    attributes = (transposed, offsets, scales, poolings, extra_poolings, dropout_p)
-    y, extras, gate_values = _operator(values, attributes, draw_seed(dropout_p, seed), backend)
+    is_transposed = flag(_NAME, "transposed", transposed)
+    attributes = (is_transposed, offsets, scales, poolings, extra_poolings, dropout_p)
+    y, extras, gate_values = _operator(
+        values, attributes, draw_seed(_NAME, dropout_p, seed), backend
+    )
     if leading is not None:
         y = y.reshape(*leading, y.shape[-1])
-    if return_gates:
+    if flag(_NAME, "return_gates", return_gates):
         branch_values = (v if p != "none" else None for v, p in zip(gate_values, poolings))
         return y, tuple(extras), tuple(branch_values)
     return (y, tuple(extras)) if extra_gates else y
@@ -114,14 +120,10 @@ def _columns(branches: Sequence[LoraBranch]) -> Any:
 
 def _fields(branch: LoraBranch) -> tuple[Any, ...]:
     a, b, offset, scale, gate, index = branch
-    a_index = b_index = None
-    if isinstance(index, tuple):
-        a_index, b_index = index
-    elif index is not None:  # one index serves the sides that are banks
-        a_index = index if a.ndim == 3 else None
-        b_index = index if b.ndim == 3 else None
-    scale, (b,) = fold("lora_linear: scale of a branch", scale, b)
-    if gate.__class__ is LearnedGate:
-        weight, bias, pooling = gate
+    a_index, b_index = indices_of_sides(_NAME, "a branch's bank_index", index, a, b)
+    offset = whole(_NAME, "a branch's offset", offset)
+    scale, (b,) = fold(_NAME, "a branch's scale", scale, b)
+    if isinstance(gate, LearnedGate):
+        weight, bias, pooling = group(_NAME, "a branch's gate", gate, LearnedGate)
         return a, b, a_index, b_index, None, weight, bias, offset, scale, pooling
     return a, b, a_index, b_index, gate, None, None, offset, scale, "none"

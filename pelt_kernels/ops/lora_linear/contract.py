@@ -114,8 +114,8 @@ CONTRACT = Contract(
     """,
     attributes="""
         transposed      bool = false
-        offsets         int[] = none
-        scales          float[] = none
+        offsets         int[] = none    [0, inf)
+        scales          float[] = none  (-inf, inf)
         poolings        str[] = none    none | token | mean | masked_mean
         extra_poolings  str[] = none    token | mean | masked_mean
         dropout_p       float = 0.0     [0, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._arguments import whole
 from .._register import Operator
 from .._scale import fold
 from .contract import CONTRACT, kept_entries, reference
@@ -12,6 +13,7 @@ from .contract import CONTRACT, kept_entries, reference
 __all__ = ["kept_entries", "masked_weight"]
 
 _operator = Operator(CONTRACT, reference)
+_NAME = CONTRACT.name
 
 
 def masked_weight(
@@ -57,14 +59,15 @@ def masked_weight(
 
     Raises:
         ValueError: a shape, dtype, device or number that does not fit; a backend that was asked for
-            and cannot serve the call. TypeError: not a tensor where one is needed.
+            and cannot serve the call. TypeError: an argument of another type.
 
     Saved for backward: the inputs and the mask [Dout, Din], one byte an entry. Paper: Li et al.
     2022 (PST).
     """
-    beta, (u,) = fold("masked_weight: beta", beta, u)
-    alpha1, (a,) = fold("masked_weight: alpha1", alpha1, a)
-    alpha2, (row, col) = fold("masked_weight: alpha2", alpha2, row, col)
+    keep = whole(_NAME, "keep", keep)
+    beta, (u,) = fold(_NAME, "beta", beta, u)
+    alpha1, (a,) = fold(_NAME, "alpha1", alpha1, a)
+    alpha2, (row, col) = fold(_NAME, "alpha2", alpha2, row, col)
     values = (w0, u, v, a, b, row, col)
     attributes = (keep, beta, alpha1, alpha2)
     if not all(attributes[1:]):

@@ -53,9 +53,9 @@ CONTRACT = Contract(
     """,
     attributes="""
         keep    int = 0
-        beta    float = 1.0
-        alpha1  float = 1.0
-        alpha2  float = 1.0
+        beta    float = 1.0  (-inf, inf)
+        alpha1  float = 1.0  (-inf, inf)
+        alpha2  float = 1.0  (-inf, inf)
     """,
     outputs="""
         y     activation  differentiable

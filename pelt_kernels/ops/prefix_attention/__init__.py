@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from .._arguments import counts, flag, groups, number
 from .._autocast import cast_activation
 from .._register import Operator
-from .._scale import fold
+from .._scale import default_scale, fold
 from .._seed import draw_seed
 from .contract import CONTRACT, reference
 
 _operator = Operator(CONTRACT, reference)
+_NAME = CONTRACT.name
 
 
 class Prefix(NamedTuple):
@@ -55,7 +56,8 @@ def prefix_attention(
             or concatenated to k. They have q's dtype, or float32 beside 16-bit activations.
         gate: [B] or [B, H], multiplies prefix keys and values; a gate of 0 leaves zero keys that
             take softmax mass.
-        key_mask or lengths: [B, N] bool (True: seen), or the number of seen keys [B]. Prefix
+        key_mask or lengths: [B, N] bool (True: seen), or the number of seen keys, integers [B] from
+            0 to N (of a GPU's values a smaller one counts as 0 and a greater one as N). Prefix
             columns are always seen.
         is_causal: bottom-right aligned: row i sees keys j <= i + N - S.
         bias: additive, [B or 1, H or 1, S, N] (T5's relative positions); 0 on prefix columns.
@@ -72,20 +74,19 @@ def prefix_attention(
 
     Raises:
         ValueError: a shape, dtype, device or index that does not fit; a backend that was asked for
-            and cannot serve the call. TypeError: not a tensor where one is needed.
+            and cannot serve the call. TypeError: an argument of another type.
 
     Saved for backward: q, k, v, out and the log-sum-exp. Papers: Li and Liang 2021 (prefix tuning);
     Mao et al. 2022 (UniPELT's gate); Clive et al. 2022 (Control Prefixes: tables).
     """
     q, k, v = cast_activation(q), cast_activation(k), cast_activation(v)
-    if lengths is not None:
-        lengths = lengths.to(torch.int64)
-    scale, (q,) = fold(
-        "prefix_attention: scale", q.shape[-1] ** -0.5 if scale is None else scale, q
-    )
+    scale, (q,) = fold(_NAME, "scale", default_scale(_NAME, q) if scale is None else scale, q)
+    dropout_p = number(_NAME, "dropout_p", dropout_p)
+    prefixes = groups(_NAME, "prefixes", prefixes, Prefix)
     values = (
         q, k, v, [prefix.k for prefix in prefixes], [prefix.v for prefix in prefixes],
-        [prefix.index for prefix in prefixes], gate, key_mask, lengths, bias,
+        [prefix.index for prefix in prefixes], gate, key_mask, counts(lengths), bias,
     )  # fmt: skip
-    out, lse = _operator(values, (is_causal, scale, dropout_p), draw_seed(dropout_p, seed), backend)
-    return (out, lse) if return_lse else out
+    attributes = (flag(_NAME, "is_causal", is_causal), scale, dropout_p)
+    out, lse = _operator(values, attributes, draw_seed(_NAME, dropout_p, seed), backend)
+    return (out, lse) if flag(_NAME, "return_lse", return_lse) else out

@@ -71,7 +71,7 @@ CONTRACT = Contract(
     """,
     attributes="""
         is_causal  bool = false
-        scale      float = 1.0
+        scale      float = 1.0   (-inf, inf)
         dropout_p  float = 0.0   [0, 1)
     """,
     outputs="""

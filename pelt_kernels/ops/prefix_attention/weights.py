@@ -7,16 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._arguments import flag, groups
 from .._autocast import cast_activation
-from .._scale import fold
-from . import eager
+from .._scale import default_scale, fold
+from . import Prefix, eager
 from .contract import CONTRACT
+
+_NAME = "attention_weights"
 
 
 def attention_weights(
     q: Tensor,
     k: Tensor,
-    prefixes: Sequence[tuple[Tensor, Tensor, Tensor | None]] = (),
+    prefixes: Sequence[Prefix] = (),
     *,
     gate: Tensor | None = None,
     key_mask: Tensor | None = None,
@@ -31,14 +34,14 @@ def attention_weights(
     take softmax mass; a row that sees nothing is 0.
     """
     q, k = cast_activation(q), cast_activation(k)
-    keys, values = [prefix[0] for prefix in prefixes], [prefix[1] for prefix in prefixes]
-    indices = [prefix[2] for prefix in prefixes]
-    scale, (q,) = fold(
-        "attention_weights: scale", q.shape[-1] ** -0.5 if scale is None else scale, q
-    )
+    prefixes = groups(_NAME, "prefixes", prefixes, Prefix)
+    keys, values = [prefix.k for prefix in prefixes], [prefix.v for prefix in prefixes]
+    indices = [prefix.index for prefix in prefixes]
+    scale, (q,) = fold(_NAME, "scale", default_scale(_NAME, q) if scale is None else scale, q)
     inputs = (q, k, k, keys, values, indices, gate, key_mask, None, None)
-    call = CONTRACT.bind(inputs, (is_causal, scale, 0.0))
+    call = CONTRACT.bind(inputs, (flag(_NAME, "is_causal", is_causal), scale, 0.0))
     CONTRACT.check_indices(call, inputs)
-    with torch.autocast(q.device.type, enabled=False):
+    device = "cpu" if q.is_meta else q.device.type
+    with torch.autocast(device, enabled=False):
         p, _ = eager.probabilities(call, q, k, keys, indices, gate, key_mask, None, None)
     return p.flatten(1, 2).to(q.dtype)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
+from .._arguments import dense
 from .._register import Operator
 from .contract import CONTRACT, reference
 
 _operator = Operator(CONTRACT, reference)
+_NAME = CONTRACT.name
 
 
 def symmetric_kl(
@@ -31,19 +35,30 @@ def symmetric_kl(
 
     Raises:
         ValueError: a shape, dtype or device that does not fit; a backend that was asked for and
-            cannot serve the call. TypeError: not a tensor where one is needed.
+            cannot serve the call. TypeError: an argument of another type.
 
     Saved for backward: z1, z2 and their log-sum-exps [2, T]. Paper: Wang et al. 2022 (AdaMix).
     """
-    if isinstance(z1, Tensor) and isinstance(z2, Tensor) and z1.ndim != 2 and z1.shape == z2.shape:
-        if not z1.ndim:
-            raise ValueError("symmetric_kl: expected z1[..., C] with at least one size, got []")
-        if mask is not None and mask.shape != z1.shape[:-1]:
+    if isinstance(z1, Tensor) and isinstance(z2, Tensor) and z1.ndim != 2:
+        z1, z2, mask = _flat(z1, z2, mask)
+    (loss,) = _operator((z1, z2, mask), (), 0, backend)
+    return loss
+
+
+def _flat(z1: Tensor, z2: Tensor, mask: Any) -> tuple[Tensor, Tensor, Any]:
+    """Logits [T, C] and mask [T], where their shapes go together."""
+    for name, value in (("z1", z1), ("z2", z2), ("mask", mask)):
+        dense(_NAME, name, value)
+    if not z1.ndim:
+        raise ValueError("symmetric_kl: expected z1[..., C] with at least one size, got []")
+    if z1.shape != z2.shape:
+        return z1, z2, mask  # the contract tells
+    if isinstance(mask, Tensor):
+        if mask.shape != z1.shape[:-1]:
             raise ValueError(
                 f"symmetric_kl: expected mask {list(z1.shape[:-1])} (z1 without its last size), got"
                 f" {list(mask.shape)}"
             )
-        z1, z2 = (z[None] if z.ndim == 1 else z.flatten(0, -2) for z in (z1, z2))
-        mask = None if mask is None else mask.reshape(-1)
-    (loss,) = _operator((z1, z2, mask), (), 0, backend)
-    return loss
+        mask = mask.reshape(-1)
+    z1, z2 = (z[None] if z.ndim == 1 else z.flatten(0, -2) for z in (z1, z2))
+    return z1, z2, mask

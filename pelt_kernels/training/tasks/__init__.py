@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import UsageError
@@ -12,21 +12,24 @@ from .examples import (
     LARGEST_TEST,
     Example,
     Task,
+    classes_of,
     held_out_size,
     hold_out,
-    label_order,
+    labelled,
     shortened,
+    with_known_labels,
 )
-from .files import Columns, iterate_examples, read_examples
+from .files import Columns, iterate_examples, read_examples, readable
 
 __all__ = [
     "Columns",
     "Example",
     "Task",
-    "check_labels",
     "iterate_examples",
     "load_task",
     "read_examples",
+    "readable",
+    "with_known_labels",
 ]
 
 FEWEST_EXAMPLES = 8
@@ -63,7 +66,7 @@ def load_task(
         return docstring_match.load()
     test: list[Example] | None = None
     if _is_file_name(name):
-        pool = read_examples(Path(name), columns, needs_label=True)
+        pool = read_examples(Path(name), columns, needs_label=True, say=say)
         title, test_source = Path(name).name, ""
     else:
         splits = hub.read_splits(name, columns)
@@ -77,19 +80,11 @@ def load_task(
         )
         test = splits.get(test_source)
     if test_file is not None:
-        test, test_source = read_examples(Path(test_file), columns, needs_label=True), test_file
-    task = _assemble(title, pool, test, test_source)
+        test = read_examples(Path(test_file), columns, needs_label=True, say=say)
+        test_source = test_file
+    task = _assemble(title, pool, test, test_source, say)
     _say_absent(task, say)
     return task
-
-
-def check_labels(examples: Iterable[Example], labels: Sequence[str]) -> None:
-    """Raises UsageError at the first label that is not among `labels`."""
-    for example in examples:
-        if example.label is not None and example.label not in labels:
-            raise UsageError(
-                f"{example.origin}: label '{example.label}' is not one of {', '.join(labels)}"
-            )
 
 
 def _is_file_name(name: str) -> bool:
@@ -98,18 +93,21 @@ def _is_file_name(name: str) -> bool:
 
 
 def _assemble(
-    title: str, pool: list[Example], test: list[Example] | None, test_source: str
+    title: str,
+    pool: list[Example],
+    test: list[Example] | None,
+    test_source: str,
+    say: Callable[[str], None],
 ) -> Task:
-    labels = label_order({example.label for example in pool if example.label is not None})
-    if len(labels) < 2:
-        raise UsageError(f"{title}: expected at least two labels, got only '{labels[0]}'")
+    labels = classes_of(pool, title)
+    pool = labelled(pool, labels, title, say)
     if len(pool) < FEWEST_EXAMPLES:
         raise UsageError(f"{title}: expected at least {FEWEST_EXAMPLES} rows, got {len(pool)}")
     if test is None:
         test, rest = hold_out(pool, held_out_size(len(pool), LARGEST_TEST), salt="test")
         test_source = f"held out of {title}"
     else:
-        check_labels(test, labels)
+        test = labelled(test, labels, test_source, say)
         if (test[0].pair is None) != (pool[0].pair is None):
             raise UsageError(
                 f"{test_source}: expected the same columns as {title}, got another number of texts"

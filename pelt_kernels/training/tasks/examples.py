@@ -6,8 +6,8 @@ import hashlib
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from ..errors import UsageError
 
@@ -16,7 +16,11 @@ from ..errors import UsageError
 LARGEST_DEV = 500
 LARGEST_TEST = 1000
 
+# What files and data sets write for a label that is not known.
+UNLABELLED = "-1"
+
 _WHOLE_NUMBER = re.compile(r"-?[0-9]{1,18}")
+_NUMBER = re.compile(r"-?[0-9]{1,18}(\.[0-9]{1,18})?")
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,77 @@ def label_order(labels: Collection[str]) -> tuple[str, ...]:
     if all(_WHOLE_NUMBER.fullmatch(label) for label in labels):
         return tuple(sorted(labels, key=lambda label: (int(label), label)))
     return tuple(sorted(labels))
+
+
+def classes_of(examples: Sequence[Example], where: str) -> tuple[str, ...]:
+    """The classes among the labels, in their order.
+
+    UNLABELLED is none of them beside two whole numbers from 0 or more. Raises UsageError for fewer
+    than two, for scores, and for one number written in two ways as 1 and 1.0.
+    """
+    origins: dict[str, str] = {}
+    for example in examples:
+        if example.label is not None:
+            origins.setdefault(example.label, example.origin)
+    labels = set(origins)
+    others = labels - {UNLABELLED}
+    is_counted = all(label[0] != "-" and _WHOLE_NUMBER.fullmatch(label) for label in others)
+    if is_counted and len(others) != 1:
+        labels = others
+    for label in sorted(labels):
+        whole, point, _ = label.partition(".")
+        if point and whole in labels and _NUMBER.fullmatch(label) and float(label) == int(whole):
+            raise UsageError(
+                f"{origins[label]}: label {label} is the number {whole}, which is a label too; "
+                "write them alike"
+            )
+    fractions = [label for label in labels if not _is_whole(label)]
+    if fractions and all(_NUMBER.fullmatch(label) for label in labels):
+        raise UsageError(
+            f"{where}: expected classes as labels, got {len(labels)} numbers such as "
+            f"{min(fractions)}; scores (regression) are not served, and numbers that are names of "
+            "classes need a letter, such as s2.5"
+        )
+    if len(labels) < 2:
+        only = f"only '{labels.pop()}'" if labels else "none"
+        raise UsageError(f"{where}: expected at least two labels, got {only}")
+    return label_order(labels)
+
+
+def labelled(
+    examples: Sequence[Example], labels: Sequence[str], where: str, say: Callable[[str], None]
+) -> list[Example]:
+    """The examples that have a label; says how many have none. Raises UsageError at a label that
+    is not among `labels`, and where no example is left.
+    """
+    known = [example for example in with_known_labels(examples, labels) if example.label]
+    if not known:
+        raise UsageError(f"{where}: expected labels, got none or {UNLABELLED} in every row")
+    if len(known) < len(examples):
+        say(
+            f"{where}: {len(examples) - len(known)} of {len(examples)} rows are left out, having "
+            f"no label ({UNLABELLED})"
+        )
+    return known
+
+
+def with_known_labels(examples: Iterable[Example], labels: Sequence[str]) -> Iterator[Example]:
+    """The examples with None for UNLABELLED where that is no class. Raises UsageError at the first
+    other label that is not among `labels`.
+    """
+    classes = {*labels, None}
+    for example in examples:
+        if example.label == UNLABELLED and UNLABELLED not in classes:
+            example = replace(example, label=None)
+        if example.label not in classes:
+            raise UsageError(
+                f"{example.origin}: label '{example.label}' is not one of {', '.join(labels)}"
+            )
+        yield example
+
+
+def _is_whole(label: str) -> bool:
+    return bool(_NUMBER.fullmatch(label)) and float(label).is_integer()
 
 
 def hold_out(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from ..errors import UsageError
 from .examples import Example
@@ -26,20 +29,30 @@ LABEL_COLUMNS = ("label", "labels", "class")
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 
 
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns to read; None means the first default that is there."""
+    """Names of the columns to read; None means the first default that is there. Without a header
+    a CSV or TSV file's columns are called 1, 2, 3 and so on.
+    """
 
     text: str | None = None
     pair: str | None = None
     label: str | None = None
+    has_header: bool = True
 
 
 def read_examples(
-    path: Path, columns: Columns, *, needs_label: bool, allows_empty: bool = False
+    path: Path,
+    columns: Columns,
+    *,
+    needs_label: bool,
+    say: Callable[[str], None] = lambda sentence: None,
 ) -> list[Example]:
     """The rows of a file. Raises UsageError as `iterate_examples`."""
-    return list(iterate_examples(path, columns, needs_label=needs_label, allows_empty=allows_empty))
+    return list(readable(iterate_examples(path, columns, needs_label=needs_label), say))
 
 
 def iterate_examples(
@@ -48,8 +61,8 @@ def iterate_examples(
     """The rows of a file one by one, so that it may be larger than the memory.
 
     Raises UsageError in one sentence for a missing or empty file, an unknown suffix, an absent
-    column, a row with too few fields, an empty text (unless allowed) or, where it is needed, an
-    empty label.
+    column, a row with too few fields, a value that is no text or label, an empty text (unless
+    allowed) or, where it is needed, an empty label; elsewhere an empty label is None.
     """
     if not path.is_file():
         raise UsageError(f"{path}: there is no such file")
@@ -60,18 +73,23 @@ def iterate_examples(
         raise UsageError(
             f"{path}: expected a name ending in {', '.join(SUFFIXES)}, got '{path.suffix}'"
         )
+    found: dict[str, None] = {}  # names of columns, in the order in which they appear
     resolved = None
     try:
-        for number, row in read(path):
-            resolved = resolved or resolve_columns(
-                str(path), list(row), columns, needs_label=needs_label
-            )
+        for number, row in read(path, columns.has_header):
+            origin = f"line {number} of {path}"
+            if resolved is None or not row.keys() <= found.keys():
+                found |= dict.fromkeys(row)
+                now = resolve_columns(str(path), list(found), columns, needs_label=needs_label)
+                if resolved and (now.text, now.pair) != (resolved.text, resolved.pair):
+                    raise UsageError(
+                        f"{origin}: expected the columns of the rows before, got a further one for "
+                        f"the texts: {', '.join(row)}; write it into every row, or name the "
+                        "columns with --text-column and --pair-column"
+                    )
+                resolved = now
             yield example_from_row(
-                row,
-                resolved,
-                f"line {number} of {path}",
-                needs_label=needs_label,
-                allows_empty=allows_empty,
+                row, resolved, origin, needs_label=needs_label, allows_empty=allows_empty
             )
     except UnicodeDecodeError as error:
         raise UsageError(
@@ -84,7 +102,7 @@ def iterate_examples(
 
 
 def example_from_row(
-    row: dict[str, str],
+    row: dict[str, Any],
     columns: Columns,
     origin: str,
     *,
@@ -94,17 +112,57 @@ def example_from_row(
     """One example from a row by the names that `resolve_columns` found. Raises UsageError, naming
     the row.
     """
-    names = (columns.text, columns.pair, columns.label)
-    for name in names:
+    for name in (columns.text, columns.pair, columns.label if needs_label else None):
         if name is not None and name not in row:
             raise UsageError(f"{origin}: column '{name}' is missing here")
-    text, pair, label = (None if name is None else row[name] for name in names)
-    assert text is not None  # resolve_columns always names a text column
+    assert columns.text is not None  # resolve_columns always names a text column
+    text = _plain(row, columns.text, origin)
+    pair = None if columns.pair is None else _plain(row, columns.pair, origin)
+    label = "" if columns.label is None else _label(row, columns.label, origin)
     if not allows_empty and (not text.strip() or (pair is not None and not pair.strip())):
         raise UsageError(f"{origin}: the text is empty")
-    if needs_label and not (label or "").strip():
+    if needs_label and not label:
         raise UsageError(f"{origin}: the label is empty")
-    return Example(text, pair, label.strip() if label is not None else None, origin)
+    return Example(text, pair, label or None, origin)
+
+
+def readable(examples: Iterable[Example], say: Callable[[str], None]) -> Iterator[Example]:
+    """The examples with U+FFFD for what is no character: half of a pair of surrogates in JSON, a
+    byte of an argument that is not UTF-8. Says where the first one is.
+    """
+    is_said = False
+    for example in examples:
+        texts = [part and _LONE_SURROGATE.sub("\ufffd", part) for part in example.content]
+        if tuple(texts) != example.content:
+            if not is_said:
+                say(
+                    f"{example.origin}: what is no character (half of a surrogate pair, or a byte "
+                    "that is not UTF-8) is read as U+FFFD, here and wherever it stands"
+                )
+            is_said = True
+            example = replace(example, text=texts[0] or "", pair=texts[1])
+        yield example
+
+
+def _plain(row: dict[str, Any], name: str, origin: str) -> str:
+    value = row[name]
+    if isinstance(value, list | dict):
+        kind = "a list" if isinstance(value, list) else "an object"
+        raise UsageError(f"{origin}: expected text in '{name}', got {kind}")
+    return "" if value is None else str(value)
+
+
+def _label(row: dict[str, Any], name: str, origin: str) -> str:
+    value = row.get(name)
+    if isinstance(value, list | dict):
+        raise UsageError(
+            f"{origin}: expected one label in '{name}', got {value!r:.60}; several labels a row "
+            "(multi-label classification) are not served"
+        )
+    label = "" if value is None else str(value).strip()
+    if _LONE_SURROGATE.search(label):
+        raise UsageError(f"{origin}: label {label!a} holds what is no character (a lone surrogate)")
+    return label
 
 
 def resolve_columns(where: str, found: list[str], asked: Columns, *, needs_label: bool) -> Columns:
@@ -135,50 +193,68 @@ def resolve_columns(where: str, found: list[str], asked: Columns, *, needs_label
             f"{where}: there is no column 'label' among {', '.join(found)}; "
             "name it with --label-column"
         )
-    return Columns(text, pair, label)
+    return replace(asked, text=text, pair=pair, label=label)
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def _read_csv(path: Path, has_header: bool) -> Iterator[tuple[int, dict[str, Any]]]:
     # A document may be longer than the 128 KiB that the csv module allows a field by default.
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
-            header = next(reader, [])
-            for row in reader:
-                if row:
-                    yield reader.line_num, _named(path, reader.line_num, header, row)
+            lines = ((reader.line_num, row) for row in reader if row)
+            yield from _named(path, lines, has_header)
         except csv.Error as error:
             raise UsageError(f"line {reader.line_num} of {path}: not CSV ({error})") from error
 
 
-def _read_tsv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def _read_tsv(path: Path, has_header: bool) -> Iterator[tuple[int, dict[str, Any]]]:
     """Fields between tabs as they stand: quotation marks are text, as in the GLUE files."""
     with path.open(encoding="utf-8-sig", newline="\n") as file:
-        header = file.readline().rstrip("\r\n").split("\t")
-        for number, line in enumerate(file, start=2):
-            line = line.rstrip("\r\n")
-            if line:
-                yield number, _named(path, number, header, line.split("\t"))
+        lines = ((number, line.rstrip("\r\n")) for number, line in enumerate(file, start=1))
+        fields = ((number, line.split("\t")) for number, line in lines if line)
+        yield from _named(path, fields, has_header)
 
 
-def _named(path: Path, number: int, header: list[str], row: list[str]) -> dict[str, str]:
-    if len(row) != len(header):
-        raise UsageError(f"line {number} of {path}: expected {len(header)} fields, got {len(row)}")
-    return dict(zip(header, row, strict=True))
+def _named(
+    path: Path, lines: Iterator[tuple[int, list[str]]], has_header: bool
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows by the names in the first line, or by their positions."""
+    number, first = next(lines, (0, []))
+    if any("\r" in field for field in first):
+        raise UsageError(
+            f"line {number} of {path}: expected lines to end in LF or CR LF, got CR alone"
+        )
+    header = first if has_header else [str(place) for place in range(1, len(first) + 1)]
+    if first and not has_header:
+        lines = chain([(number, first)], lines)
+    for number, row in lines:
+        if len(row) != len(header):
+            raise UsageError(
+                f"line {number} of {path}: expected {len(header)} fields, got {len(row)}"
+            )
+        yield number, dict(zip(header, row, strict=True))
 
 
-def _read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def _read_json_lines(path: Path, has_header: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+    if not has_header:
+        raise UsageError(f"no-header: expected a CSV or TSV file, got {path}, whose rows name all")
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                # Numbers stay as they are written, whatever their length; NaN is what pandas
+                # writes where there is nothing.
+                row = json.loads(
+                    line, parse_int=str, parse_float=str, parse_constant=lambda name: None
+                )
             except json.JSONDecodeError as error:
                 raise UsageError(f"line {number} of {path}: not JSON ({error.msg})") from error
+            except RecursionError as error:
+                raise UsageError(f"line {number} of {path}: nested too deeply") from error
             if not isinstance(row, dict):
                 raise UsageError(
                     f"line {number} of {path}: expected an object, got {type(row).__name__}"
                 )
-            yield number, {name: "" if value is None else str(value) for name, value in row.items()}
+            yield number, row

@@ -4,6 +4,7 @@ and a network needed.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from ..errors import RunError, UsageError, reason
@@ -13,7 +14,6 @@ from .files import Columns, example_from_row, resolve_columns
 # Collections whose second word is a subset; elsewhere a slash separates owner and name, and a colon
 # the subset.
 COLLECTIONS = ("glue", "super_glue")
-UNLABELLED = -1
 
 
 def read_splits(name: str, columns: Columns) -> dict[str, list[Example]]:
@@ -30,8 +30,12 @@ def read_splits(name: str, columns: Columns) -> dict[str, list[Example]]:
             "data set, install the package datasets (pip install datasets)"
         ) from error
     path, subset = split_name(name)
+    # Packages before datasets 4 run a script of the data set's where nothing forbids it.
+    runs_scripts = "trust_remote_code" in inspect.signature(datasets.load_dataset).parameters
     try:
-        loaded = datasets.load_dataset(path, subset)
+        loaded = datasets.load_dataset(
+            path, subset, **({"trust_remote_code": False} if runs_scripts else {})
+        )
     except Exception as error:  # its own, the network's and the file system's errors, of many types
         raise RunError(f"task '{name}': the data set cannot be loaded ({reason(error)})") from error
     splits = {
@@ -57,11 +61,16 @@ def _examples(where: str, rows: Any, columns: Columns) -> list[Example]:
     examples = []
     for number, row in enumerate(rows):
         label = row[resolved.label]
-        if label in (None, UNLABELLED):
+        if names:
+            label = names[label] if label is not None and label >= 0 else None
+        if label is None:
             continue
-        named = {column: str(value) for column, value in row.items()}
-        named[resolved.label or ""] = names[label] if names else str(label)
         examples.append(
-            example_from_row(named, resolved, f"row {number} of {where}", needs_label=True)
+            example_from_row(
+                row | {resolved.label or "": label},
+                resolved,
+                f"row {number} of {where}",
+                needs_label=True,
+            )
         )
     return examples

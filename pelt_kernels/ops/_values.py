@@ -1,0 +1,107 @@
+"""The inputs of a call as Python values: a tensor, None, or a list of either."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+Value = Any  # a Tensor, None, or a list of either
+
+
+def lengths_of(values: Iterable[Any]) -> tuple[int, ...]:
+    """-1 for a tensor or None, the number of elements for a list."""
+    return tuple(len(value) if isinstance(value, (list, tuple)) else -1 for value in values)
+
+
+def flatten(values: Iterable[Any]) -> list[Any]:
+    """Values with their lists expanded; `unflatten` with their `lengths_of` is the way back."""
+    flat: list[Any] = []
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            flat.extend(value)
+        else:
+            flat.append(value)
+    return flat
+
+
+def unflatten(flat: Iterator[Any], lengths: Iterable[int]) -> list[Any]:
+    """Takes from ``flat`` one value for -1 and a list of n for n."""
+    return [next(flat) if length < 0 else [next(flat) for _ in range(length)] for length in lengths]
+
+
+def is_given(value: Value) -> bool:
+    """Is there a tensor at all?"""
+    if isinstance(value, (list, tuple)):
+        return any(v is not None for v in value)
+    return value is not None
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Has the tensor no values that can be read?"""
+    return tensor.is_meta or (
+        type(tensor) is not Tensor and not isinstance(tensor, torch.nn.Parameter)
+    )
+
+
+def own_copy(value: Value) -> Value:
+    """Indices on the CPU again, in memory that nobody else has."""
+    if isinstance(value, (list, tuple)):
+        return [own_copy(v) for v in value]
+    return value if value is None or value.device.type != "cpu" else value.clone()
+
+
+def extremes(index: Tensor) -> tuple[int, int]:
+    """The least and the greatest value. Python finds those of few values sooner: in 0.5 us, where
+    torch takes 2.3 us.
+    """
+    if index.numel() <= 32:
+        found = index.flatten().tolist()
+        return min(found), max(found)
+    low, high = torch.aminmax(index)
+    return int(low), int(high)
+
+
+def scan(values: Sequence[Value]) -> tuple[list[Any], list[Tensor], bool, bool]:
+    """One look at each input: what a call is recognised by, the tensors that are there, whether all
+    are ordinary tensors, and whether one of them requires a gradient.
+
+    A wrong type is its own signature and fails in `Contract.bind`. Written for speed: this runs at
+    every call.
+    """
+    signature: list[Any] = []
+    given: list[Tensor] = []
+    is_plain, requires_grad = True, False
+    for value in values:
+        if value is None:
+            signature.append(None)
+        elif value.__class__ is Tensor or value.__class__ is Parameter:
+            given.append(value)
+            signature += (value.shape, value.dtype, value.device)
+            if value.layout is not torch.strided:
+                is_plain = False
+            requires_grad = requires_grad or value.requires_grad
+        elif isinstance(value, (list, tuple)):
+            signature.append(len(value))
+            for element in value:
+                if element is None:
+                    signature.append(None)
+                elif isinstance(element, Tensor):
+                    given.append(element)
+                    signature += (element.shape, element.dtype, element.device)
+                    requires_grad = requires_grad or element.requires_grad
+                    if element.layout is not torch.strided or (
+                        element.__class__ is not Tensor and element.__class__ is not Parameter
+                    ):
+                        is_plain = False
+                else:
+                    signature.append(type(element))
+        elif isinstance(value, Tensor):
+            is_plain = False
+            signature += (value.shape, value.dtype, value.device)
+        else:
+            signature.append(type(value))
+    return signature, given, is_plain, requires_grad
