@@ -12,7 +12,7 @@ import torch
 from closeness import assert_close
 from tiny_encoder import write_tsv
 from torch.nn.functional import cross_entropy
-from transformers import TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from pelt_kernels.models import get_pelt_model
 from pelt_kernels.training import TrainConfig, UsageError, Watchers, train
@@ -20,7 +20,11 @@ from pelt_kernels.training.base_model import load_classifier, load_tokenizer
 from pelt_kernels.training.encode import Pad, encode
 from pelt_kernels.training.metrics import balanced_weights
 from pelt_kernels.training.recipes import RECIPES
-from pelt_kernels.training.stopping import best_evaluation, evaluations_without_gain
+from pelt_kernels.training.stopping import (
+    EarlyStopping,
+    best_evaluation,
+    evaluations_without_gain,
+)
 from pelt_kernels.training.tasks import Example
 from pelt_kernels.training.trainer import PeltTrainer
 
@@ -73,6 +77,22 @@ def test_the_loss_decides_where_the_score_stands_still(
     assert evaluations_without_gain(history, "accuracy") == waited
     found = best_evaluation(history, "accuracy")
     assert found is not None and found["step"] == best
+
+
+@pytest.mark.parametrize(
+    ("history", "stops"),
+    [
+        (history_of(*UNBALANCED, constant="cccc"), False),
+        (history_of([0.8, 0.7, 0.7, 0.7], [0.5, 0.4, 0.3, 0.2]), True),
+        (history_of([0.7, 0.8, 0.7, 0.7], [0.5, 0.4, 0.3, 0.2]), False),
+    ],
+)
+def test_patience_of_three(history: list[dict[str, Any]], stops: bool) -> None:
+    control = TrainerControl()
+    EarlyStopping("accuracy", patience=3).on_evaluate(
+        None, TrainerState(log_history=history), control
+    )
+    assert control.should_training_stop == stops
 
 
 def test_without_evaluations_there_is_no_best() -> None:
