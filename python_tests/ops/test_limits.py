@@ -122,14 +122,8 @@ HIDDEN = [
         _skipped_rows,
     ),
     Hidden(
-        "gated_adapter",
-        _case("gated_adapter", "skip_sentences", inputs="b_down b_up gate residual", **_RESIDUAL),
-        _skipped_rows,
-    ),
-    Hidden(
         "gated_adapter", _case("gated_adapter", "unipelt"), _masked_rows, _real_rows("gate_value")
     ),
-    Hidden("lora_linear", _case("lora_linear", "unipelt"), _masked_rows, _real_rows()),
     Hidden("lora_linear", _case("lora_linear", "unipelt_query"), _masked_rows, _real_rows(*_EXTRA)),
     Hidden(
         "lora_linear",
