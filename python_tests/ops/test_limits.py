@@ -99,11 +99,10 @@ HIDDEN = [
             _case("prefix_attention", "unipelt"),
             _case("prefix_attention", "unipelt", "keys_alone", inputs="key_mask"),
             _case("prefix_attention", "unipelt", "causal", attributes={"is_causal": True}),
-            _case("prefix_attention", "lengths"),
-            _case("prefix_attention", "all_masked"),
-            _case("prefix_attention", "dropout"),
-            _case("prefix_attention", "t5"),
-            _case("prefix_attention", "grouped_query"),
+            *(
+                _case("prefix_attention", name)
+                for name in ("lengths", "all_masked", "dropout", "t5", "grouped_query")
+            ),
         )
     ),
     Hidden(
@@ -351,9 +350,7 @@ def test_a_class_that_does_not_exist_is_as_one_that_is_not_listed():
 @pytest.mark.parametrize("name", ["prefix", "dropout", "t5", "head_96"])
 @pytest.mark.parametrize("backend", BACKENDS["prefix_attention"][1:])
 def test_float16_scores_are_scaled_before_they_are_large(backend, name, need):
-    """Products of 130 000, twice float16's largest number, and scores of 16 000 or, with a scale of
-    1, of 65 000.
-    """
+    """Products of 130 000, twice float16's largest number; with a scale of 1 of 64 000."""
     need(backend_of(backend), parity.why_unavailable("prefix_attention", backend))
     case = _case("prefix_attention", name)
     refusal = parity.why_refused("prefix_attention", backend, case, "float16")
