@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..methods import AdaMixConfig, MethodConfig, with_part_changes
 from ..nn import Bank
+from .attention_config import viewed
 from .checkpoint import Checkpointed, without_reparametrisation
 from .export import Exportable
 from .inject import Injection, raise_occupied
@@ -154,7 +155,7 @@ class PeltModel(Exportable, Checkpointed):
     @property
     def config(self) -> Any:
         """The base model's configuration; the method's is `method_config`."""
-        return self.base_model.config
+        return viewed(self.base_model.config)
 
     @property
     def device(self) -> torch.device:
