@@ -203,7 +203,8 @@ def check_mask(mask: Any) -> None:
         raise ValueError(
             "pelt attention: expected attention_mask [B, N] with 1 for tokens and 0 for padding, "
             f"got {got}; masks for "
-            "single query-key pairs are not supported by gates and prefixes"
+            "single query-key pairs are not supported by gates and prefixes (generate() makes one "
+            "unless cache_implementation is left at its default)"
         )
 
 
