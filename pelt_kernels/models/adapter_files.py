@@ -35,6 +35,8 @@ BASE_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "num_hidden_layers": ((int,), "a whole number"),
     "num_attention_heads": ((int,), "a whole number"),
     "num_labels": ((int, type(None)), "a whole number or null"),
+    "vocab_size": ((int,), "a whole number"),
+    "vocab_added": ((int,), "a whole number"),
 }
 
 _log = logging.getLogger(__name__)

@@ -20,10 +20,10 @@ from transformers.utils import logging
 
 from ..nn import PrefixAttention
 from ..ops.prefix_attention.weights import attention_weights
+from .attention_config import PELT, AttentionView
 
 logger = logging.get_logger(__name__)
 
-PELT = "pelt"
 SITE = "_pelt_site"
 FORWARDS = "_pelt_forwards"
 
@@ -68,7 +68,6 @@ class LayerSite:
 
     Args:
         layer: the layer's number.
-        base_attention: the attention implementation the base model was loaded with.
         prefix, prefix_row: the model's prefixes, and which of them is this layer's; None without a
             prefix.
         needs_mask: whether a gate of this layer pools over real tokens only.
@@ -77,13 +76,12 @@ class LayerSite:
     def __init__(
         self,
         layer: int,
-        base_attention: str,
         prefix: PrefixAttention | None,
         prefix_row: int,
         has_prefix_gate: bool,
         needs_mask: bool,
     ) -> None:
-        self.layer, self.base_attention = layer, base_attention
+        self.layer = layer
         self.prefix, self.prefix_row = prefix, prefix_row
         self.has_prefix_gate, self.needs_mask = has_prefix_gate, needs_mask
         self.in_flight = InFlight()
@@ -205,7 +203,8 @@ def check_mask(mask: Any) -> None:
         raise ValueError(
             "pelt attention: expected attention_mask [B, N] with 1 for tokens and 0 for padding, "
             f"got {got}; masks for "
-            "single query-key pairs are not supported by gates and prefixes"
+            "single query-key pairs are not supported by gates and prefixes (generate() makes one "
+            "unless cache_implementation is left at its default)"
         )
 
 
@@ -234,7 +233,7 @@ def attention_forward(
         ValueError: a mask that is not a padding mask.
     """
     site: LayerSite | None = getattr(module, SITE, None)
-    if site is None:
+    if site is None and not isinstance(module.config, AttentionView):
         raise ValueError(
             "pelt attention: expected a layer prepared by get_pelt_model, got a "
             f"{type(module).__name__} without; "
@@ -244,9 +243,10 @@ def attention_forward(
     # The same for the kernel and for the weights of those who want to see them.
     causal = is_causal(module)
     how: dict[str, Any] = {"key_mask": attention_mask, "is_causal": causal, "scale": scaling}
-    if site.prefix is None:
+    if site is None or site.prefix is None:
+        # Without a site: a model of its own, built from the configuration of one with a method.
         out, weights = _base_attention(
-            site, module, query, key, value, attention_mask, scaling, dropout, kwargs
+            module, query, key, value, attention_mask, scaling, dropout, kwargs
         )
         if weights is None and wants_weights(module, kwargs):
             weights = attention_weights(query, key, **how)
@@ -298,7 +298,6 @@ def wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
 
 
 def _base_attention(
-    site: LayerSite,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -313,7 +312,8 @@ def _base_attention(
     eager adds its mask and sdpa reads a boolean one; both broadcast over queries, so [B, 1, 1, N]
     is enough where every query sees the same keys.
     """
-    name = site.base_attention
+    config: Any = module.config
+    name = config.base_attention
     if name == "eager":
         function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         if function is None:

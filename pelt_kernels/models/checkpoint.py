@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..methods import MethodConfig, PrefixTuningConfig, with_part_changes
@@ -13,11 +14,13 @@ from ..nn import PrefixAttention
 from .adapter_files import copy_weights, read_config, read_weights, write_adapter
 from .allocation import check_size
 from .pruning import Prunable
+from .vocabulary import ADDED_ROWS, check_rows, vocabulary_of, word_embeddings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from typing_extensions import Self
 
+BASE = "base_model."
 SHAPE_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -36,6 +39,8 @@ class Checkpointed(nn.Module):
     method_config: MethodConfig
     _trained: tuple[str, ...]
     _is_detached: bool
+    _first_values: dict[str, Tensor] | None
+    _held_words: int
 
     if TYPE_CHECKING:
 
@@ -50,7 +55,8 @@ class Checkpointed(nn.Module):
         self, directory: str | os.PathLike[str], *, collapse_prefix: bool = False, **ignored: Any
     ) -> None:
         """Writes adapter_config.json and adapter_model.safetensors: what was trained, the head
-        included, nothing else.
+        included, nothing else but the word embeddings' rows that `resize_token_embeddings` added to
+        what the base model was loaded from, as no other file has them.
 
         Args:
             directory: made if it is not there; earlier files are replaced whole, by os.replace.
@@ -72,7 +78,13 @@ class Checkpointed(nn.Module):
             }
             tensors["prefix.table"] = self.prefix.as_table()
             config = without_reparametrisation(config)
-        write_adapter(directory, config, describe_base(self.base_model), tensors)
+        base = describe_base(self.base_model)
+        added = base["vocab_size"] - self._held_words
+        if added > 0:
+            name, weight = word_embeddings(self.base_model)
+            if BASE + name not in tensors:
+                base["vocab_added"], tensors[ADDED_ROWS] = added, weight[-added:]
+        write_adapter(directory, config, base, tensors)
 
     def load_adapter(self, directory: str | os.PathLike[str]) -> None:
         """Loads what `save_pretrained` wrote into this model, which must have the same method.
@@ -89,7 +101,11 @@ class Checkpointed(nn.Module):
                 f"load_adapter: expected {directory} to hold {self.method_config}, got {config}; "
                 "use PeltModel.from_pretrained for it"
             )
-        copy_weights(self.trained_parameters(), read_weights(directory, config), directory)
+        tensors = read_weights(directory, config)
+        rows = tensors.pop(ADDED_ROWS, None)
+        check_rows(rows, base, self.base_model, directory)
+        copy_weights(self.trained_parameters(), tensors, directory)
+        self._put_rows(rows)
 
     @classmethod
     def from_pretrained(
@@ -111,6 +127,8 @@ class Checkpointed(nn.Module):
         config, base = read_config(directory)
         check_base(model, base, directory)
         tensors = read_weights(directory, config)
+        rows = tensors.pop(ADDED_ROWS, None)
+        check_rows(rows, base, model, directory)
         check_size(model, config, tensors, directory)
         made = cls(model, config)
         try:
@@ -118,12 +136,23 @@ class Checkpointed(nn.Module):
         except BaseException:
             made._take_out()
             raise
+        made._put_rows(rows)
         if isinstance(made, Prunable):
             made.set_progress(1.0)
         if not is_trainable:
             made.requires_grad_(False)
             made.eval()
         return made
+
+    def _put_rows(self, rows: Tensor | None) -> None:
+        """Gives the last words a file's embeddings; the base model's own come back with it."""
+        if rows is None:
+            return
+        name, weight = word_embeddings(self.base_model)
+        if self._first_values is not None:
+            self._first_values.setdefault(name, weight.detach().cpu().clone())
+        with torch.no_grad():
+            weight[-len(rows) :].copy_(rows)
 
     def state_dict(  # type: ignore[override]
         self, *args: Any, frozen: bool = False, **kwargs: Any
@@ -173,6 +202,7 @@ def describe_base(model: PreTrainedModel) -> dict[str, Any]:
     """What an adapter has to know about the model it was trained in."""
     described: dict[str, Any] = {name: getattr(model.config, name) for name in SHAPE_FIELDS}
     described["num_labels"] = getattr(model.config, "num_labels", None)
+    described["vocab_size"] = vocabulary_of(model)
     described["architecture"] = type(model).__name__
     described["name_or_path"] = getattr(model.config, "_name_or_path", "") or None
     return described
@@ -188,11 +218,17 @@ def check_base(
     ]
     if mine["num_labels"] != described.get("num_labels"):
         differing.append("num_labels")
+    words = described.get("vocab_size")  # of files from before it was written: none
+    is_resized = words is not None and words != mine["vocab_size"]
+    if is_resized:
+        differing.append("vocab_size")
     if differing:
+        way_out = f"; model.resize_token_embeddings({words}) gives it as many words"
         raise ValueError(
             f"from_pretrained: expected a model like the one {directory} was trained in, with "
             f"{', '.join(f'{name}={described.get(name)}' for name in differing)}, got "
             f"{', '.join(f'{name}={mine[name]}' for name in differing)}"
+            f"{way_out if is_resized else ''}"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,6 @@ from ..nn import GatedAdapter, LoRALinear, PrefixAttention
 from ..nn.original import Original
 from .attention import (
     FORWARDS,
-    PELT,
     SITE,
     Forwards,
     LayerSite,
@@ -26,6 +24,7 @@ from .attention import (
     read_mask,
     register_attention,
 )
+from .attention_config import with_pelt_attention
 from .mixture import adapt_with_experts, check_random_state
 from .pruning import prune_linears
 from .replacement import Replacement, check_places
@@ -127,13 +126,12 @@ class Injection:
         needs_mask = any(_pools_by_mask(part) for part in parts[:3])
         self.uses_pelt_attention = needs_mask or self.prefix is not None
         self.pelt_config = (
-            _with_pelt_attention(model.config) if self.uses_pelt_attention else model.config
+            with_pelt_attention(model.config) if self.uses_pelt_attention else model.config
         )
         for i, layer in enumerate(self.layers):
             has_prefix = i in rows
             site = LayerSite(
                 layer=i,
-                base_attention=model.config._attn_implementation,
                 prefix=self.prefix if has_prefix else None,
                 prefix_row=rows.get(i, -1),
                 has_prefix_gate=has_prefix and bool(parts.prefix and parts.prefix.gated),
@@ -253,10 +251,10 @@ class Injection:
         self.model.base_model.__dict__.pop(FORWARDS, None)
 
     def _use_config(self, old: Any, new: Any) -> None:
-        """The attention implementation is read from the configuration object that modules share;
-        the base model's is never written to, because another model may have been built from it.
+        """The attention implementation is read from the configuration that the encoder's modules
+        share; they are given a view of it, because another model may have been built from it.
         """
-        for module in self.model.modules():
+        for module in self.model.base_model.modules():
             if getattr(module, "config", None) is old:
                 module.config = new
 
@@ -320,13 +318,6 @@ def _parameter_placement(linear: nn.Module) -> dict[str, Any]:
 
 def _pools_by_mask(part: BottleneckAdapterConfig | PrefixTuningConfig | LoraConfig | None) -> bool:
     return part is not None and bool(part.gated) and part.gate_pooling == "masked_mean"
-
-
-def _with_pelt_attention(config: Any) -> Any:
-    """A copy of a configuration object that names the attention function "pelt"."""
-    changed = copy.copy(config)
-    changed._attn_implementation_internal = PELT
-    return changed
 
 
 def _check_chunking(model: PreTrainedModel, parts: Parts) -> None:

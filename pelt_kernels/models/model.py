@@ -12,17 +12,18 @@ from torch import Tensor
 
 from ..methods import AdaMixConfig, MethodConfig, with_part_changes
 from ..nn import Bank
-from .checkpoint import Checkpointed, without_reparametrisation
+from .attention_config import viewed
+from .checkpoint import BASE, Checkpointed, without_reparametrisation
 from .export import Exportable
+from .first_values import check_first_values, kept, put_values
 from .inject import Injection, raise_occupied
 from .mixture import compares_passes, consistent_forward
 from .shown import empty, shown_as
 from .slots import slots_of
+from .vocabulary import held_words, vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
-
-BASE = "base_model."
 
 
 class PeltModel(Exportable, Checkpointed):
@@ -78,8 +79,10 @@ class PeltModel(Exportable, Checkpointed):
         self._head = head
         self._requires_grad = {name: parameter.requires_grad for name, parameter in named.items()}
         self._first_values = (
-            None if parts.tune == "all" else {name: _kept(named[name]) for name in in_place}
+            None if parts.tune == "all" else {name: kept(named[name]) for name in in_place}
         )
+        self._vocabulary = vocabulary_of(model)
+        self._held_words = held_words(model)
         self._injection = injection
         self._is_detached = False
         injection.attach()
@@ -154,7 +157,7 @@ class PeltModel(Exportable, Checkpointed):
     @property
     def config(self) -> Any:
         """The base model's configuration; the method's is `method_config`."""
-        return self.base_model.config
+        return viewed(self.base_model.config)
 
     @property
     def device(self) -> torch.device:
@@ -293,6 +296,7 @@ class PeltModel(Exportable, Checkpointed):
             yield
             return
         self._injection.check_detachable("disable_adapter")
+        self._check_first_values("disable_adapter", keep_head=True)
         self._injection.detach()
         self._is_detached = True
         trained_values = self._put_first_values(keep_head=True)
@@ -310,15 +314,18 @@ class PeltModel(Exportable, Checkpointed):
 
         Args:
             keep_head: leave the trained head on it. By default the head, too, has the values it
-                came with.
+                came with; where `resize_token_embeddings` changed it since, the words that it came
+                with.
 
         Raises:
             ValueError: the method is full fine-tuning, which has no untouched base;
-                ``model.base_model`` is its result.
+                ``model.base_model`` is its result. Or a parameter has another shape now, or is
+                computed from others; the model is as it was.
         """
         self._check_has_base("remove")
         self._check_attached("remove")
         self._injection.check_detachable("remove")
+        self._check_first_values("remove", keep_head)
         self._take_out(keep_head=keep_head)
         return self.base_model
 
@@ -329,25 +336,27 @@ class PeltModel(Exportable, Checkpointed):
         if not keep_trained:
             self._put_first_values(keep_head=keep_head)
         for name, parameter in self.base_model.named_parameters():
-            parameter.requires_grad_(self._requires_grad[name])
+            parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
             parameter.grad = None
 
     def _put_first_values(self, keep_head: bool) -> dict[str, Tensor]:
         """Gives parameters trained in place their first values; returns the trained ones."""
-        first = self._first_values or {}
-        wanted = {
-            name: value for name, value in first.items() if not (keep_head and name in self._head)
-        }
+        wanted = self._wanted_values(keep_head)
         named = dict(self.base_model.named_parameters())
         trained = {name: named[name].detach().clone() for name in wanted}
         self._put(wanted)
         return trained
 
+    def _wanted_values(self, keep_head: bool) -> dict[str, Tensor]:
+        first = self._first_values or {}
+        return {n: value for n, value in first.items() if not (keep_head and n in self._head)}
+
+    def _check_first_values(self, who: str, keep_head: bool) -> None:
+        wanted = self._wanted_values(keep_head)
+        check_first_values(self.base_model, wanted, self._vocabulary, who)
+
     def _put(self, values: dict[str, Tensor]) -> None:
-        named = dict(self.base_model.named_parameters())
-        with torch.no_grad():
-            for name, value in values.items():
-                named[name].copy_(value)
+        put_values(self.base_model, values)
 
     def _check_has_base(self, who: str) -> None:
         if self._first_values is None:
@@ -380,8 +389,3 @@ def _head_names(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(
         name for name, parameter in model.named_parameters() if id(parameter) not in inside
     )
-
-
-def _kept(parameter: Tensor) -> Tensor:
-    """A copy of a parameter that takes no space on the accelerator."""
-    return parameter.detach().clone() if parameter.is_meta else parameter.detach().cpu().clone()

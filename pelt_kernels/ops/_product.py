@@ -6,8 +6,8 @@ it. Other results are held to the references, so they multiply in float32, where
 16-bit numbers is exact, and round the sum once, as a matrix unit that is right does.
 
 What is not finite has one rule, which the references follow and every backend with them. *What is
-hidden is not read*: whatever stands there, no bit of an output or of a gradient changes, and as
-long as what is read is finite, its own gradient is 0. Hidden are
+hidden is not read*: whatever stands there, no output and no gradient changes, and as long as what
+is read is finite, its own gradient is 0. Hidden are
 
 - keys and values that a key mask or a length hides from every query;
 - members of banks and tables that no index names;

@@ -67,7 +67,7 @@ def load_classifier(name: str, classes: int) -> Any:
         dtype="float32",
     )
     encoder = model.base_model_prefix + "."
-    for key, stored, expected in info["mismatched_keys"]:
+    for key, stored, expected in sorted(info["mismatched_keys"]):
         if key.startswith(encoder):
             raise RunError(
                 f"model '{name}' cannot be loaded: expected {key} {list(expected)} (from its "

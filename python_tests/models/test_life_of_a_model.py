@@ -160,7 +160,8 @@ def test_a_model_built_from_the_same_config_object_is_not_touched(make_base, mak
     batch = make_batch()
     logits = other(**batch).logits
     model = get_pelt_model(base, APL)
-    assert model.config._attn_implementation == "pelt"
+    assert base.bert.config._attn_implementation == "pelt"
+    assert model.config._attn_implementation == base.config._attn_implementation == "sdpa"
     assert torch.equal(other(**batch).logits, logits)
     assert other.config._attn_implementation == "sdpa"
 

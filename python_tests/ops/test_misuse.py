@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from parity import why_unavailable
 
 from pelt_kernels.ops import (
     LearnedGate,
@@ -139,6 +140,15 @@ def inside(operator, argument, value):
     if argument == "bank_index":
         yield (value, None)
         yield (torch.tensor([0, 2]), value)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_expanded_inputs_are_their_copies(backend, need):
+    need(backend, why_unavailable("gated_adapter", backend))
+    x, weight = torch.randn(1, 1, D).expand(B, S, D), torch.randn(R, 1).expand(R, D)
+    y = gated_adapter(x, weight, weight.T, backend=backend)
+    copies = (x.contiguous(), weight.contiguous(), weight.T.contiguous())
+    assert torch.equal(y, gated_adapter(*copies, backend=backend))
 
 
 def on_meta(value):

@@ -23,6 +23,12 @@
 namespace pelt::gated_adapter {
 namespace {
 
+// da phi'(h). Where relu has no slope it lets nothing through, not even a NaN.
+__device__ __forceinline__ float through_activation(Activation phi, float da, float h) {
+  if (phi == Activation::kRelu) return h <= 0.0f ? 0.0f : da;
+  return da * activation_derivative(phi, h);
+}
+
 // The sums over a warp's 16 rows of two quantities, for this lane's eight columns.
 struct ColumnSums {
   Float8 weight = {};
@@ -99,7 +105,8 @@ __device__ __forceinline__ void derive_output(const BackwardParams& p, Shared<C>
                                               const TileRows& rows, int tile) {
   using T = typename C::T;
   const Inputs& in = p.in;
-  const int64_t member = member_of(in.up_index, in.has_up_index_per_sample, rows.group);
+  const int64_t member =
+      member_of(in.up_index, in.has_up_index_per_sample, rows.group, in.up_members);
   load_hidden<C>(in, s, rows, p.h);
   activate_hidden<C>(in, s);
   measure_output<C>(in, s, rows);
@@ -195,7 +202,7 @@ __device__ __forceinline__ void put_hidden_gradient(const BackwardParams& p, Sha
           if (row >= rows.count || column + e >= p.in.R) continue;
           const float gradient = v[n].r[2 * half + e];
           dot[half] += gradient * to_float(round_to<T>(activate(kPhi, h[e])));
-          dh[e] = factor * gradient * activation_derivative(kPhi, h[e]);
+          dh[e] = factor * through_activation(kPhi, gradient, h[e]);
         }
         store_4(at, pack<T>(dh[0], dh[1]));
       }
@@ -216,7 +223,8 @@ __device__ __forceinline__ void derive_hidden(const BackwardParams& p, Shared<C>
   if (in.has_post_norm()) derive_output<C>(p, s, rows, tile);
 
   load_hidden<C>(in, s, rows, p.h);
-  const int64_t member = member_of(in.up_index, in.has_up_index_per_sample, rows.group);
+  const int64_t member =
+      member_of(in.up_index, in.has_up_index_per_sample, rows.group, in.up_members);
   const bool has_bias = in.b_up.data != nullptr;
   float dot[2] = {0.0f, 0.0f};
   const FragmentD bias_dot = project_to_ranks<kUp, C>(
@@ -300,7 +308,8 @@ __device__ __forceinline__ void derive_input(const BackwardParams& p, Shared<C>&
                                              const TileRows& rows, int tile) {
   using T = typename C::T;
   const Inputs& in = p.in;
-  const int64_t member = member_of(in.down_index, in.has_down_index_per_sample, rows.group);
+  const int64_t member =
+      member_of(in.down_index, in.has_down_index_per_sample, rows.group, in.down_members);
   float sum[4] = {}, dot_hat[4] = {};  // of this lane's rows lane / 8 + 4 turn
   if (in.has_pre_norm()) {
     project_to_columns<kDown, C>(in, s, in.w_down, member, [&](int first, const auto& sums) {

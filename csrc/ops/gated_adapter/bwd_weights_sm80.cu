@@ -276,8 +276,10 @@ __device__ __forceinline__ void sum_rows(const BackwardParams& p, Shared<C>& s, 
   for (int tile = begin; tile < end; ++tile) {
     const TileRows rows = rows_of_tile(p.tiling, tile);
     Wanted wanted;
-    wanted.down = member_of(in.down_index, in.has_down_index_per_sample, rows.group) == work.member;
-    wanted.up = member_of(in.up_index, in.has_up_index_per_sample, rows.group) == work.member;
+    wanted.down = member_of(in.down_index, in.has_down_index_per_sample, rows.group,
+                            in.down_members) == work.member;
+    wanted.up = member_of(in.up_index, in.has_up_index_per_sample, rows.group, in.up_members) ==
+                work.member;
     wanted.gate = in.has_learned_gate() && work.member == 0 && work.rank == 0;
     if (!wanted.down && !wanted.up && !wanted.gate) continue;
     bring_columns<C>(p, s, rows, work, wanted, vectors);

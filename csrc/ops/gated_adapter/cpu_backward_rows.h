@@ -6,6 +6,13 @@
 namespace pelt::gated_adapter {
 namespace {
 
+// da phi'(h). Where relu has no slope it lets nothing through, not even a NaN.
+template <Activation kActivation>
+inline Vector through_activation(Vector da, Vector h) {
+  if constexpr (kActivation == Activation::kRelu) return h <= 0.0f ? Vector{} : da;
+  return da * activation_slope<kActivation>(h);
+}
+
 struct RowsBackward : BackwardMemory {
   using BackwardMemory::BackwardMemory;
 
@@ -49,11 +56,11 @@ struct RowsBackward : BackwardMemory {
         for_vectors(call.R, [&](int64_t j, auto part) {
           const int64_t place = r * stride() + j;
           const Vector value = load(a + place), d = load(da + place);
-          const Vector slope =
-              activation_slope<decltype(activation)::value>(part.load_from(h + r * call.R + j));
+          const Vector through = through_activation<decltype(activation)::value>(
+              d, part.load_from(h + r * call.R + j));
           sum += value * d;
           store(a + place, factor[row] * value);
-          store(of_dh + place, factor[row] * (d * slope));
+          store(of_dh + place, factor[row] * through);
         });
         if (!has_post_norm(call)) dot[row] = sum_of(sum) + bias_dot[r];
       }

@@ -133,7 +133,7 @@ struct Forward {
 
   template <class T>
   bool is_skipped(int64_t row) const {
-    return call.has_skip && !(gate_of<T>(call, row) >= call.skip_below);
+    return call.has_skip && gate_of<T>(call, row) < call.skip_below;
   }
 
   // True if every row keeps its residual: then that is all that happens to the tile.

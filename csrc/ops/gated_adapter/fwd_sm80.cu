@@ -55,7 +55,8 @@ template <class C>
 __device__ __forceinline__ void project_down(const Inputs& in, Shared<C>& s, const TileRows& rows,
                                              bool rides_gate) {
   using T = typename C::T;
-  const int64_t member = member_of(in.down_index, in.has_down_index_per_sample, rows.group);
+  const int64_t member =
+      member_of(in.down_index, in.has_down_index_per_sample, rows.group, in.down_members);
   const FragmentD logits = project_to_ranks<kDown, C>(
       in, s, in.w_down, member, Rider{in.gate_weight, 0, rides_gate},
       [&](T* tile, int first) { stage_x(tile, in, rows, s.rows, first); },
@@ -98,14 +99,18 @@ __device__ __forceinline__ void store_y_8(const ForwardParams& p, const Shared<C
     const void* from = in.residual_from == ResidualFrom::kInput ? in.x : in.residual;
     residual = load_8(static_cast<const T*>(from) + at);
   }
-  for (int e = 0; e < 8; ++e) u.v[e] = residual.v[e] + s.rows.factor[row] * u.v[e];
+  // A row that is skipped is not made of u, whatever it holds.
+  const float factor = s.rows.factor[row];
+  const bool is_skipped = in.has_skip && factor == 0.0f;
+  for (int e = 0; e < 8; ++e) u.v[e] = residual.v[e] + (is_skipped ? 0.0f : factor * u.v[e]);
   store_16(static_cast<T*>(p.y) + at, narrow<T>(u));
 }
 
 template <class C>
 __device__ __forceinline__ void store_y(const ForwardParams& p, Shared<C>& s,
                                         const TileRows& rows) {
-  const int64_t member = member_of(p.in.up_index, p.in.has_up_index_per_sample, rows.group);
+  const int64_t member =
+      member_of(p.in.up_index, p.in.has_up_index_per_sample, rows.group, p.in.up_members);
   project_to_columns<kUp, C>(
       p.in, s, p.in.w_up, member, [&](int first, const FragmentD(&sums)[kChunk / 8]) {
         for_each_8<C>(p.in, s, rows, first, sums, [&](int, int row, int column, const Float8& u) {

@@ -287,7 +287,8 @@ template <class C>
 __device__ __forceinline__ void measure_output(const Inputs& in, Shared<C>& s,
                                                const TileRows& rows) {
   using T = typename C::T;
-  const int64_t member = member_of(in.up_index, in.has_up_index_per_sample, rows.group);
+  const int64_t member =
+      member_of(in.up_index, in.has_up_index_per_sample, rows.group, in.up_members);
   Moments moments[2];  // of rows FragmentD::row(0) and row(2), this lane's columns
   project_to_columns<kUp, C>(in, s, in.w_up, member,
                              [&](int first, const FragmentD(&sums)[kChunk / 8]) {

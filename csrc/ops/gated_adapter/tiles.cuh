@@ -55,9 +55,14 @@ __device__ __forceinline__ float load_rounded(const Parameter& parameter, int64_
   return to_float(round_to<T>(load_parameter<T>(parameter, i)));
 }
 
-// Which member of a bank serves a tile. With one index for each sample the group is the sample.
-__device__ __forceinline__ int64_t member_of(const int64_t* index, bool is_per_sample, int group) {
-  return index == nullptr ? 0 : index[is_per_sample ? group : 0];
+// Which member of a bank serves a tile. With one index for each sample the group is the sample. An
+// index of none of them, which nobody can refuse without waiting for the device, must not read
+// somewhere else.
+__device__ __forceinline__ int64_t member_of(const int64_t* index, bool is_per_sample, int group,
+                                             int members) {
+  if (index == nullptr) return 0;
+  const int64_t member = index[is_per_sample ? group : 0], last = members - 1;
+  return member < 0 ? 0 : (member < last ? member : last);
 }
 
 // A rectangle of a matrix whose rows are `leading` elements apart; (0, 0) is at `offset`. Beyond

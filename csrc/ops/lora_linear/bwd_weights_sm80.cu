@@ -82,9 +82,10 @@ __device__ __forceinline__ Work find_work(const WeightsParams& p, int rank_block
 __device__ __forceinline__ bool is_wanted(const WeightsParams& p, const Work& work, int tile) {
   const Branch& branch = p.in.branch[work.sums.which];
   const int group = tile / p.tiling.tiles_per_group;
-  return work.member == (work.sums.kind == Sums::kDownFactor
-                             ? member_of(branch.a_index, branch.has_a_index_per_sample, group)
-                             : member_of(branch.b_index, branch.has_b_index_per_sample, group));
+  return work.member ==
+         (work.sums.kind == Sums::kDownFactor
+              ? member_of(branch.a_index, branch.has_a_index_per_sample, group, branch.a_members)
+              : member_of(branch.b_index, branch.has_b_index_per_sample, group, branch.b_members));
 }
 
 // Both operands of a tile of rows.
@@ -195,7 +196,9 @@ __device__ __forceinline__ void sum_gates(const WeightsParams& p, Shared<C>& s, 
       if (column < in.Din) x = load_8(static_cast<const T*>(in.x) + row * in.Din + column);
 #pragma unroll
       for (int g = 0; g < kGatesAtOnce; ++g) {
-        const float dlogit = g < count ? p.dlogits[(work.sums.which + g) * all + row] : 0.0f;
+        // A row that does not count has no part in a gate, whatever it holds.
+        if (g >= count || !counts(in, in.gate[work.sums.which + g], row)) continue;
+        const float dlogit = p.dlogits[(work.sums.which + g) * all + row];
         biases[g] += dlogit;
         for (int e = 0; e < 8; ++e) sums[g].v[e] += dlogit * x.v[e];
       }

@@ -37,9 +37,11 @@ struct Shared {
   Source source[C::kRanks];
 };
 
-// sums += ranks times the factor, for what is in shared memory.
+// sums += ranks times the factor, for what is in shared memory, in columns [begin, end) of the
+// block's.
 template <bool kIsTransposed, class C>
-__device__ __forceinline__ void multiply_ranks(FragmentD (&sums)[kChunk / 8], const Shared<C>& s) {
+__device__ __forceinline__ void multiply_ranks(FragmentD (&sums)[kChunk / 8], const Shared<C>& s,
+                                               int begin = 0, int end = kChunk) {
 #pragma unroll
   for (int k = 0; k < C::kRanks; k += 16) {
     const FragmentA a = load_a(s.ranks + warp_index() * 16 * C::kRankStride + k, C::kRankStride);
@@ -51,8 +53,8 @@ __device__ __forceinline__ void multiply_ranks(FragmentD (&sums)[kChunk / 8], co
       } else {
         load_b_pair(b, s.factor + 8 * n * C::kRankStride + k, C::kRankStride);
       }
-      multiply_add<typename C::T>(sums[n], a, b[0]);
-      multiply_add<typename C::T>(sums[n + 1], a, b[1]);
+      multiply_columns<typename C::T>(sums[n], a, b[0], 8 * n, begin, end);
+      multiply_columns<typename C::T>(sums[n + 1], a, b[1], 8 * n + 8, begin, end);
     }
   }
 }
@@ -80,13 +82,14 @@ __device__ __forceinline__ bool reaches(const Branch& branch, int first) {
   return first < branch.offset + branch.size && first + kChunk > branch.offset;
 }
 
-// sums += scale g s_i B_i^T over a block's columns; what B does not reach is zero.
+// sums += scale g s_i B_i^T over those of a block's columns that the branch reaches.
 template <class C>
 __device__ __forceinline__ void multiply_branch(const ExpandParams& p, Shared<C>& s,
                                                 const TileRows& rows, const Branch& branch,
                                                 int first, FragmentD (&sums)[kChunk / 8]) {
   using T = typename C::T;
-  const int64_t member = member_of(branch.b_index, branch.has_b_index_per_sample, rows.group);
+  const int64_t member =
+      member_of(branch.b_index, branch.has_b_index_per_sample, rows.group, branch.b_members);
   // The first of the block's columns may lie before the branch's: there is no such row of B.
   const int row_of_b = first - branch.offset;
   for (int rank = 0; rank < branch.R; rank += C::kRanks) {
@@ -99,7 +102,7 @@ __device__ __forceinline__ void multiply_branch(const ExpandParams& p, Shared<C>
                                       rows, rank);
     cp_async_wait<0>();
     sync_threads();
-    multiply_ranks<false, C>(sums, s);
+    multiply_ranks<false, C>(sums, s, -row_of_b, branch.size - row_of_b);
   }
 }
 

@@ -19,6 +19,8 @@
 // the left side of both dx and the sums over rows, of which a tile's rows are packed for one panel
 // of columns at a time. A dlogit is two numbers of bfloat16, as a gate's weight is; dx takes the
 // nearest one, for both parts of the weight.
+#include <vector>
+
 #include "ops/lora_linear/cpu_backward_pairs.h"
 
 namespace pelt::lora_linear {
@@ -362,11 +364,48 @@ struct Backward : PairsBackward {
     if (gate.weight.grad != nullptr) {
       write_row<T>(gate.weight, 0, row_of_gate(down_sums, j, 0), group.slots * down_floats(group),
                    columns.gate_width);
+      if (gate.pooling == CpuPooling::kMaskedMean) mend_masked_gate<T>(j);
     }
     if (gate.bias.grad == nullptr) return;
     double sum = 0.0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += bias_sums[chunk * call.gates + j];
     write_element<T>(gate.bias, 0, static_cast<float>(sum));
+  }
+
+  // A row that does not count has no part in a gate, whatever it holds; but its dlogit of 0 was
+  // multiplied by it. Where that may have been a NaN, the rows that count are added up alone.
+  template <class T>
+  void mend_masked_gate(int j) {
+    const CpuGate& gate = call.gate[j];
+    bool is_finite = true;
+    with_grad<T>(gate.weight, [&](const auto* grad) {
+      for (int64_t d = 0; d < call.Din; ++d) is_finite &= std::isfinite(to_float(grad[d]));
+    });
+    if (is_finite) return;
+    std::vector<float> sums(static_cast<size_t>(padded(call.Din)), 0.0f);
+    const int64_t column = columns.of_gates + columns.gate_width * j;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      for_tiles(chunk, [&](const Tile& tile, int64_t place) {
+        for (int64_t r = 0; r < tile.rows; ++r) {
+          if (!counts(call, gate, tile.row + r)) continue;
+          const float dlogit = dlogit_of(chunk, tile, place, r, column);
+          const T* x = static_cast<const T*>(call.x) + (tile.row + r) * call.Din;
+          for_vectors(call.Din, [&](int64_t d, auto part) {
+            store(sums.data() + d, load(sums.data() + d) + dlogit * part.load_from(x + d));
+          });
+        }
+      });
+    }
+    with_grad<T>(gate.weight, [&](auto* grad) {
+      for_vectors(call.Din,
+                  [&](int64_t d, auto part) { part.store_to(grad + d, load(sums.data() + d)); });
+    });
+  }
+
+  float dlogit_of(int64_t chunk, const Tile& tile, int64_t place, int64_t r, int64_t column) const {
+    if (!by_pairs) return d_all[(tile.row + r) * columns.stride + column];
+    const bf16* two = transposed_of(chunk, place) + column * tiles.tile_rows + r;
+    return to_float(two[0]) + to_float(two[tiles.tile_rows]);
   }
 
   // dB lies as [size, R], its sums as [R, size].

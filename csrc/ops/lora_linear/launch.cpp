@@ -190,6 +190,15 @@ std::string why_not_single(const Inputs& in) {
                     " to a multiple of ",
                     kSlot, ", and learned gates, and needs ", ranks);
   }
+  for (int i = 0; i < in.branches; ++i) {
+    // Backward multiplies 16 columns of dy at a time, and a NaN beside a branch's own is not its.
+    const int begin = in.branch[i].offset, end = begin + in.branch[i].size;
+    if (begin % 16 != 0 || (end % 16 != 0 && end != in.Dout)) {
+      return sentence("it multiplies 16 columns of y at a time, so a branch begins and ends at a",
+                      " multiple of 16 or at Dout, and one has the columns from ", begin, " to ",
+                      end, " of ", in.Dout);
+    }
+  }
   const size_t bytes = single_shared_bytes(ranks, kSingleColumns), most = max_shared_bytes();
   if (bytes > most) {
     return sentence("a block needs ", bytes, " bytes of shared memory, and this GPU has ", most);

@@ -27,7 +27,8 @@ __global__ void __launch_bounds__(kThreads)
   }
   const Branch& branch = in.branch[which];
   const int rank = block * C::kColumns;
-  const int64_t member = member_of(branch.b_index, branch.has_b_index_per_sample, rows.group);
+  const int64_t member =
+      member_of(branch.b_index, branch.has_b_index_per_sample, rows.group, branch.b_members);
   const int64_t start = member * branch.size * branch.R + rank;
   multiply_narrow<Factor::kRowsOfB, C>(s, branch.size, [&](int stage_number, int column) {
     stage<T, kNarrowRows, kChunk>(

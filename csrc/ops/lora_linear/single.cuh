@@ -146,10 +146,12 @@ __device__ __forceinline__ void fill_tables(const SingleParams& p, SingleShared<
   if (own.branch >= 0) {
     const Branch& branch = in.branch[own.branch];
     own.factor = branch.b, own.R = branch.R, own.offset = branch.offset, own.size = branch.size;
-    own.start = member_of(branch.b_index, branch.has_b_index_per_sample, s.rows.group) *
-                branch.size * branch.R;
+    own.start =
+        member_of(branch.b_index, branch.has_b_index_per_sample, s.rows.group, branch.b_members) *
+        branch.size * branch.R;
     const int rank = own.rank + i % kSlot;
-    const int64_t member = member_of(branch.a_index, branch.has_a_index_per_sample, s.rows.group);
+    const int64_t member =
+        member_of(branch.a_index, branch.has_a_index_per_sample, s.rows.group, branch.a_members);
     if (rank < branch.R) source = {branch.a, (member * branch.R + rank) * in.Din};
   }
   const int gate = i - columns.gate_column;
@@ -305,17 +307,21 @@ __device__ __forceinline__ void bring_up(const SingleParams& p, SingleShared<C>&
   }
 }
 
-// The slots, as bits, that a chunk of the depth says something about.
+// The slots, as kSlots bits for each 16 of a chunk of the depth, that these say something about.
 template <class C>
 __device__ __forceinline__ uint32_t slots_of_chunk(const SingleShared<C>& s, int depth) {
+  static_assert(C::kSlots * C::kDepth / 16 <= 32, "a bit for each");
   uint32_t slots = 0;
 #pragma unroll
   for (int slot = 0; slot < C::kSlots; ++slot) {
-    // B has nothing for the columns of dy beside its branch's.
     const SingleSlot& of = s.slot[slot];
-    const bool is_near =
-        C::kIsForward || (of.offset < depth + C::kDepth && of.offset + of.size > depth);
-    if (slot < s.used && is_near) slots |= 1u << slot;
+#pragma unroll
+    for (int step = 0; step < C::kDepth / 16; ++step) {
+      // B has nothing for the columns of dy beside its branch's, which may be NaN.
+      const int begin = depth + 16 * step;
+      const bool is_near = C::kIsForward || (of.offset < begin + 16 && of.offset + of.size > begin);
+      if (slot < s.used && is_near) slots |= 1u << (step * C::kSlots + slot);
+    }
   }
   return slots;
 }
@@ -346,7 +352,7 @@ __device__ __forceinline__ void multiply_chunk(const SingleParams& p, const Sing
                                                SingleSums<C>& sums) {
   using T = typename C::T;
   const int stage = chunk % C::kStages;
-  const uint32_t slots = slots_of_chunk<C>(s, chunk * C::kDepth);
+  const uint32_t slots_of_steps = slots_of_chunk<C>(s, chunk * C::kDepth);
 #pragma unroll
   for (int k = 0; k < C::kDepth; k += 16) {
     FragmentA a[C::kTilesM];
@@ -368,6 +374,7 @@ __device__ __forceinline__ void multiply_chunk(const SingleParams& p, const Sing
         multiply_add<T>(sums.out[m][n + 1], a[m], b[1]);
       }
     }
+    const uint32_t slots = slots_of_steps >> (k / 16 * C::kSlots) & ((1u << C::kSlots) - 1);
     if (slots == 0) continue;
     // Chosen among registers, which costs the matrix units nothing.
     FragmentA own = a[0];
@@ -489,8 +496,11 @@ __device__ __forceinline__ void multiply_up(const SingleParams& p, const SingleS
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int at = column + 8 * half;
-          if (C::kIsForward && (begin >= at + 8 || end <= at)) continue;
-          multiply_add<T>(delta[half], a[slot], b[half]);
+          if constexpr (C::kIsForward) {
+            multiply_columns<T>(delta[half], a[slot], b[half], at, begin, end);
+          } else {
+            multiply_add<T>(delta[half], a[slot], b[half]);
+          }
         }
       }
 #pragma unroll

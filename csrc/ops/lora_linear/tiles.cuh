@@ -54,9 +54,14 @@ __device__ __forceinline__ void store_grad(const ParameterGrad& grad, int64_t i,
   }
 }
 
-// Which member of a bank serves a tile. With one index for each sample the group is the sample.
-__device__ __forceinline__ int64_t member_of(const int64_t* index, bool is_per_sample, int group) {
-  return index == nullptr ? 0 : index[is_per_sample ? group : 0];
+// Which member of a bank serves a tile. With one index for each sample the group is the sample. An
+// index of none of them, which nobody can refuse without waiting for the device, must not read
+// somewhere else.
+__device__ __forceinline__ int64_t member_of(const int64_t* index, bool is_per_sample, int group,
+                                             int members) {
+  if (index == nullptr) return 0;
+  const int64_t member = index[is_per_sample ? group : 0], last = members - 1;
+  return member < 0 ? 0 : (member < last ? member : last);
 }
 
 // A rectangle of a matrix whose rows are `leading` elements apart; (0, 0) is at `offset`. Before
@@ -146,7 +151,8 @@ __device__ __forceinline__ Source rank_row(const Inputs& in, int column, int gro
     const Branch& branch = in.branch[i];
     const int rank = column - branch.first;
     if (rank < 0 || rank >= branch.R) continue;
-    const int64_t member = member_of(branch.a_index, branch.has_a_index_per_sample, group);
+    const int64_t member =
+        member_of(branch.a_index, branch.has_a_index_per_sample, group, branch.a_members);
     return {branch.a, (member * branch.R + rank) * in.Din};
   }
   return {};
@@ -177,6 +183,11 @@ __device__ __forceinline__ void stage_sources(T* tile, const Inputs& in, const S
 // A row's sentence. Rows are counted in 32 bits (see why_not), and their division is far cheaper.
 __device__ __forceinline__ int sentence_of(const Inputs& in, int64_t row) {
   return static_cast<int>(row) / in.S;
+}
+
+// Does a row count in its sentence's gate.
+__device__ __forceinline__ bool counts(const Inputs& in, const Gate& gate, int64_t row) {
+  return gate.pooling != Pooling::kMaskedMean || in.mask[row];
 }
 
 // scale g of a branch's row; g is 1 where there is no gate.
@@ -220,6 +231,31 @@ __device__ __forceinline__ void stage_scaled(T* tile, int stride, const Inputs& 
       }
     }
     store_16(tile + row * stride + offset, narrow<T>(values));
+  }
+}
+
+// sum += part in columns [begin, end); the fragments' columns start at `first`. A branch's NaN
+// beside its own columns, where its B was staged as zeros, is nobody's.
+__device__ __forceinline__ void add_columns(FragmentD& sum, const FragmentD& part, int first,
+                                            int begin, int end) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int column = first + FragmentD::column(i);
+    if (column >= begin && column < end) sum.r[i] += part.r[i];
+  }
+}
+
+// sum += a b in columns [begin, end), likewise; without a product where there is none of them.
+template <class T>
+__device__ __forceinline__ void multiply_columns(FragmentD& sum, const FragmentA& a,
+                                                 const FragmentB& b, int first, int begin,
+                                                 int end) {
+  if (begin <= first && end >= first + 8) {
+    multiply_add<T>(sum, a, b);
+  } else if (begin < first + 8 && end > first) {
+    FragmentD part;
+    multiply_add<T>(part, a, b);
+    add_columns(sum, part, first, begin, end);
   }
 }
 

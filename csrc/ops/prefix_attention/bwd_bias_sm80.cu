@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       stage_rows<C, kRows>(s.dout,
                            static_cast<const T*>(p.dout) + head_index(in, head) * in.S * C::kE,
                            C::kE, first_row, in.S);
-      stage_columns<C, kColumns>(s.k, s.v, in, head, column, in.P + in.N);
+      stage_columns<C, kColumns>(s.k, s.v, in, head, column);
       cp_async_commit();
       cp_async_wait<0>();
       sync_threads();

@@ -136,15 +136,17 @@ __device__ __forceinline__ void stage_keys(Shared<C>& s, const Inputs& in, int b
   const int count = columns.prefix < 0 ? kOwnTile : kWarpColumns;
   const T* g_k = head_rows<T>(in.k, in.k_strides, b, g);  // [N, E]
   const T* g_v = head_rows<T>(in.v, in.v_strides, b, g);  // [N, E]
+  const ReadColumns read(in, b);
 #pragma unroll 1
   for (int i = thread_index(); i < count * C::kVectors; i += kThreads) {
     const int row = i / C::kVectors, e = i % C::kVectors * 8, column = columns.first + row;
     const int to = row * C::kStride + e;
     const bool is_there = column >= columns.begin && column < columns.end;
     if (columns.prefix < 0 || !is_there) {
-      const int n = is_there ? column - in.P : 0;
-      cp_async_16(s_k + to, g_k + n * in.k_strides.row + e, is_there);
-      cp_async_16(s_v + to, g_v + n * in.v_strides.row + e, is_there);
+      const bool is_read = is_there && read.has(column - in.P);
+      const int n = is_read ? column - in.P : 0;
+      cp_async_16(s_k + to, g_k + n * in.k_strides.row + e, is_read);
+      cp_async_16(s_v + to, g_v + n * in.v_strides.row + e, is_read);
     } else {
       const Prefix& prefix = in.prefix[columns.prefix];
       stage_prefix_8(s_k + to, prefix.prefix_k,

@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
                        first_row, in.S);
   const T* g_dout = static_cast<const T*>(p.dout) + head_index(in, head) * in.S * C::kE;
   stage_rows<C, kRows>(s.dout, g_dout, C::kE, first_row, in.S);
-  stage_columns<C, C::kColumns>(s.k[0], s.v[0], in, head, 0, in.P + in.N);
+  stage_columns<C, C::kColumns>(s.k[0], s.v[0], in, head, 0);
   cp_async_commit();
   if (thread_index() == 0) {
     s.scoring = scoring_of<T>(in, head);
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
     sync_threads();
     if (column + C::kColumns < end) {
       stage_columns<C, C::kColumns>(s.k[1 - buffer], s.v[1 - buffer], in, head,
-                                    column + C::kColumns, in.P + in.N);
+                                    column + C::kColumns);
       cp_async_commit();
     }
 #pragma unroll 1

@@ -327,7 +327,7 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
 
   stage_rows<C, kRows>(s.q, head_rows<T>(in.q, in.q_strides, head.b, head.h), in.q_strides.row,
                        first_row, in.S);
-  stage_columns<C, C::kColumns>(s.k[0], s.v[0], in, head, 0, in.P + in.N);
+  stage_columns<C, C::kColumns>(s.k[0], s.v[0], in, head, 0);
   cp_async_commit();
   if (thread_index() == 0) {
     s.scoring = scoring_of<T>(in, head);
@@ -353,7 +353,7 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
     }
     if (column + C::kColumns < end) {
       stage_columns<C, C::kColumns>(s.k[1 - buffer], s.v[1 - buffer], in, head,
-                                    column + C::kColumns, in.P + in.N);
+                                    column + C::kColumns);
       cp_async_commit();
     }
     if (shares) {

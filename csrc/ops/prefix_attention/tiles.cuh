@@ -51,11 +51,28 @@ __device__ __forceinline__ const T* head_rows(const void* data, const Strides& s
   return static_cast<const T*>(data) + b * strides.batch + h * strides.head;
 }
 
-// Rows [first, first + kRows) of a matrix; those from `end` on are zero. A thread stays in its
+// Which of a sample's own columns anybody sees, by its mask or length. The others are staged as
+// zeros: a probability of 0 times a NaN would be one.
+struct ReadColumns {
+  int end;
+  const bool* mask;  // [N]
+
+  __device__ __forceinline__ explicit ReadColumns(const Inputs& in, int b) {
+    end = in.N;
+    if (in.lengths != nullptr && in.lengths[b] < end) end = static_cast<int>(in.lengths[b]);
+    mask = in.key_mask == nullptr ? nullptr : in.key_mask + static_cast<int64_t>(b) * in.N;
+  }
+
+  __device__ __forceinline__ bool has(int n) const {
+    return n < end && (mask == nullptr || mask[n]);
+  }
+};
+
+// Rows [first, first + kRows) of a matrix; those that are not there are zero. A thread stays in its
 // vector of the row, so that from one copy to the next there is one addition to do.
-template <class C, int kRows>
-__device__ __forceinline__ void stage_rows(typename C::T* tile, const typename C::T* rows,
-                                           int64_t stride, int first, int end) {
+template <class C, int kRows, class IsThere>
+__device__ __forceinline__ void stage_rows_if(typename C::T* tile, const typename C::T* rows,
+                                              int64_t stride, int first, IsThere&& is_there) {
   constexpr int kRowStep = C::kVectors == 12 ? 8 : kThreads / C::kVectors;
   static_assert(kRows % kRowStep == 0 && kRowStep * C::kVectors <= kThreads,
                 "all threads, or three of four, take whole vectors of whole rows");
@@ -65,9 +82,23 @@ __device__ __forceinline__ void stage_rows(typename C::T* tile, const typename C
   typename C::T* to = tile + row * C::kStride + e;
 #pragma unroll
   for (int i = 0; i < kRows; i += kRowStep) {
-    cp_async_16(to + i * C::kStride, from, first + row + i < end);
+    cp_async_16(to + i * C::kStride, from, is_there(first + row + i));
     from += kRowStep * stride;
   }
+}
+
+template <class C, int kRows>
+__device__ __forceinline__ void stage_rows(typename C::T* tile, const typename C::T* rows,
+                                           int64_t stride, int first, int end) {
+  stage_rows_if<C, kRows>(tile, rows, stride, first, [=](int row) { return row < end; });
+}
+
+// Which member of a table serves a sample. An index of none of them, which nobody can refuse
+// without waiting for the device, must not read somewhere else.
+__device__ __forceinline__ int64_t member_of(const Prefix& prefix, int b) {
+  if (prefix.prefix_index == nullptr) return 0;
+  const int64_t member = prefix.prefix_index[b], last = prefix.members - 1;
+  return member < 0 ? 0 : (member < last ? member : last);
 }
 
 // Where in its tensor a prefix's row for column `column` starts.
@@ -87,18 +118,19 @@ __device__ __forceinline__ void stage_prefix_8(T* to, const Parameter& from, int
   }
 }
 
-// Columns [first, first + kRows) of keys and values; those from `end` on are zero. Prefix rows come
-// straight from their own memory, segment by segment.
+// Columns [first, first + kRows) of keys and values; what nobody sees, and what is behind the last
+// one, is zero. Prefix rows come straight from their own memory, segment by segment.
 template <class C, int kRows>
 __device__ __forceinline__ void stage_columns(typename C::T* s_k, typename C::T* s_v,
-                                              const Inputs& in, const Head& head, int first,
-                                              int end) {
+                                              const Inputs& in, const Head& head, int first) {
   using T = typename C::T;
   const T* g_k = head_rows<T>(in.k, in.k_strides, head.b, head.g);  // [N, E]
   const T* g_v = head_rows<T>(in.v, in.v_strides, head.b, head.g);  // [N, E]
+  const ReadColumns read(in, head.b);
   if (first >= in.P) {
-    stage_rows<C, kRows>(s_k, g_k, in.k_strides.row, first - in.P, end - in.P);
-    stage_rows<C, kRows>(s_v, g_v, in.v_strides.row, first - in.P, end - in.P);
+    const auto is_there = [&](int n) { return read.has(n); };
+    stage_rows_if<C, kRows>(s_k, g_k, in.k_strides.row, first - in.P, is_there);
+    stage_rows_if<C, kRows>(s_v, g_v, in.v_strides.row, first - in.P, is_there);
     return;
   }
 #pragma unroll 1
@@ -109,13 +141,13 @@ __device__ __forceinline__ void stage_columns(typename C::T* s_k, typename C::T*
       int segment = 0;
       while (segment + 1 < in.prefixes && column >= in.prefix[segment + 1].first) ++segment;
       const Prefix& prefix = in.prefix[segment];
-      const int64_t member = prefix.prefix_index == nullptr ? 0 : prefix.prefix_index[head.b];
+      const int64_t member = member_of(prefix, head.b);
       stage_prefix_8(s_k + to, prefix.prefix_k,
                      prefix_offset(prefix, prefix.k_strides, member, head.g, column) + e);
       stage_prefix_8(s_v + to, prefix.prefix_v,
                      prefix_offset(prefix, prefix.v_strides, member, head.g, column) + e);
     } else {
-      const bool is_there = column < end;
+      const bool is_there = read.has(column - in.P);
       const int n = is_there ? column - in.P : 0;
       cp_async_16(s_k + to, g_k + n * in.k_strides.row + e, is_there);
       cp_async_16(s_v + to, g_v + n * in.v_strides.row + e, is_there);

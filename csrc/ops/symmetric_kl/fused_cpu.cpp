@@ -11,6 +11,9 @@
 //
 // Where classes are few, a vector is the same class of several rows, and its rows are one block.
 //
+// A logit of -inf is a class that does not exist: its probability is exactly 0, and so is its term,
+// whatever d is. Where the other side has it, that side's term is infinite.
+//
 // Backward is a second pass: dz1 = -dz2 = 0.5 dloss (exp(z1 - lse1) - exp(z2 - lse2)) / count.
 // Rows that do not count are not read. Everything is float32 inside; the order of sums follows from
 // the sizes alone.
@@ -53,6 +56,19 @@ void for_rows(const CpuInputs& in, Body&& body, int64_t step = 1) {
   });
 }
 
+// exp(z - m) with a maximum or log-sum-exp m; exactly 0 for a class that does not exist, unless no
+// class does or m is NaN.
+inline Vector weight_of(Vector z, Vector m) {
+  const Vector e = exp_of_negative(z - m);
+  return (z == kMinusInfinity) & (m > kMinusInfinity) ? Vector{} : e;
+}
+
+// z1 - z2, and 0 where they are equal: two classes that do not exist have no difference.
+inline Vector difference_of(Vector z1, Vector z2) { return z1 == z2 ? Vector{} : z1 - z2; }
+
+// e d, where 0 is what a class without weight adds to a sum.
+inline Vector term_of(Vector e, Vector d) { return e == 0.0f ? Vector{} : e * d; }
+
 template <class T>
 float largest(const T* z, int64_t count) {
   Vector most = splat(kMinusInfinity);
@@ -82,43 +98,58 @@ struct Sums {
   bool raise(float largest) {
     if (!(largest > m)) return false;
     const float factor = m == kMinusInfinity ? 0.0f : std::exp(m - largest);
-    l *= factor, t *= factor;
+    l *= factor, t = term_of(splat(factor), t);
     m = largest;
     return factor < 0.5f;
   }
 
-  Vector weight(Vector z) const { return exp_of_negative(z - (m == kMinusInfinity ? 0.0f : m)); }
-
-  void add(Vector e, Vector d) { block_l += e, block_t += e * d; }
-
-  // The same sums for d less another `step`, and an empty block.
-  void move(float step) {
-    t -= step * l;
-    block_l = block_t = Vector{};
+  template <bool kAllExist>
+  void add(Vector z, Vector d) {
+    const Vector offset = splat(m == kMinusInfinity ? 0.0f : m);
+    const Vector e = kAllExist ? exp_of_negative(z - offset) : weight_of(z, offset);
+    block_l += e, block_t += kAllExist ? e * d : term_of(e, d);
   }
+
+  // The same sums for d less another `step`.
+  void move(float step) { t -= step * l; }
+
+  void empty_block() { block_l = block_t = Vector{}; }
 
   void close_block() {
     l += block_l, t += block_t;
-    block_l = block_t = Vector{};
+    empty_block();
   }
 };
 
-template <class T>
-void add_block(const T* z1, const T* z2, int64_t count, float shift, Sums& first, Sums& second) {
+template <bool kAllExist, class T>
+void add_columns(const T* z1, const T* z2, int64_t count, float shift, Sums& first, Sums& second) {
+  first.empty_block();
+  second.empty_block();
   int64_t c = 0;
   for (; c + kWidth <= count; c += kWidth) {
-    const Vector x = load(z1 + c), y = load(z2 + c), d = (x - y) - shift;
-    first.add(first.weight(x), d);
-    second.add(second.weight(y), d);
+    const Vector x = load(z1 + c), y = load(z2 + c);
+    const Vector d = (kAllExist ? x - y : difference_of(x, y)) - shift;
+    first.add<kAllExist>(x, d);
+    second.add<kAllExist>(y, d);
   }
   if (c == count) return;
   float exists[kWidth];
   for (int i = 0; i < kWidth; ++i) exists[i] = i < count - c;
   const auto is_there = load(exists) > 0.0f;
   const Vector x = load_part(z1 + c, count - c), y = load_part(z2 + c, count - c);
-  const Vector d = is_there ? (x - y) - shift : Vector{};
-  first.add(is_there ? first.weight(x) : Vector{}, d);
-  second.add(is_there ? second.weight(y) : Vector{}, d);
+  const Vector d = (kAllExist ? x - y : difference_of(x, y)) - shift;
+  first.add<kAllExist>(is_there ? x : splat(kMinusInfinity), is_there ? d : Vector{});
+  second.add<kAllExist>(is_there ? y : splat(kMinusInfinity), is_there ? d : Vector{});
+}
+
+// A class that does not exist makes an unguarded sum infinite or NaN, and then the block is summed
+// again: looking for one at every class costs a quarter of the time.
+template <class T>
+void add_block(const T* z1, const T* z2, int64_t count, float shift, Sums& first, Sums& second) {
+  add_columns<true>(z1, z2, count, shift, first, second);
+  if (!std::isfinite(sum_of(first.block_t) + sum_of(second.block_t))) {
+    add_columns<false>(z1, z2, count, shift, first, second);
+  }
 }
 
 template <class T>
@@ -176,7 +207,7 @@ struct FewClasses {
     }
     const Vector offset = m == kMinusInfinity ? Vector{} : m;
     for (int64_t c = 0; c < classes; ++c) {
-      e[c] = exp_of_negative(z[c] - offset);
+      e[c] = weight_of(z[c], offset);
       l += e[c];
     }
   }
@@ -190,14 +221,16 @@ void forward_rows(const CpuInputs& in, int64_t row, float* rows, float* lse) {
   const FewClasses second(static_cast<const T*>(in.z2) + row * in.z2_stride, in.z2_stride, in.C,
                           count);
   Vector shift = {};
-  for (int64_t c = 0; c < in.C; ++c) shift += first.e[c] * (first.z[c] - second.z[c]);
+  for (int64_t c = 0; c < in.C; ++c) {
+    shift += term_of(first.e[c], difference_of(first.z[c], second.z[c]));
+  }
   shift /= first.l;
   shift = absolute(shift) <= std::numeric_limits<float>::max() ? shift : Vector{};
   Vector t1 = {}, t2 = {};
   for (int64_t c = 0; c < in.C; ++c) {
-    const Vector d = (first.z[c] - second.z[c]) - shift;
-    t1 += first.e[c] * d;
-    t2 += second.e[c] * d;
+    const Vector d = difference_of(first.z[c], second.z[c]) - shift;
+    t1 += term_of(first.e[c], d);
+    t2 += term_of(second.e[c], d);
   }
   const Vector difference = t1 / first.l - t2 / second.l;
   const Vector half = difference < 0.0f ? Vector{} : 0.5f * difference;
@@ -217,8 +250,8 @@ void backward_rows(const CpuInputs& in, int64_t row, float factor, const float* 
   const T* z2 = static_cast<const T*>(in.z2) + row * in.z2_stride;
   const Vector lse1 = load_part(lse + row, count), lse2 = load_part(lse + in.T + row, count);
   for (int64_t c = 0; c < in.C; ++c) {
-    const Vector p1 = exp_of_negative(class_of_rows(z1 + c, in.z1_stride, count) - lse1);
-    const Vector p2 = exp_of_negative(class_of_rows(z2 + c, in.z2_stride, count) - lse2);
+    const Vector p1 = weight_of(class_of_rows(z1 + c, in.z1_stride, count), lse1);
+    const Vector p2 = weight_of(class_of_rows(z2 + c, in.z2_stride, count), lse2);
     T d[kWidth], minus[kWidth];
     store(d, factor * (p1 - p2));
     store(minus, -(factor * (p1 - p2)));
@@ -269,8 +302,8 @@ void backward_all(const CpuInputs& in, float dloss, const float* lse, T* dz1, T*
     for_vectors(in.C, [&](int64_t c, auto part) {
       Vector d = {};
       if (is_read) {
-        const Vector p1 = exp_of_negative(part.load_from(z1 + c) - lse1);
-        d = factor * (p1 - exp_of_negative(part.load_from(z2 + c) - lse2));
+        const Vector p1 = weight_of(part.load_from(z1 + c), splat(lse1));
+        d = factor * (p1 - weight_of(part.load_from(z2 + c), splat(lse2)));
       }
       if (to1) part.store_to(to1 + c, d);
       if (to2) part.store_to(to2 + c, -d);

@@ -12,6 +12,9 @@
 // The last block to finish adds up the rows' values, in an order that does not depend on which
 // block that is: two runs give the same bits. Rows that do not count are not read.
 //
+// A logit of -inf is a class that does not exist: its probability is 0, and so is its term,
+// whatever d is. Where the other side has it, that side's term is infinite.
+//
 // Shared memory: 0.3 KB. Why so: reading the logits once is all the memory traffic there is.
 #include "common/type_list.h"
 #include "ops/symmetric_kl/rows.cuh"
@@ -31,10 +34,15 @@ struct Sums {
     return m == larger ? 1.0f : expf(m - larger);
   }
 
+  // e d, where 0 is what a class without weight adds to a sum.
+  __device__ __forceinline__ static float term(float e, float d) {
+    return e == 0.0f ? 0.0f : e * d;
+  }
+
   __device__ __forceinline__ void raise(float larger1, float larger2) {
     const float f1 = scale(m1, larger1), f2 = scale(m2, larger2);
-    l1 *= f1, t1 *= f1, m1 = larger1;
-    l2 *= f2, t2 *= f2, m2 = larger2;
+    l1 *= f1, t1 = term(f1, t1), m1 = larger1;
+    l2 *= f2, t2 = term(f2, t2), m2 = larger2;
   }
 
   __device__ __forceinline__ void move_to(float new_shift) {
@@ -61,10 +69,11 @@ struct Sums {
     // Without a maximum yet there are only -inf and NaN, and exp of them is what it should be.
     const float base1 = m1 == -INFINITY ? 0.0f : m1, base2 = m2 == -INFINITY ? 0.0f : m2;
     for (int i = 0; i < kCount; ++i) {
-      const float d = (z1.v[i] - z2.v[i]) - shift;
+      // Two classes that do not exist have no difference.
+      const float d = (z1.v[i] == z2.v[i] ? 0.0f : z1.v[i] - z2.v[i]) - shift;
       const float e1 = expf(z1.v[i] - base1), e2 = expf(z2.v[i] - base2);
-      l1 += e1, t1 += e1 * d;
-      l2 += e2, t2 += e2 * d;
+      l1 += e1, t1 += term(e1, d);
+      l2 += e2, t2 += term(e2, d);
     }
   }
 

@@ -60,7 +60,9 @@ def gated_adapter(
             their gradients are float32.
         w_up, b_up: [D, R] and [D], or banks [M_up, D, R] and [M_up, D].
         bank_index: int64 [] (one member for the batch) or [B] (one for each sample), for both
-            projections, or a pair (for w_down, for w_up). On a GPU its values are not checked.
+            projections, or a pair (for w_down, for w_up). On a GPU its values are not checked,
+            which would stop the stream: for one outside of the bank the backend cuda takes the
+            nearest member, and triton reads what is not the bank's.
         activation: φ: relu, gelu (erf), gelu_tanh, silu, tanh or identity, on h = W_down
             pre_norm(x) + b_down.
         pre_norm, post_norm: `Norm` on x (VLM) or on the adapter's output (HyperPELT).

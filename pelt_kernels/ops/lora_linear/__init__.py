@@ -54,7 +54,8 @@ def lora_linear(
         weight, bias: [Dout, Din], or [Din, Dout] with ``transposed`` (GPT-2's Conv1D), and [Dout].
             Frozen as a rule: one that does not require a gradient costs nothing in backward.
         branches: `LoraBranch`es over one read of x: a [R, Din] and b [size, R], or banks [M, ...]
-            with an int64 index [] or [B]; R from 1 to 256; scale is alpha / R or whatever the
+            with an int64 index [] or [B], whose values are checked on the CPU only; R from 1 to
+            256; scale is alpha / R or whatever the
             method says, or a [] tensor with a gradient, which multiplies b beforehand; gate is [B],
             [B, S] or a `LearnedGate`.
         extra_gates: `LearnedGate`s evaluated on x for other uses (a prefix's gate); they carry

@@ -52,7 +52,8 @@ def prefix_attention(
             E] view costs no copy.
         k, v: [B, G, N, E]; H a multiple of G (grouped-query attention).
         prefixes: up to four `Prefix` segments, in order, in front of k: [P, G, E] shared by the
-            batch, or a table [A, P, G, E] with an index int64 [B]. Nothing is expanded to the batch
+            batch, or a table [A, P, G, E] with an index int64 [B], whose values are checked on the
+            CPU only. Nothing is expanded to the batch
             or concatenated to k. They have q's dtype, or float32 beside 16-bit activations.
         gate: [B] or [B, H], multiplies prefix keys and values; a gate of 0 leaves zero keys that
             take softmax mass.

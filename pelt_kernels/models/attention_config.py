@@ -1,0 +1,77 @@
+"""One configuration seen from two sides: the encoder reads "pelt" as its attention, everyone else
+reads and writes the base model's own object.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+PELT = "pelt"
+
+
+class AttentionView:
+    """What a view of a configuration adds to the configuration's class: the name of the attention.
+
+    A view has no attributes of its own: its ``__dict__`` is the configuration's, so whatever is
+    written through one is read through the other, and "pelt" is written nowhere.
+    """
+
+    __slots__ = ("_viewed", "base_attention")
+    _viewed: Any
+    base_attention: str  # the attention of the base model when the view was made
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A configuration made by calling a view's class is one of its own."""
+        config_class = cls.__mro__[2]
+        return config_class(*args, **kwargs)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Not the configuration's own, which would make a dataclass of it again."""
+
+    @property
+    def _attn_implementation(self) -> Any:
+        """ "pelt" as long as the base model's attention is what it was."""
+        found = self._attn_implementation_internal
+        return PELT if found == self.base_attention else found
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: Any) -> None:
+        self._viewed._attn_implementation = value
+
+    @property
+    def _attn_implementation_internal(self) -> Any:
+        """The configuration's own; a model that is built from a view writes back what it read."""
+        return self.__dict__["_attn_implementation_internal"]
+
+    @_attn_implementation_internal.setter
+    def _attn_implementation_internal(self, value: Any) -> None:
+        if value != PELT:
+            self.__dict__["_attn_implementation_internal"] = value
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        """A copy is a view of the copied configuration."""
+        return with_pelt_attention, (self._viewed, self.base_attention)
+
+
+def with_pelt_attention(config: Any, attention: str | None = None) -> Any:
+    """A view of a configuration that names the attention "pelt" where the configuration names
+    `attention` (None: the one it names now).
+    """
+    view: Any = object.__new__(_view_class(config.__class__))
+    object.__setattr__(view, "__dict__", config.__dict__)
+    object.__setattr__(view, "_viewed", config)
+    chosen = config._attn_implementation if attention is None else attention
+    object.__setattr__(view, "base_attention", chosen)
+    return view
+
+
+def viewed(config: Any) -> Any:
+    """The configuration itself, of a view or of none."""
+    return config._viewed if isinstance(config, AttentionView) else config
+
+
+@cache
+def _view_class(config_class: type) -> type:
+    names = {"__module__": config_class.__module__, "__qualname__": config_class.__qualname__}
+    return type(config_class.__name__, (AttentionView, config_class), {"__slots__": (), **names})

@@ -1,0 +1,84 @@
+"""The rows of the word embeddings that the base model's own files do not hold."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ADDED_ROWS = "vocabulary.added"
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """How many words the model has embeddings for."""
+    weight: Any = model.get_input_embeddings().weight
+    return len(weight)
+
+
+def word_embeddings(model: PreTrainedModel) -> tuple[str, Tensor]:
+    """The name of the word embeddings' weight in the model, and the weight [words, D]."""
+    weight: Any = model.get_input_embeddings().weight
+    for name, parameter in model.named_parameters():
+        if parameter is weight:
+            return name, weight
+    raise ValueError(
+        f"save_pretrained: expected the word embeddings of {type(model).__name__} to be a "
+        "parameter of it, got a weight that is computed from others"
+    )
+
+
+def held_words(model: PreTrainedModel) -> int:
+    """How many words the files hold from which the model was loaded: its rows beyond are in no file
+    but the adapter's. As many as it has where that is not known: a model that was loaded from
+    nowhere, or from a folder that is gone.
+    """
+    source = getattr(model.config, "_name_or_path", "")
+    path: Any = Path(source, "config.json") if source else None
+    if path is not None and not path.is_file():
+        path = None if os.path.isabs(source) else _cached_config(source)
+    if path is None:
+        return vocabulary_of(model)
+    try:
+        held = json.loads(Path(path).read_text(encoding="utf-8")).get("vocab_size")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"get_pelt_model: expected {path}, from which the base model came, as the "
+            f"configuration of a model, got {error}"
+        ) from error
+    return held if isinstance(held, int) else vocabulary_of(model)
+
+
+def check_rows(
+    rows: Tensor | None, described: dict[str, Any], model: PreTrainedModel, where: object
+) -> None:
+    """Raises ValueError where a file's rows are not those that its description promises."""
+    added = described.get("vocab_added") or 0
+    weight: Any = model.get_input_embeddings().weight
+    expected = [added, *weight.shape[1:]] if added else None
+    got = None if rows is None else list(rows.shape)
+    if got != expected or added > len(weight):
+        raise ValueError(
+            f"from_pretrained: expected added words {expected} in {where} (vocab_added={added} of "
+            f"{len(weight)} words), got {got}"
+        )
+    if rows is not None and not rows.to(weight.dtype).isfinite().all():
+        raise ValueError(
+            f"from_pretrained: expected finite numbers in the range of {weight.dtype}, got others "
+            f"in {ADDED_ROWS} in {where}"
+        )
+
+
+def _cached_config(name: str) -> str | None:
+    """The file in the hub's cache on this machine; nothing is asked for over the network."""
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no name of a repository: a relative folder that is not here
+        return None
+    return found if isinstance(found, str) else None
