@@ -22,9 +22,9 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FORMAT = 2
 WITHOUT_DIGEST = 1  # of files from before the weights carried one
-HEADER = "pelt_kernels"
 # safetensors writes several keys in an order of its own, another one each time: one key makes equal
 # adapters equal files.
+HEADER = "pelt_kernels"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # The types of what a config says about the base model, and how a sentence calls them.
 BASE_TYPES: dict[str, tuple[tuple[type, ...], str]] = {

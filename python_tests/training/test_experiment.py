@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from tiny_encoder import rows, write_csv
 
+from pelt_kernels.models import PeltModel
+from pelt_kernels.nn import PrunedLinear
 from pelt_kernels.training import (
     Example,
     Predictor,
@@ -17,6 +19,7 @@ from pelt_kernels.training import (
     Watchers,
     train,
 )
+from pelt_kernels.training.base_model import load_classifier
 from pelt_kernels.training.recipes import RECIPES
 
 
@@ -107,6 +110,22 @@ def test_the_saved_adapter_predicts_what_was_tested(
     for one, many in zip(alone, together, strict=False):  # padding does not reach a prediction
         assert one.probabilities == pytest.approx(many.probabilities, abs=1e-5)
     assert sum(together[0].probabilities.values()) == pytest.approx(1)
+
+
+def test_pruned_weights_are_made_once_for_prediction(
+    tiny_model: Path, toy_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    config = config_for(
+        tiny_model, toy_files, method="pst", options=("sparsity=0.5",), epochs=1, lr=(3e-3,)
+    )
+    train(config, tmp_path)
+    predictor = Predictor(tmp_path / "adapter")
+    assert not any(isinstance(module, PrunedLinear) for module in predictor.model.modules())
+    examples = [Example(text, None, None, "") for text, _ in rows(5, seed=6)]
+    found = [row.probabilities for row in predictor(examples).rows]
+    base = load_classifier(str(tiny_model), 2)
+    predictor.model = PeltModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert found == [row.probabilities for row in predictor(examples).rows]
 
 
 def test_the_test_part_is_held_out_where_none_is_given(
