@@ -146,7 +146,10 @@ def _row(folder: Path) -> dict[str, Any]:
         "metric": metric,
         **found["summary"],
         "seeds": [
-            {key: run[key] for key in ("seed", metric, f"dev_{metric}", "best_step", "steps")}
+            {
+                key: run[key]
+                for key in ("seed", metric, f"dev_{metric}", "best_step", "steps", "notes")
+            }
             for run in found["seeds"]
         ],
         **{

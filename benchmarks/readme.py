@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from math import hypot
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -84,7 +85,8 @@ def task_file(name: str) -> Path:
 
 def tasks_table(tasks: dict[str, list[dict[str, Any]]]) -> str:
     """The methods' scores on tasks of files side by side, in Markdown; where one does not reach
-    more than the linear probe; what one random expert of AdaMix reaches; the conditions.
+    more than the linear probe, or learns nothing in a run; what one random expert of AdaMix
+    reaches; the conditions.
     """
     by_row = {name: {row["row"]: row for row in rows} for name, rows in tasks.items()}
     metrics = {name: rows[0]["metric"] for name, rows in tasks.items()}
@@ -104,6 +106,7 @@ def tasks_table(tasks: dict[str, list[dict[str, Any]]]) -> str:
     lines.append("")
     for task, metric in metrics.items():
         lines += _beside_the_probe(task, metric, by_row[task])
+        lines += _constant_answers(task, by_row[task])
     for task, metric in metrics.items():
         lines += _random_experts(task, metric, by_row[task])
     rows = [row for rows in tasks.values() for row in rows]
@@ -121,15 +124,39 @@ def tasks_table(tasks: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def _beside_the_probe(task: str, metric: str, rows: dict[str, dict[str, Any]]) -> list[str]:
-    """Which methods do not reach more than the linear probe, in the mean of the seeds."""
+    """Which methods do not reach more than the linear probe, in the mean of the seeds, or by less
+    than the deviation of the difference between two runs.
+    """
     if "head" not in rows or len(rows) == 1:
         return []
-    least = rows["head"][metric]["mean"]
-    below = [name for name in rows if name != "head" and rows[name][metric]["mean"] <= least]
-    if not below:
+    probe = rows["head"][metric]
+    gains = {name: row[metric]["mean"] - probe["mean"] for name, row in rows.items()}
+    del gains["head"]
+    below = [name for name, gain in gains.items() if gain <= 0]
+    within = [
+        name
+        for name, gain in gains.items()
+        if 0 < gain <= hypot(rows[name][metric]["std"], probe["std"])
+    ]
+    if not below and not within:
         return [f"On {task} every method reaches more than the linear probe (`head`).  "]
-    names = ", ".join(f"`{name}`" for name in below)
-    return [f"On {task} these reach no more than the linear probe (`head`): {names}.  "]
+    said = []
+    for names, words in ((below, "no more"), (within, "more, but by less than seeds differ,")):
+        if names:
+            listed = ", ".join(f"`{name}`" for name in names)
+            said.append(
+                f"On {task} these reach {words} than the linear probe (`head`): {listed}.  "
+            )
+    return said
+
+
+def _constant_answers(task: str, rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Which methods learnt nothing in a run, as its notes say."""
+    counts = {name: sum(bool(run["notes"]) for run in row["seeds"]) for name, row in rows.items()}
+    found = [f"`{name}` in {count}" for name, count in counts.items() if count]
+    if not found:
+        return []
+    return [f"On {task} some runs kept a model that gives one answer only: {', '.join(found)}.  "]
 
 
 def _random_experts(task: str, metric: str, rows: dict[str, dict[str, Any]]) -> list[str]:

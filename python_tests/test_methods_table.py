@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,13 @@ def test_without_the_data_it_is_skipped_with_a_reason(
     assert "skipped, " in capsys.readouterr().err
 
 
-def row_of(name: str, mean: float, metric: str = "accuracy") -> dict[str, Any]:
+def row_of(
+    name: str, mean: float, metric: str = "accuracy", notes: Sequence[str] = ()
+) -> dict[str, Any]:
     return {
         "row": name, "metric": metric, metric: {"mean": mean, "std": 0.01}, "commit": "0" * 40,
         "trainable_parameters": 7, "random_experts": [], "train_examples": 200,
-        "test_examples": 10, "seeds": [{}], "hardware": {"cpu": "x", "threads": 1}, "torch": "2",
+        "test_examples": 10, "seeds": [{"notes": notes}], "hardware": {"cpu": "x", "threads": 1}, "torch": "2",
     }  # fmt: skip
 
 
@@ -71,13 +74,17 @@ def test_a_task_without_a_row_has_a_dash() -> None:
 
 def test_each_task_shows_its_metric_and_who_stays_at_the_linear_probe() -> None:
     tasks = {
-        "one": [row_of("head", 0.5), row_of("lora", 0.5), row_of("full", 0.4)],
+        "one": [
+            row_of(*row) for row in (("head", 0.5), ("lora", 0.5), ("pst", 0.51), ("full", 0.4))
+        ],
         "two": [row_of("head", 0.1, "matthews"), row_of("lora", 0.2, "matthews")],
-        "three": [row_of("lora", 0.5)],
+        "three": [row_of("lora", 0.5, notes=["one answer"])],
     }
     table = readme.tasks_table(tasks)
     assert "| method | one, accuracy | two, Matthews | three, accuracy | trained" in table
     assert "| `lora` | 0.500 ± 0.010 | 0.200 ± 0.010 | 0.500 ± 0.010 | 7 |" in table
     assert "On one these reach no more than the linear probe (`head`): `lora`, `full`." in table
+    assert "On one these reach more, but by less than seeds differ, than the linear probe " in table
     assert "On two every method reaches more than the linear probe (`head`)." in table
-    assert "On three" not in table
+    assert table.count("On three") == 1
+    assert "On three some runs kept a model that gives one answer only: `lora` in 1." in table
