@@ -44,6 +44,8 @@ class PrunedLinear(nn.Module):
         self.weight = base.weight
         self.register_parameter("bias", base.bias)
         out, into = base.weight.shape
+        # A number of its own: in a trace a tensor's sizes are tensors.
+        self.entries = out * into
 
         def zeros(*shape: int) -> nn.Parameter:
             wanted = dtype or base.weight.dtype
@@ -58,7 +60,7 @@ class PrunedLinear(nn.Module):
     @property
     def keep(self) -> int:
         """How many entries stay now."""
-        return kept_entries(self.weight.numel(), self.sparsity)
+        return kept_entries(self.entries, self.sparsity)
 
     def pruned_weight(self) -> Tensor:
         """mask ⊙ (W0 + β U V), [n, k]."""
