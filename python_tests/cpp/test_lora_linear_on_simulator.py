@@ -53,6 +53,8 @@ def test_the_single_launch_names_what_it_cannot_do():
     assert _why_not_single() == ""
     assert _why_not_single(branches=[(48, 64, 0, 0)], gates=[token] * 16) == ""
     assert "pooled" in _why_not_single(gates=[mean])
+    assert _why_not_single(branches=[(8, 16, 8, -1)]).endswith("from 8 to 24 of 64")
+    assert _why_not_single(sizes=(2, 8, 64, 72), branches=[(8, 8, 64, -1)]) == ""
     assert _why_not_single(branches=[(65, 64, 0, -1)]).endswith("and needs 80")
     assert _why_not_single(branches=[(57, 64, 0, 0)], gates=[token]).endswith("and needs 65")
     # Side by side in y, and yet together in backward.
@@ -88,8 +90,8 @@ OF_TOKENS = {"poolings": ["token", "token"], "extra_poolings": ["token"]}
 SINGLE = {
     "tiles": _case("tiles", _sizes(2, 70, 72, (8, 5), 160, 96), TOKENS, [1.0, 2.0],
                    attributes={**OF_TOKENS, "offsets": [0, 64]}),
-    "slots": _case("slots", _sizes(2, 9, 72, (17, 12), 160, 90), TOKENS, [1.0, 2.0],
-                   attributes={**OF_TOKENS, "offsets": [3, 70], "dropout_p": 0.3}),
+    "slots": _case("slots", _sizes(2, 9, 72, (17, 12), 160, 96), TOKENS, [1.0, 2.0],
+                   attributes={**OF_TOKENS, "offsets": [16, 64], "dropout_p": 0.3}),
     "qkv": _case("qkv", _sizes(1, 20, 136, (8, 16), 384, 128), "bias gate:0,1 weight:1", [0.5, 2.0],
                  attributes={"offsets": [0, 256], "transposed": True, "dropout_p": 0.2}),
     "chunks": _case("chunks", _sizes(1, 33, 328, (24,)), "", [1.0]),
@@ -130,11 +132,11 @@ def test_what_is_not_finite_stays_in_its_branch():
     x, w = (torch.randn(n).bfloat16() for n in ((2, 9, 64), (64, 64)))
     factors = [(torch.randn(8, 64).bfloat16(), torch.randn(16, 8).bfloat16()) for _ in range(2)]
     factors[0][0][3] = float("inf")
-    branches = [LoraBranch(a, b, offset) for (a, b), offset in zip(factors, (8, 40))]
+    branches = [LoraBranch(a, b, offset) for (a, b), offset in zip(factors, (16, 48))]
     y = lora_linear(x, w, None, branches, backend="cuda_sim:single")
     finite = y.isfinite().all(dim=(0, 1))
-    assert not finite[8:24].any()
-    assert finite[:8].all() and finite[24:].all()
+    assert not finite[16:32].any()
+    assert finite[:16].all() and finite[32:].all()
 
 
 def test_frozen_factors_cost_no_sums():
