@@ -139,7 +139,7 @@ def _beside_the_probe(task: str, metric: str, rows: dict[str, dict[str, Any]]) -
         if 0 < gain <= hypot(rows[name][metric]["std"], probe["std"])
     ]
     if not below and not within:
-        return [f"On {task} every method reaches more than the linear probe (`head`).  "]
+        return [f"On {task} every method measured reaches more than the linear probe (`head`).  "]
     said = []
     for names, words in ((below, "no more"), (within, "more, but by less than seeds differ,")):
         if names:

@@ -85,6 +85,6 @@ def test_each_task_shows_its_metric_and_who_stays_at_the_linear_probe() -> None:
     assert "| `lora` | 0.500 ± 0.010 | 0.200 ± 0.010 | 0.500 ± 0.010 | 7 |" in table
     assert "On one these reach no more than the linear probe (`head`): `lora`, `full`." in table
     assert "On one these reach more, but by less than seeds differ, than the linear probe " in table
-    assert "On two every method reaches more than the linear probe (`head`)." in table
+    assert "On two every method measured reaches more than the linear probe (`head`)." in table
     assert table.count("On three") == 1
     assert "On three some runs kept a model that gives one answer only: `lora` in 1." in table
