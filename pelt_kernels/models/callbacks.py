@@ -13,7 +13,15 @@ if TYPE_CHECKING:
     from .model import PeltModel
 
 
-class SparsitySchedule(TrainerCallback):
+class LastStep(TrainerCallback):
+    """Has the end of training evaluated, also where evaluations come every so many steps."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step >= state.max_steps and args.eval_strategy == IntervalStrategy.STEPS:
+            control.should_evaluate = True
+
+
+class SparsitySchedule(LastStep):
     """Raises PST's sparsity with the steps taken, and has the end of training evaluated: a model
     counts only at its final sparsity.
     """
@@ -26,8 +34,7 @@ class SparsitySchedule(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.model.set_progress(state.global_step / state.max_steps)
-        if state.global_step >= state.max_steps and args.eval_strategy == IntervalStrategy.STEPS:
-            control.should_evaluate = True
+        super().on_step_end(args, state, control)
 
 
 class SparedExperts(TrainerCallback):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._arguments import dense
 from ._rows import Input
 
 if TYPE_CHECKING:
@@ -44,9 +45,8 @@ def elements(contract: Contract, row: Input, value: Value) -> Sequence[Tensor | 
                 f"{contract.name}: expected {row.name} as a torch.Tensor, got"
                 f" {type(element).__name__}"
             )
-        elif element.is_nested or element.layout is not torch.strided:
-            layout = "a nested tensor" if element.is_nested else str(element.layout)
-            raise TypeError(f"{contract.name}: expected {row.name} as a dense tensor, got {layout}")
+        else:
+            dense(contract.name, row.name, element)
     return found
 
 

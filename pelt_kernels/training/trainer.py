@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..models import PeltModel
+from ..models.callbacks import LastStep
 from .encode import Encoded, LengthGroups
 from .errors import RunError, reason
 from .metrics import CLASSES_ANSWERED, NAMES
@@ -95,14 +96,6 @@ class StepClock(TrainerCallback):
         begun, steps = self.begun, self.steps
         self._restart()
         return (time.perf_counter() - begun) / steps if begun is not None and steps else None
-
-
-class LastStep(TrainerCallback):
-    """Has the end of training evaluated, also where evaluations come every so many steps."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step >= state.max_steps and args.eval_strategy == IntervalStrategy.STEPS:
-            control.should_evaluate = True
 
 
 class PeltTrainer(Trainer):
@@ -277,7 +270,7 @@ def read_state(checkpoint: Path) -> TrainerState:
             raise FileNotFoundError(f"{', '.join(missing)} missing")
         path = checkpoint / STATE_FILE
         check_history(path, read_record(path, _STATE, "state")["log_history"])
-        return TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        return TrainerState.load_from_json(str(path))
 
 
 def check_history(path: Path, history: list[dict[str, Any]]) -> None:
