@@ -1,8 +1,12 @@
 // mma: D = A B + D on one warp, A [16, 16] row-major, B [16, 8] column-major, D [16, 8] in float32.
-// Lane l holds, with i = l / 4 and j = 2 (l % 4):
-//   A  a[0] = (i, j..j+1)   a[1] = (i + 8, j..j+1)   a[2] = (i, j+8..j+9)   a[3] = (i + 8,
-//   j+8..j+9) B  b[0] = (j..j+1, i)   b[1] = (j+8..j+9, i) D  d[0], d[1] = (i, j), (i, j+1) d[2],
-//   d[3] = (i + 8, j), (i + 8, j+1)
+// Lane l holds, with i = l / 4 and j = 2 (l % 4), these elements (row, column) of the tiles; a and b
+// hold two neighbours in each register:
+//
+//   A   a[0]  (i, j) (i, j+1)          a[1]  (i+8, j) (i+8, j+1)
+//       a[2]  (i, j+8) (i, j+9)        a[3]  (i+8, j+8) (i+8, j+9)
+//   B   b[0]  (j, i) (j+1, i)          b[1]  (j+8, i) (j+9, i)
+//   D   d[0]  (i, j)                   d[1]  (i, j+1)
+//       d[2]  (i+8, j)                 d[3]  (i+8, j+1)
 #pragma once
 
 #include <cstdint>

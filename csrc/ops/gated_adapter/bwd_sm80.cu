@@ -1,9 +1,10 @@
-// gated_adapter, backward, first of two launches: what belongs to rows. With dy' = dropout(dy):
+// gated_adapter, backward, first of two launches: what belongs to rows. With dy' = dropout(dy) and
+// u = W_up phi(h) + b_up:
 //
-//   v    = dy' W_up                      [T, R]   one read of dy
-//   dot  = v . phi(h) + dy' . b_up       [T]      = dy' . u, without computing u = W_up phi(h) +
-//   b_up dh   = scale g v phi'(h)             [T, R]   to memory, for the second launch dx   = dh
-//   W_down + dlogit w_gate + dy         and through the pre-norm, if there is one
+//   v   = dy' W_up                            [T, R]   one read of dy
+//   dot = v . phi(h) + dy' . b_up             [T]      equals dy' . u, without computing u
+//   dh  = scale g v phi'(h)                   [T, R]   to memory, for the second launch
+//   dx  = dh W_down + dlogit w_gate + dy      [T, D]   through the pre-norm, if there is one
 //
 // dlogit comes from the dots: those of the row (token), or of the whole sentence (pooled); then
 // tiles wait for their sentence as in forward. b_up rides along as one more column of W_up, so its
