@@ -26,9 +26,7 @@ from pelt_kernels.ops._forms import FILE, options
 
 from . import shapes
 from .contenders import parity
-from .run import write
-
-Rows = list[dict[str, Any]]
+from .rows import Rows, read, write
 
 
 class RowsError(ValueError):
@@ -41,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("rows", type=Path, help="what benchmarks.run wrote with --json")
     asked = parser.parse_args(arguments)
     try:
-        measured = forms_in(json.loads(asked.rows.read_text()))
+        measured = forms_in(read(asked.rows))
     except RowsError as error:
         print(f"benchmarks.forms: {error}", file=sys.stderr)
         return 2
@@ -52,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    write(FILE, merged(json.loads(FILE.read_text()), measured))
+    write(FILE, merged(read(FILE), measured))
     for row in measured:
         print(row["op"], row["dtype"], row["direction"], row["sizes"], row["us"])
     return 0

@@ -5,7 +5,7 @@
 #
 # Needs python3 with torch, transformers, triton, pybind11, cmake, ninja, pytest, pytest-xdist and
 # matplotlib, nvcc, compute-sanitizer, and no network. Builds in place for this GPU. A stage that
-# fails or runs past its limit does not stop the next; logs and JSON rows are left in FOLDER, and
+# fails or runs past its limit does not stop the next; logs and rows are left in FOLDER, and
 # the last lines tell how each stage ended. Ends with the number of stages that failed.
 set -u
 cd "$(dirname "$0")/.."
@@ -77,14 +77,14 @@ done
 finish
 # Alone on the GPU from here on.
 stage roofline 30 "$PY" -m benchmarks.roofline --device cuda --dtypes bfloat16,float16
-stage bench 150 "$PY" -m benchmarks.run --device cuda --no-compile --seconds 0.15 --json "$OUT/cuda.json"
-stage forms 10 "$PY" -m benchmarks.forms "$OUT/cuda.json"
-cp pelt_kernels/ops/forms.json "$OUT"
+stage bench 150 "$PY" -m benchmarks.run --device cuda --no-compile --seconds 0.15 --json "$OUT/cuda.jsonl"
+stage forms 10 "$PY" -m benchmarks.forms "$OUT/cuda.jsonl"
+cp pelt_kernels/ops/forms.jsonl "$OUT"
 stage compile 60 "$PY" -m benchmarks.run --device cuda --op gated_adapter --seconds 0.1 \
-  --cases T8192-D768-R64,T8192-D4096-R64 --json "$OUT/cuda-compile.json"
+  --cases T8192-D768-R64,T8192-D4096-R64 --json "$OUT/cuda-compile.jsonl"
 stage steps 45 "$PY" -m benchmarks.train_step --device cuda --methods head,unipelt,adapter,lora \
-  --json "$OUT/cuda-steps.json"
-stage host 30 "$PY" -m benchmarks.host_overhead --json "$OUT/cuda-host.json"
+  --json "$OUT/cuda-steps.jsonl"
+stage host 30 "$PY" -m benchmarks.host_overhead --json "$OUT/cuda-host.jsonl"
 
 echo "== summary after $SECONDS s"
 printf '%s\n' "${SUMMARY[@]}"

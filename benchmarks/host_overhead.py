@@ -16,7 +16,6 @@ The goal is an entry of at most 15 us on one core of a current server processor.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import time
@@ -28,6 +27,8 @@ import torch
 
 from pelt_kernels import ops
 from pelt_kernels.ops import OPERATORS, _dispatch
+
+from .rows import write
 
 REPEATS, ROUNDS = 200, 40
 now = time.perf_counter_ns
@@ -169,7 +170,7 @@ def main() -> None:
     for row in rows:
         print("  ".join(f"{v:>16}" if isinstance(v, str) else f"{v:>16.1f}" for v in row.values()))
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write(options.json, rows)
 
 
 if __name__ == "__main__":

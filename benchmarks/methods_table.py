@@ -26,6 +26,7 @@ from pelt_kernels.training.metrics import NAMES, score
 
 from . import readme
 from .checkout import commit
+from .rows import write
 
 EXAMPLES = 1000
 SEEDS = "0,1,2"
@@ -132,7 +133,7 @@ def _write(runs: Path, known: Sequence[str], name: str | None) -> None:
     rows = [_row(runs / row) | {"row": row} for row in known if (runs / row / "commit").is_file()]
     readme.METHODS.parent.mkdir(exist_ok=True)
     path = readme.METHODS if name is None else readme.task_file(name)
-    path.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    write(path, rows)
     if readme.README.is_file():
         readme.README.write_text(readme.rewritten(readme.README.read_text()))
 

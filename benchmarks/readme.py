@@ -8,7 +8,6 @@ A table stands between two comments that name it; everything else in a file is l
 
 from __future__ import annotations
 
-import json
 import textwrap
 from math import hypot
 from pathlib import Path
@@ -21,10 +20,11 @@ from pelt_kernels.ops import OPERATORS, support_table
 
 from . import operator_tables
 from .checkout import ROOT
+from .rows import Rows, read
 
 README = ROOT / "README.md"
-METHODS = ROOT / "benchmarks" / "results" / "methods.json"
-STEPS = ROOT / "benchmarks" / "results" / "train_step.json"
+METHODS = ROOT / "benchmarks" / "results" / "methods.jsonl"
+STEPS = ROOT / "benchmarks" / "results" / "train_step.jsonl"
 RESULTS = METHODS.with_name("README.md")
 METRIC_NAMES = {"accuracy": "accuracy", "f1": "F1", "matthews": "Matthews"}
 
@@ -53,14 +53,14 @@ def _digits(share: float) -> str:
     return f"{share:.2g}" if share < 99.5 else "100"
 
 
-def methods_table(found: dict[str, Any]) -> str:
+def methods_table(rows: Rows) -> str:
     """The methods' accuracy and cost, in Markdown, from what `benchmarks.methods_table` wrote."""
-    head = found["rows"][0]
+    head = rows[0]
     lines = [
         "| method | test accuracy | trained parameters | of all |",
         "|---|---|---|---|",
     ]
-    for row in found["rows"]:
+    for row in rows:
         share = 100 * row["trainable_parameters"] / row["total_parameters"]
         lines.append(
             f"| `{row['method']}` | {row['accuracy']['mean']:.3f} ± {row['accuracy']['std']:.3f} "
@@ -68,7 +68,7 @@ def methods_table(found: dict[str, Any]) -> str:
         )
     hardware = f"{head['hardware']['cpu']}, {head['hardware']['threads']} thread(s)"
     seeds = len(head["seeds"])
-    commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in found["rows"]))
+    commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
     lines += [
         "",
         f"Mean and standard deviation of {seeds} seeds, {head['train_examples']:,} training "
@@ -80,10 +80,10 @@ def methods_table(found: dict[str, Any]) -> str:
 
 def task_file(name: str) -> Path:
     """Where `benchmarks.methods_table` keeps a task of files, by its name in the table."""
-    return METHODS.with_name(f"methods_{name}.json")
+    return METHODS.with_name(f"methods_{name}.jsonl")
 
 
-def tasks_table(tasks: dict[str, list[dict[str, Any]]]) -> str:
+def tasks_table(tasks: dict[str, Rows]) -> str:
     """The methods' scores on tasks of files side by side, in Markdown; where one does not reach
     more than the linear probe, or learns nothing in a run; what one random expert of AdaMix
     reaches; the conditions.
@@ -175,7 +175,7 @@ def _random_experts(task: str, metric: str, rows: dict[str, dict[str, Any]]) -> 
     return lines
 
 
-def steps_table(rows: list[dict[str, Any]]) -> str:
+def steps_table(rows: Rows) -> str:
     """What a training step costs, in Markdown, from what `benchmarks.train_step` wrote."""
     lines = [
         "| method | processor time | peak memory of the process | kept for backward | backends |",
@@ -209,15 +209,15 @@ def rewritten(text: str) -> str:
     text = with_block(text, "support table", support_table(list(OPERATORS)))
     text = with_block(text, "families", families())
     if METHODS.is_file():
-        text = with_block(text, "methods table", methods_table(json.loads(METHODS.read_text())))
+        text = with_block(text, "methods table", methods_table(read(METHODS)))
     tasks = {
-        path.stem.removeprefix("methods_"): json.loads(path.read_text())["rows"]
-        for path in sorted(METHODS.parent.glob("methods_*.json"))
+        path.stem.removeprefix("methods_"): read(path)
+        for path in sorted(METHODS.parent.glob("methods_*.jsonl"))
     }
     if tasks:
         text = with_block(text, "tasks table", tasks_table(tasks))
     if STEPS.is_file():
-        text = with_block(text, "steps table", steps_table(json.loads(STEPS.read_text())))
+        text = with_block(text, "steps table", steps_table(read(STEPS)))
     return with_block(text, "operators table", operator_tables.headline(operator_rows()))
 
 
@@ -228,12 +228,12 @@ def results_rewritten(text: str) -> str:
 
 def operator_files() -> list[Path]:
     """A file of `benchmarks.run` for each kind of processor."""
-    return sorted(RESULTS.parent.glob("operators_*.json"))
+    return sorted(RESULTS.parent.glob("operators_*.jsonl"))
 
 
-def operator_rows() -> list[dict[str, Any]]:
+def operator_rows() -> Rows:
     """The rows of all of them."""
-    return [row for path in operator_files() for row in json.loads(path.read_text())]
+    return [row for path in operator_files() for row in read(path)]
 
 
 def main() -> None:

@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -36,13 +34,13 @@ from pelt_kernels.training.report import hardware
 from . import check, plots, roofline, shapes, timing
 from .checkout import commit
 from .contenders import COMPILED, SEED, baselines_of, contenders, parity
+from .rows import Rows, write
 
 DTYPES = {"cpu": "float32,bfloat16", "cuda": "bfloat16"}
 BACKENDS_HELP = (
     "requests with commas, such as cuda:single or eager; by default all that users get, with"
     " --check what the dispatch chooses"
 )
-Rows = list[dict[str, Any]]
 
 
 class UsageError(ValueError):
@@ -221,19 +219,12 @@ def kind_of(device: str) -> str:
 def file_in(folder: Path, device: str) -> Path:
     """Where a folder keeps the rows of this kind of machine."""
     words = re.sub(r"[^a-z0-9]+", "_", kind_of(device).lower()).strip("_")
-    return folder / f"operators_{device}_{words}.json"
+    return folder / f"operators_{device}_{words}.jsonl"
 
 
 def _machine(device: str) -> str:
     found = hardware()
     return found["gpu"] if device == "cuda" else f"{found['cpu']}, {found['threads']} thread(s)"
-
-
-def write(path: Path, rows: Rows) -> None:
-    """Rows into a file, all or none."""
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(rows, indent=1) + "\n")
-    temporary.replace(path)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

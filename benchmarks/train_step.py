@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from .methods_table import METHODS
+from .rows import write
 
 BATCH, WARM_UP = 16, 3
 
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shown = " ".join(f"{figure:10,.1f}" for figure in figures)
         print(f"{method:12} {shown}  {row['backends']}", flush=True)
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write(options.json, rows)
     return 0
 
 

@@ -107,5 +107,5 @@ def test_a_refused_request_is_told_and_not_counted(capsys):
 
 
 def test_a_check_writes_no_rows(tmp_path, capsys):
-    assert run.main([*ONE, "--json", str(tmp_path / "rows.json")]) == 2
+    assert run.main([*ONE, "--json", str(tmp_path / "rows.jsonl")]) == 2
     assert "--check: writes no rows" in capsys.readouterr().err

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from benchmarks import forms
+from benchmarks.rows import read, write
 from pelt_kernels.ops import _dispatch as dispatch
 
 OF_UNIPELT = ["bias", "gate_weight", "gate_bias", "mask", "poolings=masked_mean"]
@@ -25,14 +24,14 @@ def row(
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     """table(rows): what is in the table after these rows were taken into it."""
-    monkeypatch.setattr(forms, "FILE", tmp_path / "forms.json")
-    forms.FILE.write_text("[]")
+    monkeypatch.setattr(forms, "FILE", tmp_path / "forms.jsonl")
+    forms.FILE.write_text("")
 
     def table(rows, code=0):
-        file = tmp_path / "rows.json"
-        file.write_text(json.dumps(list(rows)))
+        file = tmp_path / "rows.jsonl"
+        write(file, list(rows))
         assert forms.main([str(file)]) == code
-        return json.loads(forms.FILE.read_text())
+        return read(forms.FILE)
 
     return table
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
 from benchmarks import contenders, forms, roofline, run, shapes, timing
+from benchmarks.rows import read
 from pelt_kernels.ops import OPERATORS
 from pelt_kernels.ops import _native as native
 from pelt_kernels.ops._dispatch import backend_of, contract_of
@@ -29,7 +28,7 @@ KEYS = {
         (["--cases", "T1"], "--cases: expected quick, full or some of symmetric_kl's T512"),
         (["--backends", "cpu,fast"], "--backends: backend: expected one of cuda"),
         (["--dtypes", "int8"], "--dtypes: expected some of float32"),
-        (["--json", "/nowhere/rows.json"], "--json: expected a folder that can be written to"),
+        (["--json", "/nowhere/rows.jsonl"], "--json: expected a folder that can be written to"),
         (["--plot", "/nowhere"], "--plot: expected a folder that can be written to"),
     ],
 )
@@ -62,9 +61,9 @@ def compiled(need):
 
 
 def test_rows(compiled, tmp_path):
-    file = tmp_path / "rows.json"
+    file = tmp_path / "rows.jsonl"
     assert run.main([*ONE, "--json", str(file)]) == 0
-    rows = json.loads(file.read_text())
+    rows = read(file)
     assert {row["direction"] for row in rows} == {"forward", "forward+backward"}
     assert all(row.keys() >= KEYS for row in rows)
     assert {row["baseline"] for row in rows} == {"reference", "plain"}
@@ -75,7 +74,7 @@ def test_rows_of_requests_side_by_side(compiled, tmp_path):
     assert run.main([*ONE, "--backends", "cpu,eager", "--json", str(tmp_path)]) == 0
     (file,) = tmp_path.iterdir()
     assert file == run.file_in(tmp_path, "cpu") and file.name.startswith("operators_cpu_")
-    rows = json.loads(file.read_text())
+    rows = read(file)
     pairs = {(row["backend"], row["baseline"], row["is_default"]) for row in rows}
     assert {("cpu", "eager", True), ("eager", "plain", False), ("eager", "cpu", False)} <= pairs
     us = {(row["direction"], row["backend"]): row["us"] for row in rows}
@@ -86,9 +85,9 @@ def test_rows_of_requests_side_by_side(compiled, tmp_path):
 
 def test_what_the_dispatch_chooses_is_always_measured(compiled, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "default_of", lambda *_: "eager")
-    file = tmp_path / "rows.json"
+    file = tmp_path / "rows.jsonl"
     assert run.main([*ONE, "--json", str(file)]) == 0
-    rows = json.loads(file.read_text())
+    rows = read(file)
     assert {(backend_of(row["backend"]), row["is_default"]) for row in rows} == {
         ("cpu", False),
         ("eager", True),
@@ -100,9 +99,9 @@ def test_what_is_not_close_gets_no_speed(compiled, tmp_path, monkeypatch, capsys
         raise AssertionError("loss: error 1, allowed 0")
 
     monkeypatch.setattr(contenders.parity, "check", refuse)
-    file = tmp_path / "rows.json"
+    file = tmp_path / "rows.jsonl"
     assert run.main([*ONE, "--json", str(file)]) == 1
-    assert json.loads(file.read_text()) == []
+    assert read(file) == []
     error = capsys.readouterr().err
     assert "symmetric_kl T512-C2-tokens float32 cpu:" in error and ": loss: error 1" in error
 
@@ -127,9 +126,9 @@ def test_peak_memory_counts_what_lives_at_once():
 
 
 def test_rows_without_forms_change_no_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(forms, "FILE", tmp_path / "forms.json")
-    file = tmp_path / "rows.json"
-    file.write_text("[]")
+    monkeypatch.setattr(forms, "FILE", tmp_path / "forms.jsonl")
+    file = tmp_path / "rows.jsonl"
+    file.write_text("")
     assert forms.main([str(file)]) == 2
     assert "expected rows of backends with forms" in capsys.readouterr().err
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 from tiny_encoder import tiny_model, toy_files
 
 from benchmarks import methods_table, readme
+from benchmarks.rows import read
 
 __all__ = ["tiny_model", "toy_files"]
 
@@ -24,7 +24,7 @@ def test_rows_are_trained_once_and_stand_beside_each_other(
     page = tmp_path / "README.md"
     page.write_text("<!-- tasks table: begin -->\n<!-- tasks table: end -->\n")
     monkeypatch.setattr(readme, "README", page)
-    monkeypatch.setattr(readme, "METHODS", tmp_path / "results" / "methods.json")
+    monkeypatch.setattr(readme, "METHODS", tmp_path / "results" / "methods.jsonl")
     monkeypatch.setattr(readme, "rewritten", only_tasks)
     common = ["--task", str(toy_files[0]), "--eval", str(toy_files[1]), "--model", str(tiny_model)]
     common += ["--train-examples", "48", "--seeds", "0", "--name", "toy", "--metric", "f1"]
@@ -34,7 +34,7 @@ def test_rows_are_trained_once_and_stand_beside_each_other(
     assert "| method | toy, F1 | trained parameters |" in first
     assert "| `bitfit` | 0." in first and "| `adamix-lora` | 0." in first
     assert "On toy the average of the experts of `adamix-lora` has " in first
-    rows = json.loads((tmp_path / "results" / "methods_toy.json").read_text())["rows"]
+    rows = read(tmp_path / "results" / "methods_toy.jsonl")
     assert [row["row"] for row in rows] == ["bitfit", "adamix-lora"]
     assert len(rows[1]["random_experts"]) == methods_table.RANDOM_EXPERTS
     for row in ("bitfit", "adamix-lora"):
@@ -45,7 +45,7 @@ def test_rows_are_trained_once_and_stand_beside_each_other(
 def only_tasks(text: str) -> str:
     """The README as it would be with no other table in it."""
     path = readme.task_file("toy")
-    table = readme.tasks_table({"toy": json.loads(path.read_text())["rows"]})
+    table = readme.tasks_table({"toy": read(path)})
     return readme.with_block(text, "tasks table", table)
 
 

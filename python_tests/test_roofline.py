@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks import readme, roofline, shapes
+from benchmarks.rows import read
 from pelt_kernels.ops._dispatch import contract_of
 
 FLOAT = torch.float32
@@ -98,5 +98,5 @@ def test_a_second_measurement_keeps_what_is_faster(monkeypatch):
 @pytest.mark.parametrize("path", readme.operator_files(), ids=lambda path: path.stem)
 def test_nothing_that_was_measured_lies_below_its_limit(path):
     """Rows from before the limit was one have none: `limit_us` is not there."""
-    for row in json.loads(path.read_text()):
+    for row in read(path):
         assert row["us"] >= row.get("limit_us", 0), (row["op"], row["case"], row["direction"])

@@ -1,8 +1,8 @@
 """What measurements say about a call: which form of a backend's kernels goes first, and where a
 backend is slower than eager.
 
-Measurements decide, never a guess: `forms.json` holds what `python -m benchmarks.forms` took from a
-run, a row for each operator, kind of hardware, dtype, direction, sizes and options, with the
+Measurements decide, never a guess: `forms.jsonl` holds what `python -m benchmarks.forms` took from
+a run, a row for each operator, kind of hardware, dtype, direction, sizes and options, with the
 microseconds of each request (``cuda:single``, ``cpu:avx512``, ``eager``). Where nothing near was
 measured on this kind of hardware, the usual order stands.
 """
@@ -21,7 +21,7 @@ import torch
 from . import _native
 from ._contract import Call
 
-FILE = Path(__file__).with_name("forms.json")
+FILE = Path(__file__).with_name("forms.jsonl")
 FARTHEST = 3.0  # doublings, over all sizes, from which a measurement still tells
 OPTION = 0.25  # doublings for each option that only one of two calls has
 SLOWER = 1.03  # of eager's time: less than that is within what two runs differ by
@@ -140,7 +140,8 @@ def table() -> dict[tuple[str, ...], list[Row]]:
     options, us (request -> microseconds) and commit.
     """
     rows: dict[tuple[str, ...], list[Row]] = {}
-    for row in json.loads(FILE.read_text()):
+    for line in FILE.read_text().splitlines():
+        row = json.loads(line)
         key = (row["op"], row["hardware"], row["dtype"], row["direction"])
         rows.setdefault(key, []).append(row)
     return rows

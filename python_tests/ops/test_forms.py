@@ -182,13 +182,14 @@ def test_what_was_chosen_is_told_again_after_forgetting(measured):
 
 
 def test_the_table_holds_rows_that_can_be_read():
-    for row in json.loads(_forms.FILE.read_text()):
+    rows = [json.loads(line) for line in _forms.FILE.read_text().splitlines()]
+    for row in rows:
         keys = {"op", "hardware", "dtype", "direction", "sizes", "options", "us", "commit"}
         assert keys <= row.keys()
         assert row["op"] in OPERATORS and all(us > 0 for us in row["us"].values())
         assert row["direction"] in _forms.DIRECTIONS.values()
         assert {_dispatch.backend_of(request) for request in row["us"]} <= set(BACKENDS)
-    assert sum(map(len, _forms.table().values())) == len(json.loads(_forms.FILE.read_text()))
+    assert sum(map(len, _forms.table().values())) == len(rows)
 
 
 @pytest.mark.parametrize(
