@@ -107,8 +107,7 @@ def tasks_table(tasks: dict[str, Rows]) -> str:
     for task, metric in metrics.items():
         lines += _beside_the_probe(task, metric, by_row[task])
         lines += _constant_answers(task, by_row[task])
-    for task, metric in metrics.items():
-        lines += _random_experts(task, metric, by_row[task])
+    lines += _random_experts(metrics, by_row)
     rows = [row for rows in tasks.values() for row in rows]
     first = rows[0]
     commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
@@ -159,20 +158,25 @@ def _constant_answers(task: str, rows: dict[str, dict[str, Any]]) -> list[str]:
     return [f"On {task} some runs kept a model that gives one answer only: {', '.join(found)}.  "]
 
 
-def _random_experts(task: str, metric: str, rows: dict[str, dict[str, Any]]) -> list[str]:
+def _random_experts(
+    metrics: dict[str, str], by_row: dict[str, dict[str, dict[str, Any]]]
+) -> list[str]:
     """What one random expert of each module reaches in the place of the average."""
-    lines = []
-    for name, row in rows.items():
-        if row["random_experts"]:
-            (kept,) = (run for run in row["seeds"] if run["seed"] == row["adapter_seed"])
-            sentence = (
-                f"On {task} the average of the experts of `{name}` has {kept[metric]:.3f} (the "
-                "seed that is best on the development part), one random expert for each module "
-                f"{mean(row['random_experts']):.3f} in the mean of {len(row['random_experts'])} "
-                "draws."
-            )
-            lines.append(textwrap.fill(sentence, 100))
-    return lines
+    scores, counts = [], set()
+    for task, metric in metrics.items():
+        for name, row in by_row[task].items():
+            if row["random_experts"]:
+                (run,) = (run for run in row["seeds"] if run["seed"] == row["adapter_seed"])
+                random_mean = mean(row["random_experts"])
+                scores.append(f"`{name}` on {task} {random_mean:.3f} and {run[metric]:.3f}")
+                counts.add(str(len(row["random_experts"])))
+    if not scores:
+        return []
+    sentence = (
+        f"With one random expert for each module (mean of {' or '.join(sorted(counts))} draws), "
+        f"and with the average of the experts, of the seed best on dev: {'; '.join(scores)}."
+    )
+    return textwrap.wrap(sentence, 100)
 
 
 def steps_table(rows: Rows) -> str:
@@ -216,13 +220,13 @@ def rewritten(text: str) -> str:
     }
     if tasks:
         text = with_block(text, "tasks table", tasks_table(tasks))
-    if STEPS.is_file():
-        text = with_block(text, "steps table", steps_table(read(STEPS)))
     return with_block(text, "operators table", operator_tables.headline(operator_rows()))
 
 
 def results_rewritten(text: str) -> str:
     """benchmarks/results/README.md as it should be."""
+    if STEPS.is_file():
+        text = with_block(text, "steps table", steps_table(read(STEPS)))
     return with_block(text, "every row", operator_tables.full(operator_rows()))
 
 
