@@ -75,6 +75,7 @@ Inputs with_addresses(const Inputs& plan, Address x, Address mask,
   for (int g = 0; g < in.gates; ++g) {
     in.gate[g].gate_weight.data = at(gates.at(g)[0]);
     in.gate[g].gate_bias.data = at(gates.at(g)[1]);
+    in.gate[g].value = at<float>(gates.at(g)[2]);
   }
   return in;
 }
@@ -86,13 +87,13 @@ BackwardParams with_grads(const Inputs& in, const std::vector<BranchGradients>& 
   for (int i = 0; i < in.branches; ++i) {
     const BranchGradients& to = branch_grads.at(i);
     const Branch& b = in.branch[i];
-    p.branch[i].da = {at(to[0]), b.a.is_float32};
-    p.branch[i].db = {at(to[1]), b.b.is_float32};
-    p.branch[i].dgate = {at(to[2]), b.gate.is_float32};
+    p.grads.branch[i].da = {at(to[0]), b.a.is_float32};
+    p.grads.branch[i].db = {at(to[1]), b.b.is_float32};
+    p.grads.branch[i].dgate = {at(to[2]), b.gate.is_float32};
   }
   for (int g = 0; g < in.gates; ++g) {
-    p.gate[g].dgate_weight = {at(gate_grads.at(g)[0]), in.gate[g].gate_weight.is_float32};
-    p.gate[g].dgate_bias = {at(gate_grads.at(g)[1]), in.gate[g].gate_bias.is_float32};
+    p.grads.gate[g].dgate_weight = {at(gate_grads.at(g)[0]), in.gate[g].gate_weight.is_float32};
+    p.grads.gate[g].dgate_bias = {at(gate_grads.at(g)[1]), in.gate[g].gate_bias.is_float32};
   }
   return p;
 }
@@ -146,7 +147,6 @@ void bind_on_cuda(py::module_& m) {
             p.in = with_addresses(plan, x, mask, branches, gates, seed);
             p.y = at(y), p.s = at(s);
             std::tie(p.weight, p.bias, p.is_transposed) = base_of(base);
-            for (int g = 0; g < p.in.gates; ++g) p.gate_value[g] = at<float>(gates.at(g)[2]);
             launch_lora_linear_fwd(p, at(workspace), at(stream));
           },
           py::kw_only(), py::arg("x"), py::arg("mask"), py::arg("s"), py::arg("branches"),
@@ -164,8 +164,7 @@ void bind_on_cuda(py::module_& m) {
             p.dy = at(dy), p.s = at(s), p.dx = at(dx);
             std::tie(p.weight, std::ignore, p.is_transposed) = base_of(base);
             for (int g = 0; g < p.in.gates; ++g) {
-              p.gate_value[g] = at<const float>(gates.at(g)[2]);
-              p.gate[g].dvalue = at<const float>(gates.at(g)[3]);
+              p.grads.gate[g].dvalue = at<const float>(gates.at(g)[3]);
             }
             launch_lora_linear_bwd(p, at(workspace), at(stream));
           },

@@ -15,30 +15,30 @@
 // pooled gate's dlogit is small enough to vanish in float16.
 //
 // Shared memory per block, ranks 16, 64: 28, 41 KB.
-#include "common/type_list.h"
 #include "ops/lora_linear/tiles.cuh"
 
 namespace pelt::lora_linear {
 namespace {
 
-constexpr int kRows = 64;
+constexpr int kRows = kWideRows;
 constexpr int kGatesAtOnce = 4;
-// Blocks that share a multiprocessor's registers: left alone, the compiler goes for more and
-// spills.
+// Blocks that share a multiprocessor's registers. Without a bound the compiler aims at more of them
+// and spills.
 constexpr int kMinBlocks = 4;
 constexpr int kBiasRow = 8;  // of a gate's tile: rows of its own for the biases' sums
 
-template <class T_, int kRankBlock_>
+template <class T_, int kRanks_>
 struct Config {
   using T = T_;
-  static constexpr int kRankBlock = kRankBlock_;
-  static constexpr int kRankStride = kRankBlock + kTilePad;
-  static constexpr int kWarpsOverRanks = kRankBlock / 16;
+  static constexpr int kRanks = kRanks_;
+  static constexpr int kRankStride = kRanks + kTilePad;
+  // The warps as a grid over the tile: 16 ranks each, and the columns shared by those that are left.
+  static constexpr int kWarpsOverRanks = kRanks / 16;
   static constexpr int kWarpColumns = kChunk / (kWarps / kWarpsOverRanks);
-  static constexpr int kTileFloats = kRankBlock * kChunk;
+  static constexpr int kTileFloats = kRanks * kChunk;
   static_assert(kWarps % kWarpsOverRanks == 0, "the warps divide the tile evenly");
   static_assert(kWarpColumns % 16 == 0, "fragments of B come in pairs of 8 columns");
-  static_assert(kRankBlock >= kBiasRow + kGatesAtOnce, "the gates' sums fit in a tile");
+  static_assert(kRanks >= kBiasRow + kGatesAtOnce, "the gates' sums fit in a tile");
 };
 
 template <class C>
@@ -64,6 +64,8 @@ struct Work {
   int64_t task;
 };
 
+// Tasks of one sum count columns fastest: neighbouring blocks read neighbouring columns of the same
+// rows.
 __device__ __forceinline__ Work find_work(const WeightsParams& p, int rank_block) {
   Work work;
   work.task = block_index_x();
@@ -88,7 +90,7 @@ __device__ __forceinline__ bool is_wanted(const WeightsParams& p, const Work& wo
               : member_of(branch.b_index, branch.has_b_index_per_sample, group, branch.b_members));
 }
 
-// Both operands of a tile of rows.
+// Both operands of a tile of rows; rows, ranks and columns that do not exist come as zeros.
 template <class C>
 __device__ __forceinline__ void bring_rows(const WeightsParams& p, typename Shared<C>::Tile& to,
                                            const Work& work, int tile) {
@@ -98,19 +100,19 @@ __device__ __forceinline__ void bring_rows(const WeightsParams& p, typename Shar
   const TileRows rows = rows_of_tile<kRows>(p.tiling, tile);
   if (work.sums.kind == Sums::kDownFactor) {
     stage_x<T, kRows>(to.columns, in, rows, work.column, in.dropout.is_active());
-    stage<T, kRows, C::kRankBlock>(to.ranks, C::kRankStride, Parameter{p.ds, false},
-                                   {rows.first * in.ranks + branch.first + work.rank, in.ranks,
-                                    rows.count, branch.R - work.rank});
+    stage<T, kRows, C::kRanks>(to.ranks, C::kRankStride, Parameter{p.ds, false},
+                               {rows.first * in.ranks + branch.first + work.rank, in.ranks,
+                                rows.count, branch.R - work.rank});
   } else {
     stage<T, kRows, kChunk>(to.columns, kChunkStride, Parameter{p.dy, false},
                             {rows.first * in.Dout + branch.offset + work.column, in.Dout,
                              rows.count, branch.size - work.column});
-    stage_scaled<T, kRows, C::kRankBlock>(to.ranks, C::kRankStride, in, branch, p.s, p.gate_value,
-                                          rows, work.rank);
+    stage_scaled<T, kRows, C::kRanks>(to.ranks, C::kRankStride, in, branch, p.s, rows, work.rank);
   }
 }
 
-// A warp's part of the tile: sums [ranks, columns] += ranksᵀ columns over the rows.
+// A warp's part of the tile: sums [ranks, columns] += ranksᵀ columns over the rows. Rows are the
+// reduction, so both operands are transposed on the way into registers.
 template <class C>
 __device__ __forceinline__ void accumulate(FragmentD (&sums)[C::kWarpColumns / 8],
                                            const typename Shared<C>::Tile& s) {
@@ -139,12 +141,14 @@ __device__ __forceinline__ TileRange tiles_of(const WeightsParams& p, const Work
           static_cast<int>(tiles * (work.split + 1) / p.splits)};
 }
 
-// A factor's tile over this block's part of the rows.
+// A factor's tile over this block's part of the rows. While one tile of rows is multiplied, the next
+// one is on the way.
 template <class C>
 __device__ __forceinline__ void sum_factor(const WeightsParams& p, Shared<C>& s, const Work& work,
                                            float* partial) {
   FragmentD sums[C::kWarpColumns / 8];
   const TileRange range = tiles_of(p, work);
+  // The next tile from `tile` on whose sentence the block's member serves.
   auto next_of = [&](int tile) {
     while (tile < range.end && !is_wanted(p, work, tile)) ++tile;
     return tile;
@@ -157,9 +161,11 @@ __device__ __forceinline__ void sum_factor(const WeightsParams& p, Shared<C>& s,
   bring(tile, buffer);
   while (tile < range.end) {
     tile = next_of(tile + 1);
+    // This turn's tile is there for all threads, and all have multiplied the one before, whose
+    // buffer is filled anew.
     cp_async_wait<0>();
     sync_threads();
-    bring(tile, 1 - buffer);  // into the buffer that was used up before the barrier
+    bring(tile, 1 - buffer);
     accumulate<C>(sums, s.tile[buffer]);
     buffer = 1 - buffer;
   }
@@ -184,6 +190,7 @@ __device__ __forceinline__ void sum_gates(const WeightsParams& p, Shared<C>& s, 
   const int64_t all = static_cast<int64_t>(in.B) * in.S;
   const int left = in.gates - work.sums.which;
   const int count = left < kGatesAtOnce ? left : kGatesAtOnce;
+  // Eight lanes cover the tile's columns, so a warp reads four whole rows at a time.
   const int offset = thread_index() % kVectors * 8, column = work.column + offset;
   Float8 sums[kGatesAtOnce] = {};
   float biases[kGatesAtOnce] = {};
@@ -196,7 +203,7 @@ __device__ __forceinline__ void sum_gates(const WeightsParams& p, Shared<C>& s, 
       if (column < in.Din) x = load_8(static_cast<const T*>(in.x) + row * in.Din + column);
 #pragma unroll
       for (int g = 0; g < kGatesAtOnce; ++g) {
-        // A row that does not count has no part in a gate, whatever it holds.
+        // A row that does not count is not multiplied by its dlogit of 0: it may hold a NaN.
         if (g >= count || !counts(in, in.gate[work.sums.which + g], row)) continue;
         const float dlogit = p.dlogits[(work.sums.which + g) * all + row];
         biases[g] += dlogit;
@@ -206,6 +213,7 @@ __device__ __forceinline__ void sum_gates(const WeightsParams& p, Shared<C>& s, 
   }
 #pragma unroll
   for (int g = 0; g < kGatesAtOnce; ++g) {
+    // Over the warp's four rows: lanes with the same columns are kVectors apart.
 #pragma unroll
     for (int mask = kVectors; mask < 32; mask *= 2) {
       biases[g] += shfl_xor(biases[g], mask);
@@ -215,6 +223,7 @@ __device__ __forceinline__ void sum_gates(const WeightsParams& p, Shared<C>& s, 
     for (int e = 0; e < 8; ++e) s.gates[warp_index()][g * kChunk + offset + e] = sums[g].v[e];
     if (lane_index() == 0) s.biases[warp_index()][g] = biases[g];
   }
+  // All four warps' sums are there to be added.
   sync_threads();
   for (int i = thread_index(); i < kGatesAtOnce * kChunk; i += kThreads) {
     partial[i] = (s.gates[0][i] + s.gates[1][i]) + (s.gates[2][i] + s.gates[3][i]);
@@ -226,7 +235,8 @@ __device__ __forceinline__ void sum_gates(const WeightsParams& p, Shared<C>& s, 
   }
 }
 
-// Adds the splits in their order and writes the result.
+// Adds the splits in their order and writes the result. A member that no row used gets zeros: its
+// blocks have left sums of nothing.
 template <class C>
 __device__ __forceinline__ void write_sums(const WeightsParams& p, const Work& work) {
   using T = typename C::T;
@@ -241,10 +251,11 @@ __device__ __forceinline__ void write_sums(const WeightsParams& p, const Work& w
     return sum;
   };
   if (work.sums.kind == Sums::kGateWeights) {
+    // A tile of gates has a gate in each row, and their biases behind them (see kBiasRow).
     for (int i = thread_index(); i < kGatesAtOnce * kChunk; i += kThreads) {
       const int gate = work.sums.which + i / kChunk, d = work.column + i % kChunk;
       if (gate >= in.gates || d >= in.Din) continue;
-      const GateGrads& grads = p.gate[gate];
+      const GateGrads& grads = p.grads.gate[gate];
       if (grads.dgate_weight.data != nullptr) store_grad<T>(grads.dgate_weight, d, total(i));
       if (d == 0 && grads.dgate_bias.data != nullptr) {
         store_grad<T>(grads.dgate_bias, 0, total((kBiasRow + i / kChunk) * kChunk));
@@ -253,20 +264,19 @@ __device__ __forceinline__ void write_sums(const WeightsParams& p, const Work& w
     return;
   }
   const Branch& branch = in.branch[work.sums.which];
+  const BranchGrads& grads = p.grads.branch[work.sums.which];
   const int64_t R = branch.R;
   for (int i = thread_index(); i < C::kTileFloats; i += kThreads) {
     if (work.sums.kind == Sums::kDownFactor) {
       const int64_t r = work.rank + i / kChunk, d = work.column + i % kChunk;
       if (r >= R || d >= in.Din) continue;
-      store_grad<T>(p.branch[work.sums.which].da, (work.member * R + r) * in.Din + d, total(i));
+      store_grad<T>(grads.da, (work.member * R + r) * in.Din + d, total(i));
     } else {
       // B lies as [size, R]: neighbouring threads take neighbouring ranks.
-      const int r = i % C::kRankBlock, d = i / C::kRankBlock;
+      const int r = i % C::kRanks, d = i / C::kRanks;
       if (work.rank + r >= R || work.column + d >= branch.size) continue;
-      store_grad<T>(
-          p.branch[work.sums.which].db,
-          (static_cast<int64_t>(work.member) * branch.size + work.column + d) * R + work.rank + r,
-          total(r * kChunk + d));
+      const int64_t row = static_cast<int64_t>(work.member) * branch.size + work.column + d;
+      store_grad<T>(grads.db, row * R + work.rank + r, total(r * kChunk + d));
     }
   }
 }
@@ -276,15 +286,17 @@ template <class C>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     lora_linear_bwd_weights_sm80(const __grid_constant__ WeightsParams p) {
   auto& s = shared_memory_as<Shared<C>>();
-  const Work work = find_work(p, C::kRankBlock);
+  const Work work = find_work(p, C::kRanks);
   float* partial = p.partial + (work.task * p.splits + work.split) * C::kTileFloats;
   if (work.sums.kind == Sums::kGateWeights) {
     sum_gates<C>(p, s, work, partial);
   } else {
     sum_factor<C>(p, s, work, partial);
   }
+  // The ticket releases the block's partial sums: all of them must have been written.
   sync_threads();
   if (thread_index() == 0) s.is_last = take_ticket(p.tickets + work.task) == p.splits - 1;
+  // Every thread learns whether the block came last, and then sees the other splits' sums.
   sync_threads();
   if (s.is_last != 0) write_sums<C>(p, work);
 }
@@ -307,13 +319,14 @@ void plan_sums(WeightsParams& p) {
   };
   for (int i = 0; i < in.branches; ++i) {
     const Branch& branch = in.branch[i];
-    if (p.branch[i].da.data) add(Sums::kDownFactor, i, branch.R, in.Din, branch.a_members);
-    if (p.branch[i].db.data) add(Sums::kUpFactor, i, branch.R, branch.size, branch.b_members);
+    const BranchGrads& grads = p.grads.branch[i];
+    if (grads.da.data) add(Sums::kDownFactor, i, branch.R, in.Din, branch.a_members);
+    if (grads.db.data) add(Sums::kUpFactor, i, branch.R, branch.size, branch.b_members);
   }
   for (int first = 0; first < in.gates; first += kGatesAtOnce) {
     bool is_wanted = false;
     for (int g = first; g < in.gates && g < first + kGatesAtOnce; ++g) {
-      is_wanted |= p.gate[g].dgate_weight.data || p.gate[g].dgate_bias.data;
+      is_wanted |= p.grads.gate[g].dgate_weight.data || p.grads.gate[g].dgate_bias.data;
     }
     if (is_wanted) add(Sums::kGateWeights, first, 1, in.Din, 1);
   }
@@ -327,24 +340,15 @@ int64_t partial_floats_of(const WeightsParams& p) {
 }
 
 void launch_weights_sm80(const WeightsParams& p, Stream stream) {
-  if (p.tasks == 0) return;  // frozen factors: dx was all
-  const bool found = run_first_fit(
-      Configs{},
-      [&](auto tag) {
-        using C = typename decltype(tag)::type;
-        return DTypeOf<typename C::T>::value == p.in.dtype && C::kRankBlock == rank_block_of(p.in);
-      },
-      [&](auto tag) {
-        using C = typename decltype(tag)::type;
-        LaunchShape shape;
-        shape.threads = kThreads;
-        shape.shared_bytes = sizeof(Shared<C>);
-        shape.blocks_x = p.tasks;
-        shape.blocks_y = p.splits;
-        launch<lora_linear_bwd_weights_sm80<C>>("lora_linear_bwd_weights_sm80", shape, stream, p);
-      });
-  check(found, "lora_linear_bwd_weights_sm80: expected bfloat16 or float16, got ",
-        name_of(p.in.dtype));
+  run_config(Configs{}, p.in.dtype, rank_block_of(p.in), [&](auto tag) {
+    using C = typename decltype(tag)::type;
+    LaunchShape shape;
+    shape.threads = kThreads;
+    shape.shared_bytes = sizeof(Shared<C>);
+    shape.blocks_x = p.tasks;
+    shape.blocks_y = p.splits;
+    launch<lora_linear_bwd_weights_sm80<C>>("lora_linear_bwd_weights_sm80", shape, stream, p);
+  });
 }
 
 }  // namespace pelt::lora_linear

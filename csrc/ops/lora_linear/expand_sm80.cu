@@ -9,19 +9,20 @@
 // and the factor are a few columns and come from L2.
 //
 // Shared memory per block, ranks 16, 64: 24, 36 KB.
-#include "common/type_list.h"
 #include "ops/lora_linear/tiles.cuh"
 
 namespace pelt::lora_linear {
 namespace {
 
-constexpr int kRows = 64;
+constexpr int kRows = kWideRows;
+static_assert(kRows == 16 * kWarps, "a warp has the 16 rows of a fragment");
 
 template <class T_, int kRanks_>
 struct Config {
   using T = T_;
   static constexpr int kRanks = kRanks_;  // of a step
   static constexpr int kRankStride = kRanks + kTilePad;
+  // One buffer for either factor, B as [columns, ranks] or A as [ranks, columns].
   static constexpr int kFactorElements =
       kChunk * kRankStride > kRanks* kChunkStride ? kChunk * kRankStride : kRanks * kChunkStride;
   static_assert(kRanks % 16 == 0, "ranks are a whole number of k steps of mma_m16n8k16");
@@ -38,12 +39,13 @@ struct Shared {
 };
 
 // sums += ranks times the factor, for what is in shared memory, in columns [begin, end) of the
-// block's.
+// block's. kIsTransposed: the factor lies as [ranks, columns], which is A in backward.
 template <bool kIsTransposed, class C>
 __device__ __forceinline__ void multiply_ranks(FragmentD (&sums)[kChunk / 8], const Shared<C>& s,
                                                int begin = 0, int end = kChunk) {
 #pragma unroll
   for (int k = 0; k < C::kRanks; k += 16) {
+    // The warp's 16 rows and 16 ranks; all of the block's columns meet them.
     const FragmentA a = load_a(s.ranks + warp_index() * 16 * C::kRankStride + k, C::kRankStride);
 #pragma unroll
     for (int n = 0; n < kChunk / 8; n += 2) {
@@ -59,7 +61,8 @@ __device__ __forceinline__ void multiply_ranks(FragmentD (&sums)[kChunk / 8], co
   }
 }
 
-// Asks for the block's tile of the base product.
+// Asks for the block's tile of the base product, which is needed when all ranks have been
+// multiplied: the copies run beside the products.
 template <class C>
 __device__ __forceinline__ void bring_base(Shared<C>& s, const void* base, const TileRows& rows,
                                            int first, int columns) {
@@ -69,6 +72,7 @@ __device__ __forceinline__ void bring_base(Shared<C>& s, const void* base, const
   cp_async_commit();
 }
 
+// Eight columns of a row: the base product, as it came into shared memory, plus the sums.
 template <class C>
 __device__ __forceinline__ void add_8(void* memory, const Shared<C>& s, const TileRows& rows,
                                       int columns, int row, int column, const Float8& values) {
@@ -78,6 +82,7 @@ __device__ __forceinline__ void add_8(void* memory, const Shared<C>& s, const Ti
   store_16(static_cast<T*>(memory) + (rows.first + row) * columns + column, narrow<T>(sum));
 }
 
+// Does the branch have one of the columns from `first` on.
 __device__ __forceinline__ bool reaches(const Branch& branch, int first) {
   return first < branch.offset + branch.size && first + kChunk > branch.offset;
 }
@@ -93,13 +98,14 @@ __device__ __forceinline__ void multiply_branch(const ExpandParams& p, Shared<C>
   // The first of the block's columns may lie before the branch's: there is no such row of B.
   const int row_of_b = first - branch.offset;
   for (int rank = 0; rank < branch.R; rank += C::kRanks) {
+    // All warps have multiplied what both tiles held before.
     sync_threads();
     stage<T, kChunk, C::kRanks>(s.factor, C::kRankStride, branch.b,
                                 {(member * branch.size + row_of_b) * branch.R + rank, branch.R,
                                  branch.size - row_of_b, branch.R - rank, -row_of_b});
     cp_async_commit();
-    stage_scaled<T, kRows, C::kRanks>(s.ranks, C::kRankStride, p.in, branch, p.s, p.gate_value,
-                                      rows, rank);
+    stage_scaled<T, kRows, C::kRanks>(s.ranks, C::kRankStride, p.in, branch, p.s, rows, rank);
+    // Both tiles are there, and with the first of them the base product.
     cp_async_wait<0>();
     sync_threads();
     multiply_ranks<false, C>(sums, s, -row_of_b, branch.size - row_of_b);
@@ -114,11 +120,13 @@ __global__ void __launch_bounds__(kThreads)
   const Inputs& in = p.in;
   const TileRows rows = rows_of_tile<kRows>(p.tiling, block_index_x());
   const int first = block_index_y() * kChunk;
+  // Columns of no branch stay as the base product left them, without being read.
   bool is_touched = false;
   for (int i = 0; i < in.branches; ++i) is_touched |= reaches(in.branch[i], first);
   if (!is_touched) return;
   bring_base<C>(s, p.y, rows, first, in.Dout);
   FragmentD sums[kChunk / 8];
+  // One branch after the other, because each has its own gate, scale and columns.
   for (int i = 0; i < in.branches; ++i) {
     if (reaches(in.branch[i], first)) multiply_branch<C>(p, s, rows, in.branch[i], first, sums);
   }
@@ -128,7 +136,8 @@ __global__ void __launch_bounds__(kThreads)
              });
 }
 
-// Grid: tiles of rows; tiles of columns.
+// Grid: tiles of rows; tiles of columns. The ranks of all branches are one reduction here: ds has
+// their scales and gates in it already, and every branch reaches all of dx.
 template <class C>
 __global__ void __launch_bounds__(kThreads)
     lora_linear_spread_sm80(const __grid_constant__ SpreadParams p) {
@@ -141,6 +150,7 @@ __global__ void __launch_bounds__(kThreads)
   bring_base<C>(s, p.dx, rows, first, in.Din);
   FragmentD sums[kChunk / 8];
   for (int rank = 0; rank < in.ranks; rank += C::kRanks) {
+    // All warps have multiplied what the tiles held before, and read the table for it.
     sync_threads();
     for (int i = thread_index(); i < C::kRanks; i += kThreads) {
       s.source[i] = rank + i < in.ranks ? rank_row(in, rank + i, rows.group) : Source{};
@@ -148,17 +158,21 @@ __global__ void __launch_bounds__(kThreads)
     stage<T, kRows, C::kRanks>(
         s.ranks, C::kRankStride, Parameter{p.ds, false},
         {rows.first * in.ranks + rank, in.ranks, rows.count, in.ranks - rank});
+    // A thread stages rows of A whose places others have looked up.
     sync_threads();
     stage_sources<T, C::kRanks>(s.factor, in, s.source, first);
     cp_async_commit();
+    // ds, the rows of A and, the first time, the base product are there for all threads.
     cp_async_wait<0>();
     sync_threads();
     multiply_ranks<true, C>(sums, s);
   }
-  cp_async_wait<0>();  // with gates alone there was no rank to wait for
+  // With gates alone there was no rank, and the base product is still to be waited for.
+  cp_async_wait<0>();
   sync_threads();
   for_each_8(s.out[warp_index()], rows, first, in.Din, sums,
              [&](int row, int column, Float8 values) {
+               // What comes back through dropout(x); the gates saw x itself.
                if (in.dropout.is_active()) {
                  const Float8 factors = dropout_of(in, rows.first + row, column);
                  for (int e = 0; e < 8; ++e) values.v[e] *= factors.v[e];
@@ -166,6 +180,7 @@ __global__ void __launch_bounds__(kThreads)
                for (int g = 0; g < in.gates; ++g) {
                  const float dlogit = p.dlogits[g * all + rows.first + row];
                  const Float8 w = load_parameter_8<T>(in.gate[g].gate_weight, column);
+                 // With the weight rounded as it was in forward's product.
                  for (int e = 0; e < 8; ++e) {
                    values.v[e] += dlogit * to_float(round_to<T>(w.v[e]));
                  }
@@ -176,39 +191,31 @@ __global__ void __launch_bounds__(kThreads)
 
 using Configs = TypeList<Config<bf16, 16>, Config<bf16, 64>, Config<f16, 16>, Config<f16, 64>>;
 
-// Calls run(tag, shape) for the configuration with so many ranks in a step.
+// Calls run(tag, shape) for the configuration that takes so many ranks in as few steps as there are.
 template <class Run>
-void run_config(const Inputs& in, const Tiling& tiling, int columns, int ranks, Run&& run) {
-  const bool found = run_first_fit(
-      Configs{},
-      [&](auto tag) {
-        using C = typename decltype(tag)::type;
-        return DTypeOf<typename C::T>::value == in.dtype && C::kRanks == (ranks <= 16 ? 16 : 64);
-      },
-      [&](auto tag) {
-        LaunchShape shape;
-        shape.threads = kThreads;
-        shape.shared_bytes = sizeof(Shared<typename decltype(tag)::type>);
-        shape.blocks_x = tiling.tiles;
-        shape.blocks_y = (columns + kChunk - 1) / kChunk;
-        run(tag, shape);
-      });
-  check(found, "lora_linear: expected bfloat16 or float16, got ", name_of(in.dtype));
+void run_for_ranks(const Inputs& in, const Tiling& tiling, int columns, int ranks, Run&& run) {
+  run_config(Configs{}, in.dtype, block_of(ranks), [&](auto tag) {
+    LaunchShape shape;
+    shape.threads = kThreads;
+    shape.shared_bytes = sizeof(Shared<typename decltype(tag)::type>);
+    shape.blocks_x = tiling.tiles;
+    shape.blocks_y = (columns + kChunk - 1) / kChunk;
+    run(tag, shape);
+  });
 }
 
 }  // namespace
 
 void launch_expand_sm80(const ExpandParams& p, Stream stream) {
-  int most = 0;
-  for (int i = 0; i < p.in.branches; ++i) most = p.in.branch[i].R > most ? p.in.branch[i].R : most;
-  run_config(p.in, p.tiling, p.in.Dout, most, [&](auto tag, const LaunchShape& shape) {
-    using C = typename decltype(tag)::type;
-    launch<lora_linear_expand_sm80<C>>("lora_linear_expand_sm80", shape, stream, p);
-  });
+  run_for_ranks(p.in, p.tiling, p.in.Dout, rank_block_of(p.in),
+                [&](auto tag, const LaunchShape& shape) {
+                  using C = typename decltype(tag)::type;
+                  launch<lora_linear_expand_sm80<C>>("lora_linear_expand_sm80", shape, stream, p);
+                });
 }
 
 void launch_spread_sm80(const SpreadParams& p, Stream stream) {
-  run_config(p.in, p.tiling, p.in.Din, p.in.ranks, [&](auto tag, const LaunchShape& shape) {
+  run_for_ranks(p.in, p.tiling, p.in.Din, p.in.ranks, [&](auto tag, const LaunchShape& shape) {
     using C = typename decltype(tag)::type;
     launch<lora_linear_spread_sm80<C>>("lora_linear_spread_sm80", shape, stream, p);
   });

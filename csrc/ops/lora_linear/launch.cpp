@@ -1,10 +1,35 @@
-// Which calls the kernels serve, and the order of their launches.
+// Which calls the kernels serve, and the order of their launches. A name in brackets is a piece of
+// the workspace; what stands beside an arrow goes from one launch to the next, in memory.
 //
-// Composed. Forward: shrink, expand. Backward: the rows' gates again and the gates' gradients where
-// there are any, rows, spread, weights.
+// Composed, beside the base products of torch's (y = x W^T + b before forward, dx = dy W before
+// backward):
 //
-// Single. Forward: one. Backward: one for dx and ds, and the weights; with gates their launches
-// stand between.
+//   forward    x, A, w  -> shrink -- s, gates --> expand      y += scale g s B^T
+//
+//   backward   x, w     -> shrink -- [row_gates] ---+                   (with learned gates)
+//              dy, s, B -> rows ---- [dots] --------+-> gates           dgate   (with gates)
+//                           |                              |
+//                          [ds]                        [dlogits]
+//                           |                              |
+//                           +------------------------------+-> spread   dx += dropout(ds A) + ...
+//                           |                              |
+//              x, dy, s     +------------------------------+-> weights  dA, dB, dw, db
+//
+// Single: the launch that multiplies by the base weight does the work of shrink and expand, or of
+// rows and of spread's product with ds. Spread is left with the gates' part of dx.
+//
+//   forward    x, W, A, w, B -> single                        y, s, gates
+//
+//   backward   x, w          -> shrink -- [row_gates] --+               (with learned gates)
+//              dy, W, s, B, A -> single -- [dots] ------+-> gates       dgate   (with gates)
+//                                 |                            |
+//                                [ds], dx                  [dlogits]
+//                                 |                            |
+//                                 |                            +-> spread   dx += dlogit w
+//                                 |                            |
+//              x, dy, s           +----------------------------+-> weights  dA, dB, dw, db
+//
+// A launch whose results nobody asked for is left out.
 #include "common/check.h"
 #include "ops/lora_linear/params.h"
 #include "ops/lora_linear/slots.h"
@@ -13,8 +38,6 @@ namespace pelt::lora_linear {
 
 namespace {
 
-constexpr int kNarrowRows = 32, kWideRows = 64;
-
 bool has_pooled_gates(const Inputs& in) {
   for (int g = 0; g < in.gates; ++g) {
     if (in.gate[g].pooling != Pooling::kToken) return true;
@@ -22,7 +45,7 @@ bool has_pooled_gates(const Inputs& in) {
   return false;
 }
 
-int64_t rows_of(const Inputs& in) { return static_cast<int64_t>(in.B) * in.S; }
+int64_t row_count(const Inputs& in) { return static_cast<int64_t>(in.B) * in.S; }
 
 // Hands out pieces of the workspace; without memory it only counts.
 struct Arena {
@@ -37,32 +60,18 @@ struct Arena {
   }
 };
 
-// The pieces of forward's workspace, in their places.
-int64_t place(ShrinkParams& p, Arena arena) {
-  p.tiling = make_tiling(p.in, kNarrowRows, has_pooled_gates(p.in));
-  if (has_pooled_gates(p.in)) {
-    p.tickets = arena.take<int>(p.in.B);
-    p.gate_partial = arena.take<float>(static_cast<int64_t>(p.tiling.tiles) * (p.in.gates + 1));
-  }
-  return arena.used;
-}
-
-// Without dx there is no product that the ranks could ride on.
-bool is_single(const BackwardParams& p) { return p.weight != nullptr && p.dx != nullptr; }
-
-bool wants_gates(const BackwardParams& p) {
-  bool wanted = p.in.gates > 0;
-  for (int i = 0; i < p.in.branches; ++i) wanted |= p.branch[i].dgate.data != nullptr;
-  return wanted;
-}
-
 // out = from W over rows that are cut as the branches ask. `wide_ranks` are those that a block of
 // wide tiles would need.
 template <class Params>
-Params single_of(const Inputs& in, const void* from, const void* weight, void* to, int depth,
-                 int columns, int wide_ranks) {
+Params product_of(const Inputs& in, const void* from, const void* weight, void* to, int depth,
+                  int columns, int wide_ranks) {
   Params p;
-  p.in = in, p.from = from, p.weight = weight, p.to = to, p.depth = depth, p.columns = columns;
+  p.in = in;
+  p.from = from;
+  p.weight = weight;
+  p.to = to;
+  p.depth = depth;
+  p.columns = columns;
   p.tiling = make_tiling(in, kSingleRows, false);
   // A warp of a wide tile reads half as much shared memory for each product; but two rounds of
   // tiles are needed for it to keep every multiprocessor busy.
@@ -76,59 +85,141 @@ Params single_of(const Inputs& in, const void* from, const void* weight, void* t
   return p;
 }
 
-struct BackwardLaunches {
-  ShrinkParams shrink;
-  RowsParams rows;
-  GatesParams gates;
-  SpreadParams spread;
-  WeightsParams weights;
-  SingleBackwardParams single;
+// ---- forward ----
+
+SingleForwardParams single_of(const ForwardParams& p) {
+  const Inputs& in = p.in;
+  auto single = product_of<SingleForwardParams>(in, in.x, p.weight, p.y, in.Din, in.Dout,
+                                                single_forward_ranks(in, kSingleWideColumns));
+  single.bias = p.bias;
+  single.s = p.s;
+  return single;
+}
+
+// With the pieces of forward's workspace, which only pooled gates need: the sums of a sentence's
+// tiles meet in them.
+ShrinkParams shrink_of(const Inputs& in, void* s, Arena& arena) {
+  ShrinkParams p;
+  p.in = in;
+  p.s = s;
+  p.tiling = make_tiling(in, kNarrowRows, has_pooled_gates(in));
+  if (has_pooled_gates(in)) {
+    p.tickets = arena.take<int>(in.B);
+    p.gate_partial = arena.take<float>(static_cast<int64_t>(p.tiling.tiles) * (in.gates + 1));
+  }
+  return p;
+}
+
+ExpandParams expand_of(const ForwardParams& p) {
+  ExpandParams expand;
+  expand.in = p.in;
+  expand.s = p.s;
+  expand.y = p.y;
+  expand.tiling = make_tiling(p.in, kWideRows, false);
+  return expand;
+}
+
+// ---- backward ----
+
+// The pieces of backward's workspace: what its launches leave for each other.
+struct Scratch {
+  int* tickets = nullptr;      // [tasks of weights]
+  float* partial = nullptr;    // the sums of its splits
+  void* ds = nullptr;          // [B * S, ΣR]
+  float* dots = nullptr;       // [rank blocks of all branches, B * S]
+  float* row_gates = nullptr;  // [gates, B * S]
+  float* dlogits = nullptr;    // [gates, B * S]
 };
 
-int64_t place(BackwardLaunches& l, const BackwardParams& p, Arena arena) {
-  const Inputs& in = p.in;
-  const int64_t rows = rows_of(in);
-  int parts = 0;
+Scratch scratch_of(const WeightsParams& weights, Arena& arena) {
+  const Inputs& in = weights.in;
+  const int64_t rows = row_count(in);
+  int rank_blocks = 0;
   for (int i = 0; i < in.branches; ++i) {
-    parts += (in.branch[i].R + rank_block_of(in) - 1) / rank_block_of(in);
+    rank_blocks += (in.branch[i].R + rank_block_of(in) - 1) / rank_block_of(in);
   }
-  l.shrink.in = l.rows.in = l.gates.in = l.spread.in = l.weights.in = in;
-  l.weights.tiling = make_tiling(in, kWideRows, false);
-  for (int i = 0; i < in.branches; ++i) l.weights.branch[i] = p.branch[i];
-  for (int g = 0; g < in.gates; ++g) l.weights.gate[g] = p.gate[g];
-  plan_sums(l.weights);
-  l.weights.tickets = arena.take<int>(l.weights.tasks);
-  l.weights.partial = arena.take<float>(partial_floats_of(l.weights));
-  l.weights.dy = l.rows.dy = p.dy;
-  l.weights.s = l.rows.s = p.s;
-  l.rows.ds = arena.take<uint16_t>(rows * in.ranks);
-  l.rows.dots = arena.take<float>(rows * parts);
-  l.shrink.row_gates = arena.take<float>(rows * in.gates);
-  l.gates.dlogits = arena.take<float>(rows * in.gates);
-  l.rows.tiling = l.shrink.tiling = make_tiling(in, kNarrowRows, false);
-  l.spread.tiling = make_tiling(in, kWideRows, false);
-  l.weights.ds = l.spread.ds = l.rows.ds;
-  l.weights.dlogits = l.spread.dlogits = l.gates.dlogits;
-  l.gates.row_gates = l.shrink.row_gates;
-  l.gates.dots = l.rows.dots;
-  // The single launch adds up a branch's dots.
-  l.gates.rank_block = is_single(p) ? kSingleRanks : rank_block_of(in);
-  l.spread.dx = p.dx;
-  for (int g = 0; g < in.gates; ++g) {
-    l.rows.gate_value[g] = l.weights.gate_value[g] = p.gate_value[g];
-    l.gates.dvalue[g] = p.gate[g].dvalue;
-  }
-  for (int i = 0; i < in.branches; ++i) l.gates.dgate[i] = p.branch[i].dgate;
-  if (is_single(p)) {
-    l.single = single_of<SingleBackwardParams>(in, p.dy, p.weight, p.dx, in.Dout, in.Din,
-                                               single_backward_ranks(in));
-    l.single.s = p.s, l.single.ds = l.rows.ds;
-    if (wants_gates(p)) l.single.dots = l.rows.dots;
-    for (int g = 0; g < in.gates; ++g) l.single.gate_value[g] = p.gate_value[g];
-    // What is left to add to dx is the gates'.
-    l.spread.in.branches = l.spread.in.ranks = 0;
-  }
-  return arena.used;
+  Scratch scratch;
+  scratch.tickets = arena.take<int>(weights.tasks);
+  scratch.partial = arena.take<float>(partial_floats_of(weights));
+  scratch.ds = arena.take<uint16_t>(rows * in.ranks);
+  scratch.dots = arena.take<float>(rows * rank_blocks);
+  scratch.row_gates = arena.take<float>(rows * in.gates);
+  scratch.dlogits = arena.take<float>(rows * in.gates);
+  return scratch;
+}
+
+// Without dx there is no product with the base weight that the ranks could be part of.
+bool is_single(const BackwardParams& p) { return p.weight != nullptr && p.dx != nullptr; }
+
+bool wants_gates(const BackwardParams& p) {
+  bool is_wanted = p.in.gates > 0;
+  for (int i = 0; i < p.in.branches; ++i) is_wanted |= p.grads.branch[i].dgate.data != nullptr;
+  return is_wanted;
+}
+
+// What the last launch sums, and in how many tasks and splits: the workspace depends on it.
+WeightsParams plan_weights(const BackwardParams& p) {
+  WeightsParams weights;
+  weights.in = p.in;
+  weights.dy = p.dy;
+  weights.s = p.s;
+  weights.grads = p.grads;
+  weights.tiling = make_tiling(p.in, kWideRows, false);
+  plan_sums(weights);
+  return weights;
+}
+
+ShrinkParams shrink_of(const BackwardParams& p, const Scratch& scratch) {
+  ShrinkParams shrink;
+  shrink.in = p.in;
+  shrink.row_gates = scratch.row_gates;
+  shrink.tiling = make_tiling(p.in, kNarrowRows, false);
+  return shrink;
+}
+
+RowsParams rows_of(const BackwardParams& p, const Scratch& scratch) {
+  RowsParams rows;
+  rows.in = p.in;
+  rows.dy = p.dy;
+  rows.s = p.s;
+  rows.ds = scratch.ds;
+  rows.dots = scratch.dots;
+  rows.tiling = make_tiling(p.in, kNarrowRows, false);
+  return rows;
+}
+
+SingleBackwardParams single_of(const BackwardParams& p, const Scratch& scratch) {
+  const Inputs& in = p.in;
+  auto single = product_of<SingleBackwardParams>(in, p.dy, p.weight, p.dx, in.Dout, in.Din,
+                                                 single_backward_ranks(in));
+  single.s = p.s;
+  single.ds = scratch.ds;
+  if (wants_gates(p)) single.dots = scratch.dots;
+  return single;
+}
+
+GatesParams gates_of(const BackwardParams& p, const Scratch& scratch) {
+  GatesParams gates;
+  gates.in = p.in;
+  gates.grads = p.grads;
+  gates.dots = scratch.dots;
+  gates.row_gates = scratch.row_gates;
+  gates.dlogits = scratch.dlogits;
+  // The single launch adds up all of a branch's dots itself.
+  gates.rank_block = is_single(p) ? kSingleRanks : rank_block_of(p.in);
+  return gates;
+}
+
+SpreadParams spread_of(const BackwardParams& p, const Scratch& scratch) {
+  SpreadParams spread;
+  spread.in = p.in;
+  // The single launch has written the branches' part of dx.
+  if (is_single(p)) spread.in.branches = spread.in.ranks = 0;
+  spread.ds = scratch.ds;
+  spread.dlogits = scratch.dlogits;
+  spread.dx = p.dx;
+  spread.tiling = make_tiling(p.in, kWideRows, false);
+  return spread;
 }
 
 }  // namespace
@@ -219,67 +310,58 @@ Tiling make_tiling(const Inputs& in, int tile_rows, bool has_pooled_gates) {
     is_per_sentence |= in.branch[i].has_a_index_per_sample || in.branch[i].has_b_index_per_sample;
   }
   Tiling tiling;
-  tiling.group_rows = is_per_sentence ? in.S : rows_of(in);
+  tiling.group_rows = is_per_sentence ? in.S : row_count(in);
   tiling.tiles_per_group = static_cast<int>((tiling.group_rows + tile_rows - 1) / tile_rows);
   tiling.tiles = (is_per_sentence ? in.B : 1) * tiling.tiles_per_group;
   return tiling;
 }
 
 int64_t forward_workspace_bytes(const Inputs& in) {
-  ShrinkParams p;
-  p.in = in;
-  return place(p, Arena{});
+  Arena counting;
+  shrink_of(in, nullptr, counting);
+  return counting.used;
 }
 
 int64_t backward_workspace_bytes(const BackwardParams& params) {
-  BackwardLaunches launches;
-  return place(launches, params, Arena{});
+  Arena counting;
+  scratch_of(plan_weights(params), counting);
+  return counting.used;
 }
 
 void launch_lora_linear_fwd(const ForwardParams& params, void* workspace, Stream stream) {
   if (params.weight != nullptr) {
-    const Inputs& in = params.in;
-    auto single = single_of<SingleForwardParams>(in, in.x, params.weight, params.y, in.Din, in.Dout,
-                                                 single_forward_ranks(in, kSingleWideColumns));
-    single.bias = params.bias, single.s = params.s;
-    for (int g = 0; g < in.gates; ++g) single.gate_value[g] = params.gate_value[g];
-    launch_single_fwd_sm80(single, params.is_transposed, stream);
+    launch_single_fwd_sm80(single_of(params), params.is_transposed, stream);
     return;
   }
-  ShrinkParams shrink;
-  shrink.in = params.in;
-  shrink.s = params.s;
-  for (int g = 0; g < params.in.gates; ++g) shrink.gate_value[g] = params.gate_value[g];
-  place(shrink, Arena{static_cast<char*>(workspace)});
+  Arena arena{static_cast<char*>(workspace)};
+  const ShrinkParams shrink = shrink_of(params.in, params.s, arena);
   if (shrink.tickets != nullptr) zero_async(shrink.tickets, sizeof(int) * params.in.B, stream);
   launch_shrink_sm80(shrink, stream);
-  if (params.in.branches == 0) return;
-  ExpandParams expand;
-  expand.in = params.in;
-  expand.s = params.s;
-  expand.y = params.y;
-  for (int g = 0; g < params.in.gates; ++g) expand.gate_value[g] = params.gate_value[g];
-  expand.tiling = make_tiling(params.in, kWideRows, false);
-  launch_expand_sm80(expand, stream);
+  if (params.in.branches > 0) launch_expand_sm80(expand_of(params), stream);
 }
 
 void launch_lora_linear_bwd(const BackwardParams& params, void* workspace, Stream stream) {
   const Inputs& in = params.in;
-  BackwardLaunches l;
-  place(l, params, Arena{static_cast<char*>(workspace)});
-  if (in.gates > 0) launch_shrink_sm80(l.shrink, stream);
+  WeightsParams weights = plan_weights(params);
+  Arena arena{static_cast<char*>(workspace)};
+  const Scratch scratch = scratch_of(weights, arena);
+  if (in.gates > 0) launch_shrink_sm80(shrink_of(params, scratch), stream);
   if (is_single(params)) {
-    launch_single_bwd_sm80(l.single, params.is_transposed, stream);
+    launch_single_bwd_sm80(single_of(params, scratch), params.is_transposed, stream);
   } else if (in.branches > 0) {
-    launch_rows_sm80(l.rows, stream);
+    launch_rows_sm80(rows_of(params, scratch), stream);
   }
-  if (wants_gates(params)) launch_gates_sm80(l.gates, stream);
+  if (wants_gates(params)) launch_gates_sm80(gates_of(params, scratch), stream);
   if (params.dx != nullptr && (!is_single(params) || in.gates > 0)) {
-    launch_spread_sm80(l.spread, stream);
+    launch_spread_sm80(spread_of(params, scratch), stream);
   }
-  if (l.weights.tasks == 0) return;
-  zero_async(l.weights.tickets, sizeof(int) * l.weights.tasks, stream);
-  launch_weights_sm80(l.weights, stream);
+  if (weights.tasks == 0) return;  // frozen factors: dx was all
+  weights.ds = scratch.ds;
+  weights.dlogits = scratch.dlogits;
+  weights.partial = scratch.partial;
+  weights.tickets = scratch.tickets;
+  zero_async(weights.tickets, sizeof(int) * weights.tasks, stream);
+  launch_weights_sm80(weights, stream);
 }
 
 }  // namespace pelt::lora_linear

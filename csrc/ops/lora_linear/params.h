@@ -21,7 +21,11 @@ namespace pelt::lora_linear {
 
 constexpr int kMaxBranches = 8;
 constexpr int kMaxGates = 16;  // learned ones: those of branches and the extra ones
-constexpr int kMaxRank = 256;
+
+// Rows of a tile: of the kernels that read x or dy for a narrow result, and of those that write
+// whole rows or sum over them.
+constexpr int kNarrowRows = 32;
+constexpr int kWideRows = 64;
 
 // A tensor in the activation's dtype, or in float32 beside 16-bit activations.
 struct Parameter {
@@ -60,8 +64,9 @@ struct Branch {
 //   extra_weight;  // [Din]        dextra_weight;  // [Din]
 //   extra_bias;  // [1]            dextra_bias;  // [1]
 struct Gate {
-  Parameter gate_weight;  // [Din]
-  Parameter gate_bias;    // [1]
+  Parameter gate_weight;   // [Din]
+  Parameter gate_bias;     // [1]
+  float* value = nullptr;  // [B] | [B, S]: written by forward, read by backward
   Pooling pooling = Pooling::kMean;
   int branch = -1;  // whose gate it is; -1: an extra one
 };
@@ -93,9 +98,8 @@ struct Tiling {
 
 struct ForwardParams {
   Inputs in;
-  void* y = nullptr;                  // [B, S, Dout]: the base product
-  void* s = nullptr;                  // [B, S, ΣR]
-  float* gate_value[kMaxGates] = {};  // [B] | [B, S]
+  void* y = nullptr;  // [B, S, Dout]: the base product
+  void* s = nullptr;  // [B, S, ΣR]
 
   // Of the single-launch form, which computes the base product too.
   const void* weight = nullptr;  // [Dout, Din] | [Din, Dout]
@@ -115,31 +119,34 @@ struct GateGrads {
   const float* dvalue = nullptr;  // [B] | [B, S]: of an extra gate, given
 };
 
-struct BackwardParams {
-  Inputs in;
-  const void* dy = nullptr;                 // [B, S, Dout]
-  const void* s = nullptr;                  // [B, S, ΣR]
-  const float* gate_value[kMaxGates] = {};  // [B] | [B, S]: of the branches' gates
-  void* dx = nullptr;                       // [B, S, Din]
+struct Grads {
   BranchGrads branch[kMaxBranches];
   GateGrads gate[kMaxGates];
+};
+
+struct BackwardParams {
+  Inputs in;
+  const void* dy = nullptr;  // [B, S, Dout]
+  const void* s = nullptr;   // [B, S, ΣR]
+  void* dx = nullptr;        // [B, S, Din]
+  Grads grads;
 
   // Of the single-launch form, which writes dx without reading it.
   const void* weight = nullptr;  // [Dout, Din] | [Din, Dout]
   bool is_transposed = false;
 };
 
-// ---- what the launches hand to each other ----
+// ---- one launch each: launch.cpp draws which leaves what for which ----
 
-// x times the rows of A and the gates' weights.
+// x times the rows of A and the gates' weights. Forward has it write s and the gates' values,
+// backward only row_gates.
 struct ShrinkParams {
   Inputs in;
-  void* s = nullptr;                  // [B, S, ΣR]; null: only gates are wanted
-  float* row_gates = nullptr;         // [gates, B * S]: each row's sigmoid(w . x + b)
-  float* gate_value[kMaxGates] = {};  // [B] | [B, S]; null where the rows' gates are all
-  float* gate_partial = nullptr;      // [tiles, gates + 1]: sums over rows; the last counts rows
-  int* tickets = nullptr;             // [B]
-  int gate_column = 0;                // the gates' first column
+  void* s = nullptr;              // [B, S, ΣR]; null: only gates are wanted
+  float* row_gates = nullptr;     // [gates, B * S]: each row's sigmoid(w . x + b)
+  float* gate_partial = nullptr;  // [tiles, gates + 1]: sums over rows; the last counts rows
+  int* tickets = nullptr;         // [B]
+  int gate_column = 0;            // the gates' first column
   Tiling tiling;
 };
 
@@ -147,7 +154,6 @@ struct ShrinkParams {
 struct ExpandParams {
   Inputs in;
   const void* s = nullptr;
-  const float* gate_value[kMaxGates] = {};
   void* y = nullptr;
   Tiling tiling;
 };
@@ -157,7 +163,6 @@ struct RowsParams {
   Inputs in;
   const void* dy = nullptr;
   const void* s = nullptr;
-  const float* gate_value[kMaxGates] = {};
   void* ds = nullptr;     // [B, S, ΣR]
   float* dots = nullptr;  // [rank blocks of all branches, B * S]
   Tiling tiling;
@@ -167,9 +172,8 @@ struct RowsParams {
 struct GatesParams {
   Inputs in;
   const float* dots = nullptr;
-  const float* row_gates = nullptr;     // [gates, B * S]
-  const float* dvalue[kMaxGates] = {};  // of extra gates
-  ParameterGrad dgate[kMaxBranches];
+  const float* row_gates = nullptr;  // [gates, B * S]
+  Grads grads;
   float* dlogits = nullptr;  // [gates, B * S]
   int rank_block = 16;       // of the launch that left the dots
 };
@@ -201,9 +205,7 @@ struct WeightsParams {
   const void* s = nullptr;
   const void* ds = nullptr;
   const float* dlogits = nullptr;
-  const float* gate_value[kMaxGates] = {};
-  BranchGrads branch[kMaxBranches];
-  GateGrads gate[kMaxGates];
+  Grads grads;
   Sums sums[kMaxSums];
   int count = 0;  // of sums
   int tasks = 0;
@@ -230,12 +232,10 @@ struct SingleParams {
 struct SingleForwardParams : SingleParams {
   Parameter bias;
   void* s = nullptr;
-  float* gate_value[kMaxGates] = {};  // [B, S]
 };
 
 struct SingleBackwardParams : SingleParams {
   const void* s = nullptr;
-  const float* gate_value[kMaxGates] = {};
   void* ds = nullptr;     // [B, S, ΣR]
   float* dots = nullptr;  // [branches, B * S]; null: no gate wants a gradient
 };

@@ -4,10 +4,9 @@
 //
 // The dot is what the gradient of a branch's gate is a sum of: no branch output is made again. A
 // block takes 32 rows and 16 or 64 ranks of one branch (see narrow.cuh); dots of a branch with more
-// ranks than that are in parts, added up by whoever reads them.
+// ranks than that are in parts, added up by the launch that reads them.
 //
 // Shared memory per block, ranks 16, 64: 38, 70 KB.
-#include "common/type_list.h"
 #include "ops/lora_linear/narrow.cuh"
 
 namespace pelt::lora_linear {
@@ -21,73 +20,69 @@ __global__ void __launch_bounds__(kThreads)
   auto& s = shared_memory_as<NarrowShared<C>>();
   const Inputs& in = p.in;
   const TileRows rows = rows_of_tile<kNarrowRows>(p.tiling, block_index_x());
+  // The branch whose rank block this is: those of the branches before it are passed over.
   int which = 0, block = block_index_y();
-  while (block >= (in.branch[which].R + C::kColumns - 1) / C::kColumns) {
-    block -= (in.branch[which++].R + C::kColumns - 1) / C::kColumns;
+  while (block >= (in.branch[which].R + C::kRanks - 1) / C::kRanks) {
+    block -= (in.branch[which++].R + C::kRanks - 1) / C::kRanks;
   }
   const Branch& branch = in.branch[which];
-  const int rank = block * C::kColumns;
+  const int rank = block * C::kRanks;
   const int64_t member =
       member_of(branch.b_index, branch.has_b_index_per_sample, rows.group, branch.b_members);
   const int64_t start = member * branch.size * branch.R + rank;
+  // The reduction runs over the branch's own columns of dy. Columns beside them in the last chunk
+  // come as zeros, so that a NaN there stays out.
   multiply_narrow<Factor::kRowsOfB, C>(s, branch.size, [&](int stage_number, int column) {
     stage<T, kNarrowRows, kChunk>(
         s.ring.x[stage_number], kChunkStride, Parameter{p.dy, false},
         {rows.first * in.Dout + branch.offset + column, in.Dout, rows.count, branch.size - column});
-    stage<T, kChunk, C::kColumns>(s.ring.factor[stage_number], C::kWideStride, branch.b,
-                                  {start + static_cast<int64_t>(column) * branch.R, branch.R,
-                                   branch.size - column, branch.R - rank});
+    stage<T, kChunk, C::kRanks>(s.ring.factor[stage_number], C::kRankStride, branch.b,
+                                {start + static_cast<int64_t>(column) * branch.R, branch.R,
+                                 branch.size - column, branch.R - rank});
   });
-  // Four neighbouring threads take a row.
+  // Four neighbouring threads take a row: every fourth rank each.
+  static_assert(kThreads == 4 * kNarrowRows, "each row has four threads");
   const int row = thread_index() / 4;
   float dot = 0.0f;
   if (row < rows.count) {
-    const float factor = factor_of<T>(in, branch, p.gate_value, rows.first + row);
-    for (int r = thread_index() % 4; r < C::kColumns && rank + r < branch.R; r += 4) {
+    const float factor = factor_of<T>(in, branch, rows.first + row);
+    for (int r = thread_index() % 4; r < C::kRanks && rank + r < branch.R; r += 4) {
       const float raw = s.sums[0][row * C::kSumStride + r];
       const int64_t at = (rows.first + row) * in.ranks + branch.first + rank + r;
+      // The dot takes raw before the gate: it is the gradient of scale g itself.
       dot += raw * to_float(static_cast<const T*>(p.s)[at]);
       static_cast<T*>(p.ds)[at] = round_to<T>(factor * raw);
     }
   }
+  // All lanes come here, those of absent rows with 0: the shuffles below need every one.
   dot = group_sum<4>(dot);
   if (row < rows.count && thread_index() % 4 == 0) {
     p.dots[static_cast<int64_t>(block_index_y()) * in.B * in.S + rows.first + row] = dot;
   }
 }
 
-using Configs = TypeList<NarrowConfig<bf16, 16>, NarrowConfig<bf16, 64>, NarrowConfig<f16, 16>,
-                         NarrowConfig<f16, 64>>;
-
 }  // namespace
 
+// One number for all branches, that of the largest: the same configuration serves the launch.
 int rank_block_of(const Inputs& in) {
-  for (int i = 0; i < in.branches; ++i) {
-    if (in.branch[i].R > 16) return 64;
-  }
-  return 16;
+  int most = 0;
+  for (int i = 0; i < in.branches; ++i) most = in.branch[i].R > most ? in.branch[i].R : most;
+  return block_of(most);
 }
 
 void launch_rows_sm80(const RowsParams& p, Stream stream) {
-  const bool found = run_first_fit(
-      Configs{},
-      [&](auto tag) {
-        using C = typename decltype(tag)::type;
-        return DTypeOf<typename C::T>::value == p.in.dtype && C::kColumns == rank_block_of(p.in);
-      },
-      [&](auto tag) {
-        using C = typename decltype(tag)::type;
-        LaunchShape shape;
-        shape.threads = kThreads;
-        shape.shared_bytes = sizeof(NarrowShared<C>);
-        shape.blocks_x = p.tiling.tiles;
-        shape.blocks_y = 0;
-        for (int i = 0; i < p.in.branches; ++i) {
-          shape.blocks_y += (p.in.branch[i].R + C::kColumns - 1) / C::kColumns;
-        }
-        launch<lora_linear_rows_sm80<C>>("lora_linear_rows_sm80", shape, stream, p);
-      });
-  check(found, "lora_linear_rows_sm80: expected bfloat16 or float16, got ", name_of(p.in.dtype));
+  run_config(NarrowConfigs{}, p.in.dtype, rank_block_of(p.in), [&](auto tag) {
+    using C = typename decltype(tag)::type;
+    LaunchShape shape;
+    shape.threads = kThreads;
+    shape.shared_bytes = sizeof(NarrowShared<C>);
+    shape.blocks_x = p.tiling.tiles;
+    shape.blocks_y = 0;
+    for (int i = 0; i < p.in.branches; ++i) {
+      shape.blocks_y += (p.in.branch[i].R + C::kRanks - 1) / C::kRanks;
+    }
+    launch<lora_linear_rows_sm80<C>>("lora_linear_rows_sm80", shape, stream, p);
+  });
 }
 
 }  // namespace pelt::lora_linear

@@ -8,22 +8,22 @@
 // beside dropout they have a block of their own, because they see x as it is.
 //
 // A pooled gate: each tile leaves the sum of its rows' gates, and the block that draws a sentence's
-// last ticket adds the tiles in their order and divides. Nobody waits for anybody, so the launch is
-// an ordinary one. Backward launches this kernel again for the rows' gates alone.
+// last ticket adds the tiles in their order and divides. No block waits for another, so the launch
+// is an ordinary one. Backward launches this kernel again for the rows' gates alone.
 //
 // Shared memory per block, columns 16, 64: 38, 70 KB.
-#include "common/type_list.h"
 #include "ops/lora_linear/narrow.cuh"
 
 namespace pelt::lora_linear {
 namespace {
 
+// Which row of A, or which gate's weight, each of the block's columns is a product with.
 template <class C>
 __device__ __forceinline__ void find_sources(const ShrinkParams& p, NarrowShared<C>& s,
                                              const TileRows& rows, int first) {
-  for (int i = thread_index(); i < C::kColumns; i += kThreads) {
+  for (int i = thread_index(); i < C::kRanks; i += kThreads) {
     const int column = first + i, gate = column - p.gate_column;
-    Source source = {};
+    Source source = {};  // between the ranks and the gates, and behind them: zeros
     if (gate >= 0 && gate < p.in.gates) {
       source = {p.in.gate[gate].gate_weight, 0};
     } else if (p.s != nullptr && column < p.in.ranks) {
@@ -33,35 +33,41 @@ __device__ __forceinline__ void find_sources(const ShrinkParams& p, NarrowShared
   }
 }
 
+// s is rounded here: backward reads it from memory, so forward's second launch does, too.
 template <class C>
 __device__ __forceinline__ void store_s(const ShrinkParams& p, const NarrowShared<C>& s,
                                         const TileRows& rows, int first) {
   using T = typename C::T;
-  for (int i = thread_index(); i < kNarrowRows * C::kColumns; i += kThreads) {
-    const int row = i / C::kColumns, column = i % C::kColumns;
+  for (int i = thread_index(); i < kNarrowRows * C::kRanks; i += kThreads) {
+    const int row = i / C::kRanks, column = i % C::kRanks;
     if (row >= rows.count || first + column >= p.in.ranks) continue;
     static_cast<T*>(p.s)[(rows.first + row) * p.in.ranks + first + column] =
         round_to<T>(s.sums[0][row * C::kSumStride + column]);
   }
 }
 
-// The rows' gates, into memory and in place of their logits.
+// The rows' gates in place of their logits; into memory goes what is a result already: every row's
+// gate for backward, a token gate for forward. `column` is the gates' first in the block.
 template <class C>
-__device__ __forceinline__ void open_gates(const ShrinkParams& p, NarrowShared<C>& s,
-                                           const TileRows& rows, int column) {
+__device__ __forceinline__ void activate_gates(const ShrinkParams& p, NarrowShared<C>& s,
+                                               const TileRows& rows, int column) {
   using T = typename C::T;
   const int64_t all = static_cast<int64_t>(p.in.B) * p.in.S;
   for (int i = thread_index(); i < kNarrowRows * p.in.gates; i += kThreads) {
-    const int gate = i / kNarrowRows, row = i % kNarrowRows;
-    float& at = s.sums[0][row * C::kSumStride + column + gate];
-    const float value = sigmoid(at + load_parameter<T>(p.in.gate[gate].gate_bias, 0));
+    // Neighbouring threads take neighbouring rows, which are neighbours in memory.
+    const int g = i / kNarrowRows, row = i % kNarrowRows;
+    const Gate& gate = p.in.gate[g];
+    float& at = s.sums[0][row * C::kSumStride + column + g];
+    const float value = sigmoid(at + load_parameter<T>(gate.gate_bias, 0));
     at = value;
     if (row >= rows.count) continue;
-    if (p.row_gates != nullptr) p.row_gates[gate * all + rows.first + row] = value;
-    if (p.gate_value[gate] != nullptr && p.in.gate[gate].pooling == Pooling::kToken) {
-      p.gate_value[gate][rows.first + row] = value;
+    if (p.row_gates != nullptr) {
+      p.row_gates[g * all + rows.first + row] = value;
+    } else if (gate.pooling == Pooling::kToken) {
+      gate.value[rows.first + row] = value;
     }
   }
+  // pool_gates sums over rows that other threads have activated.
   sync_threads();
 }
 
@@ -69,32 +75,35 @@ __device__ __forceinline__ void open_gates(const ShrinkParams& p, NarrowShared<C
 template <class C>
 __device__ __forceinline__ void pool_gates(const ShrinkParams& p, NarrowShared<C>& s,
                                            const TileRows& rows, int tile, int column) {
-  const int gate = thread_index(), width = p.in.gates + 1;
-  if (gate < width) {
+  // A thread has a gate, one thread more counts the rows that the mask leaves.
+  const int g = thread_index(), width = p.in.gates + 1;
+  const bool is_gate = g < p.in.gates;
+  if (g < width) {
     float sum = 0.0f;
     for (int row = 0; row < rows.count; ++row) {
       const bool is_real = p.in.mask == nullptr || p.in.mask[rows.first + row];
-      const bool counts =
-          is_real || (gate < p.in.gates && p.in.gate[gate].pooling != Pooling::kMaskedMean);
-      if (counts) sum += gate < p.in.gates ? s.sums[0][row * C::kSumStride + column + gate] : 1.0f;
+      const bool counts = is_real || (is_gate && p.in.gate[g].pooling != Pooling::kMaskedMean);
+      if (counts) sum += is_gate ? s.sums[0][row * C::kSumStride + column + g] : 1.0f;
     }
-    p.gate_partial[static_cast<int64_t>(tile) * width + gate] = sum;
+    p.gate_partial[static_cast<int64_t>(tile) * width + g] = sum;
   }
+  // The ticket releases the block's partial sums: all of them must have been written.
   sync_threads();
   if (thread_index() == 0) {
     s.is_last = take_ticket(p.tickets + rows.group) == p.tiling.tiles_per_group - 1;
   }
+  // Every thread learns whether the block came last, and then sees the other tiles' sums.
   sync_threads();
-  if (!s.is_last || gate >= p.in.gates || p.gate_value[gate] == nullptr) return;
-  if (p.in.gate[gate].pooling == Pooling::kToken) return;
+  if (!s.is_last || !is_gate || p.in.gate[g].pooling == Pooling::kToken) return;
+  // In the tiles' order, whichever block this is: two runs give the same bits.
   float sum = 0.0f, count = 0.0f;
   for (int i = 0; i < p.tiling.tiles_per_group; ++i) {
     const int64_t of_tile = static_cast<int64_t>(rows.group) * p.tiling.tiles_per_group + i;
-    sum += p.gate_partial[of_tile * width + gate];
+    sum += p.gate_partial[of_tile * width + g];
     count += p.gate_partial[of_tile * width + p.in.gates];
   }
-  if (p.in.gate[gate].pooling == Pooling::kMean) count = static_cast<float>(p.in.S);
-  p.gate_value[gate][rows.group] = sum / fmaxf(count, 1.0f);
+  if (p.in.gate[g].pooling == Pooling::kMean) count = static_cast<float>(p.in.S);
+  p.in.gate[g].value[rows.group] = sum / fmaxf(count, 1.0f);  // a sentence without a row has 0
 }
 
 // Grid: tiles of rows; blocks of columns, from p.gate_column on if only gates are wanted.
@@ -104,33 +113,31 @@ __global__ void __launch_bounds__(kThreads)
   using T = typename C::T;
   auto& s = shared_memory_as<NarrowShared<C>>();
   const TileRows rows = rows_of_tile<kNarrowRows>(p.tiling, block_index_x());
-  const int skipped = p.s == nullptr ? p.gate_column / C::kColumns : 0;
-  const int first = (skipped + block_index_y()) * C::kColumns;
+  const int skipped = p.s == nullptr ? p.gate_column / C::kRanks : 0;
+  const int first = (skipped + block_index_y()) * C::kRanks;
+  // Blocks of ranks see dropout(x), the gates' block behind them x.
   const bool is_dropped = p.in.dropout.is_active() && first < p.gate_column;
   find_sources(p, s, rows, first);
+  // The table is read by all threads when they stage the first chunk.
   sync_threads();
   multiply_narrow<Factor::kRowsOfA, C>(s, p.in.Din, [&](int stage, int column) {
     stage_x<T, kNarrowRows>(s.ring.x[stage], p.in, rows, column, is_dropped);
-    stage_sources<T, C::kColumns>(s.ring.factor[stage], p.in, s.source, column);
+    stage_sources<T, C::kRanks>(s.ring.factor[stage], p.in, s.source, column);
   });
   if (p.s != nullptr && first < p.in.ranks) store_s(p, s, rows, first);
-  if (p.in.gates == 0 || first != p.gate_column / C::kColumns * C::kColumns) return;
-  open_gates(p, s, rows, p.gate_column - first);
+  if (p.in.gates == 0 || first != p.gate_column / C::kRanks * C::kRanks) return;
+  activate_gates(p, s, rows, p.gate_column - first);
   if (p.gate_partial != nullptr) {
     pool_gates(p, s, rows, block_index_x(), p.gate_column - first);
   }
 }
 
-using Configs = TypeList<NarrowConfig<bf16, 16>, NarrowConfig<bf16, 64>, NarrowConfig<f16, 16>,
-                         NarrowConfig<f16, 64>>;
-
-// Columns of a block.
-int columns_of(const Inputs& in) { return gate_column_of(in) + in.gates <= 16 ? 16 : 64; }
-
 }  // namespace
 
+// The gates stand beside the ranks where one block has room for both, and otherwise, or where
+// dropout makes x another for the ranks, at the beginning of the next block.
 int gate_column_of(const Inputs& in) {
-  const int block = in.ranks + in.gates <= 16 && !in.dropout.is_active() ? 16 : 64;
+  const int block = in.dropout.is_active() ? 64 : block_of(in.ranks + in.gates);
   const bool straddles = in.ranks % block + in.gates > block;
   const bool is_apart = in.gates > 0 && (straddles || in.dropout.is_active());
   return is_apart ? (in.ranks + block - 1) / block * block : in.ranks;
@@ -139,25 +146,18 @@ int gate_column_of(const Inputs& in) {
 void launch_shrink_sm80(const ShrinkParams& params, Stream stream) {
   ShrinkParams p = params;
   p.gate_column = gate_column_of(p.in);
-  const int columns = columns_of(p.in),
-            end = p.in.gates > 0 ? p.gate_column + p.in.gates : p.in.ranks;
+  const int columns = block_of(p.gate_column + p.in.gates);
+  const int end = p.in.gates > 0 ? p.gate_column + p.in.gates : p.in.ranks;
   const int skipped = p.s == nullptr ? p.gate_column / columns : 0;
-  const bool found = run_first_fit(
-      Configs{},
-      [&](auto tag) {
-        using C = typename decltype(tag)::type;
-        return DTypeOf<typename C::T>::value == p.in.dtype && C::kColumns == columns;
-      },
-      [&](auto tag) {
-        using C = typename decltype(tag)::type;
-        LaunchShape shape;
-        shape.threads = kThreads;
-        shape.shared_bytes = sizeof(NarrowShared<C>);
-        shape.blocks_x = p.tiling.tiles;
-        shape.blocks_y = (end + columns - 1) / columns - skipped;
-        launch<lora_linear_shrink_sm80<C>>("lora_linear_shrink_sm80", shape, stream, p);
-      });
-  check(found, "lora_linear_shrink_sm80: expected bfloat16 or float16, got ", name_of(p.in.dtype));
+  run_config(NarrowConfigs{}, p.in.dtype, columns, [&](auto tag) {
+    using C = typename decltype(tag)::type;
+    LaunchShape shape;
+    shape.threads = kThreads;
+    shape.shared_bytes = sizeof(NarrowShared<C>);
+    shape.blocks_x = p.tiling.tiles;
+    shape.blocks_y = (end + columns - 1) / columns - skipped;
+    launch<lora_linear_shrink_sm80<C>>("lora_linear_shrink_sm80", shape, stream, p);
+  });
 }
 
 }  // namespace pelt::lora_linear

@@ -1,4 +1,4 @@
-// The single-launch form: one product with the base weight, and the low-rank branches on its back.
+// The single-launch form: one product with the base weight, and beside it the low-rank branches.
 //
 //   out = from Wt + delta        from [rows, K], Wt [K, N]: x W^T forward, dy W backward
 //   sums = from Pt               P: the rows of A and of token gates forward, B^T backward
@@ -17,56 +17,16 @@
 // rounded once.
 //
 // Ranks stand in slots of 16 columns, a slot for one branch, so that a branch of which something is
-// infinite or NaN reaches its own columns only. A P or Q in float32 is read into registers before a
-// chunk is multiplied and rounded and stored after it, so that nobody waits for it.
+// infinite or NaN reaches its own columns only. How the operands come into shared memory is in
+// single_operands.cuh.
 #pragma once
 
 #include "ops/lora_linear/fragment_dropout.cuh"
-#include "ops/lora_linear/single_config.cuh"
-#include "ops/lora_linear/slots.h"
-#include "ops/lora_linear/tiles.cuh"
+#include "ops/lora_linear/single_operands.cuh"
 
 namespace pelt::lora_linear {
 
-// A slot of the block's, and where its branch's B lies.
-struct SingleSlot {
-  Parameter factor;  // B
-  int64_t start;     // of the member that serves these rows
-  int branch;        // -1: nothing
-  int rank;          // the slot's first
-  int R;
-  int offset;
-  int size;
-};
-
-template <class C>
-struct SingleShared {
-  using T = typename C::T;
-  struct Ring {
-    alignas(128) T from[C::kStages][C::kRows * C::kDepth];
-    alignas(128) T weight[C::kStages][C::kColumns * C::kDepth];
-    alignas(128) T down[C::kStages][C::kRanks * C::kDepth];
-  };
-  struct Tail {
-    alignas(16) float sums[C::kRows * C::kSumStride];
-    alignas(16) T ranks[C::kRows * C::kRankStride];
-  };
-  union {
-    Ring ring;
-    Tail tail;
-    alignas(16) T out[C::kRows * C::kOutStride];
-  };
-  alignas(16) T up[C::kUpElements];
-  Source source[C::kRanks];  // rows of A and of gates
-  SingleSlot slot[C::kSlots];
-  // What the whole block knows, here because the loop over K has no registers to spare for it.
-  TileRows rows;
-  int first;        // its first column
-  int slots;        // of branches
-  int used;         // of branches and gates
-  int gate_column;  // the gates' first
-};
-
+// A warp's accumulators.
 template <class C>
 struct SingleSums {
   FragmentD out[C::kTilesM][C::kTilesN];
@@ -90,7 +50,8 @@ struct SingleWarp {
   }
 };
 
-// Where its lanes read the ring's tiles.
+// Where a lane reads the ring's tiles at depth 0 of a chunk; an exclusive or moves it on from there
+// (see cuda/swizzle.cuh).
 template <class C>
 struct LaneOffsets {
   int from;
@@ -106,208 +67,7 @@ struct LaneOffsets {
   }
 };
 
-// Blocks that run together take tiles that lie together: 16 tiles of rows by as many of columns as
-// there are blocks for, so that what one reads of `from` and W the others find in L2.
-template <class C>
-__device__ __forceinline__ void place_block(const SingleParams& p, SingleShared<C>& s) {
-  if (thread_index() == 0) {
-    constexpr int kTogether = 16;
-    const int block = block_index_x();
-    const int group = block / (kTogether * p.column_tiles), first = group * kTogether;
-    const int left = p.tiling.tiles - first, together = left < kTogether ? left : kTogether;
-    const int inside = block - group * kTogether * p.column_tiles;
-    s.rows = rows_of_tile<C::kRows>(p.tiling, first + inside % together);
-    s.first = inside / together * C::kColumns;
-  }
-  sync_threads();
-}
-
-// Which ranks and gates the block's columns need, and where their factors lie.
-template <class C>
-__device__ __forceinline__ void fill_tables(const SingleParams& p, SingleShared<C>& s) {
-  const Inputs& in = p.in;
-  const int i = thread_index();
-  SingleSlot own = {};
-  own.branch = -1;
-  const int first = s.first;
-  const int begin = C::kIsForward ? first : 0;
-  const int end = C::kIsForward ? first + C::kColumns : in.Dout;
-  RankColumns columns = for_each_slot(in, begin, end, [&](int slot, int branch, int rank) {
-    if (slot == i / kSlot) own.branch = branch, own.rank = rank;
-  });
-  const int gates = C::kIsForward && needs_gates(in, first, first + C::kColumns) ? in.gates : 0;
-  if (i == 0) {
-    s.slots = columns.slots;
-    s.gate_column = columns.gate_column;
-    s.used = (columns.gate_column + gates + kSlot - 1) / kSlot;
-  }
-  if (i >= C::kRanks) return;
-  Source source = {};
-  if (own.branch >= 0) {
-    const Branch& branch = in.branch[own.branch];
-    own.factor = branch.b, own.R = branch.R, own.offset = branch.offset, own.size = branch.size;
-    own.start =
-        member_of(branch.b_index, branch.has_b_index_per_sample, s.rows.group, branch.b_members) *
-        branch.size * branch.R;
-    const int rank = own.rank + i % kSlot;
-    const int64_t member =
-        member_of(branch.a_index, branch.has_a_index_per_sample, s.rows.group, branch.a_members);
-    if (rank < branch.R) source = {branch.a, (member * branch.R + rank) * in.Din};
-  }
-  const int gate = i - columns.gate_column;
-  if (gate >= 0 && gate < gates) source = {in.gate[gate].gate_weight, 0};
-  s.source[i] = source;
-  if (i % kSlot == 0) s.slot[i / kSlot] = own;
-}
-
-// Eight neighbouring elements of a parameter, of which `count` are there.
-struct Eight {
-  Parameter source;
-  int64_t at;
-  int count;
-};
-
-// Of the row of A or of a gate's weight that stands at `rank`, from `column` on.
-template <class C>
-__device__ __forceinline__ Eight eight_of_a(const Inputs& in, const SingleShared<C>& s, int rank,
-                                            int column) {
-  const Source& source = s.source[rank];
-  const bool is_there = source.row.data != nullptr && column < in.Din;
-  return {source.row, source.offset + column, is_there ? 8 : 0};
-}
-
-// Of B's row for a column of y: ranks [8 * vector, 8 * vector + 8) of the block's.
-template <class C>
-__device__ __forceinline__ Eight eight_of_b(const SingleShared<C>& s, int column, int vector) {
-  const SingleSlot& slot = s.slot[vector * 8 / kSlot];
-  const int row = column - slot.offset, rank = slot.rank + vector * 8 % kSlot;
-  const bool is_there = slot.branch >= 0 && row >= 0 && row < slot.size && rank < slot.R;
-  const int left = slot.R - rank;
-  return {slot.factor, slot.start + static_cast<int64_t>(row) * slot.R + rank,
-          is_there ? (left < 8 ? left : 8) : 0};
-}
-
-// What comes through registers: 16-bit vectors that lie whole at 16-byte borders (those of A always
-// do), and zeros, do not.
-struct Held {
-  Float8 values;
-  int place = -1;  // in the tile, in elements
-};
-
-template <class T, bool kIsWhole>
-__device__ __forceinline__ void fetch(Held& held, T* tile, int place, const Inputs& in,
-                                      const Eight& from) {
-  held.place = -1;
-  const bool is_whole = kIsWhole || (from.count == 8 && from.at % 8 == 0);
-  if (from.count == 0 || (is_whole && !from.source.is_float32)) {
-    // An address that is never read still has to be one of global memory.
-    const T* address = from.count == 0 ? static_cast<const T*>(in.x)
-                                       : static_cast<const T*>(from.source.data) + from.at;
-    cp_async_16(tile + place, address, from.count != 0);
-    return;
-  }
-  held.place = place;
-  held.values = {};
-  if (is_whole) {
-    held.values = load_parameter_8<T>(from.source, from.at);
-  } else if constexpr (!kIsWhole) {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      if (e < from.count) held.values.v[e] = load_parameter<T>(from.source, from.at + e);
-    }
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void put(const Held& held, T* tile) {
-  if (held.place >= 0) store_16(tile + held.place, narrow<T>(held.values));
-}
-
-// Asks for kRows x kLength elements of a matrix that begin at (row, column); beyond `rows` and
-// `columns` there is nothing.
-template <class C, int kRows, int kLength>
-__device__ __forceinline__ void bring(typename C::T* tile, const void* matrix, int64_t row,
-                                      int column, int rows, int columns) {
-  using T = typename C::T;
-  constexpr int kVectors = kLength / 8, kStep = C::kThreads / kVectors;
-  static_assert(kStep % 8 == 0, "a thread's vectors keep their places from turn to turn");
-  // Addresses are made anew for each chunk: kept in registers they would crowd out the sums.
-  const int thread = opaque(thread_index());
-  const int own_row = thread / kVectors, vector = thread % kVectors;
-  const int own_column = column + 8 * vector;
-  const T* from = static_cast<const T*>(matrix) + (row + own_row) * columns + own_column;
-  T* to = tile + swizzled<kLength>(own_row, vector);
-  const int left = own_column < columns ? rows - own_row : 0;
-#pragma unroll
-  for (int turn = 0; turn < kRows / kStep; ++turn) {
-    cp_async_16(to + turn * kStep * kLength, from + static_cast<int64_t>(turn * kStep) * columns,
-                turn * kStep < left);
-  }
-}
-
-// Asks for a chunk of `from` and of the weight.
-template <class C>
-__device__ __forceinline__ void bring_base(const SingleParams& p, SingleShared<C>& s, int chunk) {
-  const int stage = chunk % C::kStages, depth = chunk * C::kDepth;
-  bring<C, C::kRows, C::kDepth>(s.ring.from[stage], p.from, s.rows.first, depth, s.rows.count,
-                                p.depth);
-  if constexpr (C::kHasRowsOfN) {
-    bring<C, C::kColumns, C::kDepth>(s.ring.weight[stage], p.weight, s.first, depth,
-                                     p.columns - s.first, p.depth);
-  } else {
-    bring<C, C::kDepth, C::kColumns>(s.ring.weight[stage], p.weight, depth, s.first,
-                                     p.depth - depth, p.columns);
-  }
-}
-
-// Asks for a chunk of P.
-template <class C>
-__device__ __forceinline__ void fetch_down(const SingleParams& p, SingleShared<C>& s, int chunk,
-                                           Held (&held)[C::kHeld]) {
-  constexpr int kLength = C::kIsForward ? C::kDepth : C::kRanks;
-  auto* tile = s.ring.down[chunk % C::kStages];
-  const int thread = opaque(thread_index());
-#pragma unroll
-  for (int turn = 0; turn < C::kHeld; ++turn) {
-    held[turn].place = -1;
-    const int i = thread + turn * C::kThreads;
-    const int row = i / (kLength / 8), vector = i % (kLength / 8);
-    const int rank = C::kIsForward ? row : 8 * vector;
-    if (i >= C::kDownVectors || rank >= s.used * kSlot) continue;
-    const int depth = chunk * C::kDepth;
-    const Eight from = C::kIsForward ? eight_of_a(p.in, s, row, depth + 8 * vector)
-                                     : eight_of_b(s, depth + row, vector);
-    fetch<typename C::T, C::kIsForward>(held[turn], tile, swizzled<kLength>(row, vector), p.in,
-                                        from);
-  }
-}
-
-template <class C>
-__device__ __forceinline__ void put_down(SingleShared<C>& s, int chunk,
-                                         const Held (&held)[C::kHeld]) {
-#pragma unroll
-  for (int turn = 0; turn < C::kHeld; ++turn) put(held[turn], s.ring.down[chunk % C::kStages]);
-}
-
-// Asks for Q.
-template <class C>
-__device__ __forceinline__ void bring_up(const SingleParams& p, SingleShared<C>& s) {
-  constexpr int kRows = C::kIsForward ? C::kColumns : C::kRanks;
-  constexpr int kLength = C::kIsForward ? C::kRanks : C::kColumns;
-  constexpr int kStride = C::kIsForward ? C::kRankStride : C::kOutStride;
-  for (int i = thread_index(); i < kRows * kLength / 8; i += C::kThreads) {
-    const int row = i / (kLength / 8), vector = i % (kLength / 8);
-    const int rank = C::kIsForward ? 8 * vector : row;
-    if (rank >= s.slots * kSlot) continue;
-    const Eight from = C::kIsForward ? eight_of_b(s, s.first + row, vector)
-                                     : eight_of_a(p.in, s, row, s.first + 8 * vector);
-    Held held;
-    fetch<typename C::T, !C::kIsForward>(held, s.up, row * kStride + 8 * vector, p.in, from);
-    put(held, s.up);
-  }
-}
-
-// The slots, as kSlots bits for each 16 of a chunk of the depth, that these say something about.
+// Which slots a chunk has products for: kSlots bits for each 16 of its depth.
 template <class C>
 __device__ __forceinline__ uint32_t slots_of_chunk(const SingleShared<C>& s, int depth) {
   static_assert(C::kSlots * C::kDepth / 16 <= 32, "a bit for each");
@@ -346,6 +106,7 @@ __device__ __forceinline__ void multiply_down(const typename C::T* tile, const L
   }
 }
 
+// A chunk's products, with the base weight and with P, from the same fragments of `from`.
 template <class C>
 __device__ __forceinline__ void multiply_chunk(const SingleParams& p, const SingleShared<C>& s,
                                                const LaneOffsets<C>& lane, int across, int chunk,
@@ -376,7 +137,8 @@ __device__ __forceinline__ void multiply_chunk(const SingleParams& p, const Sing
     }
     const uint32_t slots = slots_of_steps >> (k / 16 * C::kSlots) & ((1u << C::kSlots) - 1);
     if (slots == 0) continue;
-    // Chosen among registers, which costs the matrix units nothing.
+    // The warps of a row of warps hold the same rows of `from`; each takes 16 of them for P. A
+    // choice among registers: an index into the array would put it into local memory.
     FragmentA own = a[0];
 #pragma unroll
     for (int m = 1; m < C::kTilesM; ++m) {
@@ -395,15 +157,17 @@ __device__ __forceinline__ void multiply_chunk(const SingleParams& p, const Sing
   }
 }
 
-// The loop over K. Afterwards the ring is free and Q is there.
+// The loop over K. Afterwards the ring's memory may be used anew, and Q is there.
 template <class C>
 __device__ __forceinline__ void multiply(const SingleParams& p, SingleShared<C>& s,
                                          SingleSums<C>& sums) {
   const int chunks = (p.depth + C::kDepth - 1) / C::kDepth;
   Held held[C::kHeld];
   place_block<C>(p, s);
+  // The first chunk needs no table, so its copies run while the tables are filled.
   bring_base<C>(p, s, 0);
   fill_tables<C>(p, s);
+  // fetch_down and bring_up look up rows that other threads have filled in.
   sync_threads();
   bring_up<C>(p, s);
 #pragma unroll
@@ -418,9 +182,10 @@ __device__ __forceinline__ void multiply(const SingleParams& p, SingleShared<C>&
   const SingleWarp<C> warp;
   const LaneOffsets<C> lane(warp);
   for (int chunk = 0; chunk < chunks; ++chunk) {
+    // This turn's chunk is there for all threads, and all warps have multiplied the one before,
+    // whose buffers are filled anew.
     cp_async_wait<C::kStages - 2>();
     sync_threads();
-    // Into the buffers that were used up before the barrier.
     const int next = chunk + C::kStages - 1;
     if (next < chunks) {
       bring_base<C>(p, s, next);
@@ -430,11 +195,13 @@ __device__ __forceinline__ void multiply(const SingleParams& p, SingleShared<C>&
     multiply_chunk<C>(p, s, lane, warp.across, chunk, sums);
     if (next < chunks) put_down<C>(s, next, held);
   }
+  // What follows is written where the ring was: no copy is under way and no warp still reads.
   cp_async_wait<0>();
   sync_threads();
 }
 
-// The own rows' sums into shared memory, where a warp finds a row's together.
+// The own rows' sums into shared memory, where a lane finds a row's beside each other. Each warp
+// writes and reads its own 16 rows, so its lanes alone have to wait for each other.
 template <class C>
 __device__ __forceinline__ float* spread_sums(SingleShared<C>& s, const SingleWarp<C>& warp,
                                               const SingleSums<C>& sums) {
@@ -465,7 +232,8 @@ __device__ __forceinline__ void store_ranks(void* memory, int64_t at, int count,
   }
 }
 
-// sums.out += ranks Qt, for what is in shared memory.
+// sums.out += ranks Qt, for what is in shared memory. The caller has had all warps finish their own
+// rows of ranks: a warp reads 64 of them.
 template <class C>
 __device__ __forceinline__ void multiply_up(const SingleParams& p, const SingleShared<C>& s,
                                             const SingleWarp<C>& warp, SingleSums<C>& sums) {
@@ -482,6 +250,7 @@ __device__ __forceinline__ void multiply_up(const SingleParams& p, const SingleS
 #pragma unroll
     for (int n = 0; n < C::kTilesN; n += 2) {
       const int column = warp.column + 8 * n;
+      // Apart from sums.out, because dropout falls on delta alone.
       FragmentD delta[2];
 #pragma unroll
       for (int slot = 0; slot < C::kSlots; ++slot) {
@@ -492,6 +261,7 @@ __device__ __forceinline__ void multiply_up(const SingleParams& p, const SingleS
         } else {
           load_b_pair_transposed(b, s.up + slot * kSlot * C::kOutStride + column, C::kOutStride);
         }
+        // The branch's columns of y among the block's.
         const int begin = s.slot[slot].offset - s.first, end = begin + s.slot[slot].size;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -515,13 +285,14 @@ __device__ __forceinline__ void multiply_up(const SingleParams& p, const SingleS
   }
 }
 
-// Rounds the tile and stores it in rows of 16-byte vectors. offset_of(column) is what is added to
-// a whole column.
+// Rounds the tile and stores it in rows of 16-byte vectors. offset_of(column) is added to a whole
+// column: the bias.
 template <class C, class OffsetOf>
 __device__ __forceinline__ void store_out(const SingleParams& p, SingleShared<C>& s,
                                           const SingleWarp<C>& warp, const SingleSums<C>& sums,
                                           OffsetOf&& offset_of) {
   using T = typename C::T;
+  // The result is written where sums and ranks were: all warps have read them.
   sync_threads();
 #pragma unroll
   for (int n = 0; n < C::kTilesN; ++n) {
@@ -537,6 +308,7 @@ __device__ __forceinline__ void store_out(const SingleParams& p, SingleShared<C>
       }
     }
   }
+  // A thread stores whole vectors, of elements that other threads have written.
   sync_threads();
   constexpr int kAcross = C::kColumns / 8;
 #pragma unroll
@@ -548,10 +320,10 @@ __device__ __forceinline__ void store_out(const SingleParams& p, SingleShared<C>
   }
 }
 
-// Calls run(tag, shape) for the configuration of a list that fits; false if there is none.
+// Calls run(tag, shape) for the first configuration that fits: the one with the fewest ranks.
 template <class Configs, class Run>
-bool run_single(Configs configs, const SingleParams& p, bool has_rows_of_n, int ranks, Run&& run) {
-  return run_first_fit(
+void run_single(Configs configs, const SingleParams& p, bool has_rows_of_n, int ranks, Run&& run) {
+  const bool is_found = run_first_fit(
       configs,
       [&](auto tag) {
         using C = typename decltype(tag)::type;
@@ -566,6 +338,9 @@ bool run_single(Configs configs, const SingleParams& p, bool has_rows_of_n, int 
         shape.blocks_x = p.tiling.tiles * p.column_tiles;
         run(tag, shape);
       });
+  check(is_found, "lora_linear: no configuration of the single launch for ", name_of(p.in.dtype),
+        ", ", p.tile_columns, " columns and ", ranks,
+        " ranks, which why_not_single should have refused");
 }
 
 }  // namespace pelt::lora_linear

@@ -17,10 +17,12 @@ __device__ __forceinline__ bool is_first_of(const SingleShared<C>& s, const Bran
   return branch.offset / C::kColumns * C::kColumns == s.first;
 }
 
-// The rows' gates in place of their logits, and into memory.
+// The gates of the warp's own rows in place of their logits. Into memory go those that this block is
+// the first to know: every gate is then written once.
 template <class C>
-__device__ __forceinline__ void open_gates(const SingleForwardParams& p, const SingleShared<C>& s,
-                                           const SingleWarp<C>& warp, float* sums) {
+__device__ __forceinline__ void activate_gates(const SingleForwardParams& p,
+                                               const SingleShared<C>& s, const SingleWarp<C>& warp,
+                                               float* sums) {
   using T = typename C::T;
   for (int i = lane_index(); i < 16 * p.in.gates; i += 32) {
     const int row = i % 16, g = i / 16;
@@ -31,12 +33,14 @@ __device__ __forceinline__ void open_gates(const SingleForwardParams& p, const S
     const bool is_ours =
         gate.branch < 0 ? s.first == 0 : is_first_of<C>(s, p.in.branch[gate.branch]);
     if (!is_ours || warp.own_row + row >= s.rows.count) continue;
-    p.gate_value[g][s.rows.first + warp.own_row + row] = value;
+    gate.value[s.rows.first + warp.own_row + row] = value;
   }
+  // finish_ranks reads gates that other lanes have activated.
   sync_warp();
 }
 
-// scale g s, rounded, where the product with B finds it; and s into memory.
+// scale g s, rounded, into shared memory for the product with B; and s, rounded, into global memory.
+// In the composed form B meets s after both roundings, here after the second alone.
 template <class C>
 __device__ __forceinline__ void finish_ranks(const SingleForwardParams& p, SingleShared<C>& s,
                                              const SingleWarp<C>& warp,
@@ -44,7 +48,8 @@ __device__ __forceinline__ void finish_ranks(const SingleForwardParams& p, Singl
   using T = typename C::T;
   const Inputs& in = p.in;
   float* sums = spread_sums<C>(s, warp, registers);
-  if (needs_gates(in, s.first, s.first + C::kColumns)) open_gates<C>(p, s, warp, sums);
+  if (needs_gates(in, s.first, s.first + C::kColumns)) activate_gates<C>(p, s, warp, sums);
+  // Fragments of x were dropped but not scaled (fragment_dropout.cuh).
   const float kept_scale = in.dropout.is_active() ? in.dropout.keep_scale : 1.0f;
   for (int i = lane_index(); i < 16 * C::kRanks / 8; i += 32) {
     const int row = i / (C::kRanks / 8), vector = i % (C::kRanks / 8);
@@ -88,6 +93,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
   const SingleWarp<C> warp;
   if (s.used > 0) {
     finish_ranks<C>(p, s, warp, sums);
+    // The product with B reads the ranks of 64 rows, of which other warps have written 48.
     sync_threads();
     multiply_up<C>(p, s, warp, sums);
   }
@@ -108,13 +114,11 @@ size_t single_shared_bytes(int ranks, int columns) {
 
 void launch_single_fwd_sm80(const SingleForwardParams& p, bool is_transposed, Stream stream) {
   const int ranks = single_forward_ranks(p.in, p.tile_columns);
-  const bool found = run_single(
+  run_single(
       SingleConfigs<true>{}, p, !is_transposed, ranks, [&](auto tag, const LaunchShape& shape) {
         using C = typename decltype(tag)::type;
         launch<lora_linear_single_fwd_sm80<C>>("lora_linear_single_fwd_sm80", shape, stream, p);
       });
-  check(found, "lora_linear_single_fwd_sm80: expected bfloat16 or float16 and at most ",
-        kSingleRanks, " ranks for a block, got ", name_of(p.in.dtype), " and ", ranks);
 }
 
 }  // namespace pelt::lora_linear

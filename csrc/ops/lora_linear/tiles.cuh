@@ -2,6 +2,8 @@
 // row is multiplied by.
 #pragma once
 
+#include "common/check.h"
+#include "common/type_list.h"
 #include "cuda/device.cuh"
 #include "ops/lora_linear/params.h"
 
@@ -12,6 +14,23 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 constexpr int kChunkStride = kChunk + kTilePad;
 constexpr int kVectors = kChunk / 8;  // 16-byte vectors in a row of a chunk
+
+// Ranks of a block, or of a step, for a branch with so many: the sizes that are compiled.
+constexpr int block_of(int ranks) { return ranks <= 16 ? 16 : 64; }
+
+// Calls run(TypeTag<Config>) for the configuration with this dtype and so many ranks.
+template <class Configs, class Run>
+void run_config(Configs configs, DType dtype, int ranks, Run&& run) {
+  const bool is_found = run_first_fit(
+      configs,
+      [&](auto tag) {
+        using C = typename decltype(tag)::type;
+        return DTypeOf<typename C::T>::value == dtype && C::kRanks == ranks;
+      },
+      run);
+  check(is_found, "lora_linear: no configuration for ", name_of(dtype), " and ", ranks,
+        " ranks, which why_not should have refused");
+}
 
 struct TileRows {
   int64_t first;  // in [0, B * S)
@@ -84,6 +103,7 @@ __device__ __forceinline__ void stage(T* tile, int stride, const Parameter& sour
   for (int i = thread_index(); i < kRows * kVectorsPerRow; i += kThreads) {
     const int row = i / kVectorsPerRow, column = i % kVectorsPerRow * 8;
     const bool is_there = row >= from.begin && row < from.rows && column < from.columns;
+    // An absent vector counts as whole: the copy below fills it with zeros and reads nothing.
     const bool is_whole = is_aligned && (!is_there || column + 8 <= from.columns);
     const int64_t at =
         is_there ? from.offset + static_cast<int64_t>(row) * from.leading + column : 0;
@@ -95,7 +115,7 @@ __device__ __forceinline__ void stage(T* tile, int stride, const Parameter& sour
     Float8 values = {};
     if (is_whole && is_there) {
       values = load_parameter_8<T>(source, at);
-    } else if (is_there) {
+    } else if (is_there) {  // some of the eight, or none of them on a border of 16 bytes
       for (int e = 0; e < 8; ++e) {
         if (column + e < from.columns) values.v[e] = load_parameter<T>(source, at + e);
       }
@@ -104,7 +124,8 @@ __device__ __forceinline__ void stage(T* tile, int stride, const Parameter& sour
   }
 }
 
-// The dropout factors of eight neighbouring elements of x.
+// The dropout factors of eight neighbouring elements of x. A draw serves four, and Din is a multiple
+// of 8, so that no draw is shared between rows.
 __device__ __forceinline__ Float8 dropout_of(const Inputs& in, int64_t row, int column) {
   Float8 factors;
   for (int half = 0; half < 2; ++half) {
@@ -129,6 +150,7 @@ __device__ __forceinline__ void stage_x(T* tile, const Inputs& in, const TileRow
       cp_async_16(to, from, is_there);
       continue;
     }
+    // Dropped before the product and rounded like any x: backward drops and rounds in the same way.
     Float8 x = {};
     if (is_there) {
       x = load_8(from);
@@ -192,13 +214,11 @@ __device__ __forceinline__ bool counts(const Inputs& in, const Gate& gate, int64
 
 // scale g of a branch's row; g is 1 where there is no gate.
 template <class T>
-__device__ __forceinline__ float factor_of(const Inputs& in, const Branch& branch,
-                                           const float* const (&gate_value)[kMaxGates],
-                                           int64_t row) {
+__device__ __forceinline__ float factor_of(const Inputs& in, const Branch& branch, int64_t row) {
   float gate = 1.0f;
   if (branch.learned_gate >= 0) {
-    const bool is_per_row = in.gate[branch.learned_gate].pooling == Pooling::kToken;
-    gate = gate_value[branch.learned_gate][is_per_row ? row : sentence_of(in, row)];
+    const Gate& learned = in.gate[branch.learned_gate];
+    gate = learned.value[learned.pooling == Pooling::kToken ? row : sentence_of(in, row)];
   } else if (branch.gate.data != nullptr) {
     gate = load_parameter<T>(branch.gate, branch.has_gate_per_row ? row : sentence_of(in, row));
   }
@@ -209,7 +229,6 @@ __device__ __forceinline__ float factor_of(const Inputs& in, const Branch& branc
 template <class T, int kRows, int kRanks>
 __device__ __forceinline__ void stage_scaled(T* tile, int stride, const Inputs& in,
                                              const Branch& branch, const void* s,
-                                             const float* const (&gate_value)[kMaxGates],
                                              const TileRows& rows, int rank) {
   constexpr int kVectorsPerRow = kRanks / 8;
   const bool is_aligned = in.ranks % 8 == 0 && branch.first % 8 == 0;
@@ -218,7 +237,7 @@ __device__ __forceinline__ void stage_scaled(T* tile, int stride, const Inputs& 
     const int left = branch.R - rank - offset;
     Float8 values = {};
     if (row < rows.count && left > 0) {
-      const float factor = factor_of<T>(in, branch, gate_value, rows.first + row);
+      const float factor = factor_of<T>(in, branch, rows.first + row);
       const T* from =
           static_cast<const T*>(s) + (rows.first + row) * in.ranks + branch.first + rank + offset;
       if (is_aligned && left >= 8) {
@@ -234,8 +253,8 @@ __device__ __forceinline__ void stage_scaled(T* tile, int stride, const Inputs& 
   }
 }
 
-// sum += part in columns [begin, end); the fragments' columns start at `first`. A branch's NaN
-// beside its own columns, where its B was staged as zeros, is nobody's.
+// sum += part in columns [begin, end); the fragments' columns start at `first`. Beside a branch's
+// own columns its B was staged as zeros, and 0 times an infinite s is a NaN that must not be added.
 __device__ __forceinline__ void add_columns(FragmentD& sum, const FragmentD& part, int first,
                                             int begin, int end) {
 #pragma unroll
@@ -245,7 +264,8 @@ __device__ __forceinline__ void add_columns(FragmentD& sum, const FragmentD& par
   }
 }
 
-// sum += a b in columns [begin, end), likewise; without a product where there is none of them.
+// sum += a b in columns [begin, end), likewise. As a rule all eight columns are the branch's; where
+// none is there is no product.
 template <class T>
 __device__ __forceinline__ void multiply_columns(FragmentD& sum, const FragmentA& a,
                                                  const FragmentB& b, int first, int begin,
@@ -259,14 +279,15 @@ __device__ __forceinline__ void multiply_columns(FragmentD& sum, const FragmentA
   }
 }
 
-// Fragments [16, 64] of a warp leave through shared memory: a lane then has eight neighbouring
-// columns, so that rows come and go in 16-byte accesses. visit(row of the tile, column, values) is
-// for what exists.
 constexpr int kOutStride = kChunk + 4;  // floats; 4 more keep the rows in other banks
 
+// Calls visit(row of the tile, column, values) for a warp's sums [16, 64], as far as the rows and
+// columns exist. The fragments pass through `out`, the warp's own memory: a lane then has eight
+// neighbouring columns, so that rows come and go in 16-byte accesses.
 template <class Visit>
 __device__ __forceinline__ void for_each_8(float* out, const TileRows& rows, int first, int columns,
                                            const FragmentD (&sums)[kChunk / 8], Visit&& visit) {
+  // The lanes have read what was in `out` before.
   sync_warp();
 #pragma unroll
   for (int n = 0; n < kChunk / 8; ++n) {
@@ -275,9 +296,10 @@ __device__ __forceinline__ void for_each_8(float* out, const TileRows& rows, int
       out[FragmentD::row(i) * kOutStride + 8 * n + FragmentD::column(i)] = sums[n].r[i];
     }
   }
+  // A lane reads what others have written.
   sync_warp();
   const int column = lane_index() % kVectors * 8;
-  for (int turn = 0; turn < 4; ++turn) {
+  for (int turn = 0; turn < 4; ++turn) {  // four rows at a time, eight lanes each
     const int row = lane_index() / kVectors + 4 * turn;
     if (warp_index() * 16 + row >= rows.count || first + column >= columns) continue;
     Float8 values;
