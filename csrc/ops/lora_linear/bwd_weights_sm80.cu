@@ -32,7 +32,8 @@ struct Config {
   using T = T_;
   static constexpr int kRanks = kRanks_;
   static constexpr int kRankStride = kRanks + kTilePad;
-  // The warps as a grid over the tile: 16 ranks each, and the columns shared by those that are left.
+  // The warps as a grid over the tile: 16 ranks each, and the columns shared by those that are
+  // left.
   static constexpr int kWarpsOverRanks = kRanks / 16;
   static constexpr int kWarpColumns = kChunk / (kWarps / kWarpsOverRanks);
   static constexpr int kTileFloats = kRanks * kChunk;
@@ -48,8 +49,9 @@ struct Shared {
     alignas(16) T columns[kRows * kChunkStride];  // x or dy
     alignas(16) T ranks[kRows * C::kRankStride];  // ds or scale g s
   };
-  Tile tile[2];                                // one in use, one on the way
-  float gates[kWarps][kGatesAtOnce * kChunk];  // the warps' sums
+  Tile tile[2];  // one in use, one on the way
+  // A warp's sums for the gates' weights and biases.
+  float gates[kWarps][kGatesAtOnce * kChunk];
   float biases[kWarps][kGatesAtOnce];
   int is_last;
 };
@@ -57,11 +59,11 @@ struct Shared {
 // The tile of a result and the part of the rows that a block works on.
 struct Work {
   Sums sums;
-  int column;
-  int rank;
-  int member;
-  int split;
-  int64_t task;
+  int column;    // the tile's first
+  int rank;      // likewise
+  int member;    // of the branch's bank
+  int split;     // which part of the rows
+  int64_t task;  // its number among those of all sums
 };
 
 // Tasks of one sum count columns fastest: neighbouring blocks read neighbouring columns of the same
@@ -70,6 +72,7 @@ __device__ __forceinline__ Work find_work(const WeightsParams& p, int rank_block
   Work work;
   work.task = block_index_x();
   work.split = block_index_y();
+  // The last sum that begins no later than this task.
   int i = 0;
   while (i + 1 < p.count && work.task >= p.sums[i + 1].first_task) ++i;
   work.sums = p.sums[i];
@@ -131,6 +134,7 @@ __device__ __forceinline__ void accumulate(FragmentD (&sums)[C::kWarpColumns / 8
   }
 }
 
+// The tiles of rows that a split goes over: all tiles, cut evenly.
 struct TileRange {
   int begin, end;
 };
@@ -141,8 +145,8 @@ __device__ __forceinline__ TileRange tiles_of(const WeightsParams& p, const Work
           static_cast<int>(tiles * (work.split + 1) / p.splits)};
 }
 
-// A factor's tile over this block's part of the rows. While one tile of rows is multiplied, the next
-// one is on the way.
+// A factor's tile over this block's part of the rows. While one tile of rows is multiplied, the
+// next one is on the way.
 template <class C>
 __device__ __forceinline__ void sum_factor(const WeightsParams& p, Shared<C>& s, const Work& work,
                                            float* partial) {
@@ -153,6 +157,7 @@ __device__ __forceinline__ void sum_factor(const WeightsParams& p, Shared<C>& s,
     while (tile < range.end && !is_wanted(p, work, tile)) ++tile;
     return tile;
   };
+  // A group is committed also where there is no tile: the wait below then means the right one.
   auto bring = [&](int tile, int buffer) {
     if (tile < range.end) bring_rows<C>(p, s.tile[buffer], work, tile);
     cp_async_commit();
@@ -169,6 +174,7 @@ __device__ __forceinline__ void sum_factor(const WeightsParams& p, Shared<C>& s,
     accumulate<C>(sums, s.tile[buffer]);
     buffer = 1 - buffer;
   }
+  // From the fragments to the block's place among the partial sums, [ranks, 64] in float32.
   const int rank = warp_index() % C::kWarpsOverRanks * 16;
   const int column = warp_index() / C::kWarpsOverRanks * C::kWarpColumns;
 #pragma unroll
@@ -199,6 +205,7 @@ __device__ __forceinline__ void sum_gates(const WeightsParams& p, Shared<C>& s, 
     const TileRows rows = rows_of_tile<kRows>(p.tiling, tile);
     for (int r = thread_index() / kVectors; r < rows.count; r += kThreads / kVectors) {
       const int64_t row = rows.first + r;
+      // Read once for up to four gates, straight from memory: each element has one reader.
       Float8 x = {};
       if (column < in.Din) x = load_8(static_cast<const T*>(in.x) + row * in.Din + column);
 #pragma unroll
@@ -219,7 +226,7 @@ __device__ __forceinline__ void sum_gates(const WeightsParams& p, Shared<C>& s, 
       biases[g] += shfl_xor(biases[g], mask);
       for (int e = 0; e < 8; ++e) sums[g].v[e] += shfl_xor(sums[g].v[e], mask);
     }
-    if (lane_index() >= kVectors) continue;
+    if (lane_index() >= kVectors) continue;  // the first eight lanes hold the warp's sums
     for (int e = 0; e < 8; ++e) s.gates[warp_index()][g * kChunk + offset + e] = sums[g].v[e];
     if (lane_index() == 0) s.biases[warp_index()][g] = biases[g];
   }
@@ -242,6 +249,7 @@ __device__ __forceinline__ void write_sums(const WeightsParams& p, const Work& w
   using T = typename C::T;
   const Inputs& in = p.in;
   const float* partial = p.partial + work.task * p.splits * C::kTileFloats;
+  // Element i of the tile over all splits. The ticket has acquired what other blocks wrote.
   auto total = [&](int i) {
     float sum = 0.0f;
 #pragma unroll 8  // the loads of a group are under way together; the order of the sum stays
@@ -272,7 +280,8 @@ __device__ __forceinline__ void write_sums(const WeightsParams& p, const Work& w
       if (r >= R || d >= in.Din) continue;
       store_grad<T>(grads.da, (work.member * R + r) * in.Din + d, total(i));
     } else {
-      // B lies as [size, R]: neighbouring threads take neighbouring ranks.
+      // B lies as [size, R], its sums as [R, size]: neighbouring threads take neighbouring ranks,
+      // so that what they write is contiguous.
       const int r = i % C::kRanks, d = i / C::kRanks;
       if (work.rank + r >= R || work.column + d >= branch.size) continue;
       const int64_t row = static_cast<int64_t>(work.member) * branch.size + work.column + d;
@@ -287,6 +296,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     lora_linear_bwd_weights_sm80(const __grid_constant__ WeightsParams p) {
   auto& s = shared_memory_as<Shared<C>>();
   const Work work = find_work(p, C::kRanks);
+  // Its own place for every task and split, so that blocks never add to the same memory.
   float* partial = p.partial + (work.task * p.splits + work.split) * C::kTileFloats;
   if (work.sums.kind == Sums::kGateWeights) {
     sum_gates<C>(p, s, work, partial);
@@ -305,6 +315,7 @@ using Configs = TypeList<Config<bf16, 16>, Config<bf16, 64>, Config<f16, 16>, Co
 
 }  // namespace
 
+// Lists the sums that have a gradient to write, and cuts each into tasks.
 void plan_sums(WeightsParams& p) {
   const Inputs& in = p.in;
   const int rank_block = rank_block_of(in);
@@ -323,6 +334,7 @@ void plan_sums(WeightsParams& p) {
     if (grads.da.data) add(Sums::kDownFactor, i, branch.R, in.Din, branch.a_members);
     if (grads.db.data) add(Sums::kUpFactor, i, branch.R, branch.size, branch.b_members);
   }
+  // Gates of one read of x are a sum together, if any of them wants a gradient.
   for (int first = 0; first < in.gates; first += kGatesAtOnce) {
     bool is_wanted = false;
     for (int g = first; g < in.gates && g < first + kGatesAtOnce; ++g) {

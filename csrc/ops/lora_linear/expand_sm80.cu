@@ -77,6 +77,7 @@ template <class C>
 __device__ __forceinline__ void add_8(void* memory, const Shared<C>& s, const TileRows& rows,
                                       int columns, int row, int column, const Float8& values) {
   using T = typename C::T;
+  // In float32, so that the sum is rounded once.
   Float8 sum = widen<T>(load_16(s.base + row * kChunkStride + column % kChunk));
   for (int e = 0; e < 8; ++e) sum.v[e] += values.v[e];
   store_16(static_cast<T*>(memory) + (rows.first + row) * columns + column, narrow<T>(sum));
@@ -130,6 +131,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < in.branches; ++i) {
     if (reaches(in.branch[i], first)) multiply_branch<C>(p, s, rows, in.branch[i], first, sums);
   }
+  // A warp writes its own rows, and the base product under them is there since the last barrier.
   for_each_8(s.out[warp_index()], rows, first, in.Dout, sums,
              [&](int row, int column, const Float8& values) {
                add_8(p.y, s, rows, in.Dout, row, column, values);
@@ -160,6 +162,7 @@ __global__ void __launch_bounds__(kThreads)
         {rows.first * in.ranks + rank, in.ranks, rows.count, in.ranks - rank});
     // A thread stages rows of A whose places others have looked up.
     sync_threads();
+    // A as it lies, [ranks, columns]; its rows belong to different branches and banks.
     stage_sources<T, C::kRanks>(s.factor, in, s.source, first);
     cp_async_commit();
     // ds, the rows of A and, the first time, the base product are there for all threads.
@@ -191,7 +194,8 @@ __global__ void __launch_bounds__(kThreads)
 
 using Configs = TypeList<Config<bf16, 16>, Config<bf16, 64>, Config<f16, 16>, Config<f16, 64>>;
 
-// Calls run(tag, shape) for the configuration that takes so many ranks in as few steps as there are.
+// Calls run(tag, shape) for the configuration that takes so many ranks in as few steps as there
+// are.
 template <class Run>
 void run_for_ranks(const Inputs& in, const Tiling& tiling, int columns, int ranks, Run&& run) {
   run_config(Configs{}, in.dtype, block_of(ranks), [&](auto tag) {

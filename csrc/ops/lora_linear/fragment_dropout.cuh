@@ -7,6 +7,8 @@
 
 namespace pelt::lora_linear {
 
+// Which of the four elements from `element` on are kept, a bit for each (cuda/philox.cuh has the
+// contract; this draw takes round keys that are parameters of the kernel).
 __device__ __forceinline__ uint32_t draw_4(const Dropout& dropout, const PhiloxKeys& keys,
                                            int64_t element) {
   const uint64_t group = static_cast<uint64_t>(element) / 4;
@@ -21,6 +23,8 @@ struct KeptPairs {
   uint32_t row[2];  // bits 0 and 1: this lane's two elements, in the rows lane / 4 and 8 below
 };
 
+// From what both lanes of a pair have drawn to what each of them holds. `own` may carry a second
+// draw in bits 4 to 7, which moves along.
 __device__ __forceinline__ KeptPairs exchange(uint32_t own) {
   const bool is_odd = opaque(lane_index()) % 2 != 0;
   const uint32_t other = shfl_xor(own, 1);
@@ -34,6 +38,7 @@ __device__ __forceinline__ int64_t drawn_element(const Inputs& in, int64_t row, 
   return (row + lane / 4 + 8 * (lane % 2)) * in.Din + column + lane % 4 / 2 * 4;
 }
 
+// All ones for each 16-bit element of a register that is kept.
 __device__ __forceinline__ uint32_t mask_of_pair(uint32_t kept) {
   return ((kept & 1u) != 0 ? 0xffffu : 0u) | ((kept & 2u) != 0 ? 0xffff0000u : 0u);
 }
@@ -44,6 +49,7 @@ __device__ __forceinline__ FragmentA drop(const Inputs& in, const PhiloxKeys& ke
   const uint32_t own = draw_4(in.dropout, keys, drawn_element(in, row, column)) |
                        draw_4(in.dropout, keys, drawn_element(in, row, column + 8)) << 4;
   const KeptPairs kept = exchange(own);
+  // Registers 0 and 1 are columns 0-7 of both rows, 2 and 3 columns 8-15 (see cuda/mma.cuh).
   FragmentA dropped;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {

@@ -35,6 +35,7 @@ __device__ __forceinline__ float gate_grad_of(const GatesParams& p, int branch, 
                                               int t) {
   const Inputs& in = p.in;
   const int64_t all = static_cast<int64_t>(in.B) * in.S;
+  // The parts of the branches before it come first.
   int part = 0;
   for (int i = 0; i < branch; ++i) part += (in.branch[i].R + p.rank_block - 1) / p.rank_block;
   const int end = part + (in.branch[branch].R + p.rank_block - 1) / p.rank_block;
@@ -98,13 +99,14 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (in.gates == 0) return;
   // Learned gates: the gradients of their logits, for the launches behind this one.
-  float real_rows = 0.0f;
+  float real_rows = 0.0f;  // that the mask leaves; needed for masked means alone
   if (in.mask != nullptr) {
     real_rows = sum_rows(s, in.S, [&](int t) { return in.mask[first + t] ? 1.0f : 0.0f; });
   }
   for (int g = 0; g < in.gates; ++g) derive_logits(p, s, g, b, real_rows);
 }
 
+// Threads work on rows, whatever T is: it is the type of the inputs' gates only.
 template <class T>
 void launch_typed(const GatesParams& p, Stream stream) {
   LaunchShape shape;

@@ -4,8 +4,8 @@
 //
 // A ring of kStages buffers holds the chunks that cp.async brings. The four warps divide a chunk's
 // 64 columns of the reduction, 16 each, and have the whole result in registers; their four sums are
-// added in shared memory at the end, in a fixed order. So 32 rows are enough work for a block, and T
-// rows give T / 32 blocks: what brings x in is many blocks with several chunks in flight each.
+// added in shared memory at the end, in a fixed order. So 32 rows are enough work for a block, and
+// T rows give T / 32 blocks: what brings x in is many blocks with several chunks in flight each.
 #pragma once
 
 #include "common/type_list.h"

@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(kThreads)
   // All lanes come here, those of absent rows with 0: the shuffles below need every one.
   dot = group_sum<4>(dot);
   if (row < rows.count && thread_index() % 4 == 0) {
+    // [rank blocks, B * S]: a block's rows are neighbours for the launch that sums over them.
     p.dots[static_cast<int64_t>(block_index_y()) * in.B * in.S + rows.first + row] = dot;
   }
 }
@@ -77,7 +78,7 @@ void launch_rows_sm80(const RowsParams& p, Stream stream) {
     shape.threads = kThreads;
     shape.shared_bytes = sizeof(NarrowShared<C>);
     shape.blocks_x = p.tiling.tiles;
-    shape.blocks_y = 0;
+    shape.blocks_y = 0;  // one for each rank block, counted as the kernel counts them
     for (int i = 0; i < p.in.branches; ++i) {
       shape.blocks_y += (p.in.branch[i].R + C::kRanks - 1) / C::kRanks;
     }

@@ -40,6 +40,7 @@ __device__ __forceinline__ void store_s(const ShrinkParams& p, const NarrowShare
   using T = typename C::T;
   for (int i = thread_index(); i < kNarrowRows * C::kRanks; i += kThreads) {
     const int row = i / C::kRanks, column = i % C::kRanks;
+    // Behind the ranks the block may hold gates, which are not part of s.
     if (row >= rows.count || first + column >= p.in.ranks) continue;
     static_cast<T*>(p.s)[(rows.first + row) * p.in.ranks + first + column] =
         round_to<T>(s.sums[0][row * C::kSumStride + column]);
@@ -113,6 +114,7 @@ __global__ void __launch_bounds__(kThreads)
   using T = typename C::T;
   auto& s = shared_memory_as<NarrowShared<C>>();
   const TileRows rows = rows_of_tile<kNarrowRows>(p.tiling, block_index_x());
+  // Where only gates are wanted, in backward, the blocks of ranks before theirs are not launched.
   const int skipped = p.s == nullptr ? p.gate_column / C::kRanks : 0;
   const int first = (skipped + block_index_y()) * C::kRanks;
   // Blocks of ranks see dropout(x), the gates' block behind them x.
@@ -125,6 +127,7 @@ __global__ void __launch_bounds__(kThreads)
     stage_sources<T, C::kRanks>(s.ring.factor[stage], p.in, s.source, column);
   });
   if (p.s != nullptr && first < p.in.ranks) store_s(p, s, rows, first);
+  // Only the block that holds the gates' columns goes on.
   if (p.in.gates == 0 || first != p.gate_column / C::kRanks * C::kRanks) return;
   activate_gates(p, s, rows, p.gate_column - first);
   if (p.gate_partial != nullptr) {
@@ -147,6 +150,7 @@ void launch_shrink_sm80(const ShrinkParams& params, Stream stream) {
   ShrinkParams p = params;
   p.gate_column = gate_column_of(p.in);
   const int columns = block_of(p.gate_column + p.in.gates);
+  // Behind the last column that holds something.
   const int end = p.in.gates > 0 ? p.gate_column + p.in.gates : p.in.ranks;
   const int skipped = p.s == nullptr ? p.gate_column / columns : 0;
   run_config(NarrowConfigs{}, p.in.dtype, columns, [&](auto tag) {

@@ -80,6 +80,7 @@ __device__ __forceinline__ uint32_t slots_of_chunk(const SingleShared<C>& s, int
       // B has nothing for the columns of dy beside its branch's, which may be NaN.
       const int begin = depth + 16 * step;
       const bool is_near = C::kIsForward || (of.offset < begin + 16 && of.offset + of.size > begin);
+      // The same for all lanes, so that a warp skips a product together.
       if (slot < s.used && is_near) slots |= 1u << (step * C::kSlots + slot);
     }
   }
@@ -95,6 +96,7 @@ __device__ __forceinline__ void multiply_down(const typename C::T* tile, const L
 #pragma unroll
   for (int slot = 0; slot < C::kSlots; ++slot) {
     if ((slots >> slot & 1u) == 0) continue;
+    // In forward P lies as [ranks, depth], in backward as [depth, ranks].
     FragmentB b[2];
     if constexpr (C::kIsForward) {
       load_b_pair_at<false>(b, tile + (lane.down ^ k) + slot * kSlot * C::kDepth);
@@ -114,6 +116,7 @@ __device__ __forceinline__ void multiply_chunk(const SingleParams& p, const Sing
   using T = typename C::T;
   const int stage = chunk % C::kStages;
   const uint32_t slots_of_steps = slots_of_chunk<C>(s, chunk * C::kDepth);
+  // Unrolled: the accumulators are registers only where every index of theirs is a constant.
 #pragma unroll
   for (int k = 0; k < C::kDepth; k += 16) {
     FragmentA a[C::kTilesM];
@@ -135,6 +138,7 @@ __device__ __forceinline__ void multiply_chunk(const SingleParams& p, const Sing
         multiply_add<T>(sums.out[m][n + 1], a[m], b[1]);
       }
     }
+    // No branch has ranks here, or none has columns of dy among these 16: no product with P.
     const uint32_t slots = slots_of_steps >> (k / 16 * C::kSlots) & ((1u << C::kSlots) - 1);
     if (slots == 0) continue;
     // The warps of a row of warps hold the same rows of `from`; each takes 16 of them for P. A
@@ -162,7 +166,7 @@ template <class C>
 __device__ __forceinline__ void multiply(const SingleParams& p, SingleShared<C>& s,
                                          SingleSums<C>& sums) {
   const int chunks = (p.depth + C::kDepth - 1) / C::kDepth;
-  Held held[C::kHeld];
+  Held held[C::kHeld];  // vectors of P between fetch_down and put_down
   place_block<C>(p, s);
   // The first chunk needs no table, so its copies run while the tables are filled.
   bring_base<C>(p, s, 0);
@@ -170,6 +174,8 @@ __device__ __forceinline__ void multiply(const SingleParams& p, SingleShared<C>&
   // fetch_down and bring_up look up rows that other threads have filled in.
   sync_threads();
   bring_up<C>(p, s);
+  // Fills the ring but for one buffer. A group is committed also where there is no chunk left, so
+  // that "all but the newest kStages - 2 groups" below always means the chunk of the turn.
 #pragma unroll
   for (int chunk = 0; chunk < C::kStages - 1; ++chunk) {
     if (chunk < chunks) {
@@ -192,6 +198,7 @@ __device__ __forceinline__ void multiply(const SingleParams& p, SingleShared<C>&
       fetch_down<C>(p, s, next, held);
     }
     cp_async_commit();
+    // The registers of P are on their way from memory while these products run.
     multiply_chunk<C>(p, s, lane, warp.across, chunk, sums);
     if (next < chunks) put_down<C>(s, next, held);
   }
@@ -222,6 +229,7 @@ template <class T>
 __device__ __forceinline__ void store_ranks(void* memory, int64_t at, int count,
                                             const Float8& values) {
   T* to = static_cast<T*>(memory) + at;
+  // A sum of ranks that is no multiple of 8 leaves rows off the 16-byte borders.
   if (count == 8 && at % 8 == 0) {
     store_16(to, narrow<T>(values));
     return;
@@ -240,6 +248,7 @@ __device__ __forceinline__ void multiply_up(const SingleParams& p, const SingleS
   using T = typename C::T;
 #pragma unroll
   for (int m = 0; m < C::kTilesM; ++m) {
+    // 16 rows of the ranks, kept for all columns.
     FragmentA a[C::kSlots];
 #pragma unroll
     for (int slot = 0; slot < C::kSlots; ++slot) {
@@ -266,6 +275,7 @@ __device__ __forceinline__ void multiply_up(const SingleParams& p, const SingleS
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int at = column + 8 * half;
+          // In backward every branch reaches all of dx.
           if constexpr (C::kIsForward) {
             multiply_columns<T>(delta[half], a[slot], b[half], at, begin, end);
           } else {
@@ -297,6 +307,7 @@ __device__ __forceinline__ void store_out(const SingleParams& p, SingleShared<C>
 #pragma unroll
   for (int n = 0; n < C::kTilesN; ++n) {
     const int column = warp.column + 8 * n + FragmentD::column(0);
+    // A lane holds two neighbouring columns, in two rows of each fragment.
     const float low = offset_of(s.first + column), high = offset_of(s.first + column + 1);
 #pragma unroll
     for (int m = 0; m < C::kTilesM; ++m) {
@@ -314,6 +325,7 @@ __device__ __forceinline__ void store_out(const SingleParams& p, SingleShared<C>
 #pragma unroll
   for (int turn = 0; turn < C::kRows * kAcross / C::kThreads; ++turn) {
     const int i = thread_index() + turn * C::kThreads, row = i / kAcross, column = i % kAcross * 8;
+    // Columns come in whole vectors: their number is a multiple of 8 (see why_not).
     if (row >= s.rows.count || s.first + column >= p.columns) continue;
     store_16(static_cast<T*>(p.to) + (s.rows.first + row) * p.columns + s.first + column,
              load_16(s.out + row * C::kOutStride + column));

@@ -21,12 +21,13 @@ __device__ __forceinline__ void store_dots(const SingleBackwardParams& p, const 
   const int row = lane_index() % 16;
   const int64_t global_row = s.rows.first + warp.own_row + row;
   if (warp.own_row + row >= s.rows.count) return;
-  int slots = 0;
+  int slots = 0;  // of the branches before this one: where its ranks begin
   for (int i = 0; i < in.branches; ++i) {
     const Branch& branch = in.branch[i];
     if (i % 2 == lane_index() / 16) {
       const T* of_row = static_cast<const T*>(p.s) + global_row * in.ranks + branch.first;
       float dot = 0.0f;
+      // Before the gate is applied: the dot is the gradient of scale g itself.
       for (int r = 0; r < branch.R; ++r) {
         dot += sums[row * C::kSumStride + slots * kSlot + r] * to_float(of_row[r]);
       }
@@ -45,14 +46,16 @@ __device__ __forceinline__ void finish_ranks(const SingleBackwardParams& p, Sing
   using T = typename C::T;
   const Inputs& in = p.in;
   const float* sums = spread_sums<C>(s, warp, registers);
+  // All blocks of a row's columns know its ds; the first one stores what others launches read.
   if (s.first == 0 && p.dots != nullptr) store_dots<C>(p, s, warp, sums);
   for (int i = lane_index(); i < 16 * C::kRanks / 8; i += 32) {
+    // A lane has eight neighbouring ranks of a row, which are of one branch: a slot has sixteen.
     const int row = i / (C::kRanks / 8), vector = i % (C::kRanks / 8);
     if (vector * 8 / kSlot >= s.slots) continue;
     const SingleSlot& slot = s.slot[vector * 8 / kSlot];
     const Branch& branch = in.branch[slot.branch];
     const int rank = slot.rank + vector * 8 % kSlot, left = slot.R - rank;
-    Float8 values = {};
+    Float8 values = {};  // zeros also for rows and ranks that do not exist: they are multiplied
     if (warp.own_row + row < s.rows.count) {
       const int64_t global_row = s.rows.first + warp.own_row + row;
       const float factor = factor_of<T>(in, branch, global_row);
@@ -74,7 +77,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
     lora_linear_single_bwd_sm80(const __grid_constant__ SingleBackwardParams p) {
   auto& s = shared_memory_as<SingleShared<C>>();
   SingleSums<C> sums;
-  multiply<C>(p, s, sums);
+  multiply<C>(p, s, sums);  // dy W and dy B
   const SingleWarp<C> warp;
   if (s.slots > 0) {
     finish_ranks<C>(p, s, warp, sums);

@@ -17,8 +17,8 @@ __device__ __forceinline__ bool is_first_of(const SingleShared<C>& s, const Bran
   return branch.offset / C::kColumns * C::kColumns == s.first;
 }
 
-// The gates of the warp's own rows in place of their logits. Into memory go those that this block is
-// the first to know: every gate is then written once.
+// The gates of the warp's own rows in place of their logits. Into memory go those that this block
+// is the first to know: every gate is then written once.
 template <class C>
 __device__ __forceinline__ void activate_gates(const SingleForwardParams& p,
                                                const SingleShared<C>& s, const SingleWarp<C>& warp,
@@ -39,8 +39,8 @@ __device__ __forceinline__ void activate_gates(const SingleForwardParams& p,
   sync_warp();
 }
 
-// scale g s, rounded, into shared memory for the product with B; and s, rounded, into global memory.
-// In the composed form B meets s after both roundings, here after the second alone.
+// scale g s, rounded, into shared memory for the product with B; and s, rounded, into global
+// memory. In the composed form B meets s after both roundings, here after the second alone.
 template <class C>
 __device__ __forceinline__ void finish_ranks(const SingleForwardParams& p, SingleShared<C>& s,
                                              const SingleWarp<C>& warp,
@@ -52,6 +52,7 @@ __device__ __forceinline__ void finish_ranks(const SingleForwardParams& p, Singl
   // Fragments of x were dropped but not scaled (fragment_dropout.cuh).
   const float kept_scale = in.dropout.is_active() ? in.dropout.keep_scale : 1.0f;
   for (int i = lane_index(); i < 16 * C::kRanks / 8; i += 32) {
+    // A lane has eight neighbouring ranks of a row, which are of one branch: a slot has sixteen.
     const int row = i / (C::kRanks / 8), vector = i % (C::kRanks / 8);
     if (vector * 8 / kSlot >= s.slots) continue;
     const SingleSlot& slot = s.slot[vector * 8 / kSlot];
@@ -69,6 +70,7 @@ __device__ __forceinline__ void finish_ranks(const SingleForwardParams& p, Singl
         store_ranks<T>(p.s, global_row * in.ranks + branch.first + rank, left < 8 ? left : 8,
                        values);
       }
+      // As factor_of() does, but a learned gate is not in memory yet.
       float gate = 1.0f;
       if (branch.learned_gate >= 0) {
         gate = sums[row * C::kSumStride + s.gate_column + branch.learned_gate];
@@ -89,7 +91,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
   using T = typename C::T;
   auto& s = shared_memory_as<SingleShared<C>>();
   SingleSums<C> sums;
-  multiply<C>(p, s, sums);
+  multiply<C>(p, s, sums);  // x W^T, x A^T and the gates' logits
   const SingleWarp<C> warp;
   if (s.used > 0) {
     finish_ranks<C>(p, s, warp, sums);
@@ -105,6 +107,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
 
 }  // namespace
 
+// The same for both dtypes and, but for the larger Q of forward, both directions.
 size_t single_shared_bytes(int ranks, int columns) {
   if (columns > kSingleColumns)
     return sizeof(SingleShared<SingleConfig<bf16, true, true, 16, 256>>);

@@ -53,9 +53,9 @@ struct SingleShared {
   int gate_column;  // the gates' first
 };
 
-// Which tile of `out` the block has. Blocks that run together take tiles that lie together: 16 tiles
-// of rows by as many of columns as there are blocks for, so that what one reads of `from` and W the
-// others find in L2.
+// Which tile of `out` the block has. Blocks that run together take tiles that lie together: 16
+// tiles of rows by as many of columns as there are blocks for, so that what one reads of `from` and
+// W the others find in L2.
 template <class C>
 __device__ __forceinline__ void place_block(const SingleParams& p, SingleShared<C>& s) {
   if (thread_index() == 0) {
@@ -83,6 +83,7 @@ __device__ __forceinline__ void fill_tables(const SingleParams& p, SingleShared<
   // branches, every one.
   const int begin = C::kIsForward ? first : 0;
   const int end = C::kIsForward ? first + C::kColumns : in.Dout;
+  // Every thread walks the same list and keeps the slot that is its own.
   RankColumns columns = for_each_slot(in, begin, end, [&](int slot, int branch, int rank) {
     if (slot == i / kSlot) own.branch = branch, own.rank = rank;
   });

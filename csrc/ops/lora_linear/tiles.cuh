@@ -32,6 +32,7 @@ void run_config(Configs configs, DType dtype, int ranks, Run&& run) {
         " ranks, which why_not should have refused");
 }
 
+// The rows of a tile. The last tile of a group may have fewer than the others.
 struct TileRows {
   int64_t first;  // in [0, B * S)
   int count;
@@ -51,6 +52,7 @@ __device__ __forceinline__ TileRows rows_of_tile(const Tiling& tiling, int tile)
   return rows;
 }
 
+// A parameter's element in float32: masters are not rounded here, but where they meet an mma.
 template <class T>
 __device__ __forceinline__ float load_parameter(const Parameter& parameter, int64_t i) {
   return parameter.is_float32 ? static_cast<const float*>(parameter.data)[i]
@@ -79,6 +81,7 @@ __device__ __forceinline__ void store_grad(const ParameterGrad& grad, int64_t i,
 __device__ __forceinline__ int64_t member_of(const int64_t* index, bool is_per_sample, int group,
                                              int members) {
   if (index == nullptr) return 0;
+  // One index for all rows stands at [0], whatever the groups are.
   const int64_t member = index[is_per_sample ? group : 0], last = members - 1;
   return member < 0 ? 0 : (member < last ? member : last);
 }
@@ -99,6 +102,7 @@ template <class T, int kRows, int kColumns>
 __device__ __forceinline__ void stage(T* tile, int stride, const Parameter& source,
                                       const Rectangle& from) {
   constexpr int kVectorsPerRow = kColumns / 8;
+  // Do all rows begin at a 16-byte border.
   const bool is_aligned = from.leading % 8 == 0 && from.offset % 8 == 0;
   for (int i = thread_index(); i < kRows * kVectorsPerRow; i += kThreads) {
     const int row = i / kVectorsPerRow, column = i % kVectorsPerRow * 8;
@@ -124,8 +128,8 @@ __device__ __forceinline__ void stage(T* tile, int stride, const Parameter& sour
   }
 }
 
-// The dropout factors of eight neighbouring elements of x. A draw serves four, and Din is a multiple
-// of 8, so that no draw is shared between rows.
+// The dropout factors of eight neighbouring elements of x. A draw serves four, and Din is a
+// multiple of 8, so that no draw is shared between rows.
 __device__ __forceinline__ Float8 dropout_of(const Inputs& in, int64_t row, int column) {
   Float8 factors;
   for (int half = 0; half < 2; ++half) {
@@ -231,6 +235,7 @@ __device__ __forceinline__ void stage_scaled(T* tile, int stride, const Inputs& 
                                              const Branch& branch, const void* s,
                                              const TileRows& rows, int rank) {
   constexpr int kVectorsPerRow = kRanks / 8;
+  // Are the branch's ranks of every row of s whole vectors at 16-byte borders.
   const bool is_aligned = in.ranks % 8 == 0 && branch.first % 8 == 0;
   for (int i = thread_index(); i < kRows * kVectorsPerRow; i += kThreads) {
     const int row = i / kVectorsPerRow, offset = i % kVectorsPerRow * 8;
