@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__
+
 if TYPE_CHECKING:
     from .methods import (
         METHODS,
@@ -39,8 +41,6 @@ if TYPE_CHECKING:
         symmetric_kl,
         use_backend,
     )
-
-__version__ = "0.1.0"
 
 _LAYERS = {
     "ops": (

@@ -1,6 +1,6 @@
 """Methods as data: one immutable config for each, checked when made."""
 
-from ._config import MethodConfig, Parts, with_part_changes
+from ._config import METHODS, MethodConfig, config_from_dict, with_part_changes
 from .adamix import AdaMixConfig
 from .adapter import BottleneckAdapterConfig
 from .baselines import FullConfig, HeadConfig
@@ -8,9 +8,10 @@ from .bitfit import BitFitConfig
 from .composite import CompositeConfig
 from .lora import LoraConfig
 from .options import config_from_options
+from .parts import Parts, parts_of
 from .prefix import PrefixTuningConfig
 from .pst import PSTConfig
-from .registry import METHODS, PRESETS, config_from_dict, make_config
+from .registry import PRESETS, make_config
 from .unipelt import UniPELTConfig
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "config_from_dict",
     "config_from_options",
     "make_config",
+    "parts_of",
     "with_part_changes",
 ]

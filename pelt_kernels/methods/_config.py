@@ -1,35 +1,19 @@
-"""What every config shares: dictionaries, checks of one sentence, and what it asks of a model."""
+"""What every config shares: dictionaries, and checks of one sentence."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from .adamix import AdaMixConfig
-    from .adapter import BottleneckAdapterConfig
-    from .lora import LoraConfig
-    from .prefix import PrefixTuningConfig
-    from .pst import PSTConfig
-
+# The methods by name, which a file gives. `registry` fills it, in the order in which they are told.
+METHODS: dict[str, type[MethodConfig]] = {}
 GATE_POOLINGS = ("masked_mean", "mean")
 
 Config = TypeVar("Config", bound="MethodConfig")
-
-
-class Parts(NamedTuple):
-    """A method as the models read it: what is added, and what is trained beside the head."""
-
-    adapter: BottleneckAdapterConfig | None = None
-    prefix: PrefixTuningConfig | None = None
-    lora: LoraConfig | None = None
-    tune: str = "none"  # "none", "bias" or "all"
-    mixture: AdaMixConfig | None = None
-    pruning: PSTConfig | None = None
-    tune_head: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +26,6 @@ class MethodConfig:
 
     method: ClassVar[str] = ""
     RETIRED: ClassVar[tuple[str, ...]] = ()  # fields that earlier files hold; read over
-
-    @property
-    def parts(self) -> Parts:
-        """What the method asks of a model."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what it is made of")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: the method's name, then the fields; a part is another such."""
@@ -66,8 +45,6 @@ class MethodConfig:
             ValueError: another method's dictionary, an unknown field, or a value the config
                 refuses.
         """
-        from .registry import config_from_dict
-
         if not isinstance(values, dict):
             raise ValueError(f"{cls.__name__}: expected a dictionary, got {type(values).__name__}")
         name = values.get("method", cls.method)
@@ -93,6 +70,25 @@ class MethodConfig:
                 )
             made[key] = config_from_dict(value) if isinstance(value, dict) else value
         return cls(**made)
+
+
+def config_from_dict(values: dict[str, Any]) -> MethodConfig:
+    """The config that a ``to_dict`` described, whichever method it is of.
+
+    Raises:
+        ValueError: no dictionary, no or an unknown ``method``, an unknown field, or a value the
+            config refuses.
+    """
+    if not isinstance(values, dict) or "method" not in values:
+        raise ValueError(
+            f"config_from_dict: expected a dictionary with the key 'method', got {values!r:.80}"
+        )
+    if not isinstance(values["method"], str) or values["method"] not in METHODS:
+        raise ValueError(
+            f"config_from_dict: expected method to be one of {', '.join(METHODS)}, got "
+            f"{values['method']!r}"
+        )
+    return METHODS[values["method"]].from_dict(values)
 
 
 def with_changes(config: Config, **changes: Any) -> Config:

@@ -8,13 +8,13 @@ from typing import ClassVar
 from ..ops.gated_adapter.contract import ACTIVATIONS
 from ._config import (
     MethodConfig,
-    Parts,
     check_choice,
     check_dropout,
     check_flag,
     check_int,
     check_number,
 )
+from .adapter import BottleneckAdapterConfig
 from .lora import LoraConfig
 
 KINDS = ("adapter", "lora")
@@ -105,10 +105,15 @@ class AdaMixConfig(MethodConfig):
         """The LoRA branch of one expert; checks rank, alpha and targets."""
         return LoraConfig(r=self.r, alpha=self.alpha, targets=self.targets, dropout=self.dropout)
 
+    def as_adapter(self) -> BottleneckAdapterConfig:
+        """The adapter of one expert."""
+        return BottleneckAdapterConfig(
+            reduction_factor=self.reduction_factor,
+            bottleneck=self.bottleneck,
+            activation=self.activation,
+            dropout=self.dropout,
+        )
+
     def bank_sizes(self) -> tuple[int, int]:
         """How many W_down (A) and how many W_up (B) a module holds."""
         return (1 if self.share_down else self.experts, 1 if self.share_up else self.experts)
-
-    @property
-    def parts(self) -> Parts:
-        return Parts(mixture=self)

@@ -5,21 +5,17 @@ beside it (He et al. 2022).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from ..ops.gated_adapter.contract import ACTIVATIONS
 from ._config import (
     MethodConfig,
-    Parts,
     check_choice,
     check_dropout,
     check_gate,
     check_int,
     check_number,
 )
-
-if TYPE_CHECKING:
-    from .adamix import AdaMixConfig
 
 PLACEMENTS = ("sequential", "parallel")
 STARTS = ("normal", "lora")
@@ -78,25 +74,16 @@ class BottleneckAdapterConfig(MethodConfig):
         check_choice(self, "start", STARTS)
         check_gate(self)
 
-    @property
-    def parts(self) -> Parts:
-        return Parts(adapter=self)
-
     def bottleneck_of(self, hidden_size: int) -> int:
         """R for a model of size D.
 
         Raises:
             ValueError: the reduction factor leaves nothing of D.
         """
-        return bottleneck_of(self, hidden_size)
-
-
-def bottleneck_of(config: BottleneckAdapterConfig | AdaMixConfig, hidden_size: int) -> int:
-    """R of an adapter for a model of size D. Raises ValueError where nothing of D is left."""
-    bottleneck = config.bottleneck or hidden_size // config.reduction_factor
-    if bottleneck < 1:
-        raise ValueError(
-            f"{type(config).__name__}: expected reduction_factor <= the model's hidden size "
-            f"{hidden_size}, got {config.reduction_factor}; lower it or set bottleneck"
-        )
-    return bottleneck
+        bottleneck = self.bottleneck or hidden_size // self.reduction_factor
+        if bottleneck < 1:
+            raise ValueError(
+                "BottleneckAdapterConfig: expected reduction_factor <= the model's hidden size "
+                f"{hidden_size}, got {self.reduction_factor}; lower it or set bottleneck"
+            )
+        return bottleneck

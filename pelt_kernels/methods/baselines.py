@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ._config import MethodConfig, Parts
+from ._config import MethodConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,17 +14,9 @@ class HeadConfig(MethodConfig):
 
     method: ClassVar[str] = "head"
 
-    @property
-    def parts(self) -> Parts:
-        return Parts()
-
 
 @dataclass(frozen=True, kw_only=True)
 class FullConfig(MethodConfig):
     """Full fine-tuning: every parameter, in place; no untouched base model is left."""
 
     method: ClassVar[str] = "full"
-
-    @property
-    def parts(self) -> Parts:
-        return Parts(tune="all")

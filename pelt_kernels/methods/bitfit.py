@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ._config import MethodConfig, Parts
+from ._config import MethodConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,3 @@ class BitFitConfig(MethodConfig):
     """
 
     method: ClassVar[str] = "bitfit"
-
-    @property
-    def parts(self) -> Parts:
-        return Parts(tune="bias")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ._config import MethodConfig, Parts, check_flag
+from ._config import MethodConfig, check_flag
 from .adamix import AdaMixConfig
 from .adapter import BottleneckAdapterConfig
 from .lora import LoraConfig
@@ -111,16 +111,4 @@ class CompositeConfig(MethodConfig):
             adapter=start if adapter is None else adapter,
             prefix=PrefixTuningConfig(prefix_length=30, mid=800) if prefix is None else prefix,
             **more,
-        )
-
-    @property
-    def parts(self) -> Parts:
-        return Parts(
-            adapter=self.adapter,
-            prefix=self.prefix,
-            lora=self.lora,
-            tune="bias" if self.bitfit else "none",
-            mixture=self.adamix,
-            pruning=self.pst,
-            tune_head=self.pst is None or self.pst.train_head,
         )

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from ._config import (
     MethodConfig,
-    Parts,
     check_dropout,
     check_gate,
     check_int,
@@ -56,7 +55,3 @@ class LoraConfig(MethodConfig):
         set_names(self, "targets", TARGETS)
         check_dropout(self, "dropout")
         check_gate(self)
-
-    @property
-    def parts(self) -> Parts:
-        return Parts(lora=self)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_args, get_origin, get_type_hints
 
-from ._config import MethodConfig
-from .registry import METHODS, PRESETS, config_from_dict, make_config
+from ._config import METHODS, MethodConfig, config_from_dict
+from .registry import PRESETS, make_config
 
 
 def config_from_options(name: str, options: Mapping[str, str]) -> MethodConfig:

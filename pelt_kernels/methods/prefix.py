@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ._config import MethodConfig, Parts, check_gate, check_int
+from ._config import MethodConfig, check_gate, check_int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,3 @@ class PrefixTuningConfig(MethodConfig):
             )
         object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
         check_gate(self)
-
-    @property
-    def parts(self) -> Parts:
-        return Parts(prefix=self)

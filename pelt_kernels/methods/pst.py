@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ._config import MethodConfig, Parts, check_flag, check_int, check_number, set_names
+from ._config import MethodConfig, check_flag, check_int, check_number, set_names
 from .lora import TARGETS
 
 
@@ -76,7 +76,3 @@ class PSTConfig(MethodConfig):
             return self.sparsity
         left = 1 - (progress - self.begin) / (self.end - self.begin)
         return self.sparsity * (1 - left**3)
-
-    @property
-    def parts(self) -> Parts:
-        return Parts(pruning=self, tune_head=self.train_head)

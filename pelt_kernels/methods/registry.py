@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ._config import MethodConfig
+from ._config import METHODS, MethodConfig
 from .adamix import AdaMixConfig
 from .adapter import BottleneckAdapterConfig
 from .baselines import FullConfig, HeadConfig
@@ -16,8 +16,8 @@ from .prefix import PrefixTuningConfig
 from .pst import PSTConfig
 from .unipelt import UniPELTConfig
 
-METHODS: dict[str, type[MethodConfig]] = {
-    config.method: config
+METHODS.update(
+    (config.method, config)
     for config in (
         UniPELTConfig,
         BottleneckAdapterConfig,
@@ -30,7 +30,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         HeadConfig,
         FullConfig,
     )
-}
+)
 
 PRESETS: dict[str, Callable[..., MethodConfig]] = {
     **METHODS,
@@ -56,22 +56,3 @@ def make_config(name: str, **options: Any) -> MethodConfig:
         raise ValueError(
             f"make_config: the method {name!r} does not take these options: {error}"
         ) from error
-
-
-def config_from_dict(values: dict[str, Any]) -> MethodConfig:
-    """The config that a ``to_dict`` described, whichever method it is of.
-
-    Raises:
-        ValueError: no dictionary, no or an unknown ``method``, an unknown field, or a value the
-            config refuses.
-    """
-    if not isinstance(values, dict) or "method" not in values:
-        raise ValueError(
-            f"config_from_dict: expected a dictionary with the key 'method', got {values!r:.80}"
-        )
-    if not isinstance(values["method"], str) or values["method"] not in METHODS:
-        raise ValueError(
-            f"config_from_dict: expected method to be one of {', '.join(METHODS)}, got "
-            f"{values['method']!r}"
-        )
-    return METHODS[values["method"]].from_dict(values)

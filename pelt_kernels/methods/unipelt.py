@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
-from ._config import GATE_POOLINGS, MethodConfig, Parts, check_choice, with_changes
+from ._config import GATE_POOLINGS, MethodConfig, check_choice, with_changes
 from .adapter import BottleneckAdapterConfig
 from .lora import LoraConfig
 from .prefix import PrefixTuningConfig
@@ -92,7 +92,3 @@ class UniPELTConfig(MethodConfig):
             lora=None,
             gate_pooling=gate_pooling,
         )
-
-    @property
-    def parts(self) -> Parts:
-        return Parts(adapter=self.adapter, prefix=self.prefix, lora=self.lora)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from .._version import __version__
 from ..methods import MethodConfig, config_from_dict
 
 CONFIG_FILE = "adapter_config.json"
@@ -58,8 +59,6 @@ def write_adapter(
         ValueError: a tensor holds what is not finite. OSError: the directory cannot be made or
             written.
     """
-    from .. import __version__
-
     for name, tensor in tensors.items():
         if not _extremes(tensor).isfinite().all():
             raise ValueError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..methods import MethodConfig
+from ..methods import MethodConfig, parts_of
 from .inject import Injection
 from .slots import slots_of
 
@@ -58,7 +58,7 @@ def check_size(
     own = {id(parameter): parameter.numel() for parameter in model.parameters()}
     try:
         with _WithoutMemory(held + sum(own.values())):
-            injection = Injection(model, slots_of(model), config.parts)
+            injection = Injection(model, slots_of(model), parts_of(config))
     except _TooLargeError as error:
         needed = str(error)
     else:

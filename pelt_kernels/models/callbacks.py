@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from ..nn import spare_unselected
 
-if TYPE_CHECKING:
-    from .model import PeltModel
+
+class HasProgress(Protocol):
+    """What is told how far the training is, as a `PeltModel`."""
+
+    def set_progress(self, progress: float) -> None: ...
 
 
 class LastStep(TrainerCallback):
@@ -26,7 +30,7 @@ class SparsitySchedule(LastStep):
     counts only at its final sparsity.
     """
 
-    def __init__(self, model: PeltModel) -> None:
+    def __init__(self, model: HasProgress) -> None:
         self.model = model
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -40,7 +44,7 @@ class SparsitySchedule(LastStep):
 class SparedExperts(TrainerCallback):
     """Has the optimizer leave alone the experts that a step did not draw: `spare_unselected`."""
 
-    def __init__(self, model: PeltModel) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._hooks: list[Any] = []
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..methods import Parts
+from ..methods import Parts, parts_of
 from ..methods.lora import TARGETS
 from ..nn import ExpertLoRALinear, LoRALinear
 from .pruning import Prunable
@@ -44,7 +44,7 @@ class Exportable(Prunable):
 
     def why_not_dense(self) -> str:
         """Empty where `export_dense` can serve, else the reason it cannot, as one clause."""
-        return why_not_mergeable(self.method_config.parts)
+        return why_not_mergeable(parts_of(self.method_config))
 
     @torch.no_grad()
     def export_dense(self) -> PreTrainedModel:
@@ -72,7 +72,7 @@ class Exportable(Prunable):
     def _merged_weights(self) -> dict[str, Tensor]:
         """The weights in which each replaced Linear's parts are, by the Linear's name."""
         weights = {}
-        if self.method_config.parts.pruning is not None:
+        if parts_of(self.method_config).pruning is not None:
             weights = self._pruned_weights("export_dense")
         for name, module in self.base_model.named_modules():
             if isinstance(module, (LoRALinear, ExpertLoRALinear)):

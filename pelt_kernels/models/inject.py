@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..methods import BottleneckAdapterConfig, LoraConfig, Parts, PrefixTuningConfig
+from ..methods import Parts, PrefixTuningConfig
 from ..methods.lora import TARGETS
 from ..nn import GatedAdapter, LoRALinear, PrefixAttention
 from ..nn.original import Original
@@ -123,7 +123,7 @@ class Injection:
         self._ffn_path = slots.ffn_in
         self._handles: list[Any] = []
         self.base_config = model.config
-        needs_mask = any(_pools_by_mask(part) for part in parts[:3])
+        needs_mask = any(part.gate_pooling == "masked_mean" for part in parts.gated)
         self.uses_pelt_attention = needs_mask or self.prefix is not None
         self.pelt_config = (
             with_pelt_attention(model.config) if self.uses_pelt_attention else model.config
@@ -316,10 +316,6 @@ def _parameter_placement(linear: nn.Module) -> dict[str, Any]:
     return {"device": weight.device, "dtype": torch.float32 if is_sixteen_bit else weight.dtype}
 
 
-def _pools_by_mask(part: BottleneckAdapterConfig | PrefixTuningConfig | LoraConfig | None) -> bool:
-    return part is not None and bool(part.gated) and part.gate_pooling == "masked_mean"
-
-
 def _check_chunking(model: PreTrainedModel, parts: Parts) -> None:
     """A gate is a mean over a sentence's rows; an FFN that sees slices of it cannot make it."""
     chunk = getattr(model.config, "chunk_size_feed_forward", 0)
@@ -349,7 +345,7 @@ def _check_decoder(model: PreTrainedModel, parts: Parts) -> None:
             "get_pelt_model: expected a model that reads only its own text, got "
             f"{type(model).__name__} with add_cross_attention=True in its config"
         )
-    gated = [part.method for part in parts[:3] if part is not None and part.gated]
+    gated = [part.method for part in parts.gated]
     if gated:
         raise ValueError(
             "get_pelt_model: expected parts without gates in a decoder, got "

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..methods import AdaMixConfig
-from ..methods.adapter import bottleneck_of
 from ..nn import ExpertAdapter, ExpertLoRALinear
 from ..nn.original import Original
 from ..ops import symmetric_kl
@@ -54,7 +53,7 @@ def adapt_with_experts(
         hidden_size = original.out_features
         experts = ExpertAdapter(
             hidden_size,
-            bottleneck_of(config, hidden_size),
+            config.as_adapter().bottleneck_of(hidden_size),
             sizes,
             activation=config.activation,
             dropout=config.dropout,

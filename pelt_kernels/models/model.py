@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..methods import AdaMixConfig, MethodConfig, with_part_changes
+from ..methods import AdaMixConfig, MethodConfig, parts_of, with_part_changes
 from ..nn import Bank
 from .attention_config import viewed
 from .checkpoint import BASE, Checkpointed, without_reparametrisation
@@ -54,7 +54,7 @@ class PeltModel(Exportable, Checkpointed):
             )
         if isinstance(model, PeltModel):
             raise_occupied()
-        parts = config.parts
+        parts = parts_of(config)
         slots = slots_of(model)
         named = dict(model.named_parameters())
         head = _head_names(model)
@@ -125,7 +125,7 @@ class PeltModel(Exportable, Checkpointed):
         """
         if self.base_model.training and not self._is_detached:
             self._check_progress()
-            mixture = self.method_config.parts.mixture
+            mixture = parts_of(self.method_config).mixture
             if mixture is not None and self._compares_passes:
                 return consistent_forward(self.base_model, mixture.consistency, args, kwargs)
         return self.base_model(*args, **kwargs)
@@ -135,9 +135,10 @@ class PeltModel(Exportable, Checkpointed):
         ``callbacks``: PST's sparsity, AdaMix's care of experts that were not drawn. Empty for other
         methods.
         """
+        # transformers' Trainer takes seconds to import, which only training needs.
         from .callbacks import SparedExperts, SparsitySchedule
 
-        parts = self.method_config.parts
+        parts = parts_of(self.method_config)
         made: list[TrainerCallback] = []
         if parts.pruning is not None:
             made.append(SparsitySchedule(self))
@@ -269,7 +270,7 @@ class PeltModel(Exportable, Checkpointed):
         Raises:
             ValueError: the method has no experts.
         """
-        if self.method_config.parts.mixture is None:
+        if parts_of(self.method_config).mixture is None:
             raise ValueError(
                 "merge_experts: expected the method 'adamix', alone or as a part, got "
                 f"{self.method_config.method!r}"

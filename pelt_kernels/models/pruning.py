@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..methods import MethodConfig, PSTConfig
+from ..methods import MethodConfig, PSTConfig, parts_of
 from ..nn import PrunedLinear
 from .replacement import Replacement
 from .slots import Slots, place_of
@@ -54,7 +54,7 @@ class Prunable(nn.Module):
         every forward from here on. A new model stands at 0, a loaded one at 1.
         """
         self._progress = progress
-        pruning = self.method_config.parts.pruning
+        pruning = parts_of(self.method_config).pruning
         if pruning is not None:
             sparsity = pruning.sparsity_at(progress)
             for module in self._pruned("set_progress").values():
@@ -62,7 +62,7 @@ class Prunable(nn.Module):
 
     def _check_progress(self) -> None:
         """Raises ValueError for a training forward of PST that nothing will ever prune."""
-        pruning = self.method_config.parts.pruning
+        pruning = parts_of(self.method_config).pruning
         is_told = self._progress is not None or pruning is None or not pruning.sparsity
         if not is_told and torch.is_grad_enabled():
             raise ValueError(
@@ -86,7 +86,7 @@ class Prunable(nn.Module):
         return {name: module.pruned_weight() for name, module in self._pruned(who).items()}
 
     def _pruned(self, who: str) -> dict[str, PrunedLinear]:
-        if self.method_config.parts.pruning is None:
+        if parts_of(self.method_config).pruning is None:
             raise ValueError(
                 f"{who}: expected the method 'pst', alone or as a part, got "
                 f"{self.method_config.method!r}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ..methods import parts_of
 from ..models import Matrix, PeltModel, matrices_of, save_exported
 from ..models.sparse_files import FORMS
 from .base_model import load_classifier, load_tokenizer
@@ -57,11 +58,11 @@ def export(
         raise UsageError(f"output: {output} is there already; name another folder")
     name = model or card.model
     tuned = _load(folder, card, name)
-    if tuned.method_config.parts.mixture is not None:
+    if parts_of(tuned.method_config).mixture is not None:
         tuned.merge_experts()
     refusal = tuned.why_not_dense()
     if form is None:
-        mixture = tuned.method_config.parts.mixture
+        mixture = parts_of(tuned.method_config).mixture
         form = ADAPTER if mixture is not None and mixture.kind == "adapter" else "dense"
     if form != ADAPTER and refusal:
         raise UsageError(
@@ -70,7 +71,7 @@ def export(
         )
     require_writable(output.parent)
     method = tuned.method_config
-    pruned = [] if method.parts.pruning is None else list(tuned.density())
+    pruned = [] if parts_of(method).pruning is None else list(tuned.density())
     matrices: list[Matrix] = []
     try:
         with replacing(output) as partial:

@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 
 import torch
 
+from ..methods import parts_of
 from ..models import PeltModel
 from .base_model import load_classifier, load_tokenizer, longest_text
 from .encode import Pad, encode
@@ -96,7 +97,7 @@ class Predictor:
         except (ValueError, OSError) as error:
             raise RunError(f"adapter {folder} cannot be used: {reason(error)}") from error
         self.model: torch.nn.Module = tuned.to(device).eval()
-        if tuned.method_config.parts.pruning is not None and not tuned.why_not_dense():
+        if parts_of(tuned.method_config).pruning is not None and not tuned.why_not_dense():
             # PST's forward makes the pruned weights anew, which for one text takes longer than the
             # rest of the model; here they never change.
             self.model = tuned.export_dense()

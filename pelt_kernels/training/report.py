@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-from .. import __version__
+from .._version import __version__
 from ..ops import _native, explain
 from .config import TrainConfig
 from .metrics import NAMES, summarise

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..methods import parts_of
 from ..models import PeltModel
 from ..models.callbacks import LastStep
 from .encode import Encoded, LengthGroups
@@ -180,7 +181,7 @@ class PeltTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _is_pruning(self) -> bool:
-        pruning, state = self.pelt.method_config.parts.pruning, self.state
+        pruning, state = parts_of(self.pelt.method_config).pruning, self.state
         if pruning is None or not state.max_steps:
             return False
         return pruning.sparsity_at(state.global_step / state.max_steps) < pruning.sparsity

@@ -21,6 +21,7 @@ from pelt_kernels.methods import (
     UniPELTConfig,
     config_from_dict,
     make_config,
+    parts_of,
 )
 from pelt_kernels.methods.lora import TARGETS
 
@@ -62,18 +63,20 @@ def test_defaults_are_the_papers():
 
 
 def test_a_part_is_gated_inside_unipelt_and_not_alone():
-    parts = UniPELTConfig(lora=LoraConfig(r=4), adapter=BottleneckAdapterConfig(gated=False)).parts
+    parts = parts_of(
+        UniPELTConfig(lora=LoraConfig(r=4), adapter=BottleneckAdapterConfig(gated=False))
+    )
     assert (parts.adapter.gated, parts.prefix.gated, parts.lora.gated) == (False, True, True)
-    assert not LoraConfig().parts.lora.gated and LoraConfig(gated=True).parts.lora.gated
-    no_gates = UniPELTConfig.apl(gated=False).parts
-    assert [part.gated for part in no_gates[:3]] == [False] * 3
+    assert not parts_of(LoraConfig()).lora.gated and parts_of(LoraConfig(gated=True)).lora.gated
+    no_gates = parts_of(UniPELTConfig.apl(gated=False))
+    assert not no_gates.gated and (no_gates.adapter and no_gates.prefix and no_gates.lora)
 
 
 def test_the_pooling_of_unipelt_holds_for_its_parts():
-    parts = UniPELTConfig(gate_pooling="mean").parts
-    assert {part.gate_pooling for part in parts[:3]} == {"mean"}
+    parts = parts_of(UniPELTConfig(gate_pooling="mean"))
+    assert [part.gate_pooling for part in parts.gated] == ["mean"] * 3
     same = UniPELTConfig(lora=LoraConfig(gate_pooling="mean"), gate_pooling="mean")
-    assert same.parts.lora.gate_pooling == "mean"
+    assert parts_of(same).lora.gate_pooling == "mean"
     with pytest.raises(ValueError, match=r"'masked_mean' and 'mean' \(lora\); set it on UniPELT"):
         UniPELTConfig(lora=LoraConfig(gate_pooling="mean"))
 
@@ -95,7 +98,7 @@ def test_mam_has_the_papers_figures():
     assert mam.adapter.bottleneck_of(1024) == 512 and mam.adapter.bottleneck_of(768) == 384
     assert (mam.adapter.placement, mam.adapter.scale, mam.adapter.start) == ("parallel", 4, "lora")
     assert (mam.prefix.prefix_length, mam.prefix.mid) == (30, 800)
-    assert not mam.adapter.gated and not mam.prefix.gated and mam.parts.tune == "none"
+    assert not mam.adapter.gated and not mam.prefix.gated and parts_of(mam).tune == "none"
 
 
 LORA_EVERYWHERE = LoraConfig(targets=TARGETS)
@@ -133,14 +136,14 @@ def test_parts_with_places_of_their_own_go_together():
         pst=PSTConfig(targets=("ffn_in", "ffn_out"), train_head=False),
         adamix=AdaMixConfig(kind="lora", targets=("key",)),
     )
-    parts = config.parts
+    parts = parts_of(config)
     assert parts.tune == "bias" and parts.pruning == config.pst and not parts.tune_head
     assert parts.mixture == config.adamix and not parts.adapter.gated
 
 
 def test_what_a_method_trains_in_place():
-    assert BitFitConfig().parts.tune == "bias" and HeadConfig().parts.tune == "none"
-    assert make_config("full").parts.tune == "all"
+    assert parts_of(BitFitConfig()).tune == "bias" and parts_of(HeadConfig()).tune == "none"
+    assert parts_of(make_config("full")).tune == "all"
 
 
 def test_configs_do_not_change():

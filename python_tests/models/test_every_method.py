@@ -8,7 +8,7 @@ import pytest
 import torch
 from every_method import METHODS
 
-from pelt_kernels.methods import PSTConfig, with_part_changes
+from pelt_kernels.methods import PSTConfig, parts_of, with_part_changes
 from pelt_kernels.models import FAMILIES, PeltModel, get_pelt_model
 
 EVERY = pytest.mark.parametrize("method", METHODS)
@@ -68,7 +68,7 @@ def test_training_resumes_from_its_files_bit_for_bit(
         assert torch.equal(again.trained_parameters()[name], parameter), name
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].parts.mixture])
+@pytest.mark.parametrize("method", [m for m in METHODS if parts_of(METHODS[m]).mixture])
 def test_merged_experts_are_saved_loaded_and_trained_on(
     method, make_base, make_batch, randomise, tmp_path
 ):
@@ -94,7 +94,7 @@ def test_merged_experts_are_saved_loaded_and_trained_on(
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if METHODS[m].parts.pruning])
+@pytest.mark.parametrize("method", [m for m in METHODS if parts_of(METHODS[m]).pruning])
 @pytest.mark.parametrize("sparsity", [0.5, 0.9])
 def test_pruned_models_are_saved_loaded_and_exact(
     method, sparsity, make_base, make_batch, randomise, tmp_path

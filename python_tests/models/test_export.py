@@ -25,6 +25,7 @@ from pelt_kernels.methods import (
     PrefixTuningConfig,
     PSTConfig,
     UniPELTConfig,
+    parts_of,
 )
 from pelt_kernels.models import (
     FAMILIES,
@@ -74,7 +75,7 @@ def test_the_exported_folder_gives_the_same_logits(
     assert type(plain) is type(make_base(family))
     assert not [name for name, _ in plain.named_modules() if "lora" in name or "experts" in name]
     found = is_loaded_by_transformers(plain, tmp_path, batch)
-    if MERGEABLE[method].parts.lora or MERGEABLE[method].parts.mixture:
+    if parts_of(MERGEABLE[method]).lora or parts_of(MERGEABLE[method]).mixture:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     else:
         assert torch.equal(found, expected)

@@ -14,7 +14,7 @@ from every_method import METHODS
 from transformers import Trainer, TrainingArguments
 from transformers.utils.generic import find_labels
 
-from pelt_kernels.methods import AdaMixConfig, PSTConfig, with_part_changes
+from pelt_kernels.methods import AdaMixConfig, PSTConfig, parts_of, with_part_changes
 from pelt_kernels.models import PeltModel, get_pelt_model
 from pelt_kernels.nn import Bank
 
@@ -273,7 +273,7 @@ def test_adamixs_callback_spares_the_experts_that_were_not_drawn(tmp_path, monke
 def test_other_methods_need_no_callback():
     for method, config in METHODS.items():
         needed = get_pelt_model(base_of("classes"), config).callbacks()
-        assert bool(needed) == bool(config.parts.pruning or config.parts.mixture), method
+        assert bool(needed) == bool(parts_of(config).pruning or parts_of(config).mixture), method
 
 
 def test_the_class_that_shows_the_heads_signature_is_a_pelt_model_like_any():

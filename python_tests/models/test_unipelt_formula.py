@@ -20,6 +20,7 @@ from pelt_kernels.methods import (
     LoraConfig,
     PrefixTuningConfig,
     UniPELTConfig,
+    parts_of,
 )
 from pelt_kernels.models import get_pelt_model
 
@@ -55,7 +56,7 @@ def transcription(p, ids, mask, config, eps):
     """Logits [B, 3] of BertForSequenceClassification with the parts of a config, from parameters by
     name.
     """
-    config = config.parts
+    config = parts_of(config)
     batch, length = ids.shape
     bert = "base_model.bert."
     embedded = (

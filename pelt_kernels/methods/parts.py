@@ -1,0 +1,67 @@
+"""What each method asks of a model."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ._config import MethodConfig
+from .adamix import AdaMixConfig
+from .adapter import BottleneckAdapterConfig
+from .baselines import FullConfig, HeadConfig
+from .bitfit import BitFitConfig
+from .composite import CompositeConfig
+from .lora import LoraConfig
+from .prefix import PrefixTuningConfig
+from .pst import PSTConfig
+from .unipelt import UniPELTConfig
+
+
+class Parts(NamedTuple):
+    """A method as the models read it: what is added, and what is trained beside the head."""
+
+    adapter: BottleneckAdapterConfig | None = None
+    prefix: PrefixTuningConfig | None = None
+    lora: LoraConfig | None = None
+    tune: str = "none"  # "none", "bias" or "all"
+    mixture: AdaMixConfig | None = None
+    pruning: PSTConfig | None = None
+    tune_head: bool = True
+
+    @property
+    def gated(self) -> list[BottleneckAdapterConfig | PrefixTuningConfig | LoraConfig]:
+        """The parts that a learned gate scales."""
+        return [part for part in (self.adapter, self.prefix, self.lora) if part and part.gated]
+
+
+def parts_of(config: MethodConfig) -> Parts:
+    """The parts that a method puts into a model. A part's own config is that part alone."""
+    match config:
+        case BottleneckAdapterConfig():
+            return Parts(adapter=config)
+        case PrefixTuningConfig():
+            return Parts(prefix=config)
+        case LoraConfig():
+            return Parts(lora=config)
+        case AdaMixConfig():
+            return Parts(mixture=config)
+        case PSTConfig():
+            return Parts(pruning=config, tune_head=config.train_head)
+        case BitFitConfig():
+            return Parts(tune="bias")
+        case HeadConfig():
+            return Parts()
+        case FullConfig():
+            return Parts(tune="all")
+        case UniPELTConfig():
+            return Parts(adapter=config.adapter, prefix=config.prefix, lora=config.lora)
+        case CompositeConfig():
+            return Parts(
+                adapter=config.adapter,
+                prefix=config.prefix,
+                lora=config.lora,
+                tune="bias" if config.bitfit else "none",
+                mixture=config.adamix,
+                pruning=config.pst,
+                tune_head=config.pst is None or config.pst.train_head,
+            )
+    raise NotImplementedError(f"parts_of does not say what {type(config).__name__} is made of")
