@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from pelt_kernels.ops import _dispatch as dispatch
-from pelt_kernels.ops._cases import Case
 
 from . import timing
-from .contenders import contenders, parity, peers_of
+from .contenders import contenders, peers_of
+from .from_tests import Case, parity
 
 BAR = 0.97
 # The fallback's own goal: it is there for what no kernel serves.

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pelt_kernels.ops._cases import Case, make_attributes
+from pelt_kernels.ops._dispatch import contract_of
 
 from . import shapes
+from .from_tests import Case, cases, parity
 from .timing import Function
-
-# A benchmark holds every backend to the rule of the tests before it times it.
-sys.path.append(str(Path(__file__).resolve().parents[1] / "python_tests"))
-parity = importlib.import_module("parity")
 
 SEED: int = parity.SEED  # of dropout
 COMPILED = "torch.compile"  # of the reference
@@ -36,8 +31,8 @@ def contenders(
     """Direction -> contender -> a call without arguments. A request names a backend as users do,
     and the empty one is the dispatch's own choice.
     """
-    module = shapes.contract_of(operator)
-    attributes = make_attributes(module.CONTRACT, case)
+    module = contract_of(operator)
+    attributes = cases.make_attributes(module.CONTRACT, case)
     named = dict(zip(module.CONTRACT.attribute_names, attributes))
     if module.CONTRACT.has_seed:
         named["seed"] = SEED
@@ -72,7 +67,7 @@ def _forward(function: Callable[..., Any], values: list[Any]) -> Function:
 
 
 def _forward_backward(operator: str, function: Callable[..., Any], values: list[Any]) -> Function:
-    contract = shapes.contract_of(operator).CONTRACT
+    contract = contract_of(operator).CONTRACT
     leaves: list[Tensor] = []
 
     def leaf(name: str, value: Tensor | None) -> Tensor | None:

@@ -25,7 +25,7 @@ from pelt_kernels.ops import _dispatch as dispatch
 from pelt_kernels.ops._forms import FILE, options
 
 from . import shapes
-from .contenders import parity
+from .from_tests import parity
 from .rows import Rows, read, write
 
 

@@ -22,9 +22,8 @@ from pathlib import Path
 
 import torch
 
-from pelt_kernels.ops._cases import Case
-
 from . import roofline, shapes
+from .from_tests import Case
 
 COPY, PRODUCT, LAUNCH = 4.3e12, 790e12, 3e-6
 COPY_SHARE = 0.85

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from pelt_kernels.ops import _native
-from pelt_kernels.ops._cases import Case, make_attributes, make_inputs
+from pelt_kernels.ops._dispatch import contract_of
 from pelt_kernels.ops._rows import Input
 from pelt_kernels.training.report import hardware
 
 from . import shapes, timing
+from .from_tests import Case, cases
 
 # Bytes touched: from what one core's nearest caches hold to what no cache holds. On a GPU, whose
 # cache is emptied before each sample, the last only.
@@ -128,11 +129,10 @@ def work(operator: str, case: Case, dtype: torch.dtype) -> Work:
     picked count, of rows behind a mask only those it lets through, and a gradient that is the
     output's gradient itself is nothing to write.
     """
-    module = shapes.contract_of(operator)
-    contract = module.CONTRACT
-    values = make_inputs(contract, case, dtype, draws=module.DRAWS)
+    contract = contract_of(operator).CONTRACT
+    values = cases.make_inputs(contract, case, dtype)
     inputs = dict(zip(contract.input_names, values))
-    call = contract.bind(values, make_attributes(contract, case))
+    call = contract.bind(values, cases.make_attributes(contract, case))
     item = dtype.itemsize
     outputs = {name: _entries(shape) for name, shape in contract.output_shapes(call).items()}
     results, saved = (

@@ -27,13 +27,13 @@ import torch
 
 from pelt_kernels.ops import BACKENDS, OPERATORS
 from pelt_kernels.ops import _dispatch as dispatch
-from pelt_kernels.ops._cases import Case
 from pelt_kernels.ops._forms import DIRECTIONS
 from pelt_kernels.training.report import hardware
 
 from . import check, plots, roofline, shapes, timing
 from .checkout import commit
-from .contenders import COMPILED, SEED, baselines_of, contenders, parity
+from .contenders import COMPILED, SEED, baselines_of, contenders
+from .from_tests import Case, parity
 from .rows import Rows, write
 
 DTYPES = {"cpu": "float32,bfloat16", "cuda": "bfloat16"}

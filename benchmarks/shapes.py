@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from pelt_kernels.ops._cases import Case
-from pelt_kernels.ops._dispatch import contract_of
+from .from_tests import Case, cases
 
 # Inputs that a method keeps frozen, so that nobody spends time on their gradients.
 FROZEN = {"lora_linear": {"weight", "bias"}, "masked_weight": {"w0"}}
@@ -23,7 +22,7 @@ BEHIND_MASK = {
 
 def _sized(operator: str, like: str, id: str, is_quick: bool, **sizes: Any) -> Case:
     """The contract's case ``like`` at other sizes; a size that is an attribute is set there."""
-    case = next(case for case in contract_of(operator).CASES if case.id == like)
+    case = cases.case_of(operator, like)
     given = {name: sizes.pop(name) for name in set(sizes) & set(case.attributes)}
     return replace(
         case,
@@ -145,7 +144,7 @@ def swept(operator: str) -> list[Case]:
 
 def cases_of(operator: str, device: str) -> list[Case]:
     """What is measured of an operator on a kind of device."""
-    own = [case for case in contract_of(operator).CASES if case.is_quick]
+    own = [case for case in cases.cases_of(operator) if case.is_quick]
     more = ON_GPU.get(operator, []) if device == "cuda" else []
     return CASES.get(operator, own) + more
 

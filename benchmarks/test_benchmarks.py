@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from benchmarks import run, shapes
-from benchmarks.contenders import contenders, parity
+from benchmarks.contenders import contenders
+from benchmarks.from_tests import parity
 from pelt_kernels.ops import OPERATORS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

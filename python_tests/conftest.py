@@ -10,11 +10,11 @@ from contextlib import contextmanager
 import parity
 import pytest
 import torch
+from cases import Case
 
 from pelt_kernels.ops import BACKENDS
 from pelt_kernels.ops import _dispatch as dispatch
 from pelt_kernels.ops import _native as native
-from pelt_kernels.ops._cases import Case
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

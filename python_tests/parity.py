@@ -10,13 +10,13 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
+from cases import Case, cases_of, make_attributes, make_inputs, module_of
 from closeness import assert_close
 from torch import Tensor
 
 from pelt_kernels.ops import BACKENDS, OPERATORS
 from pelt_kernels.ops import _dispatch as dispatch
 from pelt_kernels.ops import _native as native
-from pelt_kernels.ops._cases import Case, make_attributes, make_inputs
 from pelt_kernels.ops._contract import Call
 from pelt_kernels.ops._dispatch import contract_of
 
@@ -42,6 +42,10 @@ CELLS = [
     if dispatch.has_file(o, backend.file)
     for request in dispatch.every_request(o, b)
 ]
+# The cases on the short list.
+QUICK = [
+    (operator, case.id) for operator in OPERATORS for case in cases_of(operator) if case.is_quick
+]
 
 Results = dict[
     str, Tensor
@@ -50,16 +54,12 @@ Results = dict[
 
 def has_true_gradient(operator: str) -> bool:
     """False where a gradient is defined by the method (straight-through, a detached target)."""
-    return getattr(contract_of(operator), "HAS_TRUE_GRADIENT", True)
+    return getattr(module_of(operator), "HAS_TRUE_GRADIENT", True)
 
 
 def operator_of(operator: str) -> Any:
     """The registered operator, that takes the contract's inputs and attributes."""
     return importlib.import_module(f"pelt_kernels.ops.{operator}")._operator
-
-
-def case_of(operator: str, name: str) -> Case:
-    return next(case for case in contract_of(operator).CASES if case.id == name)
 
 
 def device_of(backend: str) -> str:
@@ -72,10 +72,8 @@ def inputs_of(
     operator: str, case: Case, precision: str, device: str = "cpu", draw: int = 0
 ) -> list[Any]:
     """The case's inputs in the contract's order."""
-    module, (dtype, master) = contract_of(operator), PRECISIONS[precision]
-    return make_inputs(
-        module.CONTRACT, case, dtype, device, seed=draw, master=master, draws=module.DRAWS
-    )
+    dtype, master = PRECISIONS[precision]
+    return make_inputs(contract_of(operator).CONTRACT, case, dtype, device, draw, master)
 
 
 def why_unavailable(operator: str, backend: str) -> str:

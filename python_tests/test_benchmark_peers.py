@@ -7,11 +7,11 @@ from __future__ import annotations
 import parity
 import pytest
 import torch
+from cases import cases_of, make_attributes
 from closeness import assert_close
 
 from benchmarks import contenders, shapes
 from pelt_kernels.ops import OPERATORS
-from pelt_kernels.ops._cases import make_attributes
 from pelt_kernels.ops._dispatch import contract_of
 from pelt_kernels.ops._philox import dropout_factor
 
@@ -20,7 +20,7 @@ LESS = {"frozen linear"}
 ROWS = [
     pytest.param(operator, case, name, id=f"{operator}-{case.id}-{name}")
     for operator in OPERATORS
-    for case in contract_of(operator).CASES
+    for case in cases_of(operator)
     for name in contenders.peers_of(operator, case)
     if name not in LESS
 ]
@@ -79,7 +79,7 @@ def test_plain_serves_every_measured_case(operator, device):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_plain_runs_in_bfloat16_with_parameters_of_either_kind(operator):
-    case = next(case for case in contract_of(operator).CASES if case.is_quick and not case.fill)
+    case = next(case for case in cases_of(operator) if case.is_quick and not case.fill)
     contract = contract_of(operator).CONTRACT
     named = dict(zip(contract.attribute_names, make_attributes(contract, case)))
     peer = contenders.peers_of(operator, case)["plain"]

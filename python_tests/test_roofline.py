@@ -6,17 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import case_of
 
 from benchmarks import readme, roofline, shapes
 from benchmarks.rows import read
-from pelt_kernels.ops._dispatch import contract_of
 
 FLOAT = torch.float32
 T, D, R = 34, 128, 48  # of the adapter's case unipelt: 2 sentences of 17 rows
-
-
-def case_of(operator, name):
-    return next(case for case in contract_of(operator).CASES if case.id == name)
 
 
 def test_an_adapter_reads_and_writes_each_tensor_once():

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pelt_kernels.ops._cases import Case
-
+from ..from_tests import Case
 from . import _parts
 
 F = torch.nn.functional

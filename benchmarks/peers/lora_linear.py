@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pelt_kernels.ops._cases import Case
-
+from ..from_tests import Case, cases
 from . import _parts
 
 F = torch.nn.functional
@@ -162,12 +161,12 @@ def serves(name: str, case: Case) -> bool:
     """`plain` every case, others one branch of their own without dropout; PEFT's without a gate."""
     if name == "plain":
         return True
-    is_ungated = "gate:-" in case.inputs and "gate_weight:-" in case.inputs
-    if name.startswith("PEFT") and not is_ungated:
+    given = cases.given_in(case)
+    if name.startswith("PEFT") and {"gate", "gate_weight"} & given:
         return False
     is_whole = case.sizes.get("size_i") == (case.sizes["Dout"],)
     return is_whole and not (
-        any(word in case.inputs for word in ("index:0", "index:1", "extra_weight"))
+        {"a_index", "b_index", "extra_weight"} & given
         or case.attributes.get("transposed")
         or case.attributes.get("dropout_p")
     )

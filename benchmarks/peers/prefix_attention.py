@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pelt_kernels.ops._cases import Case
+from ..from_tests import Case
 
 F = torch.nn.functional
 

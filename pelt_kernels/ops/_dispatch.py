@@ -329,7 +329,7 @@ def has_file(operator: str, file: str) -> bool:
 
 
 def contract_of(operator: str) -> ModuleType:
-    """The module with an operator's CONTRACT, reference, CASES and DRAWS."""
+    """The module with an operator's CONTRACT and reference."""
     return importlib.import_module(f"pelt_kernels.ops.{operator}.contract")
 
 

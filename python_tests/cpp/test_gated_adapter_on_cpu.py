@@ -8,13 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import Case, make_attributes
+from cases.gated_adapter import BANKS, NORMS, POOLED, UNIPELT
 from closeness import assert_close
 from parity import check, contract_of, run
 
 from pelt_kernels import gated_adapter
 from pelt_kernels.ops import _dispatch as dispatch
 from pelt_kernels.ops import _native as native
-from pelt_kernels.ops._cases import Case, make_attributes
 from pelt_kernels.ops.gated_adapter import cpu
 
 OPERATOR = "gated_adapter"
@@ -23,10 +24,7 @@ CONTRACT = contract_of(OPERATOR).CONTRACT
 HAS_KERNELS = not native.why_not("_C") and hasattr(native.library("_C"), "GatedAdapterCpu")
 pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="the compiled module _C is not there")
 
-UNIPELT = "b_down b_up gate_weight gate_bias mask residual"
-POOLED = {"pooling": "masked_mean", "residual_from": "tensor"}
-BANKS = "w_down:1 b_down:1 w_up:1 b_up:1 down_index:1 up_index:1"
-NORMS = "pre_norm_weight pre_norm_bias post_norm_weight post_norm_bias scale"
+NORMS_AND_SCALE = f"{NORMS}, scale"
 # Several tiles for each of several threads, rows that no tile divides, a width that no vector does.
 LARGE = {
     "unipelt": Case("unipelt", {"B": 3, "S": 150, "D": 270, "R": 24}, UNIPELT, POOLED),
@@ -35,7 +33,10 @@ LARGE = {
     ),
     "banks": Case("banks", {"B": 5, "S": 90, "D": 64, "R": 16, "M": 3, "M_up": 3}, BANKS),
     "norms": Case(
-        "norms", {"B": 2, "S": 201, "D": 72, "R": 12}, f"b_down b_up {NORMS}", {"dropout_p": 0.2}
+        "norms",
+        {"B": 2, "S": 201, "D": 72, "R": 12},
+        f"b_down, b_up, {NORMS_AND_SCALE}",
+        {"dropout_p": 0.2},
     ),
 }
 
@@ -82,7 +83,7 @@ def test_a_refusal_reaches_the_caller():
 def test_rows_around_a_tile(rows, precision, isa, threads, served):
     threads(2)
     sizes = {"B": 1, "S": rows, "D": 40, "R": 8}
-    case = Case("rows", sizes, "b_down b_up", {"activation": "gelu"})
+    case = Case("rows", sizes, "b_down, b_up", {"activation": "gelu"})
     check(OPERATOR, served(OPERATOR, isa, case, precision), case, precision)
 
 
@@ -90,8 +91,8 @@ def test_rows_around_a_tile(rows, precision, isa, threads, served):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16-master"])
 def test_widths_around_vectors_panels_and_stretches(width, precision, isa, served):
     """With an activation that has no kink, at which rounding may take either side."""
-    sizes, inputs = {"B": 2, "S": 7, "D": width, "R": 6}, "b_down b_up"
-    inputs = f"{inputs} {NORMS}" if width > 8 else inputs
+    sizes, inputs = {"B": 2, "S": 7, "D": width, "R": 6}, "b_down, b_up"
+    inputs = f"{inputs}, {NORMS_AND_SCALE}" if width > 8 else inputs
     case = Case("width", sizes, inputs, {"activation": "gelu"})
     check(OPERATOR, served(OPERATOR, isa, case, precision), case, precision)
 
@@ -100,7 +101,7 @@ def test_widths_around_vectors_panels_and_stretches(width, precision, isa, serve
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_ranks_around_vectors_and_blocks(rank, precision, isa, served):
     sizes = {"B": 1, "S": 19, "D": 40, "R": rank}
-    case = Case("rank", sizes, "b_down b_up", {"activation": "gelu"})
+    case = Case("rank", sizes, "b_down, b_up", {"activation": "gelu"})
     check(OPERATOR, served(OPERATOR, isa, case, precision), case, precision)
 
 
@@ -108,7 +109,7 @@ def test_ranks_around_vectors_and_blocks(rank, precision, isa, served):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_activations(activation, precision, isa, served):
     sizes = {"B": 1, "S": 33, "D": 48, "R": 24}
-    case = Case("activation", sizes, "b_down b_up", {"activation": activation})
+    case = Case("activation", sizes, "b_down, b_up", {"activation": activation})
     check(OPERATOR, served(OPERATOR, isa, case, precision), case, precision)
 
 
@@ -186,7 +187,7 @@ def test_nothing_is_written_beside_results_and_workspace(
 ):
     threads(3)
     sizes = {"B": 2, "S": 80, "D": width, "R": rank}
-    inputs = f"b_down b_up gate_weight gate_bias mask {NORMS}"
+    inputs = f"b_down, b_up, gate_weight, gate_bias, mask, {NORMS_AND_SCALE}"
     attributes = {"pooling": "masked_mean", "dropout_p": 0.1}
     case = Case("guards", sizes, inputs, attributes)
     backend = served(OPERATOR, isa, case, "bfloat16-master")

@@ -10,17 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import Case, make_attributes, make_inputs
+from cases.gated_adapter import CASES, NORMS, POOLED, UNIPELT
 from torch import Tensor
 
 from pelt_kernels.ops import _native
-from pelt_kernels.ops._cases import Case, make_attributes, make_inputs
 from pelt_kernels.ops.gated_adapter import _operator
-from pelt_kernels.ops.gated_adapter.contract import CASES, CONTRACT, DRAWS
+from pelt_kernels.ops.gated_adapter.contract import CONTRACT
 
 CSRC = Path(__file__).parents[2] / "csrc"
-UNIPELT = "b_down b_up gate_weight gate_bias mask residual"
-POOLED = {"pooling": "masked_mean", "residual_from": "tensor"}
-NORMS = " pre_norm_weight pre_norm_bias post_norm_weight post_norm_bias"
 
 # More tiles in a sentence than the simulator has blocks (three), so that blocks come back to their tiles.
 LONG = [
@@ -28,7 +26,7 @@ LONG = [
     Case(
         "long_norms",
         {"B": 2, "S": 260, "D": 64, "R": 16},
-        UNIPELT + NORMS,
+        f"{UNIPELT}, {NORMS}",
         {**POOLED, "dropout_p": 0.1},
     ),
     Case("sentences_in_waves", {"B": 7, "S": 70, "D": 64, "R": 48}, UNIPELT, POOLED),
@@ -69,7 +67,7 @@ def _run(case: Case, values: list, dy: Tensor | None = None) -> list[Tensor]:
 
 @pytest.mark.parametrize("case", SERVED + LONG, ids=lambda case: case.id)
 def test_no_result_depends_on_the_order(case: Case, simulator) -> None:
-    values = make_inputs(CONTRACT, case, torch.bfloat16, draws=DRAWS)
+    values = make_inputs(CONTRACT, case, torch.bfloat16)
     dy = (
         None
         if case.is_inference
@@ -87,7 +85,7 @@ def test_no_result_depends_on_the_order(case: Case, simulator) -> None:
 @pytest.mark.parametrize("asked", ["x", "w_down", "b_up gate_weight", "x pre_norm_weight"])
 def test_a_gradient_does_not_depend_on_which_others_are_asked(asked: str, simulator) -> None:
     case = LONG[1]
-    values = make_inputs(CONTRACT, case, torch.bfloat16, draws=DRAWS)
+    values = make_inputs(CONTRACT, case, torch.bfloat16)
     dy = torch.randn(values[0].shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     floating = [
         n for n, v in zip(CONTRACT.input_names, values) if v is not None and v.is_floating_point()
@@ -107,7 +105,7 @@ def test_a_gradient_does_not_depend_on_which_others_are_asked(asked: str, simula
 
 @pytest.mark.parametrize("case", [LONG[0], LONG[2], LONG[3]], ids=lambda case: case.id)
 def test_a_sentence_does_not_see_the_others(case: Case, simulator) -> None:
-    values = make_inputs(CONTRACT, case, torch.bfloat16, draws=DRAWS)
+    values = make_inputs(CONTRACT, case, torch.bfloat16)
     batched = {"x", "mask", "residual"}
     y, gate = _run(case, values)
     for b in range(case.sizes["B"]):

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import make_attributes
+from cases.lora_linear import BANKS, GATE, GATES, branched
 from parity import PRECISIONS, check, contract_of, run
 
 from pelt_kernels.ops import LearnedGate, LoraBranch, lora_linear
 from pelt_kernels.ops import _native as native
-from pelt_kernels.ops._cases import make_attributes
 from pelt_kernels.ops.lora_linear import cpu
-from pelt_kernels.ops.lora_linear.contract import _case
 
 OPERATOR = "lora_linear"
 ON_SIMULATED_TILES = True
@@ -30,18 +30,17 @@ def _sizes(b, s, d_in, ranks, d_out=None, size=None, **more):
     return {**sizes, "size_i": (size or d_out,) * len(ranks)}
 
 
-GATES = "bias gate_weight:0,0 gate_bias:0,0 extra_weight:0 extra_bias:0 mask"
 POOLED = {"offsets": [0, 64], "poolings": ["masked_mean", "token"], "extra_poolings": ["mean"]}
 # Several tiles and chunks for each of several threads, rows that no tile divides, stretches that no
 # width is a multiple of.
 LARGE = {
-    "gates": _case("gates", _sizes(3, 150, 270, (8, 5), 160, 96), GATES, [1.0, 2.0],
+    "gates": branched("gates", _sizes(3, 150, 270, (8, 5), 160, 96), GATES, [1.0, 2.0],
                    attributes=POOLED),
-    "dropout": _case("dropout", _sizes(3, 90, 530, (8, 5), 160, 96), GATES, [1.0, 2.0],
+    "dropout": branched("dropout", _sizes(3, 90, 530, (8, 5), 160, 96), GATES, [1.0, 2.0],
                      attributes={**POOLED, "dropout_p": 0.2}),
-    "banks": _case("banks", _sizes(5, 90, 64, (16,), M_i=(3,), N_i=(3,)),
-                   "bias a:1 b:1 a_index:1 b_index:1 gate:1", [0.5]),
-    "wide": _case("wide", _sizes(1, 200, 600, (17,)), "bias gate:0", [0.5]),
+    "banks": branched("banks", _sizes(5, 90, 64, (16,), M_i=(3,), N_i=(3,)),
+                   f"{BANKS}, gate per row", [0.5]),
+    "wide": branched("wide", _sizes(1, 200, 600, (17,)), "bias, gate", [0.5]),
 }  # fmt: skip
 
 
@@ -60,7 +59,7 @@ def _call(dtype=torch.float32, branches=1, rows=3, rank=4, width=16):
             values[row.name] = [] if row.name.startswith("extra") else [None] * branches
     values.update(x=x.to(dtype), weight=torch.zeros(16, width, dtype=dtype))
     values.update(a=[a.to(dtype)] * branches, b=[b.to(dtype)] * branches)
-    case = _case("call", {}, "", [1.0] * branches)
+    case = branched("call", {}, "", [1.0] * branches)
     return CONTRACT.bind(list(values.values()), make_attributes(CONTRACT, case))
 
 
@@ -82,7 +81,7 @@ def test_every_refusal_is_a_sentence(monkeypatch):
 @pytest.mark.parametrize("rows", [1, 2, 3, 15, 17, 23, 25, 31, 33, 49, 63, 65, 129])
 def test_rows_around_a_tile(rows, isa, threads, served):
     threads(2)
-    case = _case("rows", _sizes(1, rows, 40, (8,)), "bias", [1.0])
+    case = branched("rows", _sizes(1, rows, 40, (8,)), "bias", [1.0])
     precision = "bfloat16" if isa in TILES else "float32"
     check(OPERATOR, served(OPERATOR, isa, case, precision), case, precision)
 
@@ -92,16 +91,16 @@ def test_rows_around_a_tile(rows, isa, threads, served):
 def test_widths_around_vectors_and_stretches(width, precision, isa, served):
     if isa in TILES and precision == "float32":
         pytest.skip("tiles multiply bfloat16 only")
-    inputs = "bias gate_weight:0 gate_bias:0 mask"
+    inputs = f"bias, {GATE}, mask"
     attributes = {"poolings": ["masked_mean"]}
-    case = _case("width", _sizes(2, 7, width, (6,)), inputs, [1.0], attributes=attributes)
+    case = branched("width", _sizes(2, 7, width, (6,)), inputs, [1.0], attributes=attributes)
     check(OPERATOR, served(OPERATOR, isa, case, precision), case, precision)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5, 7, 8, 9, 13, 16, 31, 33, 100, 189, 255])
 def test_ranks_around_blocks(rank, isa, served):
     """In float32 to the 192 ranks in all that the kernels take; beyond, and on tiles, in bfloat16."""
-    case = _case("rank", _sizes(1, 19, 40, (rank, 3), 56, 21), "bias", [1.0, 0.5],
+    case = branched("rank", _sizes(1, 19, 40, (rank, 3), 56, 21), "bias", [1.0, 0.5],
                  attributes={"offsets": [3, 35]})  # fmt: skip
     precision = "float32" if rank + 3 <= 192 and isa not in TILES else "bfloat16"
     check(OPERATOR, served(OPERATOR, isa, case, precision), case, precision)
@@ -202,9 +201,8 @@ def test_nothing_is_written_beside_results_and_workspace(
 ):
     threads(3)
     attributes = {"poolings": ["masked_mean"], "extra_poolings": ["token"], "dropout_p": 0.1}
-    inputs = "bias gate_weight:0 gate_bias:0 extra_weight:0 extra_bias:0 mask"
     sizes = _sizes(2, 80, width, (rank,))
-    case = _case("guards", sizes, inputs, [1.0], attributes=attributes)
+    case = branched("guards", sizes, GATES, [1.0], attributes=attributes)
     backend = served(OPERATOR, isa, case, "bfloat16-master")
     with between_guards(at_least=10):
         run(OPERATOR, backend, case, "bfloat16-master")

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases.lora_linear import BANKS, GATE, GATES, branched
 from closeness import assert_close
 from parity import check, run
 
 from pelt_kernels.ops import LoraBranch, lora_linear
 from pelt_kernels.ops import _native as native
-from pelt_kernels.ops.lora_linear.contract import _case
 
 OPERATOR = "lora_linear"
 HAS_KERNELS = not native.why_not("_C_sim") and hasattr(
@@ -19,7 +19,6 @@ HAS_KERNELS = not native.why_not("_C_sim") and hasattr(
 )
 pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="the compiled module _C_sim is not there")
 
-GATES = "bias gate_weight:0,0 gate_bias:0,0 extra_weight:0 extra_bias:0 mask"
 POOLED = {"poolings": ["masked_mean", "token"], "extra_poolings": ["mean"]}
 
 
@@ -66,39 +65,39 @@ def test_the_single_launch_names_what_it_cannot_do():
 # Ranks and gates around the 16 and the 64 columns of a block, gates that would straddle two blocks,
 # and columns of y that no tile is a multiple of.
 LARGE = {
-    "one_block": _case("one_block", _sizes(2, 70, 72, (8, 5), 160, 96), GATES, [1.0, 2.0],
+    "one_block": branched("one_block", _sizes(2, 70, 72, (8, 5), 160, 96), GATES, [1.0, 2.0],
                        attributes={**POOLED, "offsets": [0, 64]}),
-    "overlap": _case("overlap", _sizes(2, 70, 72, (8, 7), 160, 90), GATES, [1.0, 2.0],
+    "overlap": branched("overlap", _sizes(2, 70, 72, (8, 7), 160, 90), GATES, [1.0, 2.0],
                      attributes={**POOLED, "offsets": [3, 70]}),
-    "straddling": _case("straddling", _sizes(3, 40, 64, (60, 3)), GATES, [1.0, 2.0],
+    "straddling": branched("straddling", _sizes(3, 40, 64, (60, 3)), GATES, [1.0, 2.0],
                         attributes=POOLED),
-    "three_blocks": _case("three_blocks", _sizes(1, 150, 136, (120, 30)), GATES, [1.0, 2.0],
+    "three_blocks": branched("three_blocks", _sizes(1, 150, 136, (120, 30)), GATES, [1.0, 2.0],
                           attributes=POOLED),
-    "dropout": _case("dropout", _sizes(2, 67, 72, (8, 5)), GATES, [1.0, 2.0],
+    "dropout": branched("dropout", _sizes(2, 67, 72, (8, 5)), GATES, [1.0, 2.0],
                      attributes={**POOLED, "dropout_p": 0.2}),
-    "banks": _case("banks", _sizes(4, 67, 64, (17,), M_i=(3,), N_i=(2,)),
-                   "bias a:1 b:1 a_index:1 b_index:1 gate:1", [0.5]),
-    "gates": _case("gates", {"B": 3, "S": 40, "Din": 72, "Dout": 8},
-                   "extra_weight:0,0,0,0,0 extra_bias:0,0,0,0,0 mask", [],
+    "banks": branched("banks", _sizes(4, 67, 64, (17,), M_i=(3,), N_i=(2,)),
+                   f"{BANKS}, gate per row", [0.5]),
+    "gates": branched("gates", {"B": 3, "S": 40, "Din": 72, "Dout": 8},
+                   "5 extra_weight, 5 extra_bias, mask", [],
                    attributes={"extra_poolings": ["mean", "token", "masked_mean"] + ["mean"] * 2}),
 }  # fmt: skip
 
 
 # More rows, columns, ranks and chunks of the depth than a block of the single launch takes at once.
-TOKENS = "bias gate_weight:0,0 gate_bias:0,0 extra_weight:0 extra_bias:0"
+TOKENS = f"bias, {GATE}, extra_weight, extra_bias"
 OF_TOKENS = {"poolings": ["token", "token"], "extra_poolings": ["token"]}
 SINGLE = {
-    "tiles": _case("tiles", _sizes(2, 70, 72, (8, 5), 160, 96), TOKENS, [1.0, 2.0],
+    "tiles": branched("tiles", _sizes(2, 70, 72, (8, 5), 160, 96), TOKENS, [1.0, 2.0],
                    attributes={**OF_TOKENS, "offsets": [0, 64]}),
-    "slots": _case("slots", _sizes(2, 9, 72, (17, 12), 160, 96), TOKENS, [1.0, 2.0],
+    "slots": branched("slots", _sizes(2, 9, 72, (17, 12), 160, 96), TOKENS, [1.0, 2.0],
                    attributes={**OF_TOKENS, "offsets": [16, 64], "dropout_p": 0.3}),
-    "qkv": _case("qkv", _sizes(1, 20, 136, (8, 16), 384, 128), "bias gate:0,1 weight:1", [0.5, 2.0],
+    "qkv": branched("qkv", _sizes(1, 20, 136, (8, 16), 384, 128), "bias, gate[0], gate[1] per row, transposed weight", [0.5, 2.0],
                  attributes={"offsets": [0, 256], "transposed": True, "dropout_p": 0.2}),
-    "chunks": _case("chunks", _sizes(1, 33, 328, (24,)), "", [1.0]),
-    "wide_banks": _case("wide_banks", _sizes(6, 3, 256, (9,), M_i=(3,), N_i=(2,)),
-                        "bias a:1 b:1 a_index:1 b_index:1 gate:1", [0.5],
+    "chunks": branched("chunks", _sizes(1, 33, 328, (24,)), "", [1.0]),
+    "wide_banks": branched("wide_banks", _sizes(6, 3, 256, (9,), M_i=(3,), N_i=(2,)),
+                        f"{BANKS}, gate per row", [0.5],
                         attributes={"dropout_p": 0.1}),
-    "wide_rows": _case("wide_rows", _sizes(1, 260, 264, (16,), 512), "bias weight:1", [1.0],
+    "wide_rows": branched("wide_rows", _sizes(1, 260, 264, (16,), 512), "bias, transposed weight", [1.0],
                        attributes={"transposed": True}),
 }  # fmt: skip
 FORMS = [

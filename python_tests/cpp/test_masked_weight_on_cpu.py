@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import Case
 from parity import check, run
 
 from pelt_kernels.ops import _dispatch as dispatch
 from pelt_kernels.ops import _native as native
 from pelt_kernels.ops import masked_weight
-from pelt_kernels.ops._cases import Case
 from pelt_kernels.ops.masked_weight.contract import highest
 
 OPERATOR = "masked_weight"

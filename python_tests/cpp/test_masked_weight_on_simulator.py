@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import Case
 from parity import check, run
 
 from pelt_kernels.ops import _native as native
 from pelt_kernels.ops import masked_weight
-from pelt_kernels.ops._cases import Case
 from pelt_kernels.ops.masked_weight.contract import highest
 
 HAS_KERNELS = not native.why_not("_C_sim") and hasattr(

@@ -6,33 +6,30 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import Case
+from cases.prefix_attention import UNIPELT, scaled
 from parity import check, run
 
 from pelt_kernels import Prefix, prefix_attention
 from pelt_kernels.ops import _native as native
-from pelt_kernels.ops._cases import Case
-from pelt_kernels.ops.prefix_attention.contract import _case
 
 OPERATOR = "prefix_attention"
 ON_SIMULATED_TILES = True
 HAS_KERNELS = not native.why_not("_C")
 pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="the compiled module _C is not there")
-UNIPELT = "prefix_k:0 prefix_v:0 prefix_index:- gate key_mask"
 
 
 def _sized(s: int, n: int, e: int, p: int, inputs: str = UNIPELT, **attributes: float) -> Case:
     sizes = {"B": 2, "H": 2, "G": 2, "S": s, "N": n, "E": e, "P_i": (p,)}
-    return _case(f"S{s}-N{n}-E{e}-P{p}", sizes, inputs, attributes=attributes)
+    return scaled(f"S{s}-N{n}-E{e}-P{p}", sizes, inputs, attributes=attributes)
 
 
 # Several blocks of queries and of columns, which no block divides; with what changes a score.
 LARGE = {
     "unipelt": _sized(70, 300, 64, 30),
-    "causal": _sized(
-        300, 300, 64, 5, "prefix_k:0 prefix_v:0 prefix_index:- gate:1", is_causal=True
-    ),
+    "causal": _sized(300, 300, 64, 5, "gate per head", is_causal=True),
     "dropout": _sized(67, 280, 40, 3, dropout_p=0.2),
-    "bias": _sized(40, 290, 64, 9, "prefix_k:0 prefix_v:0 prefix_index:- bias:1 key_mask"),
+    "bias": _sized(40, 290, 64, 9, "bias shared by samples, key_mask"),
 }
 
 

@@ -11,15 +11,14 @@ from itertools import combinations
 
 import pytest
 import torch
+from cases import Case
 from parity import check, run
 from torch import Tensor
 
 from pelt_kernels.ops import Prefix, _native, prefix_attention
-from pelt_kernels.ops._cases import Case
 from pelt_kernels.ops.prefix_attention.contract import reference
 
-PREFIX = "prefix_k:0 prefix_v:0 prefix_index:-"
-THREE = "prefix_k:0,1,0 prefix_v:0,1,0 prefix_index:-,0,-"
+TABLE_IN_THE_MIDDLE = "bank prefix_k[1], bank prefix_v[1], prefix_index[1]"
 DROPOUT = {"dropout_p": 0.2}
 CAUSAL = {"is_causal": True}
 
@@ -33,34 +32,34 @@ def _case(id: str, b: int, h: int, g: int, s: int, n: int, e: int, inputs: str, 
 CASES = [
     # Tiles have 128 queries forward, 64 backward, and 64 or 32 columns; a step has 32 or 16.
     *(
-        _case(f"edge_{s}_{n}_{e}", 1, 1, 1, s, n, e, f"{PREFIX} gate key_mask", P_i=(p,))
+        _case(f"edge_{s}_{n}_{e}", 1, 1, 1, s, n, e, "gate, key_mask", P_i=(p,))
         for s, n, e, p in (
             (127, 63, 64, 1), (128, 64, 64, 64), (129, 65, 64, 63), (257, 31, 64, 33),
             (65, 127, 32, 2), (130, 33, 96, 31), (97, 95, 128, 17),
         )
     ),
     *(
-        _case(f"dropout_after_{p}", 1, 2, 1, 70, 75, e, f"{PREFIX} gate", P_i=(p,),
+        _case(f"dropout_after_{p}", 1, 2, 1, 70, 75, e, "gate", P_i=(p,),
               attributes={**DROPOUT, **CAUSAL})
         for p, e in ((1, 32), (2, 64), (3, 96), (5, 128))
     ),
     *(
-        _case(f"three_prefixes_{e}", 5, 4, 2, 66, 70, e, f"{THREE} gate:1 lengths", P_i=(3, 5, 18),
+        _case(f"three_prefixes_{e}", 5, 4, 2, 66, 70, e, f"{TABLE_IN_THE_MIDDLE}, gate per head, lengths", P_i=(3, 5, 18),
               A_i=(None, 6, None), attributes=DROPOUT)
         for e in (32, 64, 96, 128)
     ),
-    _case("long_prefix", 3, 2, 2, 20, 9, 32, PREFIX, P_i=(1024,)),
-    _case("long_prefix_in_parts", 6, 1, 1, 40, 9, 32, f"{PREFIX} gate", P_i=(200,)),
-    _case("causal_long", 1, 1, 1, 300, 260, 64, PREFIX, P_i=(5,), attributes=CAUSAL),
-    _case("causal_cache", 1, 1, 1, 70, 300, 32, PREFIX, P_i=(5,), attributes=CAUSAL),
+    _case("long_prefix", 3, 2, 2, 20, 9, 32, "", P_i=(1024,)),
+    _case("long_prefix_in_parts", 6, 1, 1, 40, 9, 32, "gate", P_i=(200,)),
+    _case("causal_long", 1, 1, 1, 300, 260, 64, "", P_i=(5,), attributes=CAUSAL),
+    _case("causal_cache", 1, 1, 1, 70, 300, 32, "", P_i=(5,), attributes=CAUSAL),
     # Up to 32 queries: the warps share the columns.
-    _case("decode", 2, 4, 2, 1, 300, 64, f"{PREFIX} gate key_mask", P_i=(5,), attributes=DROPOUT),
-    _case("decode_128", 2, 2, 2, 32, 70, 128, f"{PREFIX} lengths", P_i=(5,), attributes=CAUSAL),
+    _case("decode", 2, 4, 2, 1, 300, 64, "gate, key_mask", P_i=(5,), attributes=DROPOUT),
+    _case("decode_128", 2, 2, 2, 32, 70, 128, "lengths", P_i=(5,), attributes=CAUSAL),
     _case("decode_nothing_seen", 2, 1, 1, 9, 5, 96, "lengths", attributes=CAUSAL),
     _case("negative_scale", 1, 1, 1, 33, 70, 64, "", attributes={"scale": -0.2}),
-    _case("bias_shared_by_heads", 3, 4, 2, 70, 67, 64, f"{PREFIX} bias:3 key_mask", P_i=(7,),
+    _case("bias_shared_by_heads", 3, 4, 2, 70, 67, 64, "bias shared by all, key_mask", P_i=(7,),
           attributes={**DROPOUT, **CAUSAL}),
-    _case("bias_of_each", 2, 2, 2, 70, 130, 96, f"{PREFIX} bias lengths", P_i=(7,)),
+    _case("bias_of_each", 2, 2, 2, 70, 130, 96, "bias, lengths", P_i=(7,)),
 ]  # fmt: skip
 
 

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import Case
 from parity import check, inputs_of, run
 
 from pelt_kernels.ops import _native as native
 from pelt_kernels.ops import symmetric_kl
-from pelt_kernels.ops._cases import Case
 
 OPERATOR = "symmetric_kl"
 HAS_KERNELS = not native.why_not("_C_sim") and hasattr(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+from cases import make_attributes
 from closeness import assert_close
 from parity import OTHER_DRAWS, SEED, contract_of, inputs_of, operator_of
 
 from pelt_kernels.ops import (
-    OPERATORS,
     LearnedGate,
     LoraBranch,
     Prefix,
@@ -19,16 +19,9 @@ from pelt_kernels.ops import (
     prefix_attention,
     symmetric_kl,
 )
-from pelt_kernels.ops._cases import make_attributes
 from pelt_kernels.ops._values import flatten, lengths_of, unflatten
 
 BACKENDS = ["cpu", "eager"]
-QUICK = [
-    (operator, case.id)
-    for operator in OPERATORS
-    for case in contract_of(operator).CASES
-    if case.is_quick
-]
 
 
 def by_backend(operator, case, backend):

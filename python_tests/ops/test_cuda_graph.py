@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity import CELLS, SEED, case_of, contract_of, inputs_of, operator_of, why_refused
+from cases import case_of, cases_of, make_attributes
+from parity import CELLS, SEED, contract_of, inputs_of, operator_of, why_refused
 
-from pelt_kernels.ops._cases import make_attributes
 from pelt_kernels.ops._dispatch import backend_of
 
 GRAPHED = [
     (operator, backend, case.id)
     for operator, backend in CELLS
     if backend_of(backend) in ("cuda", "triton")
-    for case in contract_of(operator).CASES
+    for case in cases_of(operator)
     if case.is_quick
 ]
 

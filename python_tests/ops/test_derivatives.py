@@ -8,9 +8,10 @@ from functools import partial
 
 import pytest
 import torch
+from cases import case_of, make_inputs
 from closeness import assert_close
-from derivatives import BACKENDS, QUICK, by_backend, check, flat, ones_like, public_calls
-from parity import OTHER_DRAWS, case_of, contract_of, has_true_gradient, inputs_of
+from derivatives import BACKENDS, by_backend, check, flat, ones_like, public_calls
+from parity import OTHER_DRAWS, QUICK, contract_of, has_true_gradient, inputs_of
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,7 +24,6 @@ from pelt_kernels.ops import (
     prefix_attention,
     symmetric_kl,
 )
-from pelt_kernels.ops._cases import make_inputs
 from pelt_kernels.ops.prefix_attention.weights import attention_weights
 
 # Small enough for differences in float64, and with every kind of input and option among them.
@@ -76,7 +76,7 @@ def test_a_mode_that_counts_operations_loses_no_term(operator):
 def test_every_derivative_in_float64_is_the_limit_of_differences(operator, case_id):
     """Reverse and forward mode, one gradient and several at once, first and second order."""
     case, module = case_of(operator, case_id), contract_of(operator)
-    values = make_inputs(module.CONTRACT, case, torch.float64, draws=module.DRAWS)
+    values = make_inputs(module.CONTRACT, case, torch.float64)
     function, inputs = flat(operator, values, by_backend(operator, case, None))
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     assert has_true_gradient(operator)

@@ -6,14 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import cases_of
 from parity import CELLS, check, contract_of, run, why_refused, why_unavailable
 
 from pelt_kernels.ops import LoraBranch, gated_adapter, lora_linear
 
-QUICK = {
-    operator: [case for case in contract_of(operator).CASES if case.is_quick]
-    for operator, _ in CELLS
-}
+QUICK = {operator: [case for case in cases_of(operator) if case.is_quick] for operator, _ in CELLS}
 
 
 def with_zero(case, letter):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity import SEED, case_of, contract_of, evaluate, inputs_of, operator_of
+from cases import case_of, make_attributes
+from parity import QUICK, SEED, contract_of, evaluate, inputs_of, operator_of
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -17,17 +18,10 @@ from pelt_kernels.ops import (
     lora_linear,
     prefix_attention,
 )
-from pelt_kernels.ops._cases import make_attributes
 from pelt_kernels.ops._schema import pack
 
 # The others have no activations either that autocast would cast: a weight, and a loss in float32.
 WITH_DROPOUT = [operator for operator in OPERATORS if contract_of(operator).CONTRACT.has_seed]
-QUICK = [
-    (operator, case.id)
-    for operator in OPERATORS
-    for case in contract_of(operator).CASES
-    if case.is_quick
-]
 
 
 def with_gradients(value):

@@ -7,10 +7,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from parity import SEED, case_of, contract_of, inputs_of, operator_of, why_unavailable
+from cases import case_of, make_attributes
+from parity import SEED, contract_of, inputs_of, operator_of, why_unavailable
 
 from pelt_kernels.ops import LoraBranch, Prefix, gated_adapter, lora_linear, prefix_attention
-from pelt_kernels.ops._cases import make_attributes
 from pelt_kernels.ops._schema import pack
 
 FAR = 10**9

@@ -9,7 +9,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from parity import call_of, case_of, contract_of, run
+from cases import case_of
+from parity import call_of, contract_of, run
 
 from pelt_kernels.ops import OPERATORS, BackendError, _dispatch, gated_adapter
 from pelt_kernels.ops import _native as native

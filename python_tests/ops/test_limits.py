@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import parity
 import pytest
 import torch
+from cases import Case, case_of, make_attributes
+from cases.lora_linear import branched
 from closeness import assert_close
 from parity import CELLS, OPERATORS, PRECISIONS, contract_of, inputs_of, run
 
 from pelt_kernels.ops import masked_weight
-from pelt_kernels.ops._cases import Case, make_attributes
 from pelt_kernels.ops._dispatch import backend_of
 
 NAN, INF = math.nan, math.inf
@@ -36,7 +37,7 @@ class Hidden(NamedTuple):
 
 
 def _case(operator: str, name: str, id: str = "", **changes: Any) -> Case:
-    found = parity.case_of(operator, name)
+    found = case_of(operator, name)
     attributes = {**found.attributes, **changes.pop("attributes", {})}
     return replace(found, id=id or name, attributes=attributes, **changes)
 
@@ -89,7 +90,7 @@ def _real_rows(*names: str) -> Callable[[Named, Named], Named]:
     return lambda n, r: {"y": r["y"][n["mask"]], **{k: v for k, v in r.items() if k in names}}
 
 
-_lora_case = contract_of("lora_linear")._case
+_SKIPPED = "b_down, b_up, gate per row, residual"
 _RESIDUAL = {"attributes": {"residual_from": "tensor"}}
 _EXTRA = ("extra_gates[0]", "dextra_weight[0]", "dextra_bias[0]")
 HIDDEN = [
@@ -97,7 +98,7 @@ HIDDEN = [
         Hidden("prefix_attention", case, _keys)
         for case in (
             _case("prefix_attention", "unipelt"),
-            _case("prefix_attention", "unipelt", "keys_alone", inputs="key_mask"),
+            _case("prefix_attention", "all_masked", "keys_alone", fill={}),
             _case("prefix_attention", "unipelt", "causal", attributes={"is_causal": True}),
             *(
                 _case("prefix_attention", name)
@@ -117,7 +118,7 @@ HIDDEN = [
     ),
     Hidden(
         "gated_adapter",
-        _case("gated_adapter", "skip_rows", inputs="b_down b_up gate:1 residual", **_RESIDUAL),
+        _case("gated_adapter", "skip_rows", inputs=_SKIPPED, **_RESIDUAL),
         _skipped_rows,
     ),
     Hidden(
@@ -129,7 +130,7 @@ HIDDEN = [
         Case(
             "extra_gate",
             {"B": 2, "S": 13, "Din": 40, "Dout": 48},
-            "bias extra_weight:0 extra_bias:0 mask",
+            "bias, extra_weight, extra_bias, mask",
             {"extra_poolings": ["masked_mean"]},
         ),
         _masked_rows,
@@ -144,7 +145,7 @@ HIDDEN = [
     *(
         Hidden(
             "lora_linear",
-            _lora_case(
+            branched(
                 f"two_branches_of_{width}",
                 {"B": 2, "S": 5, "Din": 24, "Dout": width, "R_i": (3, 5), "size_i": sizes},
                 "bias",
@@ -384,7 +385,7 @@ LARGE = [
 )
 def test_large_numbers(operator, name, large, sizes, backend, need):
     """An output is as close as the rule asks where some of an input is near the largest number."""
-    case = replace(parity.case_of(operator, name), is_inference=True)
+    case = replace(case_of(operator, name), is_inference=True)
     for precision in _served(operator, backend, case, need):
         size = sizes[precision.removesuffix("-master")]
 

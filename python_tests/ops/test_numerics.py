@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import case_of, cases_of, make_attributes, make_inputs
 from closeness import assert_close
 from parity import (
     CELLS,
+    QUICK,
     SEED,
-    case_of,
     contract_of,
     has_true_gradient,
     inputs_of,
@@ -22,7 +23,6 @@ from parity import (
 from torch.autograd.graph import saved_tensors_hooks
 
 from pelt_kernels.ops import (
-    OPERATORS,
     LearnedGate,
     LoraBranch,
     Prefix,
@@ -30,7 +30,6 @@ from pelt_kernels.ops import (
     lora_linear,
     prefix_attention,
 )
-from pelt_kernels.ops._cases import make_attributes, make_inputs
 from pelt_kernels.ops._dispatch import backend_of
 
 # A case of each operator as its method calls it.
@@ -41,12 +40,6 @@ METHOD_CASES = {
     "masked_weight": "pst",
     "symmetric_kl": "tokens",
 }
-QUICK = [
-    (operator, case.id)
-    for operator in OPERATORS
-    for case in contract_of(operator).CASES
-    if case.is_quick
-]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +48,7 @@ QUICK = [
 def test_gradcheck_of_the_reference(operator, case_id):
     """Finite differences in random directions; a kink of relu is far enough away at this seed."""
     module, case = contract_of(operator), case_of(operator, case_id)
-    values = make_inputs(module.CONTRACT, case, torch.float64, seed=3, draws=module.DRAWS)
+    values = make_inputs(module.CONTRACT, case, torch.float64, seed=3)
     attributes = dict(zip(module.CONTRACT.attribute_names, make_attributes(module.CONTRACT, case)))
     leaves = [
         v
@@ -83,7 +76,7 @@ def test_two_runs_give_the_same_bits(operator, backend, need, request):
         # torch's flash attention sums dq by atomics unless it is asked not to.
         torch.use_deterministic_algorithms(True)
         request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
-    for case in contract_of(operator).CASES:
+    for case in cases_of(operator):
         if case.is_quick and not why_refused(operator, backend, case, "bfloat16"):
             first, second = (run(operator, backend, case, "bfloat16") for _ in range(2))
             for name, value in first.items():

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity import CELLS, PRECISIONS, case_of, check, contract_of, run, why_refused, why_unavailable
+from cases import case_of, cases_of
+from parity import CELLS, PRECISIONS, check, run, why_refused, why_unavailable
 
 from pelt_kernels.ops import _native as native
 from pelt_kernels.ops._dispatch import backend_of
@@ -25,7 +26,7 @@ MATRIX = [
         marks=[pytest.mark.quick] if case.is_quick else [],
     )
     for operator in dict.fromkeys(operator for operator, _ in CELLS)
-    for case in contract_of(operator).CASES
+    for case in cases_of(operator)
     for precision in PRECISIONS
     for backend in (b for o, b in CELLS if o == operator)
 ]
@@ -62,7 +63,7 @@ def test_a_backend_serves_the_short_list(operator, backend, need):
     need(backend, why_unavailable(operator, backend))
     refused = {
         case.id: why_refused(operator, backend, case, "bfloat16")
-        for case in contract_of(operator).CASES
+        for case in cases_of(operator)
         if case.is_quick
         and all(why_refused(operator, backend, case, precision) for precision in PRECISIONS)
     }

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import case_of
 from closeness import assert_close
-from parity import PRECISIONS, case_of, device_of, expected, run, why_unavailable
+from parity import PRECISIONS, device_of, expected, run, why_unavailable
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pelt_kernels import prefix_attention

@@ -8,9 +8,10 @@ import warnings
 
 import pytest
 import torch
+from cases import case_of
 from closeness import assert_close
-from derivatives import QUICK, by_backend, check, flat, ones_like, public_calls
-from parity import case_of, inputs_of
+from derivatives import by_backend, check, flat, ones_like, public_calls
+from parity import QUICK, inputs_of
 from torch.autograd import forward_ad
 
 from pelt_kernels.ops import (

@@ -8,64 +8,56 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from cases import Case
+from cases.gated_adapter import EVERYTHING, POOLED, UNIPELT
+from cases.lora_linear import GATE, GATES
+from cases.prefix_attention import TABLE_AND_SHARED
 
-from pelt_kernels.ops._cases import Case
-
-_EVERY_ADAPTER_INPUT = (
-    "w_down:1 b_down:1 w_up:1 b_up:1 down_index:1 up_index:1 pre_norm_weight pre_norm_bias "
-    "post_norm_weight post_norm_bias scale gate_weight gate_bias mask residual"
-)
 _BERT = {"B": 16, "S": 128, "D": 768, "R": 48}
-_UNIPELT = "b_down b_up gate_weight gate_bias mask residual"
-_POOLED = {"pooling": "masked_mean", "residual_from": "tensor"}
 _GATED_ADAPTER = {
-    "unipelt-bf16": (torch.bfloat16, Case("", _BERT, _UNIPELT, _POOLED)),
-    "unipelt-f16": (torch.float16, Case("", _BERT, _UNIPELT, _POOLED)),
-    "plain-f32": (torch.float32, Case("", _BERT, "b_down b_up", {"activation": "gelu"})),
-    "rank_128-bf16": (torch.bfloat16, Case("", {**_BERT, "R": 128}, "b_down b_up gate:1")),
-    "rank_256-bf16": (torch.bfloat16, Case("", {**_BERT, "R": 256}, "b_down b_up")),
-    "rank_256-f32": (torch.float32, Case("", {**_BERT, "R": 256}, "b_down b_up")),
+    "unipelt-bf16": (torch.bfloat16, Case("", _BERT, UNIPELT, POOLED)),
+    "unipelt-f16": (torch.float16, Case("", _BERT, UNIPELT, POOLED)),
+    "plain-f32": (torch.float32, Case("", _BERT, "b_down, b_up", {"activation": "gelu"})),
+    "rank_128-bf16": (torch.bfloat16, Case("", {**_BERT, "R": 128}, "b_down, b_up, gate per row")),
+    "rank_256-bf16": (torch.bfloat16, Case("", {**_BERT, "R": 256}, "b_down, b_up")),
+    "rank_256-f32": (torch.float32, Case("", {**_BERT, "R": 256}, "b_down, b_up")),
     "token-bf16": (
         torch.bfloat16,
-        Case("", _BERT, "b_up gate_weight gate_bias", {"pooling": "token", "activation": "silu"}),
+        Case("", _BERT, "b_up, gate_weight, gate_bias", {"pooling": "token", "activation": "silu"}),
     ),
     "everything-bf16": (
         torch.bfloat16,
         Case(
             "",
             {**_BERT, "D": 1000, "R": 20, "M": 4, "M_up": 3},
-            _EVERY_ADAPTER_INPUT,
-            {**_POOLED, "activation": "gelu_tanh", "dropout_p": 0.1},
+            EVERYTHING,
+            {**POOLED, "activation": "gelu_tanh", "dropout_p": 0.1},
         ),
     ),
     "one_row-f16": (
         torch.float16,
-        Case(
-            "", {"B": 1, "S": 1, "D": 64, "R": 1, "M": 1, "M_up": 1}, _EVERY_ADAPTER_INPUT, _POOLED
-        ),
+        Case("", {"B": 1, "S": 1, "D": 64, "R": 1, "M": 1, "M_up": 1}, EVERYTHING, POOLED),
     ),
     "skip-bf16": (
         torch.bfloat16,
-        Case("", _BERT, _UNIPELT, {**_POOLED, "skip_below": 0.5, "activation": "tanh"}),
+        Case("", _BERT, UNIPELT, {**POOLED, "skip_below": 0.5, "activation": "tanh"}),
     ),
 }
 
 _LORA = {"B": 16, "S": 128, "Din": 768, "Dout": 768, "R_i": (8,), "size_i": (768,)}
 _ONE_BRANCH = {"offsets": [0], "scales": [2.0], "poolings": ["none"]}
-_PLAIN = "bias a:0 b:0 a_index:- b_index:- gate:- gate_weight:- gate_bias:-"
 _LORA_LINEAR = {
-    "plain-f32": (torch.float32, Case("", _LORA, _PLAIN, _ONE_BRANCH)),
-    "plain-bf16": (torch.bfloat16, Case("", _LORA, _PLAIN, _ONE_BRANCH)),
-    "rank_64-bf16": (torch.bfloat16, Case("", {**_LORA, "R_i": (64,)}, _PLAIN, _ONE_BRANCH)),
-    "rank_128-bf16": (torch.bfloat16, Case("", {**_LORA, "R_i": (128,)}, _PLAIN, _ONE_BRANCH)),
-    "rank_256-bf16": (torch.bfloat16, Case("", {**_LORA, "R_i": (256,)}, _PLAIN, _ONE_BRANCH)),
+    "plain-f32": (torch.float32, Case("", _LORA, "bias", _ONE_BRANCH)),
+    "plain-bf16": (torch.bfloat16, Case("", _LORA, "bias", _ONE_BRANCH)),
+    "rank_64-bf16": (torch.bfloat16, Case("", {**_LORA, "R_i": (64,)}, "bias", _ONE_BRANCH)),
+    "rank_128-bf16": (torch.bfloat16, Case("", {**_LORA, "R_i": (128,)}, "bias", _ONE_BRANCH)),
+    "rank_256-bf16": (torch.bfloat16, Case("", {**_LORA, "R_i": (256,)}, "bias", _ONE_BRANCH)),
     "unipelt_query-bf16": (
         torch.bfloat16,
         Case(
             "",
             _LORA,
-            "bias a:0 b:0 a_index:- b_index:- gate:- gate_weight:0 gate_bias:0 extra_weight:0 "
-            "extra_bias:0 mask",
+            GATES,
             {**_ONE_BRANCH, "poolings": ["masked_mean"], "extra_poolings": ["masked_mean"]},
         ),
     ),
@@ -83,8 +75,10 @@ _LORA_LINEAR = {
                 "M_i": (3, 4, None, None),
                 "N_i": (2, 4, None, None),
             },
-            "bias weight:1 a:1,1,0,0 b:1,1,0,0 a_index:1,0,-,- b_index:1,0,-,- gate:0,-,1,- "
-            "gate_weight:-,0,-,0 gate_bias:-,0,-,0 extra_weight:0,0 extra_bias:0,0 mask",
+            "bias, transposed weight, bank a[0], bank a[1], bank b[0], bank b[1], "
+            "a_index[0] per sample, a_index[1], b_index[0] per sample, b_index[1], "
+            "gate[0], gate[2] per row, gate_weight[1], gate_weight[3], gate_bias[1], gate_bias[3], "
+            "2 extra_weight, 2 extra_bias, mask",
             {
                 "transposed": True,
                 "offsets": [0, 400, 1200, 0],
@@ -100,7 +94,7 @@ _LORA_LINEAR = {
         Case(
             "",
             {"B": 1, "S": 1, "Din": 64, "Dout": 64, "R_i": (1,), "size_i": (1,)},
-            _PLAIN,
+            "bias",
             _ONE_BRANCH,
         ),
     ),
@@ -109,7 +103,7 @@ _LORA_LINEAR = {
         Case(
             "",
             {**_LORA, "Dout": 2304, "R_i": (8, 8), "size_i": (768, 768)},
-            "bias a:0,0 b:0,0 a_index:-,- b_index:-,- gate:-,- gate_weight:0,0 gate_bias:0,0 mask",
+            f"bias, {GATE}, mask",
             {"offsets": [0, 1536], "scales": [1.0, 1.0], "poolings": ["masked_mean"] * 2},
         ),
     ),
@@ -118,7 +112,7 @@ _LORA_LINEAR = {
         Case(
             "",
             {"B": 16, "S": 128, "Din": 768, "Dout": 768},
-            "bias extra_weight:0 extra_bias:0",
+            "bias, extra_weight, extra_bias",
             {"extra_poolings": ["mean"]},
         ),
     ),
@@ -126,37 +120,39 @@ _LORA_LINEAR = {
 
 _ATTENTION = {"B": 16, "H": 12, "G": 12, "S": 128, "N": 128, "E": 64, "P_i": (30,)}
 _LONG = {**_ATTENTION, "B": 2, "S": 2048, "N": 2048}
-_SHARED = "prefix_k:0 prefix_v:0 prefix_index:-"
 _PREFIX_ATTENTION = {
-    "plain-f32": (torch.float32, Case("", _ATTENTION, f"{_SHARED} gate key_mask bias:1")),
-    "unipelt-bf16": (torch.bfloat16, Case("", _ATTENTION, f"{_SHARED} gate key_mask")),
-    "unipelt_long-bf16": (torch.bfloat16, Case("", _LONG, f"{_SHARED} gate key_mask")),
+    "plain-f32": (torch.float32, Case("", _ATTENTION, "gate, key_mask, bias shared by samples")),
+    "unipelt-bf16": (torch.bfloat16, Case("", _ATTENTION, "gate, key_mask")),
+    "unipelt_long-bf16": (torch.bfloat16, Case("", _LONG, "gate, key_mask")),
     "minilm-bf16": (
         torch.bfloat16,
-        Case("", {**_ATTENTION, "E": 32, "P_i": (10,)}, f"{_SHARED} gate key_mask"),
+        Case("", {**_ATTENTION, "E": 32, "P_i": (10,)}, "gate, key_mask"),
     ),
-    "t5-bf16": (torch.bfloat16, Case("", _LONG, f"{_SHARED} bias:1 key_mask", {"scale": 1.0})),
+    "t5-bf16": (
+        torch.bfloat16,
+        Case("", _LONG, "bias shared by samples, key_mask", {"scale": 1.0}),
+    ),
     "causal_128-bf16": (
         torch.bfloat16,
-        Case("", {**_LONG, "G": 4, "E": 128}, _SHARED, {"is_causal": True}),
+        Case("", {**_LONG, "G": 4, "E": 128}, "", {"is_causal": True}),
     ),
-    "head_128-f32": (torch.float32, Case("", {**_ATTENTION, "E": 128}, f"{_SHARED} gate")),
+    "head_128-f32": (torch.float32, Case("", {**_ATTENTION, "E": 128}, "gate")),
     "dropout-bf16": (
         torch.bfloat16,
-        Case("", _LONG, f"{_SHARED} gate key_mask", {"dropout_p": 0.1}),
+        Case("", _LONG, "gate, key_mask", {"dropout_p": 0.1}),
     ),
     "everything-bf16": (
         torch.bfloat16,
         Case(
             "",
             {**_LONG, "G": 4, "E": 80, "P_i": (3, 30), "A_i": (4, None)},
-            "prefix_k:1,0 prefix_v:1,0 prefix_index:0,- gate:1 lengths bias:2",
+            f"{TABLE_AND_SHARED}, gate per head, lengths, bias shared by heads",
             {"is_causal": True, "dropout_p": 0.1},
         ),
     ),
     "one_row-f16": (
         torch.float16,
-        Case("", {**_ATTENTION, "B": 1, "S": 1, "P_i": (1,)}, _SHARED, {"is_causal": True}),
+        Case("", {**_ATTENTION, "B": 1, "S": 1, "P_i": (1,)}, "", {"is_causal": True}),
     ),
 }
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import triton
 from ahead_cases import CASES
+from cases import Case, make_attributes, make_inputs
 from small_operators_cases import SMALL_CASES
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
@@ -30,7 +31,6 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from pelt_kernels.ops import _triton_host as host
-from pelt_kernels.ops._cases import Case, make_attributes, make_inputs
 from pelt_kernels.ops._values import flatten
 
 _TYPES = {
@@ -110,7 +110,7 @@ def _run(operator: str, backend: Any, dtype: torch.dtype, case: Case) -> None:
     """Forward and backward of a case, whose launches are recorded instead."""
     module = importlib.import_module(f"pelt_kernels.ops.{operator}.contract")
     contract = module.CONTRACT
-    values = make_inputs(contract, case, dtype, "meta", master=True, draws=module.DRAWS)
+    values = make_inputs(contract, case, dtype, "meta", master=True)
     call = contract.bind(values, make_attributes(contract, case))
     inputs = dict(zip(contract.input_names, values))
     if contract.has_seed:

@@ -6,8 +6,7 @@ Names end with the dtype of activations; parameters are float32 masters beside 1
 from __future__ import annotations
 
 import torch
-
-from pelt_kernels.ops._cases import Case
+from cases import Case
 
 
 def _weight(rows: int, columns: int, r: int, r2: int) -> Case:

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton.language")  # not this folder, which also has the name
 
-ROOT = Path(__file__).resolve().parents[2]
+TESTS = Path(__file__).resolve().parents[1]
 KERNELS = {
     "gated_adapter": ("fwd", "bwd_rows", "bwd_pool", "bwd_columns", "bwd_sum"),
     "lora_linear": (
@@ -40,7 +40,10 @@ def compiled(
 ) -> list[dict[str, object]]:
     """What compile_kernels.py tells of each kernel."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    environment |= {
+        "TRITON_CACHE_DIR": str(cache),
+        "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
+    }
     script = str(Path(__file__).with_name("compile_kernels.py"))
     command = [sys.executable, script, target, operator, *cases]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity import case_of, contract_of, inputs_of, operator_of, why_unavailable
+from cases import case_of, make_attributes
+from parity import contract_of, inputs_of, operator_of, why_unavailable
 
 from pelt_kernels.ops import _philox
-from pelt_kernels.ops._cases import make_attributes
 from pelt_kernels.ops.gated_adapter import triton as backend
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cases import case_of, make_attributes
 from closeness import assert_close
-from parity import case_of, contract_of, inputs_of, why_unavailable
+from parity import contract_of, inputs_of, why_unavailable
 
 from pelt_kernels.ops import _dispatch
-from pelt_kernels.ops._cases import make_attributes
 
 CASES = {"gated_adapter": "unipelt", "lora_linear": "unipelt", "prefix_attention": "decode"}
 

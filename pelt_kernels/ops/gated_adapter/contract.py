@@ -1,6 +1,4 @@
-"""gated_adapter: what it takes and gives, its formula in plain PyTorch, and the cases it is tested
-on.
-"""
+"""gated_adapter: what it takes and gives, and its formula in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -11,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .._bank import check_bank, member
-from .._cases import Case, around_one, uniform
 from .._contract import Call, Contract, Value
 from .._gate import accumulator, check_pooling, learned_gate, over_rows
 from .._philox import dropout_factor
@@ -112,8 +109,6 @@ CONTRACT = Contract(
     never_zero="D M M_up",
 )
 
-DRAWS = {"gate": uniform, "pre_norm_weight": around_one, "post_norm_weight": around_one}
-
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """LayerNorm over the last dimension, statistics in the accumulator dtype."""
@@ -180,105 +175,3 @@ def reference(
     elif residual is not None:
         y = y + residual
     return y, gate_value
-
-
-_UNIPELT = "b_down b_up gate_weight gate_bias mask residual"
-_TENSOR = {"residual_from": "tensor"}
-_MASKED = {"pooling": "masked_mean"}
-_SMALL = {"B": 2, "S": 17, "D": 64, "R": 12}
-
-CASES = [
-    Case("plain", {"B": 2, "S": 8, "D": 32, "R": 8}, is_quick=True),
-    Case(
-        "unipelt",
-        {"B": 2, "S": 17, "D": 128, "R": 48},
-        _UNIPELT,
-        {**_MASKED, **_TENSOR},
-        is_quick=True,
-    ),
-    Case(
-        "unipelt_mean",
-        {"B": 3, "S": 13, "D": 64, "R": 16},
-        _UNIPELT,
-        {"pooling": "mean", **_TENSOR},
-    ),
-    Case("unipelt_minilm", {"B": 4, "S": 33, "D": 384, "R": 24}, _UNIPELT, {**_MASKED, **_TENSOR}),
-    Case("unipelt_bert", {"B": 1, "S": 65, "D": 768, "R": 48}, _UNIPELT, {**_MASKED, **_TENSOR}),
-    Case("token_gate", _SMALL, "b_down b_up gate_weight gate_bias", {"pooling": "token"}),
-    Case("masked_sentence", _SMALL, _UNIPELT, {**_MASKED, **_TENSOR}, {"mask": 0}),
-    Case("gate_per_sample", _SMALL, "b_down b_up gate"),
-    Case("gate_per_row", _SMALL, "b_down b_up gate:1"),
-    Case("gate_zero", _SMALL, "b_down b_up gate", fill={"gate": 0.0}),
-    Case("gate_one", _SMALL, "b_down b_up gate", fill={"gate": 1.0}),
-    Case("learned_scale", _SMALL, "b_down b_up scale gate"),
-    Case("scale_value", _SMALL, "b_up", {"scale_value": 2.5, "activation": "silu"}),
-    Case(
-        "adamix",
-        {**_SMALL, "M": 4},
-        "w_down:1 b_down:1 b_up down_index",
-        {"activation": "gelu"},
-        is_quick=True,
-    ),
-    Case(
-        "adamix_both",
-        {**_SMALL, "M": 4, "M_up": 3},
-        "w_down:1 b_down:1 w_up:1 b_up:1 down_index up_index",
-    ),
-    Case(
-        "bank_per_sample",
-        {"B": 5, "S": 9, "D": 64, "R": 16, "M": 3, "M_up": 3},
-        "w_down:1 b_down:1 w_up:1 b_up:1 down_index:1 up_index:1",
-        {"activation": "gelu_tanh"},
-        is_quick=True,
-    ),
-    Case("bank_of_one", {**_SMALL, "M": 1, "M_up": 1}, "w_down:1 w_up:1"),
-    Case("vlm", _SMALL, "b_down b_up pre_norm_weight pre_norm_bias", is_quick=True),
-    Case(
-        "hyperpelt",
-        _SMALL,
-        "b_down b_up post_norm_weight post_norm_bias scale",
-        {"activation": "gelu"},
-        is_quick=True,
-    ),
-    Case(
-        "everything",
-        {"B": 3, "S": 11, "D": 72, "R": 20, "M": 2, "M_up": 2},
-        "w_down:1 b_down:1 w_up:1 b_up:1 down_index:1 up_index:1 pre_norm_weight pre_norm_bias "
-        "post_norm_weight post_norm_bias scale gate_weight gate_bias mask residual",
-        {**_MASKED, **_TENSOR, "activation": "tanh", "dropout_p": 0.2, "scale_value": 0.5},
-    ),
-    Case("identity", _SMALL, "b_down", {"activation": "identity", "residual_from": "none"}),
-    Case(
-        "no_residual",
-        _SMALL,
-        _UNIPELT.replace(" residual", ""),
-        {**_MASKED, "residual_from": "none"},
-    ),
-    Case("dropout", _SMALL, "b_down b_up gate", {"dropout_p": 0.3}, is_quick=True),
-    Case("skip_rows", _SMALL, "b_down b_up gate:1", {"skip_below": 0.5}, is_inference=True),
-    Case(
-        "skip_sentences",
-        {**_SMALL, "B": 6},
-        "b_down b_up gate",
-        {"skip_below": 0.5},
-        is_inference=True,
-    ),
-    Case("one_row", {"B": 1, "S": 1, "D": 64, "R": 16}, _UNIPELT, {**_MASKED, **_TENSOR}),
-    Case("no_rows", {"B": 0, "S": 5, "D": 64, "R": 16}, "b_down b_up"),
-    Case("rank_1", {"B": 2, "S": 31, "D": 64, "R": 1}, "b_down b_up"),
-    Case("rank_odd", {"B": 2, "S": 31, "D": 64, "R": 17}, "b_down b_up"),
-    Case("rank_128", {"B": 1, "S": 63, "D": 128, "R": 128}, "b_down b_up"),
-    Case("rank_512", {"B": 1, "S": 16, "D": 64, "R": 512}, "b_down b_up"),
-    Case("rows_64", {"B": 1, "S": 64, "D": 64, "R": 16}, "b_down b_up"),
-    Case("rows_65", {"B": 1, "S": 65, "D": 64, "R": 16}, "b_down b_up"),
-    Case("rows_prime", {"B": 1, "S": 127, "D": 96, "R": 24}, "b_down b_up", {"activation": "silu"}),
-    Case(
-        "width_odd",
-        {"B": 2, "S": 7, "D": 37, "R": 5},
-        "b_down b_up gate_weight gate_bias",
-        {"pooling": "mean"},
-    ),
-    Case("offset_view", _SMALL, _UNIPELT, {**_MASKED, **_TENSOR}, layout="offset"),
-    Case("strided_view", _SMALL, _UNIPELT, {**_MASKED, **_TENSOR}, layout="strided"),
-    Case("transposed_view", _SMALL, _UNIPELT, {**_MASKED, **_TENSOR}, layout="transposed"),
-]

@@ -1,6 +1,4 @@
-"""lora_linear: what it takes and gives, its formula in plain PyTorch, and the cases it is tested
-on.
-"""
+"""lora_linear: what it takes and gives, and its formula in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -10,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .._bank import check_bank, member
-from .._cases import Case, uniform
 from .._contract import Call, Contract, Value
 from .._gate import accumulator, check_pooling, learned_gate, over_rows
 from .._philox import dropout_factor
@@ -132,8 +129,6 @@ CONTRACT = Contract(
     never_zero="Din Dout M_i N_i size_i",
 )
 
-DRAWS = {"gate": uniform}
-
 
 def reference(
     x: Tensor,
@@ -184,117 +179,3 @@ def reference(
         learned_gate(x, w, c, p, mask) for w, c, p in zip(extra_weight, extra_bias, extra_poolings)
     ]
     return y, extras, gate_values
-
-
-def _branches(*ranks: int, d_in: int, size: int, **more: Any) -> dict[str, Any]:
-    return {
-        "B": 2,
-        "S": 13,
-        "Din": d_in,
-        "Dout": d_in,
-        "R_i": ranks,
-        "size_i": (size,) * len(ranks),
-        **more,
-    }
-
-
-def _case(id: str, sizes: dict[str, Any], inputs: str, scales: list[float], **more: Any) -> Case:
-    """A case with branches: ``inputs`` without the lists that every branch has."""
-    n, words = len(scales), {word.partition(":")[0] for word in inputs.split()}
-    absent = ",".join("-" * n)
-    for name in ("a_index", "b_index", "gate", "gate_weight", "gate_bias"):
-        inputs += f" {name}:{absent}" if n and name not in words else ""
-    for name in ("a", "b"):
-        inputs += f" {name}:{','.join('0' * n)}" if n and name not in words else ""
-    attributes = {
-        "offsets": [0] * n,
-        "scales": scales,
-        "poolings": ["none"] * n,
-        **more.pop("attributes", {}),
-    }
-    return Case(id, sizes, inputs, attributes, **more)
-
-
-_GATED = {"poolings": ["masked_mean"]}
-_ONE = _branches(8, d_in=64, size=64)
-
-CASES = [
-    _case("no_branch", {"B": 2, "S": 5, "Din": 32, "Dout": 48}, "bias", []),
-    _case("lora", _ONE, "bias", [2.0], is_quick=True),
-    _case("lora_no_bias", _branches(3, d_in=32, size=32), "", [0.5]),
-    _case(
-        "unipelt",
-        _ONE,
-        "bias gate_weight:0 gate_bias:0 mask",
-        [1.0],
-        attributes=_GATED,
-        is_quick=True,
-    ),
-    _case(
-        "unipelt_query",
-        _branches(8, d_in=96, size=96),
-        "bias gate_weight:0 gate_bias:0 extra_weight:0 extra_bias:0 mask",
-        [1.0],
-        attributes={**_GATED, "extra_poolings": ["masked_mean"]},
-        is_quick=True,
-    ),
-    _case(
-        "extra_gates_only",
-        {"B": 3, "S": 7, "Din": 40, "Dout": 24},
-        "bias extra_weight:0,0 extra_bias:0,0",
-        [],
-        attributes={"extra_poolings": ["mean", "token"]},
-    ),
-    _case(
-        "fused_qkv",
-        {**_branches(4, 4, d_in=48, size=48), "Dout": 144},
-        "bias gate_weight:0,0 gate_bias:0,0 mask",
-        [1.0, 1.0],
-        attributes={"offsets": [0, 96], "poolings": ["masked_mean", "mean"]},
-        is_quick=True,
-    ),
-    _case(
-        "conv1d",
-        {**_branches(4, d_in=48, size=48), "Dout": 144},
-        "bias weight:1",
-        [8.0],
-        attributes={"transposed": True},
-    ),
-    _case("overlapping", _branches(4, 6, d_in=32, size=32), "bias", [1.0, 0.5]),
-    _case("gate_per_sample", _ONE, "bias gate:0", [2.0]),
-    _case("gate_per_row", _ONE, "bias gate:1", [2.0]),
-    _case("gate_zero", _ONE, "bias gate:0", [2.0], fill={"gate": 0.0}),
-    _case(
-        "token_gate",
-        _ONE,
-        "bias gate_weight:0 gate_bias:0",
-        [2.0],
-        attributes={"poolings": ["token"]},
-    ),
-    _case("adamix", {**_ONE, "M_i": (4,)}, "bias a:1 a_index:0", [8.0]),
-    _case(
-        "bank_per_sample",
-        {**_ONE, "B": 4, "M_i": (3,), "N_i": (2,)},
-        "bias a:1 b:1 a_index:1 b_index:1",
-        [1.0],
-        is_quick=True,
-    ),
-    _case("b_zero", _ONE, "bias", [2.0], fill={"b": 0.0}),
-    _case("dropout", _ONE, "bias gate:0", [2.0], attributes={"dropout_p": 0.25}, is_quick=True),
-    _case("rank_1", _branches(1, d_in=64, size=64), "bias", [1.0]),
-    _case("rank_17", _branches(17, d_in=64, size=64), "bias", [1.0]),
-    _case("rank_64", _branches(64, d_in=64, size=64), "bias", [1.0]),
-    _case("rank_256", _branches(256, d_in=64, size=64), "bias", [1.0]),
-    _case("rows_129", {**_branches(16, d_in=128, size=128), "B": 1, "S": 129}, "bias", [1.0]),
-    _case(
-        "width_odd",
-        {**_branches(5, d_in=37, size=11), "Dout": 29},
-        "bias",
-        [1.0],
-        attributes={"offsets": [18]},
-    ),
-    _case("no_rows", {**_ONE, "B": 0}, "bias", [2.0]),
-    _case("offset_view", _ONE, "bias", [2.0], layout="offset"),
-    _case("strided_view", _ONE, "bias", [2.0], layout="strided"),
-    _case("transposed_view", _ONE, "bias", [2.0], layout="transposed"),
-]

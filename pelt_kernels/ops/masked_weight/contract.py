@@ -1,6 +1,4 @@
-"""masked_weight: what it takes and gives, its formula in plain PyTorch, and the cases it is tested
-on.
-"""
+"""masked_weight: what it takes and gives, and its formula in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -9,12 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._cases import Case
 from .._contract import Call, Contract, Value
 from .._gate import accumulator
-
-# The mask is a step function of its scores: its gradient is defined, not a limit of differences.
-HAS_TRUE_GRADIENT = False
 
 
 def kept_entries(entries: int, sparsity: float) -> int:
@@ -66,8 +60,6 @@ CONTRACT = Contract(
     output_shapes=output_shapes,
 )
 
-DRAWS: dict[str, Any] = {}
-
 
 def highest(scores: Tensor, keep: int) -> Tensor:
     """True at the ``keep`` highest scores; of equal ones the lowest flat index first, NaN above
@@ -109,38 +101,3 @@ def reference(
     is_finite = scores.isfinite()
     w, scores = torch.where(is_finite, w, 0.0), torch.where(is_finite, scores, 0.0)
     return ((kept + w * (scores - scores.detach())).to(w0.dtype),)
-
-
-_ONE = {"Dout": 64, "Din": 48, "R": 8, "R2": 8}
-_ODD = {"Dout": 37, "Din": 29, "R": 3, "R2": 5}
-_START = {"v": 0.0, "b": 0.0, "row": 0.0, "col": 0.0}
-
-
-def _case(id: str, sizes: dict[str, int], sparsity: float, **more: Any) -> Case:
-    keep = kept_entries(sizes["Dout"] * sizes["Din"], sparsity)
-    return Case(id, sizes, attributes={"keep": keep, **more.pop("attributes", {})}, **more)
-
-
-CASES = [
-    _case("pst", _ONE, 0.9, is_quick=True),
-    _case("start", _ONE, 0.5, fill=_START, is_quick=True),
-    _case("half", _ODD, 0.5, is_quick=True),
-    _case("dense", _ONE, 0.0),
-    _case("keep_one", _ONE, 0.0, attributes={"keep": 1}),
-    _case("keep_none", _ONE, 0.0, attributes={"keep": 0}),
-    _case("keep_all_but_one", _ODD, 0.0, attributes={"keep": 37 * 29 - 1}),
-    _case("all_equal", _ODD, 0.7, fill={"w0": -1.0, **_START}, is_quick=True),
-    _case("equal_in_rows", _ODD, 0.6, fill={"w0": 0.5, "v": 0.0, "b": 0.0, "col": 0.0}),
-    _case("all_zero", _ODD, 0.25, fill={"w0": 0.0, **_START}),
-    _case("factors", _ONE, 0.8, attributes={"beta": 0.5, "alpha1": 2.0, "alpha2": -0.25}),
-    _case("rank_1", {**_ONE, "R": 1, "R2": 1}, 0.9),
-    _case("rank_17", {**_ONE, "R": 17, "R2": 2}, 0.9),
-    _case("one_entry", {**_ODD, "Dout": 1, "Din": 1}, 0.9),
-    _case("one_row", {**_ONE, "Dout": 1, "Din": 129}, 0.75),
-    _case("one_column", {**_ONE, "Dout": 129, "Din": 1}, 0.75),
-    _case("wide", {**_ONE, "Dout": 33, "Din": 257}, 0.9),
-    _case("no_rows", {**_ONE, "Dout": 0}, 0.9),
-    _case("offset_view", _ONE, 0.9, layout="offset"),
-    _case("strided_view", _ONE, 0.9, layout="strided"),
-    _case("transposed_view", _ONE, 0.9, layout="transposed"),
-]

@@ -1,6 +1,4 @@
-"""prefix_attention: what it takes and gives, its formula in plain PyTorch, and the cases it is
-tested on.
-"""
+"""prefix_attention: what it takes and gives, and its formula in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -10,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._cases import Case, uniform
 from .._contract import Call, Contract, Value
 from .._gate import accumulator
 from .._philox import dropout_factor
@@ -83,8 +80,6 @@ CONTRACT = Contract(
     output_shapes=output_shapes,
     never_zero="G E A_i",
 )
-
-DRAWS = {"gate": uniform}
 
 
 def visible_keys(
@@ -187,73 +182,3 @@ def reference(
     if dropout_p:
         p = p * dropout_factor(batch * heads * s, p.shape[-1], dropout_p, seed, p).view_as(p)
     return product(p.to(q.dtype), values), lse.detach()
-
-
-_SIZES = {"B": 2, "H": 4, "G": 4, "S": 17, "N": 17, "E": 32, "P_i": (10,)}
-_PREFIX = "prefix_k:0 prefix_v:0 prefix_index:-"
-_TABLE = {"B": 3, "H": 2, "G": 2, "S": 9, "N": 11, "E": 32, "P_i": (3, 5), "A_i": (4, None)}
-
-
-def _case(id: str, sizes: dict[str, Any], inputs: str = _PREFIX, **more: Any) -> Case:
-    """A case with the default scale 1 / sqrt(E)."""
-    attributes = {"scale": sizes["E"] ** -0.5, **more.pop("attributes", {})}
-    return Case(id, sizes, inputs, attributes, **more)
-
-
-CASES = [
-    _case("no_prefix", _SIZES, ""),
-    _case("prefix", _SIZES, is_quick=True),
-    _case("unipelt", _SIZES, f"{_PREFIX} gate key_mask", is_quick=True),
-    _case(
-        "unipelt_minilm", {**_SIZES, "H": 12, "G": 12, "S": 33, "N": 33}, f"{_PREFIX} gate key_mask"
-    ),
-    _case(
-        "unipelt_bert", {**_SIZES, "B": 1, "E": 64, "S": 65, "N": 65}, f"{_PREFIX} gate key_mask"
-    ),
-    _case("gate_per_head", _SIZES, f"{_PREFIX} gate:1"),
-    _case("gate_zero", _SIZES, f"{_PREFIX} gate", fill={"gate": 0.0}),
-    _case("gate_one", _SIZES, f"{_PREFIX} gate", fill={"gate": 1.0}),
-    _case("lengths", _SIZES, f"{_PREFIX} gate lengths"),
-    _case("causal", {**_SIZES, "S": 13, "N": 19}, attributes={"is_causal": True}, is_quick=True),
-    _case(
-        "causal_grouped",
-        {**_SIZES, "G": 2, "S": 75, "N": 75, "E": 64},
-        f"{_PREFIX} gate:1",
-        attributes={"is_causal": True},
-    ),
-    _case("causal_more_queries", {**_SIZES, "S": 9, "N": 5}, "", attributes={"is_causal": True}),
-    _case(
-        "control_prefixes",
-        _TABLE,
-        "prefix_k:1,0 prefix_v:1,0 prefix_index:0,- gate key_mask",
-        is_quick=True,
-    ),
-    _case(
-        "tables",
-        {**_TABLE, "S": 40, "N": 40, "E": 96},
-        "prefix_k:1,0 prefix_v:1,0 prefix_index:0,- gate",
-    ),
-    _case("two_segments", {**_SIZES, "P_i": (4, 6)}, "prefix_k:0,0 prefix_v:0,0 prefix_index:-,-"),
-    _case("grouped_query", {**_SIZES, "H": 6, "G": 2}, f"{_PREFIX} gate key_mask", is_quick=True),
-    _case("t5", _SIZES, f"{_PREFIX} bias:1 key_mask", attributes={"scale": 1.0}, is_quick=True),
-    _case("bias_per_sample", _SIZES, f"{_PREFIX} bias", attributes={"is_causal": True}),
-    _case("bias_shared", {**_SIZES, "B": 3}, f"{_PREFIX} bias:3"),
-    _case(
-        "dropout", _SIZES, f"{_PREFIX} gate key_mask", attributes={"dropout_p": 0.1}, is_quick=True
-    ),
-    _case("decode", {**_SIZES, "S": 1, "N": 40}, attributes={"is_causal": True}),
-    _case("only_prefix", {**_SIZES, "N": 0}, f"{_PREFIX} gate"),
-    _case("all_masked", _SIZES, "key_mask", fill={"key_mask": 0}),
-    _case("all_masked_with_prefix", _SIZES, f"{_PREFIX} key_mask", fill={"key_mask": 0}),
-    _case("empty_prefix", {**_SIZES, "P_i": (0,)}),
-    _case("prefix_1", {**_SIZES, "P_i": (1,)}),
-    _case("prefix_67", {**_SIZES, "P_i": (67,)}),
-    _case("head_96", {**_SIZES, "E": 96, "H": 2, "G": 2}),
-    _case("head_128", {**_SIZES, "E": 128, "H": 2, "G": 2}),
-    _case("head_odd", {**_SIZES, "E": 20}),
-    _case("length_128", {**_SIZES, "B": 1, "S": 128, "N": 128}),
-    _case("length_129", {**_SIZES, "B": 1, "H": 2, "G": 2, "S": 129, "N": 131}),
-    _case("no_rows", {**_SIZES, "B": 0}),
-    _case("offset_view", _SIZES, f"{_PREFIX} gate key_mask", layout="offset"),
-    _case("transposed_view", _SIZES, layout="transposed"),
-]

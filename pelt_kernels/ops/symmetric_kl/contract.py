@@ -1,6 +1,4 @@
-"""symmetric_kl: what it takes and gives, its formula in plain PyTorch, and the cases it is tested
-on.
-"""
+"""symmetric_kl: what it takes and gives, and its formula in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -9,12 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._cases import Case
 from .._contract import Call, Contract
 from .._gate import accumulator
-
-# Each divergence's target is a constant for the gradient, so it is not a limit of differences.
-HAS_TRUE_GRADIENT = False
 
 
 def output_shapes(call: Call) -> dict[str, Any]:
@@ -39,8 +33,6 @@ CONTRACT = Contract(
     never_zero="C",  # a softmax needs a class
 )
 
-DRAWS: dict[str, Any] = {}
-
 
 def reference(z1: Tensor, z2: Tensor, mask: Tensor | None) -> tuple[Tensor]:
     """The loss by the formula, differentiable by autograd with detached targets."""
@@ -59,23 +51,3 @@ def reference(z1: Tensor, z2: Tensor, mask: Tensor | None) -> tuple[Tensor]:
         # A sum and not a size, so that it is counted anew wherever the formula was recorded.
         return (rows.sum() / torch.ones_like(rows, dtype=torch.int64).sum().clamp(min=1),)
     return (torch.where(mask, rows, 0.0).sum() / mask.sum().clamp(min=1),)
-
-
-_ONE = {"T": 16, "C": 2}
-
-CASES = [
-    Case("classes", _ONE, is_quick=True),
-    Case("tokens", {"T": 13, "C": 131}, "mask", is_quick=True),
-    Case("one_logit", {"T": 5, "C": 1}, is_quick=True),
-    Case("one_row", {"T": 1, "C": 3}),
-    Case("vocabulary", {"T": 9, "C": 5003}, "mask"),
-    Case("tile_edge", {"T": 7, "C": 1024}),
-    Case("past_tile_edge", {"T": 7, "C": 1025}, "mask"),
-    Case("nothing_counts", {"T": 6, "C": 17}, "mask", fill={"mask": 0.0}),
-    Case("everything_counts", {"T": 6, "C": 17}, "mask", fill={"mask": 1.0}),
-    Case("equal", {"T": 6, "C": 17}, fill={"z1": 1.5, "z2": 1.5}),
-    Case("no_rows", {"T": 0, "C": 4}),
-    Case("offset_view", {"T": 11, "C": 64}, layout="offset"),
-    Case("strided_view", {"T": 11, "C": 65}, layout="strided"),
-    Case("transposed_view", {"T": 11, "C": 64}, layout="transposed"),
-]
