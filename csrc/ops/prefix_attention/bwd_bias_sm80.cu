@@ -5,6 +5,9 @@
 // it, in their order; dS is computed a second time, which costs two products and saves a tensor of
 // [B, H, S, N]. The sum stays in registers. With T5's bias, [1, H, S, N], the walk is the batch.
 //
+//        one tile of dbias [64, 64]  =  sample 0, head h  |  sample 1, head h  |  ...
+//                                       Q, dout x K, V       Q, dout x K, V
+//
 // Shared memory per block, E = 32, 64, 96, 128: 20, 37, 53, 70 KB.
 #include "ops/prefix_attention/configs.h"
 #include "ops/prefix_attention/products.cuh"
@@ -13,7 +16,7 @@
 namespace pelt::prefix_attention {
 namespace {
 
-constexpr int kTilesM = 1;
+constexpr int kTilesM = 1;  // a warp takes 16 queries and all columns of the tile
 constexpr int kRows = 16 * kTilesM * kWarps;
 constexpr int kColumns = 64;
 constexpr int kStep = 32;  // columns that a warp works on at a time
@@ -25,11 +28,12 @@ struct Config {
   using T = Element;
   static constexpr int kE = kHeadSize;
   static constexpr int kStride = kE + kTilePad;
-  static constexpr int kVectors = kE / 8;
+  static constexpr int kVectors = kE / 8;  // of 16 bytes in a row
 };
 
 template <class C>
 struct Shared {
+  // Of one sample and head at a time.
   alignas(16) typename C::T q[kRows * C::kStride];  // [kRows, E]
   alignas(16) typename C::T dout[kRows * C::kStride];
   alignas(16) typename C::T k[kColumns * C::kStride];  // [kColumns, E]
@@ -37,31 +41,36 @@ struct Shared {
   int scratch[kWarps];
 };
 
-using Sums = FragmentD[kSteps][kTilesN];
+using Sums = FragmentD[kSteps][kTilesN];  // a warp's [16, 64] of dbias
 
-// Adds one sample's and head's dS of a warp's 16 queries from `row` on, at `column` and after it.
+// Adds one sample's and head's dS of a warp's 16 queries from `row` on to the sums of kStep columns
+// from `column` on, which begin at row `step` of the tile.
 template <class C>
 __device__ __forceinline__ void add_step(const BackwardParams& p, const Head& head, Shared<C>& s,
-                                         FragmentD (&sums)[kTilesN], int at, int row, int column,
+                                         FragmentD (&sums)[kTilesN], int step, int row, int column,
                                          int end) {
   using T = typename C::T;
   const Inputs& in = p.in;
-  const int warp_at = warp_index() * 16 * C::kStride;
+  const int warp_rows = warp_index() * 16 * C::kStride;
   FragmentD dots[kTilesM][kTilesN], dp[kTilesM][kTilesN];
   auto rows_of = [](const T* tile) {
-    return [tile](int, int step) { return load_a(tile + 16 * step, C::kStride); };
+    return [tile](int, int k_step) { return load_a(tile + 16 * k_step, C::kStride); };
   };
-  multiply_rows<C>(dots, rows_of(s.q + warp_at), s.k + at * C::kStride);
-  multiply_rows<C>(dp, rows_of(s.dout + warp_at), s.v + at * C::kStride);
+  multiply_rows<C>(dots, rows_of(s.q + warp_rows), s.k + step * C::kStride);
+  multiply_rows<C>(dp, rows_of(s.dout + warp_rows), s.v + step * C::kStride);
+  // Sample and head change from step to step here, so each thread derives what they do to scores.
   const Scoring scoring = scoring_of<T>(in, head);
   const DropoutRows rows = DropoutRows::of(in, head);
+  // A bit for each element: one call of Philox gives four, so they are drawn before the loops.
   uint32_t kept = ~uint32_t{0};
   if (in.dropout.is_active()) kept = kept_by_rows<kTilesN>(in, rows, row, column);
-  const uint32_t seen = seen_columns<2 * kTilesN>(in, scoring.key_mask, end, [&](int i) {
+  const uint32_t visible = visible_bits<2 * kTilesN>(in, scoring.key_mask, end, [&](int i) {
     return column + 8 * (i / 2) + FragmentD::column(i % 2);
   });
   const float factor =
-      score_by_rows<T>(in, scoring, scoring.own_factor, dots, row, column, end, seen);
+      score_by_rows<T>(in, scoring, scoring.own_factor, dots, row, column, end, visible);
+  // dS = P (dP - D), as in the first launch, which left lse and D of every row. A tile may begin
+  // with prefix columns; their sums are wrong without the gate, and are not stored.
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int64_t padded = head_index(in, head) * p.padded_rows + row + tile_row(0, i / 2);
@@ -69,12 +78,14 @@ __device__ __forceinline__ void add_step(const BackwardParams& p, const Head& he
 #pragma unroll
     for (int n = 0; n < kTilesN; ++n) {
       const bool is_kept = (kept >> kept_bit_by_rows(n, i) & 1u) != 0;
+      // Without dropout all bits are set and keep_scale is 1.
       const float dweight = is_kept ? dp[0][n].r[i] * in.dropout.keep_scale : 0.0f;
       sums[n].r[i] += exp2_approx(dots[0][n].r[i] * factor - lse) * (dweight - delta);
     }
   }
 }
 
+// Rounds the sums once, to the gradient's dtype. `first` is the offset of the bias's [S, N].
 template <class C>
 __device__ __forceinline__ void store_sums(const BackwardParams& p, const Sums& sums, int64_t first,
                                            int row, int column) {
@@ -86,14 +97,14 @@ __device__ __forceinline__ void store_sums(const BackwardParams& p, const Sums& 
     for (int n = 0; n < kTilesN; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int own_row = row + tile_row(0, i / 2);
-        const int own = column + step * kStep + 8 * n + FragmentD::column(i) - in.P;
-        if (own_row >= in.S || own < 0 || own >= in.N) continue;
-        const int64_t at = first + static_cast<int64_t>(own_row) * in.N + own;
+        const int query = row + tile_row(0, i / 2);
+        const int key = column + step * kStep + 8 * n + FragmentD::column(i) - in.P;
+        if (query >= in.S || key < 0 || key >= in.N) continue;
+        const int64_t element = first + static_cast<int64_t>(query) * in.N + key;
         if (p.dbias.is_float32) {
-          static_cast<float*>(p.dbias.data)[at] = sums[step][n].r[i];
+          static_cast<float*>(p.dbias.data)[element] = sums[step][n].r[i];
         } else {
-          static_cast<T*>(p.dbias.data)[at] = round_to<T>(sums[step][n].r[i]);
+          static_cast<T*>(p.dbias.data)[element] = round_to<T>(sums[step][n].r[i]);
         }
       }
     }
@@ -110,24 +121,26 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int first_row = block_index_x() % row_tiles * kRows;
   // From a multiple of 4 of the joined axis on, where dropout's words start.
   const int column = in.P / 4 * 4 + block_index_y() * kColumns;
-  const int member = block_index_x() / row_tiles;  // of the biases
+  // Which of the [S, N] matrices of the bias, and the samples and heads that share it.
+  const int member = block_index_x() / row_tiles;
   const int first_b = p.is_dbias_shared_by_batch ? 0 : member / heads;
   const int end_b = p.is_dbias_shared_by_batch ? in.B : first_b + 1;
   const int first_h = p.is_dbias_shared_by_heads ? 0 : member % heads;
   const int end_h = p.is_dbias_shared_by_heads ? in.H : first_h + 1;
-  const int row = first_row + warp_index() * 16;
+  const int row = first_row + warp_index() * 16;  // the warp's first query
   const int last_row = first_row + kRows < in.S ? first_row + kRows - 1 : in.S - 1;
 
-  Sums sums;
+  Sums sums;  // zero at first, and zero at the end where no query sees a column
 #pragma unroll 1
   for (int b = first_b; b < end_b; ++b) {
-    sync_threads();  // the scratch is used again
-    const int end = columns_seen(in, b, s.scratch);
+    sync_threads();  // every thread has read the last sample's ends, and the scratch is used again
+    const int end = seen_end_of(in, b, s.scratch);
+    // No query of the tile sees a column of it: dS is 0, for all heads of the sample.
     if (column >= row_limit(in, last_row, end)) continue;
 #pragma unroll 1
     for (int h = first_h; h < end_h; ++h) {
       const Head head = {b, h, h / (in.H / in.G)};
-      sync_threads();
+      sync_threads();  // every warp is done with the last head's tiles, which are overwritten now
       stage_rows<C, kRows>(s.q, head_rows<T>(in.q, in.q_strides, b, h), in.q_strides.row, first_row,
                            in.S);
       stage_rows<C, kRows>(s.dout,
@@ -135,40 +148,40 @@ __global__ void __launch_bounds__(kThreads, 2)
                            C::kE, first_row, in.S);
       stage_columns<C, kColumns>(s.k, s.v, in, head, column);
       cp_async_commit();
+      // One buffer, so the copies are waited for at once: the kernel runs only for a trained bias,
+      // and the other blocks of the multiprocessor work meanwhile.
       cp_async_wait<0>();
-      sync_threads();
-      if (row >= in.S) continue;
+      sync_threads();             // every thread's copies have landed before any warp reads them
+      if (row >= in.S) continue;  // the warp has no queries, and still meets the barriers above
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         add_step<C>(p, head, s, sums[step], step * kStep, row, column + step * kStep, end);
       }
     }
   }
+  // The block is the only one with this tile, so it writes the whole sum and no kernel follows.
   const int64_t first = static_cast<int64_t>(member) * in.S * in.N;
   store_sums<C>(p, sums, first, row, column);
 }
 
-using Configs = ConfigsOf<Config>;
-
-template <class C>
-void launch_config(const BackwardParams& p, Stream stream) {
-  const Inputs& in = p.in;
-  const int members =
-      (p.is_dbias_shared_by_batch ? 1 : in.B) * (p.is_dbias_shared_by_heads ? 1 : in.H);
-  LaunchShape shape;
-  shape.threads = kThreads;
-  shape.shared_bytes = sizeof(Shared<C>);
-  shape.blocks_x = members * ((in.S + kRows - 1) / kRows);
-  shape.blocks_y = (in.P % 4 + in.N + kColumns - 1) / kColumns;
-  launch<prefix_attention_bwd_bias_sm80<C>>("prefix_attention_bwd_bias_sm80", shape, stream, p);
-}
-
 }  // namespace
 
+size_t prefix_attention_bwd_bias_sm80_bytes(DType dtype, int64_t E) {
+  return shared_bytes_of<Config, Shared>(dtype, E);
+}
+
 void launch_prefix_attention_bwd_bias_sm80(const BackwardParams& p, Stream stream) {
-  if (p.in.N == 0) return;
-  run_fitting<Configs>("prefix_attention_bwd_bias_sm80", p.in,
-                       [&](auto tag) { launch_config<typename decltype(tag)::type>(p, stream); });
+  const Inputs& in = p.in;
+  if (in.N == 0) return;
+  const int members =
+      (p.is_dbias_shared_by_batch ? 1 : in.B) * (p.is_dbias_shared_by_heads ? 1 : in.H);
+  const int row_tiles = (in.S + kRows - 1) / kRows;
+  const int column_tiles = (in.P % 4 + in.N + kColumns - 1) / kColumns;
+  run_fitting<Config>("prefix_attention_bwd_bias_sm80", in, [&](auto tag, const char* name) {
+    using C = typename decltype(tag)::type;
+    const LaunchShape shape = shape_with<Shared<C>>(kThreads, members * row_tiles, column_tiles);
+    launch<prefix_attention_bwd_bias_sm80<C>>(name, shape, stream, p);
+  });
 }
 
 }  // namespace pelt::prefix_attention

@@ -1,35 +1,37 @@
 // prefix_attention, backward, second launch: dk and dv, of own columns and of prefixes.
 //   dV = (dropout g P)^T dout,  dK = scale g dS^T Q      with P, D and dS as in the first launch
 //
-// A block takes a tile of columns and walks the queries that see them. It computes scores with
-// columns as rows, S^T = K Q^T, because the accumulators of that product are, as they lie in
-// registers, the left operand of dK += dS^T Q and dV += P^T dout: nothing of size [S, P + N] goes
-// through shared memory, and dk and dv stay in registers until the end.
+// A block takes a tile of columns and walks the queries that see them (walk.cuh). It computes
+// scores with columns as rows, S^T = K Q^T, because the accumulators of that product are, as they
+// lie in registers, the left operand of dK += dS^T Q and dV += P^T dout: nothing of size [S, P + N]
+// goes through shared memory, and dk and dv stay in registers until the end.
 //
 //        K, V [columns, E]      | Q, dout 64 rows | Q, dout 64 rows | ...
 //        |########| x 2    x    |  heads of a group, and for prefixes samples, one after another
 //
 // Own columns: 4 warps with 16 columns each; one sample, all heads that share these keys. Prefix
 // columns: a tile of 16 for the whole block, whose warps take 16 of each 64 queries, because a
-// prefix is short and its sum long: over all queries of one part of the batch (of a table: of those
-// samples that use this member). Warps are added up in their order, parts of the batch by the last
-// launch, so nothing depends on timing.
+// prefix is short and its sum long: over all queries of one chunk of the batch (of a table: of
+// those samples that use this member). The warps' sums are added in their order, those of chunks by
+// the last launch, so nothing depends on timing.
 //
-// Tiles start at a multiple of 4 of the joined axis, where dropout's words do; columns that belong
-// to somebody else are zeros, and their results are not stored.
+// Tiles start at a multiple of 4 of the joined axis, where dropout's words do; columns of a tile
+// that are not the block's are zeros, and their results are not stored.
 //
 // Shared memory per block, E = 32, 64, 96, 128: 21, 38, 54, 105 KB.
 #include "ops/prefix_attention/configs.h"
 #include "ops/prefix_attention/products.cuh"
 #include "ops/prefix_attention/scores.cuh"
+#include "ops/prefix_attention/walk.cuh"
 
 namespace pelt::prefix_attention {
 namespace {
 
-constexpr int kTilesM = 1;
+constexpr int kTilesM = 1;  // a warp's columns are one tile of 16 rows of S^T
 constexpr int kWarpColumns = 16 * kTilesM;
-constexpr int kStep = 16;  // queries that a warp works on at a time
-constexpr int kTilesN = kStep / 8;
+constexpr int kStep = 16;           // queries that a warp works on at a time
+constexpr int kTilesN = kStep / 8;  // fragments of 8 queries
+// The walk and the plan of the workspace are written for these sizes.
 static_assert(kRowTile == kWarps * kStep, "one step for each warp where warps share columns");
 static_assert(kOwnTile == kWarps * kWarpColumns && kPrefixTile == kWarpColumns,
               "the plan counts these tiles");
@@ -40,92 +42,52 @@ struct Config {
   static constexpr int kE = kHeadSize;
   static constexpr int kStride = kE + kTilePad;
   static constexpr int kVectors = kE / 8;
-  // K and V stay in registers where there is room, and their place goes to the second buffer.
-  static constexpr bool kKeeps = kE <= 96;
+  // K and V stay in registers where there is room; they arrive in the second buffer, which is free
+  // until the second tile of queries comes.
+  static constexpr bool kKeepsKeys = kE <= 96;
+  // As many blocks as registers allow: while one waits for its copies, another one multiplies.
   static constexpr int kMinBlocks = kE <= 32 ? 4 : (kE <= 64 ? 3 : 2);
-};
-
-// The columns of a block: [begin, end) of the joined axis, in a tile that starts at `first`.
-struct Columns {
-  int first;
-  int begin;
-  int end;
-  int seen_end;  // behind the last column that is seen
-  int prefix;    // which one, or -1 for own columns
-  int member;
-  int chunk;
-  int g;  // the key-value head
-};
-
-// Which queries a block walks: tiles of rows, of heads [g H / G, (g + 1) H / G), of samples.
-struct Walk {
-  int b;
-  int h;
-  int tile;
-};
-
-struct Range {
-  int b_end;
-  int h_begin;
-  int h_end;
-  int tile_begin;
-  int tile_end;
 };
 
 template <class C>
 struct Shared {
-  alignas(16) typename C::T q[2][kRowTile * C::kStride];  // [kRowTile, E]; at the end dk
+  // Two buffers of [kRowTile, E]; at the end the first one of q holds dk, of dout dv.
+  alignas(16) typename C::T q[2][kRowTile * C::kStride];
   alignas(16) typename C::T dout[2][kRowTile * C::kStride];
-  alignas(16) typename C::T kept[C::kKeeps ? 1 : 2 * kOwnTile * C::kStride];  // [2, kOwnTile, E]
-  alignas(16) float lse[2][kRowTile];
+  // [2, kOwnTile, E]: K and V, where they do not stay in registers.
+  alignas(16) typename C::T keys[C::kKeepsKeys ? 1 : 2 * kOwnTile * C::kStride];
+  alignas(16) float lse[2][kRowTile];  // in units of log 2, from the first launch
   alignas(16) float delta[2][kRowTile];
-  Columns columns;  // here and not in registers, which are all taken by sums and operands
+  // The same for all threads, and here instead of in registers, which sums and operands fill.
+  Columns columns;
   Range range;
-  Walk walk[2];  // where the block is, for each buffer
+  Walk walk[2];  // which queries each buffer holds
   int scratch[kWarps];
 };
 
-// Where K and V of the block lie; if they stay in registers, only until the second tile of queries
-// needs the place.
+// Where K and V of the block lie in shared memory; with kKeepsKeys only until the second tile of
+// queries is staged there.
 template <class C>
 __device__ __forceinline__ typename C::T* keys_of(Shared<C>& s) {
-  return C::kKeeps ? s.q[1] : s.kept;
+  return C::kKeepsKeys ? s.q[1] : s.keys;
 }
 
 template <class C>
 __device__ __forceinline__ typename C::T* values_of(Shared<C>& s) {
-  return C::kKeeps ? s.dout[1] : s.kept + kOwnTile * C::kStride;
+  return C::kKeepsKeys ? s.dout[1] : s.keys + kOwnTile * C::kStride;
 }
 
-// The next sample from b on that uses the member.
-__device__ __forceinline__ int next_sample(const Inputs& in, const Columns& columns, int b,
-                                           int end) {
-  if (columns.prefix < 0) return b;
-  const int64_t* index = in.prefix[columns.prefix].prefix_index;
-  if (index == nullptr) return b;
-  while (b < end && index[b] != columns.member) ++b;
-  return b;
-}
-
-__device__ __forceinline__ Walk advanced(const Inputs& in, const Columns& columns,
-                                         const Range& range, Walk walk) {
-  if (++walk.tile < range.tile_end) return walk;
-  walk.tile = range.tile_begin;
-  if (++walk.h < range.h_end) return walk;
-  walk.h = range.h_begin;
-  walk.b = next_sample(in, columns, walk.b + 1, range.b_end);
-  return walk;
-}
-
-// What a warp carries along the queries.
+// What a warp carries along the queries: sums for its 16 columns, and its operands with kKeepsKeys.
 template <class C>
 struct State {
   FragmentD dk[kTilesM][C::kE / 8];
   FragmentD dv[kTilesM][C::kE / 8];
-  FragmentA k[kTilesM][C::kKeeps ? C::kE / 16 : 1];
-  FragmentA v[kTilesM][C::kKeeps ? C::kE / 16 : 1];
+  FragmentA k[kTilesM][C::kKeepsKeys ? C::kE / 16 : 1];
+  FragmentA v[kTilesM][C::kKeepsKeys ? C::kE / 16 : 1];
 };
 
+// Starts copies of the block's keys and values. Columns of the tile that are not the block's, and
+// own columns that no query sees, become zeros.
 template <class C>
 __device__ __forceinline__ void stage_keys(Shared<C>& s, const Inputs& in, int b) {
   using T = typename C::T;
@@ -133,6 +95,7 @@ __device__ __forceinline__ void stage_keys(Shared<C>& s, const Inputs& in, int b
   const int g = columns.g;
   T* s_k = keys_of<C>(s);
   T* s_v = values_of<C>(s);
+  // A tile of own columns has 64 rows, one of a prefix 16.
   const int count = columns.prefix < 0 ? kOwnTile : kWarpColumns;
   const T* g_k = head_rows<T>(in.k, in.k_strides, b, g);  // [N, E]
   const T* g_v = head_rows<T>(in.v, in.v_strides, b, g);  // [N, E]
@@ -144,7 +107,7 @@ __device__ __forceinline__ void stage_keys(Shared<C>& s, const Inputs& in, int b
     const bool is_there = column >= columns.begin && column < columns.end;
     if (columns.prefix < 0 || !is_there) {
       const bool is_read = is_there && read.has(column - in.P);
-      const int n = is_read ? column - in.P : 0;
+      const int n = is_read ? column - in.P : 0;  // an address that exists, though it is not read
       cp_async_16(s_k + to, g_k + n * in.k_strides.row + e, is_read);
       cp_async_16(s_v + to, g_v + n * in.v_strides.row + e, is_read);
     } else {
@@ -157,6 +120,8 @@ __device__ __forceinline__ void stage_keys(Shared<C>& s, const Inputs& in, int b
   }
 }
 
+// Starts copies of a tile of 64 queries: Q, dout, and the lse and D that the first launch wrote, in
+// rows padded to whole tiles, so that 16 threads for each of the two bring them whole.
 template <class C>
 __device__ __forceinline__ void stage_queries(Shared<C>& s, const BackwardParams& p,
                                               const Walk& walk, int buffer) {
@@ -168,25 +133,27 @@ __device__ __forceinline__ void stage_queries(Shared<C>& s, const BackwardParams
                           in.q_strides.row, first_row, in.S);
   stage_rows<C, kRowTile>(s.dout[buffer], static_cast<const T*>(p.dout) + head * in.S * C::kE,
                           C::kE, first_row, in.S);
-  const int64_t at = head * p.padded_rows + first_row;
+  const int64_t padded = head * p.padded_rows + first_row;
   if (i < kRowTile / 4) {
-    cp_async_16(&s.lse[buffer][4 * i], p.row_lse + at + 4 * i, true);
+    cp_async_16(&s.lse[buffer][4 * i], p.row_lse + padded + 4 * i, true);
   } else if (i < kRowTile / 2) {
-    cp_async_16(&s.delta[buffer][4 * i - kRowTile], p.row_delta + at + 4 * i - kRowTile, true);
+    cp_async_16(&s.delta[buffer][4 * i - kRowTile], p.row_delta + padded + 4 * i - kRowTile, true);
   }
 }
 
-// What a lane knows of its columns, in one register.
-struct SeenColumns {
+// Which of a warp's columns the sample sees, in one register of each lane. It is read once: own
+// columns have one sample, and prefix columns are always seen.
+struct VisibleColumns {
   static constexpr uint32_t kAll = 1u << 31;
 
-  uint32_t bits;  // bit 2 m + half: the sample sees it; kAll: it sees all columns of the warp
+  uint32_t
+      bits;  // bit 2 m + half: the lane's column tile_row(m, half); kAll: every one of the warp
 
   __device__ __forceinline__ bool has_hidden() const { return (bits & kAll) == 0; }
 };
 
-__device__ __forceinline__ SeenColumns see_columns(const Inputs& in, const Columns& columns, int b,
-                                                   int column) {
+__device__ __forceinline__ VisibleColumns visible_columns(const Inputs& in, const Columns& columns,
+                                                          int b, int column) {
   if (columns.prefix >= 0) return {~uint32_t{0}};
   const bool* mask =
       in.key_mask == nullptr ? nullptr : in.key_mask + static_cast<int64_t>(b) * in.N;
@@ -198,39 +165,43 @@ __device__ __forceinline__ SeenColumns see_columns(const Inputs& in, const Colum
         own >= in.P && own < columns.seen_end && (mask == nullptr || mask[own - in.P]);
     hidden |= static_cast<uint32_t>(!is_seen) << i;
   }
-  return {~(hidden | (vote_any(hidden != 0) ? SeenColumns::kAll : 0u))};
+  return {~(hidden | (vote_any(hidden != 0) ? VisibleColumns::kAll : 0u))};
 }
 
-// The bias of a head begins at element `bias_at`.
+// Adds the bias, as add_bias_by_rows does; the bias of the head begins at element `bias_offset`.
+// Rows and columns beyond the last one read the last one: their p is 0, by lse or by the mask.
 template <class Element>
-__device__ __forceinline__ void add_bias_by_columns(const Inputs& in, int64_t bias_at,
+__device__ __forceinline__ void add_bias_by_columns(const Inputs& in, int64_t bias_offset,
                                                     FragmentD (&scores)[kTilesM][kTilesN],
                                                     int column, int row) {
-  const Element* bias = static_cast<const Element*>(in.bias.data) + bias_at;
+  const Element* bias = static_cast<const Element*>(in.bias.data) + bias_offset;
 #pragma unroll
   for (int n = 0; n < kTilesN; ++n) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int own_row = row + 8 * n + FragmentD::column(e);
+      const int query = row + 8 * n + FragmentD::column(e);
       const Element* from =
-          bias + static_cast<int64_t>(own_row < in.S ? own_row : in.S - 1) * in.N;  // [N]
+          bias + static_cast<int64_t>(query < in.S ? query : in.S - 1) * in.N;  // [N]
 #pragma unroll
-      for (int i = 0; i < 2 * kTilesM; ++i) {
-        const int own = column + tile_row(i / 2, i % 2) - in.P;
-        const int inside = own < 0 ? 0 : (own < in.N ? own : in.N - 1);
+      for (int i = 0; i < 2 * kTilesM; ++i) {  // the lane's columns: tile m = i / 2, half i % 2
+        const int key = column + tile_row(i / 2, i % 2) - in.P;
+        const int inside = key < 0 ? 0 : (key < in.N ? key : in.N - 1);
         scores[i / 2][n].r[i % 2 * 2 + e] += to_float(from[inside]) * kLog2e;
       }
     }
   }
 }
 
-// Products become scores, with columns as rows: score_by_rows for the columns of one warp, which
-// all take the same factor. Other people's columns get numbers that nobody looks at.
+// Turns products into scores, with columns as rows: what score_by_rows does, for the columns of one
+// warp, which all take the same factor. Columns that are not the block's get numbers, too; nothing
+// that is stored depends on them.
 template <class T>
 __device__ __forceinline__ void score_by_columns(const Inputs& in, const Head& head, bool is_prefix,
                                                  float gate, FragmentD (&scores)[kTilesM][kTilesN],
-                                                 int column, int row, const SeenColumns& seen) {
-  const float factor = in.scale * kLog2e * gate;
+                                                 int column, int row,
+                                                 const VisibleColumns& visible) {
+  const float factor =
+      in.scale * kLog2e * gate;  // to units of log 2; the gate is 1 for own columns
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
@@ -239,22 +210,23 @@ __device__ __forceinline__ void score_by_columns(const Inputs& in, const Head& h
       for (int i = 0; i < 4; ++i) scores[m][n].r[i] *= factor;
     }
   }
-  if (is_prefix) return;
+  if (is_prefix) return;  // no bias, no mask, and not under the causal diagonal
   if (in.bias.data != nullptr) {
-    const int64_t bias_at = head.b * in.bias_batch_stride + head.h * in.bias_head_stride;
+    const int64_t bias_offset = head.b * in.bias_batch_stride + head.h * in.bias_head_stride;
     if (in.bias.is_float32) {
-      add_bias_by_columns<float>(in, bias_at, scores, column, row);
+      add_bias_by_columns<float>(in, bias_offset, scores, column, row);
     } else {
-      add_bias_by_columns<T>(in, bias_at, scores, column, row);
+      add_bias_by_columns<T>(in, bias_offset, scores, column, row);
     }
   }
+  // Whether the causal diagonal crosses this tile; if not, and no column is hidden, all is seen.
   const bool crosses = in.is_causal && column + kWarpColumns > row_limit(in, row, in.P + in.N);
-  if (!seen.has_hidden() && !crosses) return;
+  if (!visible.has_hidden() && !crosses) return;
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const bool is_seen = (seen.bits >> (2 * m + half) & 1u) != 0;
+      const bool is_seen = (visible.bits >> (2 * m + half) & 1u) != 0;
       // The first query that sees the column, from the lane's first one on.
       const int first = in.is_causal ? column + tile_row(m, half) - in.P + in.S - in.N - row -
                                            FragmentD::column(0)
@@ -263,6 +235,7 @@ __device__ __forceinline__ void score_by_columns(const Inputs& in, const Head& h
       for (int n = 0; n < kTilesN; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
+          // The lane's queries are 8 n + e behind its first one.
           float& value = scores[m][n].r[2 * half + e];
           value = is_seen && 8 * n + e >= first ? value : kMinusInfinity;
         }
@@ -271,12 +244,14 @@ __device__ __forceinline__ void score_by_columns(const Inputs& in, const Head& h
   }
 }
 
-// From scores and dP^T to dropout g P^T and g dS^T, in their places.
+// Turns scores and dP^T into dropout g P^T and g dS^T, in their places: the left operands of dV and
+// dK. Where p has to be 0 lse is +inf or the score -inf, so 2^(score - lse) is 0.
 template <class C>
 __device__ __forceinline__ void differentiate(const Inputs& in, const Head& head, float gate,
                                               FragmentD (&scores)[kTilesM][kTilesN],
                                               FragmentD (&dp)[kTilesM][kTilesN], const float* s_lse,
                                               const float* s_delta, int column, int row) {
+  // A bit for each element: one call of Philox gives four, so they are drawn before the loops.
   uint32_t kept[kTilesM] = {};
   if (in.dropout.is_active()) {
     const DropoutRows rows = DropoutRows::of(in, head);
@@ -289,51 +264,57 @@ __device__ __forceinline__ void differentiate(const Inputs& in, const Head& head
   for (int n = 0; n < kTilesN; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int at = 8 * n + FragmentD::column(i);
-      const float lse = s_lse[at], delta = s_delta[at];
+      const int query = 8 * n + FragmentD::column(i);  // columns of these fragments are queries
+      const float lse = s_lse[query], delta = s_delta[query];
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) {
         const float probability = exp2_approx(scores[m][n].r[i] - lse);
+        // What multiplies the probability before the value: the gate, and dropout's factor or 0.
         float factor = gate;
         if (in.dropout.is_active()) {
           const bool is_kept = (kept[m] >> kept_bit_by_columns(n, i) & 1u) != 0;
           factor = is_kept ? in.dropout.keep_scale * gate : 0.0f;
         }
         scores[m][n].r[i] = probability * factor;
+        // The last gate is the key's: dk is the gradient of the key before it is gated.
         dp[m][n].r[i] = probability * (dp[m][n].r[i] * factor - delta) * gate;
       }
     }
   }
 }
 
-// One step of a warp: its columns, from `column` on, and kStep queries from `row` on.
+// One step of a warp: its columns, from `column` on, and kStep queries from `row` on, which begin
+// at row `step` of the buffer. Four products: S^T and dP^T, then dV and dK.
 template <class C>
 __device__ __forceinline__ void attend(const Inputs& in, bool is_prefix, State<C>& state,
-                                       Shared<C>& s, int buffer, int at, int column, int row,
-                                       const SeenColumns& seen) {
-  column = opaque(column);
+                                       Shared<C>& s, int buffer, int step, int column, int row,
+                                       const VisibleColumns& visible) {
+  column = opaque(column);  // else what follows from it would be kept in registers along the walk
+  // For dropout's rows and the gate, which change with the walk.
   const Head head = {s.walk[buffer].b, s.walk[buffer].h, s.columns.g};
-  [[maybe_unused]] const int warp_at = (is_prefix ? 0 : warp_index() * kWarpColumns) * C::kStride;
-  const typename C::T* s_q = s.q[buffer] + at * C::kStride;
-  const typename C::T* s_dout = s.dout[buffer] + at * C::kStride;
-  FragmentD dots[kTilesM][kTilesN], dp[kTilesM][kTilesN];
-  auto k_of = [&](int m, int step) {
-    if constexpr (C::kKeeps) return state.k[m][step];
-    return load_a(keys_of<C>(s) + warp_at + 16 * m * C::kStride + 16 * step, C::kStride);
+  [[maybe_unused]] const int warp_keys = (is_prefix ? 0 : warp_index() * kWarpColumns) * C::kStride;
+  const typename C::T* s_q = s.q[buffer] + step * C::kStride;
+  const typename C::T* s_dout = s.dout[buffer] + step * C::kStride;
+  FragmentD dots[kTilesM][kTilesN], dp[kTilesM][kTilesN];  // S^T, then P^T; dP^T, then dS^T
+  auto k_of = [&](int m, int k_step) {
+    if constexpr (C::kKeepsKeys) return state.k[m][k_step];
+    return load_a(keys_of<C>(s) + warp_keys + 16 * m * C::kStride + 16 * k_step, C::kStride);
   };
-  auto v_of = [&](int m, int step) {
-    if constexpr (C::kKeeps) return state.v[m][step];
-    return load_a(values_of<C>(s) + warp_at + 16 * m * C::kStride + 16 * step, C::kStride);
+  auto v_of = [&](int m, int k_step) {
+    if constexpr (C::kKeepsKeys) return state.v[m][k_step];
+    return load_a(values_of<C>(s) + warp_keys + 16 * m * C::kStride + 16 * k_step, C::kStride);
   };
   multiply_rows<C>(dots, k_of, s_q);
   multiply_rows<C>(dp, v_of, s_dout);
   const float gate = is_prefix ? gate_of<typename C::T>(in, head) : 1.0f;
-  score_by_columns<typename C::T>(in, head, is_prefix, gate, dots, column, row, seen);
-  differentiate<C>(in, head, gate, dots, dp, s.lse[buffer] + at, s.delta[buffer] + at, column, row);
+  score_by_columns<typename C::T>(in, head, is_prefix, gate, dots, column, row, visible);
+  differentiate<C>(in, head, gate, dots, dp, s.lse[buffer] + step, s.delta[buffer] + step, column,
+                   row);
   accumulate_rows<C>(state.dv, dots, s_dout);
   accumulate_rows<C>(state.dk, dp, s_q);
 }
 
+// Brings the warp's keys and values into registers, for the whole walk along the queries.
 template <class C>
 __device__ __forceinline__ void load_operands(State<C>& state, const typename C::T* s_k,
                                               const typename C::T* s_v) {
@@ -341,14 +322,15 @@ __device__ __forceinline__ void load_operands(State<C>& state, const typename C:
   for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
     for (int step = 0; step < C::kE / 16; ++step) {
-      const int at = 16 * m * C::kStride + 16 * step;
-      state.k[m][step] = load_a(s_k + at, C::kStride);
-      state.v[m][step] = load_a(s_v + at, C::kStride);
+      const int element = 16 * m * C::kStride + 16 * step;
+      state.k[m][step] = load_a(s_k + element, C::kStride);
+      state.v[m][step] = load_a(s_v + element, C::kStride);
     }
   }
 }
 
-// The warps' sums of a prefix tile, added in their order, to one part's [A_i, P_i, G, E].
+// Adds the four warps' sums of a prefix tile in their order, and writes them to the workspace, to
+// the [A_i, P_i, G, E] of the block's chunk. The whole block takes part.
 template <class C>
 __device__ __forceinline__ void store_partial(Shared<C>& s, const Inputs& in, float* partial,
                                               float factor,
@@ -357,6 +339,7 @@ __device__ __forceinline__ void store_partial(Shared<C>& s, const Inputs& in, fl
   static_assert(sizeof(float) * kWarps * kSize <= sizeof(s.q) + sizeof(s.dout),
                 "the sums of the warps fit where queries were");
   float* s_sums = reinterpret_cast<float*>(s.q[0]);  // [kWarps, kWarpColumns, E]
+  // Every warp has read the queries, or of the call before the sums, that lie where sums go now.
   sync_threads();
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) {
@@ -369,101 +352,44 @@ __device__ __forceinline__ void store_partial(Shared<C>& s, const Inputs& in, fl
       }
     }
   }
-  sync_threads();
+  sync_threads();  // all four warps' sums are written before any thread adds them
   if (partial == nullptr) return;
   const Columns& columns = s.columns;
   const Prefix& prefix = in.prefix[columns.prefix];
+  // The first row of the chunk's and member's [P_i, G, E].
   const int64_t row =
       (static_cast<int64_t>(columns.chunk) * prefix.members + columns.member) * prefix.length;
   for (int i = thread_index(); i < kSize; i += kThreads) {
     const int column = columns.first + i / C::kE;
-    if (column < columns.begin || column >= columns.end) continue;
-    float sum = 0.0f;
+    if (column < columns.begin || column >= columns.end) continue;  // another prefix's column
+    float sum = 0.0f;                                               // in the order of the warps
     for (int w = 0; w < kWarps; ++w) sum += s_sums[w * kSize + i];
     partial[((row + column - prefix.first) * in.G + columns.g) * C::kE + i % C::kE] = sum * factor;
   }
 }
 
+// Rounds a warp's dk and dv of own columns and writes them. No other block adds to them.
 template <class C>
 __device__ __forceinline__ void store_own(const BackwardParams& p, Shared<C>& s, int b,
                                           const State<C>& state) {
   using T = typename C::T;
   const Columns& columns = s.columns;
   sync_threads();  // the other warps have read the queries that lie where dk and dv go
-  const int warp_at = warp_index() * kWarpColumns, column = columns.first + warp_at;
-  // A tile's first columns may belong to the prefix, its last ones to nobody.
+  const int warp_column = warp_index() * kWarpColumns, column = columns.first + warp_column;
+  // A tile's first columns may be the prefix's, and its last ones may lie behind the last key.
   const int begin = columns.begin > column ? columns.begin - column : 0;
   const int end = columns.end - column < kWarpColumns ? columns.end - column : kWarpColumns;
   const int64_t first = (static_cast<int64_t>(b) * p.in.G + columns.g) * p.in.N + column - p.in.P;
   if (p.dk != nullptr) {
-    T* s_dk = s.q[0] + warp_at * C::kStride;
-    put_rows<C>(s_dk, state.dk, p.in.scale);
+    T* s_dk = s.q[0] + warp_column * C::kStride;
+    put_rows<C>(s_dk, state.dk, p.in.scale);  // S = scale Q K^T, so dK has the scale once more
     store_rows<C>(static_cast<T*>(p.dk) + first * C::kE, s_dk, begin, end);
   }
   if (p.dv != nullptr) {
-    T* s_dv = s.dout[0] + warp_at * C::kStride;
+    T* s_dv = s.dout[0] + warp_column * C::kStride;
     put_rows<C>(s_dv, state.dv, 1.0f);
     store_rows<C>(static_cast<T*>(p.dv) + first * C::kE, s_dv, begin, end);
   }
-}
-
-// Which columns and queries a block has, and where it starts. The whole block takes part.
-template <class C>
-__device__ __forceinline__ void place_block(const BackwardParams& p, Shared<C>& s) {
-  const Inputs& in = p.in;
-  Columns columns;
-  Range range;
-  Walk walk;
-  int block = block_index_x(), g;
-  range.tile_begin = 0;
-  range.tile_end = (in.S + kRowTile - 1) / kRowTile;
-  if (block >= p.prefix_blocks) {
-    block -= p.prefix_blocks;
-    const int tile = block % p.own_tiles, head = block / p.own_tiles;
-    g = head % in.G, walk.b = head / in.G;
-    columns = {in.P / 4 * 4 + tile * kOwnTile, in.P, in.P + in.N, 0, -1, 0, 0, 0};
-    columns.seen_end = columns_seen(in, walk.b, s.scratch);
-    range.b_end = walk.b + 1;
-    if (columns.first >= columns.seen_end) range.tile_end = 0;
-    if (in.is_causal) {  // row i sees own column n from i = n + S - N on
-      const int n = columns.first > in.P ? columns.first - in.P : 0;
-      const int row = n + in.S - in.N;
-      range.tile_begin = row > 0 ? row / kRowTile : 0;
-    }
-  } else {
-    int i = 0;
-    while (i + 1 < in.prefixes && block >= p.prefix[i + 1].first_block) ++i;
-    const Prefix& prefix = in.prefix[i];
-    const PrefixGrad& grad = p.prefix[i];
-    block -= grad.first_block;
-    const int tile = block % grad.tiles;
-    block /= grad.tiles;
-    g = block % in.G;
-    block /= in.G;
-    columns = {prefix.first / 4 * 4 + tile * kWarpColumns,
-               prefix.first,
-               prefix.first + prefix.length,
-               in.P,
-               i,
-               block % prefix.members,
-               block / prefix.members,
-               0};
-    const int b_end = (columns.chunk + 1) * grad.chunk_samples;
-    range.b_end = b_end < in.B ? b_end : in.B;
-    walk.b = next_sample(in, columns, columns.chunk * grad.chunk_samples, range.b_end);
-  }
-  range.h_begin = g * (in.H / in.G);
-  range.h_end = range.h_begin + in.H / in.G;
-  if (range.tile_begin >= range.tile_end) walk.b = range.b_end;
-  walk.h = range.h_begin;
-  walk.tile = range.tile_begin;
-  columns.g = g;
-  if (thread_index() == 0) {
-    s.columns = columns;
-    s.range = range;
-    s.walk[0] = walk;
-  }
-  sync_threads();
 }
 
 template <class C>
@@ -471,51 +397,60 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
     prefix_attention_bwd_keys_sm80(const __grid_constant__ BackwardParams p) {
   auto& s = shared_memory_as<Shared<C>>();
   const Inputs& in = p.in;
-  place_block<C>(p, s);
+  place_block(p, s.columns, s.range, s.walk[0], s.scratch);
   const bool is_prefix = s.columns.prefix >= 0;
-  const int warp_at = is_prefix ? 0 : warp_index() * kWarpColumns;
-  const int column = s.columns.first + warp_at;
+  // Of own columns each warp has 16, of a prefix tile all warps have the same 16.
+  const int warp_column = is_prefix ? 0 : warp_index() * kWarpColumns;
+  const int column = s.columns.first + warp_column;
 
   State<C> state;
-  if (s.walk[0].b < s.range.b_end) {
+  if (s.walk[0].b < s.range.b_end) {  // else no query sees the tile, and its gradients are zeros
+    // Keys and the first tile of queries are one group of copies; every later tile is one.
     stage_keys<C>(s, in, s.walk[0].b);
     stage_queries<C>(s, p, s.walk[0], 0);
     cp_async_commit();
-    const SeenColumns seen = see_columns(in, s.columns, s.walk[0].b, column);
+    const VisibleColumns visible = visible_columns(in, s.columns, s.walk[0].b, column);
     int buffer = 0;
     bool is_last = false;
     [[maybe_unused]] bool is_first = true;
 #pragma unroll 1
     while (!is_last) {
       cp_async_wait<0>();
+      // The tile and its walk are there, every thread's copies included, and every warp is done
+      // with the last tile, whose buffer is filled next.
       sync_threads();
-      if constexpr (C::kKeeps) {
+      if constexpr (C::kKeepsKeys) {
         if (is_first) {
-          load_operands<C>(state, keys_of<C>(s) + warp_at * C::kStride,
-                           values_of<C>(s) + warp_at * C::kStride);
-          sync_threads();
+          load_operands<C>(state, keys_of<C>(s) + warp_column * C::kStride,
+                           values_of<C>(s) + warp_column * C::kStride);
+          sync_threads();  // every warp has its keys before the second tile is staged over them
         }
         is_first = false;
       }
+      // The next tile comes while this one is worked on.
       const Walk next = advanced(in, s.columns, s.range, s.walk[buffer]);
       is_last = next.b >= s.range.b_end;
       if (!is_last) {
         stage_queries<C>(s, p, next, 1 - buffer);
         cp_async_commit();
       }
+      // Nobody reads this entry before the next barrier.
       if (thread_index() == 0) s.walk[1 - buffer] = next;
       const int first_row = s.walk[buffer].tile * kRowTile;
+      // Of own columns each warp takes all 64 queries in four steps, of a prefix its 16 in one.
 #pragma unroll 1
-      for (int at = is_prefix ? warp_index() * kStep : 0; at < kRowTile;
-           at += is_prefix ? kRowTile : kStep) {
-        const int row = first_row + at;
+      for (int step = is_prefix ? warp_index() * kStep : 0; step < kRowTile;
+           step += is_prefix ? kRowTile : kStep) {
+        const int row = first_row + step;
+        // Behind the last query, or the last of these queries sees none of the warp's columns.
         if (row >= in.S || column >= row_limit(in, row + kStep - 1, in.P + in.N)) continue;
-        attend<C>(in, is_prefix, state, s, buffer, at, column, row, seen);
+        attend<C>(in, is_prefix, state, s, buffer, step, column, row, visible);
       }
       buffer = 1 - buffer;
     }
     cp_async_wait<0>();
   }
+  // dv is complete, and dk still lacks the scale.
   if (is_prefix) {
     store_partial<C>(s, in, p.prefix[s.columns.prefix].partial_k, in.scale, state.dk);
     store_partial<C>(s, in, p.prefix[s.columns.prefix].partial_v, 1.0f, state.dv);
@@ -524,22 +459,19 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
   }
 }
 
-using Configs = ConfigsOf<Config>;
-
-template <class C>
-void launch_config(const BackwardParams& p, Stream stream) {
-  LaunchShape shape;
-  shape.threads = kThreads;
-  shape.shared_bytes = sizeof(Shared<C>);
-  shape.blocks_x = p.prefix_blocks + p.in.B * p.in.G * p.own_tiles;
-  launch<prefix_attention_bwd_keys_sm80<C>>("prefix_attention_bwd_keys_sm80", shape, stream, p);
-}
-
 }  // namespace
 
+size_t prefix_attention_bwd_keys_sm80_bytes(DType dtype, int64_t E) {
+  return shared_bytes_of<Config, Shared>(dtype, E);
+}
+
 void launch_prefix_attention_bwd_keys_sm80(const BackwardParams& p, Stream stream) {
-  run_fitting<Configs>("prefix_attention_bwd_keys_sm80", p.in,
-                       [&](auto tag) { launch_config<typename decltype(tag)::type>(p, stream); });
+  const int blocks = p.prefix_blocks + p.in.B * p.in.G * p.own_tiles;
+  run_fitting<Config>("prefix_attention_bwd_keys_sm80", p.in, [&](auto tag, const char* name) {
+    using C = typename decltype(tag)::type;
+    launch<prefix_attention_bwd_keys_sm80<C>>(name, shape_with<Shared<C>>(kThreads, blocks), stream,
+                                              p);
+  });
 }
 
 }  // namespace pelt::prefix_attention

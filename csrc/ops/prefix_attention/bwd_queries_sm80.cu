@@ -10,11 +10,11 @@
 //
 // Before that it writes lse, in units of log 2, and D to the workspace. Where p has to be 0 (a row
 // that sees nothing, a row beyond S) lse becomes +inf: then 2^(score - lse) is 0, and never
-// -inf - (-inf). The gate's gradient is summed over the block here, because here a block meets
-// every prefix column of its rows; the last launch adds the blocks' sums in their order.
+// -inf - (-inf). The gate's gradient is summed over the block in this launch, because here a block
+// meets every prefix column of its rows; the last launch adds the blocks' sums in their order.
 //
-// In the composed form out and lse are the merged ones, the only columns are those of prefixes, and
-// what flash attention's backward has found for own columns is added to dq on its way out.
+// In the composed form out and lse are those of the whole row, the only columns are those of
+// prefixes, and flash attention's dq of the own columns is added to dq before it is stored.
 //
 // Products in bf16 or f16 with float32 sums; P, D and dS in float32 until dS enters its product.
 // Shared memory per block, E = 32, 64, 96, 128: 41, 74, 81, 105 KB.
@@ -25,7 +25,7 @@
 namespace pelt::prefix_attention {
 namespace {
 
-constexpr int kTilesM = 2;
+constexpr int kTilesM = 2;  // [16, 16] tiles of queries that a warp holds
 constexpr int kWarpRows = 16 * kTilesM;
 constexpr int kRows = kWarps * kWarpRows;
 static_assert(kRows == kQueryTile, "the plan counts these tiles");
@@ -36,6 +36,7 @@ struct Config {
   static constexpr int kE = kHeadSize;
   static constexpr int kStride = kE + kTilePad;
   static constexpr int kVectors = kE / 8;
+  // Smaller steps for wide heads: two score tiles and dq [32, E] are accumulators at once.
   static constexpr int kColumns = kE <= 64 ? 64 : 32;
   static constexpr int kStep = kE <= 64 ? 32 : 16;  // columns that a warp works on at a time
   static constexpr int kTilesN = kStep / 8;
@@ -46,14 +47,16 @@ template <class C>
 struct Shared {
   alignas(16) typename C::T q[kRows * C::kStride];  // [kRows, E]; at the end dq
   alignas(16) typename C::T dout[kRows * C::kStride];
+  // Two buffers of [kColumns, E].
   alignas(16) typename C::T k[2][C::kColumns * C::kStride];
   alignas(16) typename C::T v[2][C::kColumns * C::kStride];
-  float lse[kRows];
-  float delta[kRows];
-  // Here and not in registers, of which the accumulators leave few.
+  float lse[kRows];    // in units of log 2; +inf where p is 0
+  float delta[kRows];  // D
+  // The same for all threads, and here instead of in registers, of which the accumulators leave
+  // few.
   Scoring scoring;
   DropoutRows dropout_rows;
-  float gate[kWarps];
+  float dgate[kWarps];
   int scratch[kWarps];
 };
 
@@ -61,10 +64,11 @@ struct Shared {
 template <class C>
 struct State {
   FragmentD dq[kTilesM][C::kE / 8];
-  float dgate = 0.0f;
+  float dgate = 0.0f;  // over this lane's rows and columns only
 };
 
-// lse and D of the block's rows, in shared memory and in the workspace. Four lanes take a row.
+// Writes lse and D of the block's rows to shared memory, for this launch, and to the workspace, for
+// the next ones. Four lanes take a row, because its 16-byte vectors lie side by side.
 template <class C>
 __device__ __forceinline__ void measure_rows(const BackwardParams& p, Shared<C>& s,
                                              const Head& head, int first_row) {
@@ -77,7 +81,7 @@ __device__ __forceinline__ void measure_rows(const BackwardParams& p, Shared<C>&
     float dot = 0.0f;
     if (is_there) {
 #pragma unroll
-      for (int e = thread_index() % 4 * 8; e < C::kE; e += 32) {
+      for (int e = thread_index() % 4 * 8; e < C::kE; e += 32) {  // four lanes, 8 elements each
         const Float8 out = load_8(static_cast<const T*>(p.out) + (first + r) * C::kE + e);
         const Float8 dout = load_8(static_cast<const T*>(p.dout) + (first + r) * C::kE + e);
 #pragma unroll
@@ -85,10 +89,11 @@ __device__ __forceinline__ void measure_rows(const BackwardParams& p, Shared<C>&
       }
     }
     dot = group_sum<4>(dot);
-    if (thread_index() % 4 != 0) continue;
+    if (thread_index() % 4 != 0) continue;  // all four have the sum; one writes it
     const float lse = is_there ? p.lse[first + r] : kMinusInfinity;
     s.lse[r] = lse == kMinusInfinity ? -kMinusInfinity : lse * kLog2e;
     s.delta[r] = dot;
+    // Rows beyond S are written too: the next launch copies whole tiles of kRowTile rows.
     if (first_row + r < p.padded_rows) {
       p.row_lse[padded + r] = s.lse[r];
       p.row_delta[padded + r] = dot;
@@ -96,7 +101,8 @@ __device__ __forceinline__ void measure_rows(const BackwardParams& p, Shared<C>&
   }
 }
 
-// From scores without the gate, times a factor, and dout V^T to g dS, in place of the scores.
+// Turns scores without the gate, and dout V^T, into g dS, in place of the scores. `factor` is what
+// score_by_rows has left to be applied; with a prefix in the step it is 1.
 template <class C, bool kHasPrefix>
 __device__ __forceinline__ void differentiate(const Inputs& in, const Scoring& scoring,
                                               float factor, const DropoutRows& rows, float& dgate,
@@ -106,6 +112,7 @@ __device__ __forceinline__ void differentiate(const Inputs& in, const Scoring& s
                                               int column) {
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) {
+    // A bit for each element: one call of Philox gives four, so they are drawn before the loops.
     uint32_t kept = ~uint32_t{0};
     if (in.dropout.is_active()) {
       kept = kept_by_rows<C::kTilesN>(in, rows, row + 16 * m, column);
@@ -120,13 +127,15 @@ __device__ __forceinline__ void differentiate(const Inputs& in, const Scoring& s
           dweight = is_kept ? dweight * in.dropout.keep_scale : 0.0f;
         }
         float& value = scores[m][n].r[i];
-        const int at = warp_index() * kWarpRows + tile_row(m, i / 2);
-        const float lse = s.lse[at], delta = s.delta[at];
+        const int r = warp_index() * kWarpRows + tile_row(m, i / 2);
+        const float lse = s.lse[r], delta = s.delta[r];
         if constexpr (kHasPrefix) {
           const bool is_prefix = column + 8 * n + FragmentD::column(i) < in.P;
           const float gate = is_prefix ? scoring.gate : 1.0f;
           const float probability = exp2_approx(value * gate - lse);
           const float dscore = probability * (dweight * gate - delta);
+          // The gate multiplies the key, hence the score, and the value, hence the probability. The
+          // score is in units of log 2, and the gradient is not.
           if (is_prefix) dgate += dscore * (value * kLn2) + probability * dweight;
           value = dscore * gate;
         } else {
@@ -137,25 +146,28 @@ __device__ __forceinline__ void differentiate(const Inputs& in, const Scoring& s
   }
 }
 
-// One step of a warp: kStep columns from `column` on, which are at `at` in the buffer.
+// One step of a warp: kStep columns from `column` on, which begin at row `step` of the buffer. The
+// two products give scores and dP, differentiate turns them into dS, and the third adds dS K to dq.
 template <class C>
 __device__ __forceinline__ void attend(const Inputs& in, State<C>& state, const Shared<C>& s,
-                                       int buffer, int at, int row, int column, int end) {
-  const uint32_t seen = seen_columns<2 * C::kTilesN>(in, s.scoring.key_mask, end, [&](int i) {
+                                       int buffer, int step, int row, int column, int end) {
+  const uint32_t visible = visible_bits<2 * C::kTilesN>(in, s.scoring.key_mask, end, [&](int i) {
     return column + 8 * (i / 2) + FragmentD::column(i % 2);
   });
-  FragmentD ds[kTilesM][C::kTilesN], dp[kTilesM][C::kTilesN];
+  FragmentD ds[kTilesM][C::kTilesN], dp[kTilesM][C::kTilesN];  // ds: scores at first
   auto rows_of = [](const typename C::T* tile) {
     return [tile](int m, int step) {
       return load_a(tile + 16 * m * C::kStride + 16 * step, C::kStride);
     };
   };
-  const int warp_at = warp_index() * kWarpRows * C::kStride;
-  const typename C::T* s_k = s.k[buffer] + at * C::kStride;
-  multiply_rows<C>(ds, rows_of(s.q + warp_at), s_k);
-  multiply_rows<C>(dp, rows_of(s.dout + warp_at), s.v[buffer] + at * C::kStride);
-  const float factor =
-      score_by_rows<typename C::T>(in, s.scoring, s.scoring.own_factor, ds, row, column, end, seen);
+  const int warp_rows = warp_index() * kWarpRows * C::kStride;
+  const typename C::T* s_k = s.k[buffer] + step * C::kStride;
+  multiply_rows<C>(ds, rows_of(s.q + warp_rows), s_k);
+  multiply_rows<C>(dp, rows_of(s.dout + warp_rows), s.v[buffer] + step * C::kStride);
+  // Prefix columns get the factor of own ones: their scores without the gate give its gradient.
+  const float factor = score_by_rows<typename C::T>(in, s.scoring, s.scoring.own_factor, ds, row,
+                                                    column, end, visible);
+  // Two copies of the code, because the one without a gate is the inner loop of a long sequence.
   if (column < in.P) {
     differentiate<C, true>(in, s.scoring, factor, s.dropout_rows, state.dgate, s, ds, dp, row,
                            column);
@@ -166,7 +178,7 @@ __device__ __forceinline__ void attend(const Inputs& in, State<C>& state, const 
   accumulate_rows<C>(state.dq, ds, s_k);
 }
 
-// The scale, and what own columns have given elsewhere.
+// Multiplies dq by the scale, and adds the dq of own columns that another attention has found.
 template <class C>
 __device__ __forceinline__ void finish_dq(const BackwardParams& p, const Head& head,
                                           State<C>& state, int row) {
@@ -180,8 +192,8 @@ __device__ __forceinline__ void finish_dq(const BackwardParams& p, const Head& h
   }
   if (p.own_dq == nullptr) return;
   const Strides& strides = p.own_dq_strides;
-  const auto* own = head_rows<typename C::T>(p.own_dq, strides, head.b, head.h);
-  add_rows<C>(state.dq, own + row * strides.row, strides.row, p.in.S - row);
+  const auto* own_dq = head_rows<typename C::T>(p.own_dq, strides, head.b, head.h);
+  add_rows<C>(state.dq, own_dq + row * strides.row, strides.row, p.in.S - row);
 }
 
 template <class C>
@@ -191,33 +203,41 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
   auto& s = shared_memory_as<Shared<C>>();
   const Inputs& in = p.in;
   const Head head = head_of(in, block_index_x() / p.row_tiles);
-  const int tile = p.row_tiles - 1 - block_index_x() % p.row_tiles;  // heavy ones first, if causal
+  // Under a causal mask the last rows see the most columns: their blocks start first.
+  const int tile = p.row_tiles - 1 - block_index_x() % p.row_tiles;
   const int first_row = tile * kRows, row = first_row + warp_index() * kWarpRows;
 
   measure_rows<C>(p, s, head, first_row);
-  if (p.dq == nullptr && p.gate_partial == nullptr) return;
+  if (p.dq == nullptr && p.gate_partial == nullptr) return;  // lse and D were all that is needed
   stage_rows<C, kRows>(s.q, head_rows<T>(in.q, in.q_strides, head.b, head.h), in.q_strides.row,
                        first_row, in.S);
   const T* g_dout = static_cast<const T*>(p.dout) + head_index(in, head) * in.S * C::kE;
   stage_rows<C, kRows>(s.dout, g_dout, C::kE, first_row, in.S);
   stage_columns<C, C::kColumns>(s.k[0], s.v[0], in, head, 0);
   cp_async_commit();
+  // Written while the copies are under way; the first barrier of the loop shows it to all threads,
+  // and with it the rows' lse and D.
   if (thread_index() == 0) {
     s.scoring = scoring_of<T>(in, head);
     s.dropout_rows = DropoutRows::of(in, head);
   }
-  int seen = columns_seen(in, head.b, s.scratch);
+  // Ends of the columns that the sample sees, that any row of the block sees, and that any row of
+  // the warp sees: the block stages tiles up to the second, a warp multiplies up to the third.
+  int seen_end = seen_end_of(in, head.b, s.scratch);
   // Without dq only the prefix columns matter: they hold the gate's gradient.
-  if (p.dq == nullptr) seen = in.P;
-  const int end = row_limit(in, first_row + kRows < in.S ? first_row + kRows - 1 : in.S - 1, seen);
+  if (p.dq == nullptr) seen_end = in.P;
+  const int end =
+      row_limit(in, first_row + kRows < in.S ? first_row + kRows - 1 : in.S - 1, seen_end);
   const int last_row = row + kWarpRows < in.S ? row + kWarpRows - 1 : in.S - 1;
-  const int warp_end = row < in.S ? row_limit(in, last_row, seen) : 0;
+  const int warp_end = row < in.S ? row_limit(in, last_row, seen_end) : 0;
 
   State<C> state;
-  int buffer = 0;
+  int buffer = 0;  // the one that holds the columns from `column` on
 #pragma unroll 1
   for (int column = 0; column < end; column += C::kColumns) {
     cp_async_wait<0>();
+    // The tile is there, every thread's copies included, and every warp is done with the last one,
+    // whose buffer is filled next.
     sync_threads();
     if (column + C::kColumns < end) {
       stage_columns<C, C::kColumns>(s.k[1 - buffer], s.v[1 - buffer], in, head,
@@ -225,47 +245,46 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
       cp_async_commit();
     }
 #pragma unroll 1
-    for (int at = 0; at < C::kColumns && column + at < warp_end; at += C::kStep) {
-      attend<C>(in, state, s, buffer, at, row, column + at, seen);
+    for (int step = 0; step < C::kColumns && column + step < warp_end; step += C::kStep) {
+      attend<C>(in, state, s, buffer, step, row, column + step, seen_end);
     }
     buffer = 1 - buffer;
   }
+  // dq goes where the queries were: of a block whose rows see nothing their copies may still be
+  // under way, and a copy may have been another thread's.
   cp_async_wait<0>();
   sync_threads();
   if (p.dq != nullptr && row < in.S) {
+    // Only this warp reads or writes these rows of s.q from here on.
     T* s_q = s.q + warp_index() * kWarpRows * C::kStride;
     finish_dq<C>(p, head, state, row);
     put_rows<C>(s_q, state.dq, 1.0f);
     T* g_dq = static_cast<T*>(p.dq) + (head_index(in, head) * in.S + row) * C::kE;
     store_rows<C>(g_dq, s_q, 0, row + kWarpRows < in.S ? kWarpRows : in.S - row);
   }
-  if (p.gate_partial == nullptr) return;
+  if (p.gate_partial == nullptr) return;  // the same for the whole block
   const float sum = warp_sum(state.dgate);
-  if (lane_index() == 0) s.gate[warp_index()] = sum;
-  sync_threads();
+  if (lane_index() == 0) s.dgate[warp_index()] = sum;
+  sync_threads();  // every warp's sum is written before thread 0 adds them
   if (thread_index() != 0) return;
-  float total = 0.0f;
-  for (int w = 0; w < kWarps; ++w) total += s.gate[w];
+  float total = 0.0f;  // in the order of the warps, so that two runs give the same bits
+  for (int w = 0; w < kWarps; ++w) total += s.dgate[w];
   p.gate_partial[head_index(in, head) * p.row_tiles + tile] = total;
-}
-
-using Configs = ConfigsOf<Config>;
-
-template <class C>
-void launch_config(const BackwardParams& p, Stream stream) {
-  LaunchShape shape;
-  shape.threads = kThreads;
-  shape.shared_bytes = sizeof(Shared<C>);
-  shape.blocks_x = p.in.B * p.in.H * p.row_tiles;
-  launch<prefix_attention_bwd_queries_sm80<C>>("prefix_attention_bwd_queries_sm80", shape, stream,
-                                               p);
 }
 
 }  // namespace
 
+size_t prefix_attention_bwd_queries_sm80_bytes(DType dtype, int64_t E) {
+  return shared_bytes_of<Config, Shared>(dtype, E);
+}
+
 void launch_prefix_attention_bwd_queries_sm80(const BackwardParams& p, Stream stream) {
-  run_fitting<Configs>("prefix_attention_bwd_queries_sm80", p.in,
-                       [&](auto tag) { launch_config<typename decltype(tag)::type>(p, stream); });
+  const int blocks = p.in.B * p.in.H * p.row_tiles;
+  run_fitting<Config>("prefix_attention_bwd_queries_sm80", p.in, [&](auto tag, const char* name) {
+    using C = typename decltype(tag)::type;
+    launch<prefix_attention_bwd_queries_sm80<C>>(name, shape_with<Shared<C>>(kThreads, blocks),
+                                                 stream, p);
+  });
 }
 
 }  // namespace pelt::prefix_attention

@@ -1,6 +1,9 @@
-// prefix_attention, backward, last launch: adds what blocks of the earlier ones have left, each sum
-// in the order of its parts, and rounds once to the gradient's dtype.
-//   dprefix = sum over parts of the batch,  dgate = sum over tiles of rows (and heads)
+// prefix_attention, backward, last launch: adds the partial sums that the blocks of the earlier
+// ones have left in the workspace, each in a fixed order, and rounds once to the gradient's dtype.
+//   dprefix = sum over the chunks of the batch,  dgate = sum over tiles of rows (and heads)
+//
+// A column of blocks (blockIdx.y) takes one sum, a thread one element of it: neighbouring threads
+// read neighbouring addresses of a prefix's partial sums, which are nearly all of the bytes.
 #include "common/type_list.h"
 #include "cuda/device.cuh"
 #include "ops/prefix_attention/params.h"
@@ -9,23 +12,25 @@ namespace pelt::prefix_attention {
 namespace {
 
 constexpr int kSumThreads = 256;
-constexpr int kMaxSums = 2 * kMaxPrefixes + 1;
+constexpr int kMaxSums = 2 * kMaxPrefixes + 1;  // keys and values of each prefix, and the gate
 
-// to[i] = sum over j < parts of from[i * element_stride + j * part_stride]
+// to[i] = sum over j < terms of from[i * element_stride + j * term_stride]
 struct Sum {
   const float* from = nullptr;
   ParameterGrad to;
-  int64_t size = 0;
+  int64_t size = 0;  // elements of `to`
   int64_t element_stride = 1;
-  int64_t part_stride = 1;
-  int64_t parts = 0;
+  int64_t term_stride = 1;
+  int64_t terms = 0;
 };
 
+// All sums of a call, as one kernel parameter: a launch for each would cost more than the adding.
 struct Sums {
   Sum sum[kMaxSums];
   int count = 0;
   int64_t largest = 0;
 
+  // Leaves out gradients that are not wanted.
   void add(const Sum& one) {
     if (one.to.data == nullptr || one.size == 0) return;
     sum[count++] = one;
@@ -33,6 +38,7 @@ struct Sums {
   }
 };
 
+// T is the dtype of gradients that are not float32. No head size: sums are of plain arrays.
 template <class Element>
 struct Config {
   using T = Element;
@@ -42,12 +48,13 @@ template <class C>
 __global__ void __launch_bounds__(kSumThreads)
     prefix_attention_bwd_sums_sm80(const __grid_constant__ Sums p) {
   const Sum& sum = p.sum[block_index_y()];
+  // The grid is sized for the largest sum and bounded, so a thread may take several elements.
   const int64_t step = static_cast<int64_t>(grid_blocks_x()) * kSumThreads;
   for (int64_t i = static_cast<int64_t>(block_index_x()) * kSumThreads + thread_index();
        i < sum.size; i += step) {
     const float* from = sum.from + i * sum.element_stride;
-    float total = 0.0f;
-    for (int64_t j = 0; j < sum.parts; ++j) total += from[j * sum.part_stride];
+    float total = 0.0f;  // one thread adds all terms, in order: two runs give the same bits
+    for (int64_t j = 0; j < sum.terms; ++j) total += from[j * sum.term_stride];
     if (sum.to.is_float32) {
       static_cast<float*>(sum.to.data)[i] = total;
     } else {
@@ -63,25 +70,29 @@ using Configs = TypeList<Config<bf16>, Config<f16>>;
 void launch_prefix_attention_bwd_sums_sm80(const BackwardParams& p, Stream stream) {
   const Inputs& in = p.in;
   Sums sums;
+  // A prefix without a gradient has no chunks in the workspace, and its null pointers are left out.
   for (int i = 0; i < in.prefixes; ++i) {
     const PrefixGrad& grad = p.prefix[i];
     Sum one;
     one.size = static_cast<int64_t>(in.prefix[i].members) * in.prefix[i].length * in.G * in.E;
-    one.parts = grad.chunks;
-    one.part_stride = one.size;
+    // [chunks, A_i, P_i, G, E]
+    one.terms = grad.chunks;
+    one.term_stride = one.size;
     one.from = grad.partial_k, one.to = grad.dprefix_k;
     sums.add(one);
+    // Values lie as keys do.
     one.from = grad.partial_v, one.to = grad.dprefix_v;
     sums.add(one);
   }
+  // [B, H, row_tiles]: a gate per sample is the sum over its heads' tiles, which lie in a row.
   Sum gate;
   gate.from = p.gate_partial, gate.to = p.dgate;
-  gate.parts = in.has_gate_per_head ? p.row_tiles : static_cast<int64_t>(in.H) * p.row_tiles;
-  gate.element_stride = gate.parts;
+  gate.terms = in.has_gate_per_head ? p.row_tiles : static_cast<int64_t>(in.H) * p.row_tiles;
+  gate.element_stride = gate.terms;
   gate.size = in.has_gate_per_head ? static_cast<int64_t>(in.B) * in.H : in.B;
   sums.add(gate);
   if (sums.count == 0) return;
-  constexpr int64_t kMaxBlocks = 1024;
+  constexpr int64_t kMaxBlocks = 1024;  // several for each multiprocessor of the largest GPU
   const int64_t blocks = (sums.largest + kSumThreads - 1) / kSumThreads;
   LaunchShape shape;
   shape.threads = kSumThreads;

@@ -2,10 +2,12 @@
 // head sizes. The launchers and why_not read the same list.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "common/check.h"
 #include "common/dtype.h"
+#include "common/launch.h"
 #include "common/type_list.h"
 #include "ops/prefix_attention/params.h"
 
@@ -17,18 +19,42 @@ using ConfigsOf = TypeList<Config<bf16, 32>, Config<bf16, 64>, Config<bf16, 96>,
 
 constexpr const char* kHeadSizes = "32, 64, 96, 128";
 
-template <class Config>
-constexpr bool fits(DType dtype, int64_t E) {
-  return DTypeOf<typename Config::T>::value == dtype && E == Config::kE;
+// Calls run(TypeTag<Config>) for the configuration of this dtype and head size; false without one.
+template <template <class, int> class Config, class Run>
+bool find_config(DType dtype, int64_t E, Run&& run) {
+  const auto fits = [&](auto tag) {
+    using C = typename decltype(tag)::type;
+    return DTypeOf<typename C::T>::value == dtype && E == C::kE;
+  };
+  return run_first_fit(ConfigsOf<Config>{}, fits, run);
 }
 
-// Calls run(TypeTag<Config>) for the configuration that takes the call's dtype and head size.
-template <class Configs, class Run>
+// Shared memory of a block of the kernel, for why_not; 0 where no configuration fits.
+template <template <class, int> class Config, template <class> class Shared>
+size_t shared_bytes_of(DType dtype, int64_t E) {
+  size_t bytes = 0;
+  find_config<Config>(dtype, E,
+                      [&](auto tag) { bytes = sizeof(Shared<typename decltype(tag)::type>); });
+  return bytes;
+}
+
+// Calls run(TypeTag<Config>, kernel) for the configuration that why_not has promised.
+template <template <class, int> class Config, class Run>
 void run_fitting(const char* kernel, const Inputs& in, Run&& run) {
-  const bool found = run_first_fit(
-      Configs{}, [&](auto tag) { return fits<typename decltype(tag)::type>(in.dtype, in.E); }, run);
-  check(found, kernel, ": expected bfloat16 or float16 and a head size of ", kHeadSizes, ", got ",
-        name_of(in.dtype), " and E=", in.E);
+  const bool is_found = find_config<Config>(in.dtype, in.E, [&](auto tag) { run(tag, kernel); });
+  check(is_found, kernel, ": expected bfloat16 or float16 and a head size of ", kHeadSizes,
+        ", got ", name_of(in.dtype), " and E=", in.E);
+}
+
+// A grid whose blocks hold one Shared each.
+template <class Shared>
+LaunchShape shape_with(int threads, int blocks_x, int blocks_y = 1) {
+  LaunchShape shape;
+  shape.threads = threads;
+  shape.shared_bytes = sizeof(Shared);
+  shape.blocks_x = blocks_x;
+  shape.blocks_y = blocks_y;
+  return shape;
 }
 
 }  // namespace pelt::prefix_attention

@@ -1,25 +1,24 @@
 // Which kernels serve a call. There is one family so far, for sm_80 and everything after it.
+#include <algorithm>
+
 #include "ops/prefix_attention/configs.h"
 
 namespace pelt::prefix_attention {
-namespace {
-
-// What a configuration has to tell; those of the kernels say how, too.
-template <class Element, int kHeadSize>
-struct Served {
-  using T = Element;
-  static constexpr int kE = kHeadSize;
-};
-
-}  // namespace
 
 std::string why_not(DType dtype, int64_t B, int64_t H, int64_t S, int64_t N, int64_t P, int64_t E) {
   if (dtype == DType::kF32) {
     return "its matrix products take float16 or bfloat16 activations, and q is float32";
   }
-  const bool has_config = any_of(
-      ConfigsOf<Served>{}, [&](auto tag) { return fits<typename decltype(tag)::type>(dtype, E); });
-  if (!has_config) return sentence("head size ", E, " is not one of ", kHeadSizes);
+  // Forward and backward are served by the same backend, so every kernel has to fit.
+  const size_t bytes = std::max({prefix_attention_fwd_sm80_bytes(dtype, E),
+                                 prefix_attention_bwd_queries_sm80_bytes(dtype, E),
+                                 prefix_attention_bwd_keys_sm80_bytes(dtype, E),
+                                 prefix_attention_bwd_bias_sm80_bytes(dtype, E)});
+  if (bytes == 0) return sentence("head size ", E, " is not one of ", kHeadSizes);
+  if (const size_t most = max_shared_bytes(); bytes > most) {
+    return sentence("at head size ", E, " a block of its kernels takes ", bytes,
+                    " bytes of shared memory, and this GPU offers ", most);
+  }
   // Rows, columns and tiles are counted in 32 bits; elements are in 64.
   constexpr int64_t kMaxRows = int64_t{1} << 31;
   constexpr int64_t kMaxColumns = int64_t{1} << 21;
@@ -29,8 +28,7 @@ std::string why_not(DType dtype, int64_t B, int64_t H, int64_t S, int64_t N, int
   }
   if (S > kMaxColumns || P + N > kMaxColumns) {
     return sentence(
-        "a head's rows and columns are counted in 21 bits, so S and P + N must be at "
-        "most ",
+        "a head's rows and columns are counted in 21 bits, so S and P + N must be at most ",
         kMaxColumns, ", and they are ", S, " and ", P + N);
   }
   return "";

@@ -5,6 +5,7 @@
 // letters.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 
@@ -46,8 +47,8 @@ struct Prefix {
   Strides v_strides;
 };
 
-// Prefix columns and the model's own keys are one axis of P + N columns: `column` always means a
-// place on it.
+// Prefix columns and own columns (the model's own keys) are one axis of P + N columns: `column`
+// always means a position on it.
 struct Inputs {
   DType dtype = DType::kBF16;
   int B = 0;
@@ -84,23 +85,23 @@ struct ForwardParams {
   void* out = nullptr;   // [B, H, S, E]
   float* lse = nullptr;  // [B, H, S]
 
-  // In the composed form another attention has seen the own columns, and here there are none
-  // (N = 0): what it has left, to which prefixes are added. Null in the single form.
+  // In the composed form another attention has attended to the own columns, and here there are none
+  // (N = 0): its results, to which the prefixes are added. Null in the single form.
   const void* own_out = nullptr;   // [B, H, S, E]
   const float* own_lse = nullptr;  // [B, H, S]
   Strides own_out_strides;
 };
 
-// Where the gradient of a prefix goes, and its parts: every part of the batch leaves its own sum,
-// and a last kernel adds them in their order.
+// Where the gradient of a prefix goes, and its partial sums: one for each chunk of the batch, which
+// the last kernel adds in their order.
 struct PrefixGrad {
   ParameterGrad dprefix_k;     // [P_i, G, E] | [A_i, P_i, G, E]
   ParameterGrad dprefix_v;     // [P_i, G, E] | [A_i, P_i, G, E]
   float* partial_k = nullptr;  // [chunks, A_i, P_i, G, E]
   float* partial_v = nullptr;
   int tiles = 0;          // of columns
-  int chunks = 1;         // parts of the batch
-  int chunk_samples = 0;  // samples of a part
+  int chunks = 1;         // of the batch
+  int chunk_samples = 0;  // samples of a chunk
   int first_block = 0;    // of the kernel of keys and values
 };
 
@@ -119,7 +120,7 @@ struct BackwardParams {
   bool is_dbias_shared_by_batch = false;
   bool is_dbias_shared_by_heads = false;
 
-  // In the composed form what the other attention says of dq, from own columns; null otherwise.
+  // In the composed form dq of the own columns, by the other attention; null otherwise.
   const void* own_dq = nullptr;  // [B, H, S, E]
   Strides own_dq_strides;
 
@@ -134,7 +135,7 @@ struct BackwardParams {
   int own_tiles = 0;      // of columns of K, if their gradients are wanted
 };
 
-// Why the kernels refuse a call, with numbers; empty if they serve it.
+// Why the kernels refuse a call on the current device, with numbers; empty if they serve it.
 std::string why_not(DType dtype, int64_t B, int64_t H, int64_t S, int64_t N, int64_t P, int64_t E);
 
 // Bytes of device memory that backward needs beside its inputs and outputs. Which gradients are
@@ -144,7 +145,13 @@ int64_t backward_workspace_bytes(const BackwardParams& params);
 void launch_prefix_attention_fwd(const ForwardParams& params, Stream stream);
 void launch_prefix_attention_bwd(const BackwardParams& params, void* workspace, Stream stream);
 
-// One for each architecture's files; launch.cpp chooses.
+// What each kernel's file offers; launch.cpp chooses. The bytes are the shared memory of a block, 0
+// where the kernel has no configuration.
+size_t prefix_attention_fwd_sm80_bytes(DType dtype, int64_t E);
+size_t prefix_attention_bwd_queries_sm80_bytes(DType dtype, int64_t E);
+size_t prefix_attention_bwd_keys_sm80_bytes(DType dtype, int64_t E);
+size_t prefix_attention_bwd_bias_sm80_bytes(DType dtype, int64_t E);
+
 void launch_prefix_attention_fwd_sm80(const ForwardParams& params, Stream stream);
 void launch_prefix_attention_bwd_queries_sm80(const BackwardParams& params, Stream stream);
 void launch_prefix_attention_bwd_keys_sm80(const BackwardParams& params, Stream stream);

@@ -1,5 +1,9 @@
-// What all kernels share: where the rows of the joined axis of prefix and own columns lie, how
-// tiles of them come into shared memory, and which sample and head a block works for.
+// What the kernels of attention share: where the rows of the joined axis lie, how tiles of them
+// come into shared memory, and which sample and head a block works for.
+//
+// Words: the joined axis is the P prefix columns followed by the N own ones (the model's own keys),
+// and `column` is a position on it; `n` is a position among the own ones, column - P. `end` and
+// `limit` are columns too: the first one that is not seen any more.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -9,10 +13,10 @@ namespace pelt::prefix_attention {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
+
+// Scores are kept in units of log 2, because the hardware has 2^x and not e^x.
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-
-// log 2 units: softmax is computed with 2^x.
 constexpr float kMinusInfinity = -__builtin_huge_valf();
 
 struct Head {
@@ -51,8 +55,8 @@ __device__ __forceinline__ const T* head_rows(const void* data, const Strides& s
   return static_cast<const T*>(data) + b * strides.batch + h * strides.head;
 }
 
-// Which of a sample's own columns anybody sees, by its mask or length. The others are staged as
-// zeros: a probability of 0 times a NaN would be one.
+// Which of a sample's own columns any query sees, by its mask or length. The others are staged as
+// zeros, because their probability of 0 times a NaN in memory would be a NaN.
 struct ReadColumns {
   int end;
   const bool* mask;  // [N]
@@ -68,11 +72,12 @@ struct ReadColumns {
   }
 };
 
-// Rows [first, first + kRows) of a matrix; those that are not there are zero. A thread stays in its
-// vector of the row, so that from one copy to the next there is one addition to do.
+// Starts copies of rows [first, first + kRows) of a matrix; rows that are not there become zeros. A
+// thread stays at its vector of a row, so that going on to its next row is one addition.
 template <class C, int kRows, class IsThere>
 __device__ __forceinline__ void stage_rows_if(typename C::T* tile, const typename C::T* rows,
                                               int64_t stride, int first, IsThere&& is_there) {
+  // 96 elements are 12 vectors, which do not divide 128 threads: 96 of them take 8 rows at a time.
   constexpr int kRowStep = C::kVectors == 12 ? 8 : kThreads / C::kVectors;
   static_assert(kRows % kRowStep == 0 && kRowStep * C::kVectors <= kThreads,
                 "all threads, or three of four, take whole vectors of whole rows");
@@ -93,33 +98,34 @@ __device__ __forceinline__ void stage_rows(typename C::T* tile, const typename C
   stage_rows_if<C, kRows>(tile, rows, stride, first, [=](int row) { return row < end; });
 }
 
-// Which member of a table serves a sample. An index of none of them, which nobody can refuse
-// without waiting for the device, must not read somewhere else.
+// Which member of a table serves a sample. An index outside of the table cannot be refused without
+// waiting for the device, so it is clamped, and no memory beside the table is read.
 __device__ __forceinline__ int64_t member_of(const Prefix& prefix, int b) {
   if (prefix.prefix_index == nullptr) return 0;
   const int64_t member = prefix.prefix_index[b], last = prefix.members - 1;
   return member < 0 ? 0 : (member < last ? member : last);
 }
 
-// Where in its tensor a prefix's row for column `column` starts.
+// The offset of a prefix's row for column `column` in its tensor.
 __device__ __forceinline__ int64_t prefix_offset(const Prefix& prefix, const Strides& strides,
                                                  int64_t member, int g, int column) {
   return member * strides.batch + g * strides.head + (column - prefix.first) * strides.row;
 }
 
 // Eight elements of a prefix: 16-bit ones come by an asynchronous copy, float32 masters through
-// registers.
+// registers, because they are rounded on the way.
 template <class T>
-__device__ __forceinline__ void stage_prefix_8(T* to, const Parameter& from, int64_t at) {
+__device__ __forceinline__ void stage_prefix_8(T* to, const Parameter& from, int64_t offset) {
   if (from.is_float32) {
-    store_16(to, narrow<T>(load_8(static_cast<const float*>(from.data) + at)));
+    store_16(to, narrow<T>(load_8(static_cast<const float*>(from.data) + offset)));
   } else {
-    cp_async_16(to, static_cast<const T*>(from.data) + at, true);
+    cp_async_16(to, static_cast<const T*>(from.data) + offset, true);
   }
 }
 
-// Columns [first, first + kRows) of keys and values; what nobody sees, and what is behind the last
-// one, is zero. Prefix rows come straight from their own memory, segment by segment.
+// Starts copies of columns [first, first + kRows) of keys and values; columns that no query sees,
+// and those behind the last one, become zeros. Prefix rows come from where each prefix lies, so
+// prefixes are never copied side by side in global memory.
 template <class C, int kRows>
 __device__ __forceinline__ void stage_columns(typename C::T* s_k, typename C::T* s_v,
                                               const Inputs& in, const Head& head, int first) {
@@ -127,7 +133,7 @@ __device__ __forceinline__ void stage_columns(typename C::T* s_k, typename C::T*
   const T* g_k = head_rows<T>(in.k, in.k_strides, head.b, head.g);  // [N, E]
   const T* g_v = head_rows<T>(in.v, in.v_strides, head.b, head.g);  // [N, E]
   const ReadColumns read(in, head.b);
-  if (first >= in.P) {
+  if (first >= in.P) {  // a tile of own columns alone: no thread looks for a prefix
     const auto is_there = [&](int n) { return read.has(n); };
     stage_rows_if<C, kRows>(s_k, g_k, in.k_strides.row, first - in.P, is_there);
     stage_rows_if<C, kRows>(s_v, g_v, in.v_strides.row, first - in.P, is_there);
@@ -148,16 +154,16 @@ __device__ __forceinline__ void stage_columns(typename C::T* s_k, typename C::T*
                      prefix_offset(prefix, prefix.v_strides, member, head.g, column) + e);
     } else {
       const bool is_there = read.has(column - in.P);
-      const int n = is_there ? column - in.P : 0;
+      const int n = is_there ? column - in.P : 0;  // an address that exists, though it is not read
       cp_async_16(s_k + to, g_k + n * in.k_strides.row + e, is_there);
       cp_async_16(s_v + to, g_v + n * in.v_strides.row + e, is_there);
     }
   }
 }
 
-// Behind the last column that any query of sample b sees. The whole block takes part; `scratch` has
-// a word for each warp.
-__device__ __forceinline__ int columns_seen(const Inputs& in, int b, int (&scratch)[kWarps]) {
+// The column behind the last one that any query of sample b sees. Every thread of the block must
+// call it; `scratch` has a word for each warp, and holds nothing afterwards.
+__device__ __forceinline__ int seen_end_of(const Inputs& in, int b, int (&scratch)[kWarps]) {
   if (in.lengths != nullptr) {
     const int64_t length = in.lengths[b];
     return in.P + static_cast<int>(length < 0 ? 0 : (length < in.N ? length : in.N));
@@ -166,21 +172,23 @@ __device__ __forceinline__ int columns_seen(const Inputs& in, int b, int (&scrat
   const bool* mask = in.key_mask + static_cast<int64_t>(b) * in.N;
   int end = 0;
   for (int n = thread_index(); n < in.N; n += kThreads) end = mask[n] ? n + 1 : end;
+  // The largest of the 128 threads' ends: over the lanes of a warp, then over the warps.
   for (int lanes = 16; lanes > 0; lanes /= 2) {
     const int other = shfl_xor(end, lanes);
     end = other > end ? other : end;
   }
   if (lane_index() == 0) scratch[warp_index()] = end;
-  sync_threads();
+  sync_threads();  // every warp's end is written before any warp reads all four
   for (int w = 0; w < kWarps; ++w) end = scratch[w] > end ? scratch[w] : end;
   return in.P + end;
 }
 
-// Behind the last column that a row sees, `end` being that of its sample.
+// The column behind the last one that a row sees, where `end` is that of its sample. A causal mask
+// is aligned at the bottom right: row i sees own columns up to i + N - S, and every prefix column.
 __device__ __forceinline__ int row_limit(const Inputs& in, int row, int end) {
   if (!in.is_causal) return end;
-  const int own = row + in.N - in.S + 1;
-  const int limit = in.P + (own < 0 ? 0 : own);
+  const int keys = row + in.N - in.S + 1;
+  const int limit = in.P + (keys < 0 ? 0 : keys);
   return limit < end ? limit : end;
 }
 
