@@ -84,10 +84,18 @@ def prefix_attention(
     scale, (q,) = fold(_NAME, "scale", default_scale(_NAME, q) if scale is None else scale, q)
     dropout_p = number(_NAME, "dropout_p", dropout_p)
     prefixes = groups(_NAME, "prefixes", prefixes, Prefix)
-    values = (
-        q, k, v, [prefix.k for prefix in prefixes], [prefix.v for prefix in prefixes],
-        [prefix.index for prefix in prefixes], gate, key_mask, counts(lengths), bias,
-    )  # fmt: skip
+    values = (q, k, v, *prefix_lists(prefixes), gate, key_mask, counts(lengths), bias)
     attributes = (flag(_NAME, "is_causal", is_causal), scale, dropout_p)
     out, lse = _operator(values, attributes, draw_seed(_NAME, dropout_p, seed), backend)
     return (out, lse) if flag(_NAME, "return_lse", return_lse) else out
+
+
+def prefix_lists(
+    prefixes: Sequence[Prefix],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor | None]]:
+    """Keys, values and indices of the prefixes, as the contract takes them."""
+    return (
+        [prefix.k for prefix in prefixes],
+        [prefix.v for prefix in prefixes],
+        [prefix.index for prefix in prefixes],
+    )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .._contract import Call, Value
 from .._gate import accumulator
+from ._inputs import Inputs
 from .contract import visible_keys
 
 _aten = torch.ops.aten
@@ -42,25 +43,13 @@ def why_not(call: Call) -> str:
     return ""
 
 
-def forward(
-    call: Call,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: list[Tensor],
-    prefix_v: list[Tensor],
-    prefix_index: list[Tensor | None],
-    gate: Tensor | None,
-    key_mask: Tensor | None,
-    lengths: Tensor | None,
-    bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def forward(call: Call, x: Inputs) -> tuple[Tensor, Tensor]:
     """out [B, H, S, E] and log-sum-exp [B, H, S]."""
-    keys = _join(call, k, prefix_rows(prefix_k, prefix_index), gate)
-    values = _join(call, v, prefix_rows(prefix_v, prefix_index), gate)
-    mask, unseen = _mask(call, key_mask, lengths, bias)
+    keys = _join(call, x.k, prefix_rows(x.prefix_k, x.prefix_index), x.gate)
+    values = _join(call, x.v, prefix_rows(x.prefix_v, x.prefix_index), x.gate)
+    mask, unseen = _mask(call, x)
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-        _dense_rows(q), keys, values, 0.0, _is_causal_alone(call), attn_mask=mask,
+        _dense_rows(x.q), keys, values, 0.0, _is_causal_alone(call), attn_mask=mask,
         scale=call.attributes["scale"],
     )  # fmt: skip
     if unseen is not None:
@@ -75,28 +64,20 @@ def backward(
     dout: Tensor,
     out: Tensor,
     lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: list[Tensor],
-    prefix_v: list[Tensor],
-    prefix_index: list[Tensor | None],
-    gate: Tensor | None,
-    key_mask: Tensor | None,
-    lengths: Tensor | None,
-    bias: Tensor | None,
+    x: Inputs,
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name; the bias has none here."""
-    before_k, before_v = (prefix_rows(t, prefix_index) for t in (prefix_k, prefix_v))
-    mask, unseen = _mask(call, key_mask, lengths, bias)
+    gate = x.gate
+    before_k, before_v = (prefix_rows(t, x.prefix_index) for t in (x.prefix_k, x.prefix_v))
+    mask, unseen = _mask(call, x)
     if unseen is not None:
         # exp(score - inf) is 0: what a row that sees nothing gives to every gradient.
         lse = lse.masked_fill(unseen, math.inf)
     dq, dkeys, dvalues = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, _dense_rows(q), _join(call, k, before_k, gate), _join(call, v, before_v, gate), out,
-        lse, 0.0, _is_causal_alone(call), attn_mask=mask, scale=call.attributes["scale"],
+        dout, _dense_rows(x.q), _join(call, x.k, before_k, gate), _join(call, x.v, before_v, gate),
+        out, lse, 0.0, _is_causal_alone(call), attn_mask=mask, scale=call.attributes["scale"],
     )  # fmt: skip
-    prefix, groups = dkeys.shape[2] - k.shape[2], call.sizes["G"]
+    prefix, groups = dkeys.shape[2] - x.k.shape[2], call.sizes["G"]
     grads: dict[str, Value] = {
         "q": dq,
         "k": _over_group(dkeys[:, :, prefix:], 1, groups),
@@ -104,15 +85,15 @@ def backward(
     }
     dgate: Tensor | float = 0.0
     for name, joined, before, prefixes in (
-        ("prefix_k", dkeys, before_k, prefix_k), ("prefix_v", dvalues, before_v, prefix_v),
+        ("prefix_k", dkeys, before_k, x.prefix_k), ("prefix_v", dvalues, before_v, x.prefix_v),
     ):  # fmt: skip
         # Sums over the batch are float32's; as [B, P, H, E] the rows lie as flash attention wrote
         # them, and as a prefix's own do.
-        rows = joined[:, :, :prefix].transpose(1, 2).to(accumulator(q.dtype))
+        rows = joined[:, :, :prefix].transpose(1, 2).to(accumulator(call.dtype))
         if before is not None and needs["gate"]:
             dgate = dgate + _dgate(rows, _over_heads(call, before, 2), gate)
         if needs[name]:
-            grads[name] = _split(rows, gate, prefixes, prefix_index, groups)
+            grads[name] = _split(rows, gate, prefixes, x.prefix_index, groups)
     if gate is not None and needs["gate"]:
         grads["gate"] = torch.zeros_like(gate) if isinstance(dgate, float) else dgate.to(gate.dtype)
     return {name: grads[name] for name, need in needs.items() if need}
@@ -170,24 +151,23 @@ def _join(call: Call, own: Tensor, before: Tensor | None, gate: Tensor | None) -
     prefix = before.shape[1]
     joined = own.new_empty(batch, heads, prefix + n, e)
     joined[:, :, prefix:] = own
-    before, place = _over_heads(call, before, 2).transpose(1, 2), joined[:, :, :prefix]
+    before, to = _over_heads(call, before, 2).transpose(1, 2), joined[:, :, :prefix]
     if gate is None:
-        place.copy_(before)
+        to.copy_(before)
     else:
-        torch.mul(before, gate.view(*gate.shape, *(1,) * (4 - gate.ndim)), out=place)
+        torch.mul(before, gate.view(*gate.shape, *(1,) * (4 - gate.ndim)), out=to)
     return joined
 
 
-def _mask(
-    call: Call, key_mask: Tensor | None, lengths: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
+def _mask(call: Call, x: Inputs) -> tuple[Tensor | None, Tensor | None]:
     """What is added to scores, [B or 1, H or 1, S or 1, P + N], and which rows see nothing, [B or
     1, H or 1, S or 1]; None where there is none. Those rows get a mask that hides nothing.
     """
-    sizes, is_causal = call.sizes, call.attributes["is_causal"] and call.sizes["S"] > 1
+    sizes, bias = call.sizes, x.bias
+    is_causal = call.attributes["is_causal"] and sizes["S"] > 1
     if _is_causal_alone(call):
         return None, None
-    visible = visible_keys(sizes, key_mask, lengths, is_causal, call.device)
+    visible = visible_keys(sizes, x.key_mask, x.lengths, is_causal, call.device)
     if visible is None and bias is None:
         few = _columns(call) < _FEW
         return torch.zeros(1, 1, 1, _columns(call), dtype=call.dtype) if few else None, None

@@ -8,6 +8,7 @@ log-sum-exp: with D = rowsum(dout · out), ``dS = P (dout Vᵀ - D)``, dropout i
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from .._contract import Call, Value
 from .._gate import accumulator
 from .._philox import dropout_factor
 from . import _flash_joined
-from .contract import softmax_with_lse, visible_keys, without_hidden
+from ._inputs import Inputs
+from .contract import softmax_with_lse, visible_keys
 
 
 def supports(call: Call) -> str:
@@ -24,37 +26,20 @@ def supports(call: Call) -> str:
     return ""
 
 
-def forward(
-    call: Call,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: list[Tensor],
-    prefix_v: list[Tensor],
-    prefix_index: list[Tensor | None],
-    gate: Tensor | None,
-    key_mask: Tensor | None,
-    lengths: Tensor | None,
-    bias: Tensor | None,
-    seed: int,
-) -> tuple[Tensor, Tensor]:
+def forward(call: Call, seed: int, **inputs: Any) -> tuple[Tensor, Tensor]:
     """out [B, H, S, E] and log-sum-exp [B, H, S]."""
-    k, v = (without_hidden(rows, key_mask, lengths) for rows in (k, v))
+    x = Inputs(**inputs).without_hidden()
     if not _flash_joined.why_not(call):
-        return _flash_joined.forward(
-            call, q, k, v, prefix_k, prefix_v, prefix_index, gate, key_mask, lengths, bias
-        )
-    g = _by_head(call, gate)
-    p, lse = probabilities(call, q, k, prefix_k, prefix_index, gate, key_mask, lengths, bias)
+        return _flash_joined.forward(call, x)
+    p, lse = probabilities(call, x)
     if call.attributes["dropout_p"]:
         p = p * _dropout(call, p, seed)
-    prefix = p.shape[-1] - k.shape[2]
-    out = p[..., prefix:].to(q.dtype) @ v.unsqueeze(2)
+    prefix, dtype = p.shape[-1] - x.k.shape[2], x.q.dtype
+    out = p[..., prefix:].to(dtype) @ x.v.unsqueeze(2)
     if prefix:
-        out = out + _gated(p[..., :prefix], g).to(q.dtype) @ _joined(prefix_v, prefix_index).to(
-            q.dtype
-        )
-    return out.reshape(q.shape), lse.reshape(q.shape[:3])
+        weights = _gated(p[..., :prefix], _by_head(call, x.gate)).to(dtype)
+        out = out + weights @ _joined(x.prefix_v, x.prefix_index).to(dtype)
+    return out.reshape(x.q.shape), lse.reshape(x.q.shape[:3])
 
 
 def backward(
@@ -63,87 +48,65 @@ def backward(
     dout: Tensor,
     out: Tensor,
     lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: list[Tensor],
-    prefix_v: list[Tensor],
-    prefix_index: list[Tensor | None],
-    gate: Tensor | None,
-    key_mask: Tensor | None,
-    lengths: Tensor | None,
-    bias: Tensor | None,
     seed: int,
+    **inputs: Any,
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
-    k, v = (without_hidden(rows, key_mask, lengths) for rows in (k, v))
+    x = Inputs(**inputs).without_hidden()
     if not needs["bias"] and not _flash_joined.why_not(call):
-        return _flash_joined.backward(
-            call, needs, dout, out, lse, q, k, v, prefix_k, prefix_v, prefix_index, gate, key_mask,
-            lengths, bias,
-        )  # fmt: skip
-    acc, scale = accumulator(q.dtype), call.attributes["scale"]
-    g, keys = _by_head(call, gate), _joined(prefix_k, prefix_index)
-    scores, raw = _scores(call, q, k, keys, g, key_mask, lengths, bias)
-    prefix = scores.shape[-1] - k.shape[2]
-    grouped = _grouped(call, q)
-    d = _grouped(call, dout)
+        return _flash_joined.backward(call, needs, dout, out, lse, x)
+    dtype, acc, scale = x.q.dtype, accumulator(x.q.dtype), call.attributes["scale"]
+    g, keys = _by_head(call, x.gate), _joined(x.prefix_k, x.prefix_index)
+    scores, raw = _scores(call, x, keys, g)
+    prefix = scores.shape[-1] - x.k.shape[2]
+    q, d = _grouped(call, x.q), _grouped(call, dout)
     if _flash_joined.why_not(call):
         lse = lse.reshape(scores.shape[:-1])
     else:  # forward's was that of scores which nothing had rounded
         lse = torch.logsumexp(scores, dim=-1)
     p = torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse)[..., None])
-    dp = (d @ v.unsqueeze(2).transpose(-1, -2)).to(acc)
+    dp = (d @ x.v.unsqueeze(2).transpose(-1, -2)).to(acc)
     grads: dict[str, Value] = {}
     if prefix:
-        values = _joined(prefix_v, prefix_index).to(q.dtype)
+        values = _joined(x.prefix_v, x.prefix_index).to(dtype)
         raw_dp = (d @ values.transpose(-1, -2)).to(acc)
         dp = torch.cat([_gated(raw_dp, g), dp], dim=-1)
     dropped = p
     if call.attributes["dropout_p"]:
         factor = _dropout(call, p, seed)
         dropped, dp = p * factor, dp * factor
-    rows = (dout.to(acc) * out).sum(-1).reshape(lse.shape)
-    ds = p * (dp - rows[..., None])
-    own = (scale * ds[..., prefix:]).to(q.dtype)
-    dq = own @ k.unsqueeze(2)
-    grads["k"] = (own.transpose(-1, -2) @ grouped).sum(2)
-    grads["v"] = (dropped[..., prefix:].to(q.dtype).transpose(-1, -2) @ d).sum(2)
-    if bias is not None and needs["bias"]:
-        grads["bias"] = ds[..., prefix:].flatten(1, 2).sum_to_size(bias.shape).to(bias.dtype)
+    delta = (dout.to(acc) * out).sum(-1).reshape(lse.shape)
+    ds = p * (dp - delta[..., None])
+    own = (scale * ds[..., prefix:]).to(dtype)
+    dq = own @ x.k.unsqueeze(2)
+    grads["k"] = (own.transpose(-1, -2) @ q).sum(2)
+    grads["v"] = (dropped[..., prefix:].to(dtype).transpose(-1, -2) @ d).sum(2)
+    if x.bias is not None and needs["bias"]:
+        dbias = ds[..., prefix:].flatten(1, 2).sum_to_size(x.bias.shape)
+        grads["bias"] = dbias.to(x.bias.dtype)
     if prefix:
-        first = (scale * _gated(ds[..., :prefix], g)).to(q.dtype)
-        dq = dq + first @ keys.to(q.dtype)
-        weights = _gated(dropped[..., :prefix], g).to(q.dtype)
-        grads["prefix_k"] = _split_prefix_grad(first, grouped, prefix_k, prefix_index)
-        grads["prefix_v"] = _split_prefix_grad(weights, d, prefix_v, prefix_index)
-        if gate is not None and raw is not None:
+        first = (scale * _gated(ds[..., :prefix], g)).to(dtype)
+        dq = dq + first @ keys.to(dtype)
+        weights = _gated(dropped[..., :prefix], g).to(dtype)
+        grads["prefix_k"] = _split_prefix_grad(first, q, x.prefix_k, x.prefix_index)
+        grads["prefix_v"] = _split_prefix_grad(weights, d, x.prefix_v, x.prefix_index)
+        if x.gate is not None and raw is not None:
             both = ds[..., :prefix] * raw + dropped[..., :prefix] * raw_dp
             both = both.sum((-1, -2)).flatten(1)  # [B, H]
-            grads["gate"] = (both if gate.ndim == 2 else both.sum(1)).to(gate.dtype)
-    elif gate is not None:
-        grads["gate"] = torch.zeros_like(gate)
+            grads["gate"] = (both if x.gate.ndim == 2 else both.sum(1)).to(x.gate.dtype)
+    elif x.gate is not None:
+        grads["gate"] = torch.zeros_like(x.gate)
     if not prefix:
-        grads["prefix_k"] = [torch.zeros_like(t) for t in prefix_k]
-        grads["prefix_v"] = [torch.zeros_like(t) for t in prefix_v]
-    grads["q"] = dq.reshape(q.shape)
+        grads["prefix_k"] = [torch.zeros_like(t) for t in x.prefix_k]
+        grads["prefix_v"] = [torch.zeros_like(t) for t in x.prefix_v]
+    grads["q"] = dq.reshape(x.q.shape)
     return {name: grads[name] for name, need in needs.items() if need}
 
 
-def probabilities(
-    call: Call,
-    q: Tensor,
-    k: Tensor,
-    prefix_k: list[Tensor],
-    prefix_index: list[Tensor | None],
-    gate: Tensor | None,
-    key_mask: Tensor | None,
-    lengths: Tensor | None,
-    bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def probabilities(call: Call, x: Inputs) -> tuple[Tensor, Tensor]:
     """Before dropout, [B, G, H / G, S, P + N], and their log-sum-exp [B, G, H / G, S]."""
-    g, keys = _by_head(call, gate), _joined(prefix_k, prefix_index)
-    scores, _ = _scores(call, q, k, keys, g, key_mask, lengths, bias)
+    keys = _joined(x.prefix_k, x.prefix_index)
+    scores, _ = _scores(call, x, keys, _by_head(call, x.gate))
     return softmax_with_lse(scores)
 
 
@@ -174,33 +137,27 @@ def _joined(prefixes: list[Tensor], indices: list[Tensor | None]) -> Tensor:
 
 
 def _scores(
-    call: Call,
-    q: Tensor,
-    k: Tensor,
-    keys: Tensor,
-    gate: Tensor | None,
-    key_mask: Tensor | None,
-    lengths: Tensor | None,
-    bias: Tensor | None,
+    call: Call, x: Inputs, keys: Tensor, gate: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Scores [B, G, H / G, S, P + N], -inf where a key is not seen; and the prefix columns' scores
     before the gate.
     """
-    acc, scale = accumulator(q.dtype), call.attributes["scale"]
+    acc, scale = accumulator(x.q.dtype), call.attributes["scale"]
     # In float16 a product is larger than the largest number long before the score is, so the scale
     # comes first: as a power of 2, which rounds nothing, and what that leaves in float32.
-    part = 2.0 ** min(math.frexp(scale)[1] - 1, 0)
-    grouped, scale = _grouped(call, q) * part, scale / part
-    scores = scale * (grouped @ k.unsqueeze(2).transpose(-1, -2)).to(acc)
-    if bias is not None:
-        by_head = bias.to(acc)
-        scores = scores + (by_head.unsqueeze(2) if bias.shape[1] == 1 else _grouped(call, by_head))
-    visible = visible_keys(call.sizes, key_mask, lengths, call.attributes["is_causal"], q.device)
+    power = 2.0 ** min(math.frexp(scale)[1] - 1, 0)
+    q, scale = _grouped(call, x.q) * power, scale / power
+    scores = scale * (q @ x.k.unsqueeze(2).transpose(-1, -2)).to(acc)
+    if x.bias is not None:
+        bias = x.bias.to(acc)
+        scores = scores + (bias.unsqueeze(2) if bias.shape[1] == 1 else _grouped(call, bias))
+    is_causal = call.attributes["is_causal"]
+    visible = visible_keys(call.sizes, x.key_mask, x.lengths, is_causal, q.device)
     if visible is not None:
         scores = scores.masked_fill(~visible.unsqueeze(2), -math.inf)
     if not keys.numel():
         return scores, None
-    raw = scale * (grouped @ keys.to(q.dtype).transpose(-1, -2)).to(acc)
+    raw = scale * (q @ keys.to(x.q.dtype).transpose(-1, -2)).to(acc)
     return torch.cat([_gated(raw, gate), scores], dim=-1), raw
 
 

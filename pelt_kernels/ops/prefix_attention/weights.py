@@ -10,7 +10,8 @@ from torch import Tensor
 from .._arguments import flag, groups
 from .._autocast import cast_activation
 from .._scale import default_scale, fold
-from . import Prefix, eager
+from . import Prefix, eager, prefix_lists
+from ._inputs import Inputs
 from .contract import CONTRACT
 
 _NAME = "attention_weights"
@@ -35,13 +36,14 @@ def attention_weights(
     """
     q, k = cast_activation(q), cast_activation(k)
     prefixes = groups(_NAME, "prefixes", prefixes, Prefix)
-    keys, values = [prefix.k for prefix in prefixes], [prefix.v for prefix in prefixes]
-    indices = [prefix.index for prefix in prefixes]
     scale, (q,) = fold(_NAME, "scale", default_scale(_NAME, q) if scale is None else scale, q)
-    inputs = (q, k, k, keys, values, indices, gate, key_mask, None, None)
+    # v decides nothing here, and k stands for it.
+    inputs = Inputs(
+        q, k, k, *prefix_lists(prefixes), gate=gate, key_mask=key_mask, lengths=None, bias=None
+    )
     call = CONTRACT.bind(inputs, (flag(_NAME, "is_causal", is_causal), scale, 0.0))
     CONTRACT.check_indices(call, inputs)
     device = "cpu" if q.is_meta else q.device.type
     with torch.autocast(device, enabled=False):
-        p, _ = eager.probabilities(call, q, k, keys, indices, gate, key_mask, None, None)
+        p, _ = eager.probabilities(call, inputs)
     return p.flatten(1, 2).to(q.dtype)
