@@ -169,8 +169,8 @@ void bind_on_cpu(py::module_& m) {
              std::tie(call.scale_value, call.pre_norm_eps, call.post_norm_eps) =
                  std::tuple_cat(scale_and_eps);
              call.activation = static_cast<Activation>(activation);
-             call.pooling = static_cast<CpuPooling>(pooling);
-             call.residual_from = static_cast<CpuResidual>(residual_from);
+             call.pooling = static_cast<Pooling>(pooling);
+             call.residual_from = static_cast<ResidualFrom>(residual_from);
              call.has_skip = has_skip, call.skip_below = skip_below;
              call.dropout_threshold = threshold, call.dropout_scale = dropout_scale;
              return call;

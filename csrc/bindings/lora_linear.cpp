@@ -195,7 +195,7 @@ CpuCall make_plan(const std::string& isa, int dtype, const std::array<int64_t, 4
   call.gates = static_cast<int>(std::min<size_t>(gates.size(), kCpuGates));
   for (int j = 0; j < call.gates; ++j) {
     CpuGate& gate = call.gate[j];
-    gate.pooling = static_cast<CpuPooling>(std::get<0>(gates[j]));
+    gate.pooling = static_cast<Pooling>(std::get<0>(gates[j]));
     gate.weight.is_float32 = std::get<1>(gates[j]), gate.bias.is_float32 = std::get<2>(gates[j]);
   }
   call.dropout_threshold = threshold, call.dropout_scale = dropout_scale;

@@ -180,7 +180,7 @@ void bind_on_cuda(py::module_& m) {
 using SegmentArguments = std::tuple<TypedAddress, TypedAddress, Address, int64_t, Address, Address>;
 
 void bind_on_cpu(py::module_& m) {
-  auto tensor = [](const TypedAddress& a) { return CpuTensor{at(a.first), a.second}; };
+  auto tensor = [](const TypedAddress& a) { return Parameter{at(a.first), a.second}; };
 
   // What forward and backward of one call have in common; it borrows every address.
   py::class_<CpuInputs>(m, "PrefixAttentionCpuInputs", py::module_local())

@@ -4,8 +4,8 @@
 // interval, against float64. NaN stays NaN.
 #pragma once
 
+#include "common/activation.h"
 #include "cpu/vector.h"
-#include "cuda/activation_kind.h"
 
 namespace pelt::cpu {
 namespace {
@@ -110,30 +110,6 @@ inline Vector activation_slope(Vector h) {
     return 1.0f - t * t;
   } else {
     return splat(1.0f);
-  }
-}
-
-template <Activation kActivation>
-struct ActivationTag {
-  static constexpr Activation value = kActivation;
-};
-
-// Chooses once, outside of the loops that are compiled for each activation.
-template <class Visit>
-inline void with_activation(Activation activation, Visit&& visit) {
-  switch (activation) {
-    case Activation::kRelu:
-      return visit(ActivationTag<Activation::kRelu>{});
-    case Activation::kGelu:
-      return visit(ActivationTag<Activation::kGelu>{});
-    case Activation::kGeluTanh:
-      return visit(ActivationTag<Activation::kGeluTanh>{});
-    case Activation::kSilu:
-      return visit(ActivationTag<Activation::kSilu>{});
-    case Activation::kTanh:
-      return visit(ActivationTag<Activation::kTanh>{});
-    case Activation::kIdentity:
-      return visit(ActivationTag<Activation::kIdentity>{});
   }
 }
 

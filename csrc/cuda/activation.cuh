@@ -3,8 +3,8 @@
 
 #include <cmath>
 
+#include "common/activation.h"
 #include "common/dtype.h"
-#include "cuda/activation_kind.h"
 
 namespace pelt {
 
@@ -65,30 +65,6 @@ PELT_HOST_DEVICE float activation_derivative(Activation activation, float x) {
       return 1.0f;
   }
   return 1.0f;
-}
-
-// An activation as a type: with_activation chooses once, and the loop inside is compiled for each.
-template <Activation kActivation>
-struct ActivationTag {
-  static constexpr Activation value = kActivation;
-};
-
-template <class Visit>
-__device__ __forceinline__ void with_activation(Activation activation, Visit&& visit) {
-  switch (activation) {
-    case Activation::kRelu:
-      return visit(ActivationTag<Activation::kRelu>{});
-    case Activation::kGelu:
-      return visit(ActivationTag<Activation::kGelu>{});
-    case Activation::kGeluTanh:
-      return visit(ActivationTag<Activation::kGeluTanh>{});
-    case Activation::kSilu:
-      return visit(ActivationTag<Activation::kSilu>{});
-    case Activation::kTanh:
-      return visit(ActivationTag<Activation::kTanh>{});
-    case Activation::kIdentity:
-      return visit(ActivationTag<Activation::kIdentity>{});
-  }
 }
 
 }  // namespace pelt

@@ -4,9 +4,10 @@
 
 #include <cstdint>
 
+#include "common/activation.h"
 #include "common/dtype.h"
+#include "common/enums.h"
 #include "cpu/isa.h"
-#include "cuda/activation_kind.h"
 
 namespace pelt::gated_adapter {
 
@@ -32,9 +33,6 @@ enum Input : int {
   kInputs
 };
 
-enum class CpuPooling : int { kNone = 0, kToken = 1, kMean = 2, kMaskedMean = 3 };
-enum class CpuResidual : int { kInput = 0, kNone = 1, kTensor = 2 };
-
 struct CpuCall {
   cpu::Isa isa = cpu::Isa::kBaseline;  // whose kernels serve it
   DType dtype = DType::kF32;           // of activations; kF32 or kBF16
@@ -45,8 +43,8 @@ struct CpuCall {
   bool has_up_index_per_sample = false;
   bool has_gate_per_row = false;
   Activation activation = Activation::kRelu;
-  CpuPooling pooling = CpuPooling::kNone;
-  CpuResidual residual_from = CpuResidual::kInput;
+  Pooling pooling = Pooling::kNone;
+  ResidualFrom residual_from = ResidualFrom::kInput;
   float scale_value = 1.0f;
   float pre_norm_eps = 1e-5f;
   float post_norm_eps = 1e-5f;

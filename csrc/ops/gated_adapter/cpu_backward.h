@@ -25,7 +25,7 @@ struct Transposed {
   int64_t stride() const { return pair_distance(groups * pitch()); }
   int64_t rows() const { return round_up(rank + 2, kTileSide); }
   int64_t place(int64_t row) const { return row / group_rows * pitch() + row % group_rows; }
-  void take(Arena& arena) { data = arena.halves(rows() * stride()); }
+  void take(Arena& arena) { data = arena.take<bf16>(rows() * stride()); }
 
   // Zeros behind the rows of a group.
   void pad(int64_t group) {
@@ -85,21 +85,21 @@ struct BackwardMemory {
     down.place(arena, parameters.down, by_pairs);
     if (has_post_norm(call)) up_again.place(arena, parameters.up, by_pairs);
     if (by_pairs) {
-      dh_pairs = arena.halves(rows * pair_distance(call.R));
+      dh_pairs = arena.take<bf16>(rows * pair_distance(call.R));
       dh_transposed = fa_transposed = {call.R, tiles.groups, tiles.group_rows};
       dh_transposed.take(arena);
       fa_transposed.take(arena);
     } else {
-      dh = arena.floats(some * stride());
-      fa = arena.floats(some * stride());
+      dh = arena.take(some * stride());
+      fa = arena.take(some * stride());
     }
-    du = arena.floats(has_post_norm(call) ? rows * width() : 0);
-    factor = arena.floats(rows);
-    dot = arena.floats(rows);
-    logit = arena.floats(rows);
-    moments = reinterpret_cast<Moments*>(arena.floats(has_pre_norm(call) ? 2 * rows : 0));
-    post_partial = arena.floats(has_post_norm(call) ? tiles.count() * 2 * width() : 0);
-    column_sums = arena.floats(parameters.down.slots * 3 * width());
+    du = arena.take(has_post_norm(call) ? rows * width() : 0);
+    factor = arena.take(rows);
+    dot = arena.take(rows);
+    logit = arena.take(rows);
+    moments = reinterpret_cast<Moments*>(arena.take(has_pre_norm(call) ? 2 * rows : 0));
+    post_partial = arena.take(has_post_norm(call) ? tiles.count() * 2 * width() : 0);
+    column_sums = arena.take(parameters.down.slots * 3 * width());
     const int64_t whole = has_pre_norm(call) || has_post_norm(call) ? width() : 0;
     const int64_t of_rows =
         tiles.tile_rows * (stretch_floats() + operand_floats() + 1 + whole) + 2 * whole;
@@ -108,7 +108,7 @@ struct BackwardMemory {
         kColumnsAtOnce * (panel + 3) +
         (round_up(call.R + 2, kPairBlockRows) + round_up(call.R, kRowUnit)) * (kColumnsAtOnce + 1);
     scratch_floats = round_up(std::max(of_rows, of_weights) + 64, 16);
-    scratch = arena.floats(scratch_floats * call.threads);
+    scratch = arena.take(scratch_floats * call.threads);
     return arena.used;
   }
 

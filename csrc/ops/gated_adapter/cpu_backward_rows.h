@@ -293,7 +293,7 @@ struct RowsBackward : BackwardMemory {
   void x_backward(const Tile& tile, float* memory) {
     const int64_t slot = parameters.down.slot_of(tile.sentence);
     const bool has_gate = has_learned_gate(call);
-    const bool has_residual = call.residual_from == CpuResidual::kInput;
+    const bool has_residual = call.residual_from == ResidualFrom::kInput;
     const T* dy = static_cast<const T*>(call.dy);
     T* dx = static_cast<T*>(call.grad[kX]) + tile.row * call.D;
     if (!has_pre_norm(call)) {

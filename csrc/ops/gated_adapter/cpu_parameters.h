@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "common/arena.h"
 #include "cpu/pairs.h"
 #include "cpu/panels.h"
 #include "ops/gated_adapter/cpu.h"
@@ -28,7 +29,7 @@ inline int64_t rank_stride(const CpuCall& call) {
 
 inline bool has_learned_gate(const CpuCall& call) { return call.input[kGateWeight] != nullptr; }
 inline bool has_pooled_gate(const CpuCall& call) {
-  return has_learned_gate(call) && call.pooling != CpuPooling::kToken;
+  return has_learned_gate(call) && call.pooling != Pooling::kToken;
 }
 inline bool has_pre_norm(const CpuCall& call) { return call.input[kPreNormWeight] != nullptr; }
 inline bool has_post_norm(const CpuCall& call) { return call.input[kPostNormWeight] != nullptr; }
@@ -36,24 +37,6 @@ inline bool has_dropout(const CpuCall& call) { return call.dropout_threshold != 
 
 // Whether products take bfloat16 as it is, on tiles.
 inline bool uses_pairs(const CpuCall& call) { return kHasPairs && call.dtype == DType::kBF16; }
-
-// Hands out pieces of the workspace; without memory it only counts.
-struct Arena {
-  char* base = nullptr;
-  int64_t used = 0;
-
-  float* floats(int64_t count) { return take<float>(count); }
-  bf16* halves(int64_t count) { return take<bf16>(count); }
-
- private:
-  template <class T>
-  T* take(int64_t count) {
-    used = round_up(used, 64);
-    T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += count * static_cast<int64_t>(sizeof(T));
-    return piece;
-  }
-};
 
 // ---- parameters ----
 
@@ -149,13 +132,13 @@ struct Parameters {
     const int64_t width = padded_width(call), rank = padded_rank(call);
     down = make_bank(call.input[kDownIndex], call.has_down_index_per_sample, call.M);
     up = make_bank(call.input[kUpIndex], call.has_up_index_per_sample, call.M_up);
-    b_down = arena.floats(down.slots * rank);
-    b_up = arena.floats(up.slots * width);
-    pre_weight = arena.floats(has_pre_norm(call) ? width : 0);
-    pre_bias = arena.floats(has_pre_norm(call) ? width : 0);
-    post_weight = arena.floats(has_post_norm(call) ? width : 0);
-    post_bias = arena.floats(has_post_norm(call) ? width : 0);
-    gate_weight = arena.floats(has_learned_gate(call) ? width : 0);
+    b_down = arena.take(down.slots * rank);
+    b_up = arena.take(up.slots * width);
+    pre_weight = arena.take(has_pre_norm(call) ? width : 0);
+    pre_bias = arena.take(has_pre_norm(call) ? width : 0);
+    post_weight = arena.take(has_post_norm(call) ? width : 0);
+    post_bias = arena.take(has_post_norm(call) ? width : 0);
+    gate_weight = arena.take(has_learned_gate(call) ? width : 0);
   }
 
   template <class T>
@@ -188,9 +171,9 @@ struct Weights {
 
   void place(Arena& arena, const Bank& bank, bool as_pairs) {
     if (as_pairs) {
-      pairs = arena.halves(bank.slots * pair_numbers(depth, columns));
+      pairs = arena.take<bf16>(bank.slots * pair_numbers(depth, columns));
     } else {
-      panels = arena.floats(bank.slots * panel_floats(depth, columns));
+      panels = arena.take(bank.slots * panel_floats(depth, columns));
     }
   }
   const float* of(int64_t slot) const { return panels + slot * panel_floats(depth, columns); }

@@ -156,14 +156,14 @@ inline float gate_of(const CpuCall& call, int64_t row) {
 
 // How much of a sentence's pooled gate each of its rows is; 0 for a row that does not count.
 inline double share_of(const CpuCall& call, int64_t row, int64_t counted) {
-  if (call.pooling == CpuPooling::kToken) return 1.0;
+  if (call.pooling == Pooling::kToken) return 1.0;
   const bool counts =
-      call.pooling == CpuPooling::kMean || static_cast<const bool*>(call.input[kMask])[row];
+      call.pooling == Pooling::kMean || static_cast<const bool*>(call.input[kMask])[row];
   return counts ? 1.0 / static_cast<double>(std::max<int64_t>(counted, 1)) : 0.0;
 }
 
 inline int64_t counted_rows(const CpuCall& call, int64_t sentence) {
-  if (call.pooling != CpuPooling::kMaskedMean) return call.S;
+  if (call.pooling != Pooling::kMaskedMean) return call.S;
   const bool* mask = static_cast<const bool*>(call.input[kMask]) + sentence * call.S;
   return std::count(mask, mask + call.S, true);
 }

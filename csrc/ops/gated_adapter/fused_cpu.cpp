@@ -55,12 +55,12 @@ struct Forward {
     up = {kWUp, true, call.R, call.D};
     down.place(arena, parameters.down, by_pairs);
     up.place(arena, parameters.up, by_pairs);
-    gates = arena.floats(has_learned_gate(call) ? rows_of(call) : 0);
+    gates = arena.take(has_learned_gate(call) ? rows_of(call) : 0);
     const int64_t rows = tiles.tile_rows;
     scratch_floats = rows * (x_floats() + h_floats() + kWidth + 2 +
                              (needs_rows_whole() ? padded_width(call) : 0));
     scratch_floats = round_up(scratch_floats, 16);
-    scratch = arena.floats(scratch_floats * call.threads);
+    scratch = arena.take(scratch_floats * call.threads);
     return arena.used;
   }
 
@@ -151,8 +151,8 @@ struct Forward {
 
   template <class T>
   const T* residual() const {
-    if (call.residual_from == CpuResidual::kNone) return nullptr;
-    const int which = call.residual_from == CpuResidual::kInput ? kX : kResidual;
+    if (call.residual_from == ResidualFrom::kNone) return nullptr;
+    const int which = call.residual_from == ResidualFrom::kInput ? kX : kResidual;
     return static_cast<const T*>(call.input[which]);
   }
 

@@ -1,5 +1,6 @@
-// gated_adapter: y = residual + scale g dropout(post_norm(W_up phi(W_down pre_norm(x) + b_down) +
-// b_up)).
+// gated_adapter:
+//   h = W_down pre_norm(x) + b_down
+//   y = residual + scale g dropout(post_norm(W_up phi(h) + b_up))
 //
 // Plain pointers, sizes and numbers, filled in by csrc/bindings. A null pointer is an input that is
 // not there. Shapes are the contract's (pelt_kernels/ops/gated_adapter/contract.py), in its
@@ -9,29 +10,16 @@
 #include <cstdint>
 #include <string>
 
+#include "common/activation.h"
 #include "common/dtype.h"
+#include "common/enums.h"
 #include "common/launch.h"
-#include "cuda/activation_kind.h"
+#include "common/parameter.h"
 #include "cuda/philox.cuh"
 
 namespace pelt::gated_adapter {
 
 constexpr int kMaxRank = 512;
-
-// A tensor in the activation's dtype, or in float32 beside 16-bit activations.
-struct Parameter {
-  const void* data = nullptr;
-  bool is_float32 = false;
-};
-
-// The same for a gradient, which has its parameter's dtype; null where it is not wanted.
-struct ParameterGrad {
-  void* data = nullptr;
-  bool is_float32 = false;
-};
-
-enum class Pooling : int { kNone = 0, kToken = 1, kMean = 2, kMaskedMean = 3 };
-enum class ResidualFrom : int { kInput = 0, kNone = 1, kTensor = 2 };
 
 struct Inputs {
   DType dtype = DType::kBF16;

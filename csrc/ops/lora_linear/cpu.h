@@ -5,14 +5,13 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/enums.h"
 #include "cpu/isa.h"
 
 namespace pelt::lora_linear {
 
 constexpr int kCpuBranches = 16;
 constexpr int kCpuGates = 32;  // learned ones: those of branches and the extra ones
-
-enum class CpuPooling : int { kToken = 1, kMean = 2, kMaskedMean = 3 };
 
 // A parameter and its gradient, both in the activation's type or in float32 beside bfloat16.
 struct CpuParameter {
@@ -37,7 +36,7 @@ struct CpuBranch {
 };
 
 struct CpuGate {
-  CpuPooling pooling = CpuPooling::kMean;
+  Pooling pooling = Pooling::kMean;
   CpuParameter weight;            // [Din]
   CpuParameter bias;              // [1]
   float* value = nullptr;         // [B] | [B, S]: written by forward, read by backward

@@ -98,7 +98,7 @@ struct BackwardMemory {
     if (by_pairs) scratch_floats = PairMemory(*this, nullptr).bytes / 4;
     scratch_floats = round_up(scratch_floats, 16);
     scratch = arena.take(scratch_floats * call.threads);
-    return round_up(arena.used, 64);
+    return arena.used;
   }
 
   // Of the tiles of a chunk, at most.
@@ -140,7 +140,7 @@ struct BackwardMemory {
       dropped = arena.take<bf16>(dropped_rows * kStretchStride);
       scaled_transposed = arena.take<bf16>(most * rows);
       panel = arena.take<bf16>(rows * kPairColumns);
-      bytes = round_up(arena.used, 64);
+      bytes = arena.used;
     }
   };
 

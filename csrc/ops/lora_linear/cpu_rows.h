@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/arena.h"
 #include "common/parallel.h"
 #include "cpu/pairs.h"
 #include "cpu/philox_lanes.h"
@@ -29,20 +30,6 @@ inline int64_t rank_sum(const CpuCall& call) {
   for (int i = 0; i < call.branches; ++i) sum += call.branch[i].R;
   return sum;
 }
-
-// Hands out pieces of the workspace; without memory it only counts.
-struct Arena {
-  char* base = nullptr;
-  int64_t used = 0;
-
-  template <class T = float>
-  T* take(int64_t count) {
-    used = round_up(used, 64);
-    T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += count * static_cast<int64_t>(sizeof(T));
-    return piece;
-  }
-};
 
 // ---- parameters ----
 
@@ -277,7 +264,7 @@ inline float dot_of(const T* x, const W* w, int64_t columns) {
   return sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-inline bool is_pooled(const CpuGate& gate) { return gate.pooling != CpuPooling::kToken; }
+inline bool is_pooled(const CpuGate& gate) { return gate.pooling != Pooling::kToken; }
 
 // What a branch's rows are multiplied by: scale times the gate, 1 where there is none.
 template <class T>
@@ -305,13 +292,13 @@ inline void read_scaled(const CpuCall& call, const CpuBranch& branch, const Tile
 
 // Does a row count in its sentence's gate.
 inline bool counts(const CpuCall& call, const CpuGate& gate, int64_t row) {
-  return gate.pooling != CpuPooling::kMaskedMean || call.mask[row];
+  return gate.pooling != Pooling::kMaskedMean || call.mask[row];
 }
 
 // By how many rows a sentence's sum of gates is divided; 1 where gates are not pooled.
 inline double divisor_of(const CpuCall& call, const CpuGate& gate, int64_t sentence) {
-  if (gate.pooling == CpuPooling::kToken) return 1.0;
-  if (gate.pooling == CpuPooling::kMean) return static_cast<double>(call.S);
+  if (gate.pooling == Pooling::kToken) return 1.0;
+  if (gate.pooling == Pooling::kMean) return static_cast<double>(call.S);
   const bool* mask = call.mask + sentence * call.S;
   return static_cast<double>(std::max<int64_t>(std::count(mask, mask + call.S, true), 1));
 }

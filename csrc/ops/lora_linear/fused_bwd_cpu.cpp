@@ -364,7 +364,7 @@ struct Backward : PairsBackward {
     if (gate.weight.grad != nullptr) {
       write_row<T>(gate.weight, 0, row_of_gate(down_sums, j, 0), group.slots * down_floats(group),
                    columns.gate_width);
-      if (gate.pooling == CpuPooling::kMaskedMean) mend_masked_gate<T>(j);
+      if (gate.pooling == Pooling::kMaskedMean) mend_masked_gate<T>(j);
     }
     if (gate.bias.grad == nullptr) return;
     double sum = 0.0;

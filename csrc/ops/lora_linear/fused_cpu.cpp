@@ -47,7 +47,7 @@ struct Forward {
     gates = arena.take(call.gates * rows_of(call));
     scratch_floats = round_up(tiles.tile_rows * floats_of_row(), 16);
     scratch = arena.take(scratch_floats * call.threads);
-    return round_up(arena.used, 64);
+    return arena.used;
   }
 
   // A stretch of x (or a branch's scaled s, which is no wider), dropout's factors, all columns;

@@ -30,6 +30,7 @@
 //              x, dy, s           +----------------------------+-> weights  dA, dB, dw, db
 //
 // A launch whose results nobody asked for is left out.
+#include "common/arena.h"
 #include "common/check.h"
 #include "ops/lora_linear/params.h"
 #include "ops/lora_linear/slots.h"
@@ -46,19 +47,6 @@ bool has_pooled_gates(const Inputs& in) {
 }
 
 int64_t row_count(const Inputs& in) { return static_cast<int64_t>(in.B) * in.S; }
-
-// Hands out pieces of the workspace; without memory it only counts.
-struct Arena {
-  char* base = nullptr;
-  int64_t used = 0;
-
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
-    return piece;
-  }
-};
 
 // out = from W over rows that are cut as the branches ask. `wide_ranks` are those that a block of
 // wide tiles would need.

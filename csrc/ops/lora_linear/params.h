@@ -14,7 +14,9 @@
 #include <string>
 
 #include "common/dtype.h"
+#include "common/enums.h"
 #include "common/launch.h"
+#include "common/parameter.h"
 #include "cuda/philox.cuh"
 
 namespace pelt::lora_linear {
@@ -26,20 +28,6 @@ constexpr int kMaxGates = 16;  // learned ones: those of branches and the extra 
 // whole rows or sum over them.
 constexpr int kNarrowRows = 32;
 constexpr int kWideRows = 64;
-
-// A tensor in the activation's dtype, or in float32 beside 16-bit activations.
-struct Parameter {
-  const void* data = nullptr;
-  bool is_float32 = false;
-};
-
-// The same for a gradient, which has its parameter's dtype; null where it is not wanted.
-struct ParameterGrad {
-  void* data = nullptr;
-  bool is_float32 = false;
-};
-
-enum class Pooling : int { kToken = 1, kMean = 2, kMaskedMean = 3 };
 
 struct Branch {
   Parameter a;                       // [R_i, Din] | [M_i, R_i, Din]

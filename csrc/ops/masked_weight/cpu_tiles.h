@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "common/arena.h"
 #include "common/parallel.h"
 #include "cpu/math.h"
 #include "cpu/panels.h"
@@ -18,25 +19,6 @@ namespace {
 using namespace pelt::cpu;
 
 constexpr int64_t kColumns = 256;  // of a tile: its buffers stay in the first-level cache
-
-// Cuts consecutive arrays out of one piece of memory; from address 0 it only measures.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
-
-  template <class Element>
-  Element* take(int64_t count) {
-    const uintptr_t here = base_ + static_cast<uintptr_t>(bytes_);
-    bytes_ += round_up(count * static_cast<int64_t>(sizeof(Element)), 64);
-    return reinterpret_cast<Element*>(here);
-  }
-
-  int64_t bytes() const { return bytes_; }
-
- private:
-  uintptr_t base_;
-  int64_t bytes_ = 0;
-};
 
 inline int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 

@@ -55,16 +55,16 @@ struct Memory {
     width = round_up(in.Din, kTileColumns);
     ranks = round_up(in.R, kWidth);
     ranks2 = round_up(in.R2, kWidth);
-    Arena arena(base);
+    Arena arena{static_cast<char*>(base)};
     v = arena.take<float>(panel_floats(in.R, in.Din));
     v_t = arena.take<float>(panel_floats(in.Din, in.R));
     b_t = arena.take<float>(panel_floats(in.Din, in.R2));
     sums = arena.take<float>(parts * (in.R + in.R2 + 1) * width);
-    Arena one(nullptr);
+    Arena one;
     cut(in, one);
-    each_bytes = one.bytes();
+    each_bytes = one.used;
     each = arena.take<char>(each_bytes * in.threads);
-    bytes = arena.bytes();
+    bytes = arena.used;
   }
 
   Tile cut(const CpuInputs& in, Arena& arena) const {
@@ -79,7 +79,7 @@ struct Memory {
   }
 
   Tile of_thread(const CpuInputs& in, int thread) const {
-    Arena arena(each + thread * each_bytes);
+    Arena arena{each + thread * each_bytes};
     return cut(in, arena);
   }
 

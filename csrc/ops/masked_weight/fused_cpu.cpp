@@ -76,7 +76,7 @@ struct Memory {
     entries = in.Dout * in.Din;
     room = entries / 16 + kSmall;
     sample_size = entries <= kSmall ? 0 : tiles * kSampledPanels * kRows * kPanel;
-    Arena arena(base);
+    Arena arena{static_cast<char*>(base)};
     v = arena.take<float>(panel_floats(in.R, in.Din));
     b = arena.take<float>(panel_floats(in.R2, in.Din));
     col = arena.take<float>(round_up(in.Din, kWidth));
@@ -85,11 +85,11 @@ struct Memory {
     between = arena.take<uint64_t>(room);
     scratch = arena.take<uint64_t>(std::max(room, sample_size));
     sample = arena.take<uint64_t>(sample_size);
-    Arena one(nullptr);
+    Arena one;
     cut(in, one);
-    each_bytes = one.bytes();
+    each_bytes = one.used;
     each = arena.take<char>(each_bytes * in.threads);
-    bytes = arena.bytes();
+    bytes = arena.used;
   }
 
   static Tile cut(const CpuInputs& in, Arena& arena) {
@@ -104,7 +104,7 @@ struct Memory {
   }
 
   Tile of_thread(const CpuInputs& in, int thread) const {
-    Arena arena(each + thread * each_bytes);
+    Arena arena{each + thread * each_bytes};
     return cut(in, arena);
   }
 };

@@ -10,20 +10,9 @@
 
 #include "common/dtype.h"
 #include "common/launch.h"
+#include "common/parameter.h"
 
 namespace pelt::masked_weight {
-
-// A tensor in w0's dtype, or in float32 beside 16-bit weights.
-struct Parameter {
-  const void* data = nullptr;
-  bool is_float32 = false;
-};
-
-// The same for a gradient, which has its parameter's dtype; null where it is not wanted.
-struct ParameterGrad {
-  void* data = nullptr;
-  bool is_float32 = false;
-};
 
 struct Inputs {
   DType dtype = DType::kBF16;

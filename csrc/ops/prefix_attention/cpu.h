@@ -3,20 +3,16 @@
 
 #include <cstdint>
 
+#include "common/parameter.h"
 #include "cpu/isa.h"
 
 namespace pelt::prefix_attention {
 
 constexpr int kMaxSegments = 4;
 
-struct CpuTensor {
-  const void* data = nullptr;
-  bool is_float32 = false;  // else bfloat16
-};
-
 struct CpuSegment {
-  CpuTensor k;                     // [P_i, G, E] | [A_i, P_i, G, E]
-  CpuTensor v;                     // the same
+  Parameter k;                     // [P_i, G, E] | [A_i, P_i, G, E]
+  Parameter v;                     // the same
   const int64_t* index = nullptr;  // [B], with a table
   int64_t length = 0;              // P_i
   float* dk = nullptr;             // [chunks, P_i, G, E] | [A_i, P_i, G, E], zero at first
@@ -35,11 +31,11 @@ struct CpuInputs {
   int64_t v_strides[3] = {};
   CpuSegment prefix[kMaxSegments];
   int segments = 0;
-  CpuTensor gate;  // [B] | [B, H]
+  Parameter gate;  // [B] | [B, H]
   bool has_gate_per_head = false;
   const bool* key_mask = nullptr;    // [B, N]
   const int64_t* lengths = nullptr;  // [B]
-  CpuTensor bias;                    // [B, H, S, N] | [1, H, S, N] | [B, 1, S, N] | [1, 1, S, N]
+  Parameter bias;                    // [B, H, S, N] | [1, H, S, N] | [B, 1, S, N] | [1, 1, S, N]
   int64_t bias_strides[2] = {};      // of B and H, in elements; 0 where one serves all
   bool is_causal = false;
   float scale = 1.0f;

@@ -10,6 +10,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/arena.h"
 #include "common/parallel.h"
 #include "cpu/math.h"
 #include "cpu/pairs.h"
@@ -119,25 +120,12 @@ inline float dot_of(const float* a, const float* b, int64_t width) {
 inline Vector exp_or_zero(Vector x) { return x < -87.0f ? Vector{} : exp_of_negative(x); }
 
 // Memory of one thread, which the next unit of work finds again.
-inline float* scratch(int64_t floats) {
-  thread_local std::vector<float> memory;
-  if (static_cast<int64_t>(memory.size()) < floats + 16) memory.resize(floats + 16);
+inline char* scratch(int64_t bytes) {
+  thread_local std::vector<char> memory;
+  if (static_cast<int64_t>(memory.size()) < bytes + 64) memory.resize(bytes + 64);
   const auto address = reinterpret_cast<uintptr_t>(memory.data());
-  return reinterpret_cast<float*>((address + 63) / 64 * 64);
+  return reinterpret_cast<char*>((address + 63) / 64 * 64);
 }
-
-// Cuts consecutive arrays out of one piece of memory; without memory it only counts.
-struct Arena {
-  float* base = nullptr;
-  int64_t used = 0;
-
-  template <class T = float>
-  T* take(int64_t count) {
-    float* here = base ? base + used : nullptr;
-    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64) / 4;
-    return reinterpret_cast<T*>(here);
-  }
-};
 
 // A column of the attention matrix: a prefix row (segment >= 0) or a key.
 struct Column {
@@ -194,7 +182,7 @@ class Head {
 
   // Row `place` of a prefix's keys or values, without the gate.
   template <class To>
-  void read_prefix(const CpuTensor& from, const CpuSegment& segment, int64_t row, int64_t width,
+  void read_prefix(const Parameter& from, const CpuSegment& segment, int64_t row, int64_t width,
                    float factor, To* to) const {
     const int64_t member = segment.index ? segment.index[b_] : 0;
     const int64_t offset = ((member * segment.length + row) * in_.G + g_) * in_.E;
@@ -259,7 +247,7 @@ class Head {
   }
 
  private:
-  static float element(const CpuTensor& tensor, int64_t i) {
+  static float element(const Parameter& tensor, int64_t i) {
     if (tensor.is_float32) return static_cast<const float*>(tensor.data)[i];
     return load_part(static_cast<const bf16*>(tensor.data) + i, 1)[0];
   }

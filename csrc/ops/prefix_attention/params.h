@@ -11,23 +11,12 @@
 
 #include "common/dtype.h"
 #include "common/launch.h"
+#include "common/parameter.h"
 #include "cuda/philox.cuh"
 
 namespace pelt::prefix_attention {
 
 constexpr int kMaxPrefixes = 4;
-
-// A tensor in the activation's dtype, or in float32 beside 16-bit activations.
-struct Parameter {
-  const void* data = nullptr;
-  bool is_float32 = false;
-};
-
-// The same for a gradient, which has its parameter's dtype; null where it is not wanted.
-struct ParameterGrad {
-  void* data = nullptr;
-  bool is_float32 = false;
-};
 
 // In elements; the last dimension's stride is 1.
 struct Strides {

@@ -1,0 +1,29 @@
+// Consecutive arrays in one piece of memory. Without memory an arena only counts, so that one
+// function tells both how large a workspace is and where its arrays lie.
+//
+// In an unnamed namespace for the sake of the CPU kernels, see cpu/isa.h.
+#pragma once
+
+#include <cstdint>
+
+namespace pelt {
+namespace {
+
+struct Arena {
+  char* base = nullptr;  // at a multiple of 64 bytes
+  int64_t used = 0;      // bytes
+
+  // Floats where no type is named. Each array starts in a cache line of its own, which also is a
+  // place for the widest vectors.
+  template <class T = float>
+  T* take(int64_t count) {
+    constexpr int64_t kAlignment = 64;
+    T* array = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
+    used += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    return array;
+  }
+};
+
+}  // namespace
+}  // namespace pelt
