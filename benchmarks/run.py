@@ -155,7 +155,7 @@ def backends_of(operator: str, device: str) -> list[str]:
         for name, backend in BACKENDS.items()
         if backend.is_automatic
         and name != "eager"
-        and dispatch.has_file(operator, backend.file)
+        and dispatch.has_file(operator, name)
         and device in backend.devices
         and not (name == "triton" and device == "cpu")
         and not parity.why_unavailable(operator, name)

@@ -38,8 +38,8 @@ PRECISIONS = {
 CELLS = [
     (o, request)
     for o in OPERATORS
-    for b, backend in BACKENDS.items()
-    if dispatch.has_file(o, backend.file)
+    for b in BACKENDS
+    if dispatch.has_file(o, b)
     for request in dispatch.every_request(o, b)
 ]
 # The cases on the short list.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from parity import CELLS, contract_of
 
-from pelt_kernels.ops import BACKENDS, OPERATORS, _dispatch
+from pelt_kernels.ops import BACKENDS, OPERATORS, _dispatch, cpp_header
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pelt_kernels"
@@ -35,10 +35,15 @@ def _relative(path: Path) -> str:
 def test_an_operator_folder_has_its_files(operator):
     folder = PACKAGE / "ops" / operator
     assert {"__init__.py", "contract.py", "eager.py"} <= {path.name for path in folder.iterdir()}
-    if (folder / "cuda.py").exists():
-        assert {"params.h", "launch.cpp"} <= {
-            path.name for path in (CSRC / "ops" / operator).iterdir()
-        }
+    if (folder / "native.py").exists():
+        files = {path.name for path in (CSRC / "ops" / operator).iterdir()}
+        assert {"contract.h", "params.h", "launch.cpp"} <= files
+
+
+def test_contracts_in_cpp_are_those_in_python():
+    """Otherwise `python -m pelt_kernels.ops.cpp_header` has to be run."""
+    for path, text in cpp_header.headers().items():
+        assert path.read_text() == text, _relative(path)
 
 
 @pytest.mark.parametrize(("operator", "backend"), CELLS)
@@ -63,7 +68,7 @@ def test_a_backend_takes_the_names_of_the_contract(operator, backend):
 
 
 @pytest.mark.parametrize(
-    "operator", [o for o in OPERATORS if (CSRC / "ops" / o / "params.h").exists()]
+    "operator", [o for o in OPERATORS if not (PACKAGE / "ops" / o / "native.py").exists()]
 )
 def test_shape_comments_in_params_equal_the_contract(operator):
     contract = contract_of(operator).CONTRACT

@@ -32,8 +32,6 @@ T* at(Address address) {
 void bind_cpu(py::module_& m);
 void bind_gated_adapter(py::module_& m);
 void bind_lora_linear(py::module_& m);
-void bind_masked_weight(py::module_& m);
 void bind_prefix_attention(py::module_& m);
-void bind_symmetric_kl(py::module_& m);
 
 }  // namespace pelt::bindings

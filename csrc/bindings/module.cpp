@@ -1,4 +1,7 @@
 #include "bindings/bind.h"
+#include "bindings/operator.h"
+#include "ops/masked_weight/contract.h"
+#include "ops/symmetric_kl/contract.h"
 
 #if defined(PELT_SIM)
 #include "sim/executor.h"
@@ -37,9 +40,9 @@ PYBIND11_MODULE(PELT_MODULE, m) {
   m.def("build_info", &build_info, "What the module was made of.");
   bind_gated_adapter(m);
   bind_lora_linear(m);
-  bind_masked_weight(m);
   bind_prefix_attention(m);
-  bind_symmetric_kl(m);
+  bind_operator<masked_weight::Contract>(m, "masked_weight");
+  bind_operator<symmetric_kl::Contract>(m, "symmetric_kl");
 }
 
 }  // namespace pelt::bindings

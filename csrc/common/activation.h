@@ -1,19 +1,10 @@
-// The names of the activations, and the choice among them, for hosts and devices.
+// The choice among activations, for hosts and devices.
 #pragma once
 
 #include "common/dtype.h"
+#include "common/enums.h"
 
 namespace pelt {
-
-// The numbers are part of the binding: Python passes them as integers.
-enum class Activation : int {
-  kRelu = 0,
-  kGelu = 1,
-  kGeluTanh = 2,
-  kSilu = 3,
-  kTanh = 4,
-  kIdentity = 5
-};
 
 constexpr int kActivations = 6;
 

@@ -18,7 +18,8 @@ An input row is ``name  kind  shapes``. The kind says which dtypes are allowed:
 
 ``?`` after the kind: may be absent (None). ``*``: a list; sizes ending in ``_i`` are then one per
 element. Shapes are alternatives separated by ``|``. ``grad=dy``: the input's gradient is the
-output's, so backward does not need it.
+output's, so backward does not need it. ``view``: compiled kernels may read it through its strides;
+these stand first.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from ._checks import (
     elements,
 )
 from ._rows import Output, parse_attribute, parse_input, parse_output, rows_of
-from ._values import Value, extremes, is_fake, is_given, own_copy, scan
+from ._values import Value, extremes, flatten, is_fake, is_given, own_copy, scan
 
 
 @dataclass
@@ -63,6 +64,7 @@ class Call:
     has_index: bool  # values of one of its inputs have to be checked, beside shapes
     # For each tensor that is there its input's name, and its place in a list or -1.
     slots: tuple[tuple[str, int], ...]
+    tensors: tuple[tuple[torch.Size, torch.dtype], ...]  # of each of them
     kept: tuple[bool, ...]  # for each of them: does backward need it
     # For each input its number among those tensors, None, or a tuple of both.
     places: tuple[tuple[str, Any], ...]
@@ -79,6 +81,7 @@ class Call:
     form: str = ""  # which of its ways, where the backend has several
     forward: Any = None
     backward: Any = None
+    plan: Any = None  # what the backend's `plan(call)` made of it, once
     choice: Any = None  # how the dispatch came to it,
     era: int = -1  # and when it last told so
     # This call on its backend, by request; without and with a backward to follow.
@@ -118,6 +121,7 @@ class Contract:
     output_shapes: Callable[[Call], dict[str, Any]]
     rules: Callable[[Call, dict[str, Value]], None] = lambda call, values: None
     never_zero: str = ""  # letters; the other sizes may be 0
+    longest_list: int = 0  # that compiled kernels have room for
     # The formula in PyTorch's own operations, which stands below the contract in its file.
     reference: Callable[..., Any] = field(init=False)
 
@@ -136,6 +140,16 @@ class Contract:
         self.gradient_names = tuple(f"d{row.name}" for row in self.differentiable_rows)
         self.saved_names = tuple(row.name for row in self.saved_rows)
         self.backward_names = tuple(row.name for row in self.input_rows if not row.grad_is_dy)
+        # The sizes' letters, as they come up.
+        self.letters = tuple(
+            dict.fromkeys(
+                letter
+                for row in self.input_rows
+                for shape in row.shapes
+                for letter in shape
+                if not letter.isdigit()
+            )
+        )
         self._attributes_hash = not any(row.type.endswith("[]") for row in self.attribute_rows)
         self._calls: dict[Any, Call] = {}
 
@@ -206,6 +220,7 @@ class Contract:
             attributes=attributes,
             has_index=any(row.bound and row.name in given for row in self.input_rows),
             slots=slots,
+            tensors=tuple((t.shape, t.dtype) for t in flatten(values.values()) if t is not None),
             kept=tuple(name in self.backward_names for name, _ in slots),
             places=tuple((row.name, place(values[row.name])) for row in self.input_rows),
         )

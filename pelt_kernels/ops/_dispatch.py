@@ -170,6 +170,8 @@ def select(call: Call, request: str, needs_grad: bool = True) -> Call:
             call, backend=choice.backend, form=choice.form, forward=module.forward,
             backward=module.backward, selected=({}, {}), choice=choice,
         )  # fmt: skip
+        if hasattr(module, "plan"):
+            chosen.plan = module.plan(chosen)
         call.selected[needs_grad][request] = chosen
         _remember(chosen)
     elif chosen.era != _era:  # chosen before `forget_choices`
@@ -263,7 +265,7 @@ def why_not(name: str, call: Call) -> str:
     backend = BACKENDS[name]
     if not _serves_device(backend, call):
         return f"it serves {' and '.join(backend.devices)} tensors, not {call.device.type}"
-    if not has_file(call.contract.name, backend.file):
+    if not has_file(call.contract.name, name):
         return "it has no such operator yet"
     if backend.library:
         reason = _native.why_not(backend.library)
@@ -292,7 +294,8 @@ def forms_of(operator: str, backend: str) -> tuple[str, ...]:
     """The ways in which a backend can serve an operator, the usual one first; empty for one way."""
     if not BACKENDS[backend].forms:
         return ()
-    return getattr(implementation(operator, backend), "FORMS", ())
+    forms = getattr(implementation(operator, backend), "FORMS", ())
+    return forms.get(backend.removesuffix("_sim"), ()) if isinstance(forms, dict) else forms
 
 
 def every_request(operator: str, backend: str) -> list[str]:
@@ -324,8 +327,20 @@ def _serves_device(backend: Backend, call: Call) -> bool:
 
 
 @cache
-def has_file(operator: str, file: str) -> bool:
-    return importlib.util.find_spec(f"pelt_kernels.ops.{operator}.{file}") is not None
+def file_of(operator: str, backend: str) -> str:
+    """The module in an operator's folder that implements a backend; empty where there is none."""
+    files = (
+        ("native", BACKENDS[backend].file)
+        if BACKENDS[backend].library
+        else (BACKENDS[backend].file,)
+    )
+    folder = f"pelt_kernels.ops.{operator}"
+    return next((f for f in files if importlib.util.find_spec(f"{folder}.{f}") is not None), "")
+
+
+def has_file(operator: str, backend: str) -> bool:
+    """Is there an implementation of an operator on a backend?"""
+    return bool(file_of(operator, backend))
 
 
 def contract_of(operator: str) -> ModuleType:
@@ -336,7 +351,7 @@ def contract_of(operator: str) -> ModuleType:
 @cache
 def implementation(operator: str, backend: str) -> ModuleType:
     """The module that implements an operator on a backend."""
-    return importlib.import_module(f"pelt_kernels.ops.{operator}.{BACKENDS[backend].file}")
+    return importlib.import_module(f"pelt_kernels.ops.{operator}.{file_of(operator, backend)}")
 
 
 def support_table(operators: list[str]) -> str:
@@ -345,7 +360,7 @@ def support_table(operators: list[str]) -> str:
     head = f"| operator | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}\n"
     rows = (
         f"| `{operator}` | "
-        + " | ".join("yes" if has_file(operator, BACKENDS[name].file) else "–" for name in columns)
+        + " | ".join("yes" if has_file(operator, name) else "–" for name in columns)
         + " |\n"
         for operator in operators
     )

@@ -149,6 +149,21 @@ def dense(value: Any) -> Any:
     return value if value.data_ptr() % 16 == 0 else value.clone()
 
 
+def readable_rows(tensor: Tensor) -> Tensor:
+    """The tensor as CUDA kernels read it through its strides: the last one is 1 and rows start at
+    16-byte borders; copied if they do not.
+    """
+    *steps, last = tensor.stride()
+    vector = 16 // tensor.element_size()
+    if last == 1 and tensor.data_ptr() % 16 == 0:
+        for step, size in zip(steps, tensor.shape):
+            if step % vector and size > 1:
+                break
+        else:
+            return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def workspace(size: int, device: torch.device) -> Tensor | None:
     """Device memory for a kernel's intermediate results; None where it needs none. Poisoned under
     test, like `empty`.

@@ -21,6 +21,7 @@ class Input:
     is_list: bool
     bound: str | None
     grad_is_dy: bool
+    is_view: bool
 
     @property
     def is_differentiable(self) -> bool:
@@ -82,12 +83,13 @@ def rows_of(table: str) -> list[str]:
 
 def parse_input(row: str) -> Input:
     """``name  kind  shapes``, see `pelt_kernels.ops._contract`."""
-    match = re.fullmatch(r"(\w+)\s+(\w+)(?:\((\w+)\))?([?*]*)\s+(\[.*\])(\s+grad=dy)?", row)
+    match = re.fullmatch(r"(\w+)\s+(\w+)(?:\((\w+)\))?([?*]*)\s+(\[.*\])((?:\s+[a-z=]+)*)", row)
     if match is None:
         raise ValueError(f"not an input row: {row!r}")
-    name, kind, bound, marks, shapes, grad = match.groups()
+    name, kind, bound, marks, shapes, words = match.groups()
     parsed = tuple(tuple(re.findall(r"\w+", shape)) for shape in shapes.split("|"))
-    return Input(name, kind, parsed, "?" in marks, "*" in marks, bound, grad is not None)
+    flags = [word in words.split() for word in ("grad=dy", "view")]
+    return Input(name, kind, parsed, "?" in marks, "*" in marks, bound, *flags)
 
 
 def parse_attribute(row: str) -> Attribute:

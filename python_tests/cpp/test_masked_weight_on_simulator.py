@@ -9,13 +9,11 @@ import torch
 from cases import Case
 from parity import check, run
 
+from pelt_kernels.ops import BackendError, masked_weight
 from pelt_kernels.ops import _native as native
-from pelt_kernels.ops import masked_weight
 from pelt_kernels.ops.masked_weight.contract import highest
 
-HAS_KERNELS = not native.why_not("_C_sim") and hasattr(
-    native.library("_C_sim"), "masked_weight_why_not"
-)
+HAS_KERNELS = not native.why_not("_C_sim")
 pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="the compiled module _C_sim is not there")
 
 # Two bands of rows, three column tiles: six blocks of the simulator's three work in turns.
@@ -23,11 +21,13 @@ ROWS, COLUMNS = 133, 259
 
 
 def test_a_refusal_names_the_number():
-    library = native.library("_C_sim")
-    assert library.masked_weight_why_not(Dout=2**16, Din=2**15, R=8, R2=8) == (
+    w = torch.empty(1, 1).expand(2**16, 2**15)
+    u, v, row, col = (torch.empty(s) for s in ((2**16, 1), (1, 2**15), 2**16, 2**15))
+    refusal = (
         "it counts entries in 32 bits, so Dout Din must be below 2147483648, and it is 2147483648"
     )
-    assert library.masked_weight_why_not(Dout=768, Din=3072, R=8, R2=8) == ""
+    with pytest.raises(BackendError, match=refusal):
+        masked_weight(w, u, v, u, v, row, col, 1, backend="cuda_sim")
 
 
 def _scores():

@@ -15,7 +15,7 @@ from pelt_kernels.ops import _native as native
 from pelt_kernels.ops import symmetric_kl
 
 OPERATOR = "symmetric_kl"
-HAS_KERNELS = not native.why_not("_C") and hasattr(native.library("_C"), "symmetric_kl_cpu_fwd")
+HAS_KERNELS = not native.why_not("_C")
 pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="the compiled module _C is not there")
 
 

@@ -24,8 +24,6 @@
 namespace pelt::masked_weight {
 namespace {
 
-constexpr int kBandRows = 4 * kTileRows;
-
 template <class Type>
 struct Config {
   using T = Type;
@@ -41,19 +39,20 @@ struct Shared {
 template <class C>
 __device__ __forceinline__ void derive_scores(const BackwardParams& p, const Place& at, Shared& s) {
   using T = typename C::T;
+  const T* dy = p.in.doutput_as<T>(kY);
+  const bool* mask = p.in.output_as<bool>(kMask);
+  T* dw0 = p.in.grad_as<T>(kW0);
   TileValues w, ds = {};
   update_weight<T>(p.in, at, s.factors, w);
   // Without a store in between, behind which the compiler could not move the next load.
   for_elements(p.in, at, [&](int i, int j, int64_t index) {
-    const float g = to_float(static_cast<const T*>(p.dy)[index]);
-    const float kept = p.mask[index] ? 1.0f : 0.0f;
+    const float g = to_float(dy[index]);
+    const float kept = mask[index] ? 1.0f : 0.0f;
     ds[i][j] = g * w[i][j];
     w[i][j] = g * (kept + fabsf(w[i][j]));
   });
-  if (p.dw0 != nullptr) {
-    for_elements(p.in, at, [&](int i, int j, int64_t index) {
-      static_cast<T*>(p.dw0)[index] = round_to<T>(w[i][j]);
-    });
+  if (dw0 != nullptr) {
+    for_elements(p.in, at, [&](int i, int j, int64_t index) { dw0[index] = round_to<T>(w[i][j]); });
   }
   for (int i = 0; i < kRowsEach; ++i) {
     for (int j = 0; j < kColumnsEach; ++j) {
@@ -70,7 +69,7 @@ __device__ __forceinline__ float dot_of_4(const Words4& a, const Words4& b, floa
 
 // A part of the left factor's gradient: the tile times the right factor, [kTileRows, kRankChunk]. A
 // thread has one row and two ranks.
-__device__ __forceinline__ void project_columns(const Inputs& in, const Place& at, int first,
+__device__ __forceinline__ void project_columns(const Call& in, const Place& at, int first,
                                                 int ranks, const float* tile, const FactorTiles& s,
                                                 float* partial) {
   constexpr int kHalf = kRankChunk / 2;
@@ -94,9 +93,9 @@ __device__ __forceinline__ void project_columns(const Inputs& in, const Place& a
 
 // A part of the right factor's gradient: the left factor's transpose times the tile. A thread has
 // one column and half of the ranks, and always the same, so it may add to what it wrote before.
-__device__ __forceinline__ void project_rows(const Inputs& in, const Place& at, int first,
-                                             int ranks, const float* tile, const FactorTiles& s,
-                                             bool is_first, float* partial) {
+__device__ __forceinline__ void project_rows(const Call& in, const Place& at, int first, int ranks,
+                                             const float* tile, const FactorTiles& s, bool is_first,
+                                             float* partial) {
   constexpr int kRanksEach = kRankChunk * kTileColumns / kThreads;
   const int c = thread_index() % kTileColumns;
   const int k = thread_index() / kTileColumns * kRanksEach;
@@ -115,7 +114,7 @@ __device__ __forceinline__ void project_rows(const Inputs& in, const Place& at, 
 
 // What a tile adds to the gradients of a pair of factors.
 template <class T>
-__device__ __forceinline__ void project(const Inputs& in, const Factors& f, const Place& at,
+__device__ __forceinline__ void project(const Call& in, const Factors& f, const Place& at,
                                         const float* tile, FactorTiles& s, bool is_first,
                                         float* left_partial, float* right_partial) {
   for (int first = 0; first < f.ranks(); first += kRankChunk) {
@@ -132,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     masked_weight_bwd_sm80(const __grid_constant__ BackwardParams p) {
   using T = typename C::T;
   auto& s = shared_memory_as<Shared>();
-  const Inputs& in = p.in;
+  const Call& in = p.in;
   const int column_tile = block_index_x() % p.column_tiles;
   const int band = block_index_x() / p.column_tiles;
   const int64_t rows = in.Dout, columns = in.Din;
@@ -140,10 +139,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     const Place at = {band * kBandRows + turn * kTileRows, column_tile * kTileColumns};
     if (at.row >= in.Dout) break;
     derive_scores<C>(p, at, s);
-    project<T>(in, {in.u, in.v, in.R, false}, at, s.dw, s.factors, turn == 0,
-               p.du_partial + column_tile * rows * in.R, p.dv_partial + band * columns * in.R);
-    project<T>(in, {in.a, in.b, in.R2, true}, at, s.ds, s.factors, turn == 0,
-               p.da_partial + column_tile * rows * (in.R2 + 1),
+    project<T>(in, {in.parameter(kU), in.parameter(kV), in.R, false}, at, s.dw, s.factors,
+               turn == 0, p.du_partial + column_tile * rows * in.R,
+               p.dv_partial + band * columns * in.R);
+    project<T>(in, {in.parameter(kA), in.parameter(kB), in.R2, true}, at, s.ds, s.factors,
+               turn == 0, p.da_partial + column_tile * rows * (in.R2 + 1),
                p.db_partial + band * columns * (in.R2 + 1));
     sync_threads();
   }
@@ -172,7 +172,7 @@ template <class C>
 __global__ void __launch_bounds__(kThreads)
     masked_weight_bwd_sums_sm80(const __grid_constant__ BackwardParams p) {
   using T = typename C::T;
-  const Inputs& in = p.in;
+  const Call& in = p.in;
   const int64_t du = static_cast<int64_t>(in.Dout) * in.R, dv = static_cast<int64_t>(in.R) * in.Din;
   const int64_t da = static_cast<int64_t>(in.Dout) * (in.R2 + 1);
   const int64_t db = static_cast<int64_t>(in.R2 + 1) * in.Din;
@@ -180,25 +180,27 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t start = static_cast<int64_t>(block_index_x()) * kThreads + thread_index();
   for (int64_t i = start; i < du + dv + da + db; i += step) {
     if (i < du) {
-      store_grad<T>(p.du, i, in.beta * sum_of_parts(p.du_partial, du, p.column_tiles, i));
+      store_grad<T>(in.parameter_grad(kU), i,
+                    in.beta * sum_of_parts(p.du_partial, du, p.column_tiles, i));
     } else if (i < du + dv) {
       const int64_t at = i - du;
-      store_grad<T>(p.dv, at, in.beta * sum_of_parts(p.dv_partial, dv, p.row_bands, at));
+      store_grad<T>(in.parameter_grad(kV), at,
+                    in.beta * sum_of_parts(p.dv_partial, dv, p.row_bands, at));
     } else if (i < du + dv + da) {
       const int64_t at = i - du - dv, row = at / (in.R2 + 1), rank = at % (in.R2 + 1);
       const float sum = sum_of_parts(p.da_partial, da, p.column_tiles, at);
       if (rank < in.R2) {
-        store_grad<T>(p.da, row * in.R2 + rank, in.alpha1 * sum);
+        store_grad<T>(in.parameter_grad(kA), row * in.R2 + rank, in.alpha1 * sum);
       } else {
-        store_grad<T>(p.drow, row, in.alpha2 * sum);
+        store_grad<T>(in.parameter_grad(kRow), row, in.alpha2 * sum);
       }
     } else {
       const int64_t at = i - du - dv - da, columns_before = static_cast<int64_t>(in.R2) * in.Din;
       const float sum = sum_of_parts(p.db_partial, db, p.row_bands, at);
       if (at < columns_before) {
-        store_grad<T>(p.db, at, in.alpha1 * sum);
+        store_grad<T>(in.parameter_grad(kB), at, in.alpha1 * sum);
       } else {
-        store_grad<T>(p.dcol, at - columns_before, in.alpha2 * sum);
+        store_grad<T>(in.parameter_grad(kCol), at - columns_before, in.alpha2 * sum);
       }
     }
   }
@@ -206,58 +208,29 @@ __global__ void __launch_bounds__(kThreads)
 
 using Configs = TypeList<Config<float>, Config<bf16>, Config<f16>>;
 
-// Where the pieces of the workspace are, in floats.
-struct Plan {
-  int column_tiles;
-  int row_bands;
-  int64_t dv, da, db, total;
-
-  explicit Plan(const Inputs& in) {
-    column_tiles = (in.Din + kTileColumns - 1) / kTileColumns;
-    row_bands = (in.Dout + kBandRows - 1) / kBandRows;
-    const int64_t rows = in.Dout, columns = in.Din, ranks2 = in.R2 + 1;
-    dv = column_tiles * rows * in.R;
-    da = dv + row_bands * columns * in.R;
-    db = da + column_tiles * rows * ranks2;
-    total = db + row_bands * columns * ranks2;
-  }
-};
-
 template <class C>
-void launch_config(const BackwardParams& p, Stream stream) {
+void launch_config(const BackwardParams& p) {
   LaunchShape shape;
   shape.blocks_x = p.column_tiles * p.row_bands;
   shape.threads = kThreads;
   shape.shared_bytes = sizeof(Shared);
-  launch<masked_weight_bwd_sm80<C>>("masked_weight_bwd_sm80", shape, stream, p);
+  launch<masked_weight_bwd_sm80<C>>("masked_weight_bwd_sm80", shape, p.in.stream, p);
   const int64_t sums = (static_cast<int64_t>(p.in.Dout) + p.in.Din) * (p.in.R + p.in.R2 + 1);
   const int64_t wanted = (sums + kThreads - 1) / kThreads;
   LaunchShape small;
   small.threads = kThreads;
   small.blocks_x =
       wanted < 8 * multiprocessors() ? static_cast<int>(wanted) : 8 * multiprocessors();
-  launch<masked_weight_bwd_sums_sm80<C>>("masked_weight_bwd_sums_sm80", small, stream, p);
+  launch<masked_weight_bwd_sums_sm80<C>>("masked_weight_bwd_sums_sm80", small, p.in.stream, p);
 }
 
 }  // namespace
 
-int64_t backward_workspace_bytes(const Inputs& in) {
-  return static_cast<int64_t>(sizeof(float)) * Plan(in).total;
-}
-
-void launch_masked_weight_bwd_sm80(BackwardParams p, void* workspace, Stream stream) {
-  const Plan plan(p.in);
-  auto* base = static_cast<float*>(workspace);
-  p.column_tiles = plan.column_tiles;
-  p.row_bands = plan.row_bands;
-  p.du_partial = base;
-  p.dv_partial = base + plan.dv;
-  p.da_partial = base + plan.da;
-  p.db_partial = base + plan.db;
+void launch_backward_sm80(const BackwardParams& p) {
   run_first_fit(
       Configs{},
       [&](auto tag) { return DTypeOf<typename decltype(tag)::type::T>::value == p.in.dtype; },
-      [&](auto tag) { launch_config<typename decltype(tag)::type>(p, stream); });
+      [&](auto tag) { launch_config<typename decltype(tag)::type>(p); });
 }
 
 }  // namespace pelt::masked_weight

@@ -49,7 +49,7 @@ struct Memory {
   int64_t each_bytes;
   int64_t bytes;
 
-  Memory(const CpuInputs& in, void* base) {
+  Memory(const Call& in, void* base) {
     bands = (in.Dout + kRows - 1) / kRows;
     parts = std::min(bands, kMaxParts);
     width = round_up(in.Din, kTileColumns);
@@ -67,7 +67,7 @@ struct Memory {
     bytes = arena.used;
   }
 
-  Tile cut(const CpuInputs& in, Arena& arena) const {
+  Tile cut(const Call& in, Arena& arena) const {
     Tile tile;
     tile.u = arena.take<float>(kRows * in.R);
     tile.a = arena.take<float>(kRows * in.R2);
@@ -78,12 +78,12 @@ struct Memory {
     return tile;
   }
 
-  Tile of_thread(const CpuInputs& in, int thread) const {
+  Tile of_thread(const Call& in, int thread) const {
     Arena arena{each + thread * each_bytes};
     return cut(in, arena);
   }
 
-  Part part(const CpuInputs& in, int64_t i) const {
+  Part part(const Call& in, int64_t i) const {
     float* first = sums + i * (in.R + in.R2 + 1) * width;
     return {first, first + in.R * width, first + (in.R + in.R2) * width};
   }
@@ -105,13 +105,13 @@ inline Vector load_mask(const bool* from, int64_t count) {
 
 // W of the area gives way to dW and dscore. `row_sums` and `column_sums` take the sums of dscore.
 template <class T>
-void derive_scores(const CpuInputs& in, const CpuBackward& grad, const Area& area, const Tile& tile,
-                   float* row_sums, float* column_sums) {
+void derive_scores(const Call& in, const Area& area, const Tile& tile, float* row_sums,
+                   float* column_sums) {
   for (int64_t r = 0; r < area.rows; ++r) {
     const int64_t at = (area.row + r) * in.Din + area.column;
-    const T* dy = static_cast<const T*>(grad.dy) + at;
-    T* dw0 = grad.dw0 ? static_cast<T*>(grad.dw0) + at : nullptr;
-    const bool* mask = grad.mask + at;
+    const T* dy = in.doutput_as<T>(kY) + at;
+    T* dw0 = in.grad[kW0] ? in.grad_as<T>(kW0) + at : nullptr;
+    const bool* mask = in.output_as<bool>(kMask) + at;
     float *dw = tile.dw + r * kColumns, *ds = tile.ds + r * kColumns;
     Vector sum = {};
     auto derive = [&](int64_t c, Vector g, Vector kept, auto part) {
@@ -176,18 +176,18 @@ inline void project_rows(const float* left, int64_t ranks, const float* tile, in
 }
 
 // c [kRows, padded depth] += tile [kRows, columns] times panels of a factor's transpose.
-inline void project_columns(const float* tile, const float* panels, const CpuInputs& in,
+inline void project_columns(const float* tile, const float* panels, const Call& in,
                             const Area& area, int64_t ranks, float* c) {
   multiply_into(tile, kColumns, 1, {panels, in.Din, area.column, area.columns}, c, ranks,
                 round_up(area.rows, kRowUnit), ranks, true);
 }
 
 template <class T>
-void derive_band(const CpuInputs& in, const CpuBackward& grad, const Memory& memory, int64_t band,
-                 const Part& part, const Tile& tile) {
+void derive_band(const Call& in, const Memory& memory, int64_t band, const Part& part,
+                 const Tile& tile) {
   const int64_t row = band * kRows, rows = std::min(kRows, in.Dout - row);
-  scale_rows(in.u + row * in.R, rows, in.R, in.beta, kRows, tile.u);
-  scale_rows(in.a + row * in.R2, rows, in.R2, in.alpha1, kRows, tile.a);
+  scale_rows(factor_of(in, kU) + row * in.R, rows, in.R, in.beta, kRows, tile.u);
+  scale_rows(factor_of(in, kA) + row * in.R2, rows, in.R2, in.alpha1, kRows, tile.a);
   std::fill(tile.dw, tile.dw + kRows * kColumns, 0.0f);
   std::fill(tile.ds, tile.ds + kRows * kColumns, 0.0f);
   std::fill(tile.du, tile.du + kRows * memory.ranks, 0.0f);
@@ -196,7 +196,7 @@ void derive_band(const CpuInputs& in, const CpuBackward& grad, const Memory& mem
   for_areas(in, row, rows, [&](const Area& area) {
     update_weight<T>(in, area, tile.u, memory.v, tile.dw);
     float column_sums[kColumns] = {};
-    derive_scores<T>(in, grad, area, tile, row_sums, column_sums);
+    derive_scores<T>(in, area, tile, row_sums, column_sums);
     project_columns(tile.dw, memory.v_t, in, area, memory.ranks, tile.du);
     project_columns(tile.ds, memory.b_t, in, area, memory.ranks2, tile.da);
     const int64_t columns = round_up(area.columns, kTileColumns);
@@ -205,20 +205,21 @@ void derive_band(const CpuInputs& in, const CpuBackward& grad, const Memory& mem
     for (int64_t c = 0; c < area.columns; ++c) part.dcol[area.column + c] += column_sums[c];
   });
   for (int64_t r = 0; r < rows; ++r) {
-    float *du = grad.du + (row + r) * in.R, *da = grad.da + (row + r) * in.R2;
+    float *du = in.grad_as<float>(kU) + (row + r) * in.R,
+          *da = in.grad_as<float>(kA) + (row + r) * in.R2;
     for (int64_t i = 0; i < in.R; ++i) du[i] = in.beta * tile.du[r * memory.ranks + i];
     for (int64_t i = 0; i < in.R2; ++i) da[i] = in.alpha1 * tile.da[r * memory.ranks2 + i];
-    grad.drow[row + r] = in.alpha2 * row_sums[r];
+    in.grad_as<float>(kRow)[row + r] = in.alpha2 * row_sums[r];
   }
 }
 
 // dv, db and dcol from the parts' sums, which have beta and alpha1 in them already.
-void add_parts(const CpuInputs& in, const CpuBackward& grad, const Memory& memory) {
+void add_parts(const Call& in, const Memory& memory) {
   const int64_t count = in.R + in.R2 + 1;
   parallel_for(count, in.threads, [&](int64_t i) {
-    float* to = i < in.R        ? grad.dv + i * in.Din
-                : i < count - 1 ? grad.db + (i - in.R) * in.Din
-                                : grad.dcol;
+    float* to = i < in.R        ? in.grad_as<float>(kV) + i * in.Din
+                : i < count - 1 ? in.grad_as<float>(kB) + (i - in.R) * in.Din
+                                : in.grad_as<float>(kCol);
     const float factor = i < count - 1 ? 1.0f : in.alpha2;
     for_vectors(in.Din, [&](int64_t c, auto part) {
       Vector sum = {};
@@ -231,15 +232,15 @@ void add_parts(const CpuInputs& in, const CpuBackward& grad, const Memory& memor
 }
 
 template <class T>
-void backward_all(const CpuInputs& in, const CpuBackward& grad, void* workspace) {
-  const Memory memory(in, workspace);
-  prefer_huge_pages(grad.dw0, in.Dout * in.Din * static_cast<int64_t>(sizeof(T)));
-  pack_factor(in.v, in.R, in, memory.v);
+void backward_all(const Call& in) {
+  const Memory memory(in, in.workspace);
+  prefer_huge_pages(in.grad[kW0], in.Dout * in.Din * static_cast<int64_t>(sizeof(T)));
+  pack_factor(factor_of(in, kV), in.R, in, memory.v);
   for (int64_t i = 0; i < in.R; i += kPanel) {
-    pack_panel_transposed(in.v, in.Din, in.Din, in.R, i, memory.v_t);
+    pack_panel_transposed(factor_of(in, kV), in.Din, in.Din, in.R, i, memory.v_t);
   }
   for (int64_t i = 0; i < in.R2; i += kPanel) {
-    pack_panel_transposed(in.b, in.Din, in.Din, in.R2, i, memory.b_t);
+    pack_panel_transposed(factor_of(in, kB), in.Din, in.Din, in.R2, i, memory.b_t);
   }
   parallel_for_on(memory.parts, in.threads, [&](int64_t i, int thread) {
     const Part part = memory.part(in, i);
@@ -248,27 +249,29 @@ void backward_all(const CpuInputs& in, const CpuBackward& grad, void* workspace)
     const int64_t end = (i + 1) * memory.bands / memory.parts;
     const Tile tile = memory.of_thread(in, thread);
     for (int64_t band = begin; band < end; ++band) {
-      derive_band<T>(in, grad, memory, band, part, tile);
+      derive_band<T>(in, memory, band, part, tile);
     }
   });
-  add_parts(in, grad, memory);
+  add_parts(in, memory);
 }
 
 }  // namespace
+}  // namespace pelt::masked_weight
+
+namespace pelt {
+
+using namespace masked_weight;
+using Kernels = Cpu<Contract, cpu::Isa::PELT_CPU_ISA>;
 
 template <>
-int64_t backward_bytes_on_cpu<cpu::Isa::PELT_CPU_ISA>(const CpuInputs& in) {
+int64_t Kernels::backward_bytes(const Call& in) {
   return Memory(in, nullptr).bytes;
 }
 
+// All factors' gradients are wanted, in float32.
 template <>
-void backward_on_cpu<cpu::Isa::PELT_CPU_ISA>(const CpuInputs& in, const CpuBackward& grad,
-                                             void* workspace) {
-  if (in.is_float32) {
-    backward_all<float>(in, grad, workspace);
-  } else {
-    backward_all<bf16>(in, grad, workspace);
-  }
+void Kernels::backward(const Call& in) {
+  in.dtype == DType::kF32 ? backward_all<float>(in) : backward_all<bf16>(in);
 }
 
-}  // namespace pelt::masked_weight
+}  // namespace pelt

@@ -18,6 +18,7 @@
 // infinity. Results depend neither on the run nor on the number of threads.
 #include <cstring>
 
+#include "common/check.h"
 #include "cpu/pages.h"
 #include "ops/masked_weight/cpu_tiles.h"
 
@@ -71,7 +72,7 @@ struct Memory {
   int64_t each_bytes;
   int64_t bytes;
 
-  Memory(const CpuInputs& in, void* base) {
+  Memory(const Call& in, void* base) {
     tiles = (in.Dout + kRows - 1) / kRows;
     entries = in.Dout * in.Din;
     room = entries / 16 + kSmall;
@@ -92,7 +93,7 @@ struct Memory {
     bytes = arena.used;
   }
 
-  static Tile cut(const CpuInputs& in, Arena& arena) {
+  static Tile cut(const Call& in, Arena& arena) {
     Tile tile;
     tile.u = arena.take<float>(kRows * in.R);
     tile.a = arena.take<float>(kRows * in.R2);
@@ -103,7 +104,7 @@ struct Memory {
     return tile;
   }
 
-  Tile of_thread(const CpuInputs& in, int thread) const {
+  Tile of_thread(const Call& in, int thread) const {
     Arena arena{each + thread * each_bytes};
     return cut(in, arena);
   }
@@ -112,7 +113,7 @@ struct Memory {
 // tile.w and tile.s of an area. Not inlined: wherever scores are asked for, they have to be the
 // same bits, and a copy of this code might be compiled to other roundings.
 template <class T>
-__attribute__((noinline)) void score(const CpuInputs& in, const Memory& memory, const Area& area,
+__attribute__((noinline)) void score(const Call& in, const Memory& memory, const Area& area,
                                      const Tile& tile) {
   update_weight<T>(in, area, tile.u, memory.v, tile.w);
   multiply_each(tile.a, in.R2, memory.b + area.column * in.R2, in.R2, round_up(area.rows, kRowUnit),
@@ -121,7 +122,7 @@ __attribute__((noinline)) void score(const CpuInputs& in, const Memory& memory, 
                     const int64_t r = row + i, c = column + j;
                     if (r >= area.rows) return;
                     const Vector structure =
-                        in.row[area.row + r] + load(memory.col + area.column + c);
+                        factor_of(in, kRow)[area.row + r] + load(memory.col + area.column + c);
                     const Vector s =
                         absolute(load(tile.w + r * kColumns + c)) + product + in.alpha2 * structure;
                     store(tile.s + r * kColumns + c, s == s ? s : splat(kInfinity));
@@ -132,12 +133,12 @@ __attribute__((noinline)) void score(const CpuInputs& in, const Memory& memory, 
 // visit(area, tile, thread) for every area of the matrix, scored; bands of rows on several threads,
 // each from left to right.
 template <class T, class Visit>
-void sweep(const CpuInputs& in, const Memory& memory, Visit&& visit) {
+void sweep(const Call& in, const Memory& memory, Visit&& visit) {
   parallel_for_on(memory.tiles, in.threads, [&](int64_t band, int thread) {
     const Tile tile = memory.of_thread(in, thread);
     const int64_t row = band * kRows, rows = std::min(kRows, in.Dout - row);
-    scale_rows(in.u + row * in.R, rows, in.R, in.beta, kRows, tile.u);
-    scale_rows(in.a + row * in.R2, rows, in.R2, in.alpha1, kRows, tile.a);
+    scale_rows(factor_of(in, kU) + row * in.R, rows, in.R, in.beta, kRows, tile.u);
+    scale_rows(factor_of(in, kA) + row * in.R2, rows, in.R2, in.alpha1, kRows, tile.a);
     for_areas(in, row, rows, [&](const Area& area) {
       score<T>(in, memory, area, tile);
       visit(area, tile, thread);
@@ -180,7 +181,7 @@ struct Window {
 // Between which scores the threshold probably lies. The sample is a few panels of each band, at
 // places that look random and follow from the sizes alone.
 template <class T>
-Window guess_window(const CpuInputs& in, const Memory& memory) {
+Window guess_window(const Call& in, const Memory& memory) {
   Window window = {-kInfinity, kInfinity};
   if (memory.sample_size == 0) return window;
   const int64_t panels = panels_of(in.Din);
@@ -190,8 +191,8 @@ Window guess_window(const CpuInputs& in, const Memory& memory) {
   parallel_for_on(memory.tiles, in.threads, [&](int64_t band, int thread) {
     const Tile tile = memory.of_thread(in, thread);
     const int64_t row = band * kRows, rows = std::min(kRows, in.Dout - row);
-    scale_rows(in.u + row * in.R, rows, in.R, in.beta, kRows, tile.u);
-    scale_rows(in.a + row * in.R2, rows, in.R2, in.alpha1, kRows, tile.a);
+    scale_rows(factor_of(in, kU) + row * in.R, rows, in.R, in.beta, kRows, tile.u);
+    scale_rows(factor_of(in, kA) + row * in.R2, rows, in.R2, in.alpha1, kRows, tile.a);
     uint64_t* to = memory.sample + band * each;
     for (int64_t i = 0; i < kSampledPanels; ++i) {
       const uint64_t mixed =
@@ -275,7 +276,7 @@ enum class Outcome {
 
 // y and mask are finished only where the outcome is kWritten.
 template <class T>
-Outcome write_by_window(const CpuInputs& in, const Memory& memory, const Window& window, T* y,
+Outcome write_by_window(const Call& in, const Memory& memory, const Window& window, T* y,
                         bool* mask, Threshold& threshold) {
   int64_t found = 0;
   std::fill(memory.above, memory.above + memory.tiles, 0);
@@ -318,7 +319,7 @@ Outcome write_by_window(const CpuInputs& in, const Memory& memory, const Window&
 // ---- digit by digit ----
 
 template <class T>
-Threshold find_threshold(const CpuInputs& in, const Memory& memory) {
+Threshold find_threshold(const Call& in, const Memory& memory) {
   uint64_t prefix = 0;
   int64_t stay = in.keep, equal = 0;
   for (int digit = 0; digit < kDigits; ++digit) {
@@ -351,7 +352,7 @@ Threshold find_threshold(const CpuInputs& in, const Memory& memory) {
 
 // memory.quota = how many entries of each row are equal to the threshold.
 template <class T>
-void count_equal(const CpuInputs& in, const Memory& memory, const Threshold& threshold) {
+void count_equal(const Call& in, const Memory& memory, const Threshold& threshold) {
   std::fill(memory.quota, memory.quota + in.Dout, 0);
   sweep<T>(in, memory, [&](const Area& area, const Tile& tile, int) {
     for (int64_t r = 0; r < area.rows; ++r) {
@@ -366,7 +367,7 @@ void count_equal(const CpuInputs& in, const Memory& memory, const Threshold& thr
 
 // Equal scores stay in the order of their flat index: a row has what the rows before it leave.
 template <class T>
-void write_by_threshold(const CpuInputs& in, const Memory& memory, const Threshold& threshold, T* y,
+void write_by_threshold(const Call& in, const Memory& memory, const Threshold& threshold, T* y,
                         bool* mask) {
   int64_t rest = threshold.stay;
   for (int64_t r = 0; r < in.Dout; ++r) {
@@ -390,8 +391,10 @@ void write_by_threshold(const CpuInputs& in, const Memory& memory, const Thresho
 }
 
 template <class T>
-void forward_all(const CpuInputs& in, T* y, bool* mask, void* workspace) {
-  const Memory memory(in, workspace);
+void forward_all(const Call& in) {
+  const Memory memory(in, in.workspace);
+  T* y = in.output_as<T>(kY);
+  bool* mask = in.output_as<bool>(kMask);
   prefer_huge_pages(y, memory.entries * static_cast<int64_t>(sizeof(T)));
   prefer_huge_pages(mask, memory.entries);
   if (in.keep == 0) {
@@ -399,10 +402,10 @@ void forward_all(const CpuInputs& in, T* y, bool* mask, void* workspace) {
     std::memset(mask, 0, static_cast<size_t>(memory.entries));
     return;
   }
-  pack_factor(in.v, in.R, in, memory.v);
-  pack_factor(in.b, in.R2, in, memory.b);
+  pack_factor(factor_of(in, kV), in.R, in, memory.v);
+  pack_factor(factor_of(in, kB), in.R2, in, memory.b);
   std::fill(memory.col, memory.col + round_up(in.Din, kWidth), 0.0f);
-  std::copy(in.col, in.col + in.Din, memory.col);
+  std::copy(factor_of(in, kCol), factor_of(in, kCol) + in.Din, memory.col);
   const Window window =
       in.keep == memory.entries ? Window{-kInfinity, -kInfinity} : guess_window<T>(in, memory);
   Threshold threshold;
@@ -416,20 +419,29 @@ void forward_all(const CpuInputs& in, T* y, bool* mask, void* workspace) {
 }
 
 }  // namespace
+}  // namespace pelt::masked_weight
+
+namespace pelt {
+
+using namespace masked_weight;
+using Kernels = Cpu<Contract, cpu::Isa::PELT_CPU_ISA>;
 
 template <>
-int64_t forward_bytes_on_cpu<cpu::Isa::PELT_CPU_ISA>(const CpuInputs& in) {
+std::string Kernels::why_not(const Call& in) {
+  constexpr int64_t kMaxEntries = int64_t{1} << 32;  // flat indices have 32 bits
+  if (in.Dout * in.Din < kMaxEntries) return "";
+  return sentence("its entries have indices of 32 bits, so Dout Din must be below ", kMaxEntries,
+                  ", and it is ", in.Dout * in.Din);
+}
+
+template <>
+int64_t Kernels::forward_bytes(const Call& in) {
   return Memory(in, nullptr).bytes;
 }
 
 template <>
-void forward_on_cpu<cpu::Isa::PELT_CPU_ISA>(const CpuInputs& in, void* y, bool* mask,
-                                            void* workspace) {
-  if (in.is_float32) {
-    forward_all(in, static_cast<float*>(y), mask, workspace);
-  } else {
-    forward_all(in, static_cast<bf16*>(y), mask, workspace);
-  }
+void Kernels::forward(const Call& in) {
+  in.dtype == DType::kF32 ? forward_all<float>(in) : forward_all<bf16>(in);
 }
 
-}  // namespace pelt::masked_weight
+}  // namespace pelt

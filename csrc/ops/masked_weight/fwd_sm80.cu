@@ -90,29 +90,29 @@ __device__ __forceinline__ void publish_counts(const ForwardParams& p, const Sha
 template <class C>
 __device__ __forceinline__ void score_tiles(const ForwardParams& p, Shared& s) {
   using T = typename C::T;
-  const Inputs& in = p.in;
+  const Call& in = p.in;
   const int across = (in.Din + kTileColumns - 1) / kTileColumns;
   const int tiles = across * ((in.Dout + kTileRows - 1) / kTileRows);
   for (int tile = block_index_x(); tile < tiles; tile += grid_blocks_x()) {
     const Place at = {tile / across * kTileRows, tile % across * kTileColumns};
     TileValues w, product;
     update_weight<T>(in, at, s.factors, w);
-    multiply<T>(in, {in.a, in.b, in.R2, false}, at, s.factors, product);
+    multiply<T>(in, {in.parameter(kA), in.parameter(kB), in.R2, false}, at, s.factors, product);
     // Before the first store, behind which the compiler could not move these loads.
     float row[kRowsEach] = {}, col[kColumnsEach] = {};
     for (int i = 0; i < kRowsEach; ++i) {
       const int r = at.row + tile_row(i);
-      if (r < in.Dout) row[i] = load_parameter<T>(in.row, r);
+      if (r < in.Dout) row[i] = load_parameter<T>(in.parameter(kRow), r);
     }
     for (int j = 0; j < kColumnsEach; ++j) {
       const int c = at.column + tile_column(j);
-      if (c < in.Din) col[j] = load_parameter<T>(in.col, c);
+      if (c < in.Din) col[j] = load_parameter<T>(in.parameter(kCol), c);
     }
     for_elements(in, at, [&](int i, int j, int64_t index) {
       const float score =
           fabsf(w[i][j]) + in.alpha1 * product[i][j] + in.alpha2 * (row[i] + col[j]);
       const uint32_t key = key_of(score);
-      static_cast<T*>(p.y)[index] = round_to<T>(w[i][j]);
+      in.output_as<T>(kY)[index] = round_to<T>(w[i][j]);
       p.keys[index] = key;
       atomic_count(&s.counts[key >> 21], 1);
     });
@@ -129,12 +129,13 @@ constexpr int kBatch = 4;      // steps whose keys are on the way together
 
 __device__ __forceinline__ int warp_of_grid() { return block_index_x() * kWarps + warp_index(); }
 
-__device__ __forceinline__ Part part_of_warp(const Inputs& in) {
+__device__ __forceinline__ Part part_of_warp(const Call& in) {
   const int64_t warps = static_cast<int64_t>(grid_blocks_x()) * kWarps;
-  const int64_t steps = (in.entries() + kStep - 1) / kStep;
+  const int64_t steps = (entries_of(in) + kStep - 1) / kStep;
   const int64_t each = (steps + warps - 1) / warps * kStep;
   const int64_t begin = warp_of_grid() * each, end = begin + each;
-  return {begin < in.entries() ? begin : in.entries(), end < in.entries() ? end : in.entries()};
+  return {begin < entries_of(in) ? begin : entries_of(in),
+          end < entries_of(in) ? end : entries_of(in)};
 }
 
 // visit(index, keys, count) for a lane's four neighbouring keys, of which `count` are there. Every
@@ -240,10 +241,11 @@ __device__ __forceinline__ int equal_before(const ForwardParams& p, const Shared
 template <class T>
 __device__ __forceinline__ void write_4(const ForwardParams& p, int64_t at, uint32_t stays,
                                         int count) {
-  T* y = static_cast<T*>(p.y) + at;
+  T* y = p.in.output_as<T>(kY) + at;
+  bool* mask = p.in.output_as<bool>(kMask) + at;
   if (count == 4) {
     // A byte for each: bits 0 to 3 become bits 0, 8, 16 and 24.
-    store_4(p.mask + at, (stays & 1) | (stays & 2) << 7 | (stays & 4) << 14 | (stays & 8) << 21);
+    store_4(mask, (stays & 1) | (stays & 2) << 7 | (stays & 4) << 14 | (stays & 8) << 21);
   }
   if (count == 4 && stays == 0 && sizeof(T) == 4) {
     store_16(y, Words4{});
@@ -256,7 +258,7 @@ __device__ __forceinline__ void write_4(const ForwardParams& p, int64_t at, uint
   }
   for (int e = 0; e < count; ++e) {
     const bool stay = stays >> e & 1;
-    if (count < 4) p.mask[at + e] = stay;
+    if (count < 4) mask[e] = stay;
     if (!stay) y[e] = T{};
   }
 }
@@ -311,26 +313,8 @@ __global__ void __launch_bounds__(kThreads)
 
 using Configs = TypeList<Config<float>, Config<bf16>, Config<f16>>;
 
-// Where the pieces of the workspace are, in bytes.
-struct Plan {
-  int64_t counts = 0;
-  int64_t arrivals = 0;
-  int64_t zeroed_bytes = 0;
-  int64_t equal = 0;
-  int64_t keys = 0;
-  int64_t total_bytes = 0;
-
-  Plan(const Inputs& in, int64_t warps) {
-    arrivals = sizeof(int) * kDigits * kBins;
-    zeroed_bytes = arrivals + 16;
-    equal = zeroed_bytes;
-    keys = equal + (static_cast<int64_t>(sizeof(int)) * warps + 15) / 16 * 16;
-    total_bytes = keys + static_cast<int64_t>(sizeof(uint32_t)) * in.entries();
-  }
-};
-
 template <class C>
-int blocks_of(const Inputs& in) {
+int blocks_of(const Call& in) {
   const int64_t tiles = static_cast<int64_t>((in.Din + kTileColumns - 1) / kTileColumns) *
                         ((in.Dout + kTileRows - 1) / kTileRows);
   const int resident = resident_blocks<masked_weight_fwd_sm80<C>>(kThreads, sizeof(Shared));
@@ -347,30 +331,22 @@ void with_config(DType dtype, Run&& run) {
 
 }  // namespace
 
-int64_t forward_workspace_bytes(const Inputs& in) {
-  int64_t bytes = 0;
-  with_config(in.dtype, [&](auto tag) {
-    bytes = Plan(in, blocks_of<typename decltype(tag)::type>(in) * kWarps).total_bytes;
-  });
-  return bytes;
+int forward_blocks_sm80(const Call& call) {
+  int blocks = 0;
+  with_config(call.dtype,
+              [&](auto tag) { blocks = blocks_of<typename decltype(tag)::type>(call); });
+  return blocks;
 }
 
-void launch_masked_weight_fwd_sm80(ForwardParams p, void* workspace, Stream stream) {
+void launch_forward_sm80(const ForwardParams& p, int blocks) {
   with_config(p.in.dtype, [&](auto tag) {
     using C = typename decltype(tag)::type;
     LaunchShape shape;
-    shape.blocks_x = blocks_of<C>(p.in);
+    shape.blocks_x = blocks;
     shape.threads = kThreads;
     shape.shared_bytes = sizeof(Shared);
     shape.is_cooperative = true;
-    const Plan plan(p.in, static_cast<int64_t>(shape.blocks_x) * kWarps);
-    char* base = static_cast<char*>(workspace);
-    p.counts = reinterpret_cast<int*>(base + plan.counts);
-    p.arrivals = reinterpret_cast<int*>(base + plan.arrivals);
-    p.equal = reinterpret_cast<int*>(base + plan.equal);
-    p.keys = reinterpret_cast<uint32_t*>(base + plan.keys);
-    zero_async(p.counts, static_cast<size_t>(plan.zeroed_bytes), stream);
-    launch<masked_weight_fwd_sm80<C>>("masked_weight_fwd_sm80", shape, stream, p);
+    launch<masked_weight_fwd_sm80<C>>("masked_weight_fwd_sm80", shape, p.in.stream, p);
   });
 }
 

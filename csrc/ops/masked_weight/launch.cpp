@@ -1,28 +1,83 @@
 // Which kernels serve a call. There is one family so far, for sm_80 and everything after it.
+#include "common/arena.h"
 #include "common/check.h"
 #include "ops/masked_weight/params.h"
 
 namespace pelt::masked_weight {
+namespace {
 
-std::string why_not(int64_t Dout, int64_t Din, int64_t R, int64_t R2) {
+constexpr int kZeroed = kDigits * kBins + 1;  // forward's counts and arrivals
+
+ForwardParams forward_params(const Call& call, int blocks, Arena& arena) {
+  ForwardParams p{call};
+  p.counts = arena.take<int>(kZeroed);
+  p.arrivals = p.counts + kDigits * kBins;
+  p.equal = arena.take<int>(static_cast<int64_t>(blocks) * kWarps);
+  p.keys = arena.take<uint32_t>(entries_of(call));
+  return p;
+}
+
+BackwardParams backward_params(const Call& call, Arena& arena) {
+  BackwardParams p{call};
+  p.column_tiles = (call.Din + kTileColumns - 1) / kTileColumns;
+  p.row_bands = (call.Dout + kBandRows - 1) / kBandRows;
+  const int64_t rows = call.Dout, columns = call.Din, ranks2 = call.R2 + 1;
+  p.du_partial = arena.take<float>(p.column_tiles * rows * call.R);
+  p.dv_partial = arena.take<float>(p.row_bands * columns * call.R);
+  p.da_partial = arena.take<float>(p.column_tiles * rows * ranks2);
+  p.db_partial = arena.take<float>(p.row_bands * columns * ranks2);
+  return p;
+}
+
+}  // namespace
+}  // namespace pelt::masked_weight
+
+namespace pelt {
+
+using namespace masked_weight;
+
+template <>
+std::string Cuda<Contract>::why_not(const NativeCall<Contract, int64_t>& call) {
   constexpr int64_t kLimit = int64_t{1} << 31;
-  if (Dout * Din >= kLimit) {
+  if (call.Dout * call.Din >= kLimit) {
     return sentence("it counts entries in 32 bits, so Dout Din must be below ", kLimit,
-                    ", and it is ", Dout * Din);
+                    ", and it is ", call.Dout * call.Din);
   }
   constexpr int64_t kMaxRank = 1 << 20;
-  if (R >= kMaxRank || R2 >= kMaxRank) {
-    return sentence("its ranks must be below ", kMaxRank, ", and they are R=", R, " and R2=", R2);
+  if (call.R >= kMaxRank || call.R2 >= kMaxRank) {
+    return sentence("its ranks must be below ", kMaxRank, ", and they are R=", call.R,
+                    " and R2=", call.R2);
   }
   return "";
 }
 
-void launch_masked_weight_fwd(const ForwardParams& params, void* workspace, Stream stream) {
-  launch_masked_weight_fwd_sm80(params, workspace, stream);
+template <>
+int64_t Cuda<Contract>::forward_bytes(const Call& call) {
+  Arena arena;
+  forward_params(call, forward_blocks_sm80(call), arena);
+  return arena.used;
 }
 
-void launch_masked_weight_bwd(const BackwardParams& params, void* workspace, Stream stream) {
-  launch_masked_weight_bwd_sm80(params, workspace, stream);
+template <>
+void Cuda<Contract>::forward(const Call& call) {
+  Arena arena{static_cast<char*>(call.workspace)};
+  const int blocks = forward_blocks_sm80(call);
+  const ForwardParams p = forward_params(call, blocks, arena);
+  zero_async(p.counts, sizeof(int) * kZeroed, call.stream);
+  launch_forward_sm80(p, blocks);
 }
 
-}  // namespace pelt::masked_weight
+template <>
+int64_t Cuda<Contract>::backward_bytes(const Call& call) {
+  Arena arena;
+  backward_params(call, arena);
+  return arena.used;
+}
+
+template <>
+void Cuda<Contract>::backward(const Call& call) {
+  Arena arena{static_cast<char*>(call.workspace)};
+  launch_backward_sm80(backward_params(call, arena));
+}
+
+}  // namespace pelt

@@ -11,10 +11,7 @@
 namespace pelt::masked_weight {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-constexpr int kTileRows = 32;
-constexpr int kTileColumns = 128;
+constexpr int kThreads = 32 * kWarps;
 constexpr int kRowsEach = kTileRows / kWarps;    // of a warp
 constexpr int kColumnsEach = kTileColumns / 32;  // of a lane
 constexpr int kRankChunk = 16;                   // of factors in shared memory at a time
@@ -57,7 +54,7 @@ __device__ __forceinline__ float load_parameter(const Parameter& p, int64_t i) {
 
 // The ranks from `first` on; what is not there is 0.
 template <class T>
-__device__ __forceinline__ void load_factors(const Inputs& in, const Factors& f, const Place& at,
+__device__ __forceinline__ void load_factors(const Call& in, const Factors& f, const Place& at,
                                              int first, FactorTiles& s) {
   for (int i = thread_index(); i < kTileRows * kRankChunk; i += kThreads) {
     const int r = i / kRankChunk, k = i % kRankChunk, rank = first + k;
@@ -83,7 +80,7 @@ __device__ __forceinline__ void load_factors(const Inputs& in, const Factors& f,
 
 // product = left right on the tile. Every thread of the block comes here.
 template <class T>
-__device__ __forceinline__ void multiply(const Inputs& in, const Factors& f, const Place& at,
+__device__ __forceinline__ void multiply(const Call& in, const Factors& f, const Place& at,
                                          FactorTiles& s, TileValues& product) {
   for (int i = 0; i < kRowsEach; ++i) {
     for (int j = 0; j < kColumnsEach; ++j) product[i][j] = 0.0f;
@@ -108,7 +105,7 @@ __device__ __forceinline__ void multiply(const Inputs& in, const Factors& f, con
 
 // Calls visit(i, j, flat index) for this thread's elements of a tile that the matrix has.
 template <class Visit>
-__device__ __forceinline__ void for_elements(const Inputs& in, const Place& at, Visit&& visit) {
+__device__ __forceinline__ void for_elements(const Call& in, const Place& at, Visit&& visit) {
   for (int i = 0; i < kRowsEach; ++i) {
     const int row = at.row + tile_row(i);
     for (int j = 0; j < kColumnsEach; ++j) {
@@ -122,11 +119,11 @@ __device__ __forceinline__ void for_elements(const Inputs& in, const Place& at, 
 
 // W = w0 + beta u v on the tile.
 template <class T>
-__device__ __forceinline__ void update_weight(const Inputs& in, const Place& at, FactorTiles& s,
+__device__ __forceinline__ void update_weight(const Call& in, const Place& at, FactorTiles& s,
                                               TileValues& w) {
-  multiply<T>(in, {in.u, in.v, in.R, false}, at, s, w);
+  multiply<T>(in, {in.parameter(kU), in.parameter(kV), in.R, false}, at, s, w);
   for_elements(in, at, [&](int i, int j, int64_t index) {
-    w[i][j] = to_float(static_cast<const T*>(in.w0)[index]) + in.beta * w[i][j];
+    w[i][j] = to_float(in.input_as<T>(kW0)[index]) + in.beta * w[i][j];
   });
 }
 

@@ -15,18 +15,17 @@ struct Shared {
 };
 
 template <class C>
-__global__ void __launch_bounds__(kThreads)
-    symmetric_kl_bwd_sm80(const __grid_constant__ BackwardParams p) {
+__global__ void __launch_bounds__(kThreads) symmetric_kl_bwd_sm80(const __grid_constant__ Call in) {
   using T = typename C::T;
   auto& s = shared_memory_as<Shared>();
-  const Inputs& in = p.in;
-  const float factor = 0.5f * *p.dloss / count_of(in, s.partial);
+  const float *dloss = in.doutput_as<float>(kLoss), *lse = in.output_as<float>(kLse);
+  T *to1 = in.grad_as<T>(kZ1), *to2 = in.grad_as<T>(kZ2);
+  const float factor = 0.5f * *dloss / count_of(in, s.partial);
   const int64_t step = static_cast<int64_t>(grid_blocks_x()) * C::kRows;
   const int64_t start = block_index_x() * C::kRows + warp_index() / C::kRowWarps;
   for (int64_t row = start; row < in.T; row += step) {
-    const T *z1 = static_cast<const T*>(in.z1) + row * in.C,
-            *z2 = static_cast<const T*>(in.z2) + row * in.C;
-    const float lse1 = p.lse[row], lse2 = p.lse[in.T + row];
+    const T *z1 = in.input_as<T>(kZ1) + row * in.C, *z2 = in.input_as<T>(kZ2) + row * in.C;
+    const float lse1 = lse[row], lse2 = lse[in.T + row];
     const bool is_read = counts(in, row);
     for_columns<C>(in, [&](auto tag, int c) {
       constexpr int kCount = decltype(tag)::value;
@@ -38,8 +37,8 @@ __global__ void __launch_bounds__(kThreads)
           dz2.v[i] = -dz1.v[i];
         }
       }
-      if (p.dz1 != nullptr) store_elements(static_cast<T*>(p.dz1) + row * in.C + c, dz1);
-      if (p.dz2 != nullptr) store_elements(static_cast<T*>(p.dz2) + row * in.C + c, dz2);
+      if (to1 != nullptr) store_elements(to1 + row * in.C + c, dz1);
+      if (to2 != nullptr) store_elements(to2 + row * in.C + c, dz2);
     });
   }
 }
@@ -49,16 +48,16 @@ using Configs = TypeList<Config<float, 1>, Config<float, kWarps>, Config<bf16, 1
 
 }  // namespace
 
-void launch_symmetric_kl_bwd_sm80(const BackwardParams& p, Stream stream) {
+void launch_backward_sm80(const Call& call) {
   run_first_fit(
-      Configs{}, [&](auto tag) { return decltype(tag)::type::fits(p.in); },
+      Configs{}, [&](auto tag) { return decltype(tag)::type::fits(call); },
       [&](auto tag) {
         using C = typename decltype(tag)::type;
         LaunchShape shape;
-        shape.blocks_x = blocks_of<C>(p.in);
+        shape.blocks_x = blocks_of<C>(call);
         shape.threads = kThreads;
         shape.shared_bytes = sizeof(Shared);
-        launch<symmetric_kl_bwd_sm80<C>>("symmetric_kl_bwd_sm80", shape, stream, p);
+        launch<symmetric_kl_bwd_sm80<C>>("symmetric_kl_bwd_sm80", shape, call.stream, call);
       });
 }
 

@@ -22,24 +22,32 @@
 #include <limits>
 
 #include "common/parallel.h"
+#include "cpu/kernels.h"
 #include "cpu/math.h"
 #include "cpu/pages.h"
-#include "ops/symmetric_kl/cpu.h"
+#include "ops/symmetric_kl/contract.h"
 
 namespace pelt::symmetric_kl {
 namespace {
 
 using namespace pelt::cpu;
+using Call = NativeCall<Contract, int64_t>;
 
 constexpr int64_t kBlock = 512;         // columns between two looks at the maximum
 constexpr int64_t kWorkUnit = 1 << 14;  // elements that are worth a thread's while
 constexpr int64_t kFewClasses = 16;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-inline bool counts(const CpuInputs& in, int64_t row) { return !in.mask || in.mask[row]; }
+inline bool counts(const Call& in, int64_t row) {
+  const bool* mask = in.input_as<bool>(kMask);
+  return !mask || mask[row];
+}
+
+// From row to row, in elements.
+inline int64_t stride_of(const Call& in, Input z) { return in.stride[z][0]; }
 
 // How many rows count; 1 where none does, so that an empty mean is 0.
-inline int64_t count_of(const CpuInputs& in) {
+inline int64_t count_of(const Call& in) {
   int64_t count = 0;
   for (int64_t t = 0; t < in.T; ++t) count += counts(in, t);
   return std::max<int64_t>(count, 1);
@@ -48,7 +56,7 @@ inline int64_t count_of(const CpuInputs& in) {
 // body(row), or with a step body(the first of so many rows), on several threads, in groups of rows
 // that are worth it.
 template <class Body>
-void for_rows(const CpuInputs& in, Body&& body, int64_t step = 1) {
+void for_rows(const Call& in, Body&& body, int64_t step = 1) {
   const int64_t each = round_up(std::max<int64_t>(1, kWorkUnit / in.C), step);
   parallel_for((in.T + each - 1) / each, in.threads, [&](int64_t group) {
     const int64_t end = std::min(in.T, (group + 1) * each);
@@ -153,9 +161,9 @@ void add_block(const T* z1, const T* z2, int64_t count, float shift, Sums& first
 }
 
 template <class T>
-void forward_row(const CpuInputs& in, int64_t row, float* rows, float* lse) {
-  const T* z1 = static_cast<const T*>(in.z1) + row * in.z1_stride;
-  const T* z2 = static_cast<const T*>(in.z2) + row * in.z2_stride;
+void forward_row(const Call& in, int64_t row, float* rows, float* lse) {
+  const T* z1 = in.input_as<T>(kZ1) + row * stride_of(in, kZ1);
+  const T* z2 = in.input_as<T>(kZ2) + row * stride_of(in, kZ2);
   Sums first, second;
   float shift = 0.0f;
   for (int64_t begin = 0; begin < in.C; begin += kBlock) {
@@ -214,11 +222,11 @@ struct FewClasses {
 };
 
 template <class T>
-void forward_rows(const CpuInputs& in, int64_t row, float* rows, float* lse) {
+void forward_rows(const Call& in, int64_t row, float* rows, float* lse) {
   const int64_t count = std::min<int64_t>(kWidth, in.T - row);
-  const FewClasses first(static_cast<const T*>(in.z1) + row * in.z1_stride, in.z1_stride, in.C,
+  const FewClasses first(in.input_as<T>(kZ1) + row * stride_of(in, kZ1), stride_of(in, kZ1), in.C,
                          count);
-  const FewClasses second(static_cast<const T*>(in.z2) + row * in.z2_stride, in.z2_stride, in.C,
+  const FewClasses second(in.input_as<T>(kZ2) + row * stride_of(in, kZ2), stride_of(in, kZ2), in.C,
                           count);
   Vector shift = {};
   for (int64_t c = 0; c < in.C; ++c) {
@@ -243,15 +251,14 @@ void forward_rows(const CpuInputs& in, int64_t row, float* rows, float* lse) {
 }
 
 template <class T>
-void backward_rows(const CpuInputs& in, int64_t row, float factor, const float* lse, T* dz1,
-                   T* dz2) {
+void backward_rows(const Call& in, int64_t row, float factor, const float* lse, T* dz1, T* dz2) {
   const int64_t count = std::min<int64_t>(kWidth, in.T - row);
-  const T* z1 = static_cast<const T*>(in.z1) + row * in.z1_stride;
-  const T* z2 = static_cast<const T*>(in.z2) + row * in.z2_stride;
+  const T* z1 = in.input_as<T>(kZ1) + row * stride_of(in, kZ1);
+  const T* z2 = in.input_as<T>(kZ2) + row * stride_of(in, kZ2);
   const Vector lse1 = load_part(lse + row, count), lse2 = load_part(lse + in.T + row, count);
   for (int64_t c = 0; c < in.C; ++c) {
-    const Vector p1 = weight_of(class_of_rows(z1 + c, in.z1_stride, count), lse1);
-    const Vector p2 = weight_of(class_of_rows(z2 + c, in.z2_stride, count), lse2);
+    const Vector p1 = weight_of(class_of_rows(z1 + c, stride_of(in, kZ1), count), lse1);
+    const Vector p2 = weight_of(class_of_rows(z2 + c, stride_of(in, kZ2), count), lse2);
     T d[kWidth], minus[kWidth];
     store(d, factor * (p1 - p2));
     store(minus, -(factor * (p1 - p2)));
@@ -265,7 +272,7 @@ void backward_rows(const CpuInputs& in, int64_t row, float factor, const float* 
 }
 
 template <class T>
-void forward_all(const CpuInputs& in, float* rows, float* lse, float* loss) {
+void forward_all(const Call& in, float* rows, float* lse, float* loss) {
   if (in.C <= kFewClasses) {
     for_rows(in, [&](int64_t t) { forward_rows<T>(in, t, rows, lse); }, kWidth);
   } else {
@@ -283,7 +290,7 @@ void forward_all(const CpuInputs& in, float* rows, float* lse, float* loss) {
 }
 
 template <class T>
-void backward_all(const CpuInputs& in, float dloss, const float* lse, T* dz1, T* dz2) {
+void backward_all(const Call& in, float dloss, const float* lse, T* dz1, T* dz2) {
   const int64_t bytes = in.T * in.C * static_cast<int64_t>(sizeof(T));
   prefer_huge_pages(dz1, bytes);
   prefer_huge_pages(dz2, bytes);
@@ -293,8 +300,8 @@ void backward_all(const CpuInputs& in, float dloss, const float* lse, T* dz1, T*
     return;
   }
   for_rows(in, [&](int64_t row) {
-    const T* z1 = static_cast<const T*>(in.z1) + row * in.z1_stride;
-    const T* z2 = static_cast<const T*>(in.z2) + row * in.z2_stride;
+    const T* z1 = in.input_as<T>(kZ1) + row * stride_of(in, kZ1);
+    const T* z2 = in.input_as<T>(kZ2) + row * stride_of(in, kZ2);
     T* to1 = dz1 ? dz1 + row * in.C : nullptr;
     T* to2 = dz2 ? dz2 + row * in.C : nullptr;
     const float lse1 = lse[row], lse2 = lse[in.T + row];
@@ -312,21 +319,45 @@ void backward_all(const CpuInputs& in, float dloss, const float* lse, T* dz1, T*
 }
 
 }  // namespace
+}  // namespace pelt::symmetric_kl
+
+namespace pelt {
+
+using namespace symmetric_kl;
+using Kernels = Cpu<Contract, cpu::Isa::PELT_CPU_ISA>;
 
 template <>
-void forward_on_cpu<cpu::Isa::PELT_CPU_ISA>(const CpuInputs& in, float* rows, float* lse,
-                                            float* loss) {
-  in.is_float32 ? forward_all<float>(in, rows, lse, loss) : forward_all<bf16>(in, rows, lse, loss);
+std::string Kernels::why_not(const Call&) {
+  return "";
 }
 
 template <>
-void backward_on_cpu<cpu::Isa::PELT_CPU_ISA>(const CpuInputs& in, const float* dloss,
-                                             const float* lse, void* dz1, void* dz2) {
-  if (in.is_float32) {
-    backward_all(in, *dloss, lse, static_cast<float*>(dz1), static_cast<float*>(dz2));
+int64_t Kernels::forward_bytes(const Call& in) {
+  return in.T * static_cast<int64_t>(sizeof(float));
+}
+
+template <>
+void Kernels::forward(const Call& in) {
+  auto* rows = static_cast<float*>(in.workspace);  // [T], each row's value
+  auto *lse = in.output_as<float>(kLse), *loss = in.output_as<float>(kLoss);
+  in.dtype == DType::kF32 ? forward_all<float>(in, rows, lse, loss)
+                          : forward_all<bf16>(in, rows, lse, loss);
+}
+
+template <>
+int64_t Kernels::backward_bytes(const Call&) {
+  return 0;
+}
+
+template <>
+void Kernels::backward(const Call& in) {
+  const float dloss = *in.doutput_as<float>(kLoss);
+  const auto* lse = in.output_as<float>(kLse);
+  if (in.dtype == DType::kF32) {
+    backward_all(in, dloss, lse, in.grad_as<float>(kZ1), in.grad_as<float>(kZ2));
   } else {
-    backward_all(in, *dloss, lse, static_cast<bf16*>(dz1), static_cast<bf16*>(dz2));
+    backward_all(in, dloss, lse, in.grad_as<bf16>(kZ1), in.grad_as<bf16>(kZ2));
   }
 }
 
-}  // namespace pelt::symmetric_kl
+}  // namespace pelt

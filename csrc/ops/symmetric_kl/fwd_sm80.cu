@@ -107,12 +107,11 @@ struct Shared {
 
 // Lane 0 of a row's first warp gets the whole row.
 template <class C>
-__device__ __forceinline__ Sums sum_row(const Inputs& in, Shared& s, int64_t row, bool is_read) {
+__device__ __forceinline__ Sums sum_row(const Call& in, Shared& s, int64_t row, bool is_read) {
   using T = typename C::T;
   Sums sums;
   if (is_read) {
-    const T *z1 = static_cast<const T*>(in.z1) + row * in.C,
-            *z2 = static_cast<const T*>(in.z2) + row * in.C;
+    const T *z1 = in.input_as<T>(kZ1) + row * in.C, *z2 = in.input_as<T>(kZ2) + row * in.C;
     for_columns<C>(in, [&](auto tag, int c) {
       constexpr int kCount = decltype(tag)::value;
       sums.add(load_elements<kCount>(z1 + c), load_elements<kCount>(z2 + c));
@@ -141,14 +140,15 @@ __device__ __forceinline__ void finish(const ForwardParams& p, Shared& s) {
   for (int64_t t = thread_index(); t < p.in.T; t += kThreads) own += p.rows[t];
   const float sum = block_sum(own, s.partial);
   const float count = count_of(p.in, s.partial);
-  if (thread_index() == 0) *p.loss = sum / count;
+  if (thread_index() == 0) *p.in.output_as<float>(kLoss) = sum / count;
 }
 
 template <class C>
 __global__ void __launch_bounds__(kThreads)
     symmetric_kl_fwd_sm80(const __grid_constant__ ForwardParams p) {
   auto& s = shared_memory_as<Shared>();
-  const Inputs& in = p.in;
+  const Call& in = p.in;
+  float* lse = in.output_as<float>(kLse);
   const int64_t step = static_cast<int64_t>(grid_blocks_x()) * C::kRows;
   for (int64_t first = block_index_x() * C::kRows; first < in.T; first += step) {
     const int64_t row = first + warp_index() / C::kRowWarps;
@@ -158,8 +158,8 @@ __global__ void __launch_bounds__(kThreads)
     const float value = sums.t1 / sums.l1 - sums.t2 / sums.l2;
     // Never negative but by rounding; a NaN stays one.
     p.rows[row] = !is_read || value < 0.0f ? 0.0f : 0.5f * value;
-    p.lse[row] = is_read ? sums.m1 + logf(sums.l1) : 0.0f;
-    p.lse[in.T + row] = is_read ? sums.m2 + logf(sums.l2) : 0.0f;
+    lse[row] = is_read ? sums.m1 + logf(sums.l1) : 0.0f;
+    lse[in.T + row] = is_read ? sums.m2 + logf(sums.l2) : 0.0f;
   }
   finish(p, s);
 }
@@ -167,18 +167,9 @@ __global__ void __launch_bounds__(kThreads)
 using Configs = TypeList<Config<float, 1>, Config<float, kWarps>, Config<bf16, 1>,
                          Config<bf16, kWarps>, Config<f16, 1>, Config<f16, kWarps>>;
 
-constexpr int64_t kTicketBytes = 16;
-
 }  // namespace
 
-int64_t forward_workspace_bytes(const Inputs& in) {
-  return kTicketBytes + static_cast<int64_t>(sizeof(float)) * in.T;
-}
-
-void launch_symmetric_kl_fwd_sm80(ForwardParams p, void* workspace, Stream stream) {
-  p.ticket = static_cast<int*>(workspace);
-  p.rows = reinterpret_cast<float*>(static_cast<char*>(workspace) + kTicketBytes);
-  zero_async(p.ticket, kTicketBytes, stream);
+void launch_forward_sm80(const ForwardParams& p) {
   run_first_fit(
       Configs{}, [&](auto tag) { return decltype(tag)::type::fits(p.in); },
       [&](auto tag) {
@@ -187,7 +178,7 @@ void launch_symmetric_kl_fwd_sm80(ForwardParams p, void* workspace, Stream strea
         shape.blocks_x = blocks_of<C>(p.in);
         shape.threads = kThreads;
         shape.shared_bytes = sizeof(Shared);
-        launch<symmetric_kl_fwd_sm80<C>>("symmetric_kl_fwd_sm80", shape, stream, p);
+        launch<symmetric_kl_fwd_sm80<C>>("symmetric_kl_fwd_sm80", shape, p.in.stream, p);
       });
 }
 

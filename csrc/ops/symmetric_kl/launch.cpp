@@ -1,24 +1,58 @@
 // Which kernels serve a call. There is one family so far, for sm_80 and everything after it.
+#include "common/arena.h"
 #include "common/check.h"
 #include "ops/symmetric_kl/params.h"
 
 namespace pelt::symmetric_kl {
+namespace {
 
-std::string why_not(int64_t T, int64_t C) {
+ForwardParams forward_params(const Call& call, Arena& arena) {
+  ForwardParams p{call};
+  p.ticket = arena.take<int>(1);
+  p.rows = arena.take<float>(call.T);
+  return p;
+}
+
+}  // namespace
+}  // namespace pelt::symmetric_kl
+
+namespace pelt {
+
+using namespace symmetric_kl;
+
+template <>
+std::string Cuda<Contract>::why_not(const NativeCall<Contract, int64_t>& call) {
   constexpr int64_t kLimit = int64_t{1} << 30;
-  if (T >= kLimit || C >= kLimit) {
+  if (call.T >= kLimit || call.C >= kLimit) {
     return sentence("it counts rows and columns in 32 bits, so T and C must be below ", kLimit,
-                    ", and they are ", T, " and ", C);
+                    ", and they are ", call.T, " and ", call.C);
   }
   return "";
 }
 
-void launch_symmetric_kl_fwd(const ForwardParams& params, void* workspace, Stream stream) {
-  launch_symmetric_kl_fwd_sm80(params, workspace, stream);
+template <>
+int64_t Cuda<Contract>::forward_bytes(const Call& call) {
+  Arena arena;
+  forward_params(call, arena);
+  return arena.used;
 }
 
-void launch_symmetric_kl_bwd(const BackwardParams& params, Stream stream) {
-  launch_symmetric_kl_bwd_sm80(params, stream);
+template <>
+void Cuda<Contract>::forward(const Call& call) {
+  Arena arena{static_cast<char*>(call.workspace)};
+  const ForwardParams p = forward_params(call, arena);
+  zero_async(p.ticket, sizeof(int), call.stream);
+  launch_forward_sm80(p);
 }
 
-}  // namespace pelt::symmetric_kl
+template <>
+int64_t Cuda<Contract>::backward_bytes(const Call&) {
+  return 0;
+}
+
+template <>
+void Cuda<Contract>::backward(const Call& call) {
+  launch_backward_sm80(call);
+}
+
+}  // namespace pelt

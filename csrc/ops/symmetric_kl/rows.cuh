@@ -22,7 +22,7 @@ struct Config {
   static constexpr int kRows = kWarps / kWarpsOfRow;  // of a block at a time
   static_assert(kRowWarps == 1 || kRowWarps == kWarps, "a row has one warp or the whole block");
 
-  static bool fits(const Inputs& in) {
+  static bool fits(const Call& in) {
     return DTypeOf<T>::value == in.dtype && (kRowWarps == kWarps) == (in.C >= kLongRow);
   }
 };
@@ -69,7 +69,7 @@ struct CountTag {
 
 // visit(tag, column) for this thread's elements of a row: tag::value of them from `column` on.
 template <class C, class Visit>
-__device__ __forceinline__ void for_columns(const Inputs& in, Visit&& visit) {
+__device__ __forceinline__ void for_columns(const Call& in, Visit&& visit) {
   const int own = thread_index() % C::kRowThreads;
   if (in.C % 8 == 0) {
     for (int c = 8 * own; c < in.C; c += 8 * C::kRowThreads) visit(CountTag<8>{}, c);
@@ -78,8 +78,9 @@ __device__ __forceinline__ void for_columns(const Inputs& in, Visit&& visit) {
   }
 }
 
-__device__ __forceinline__ bool counts(const Inputs& in, int64_t row) {
-  return in.mask == nullptr || in.mask[row];
+__device__ __forceinline__ bool counts(const Call& in, int64_t row) {
+  const bool* mask = in.input_as<bool>(kMask);
+  return mask == nullptr || mask[row];
 }
 
 // The sum over the threads of a block, for all of them; `sums` is for one value of each warp.
@@ -94,16 +95,17 @@ __device__ __forceinline__ float block_sum(float value, float (&sums)[kWarps]) {
 }
 
 // How many rows count; 1 where none does, so that an empty mean is 0.
-__device__ __forceinline__ float count_of(const Inputs& in, float (&sums)[kWarps]) {
-  if (in.mask == nullptr) return static_cast<float>(in.T);
+__device__ __forceinline__ float count_of(const Call& in, float (&sums)[kWarps]) {
+  const bool* mask = in.input_as<bool>(kMask);
+  if (mask == nullptr) return static_cast<float>(in.T);
   float own = 0.0f;
-  for (int64_t t = thread_index(); t < in.T; t += kThreads) own += in.mask[t] ? 1.0f : 0.0f;
+  for (int64_t t = thread_index(); t < in.T; t += kThreads) own += mask[t] ? 1.0f : 0.0f;
   const float count = block_sum(own, sums);
   return count < 1.0f ? 1.0f : count;
 }
 
 template <class C>
-int blocks_of(const Inputs& in) {
+int blocks_of(const Call& in) {
   const int64_t wanted = (in.T + C::kRows - 1) / C::kRows;
   const int64_t resident = 2048 / kThreads * static_cast<int64_t>(multiprocessors());
   return static_cast<int>(wanted < resident ? wanted : resident);

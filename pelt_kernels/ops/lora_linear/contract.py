@@ -127,6 +127,7 @@ CONTRACT = Contract(
     rules=rules,
     output_shapes=output_shapes,
     never_zero="Din Dout M_i N_i size_i",
+    longest_list=32,
 )
 
 

@@ -37,7 +37,7 @@ def output_shapes(call: Call) -> dict[str, Any]:
 CONTRACT = Contract(
     name="masked_weight",
     inputs="""
-        w0   activation  [Dout, Din]
+        w0   activation  [Dout, Din]  view
         u    parameter   [Dout, R]
         v    parameter   [R, Din]
         a    parameter   [Dout, R2]

@@ -55,11 +55,11 @@ def output_shapes(call: Call) -> dict[str, Any]:
 CONTRACT = Contract(
     name="prefix_attention",
     inputs="""
-        q             activation    [B, H, S, E]
-        k             activation    [B, G, N, E]
-        v             activation    [B, G, N, E]
-        prefix_k      parameter*    [P_i, G, E] | [A_i, P_i, G, E]
-        prefix_v      parameter*    [P_i, G, E] | [A_i, P_i, G, E]
+        q             activation    [B, H, S, E]  view
+        k             activation    [B, G, N, E]  view
+        v             activation    [B, G, N, E]  view
+        prefix_k      parameter*    [P_i, G, E] | [A_i, P_i, G, E]  view
+        prefix_v      parameter*    [P_i, G, E] | [A_i, P_i, G, E]  view
         prefix_index  index(A_i)?*  [B]
         gate          parameter?    [B] | [B, H]
         key_mask      bool?         [B, N]
@@ -79,6 +79,7 @@ CONTRACT = Contract(
     rules=rules,
     output_shapes=output_shapes,
     never_zero="G E A_i",
+    longest_list=MAX_SEGMENTS,
 )
 
 

@@ -19,8 +19,8 @@ def output_shapes(call: Call) -> dict[str, Any]:
 CONTRACT = Contract(
     name="symmetric_kl",
     inputs="""
-        z1    activation  [T, C]
-        z2    activation  [T, C]
+        z1    activation  [T, C]  view
+        z2    activation  [T, C]  view
         mask  bool?       [T]
     """,
     attributes="",

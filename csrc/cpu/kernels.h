@@ -1,0 +1,26 @@
+// What the CPU kernels of an operator consist of, for the binding: its *_cpu.cpp files, compiled
+// for each instruction set, define it for that one.
+#pragma once
+
+#include "common/native_call.h"
+#include "cpu/isa.h"
+
+namespace pelt {
+
+template <class Contract, cpu::Isa kIsa>
+struct Cpu {
+  using Call = NativeCall<Contract, int64_t>;
+
+  // Why the kernels refuse a call, with numbers; empty if they serve it.
+  static std::string why_not(const Call& call);
+
+  // Bytes of memory that a call needs beside its inputs and outputs. Tensors are there or not, and
+  // gradients wanted or not, but none may be read.
+  static int64_t forward_bytes(const Call& call);
+  static int64_t backward_bytes(const Call& call);
+
+  static void forward(const Call& call);
+  static void backward(const Call& call);
+};
+
+}  // namespace pelt
