@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import Case
 
-from pelt_kernels.ops import BACKENDS
+from pelt_kernels.ops import BACKENDS, OPERATORS
 from pelt_kernels.ops import _dispatch as dispatch
 from pelt_kernels.ops import _native as native
 
@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAMES",
         help=(
             "backends that have to be there, with commas: where one cannot run, its tests fail"
-            " instead of being skipped"
+            " instead of not being there"
         ),
     )
     parser.addoption(
@@ -46,7 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(
             f"--require-backend: expected some of {', '.join(BACKENDS)}, got {', '.join(unknown)}"
         )
+    parity.REQUIRED |= required_backends(config)
     config.addinivalue_line("markers", "quick: the short list of parity, for sanitizers")
+    config.addinivalue_line("markers", "backend(name): there only where this backend can run")
     # Workers of pytest-xdist share the processor; results do not depend on the number of threads.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
@@ -64,18 +66,52 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("isa", forms, ids=_request)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out tests marked with a backend that cannot run here and does not have to, and those of
+    float32 on tiles, which multiply bfloat16.
+    """
+    out = [item for item in items if not _is_true_here(item)]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in set(out)]
+
+
+def _is_true_here(item: pytest.Item) -> bool:
+    marks = item.iter_markers("backend")
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    on_tiles = parameters.get("isa") == native.TILES and parameters.get("precision") == "float32"
+    return not on_tiles and all(parity.can_run(OPERATORS[0], mark.args[0]) for mark in marks)
+
+
+@pytest.fixture(autouse=True)
+def _marked_backend(request: pytest.FixtureRequest) -> None:
+    """Fails where a marked backend has to run and cannot."""
+    for mark in request.node.iter_markers("backend"):
+        reason = parity.why_unavailable(OPERATORS[0], mark.args[0])
+        if reason:
+            pytest.fail(f"backend {mark.args[0]} is required: {reason}")
+
+
 def _request(isa: str) -> str:
     """What asks for the CPU kernels of an instruction set."""
     return isa if isa in BACKENDS else f"cpu:{isa}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Under which instruction sets the CPU kernels were asked for, from the names of the tests."""
-    found = (
-        re.search(r"\bcpu:(\w+)", report.nodeid)
+    """How many parity tests ran on each backend, and under which instruction sets the CPU kernels
+    were asked for, from the names of the tests.
+    """
+    names = [
+        report.nodeid
         for outcome in ("passed", "failed")
         for report in terminalreporter.stats.get(outcome, ())
-    )
+    ]
+    found = (re.search(r"::test_parity\[.*-([\w:]+)\]$", name) for name in names)
+    cells = Counter(match[1] for match in found if match)
+    if cells:
+        counts = ", ".join(f"{request} {cells[request]}" for request in sorted(cells))
+        terminalreporter.write_line(f"{cells.total()} parity tests: {counts}")
+    found = (re.search(r"\bcpu:(\w+)", name) for name in names)
     ran = Counter(match[1] for match in found if match)
     sets = [f"{isa} ({ran[isa]} tests)" for isa in native.instruction_sets()]
     if any(ran[isa] for isa in native.instruction_sets()):
@@ -110,19 +146,25 @@ def need(request: pytest.FixtureRequest):
 
 @pytest.fixture
 def served(need):
-    """served(operator, isa, case, precision): what asks for the CPU kernels of an ``isa``; skips where
-    they refuse the case.
+    """served(operator, isa, case, precision): what asks for the CPU kernels of an ``isa``, which must
+    not refuse the case.
     """
 
     def served(operator: str, isa: str, case: Case, precision: str) -> str:
         request = _request(isa)
         need(dispatch.backend_of(request), parity.why_unavailable(operator, request))
-        refusal = parity.why_refused(operator, request, case, precision)
-        if refusal:
-            pytest.skip(refusal)
+        assert not parity.why_refused(operator, request, case, precision)
         return request
 
     return served
+
+
+@pytest.fixture
+def threads():
+    """threads(n): torch, and the kernels with it, run on n threads until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
-from cases import Case, cases_of, make_attributes, make_inputs, module_of
+from cases import Case, cases_of, make_attributes, make_blanks, make_inputs, module_of
 from closeness import assert_close
 from torch import Tensor
 
@@ -46,6 +46,8 @@ CELLS = [
 QUICK = [
     (operator, case.id) for operator in OPERATORS for case in cases_of(operator) if case.is_quick
 ]
+# Backends that have to run here, from --require-backend.
+REQUIRED: set[str] = set()
 
 Results = dict[
     str, Tensor
@@ -93,6 +95,31 @@ def why_unavailable(operator: str, backend: str) -> str:
     return module.unavailable(device) if hasattr(module, "unavailable") else ""
 
 
+def can_run(operator: str, request: str) -> bool:
+    """Does it run here, or has it to? Tests of what has to and does not are there, and fail."""
+    return dispatch.backend_of(request) in REQUIRED or not why_unavailable(operator, request)
+
+
+@cache
+def cells(operator: str = "") -> list[tuple[str, str]]:
+    """Those of CELLS that can run here or have to; of one operator or of all."""
+    return [cell for cell in CELLS if operator in ("", cell[0]) and can_run(*cell)]
+
+
+def serves(operator: str, request: str, case: Case, precision: str) -> bool:
+    """Is there a test of this case: the backend does not refuse it, or has to run and cannot?"""
+    is_here = not why_unavailable(operator, request)
+    return not (is_here and why_refused(operator, request, case, precision))
+
+
+def able(operator: str, case: Case, *precisions: str) -> list[str]:
+    """What has tests of a case in one of these precisions, or in any."""
+    requests = (request for _, request in cells(operator))
+    return [
+        r for r in requests if any(serves(operator, r, case, p) for p in precisions or PRECISIONS)
+    ]
+
+
 def why_refused(operator: str, backend: str, case: Case, precision: str) -> str:
     """Why this backend refuses this case; empty if it serves it."""
     return dispatch.why_not(backend, call_of(operator, case, precision, device_of(backend)))
@@ -100,8 +127,8 @@ def why_refused(operator: str, backend: str, case: Case, precision: str) -> str:
 
 def call_of(operator: str, case: Case, precision: str, device: str) -> Call:
     """What a backend decides by."""
-    contract = contract_of(operator).CONTRACT
-    values = inputs_of(operator, case, precision, device)
+    contract, (dtype, master) = contract_of(operator).CONTRACT, PRECISIONS[precision]
+    values = make_blanks(contract, case, dtype, device, master)
     return contract.bind(values, make_attributes(contract, case))
 
 

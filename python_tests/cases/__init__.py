@@ -107,16 +107,46 @@ def make_inputs(
     ``master``).
     """
     generator = torch.Generator().manual_seed(seed)
+    draws = getattr(module_of(contract.name), "DRAWS", {})
+
+    def draw(row: Input, shape: tuple[int, ...], i: int) -> Tensor:
+        value = _draw(row, shape, case, i, generator, draws.get(row.name))
+        value = value.to(_dtype_of(row, dtype, master)).to(device)
+        return _with_layout(value, case.layout) if row.kind == "activation" else value
+
+    return _make(contract, case, draw)
+
+
+def make_blanks(
+    contract: Contract, case: Case, dtype: torch.dtype, device: str = "cpu", master: bool = False
+) -> list[Value]:
+    """The same, but for their values: what a backend decides by, at the cost of nothing."""
+
+    def blank(row: Input, shape: tuple[int, ...], i: int) -> Tensor:
+        return torch.empty(shape, dtype=_dtype_of(row, dtype, master), device=device)
+
+    return _make(contract, case, blank)
+
+
+def _make(
+    contract: Contract, case: Case, make: Callable[[Input, tuple[int, ...], int], Tensor]
+) -> list[Value]:
     values: list[Value] = []
     for row, shapes in zip(contract.input_rows, shapes_of(contract, case)):
         elements = [
-            None
-            if letters is None
-            else _draw(contract, row, letters, case, i, dtype, device, generator, master)
-            for i, letters in enumerate(shapes)
+            None if s is None else make(row, tuple(_size(case, letter, i) for letter in s), i)
+            for i, s in enumerate(shapes)
         ]
         values.append(elements if row.is_list else (elements[0] if elements else None))
     return values
+
+
+def _dtype_of(row: Input, dtype: torch.dtype, master: bool) -> torch.dtype:
+    if row.bound is not None:
+        return torch.int64
+    if row.kind == "bool":
+        return torch.bool
+    return torch.float32 if master and row.kind == "parameter" else dtype
 
 
 def shapes_of(contract: Contract, case: Case) -> list[list[Shape | None]]:
@@ -170,38 +200,25 @@ def _size(case: Case, letter: str, i: int) -> int:
 
 
 def _draw(
-    contract: Contract,
     row: Input,
-    letters: Shape,
+    shape: tuple[int, ...],
     case: Case,
     i: int,
-    dtype: torch.dtype,
-    device: str,
     generator: torch.Generator,
-    master: bool,
+    draw: Draw | None,
 ) -> Tensor:
-    shape = tuple(_size(case, letter, i) for letter in letters)
     if row.bound is not None:
         limit = _size(case, row.bound, i) + row.includes_bound
-        return torch.randint(0, limit, shape, generator=generator).to(device)
+        return torch.randint(0, limit, shape, generator=generator)
     if row.kind == "bool":
         mask = torch.rand(shape, generator=generator) < 0.7
-        return (
-            torch.full(shape, bool(case.fill[row.name])).to(device)
-            if row.name in case.fill
-            else mask.to(device)
-        )
-    draws: dict[str, Draw] = getattr(module_of(contract.name), "DRAWS", {})
+        return torch.full(shape, bool(case.fill[row.name])) if row.name in case.fill else mask
     if row.name in case.fill:
-        value = torch.full(shape, case.fill[row.name], dtype=torch.float64)
-    elif row.name in draws:
-        value = draws[row.name](shape, generator)
-    else:
-        scale = max(shape[-1], 1) ** -0.5 if row.kind == "parameter" and len(shape) > 1 else 1.0
-        value = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
-    kind = torch.float32 if master and row.kind == "parameter" else dtype
-    value = value.to(kind).to(device)
-    return _with_layout(value, case.layout) if row.kind == "activation" else value
+        return torch.full(shape, case.fill[row.name], dtype=torch.float64)
+    if draw is not None:
+        return draw(shape, generator)
+    scale = max(shape[-1], 1) ** -0.5 if row.kind == "parameter" and len(shape) > 1 else 1.0
+    return torch.randn(shape, generator=generator, dtype=torch.float64) * scale
 
 
 def _with_layout(value: Tensor, layout: str) -> Tensor:

@@ -21,8 +21,7 @@ from pelt_kernels.ops.gated_adapter import cpu
 OPERATOR = "gated_adapter"
 ON_SIMULATED_TILES = True
 CONTRACT = contract_of(OPERATOR).CONTRACT
-HAS_KERNELS = not native.why_not("_C") and hasattr(native.library("_C"), "GatedAdapterCpu")
-pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="the compiled module _C is not there")
+pytestmark = pytest.mark.backend("cpu")
 
 NORMS_AND_SCALE = f"{NORMS}, scale"
 # Several tiles for each of several threads, rows that no tile divides, a width that no vector does.
@@ -39,13 +38,6 @@ LARGE = {
         {"dropout_p": 0.2},
     ),
 }
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def _call(dtype=torch.float32, rank=8, width=16, rows=3):
@@ -117,10 +109,11 @@ def test_activations(activation, precision, isa, served):
     "value", [-60.0, -1e-30, 0.0, 1e-30, 3e-4, 0.62, 0.64, 0.99, 1.01, 4.1, 90.0]
 )
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "tanh"])
-def test_activations_where_their_formulas_change(value, activation, isa, served):
+@pytest.mark.parametrize("precision", ["float32"])
+def test_activations_where_their_formulas_change(value, activation, precision, isa, served):
     """By an adapter that is the activation itself; 4 units of rounding of the exact value."""
     sizes = {"B": 1, "S": 1, "D": 8, "R": 8}
-    backend = served(OPERATOR, isa, Case("itself", sizes), "float32")
+    backend = served(OPERATOR, isa, Case("itself", sizes), precision)
     x = torch.full((1, 8), value)
     one = torch.eye(8)
     found = gated_adapter(x, one, one, activation=activation, residual=None, backend=backend)

@@ -18,6 +18,7 @@ from pelt_kernels.ops import _native
 from pelt_kernels.ops.gated_adapter import _operator
 from pelt_kernels.ops.gated_adapter.contract import CONTRACT
 
+pytestmark = pytest.mark.backend("cuda_sim")
 CSRC = Path(__file__).parents[2] / "csrc"
 
 # More tiles in a sentence than the simulator has blocks (three), so that blocks come back to their tiles.
@@ -41,14 +42,9 @@ LONG = [
 SERVED = [case for case in CASES if case.sizes["D"] % 8 == 0 and case.sizes["B"] > 0]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def simulator():
-    reason = _native.why_not("_C_sim")
-    if reason:
-        pytest.skip(reason)
-    _native.set_poison(True)
     yield _native.library("_C_sim")
-    _native.set_poison(False)
     _native.library("_C_sim").set_seed(1)
 
 

@@ -20,8 +20,7 @@ OPERATOR = "lora_linear"
 ON_SIMULATED_TILES = True
 TILES = (native.TILES, "cpu_sim")
 CONTRACT = contract_of(OPERATOR).CONTRACT
-HAS_KERNELS = not native.why_not("_C") and hasattr(native.library("_C"), "LoraLinearCpu")
-pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="the compiled module _C is not there")
+pytestmark = pytest.mark.backend("cpu")
 
 
 def _sizes(b, s, d_in, ranks, d_out=None, size=None, **more):
@@ -42,13 +41,6 @@ LARGE = {
                    f"{BANKS}, gate per row", [0.5]),
     "wide": branched("wide", _sizes(1, 200, 600, (17,)), "bias, gate", [0.5]),
 }  # fmt: skip
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def _call(dtype=torch.float32, branches=1, rows=3, rank=4, width=16):
@@ -89,8 +81,6 @@ def test_rows_around_a_tile(rows, isa, threads, served):
 @pytest.mark.parametrize("width", [1, 3, 8, 15, 16, 17, 31, 33, 47, 255, 257, 511, 513, 520])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16-master"])
 def test_widths_around_vectors_and_stretches(width, precision, isa, served):
-    if isa in TILES and precision == "float32":
-        pytest.skip("tiles multiply bfloat16 only")
     inputs = f"bias, {GATE}, mask"
     attributes = {"poolings": ["masked_mean"]}
     case = branched("width", _sizes(2, 7, width, (6,)), inputs, [1.0], attributes=attributes)
@@ -109,8 +99,6 @@ def test_ranks_around_blocks(rank, isa, served):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", LARGE)
 def test_several_chunks_agree_with_the_reference(name, precision, isa, threads, served):
-    if isa in TILES and precision == "float32":
-        pytest.skip("tiles multiply bfloat16 only")
     threads(3)
     check(OPERATOR, served(OPERATOR, isa, LARGE[name], precision), LARGE[name], precision)
 

@@ -14,10 +14,7 @@ from pelt_kernels.ops import LoraBranch, lora_linear
 from pelt_kernels.ops import _native as native
 
 OPERATOR = "lora_linear"
-HAS_KERNELS = not native.why_not("_C_sim") and hasattr(
-    native.library("_C_sim"), "lora_linear_why_not"
-)
-pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="the compiled module _C_sim is not there")
+pytestmark = pytest.mark.backend("cuda_sim")
 
 POOLED = {"poolings": ["masked_mean", "token"], "extra_poolings": ["mean"]}
 

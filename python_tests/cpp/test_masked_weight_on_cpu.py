@@ -10,23 +10,14 @@ from cases import Case
 from parity import check, run
 
 from pelt_kernels.ops import _dispatch as dispatch
-from pelt_kernels.ops import _native as native
 from pelt_kernels.ops import masked_weight
 from pelt_kernels.ops.masked_weight.contract import highest
 
 OPERATOR = "masked_weight"
-HAS_KERNELS = not native.why_not("_C")
-pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="the compiled module _C is not there")
+pytestmark = pytest.mark.backend("cpu")
 
 # More entries than are looked at without a sample; several bands and parts, no size a multiple.
 ROWS, COLUMNS = 131, 403
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def _large(sparsity, **sizes):

@@ -13,8 +13,7 @@ from pelt_kernels.ops import BackendError, masked_weight
 from pelt_kernels.ops import _native as native
 from pelt_kernels.ops.masked_weight.contract import highest
 
-HAS_KERNELS = not native.why_not("_C_sim")
-pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="the compiled module _C_sim is not there")
+pytestmark = pytest.mark.backend("cuda_sim")
 
 # Two bands of rows, three column tiles: six blocks of the simulator's three work in turns.
 ROWS, COLUMNS = 133, 259

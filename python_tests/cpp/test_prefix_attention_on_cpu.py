@@ -11,12 +11,10 @@ from cases.prefix_attention import UNIPELT, scaled
 from parity import check, run
 
 from pelt_kernels import Prefix, prefix_attention
-from pelt_kernels.ops import _native as native
 
 OPERATOR = "prefix_attention"
 ON_SIMULATED_TILES = True
-HAS_KERNELS = not native.why_not("_C")
-pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="the compiled module _C is not there")
+pytestmark = pytest.mark.backend("cpu")
 
 
 def _sized(s: int, n: int, e: int, p: int, inputs: str = UNIPELT, **attributes: float) -> Case:
@@ -31,13 +29,6 @@ LARGE = {
     "dropout": _sized(67, 280, 40, 3, dropout_p=0.2),
     "bias": _sized(40, 290, 64, 9, "bias shared by samples, key_mask"),
 }
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 23, 24, 25, 31, 32, 33, 49])

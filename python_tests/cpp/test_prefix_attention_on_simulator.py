@@ -18,6 +18,7 @@ from torch import Tensor
 from pelt_kernels.ops import Prefix, _native, prefix_attention
 from pelt_kernels.ops.prefix_attention.contract import reference
 
+pytestmark = pytest.mark.backend("cuda_sim")
 TABLE_IN_THE_MIDDLE = "bank prefix_k[1], bank prefix_v[1], prefix_index[1]"
 DROPOUT = {"dropout_p": 0.2}
 CAUSAL = {"is_causal": True}
@@ -63,11 +64,8 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def simulator():
-    reason = _native.why_not("_C_sim")
-    if reason:
-        pytest.skip(reason)
     library = _native.library("_C_sim")
     yield library
     library.set_seed(1)

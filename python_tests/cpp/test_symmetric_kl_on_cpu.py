@@ -11,19 +11,10 @@ from cases import Case
 from parity import check, run
 
 from pelt_kernels.ops import _dispatch as dispatch
-from pelt_kernels.ops import _native as native
 from pelt_kernels.ops import symmetric_kl
 
 OPERATOR = "symmetric_kl"
-HAS_KERNELS = not native.why_not("_C")
-pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="the compiled module _C is not there")
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.backend("cpu")
 
 
 def _agrees(case, isa, draw=None):

@@ -13,8 +13,7 @@ from pelt_kernels.ops import BackendError, symmetric_kl
 from pelt_kernels.ops import _native as native
 
 OPERATOR = "symmetric_kl"
-HAS_KERNELS = not native.why_not("_C_sim")
-pytestmark = pytest.mark.skipif(not HAS_KERNELS, reason="the compiled module _C_sim is not there")
+pytestmark = pytest.mark.backend("cuda_sim")
 
 
 def _agrees(case, draw=None):

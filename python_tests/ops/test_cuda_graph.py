@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import case_of, cases_of, make_attributes
-from parity import CELLS, SEED, contract_of, inputs_of, operator_of, why_refused
+from cases import case_of, make_attributes
+from parity import QUICK, SEED, able, contract_of, inputs_of, operator_of
 
 from pelt_kernels.ops._dispatch import backend_of
 
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+
 GRAPHED = [
-    (operator, backend, case.id)
-    for operator, backend in CELLS
+    (operator, backend, name)
+    for operator, name in QUICK
+    for backend in able(operator, case_of(operator, name), "bfloat16")
     if backend_of(backend) in ("cuda", "triton")
-    for case in cases_of(operator)
-    if case.is_quick
 ]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize(("operator", "backend", "case_id"), GRAPHED)
 def test_a_replay_gives_what_a_call_gives(operator, backend, case_id):
     case, contract = case_of(operator, case_id), contract_of(operator).CONTRACT
-    refusal = why_refused(operator, backend, case, "bfloat16")
-    if refusal:
-        pytest.skip(refusal)
     attributes = make_attributes(contract, case)
     leaves = []
 

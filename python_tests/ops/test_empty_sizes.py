@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import cases_of
-from parity import CELLS, check, contract_of, run, why_refused, why_unavailable
+from parity import OPERATORS, cells, check, contract_of, run, why_refused, why_unavailable
 
 from pelt_kernels.ops import LoraBranch, gated_adapter, lora_linear
 
-QUICK = {operator: [case for case in cases_of(operator) if case.is_quick] for operator, _ in CELLS}
+QUICK = {operator: [case for case in cases_of(operator) if case.is_quick] for operator in OPERATORS}
 
 
 def with_zero(case, letter):
@@ -25,7 +25,7 @@ def with_zero(case, letter):
     return replace(case, id=f"{case.id}, {letter} = 0", sizes=sizes, attributes=attributes)
 
 
-@pytest.mark.parametrize(("operator", "backend"), CELLS)
+@pytest.mark.parametrize(("operator", "backend"), cells())
 def test_a_size_of_0_is_served_right_or_refused_in_one_sentence(operator, backend, need):
     need(backend, why_unavailable(operator, backend))
     precision = "bfloat16" if backend.startswith("cuda") else "float32"

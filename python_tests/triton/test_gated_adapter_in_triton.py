@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import case_of, make_attributes
-from parity import contract_of, inputs_of, operator_of, why_unavailable
+from parity import contract_of, inputs_of, operator_of
 
 from pelt_kernels.ops import _philox
 from pelt_kernels.ops.gated_adapter import triton as backend
@@ -95,17 +95,10 @@ def test_the_package_needs_no_triton():
     assert "[2, 8]" in python(code)
 
 
-@pytest.fixture
-def interpreter(need):
-    need("triton", why_unavailable("gated_adapter", "triton"))
-    if torch.cuda.is_available():
-        pytest.skip("the kernels run compiled here")
-
-
+@pytest.mark.backend("triton")
 @pytest.mark.parametrize("seed", [0, 1, 16, 2**31, 2**32 + 5, 2**63 + 7, 2**64 - 1])
-def test_dropout_keeps_exactly_the_words_of_the_contract(seed, need):
+def test_dropout_keeps_exactly_the_words_of_the_contract(seed):
     """Seeds at which Triton would change an argument's type, and a width that is no multiple of 4."""
-    need("triton", why_unavailable("gated_adapter", "triton"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows, columns, p = 19, 37, 0.4
     x = torch.zeros(rows, columns, device=device)
@@ -121,7 +114,10 @@ def test_dropout_keeps_exactly_the_words_of_the_contract(seed, need):
     assert torch.equal(y[0].cpu() != 0, expected)
 
 
-def test_memory_that_does_not_fit_makes_the_tile_smaller(interpreter):
+@pytest.mark.backend("triton")
+def test_memory_that_does_not_fit_makes_the_tile_smaller():
+    if torch.cuda.is_available():
+        pytest.skip("the kernels run compiled here")
     from triton import OutOfResources
 
     contract, case = contract_of("gated_adapter").CONTRACT, case_of("gated_adapter", "plain")

@@ -11,7 +11,7 @@ from functools import lru_cache
 import pytest
 import torch
 from closeness import assert_close
-from parity import OTHER_DRAWS, contract_of, operator_of, why_unavailable
+from parity import OTHER_DRAWS, contract_of, operator_of
 
 from pelt_kernels import LearnedGate, LoraBranch, lora_linear
 from pelt_kernels.ops import _philox
@@ -42,10 +42,10 @@ def test_refusals_name_the_number():
     assert "2**31" in refusal((4,), rows=(2**16, 2**15))
 
 
+@pytest.mark.backend("triton")
 @pytest.mark.parametrize("seed", [1, 2**31, 2**63 + 7])
-def test_dropout_keeps_exactly_the_words_of_the_contract(seed, need):
+def test_dropout_keeps_exactly_the_words_of_the_contract(seed):
     """dx of a branch that copies one column shows what was kept; a width that is no multiple of 4."""
-    need("triton", why_unavailable("lora_linear", "triton"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows, columns, p = 19, 37, 0.4
     x = torch.ones(1, rows, columns, device=device, requires_grad=True)
@@ -59,11 +59,11 @@ def test_dropout_keeps_exactly_the_words_of_the_contract(seed, need):
     assert torch.equal(dx[0].cpu() != 0, expected)
 
 
+@pytest.mark.backend("triton")
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 @pytest.mark.parametrize("rank", [5, 16, 256])
-def test_gates_in_and_beside_the_product_of_the_branches(rank, dropout_p, need):
+def test_gates_in_and_beside_the_product_of_the_branches(rank, dropout_p):
     """Gates share the branches' product where that is free and have their own elsewhere."""
-    need("triton", why_unavailable("lora_linear", "triton"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     @lru_cache
@@ -96,10 +96,10 @@ def test_gates_in_and_beside_the_product_of_the_branches(rank, dropout_p, need):
         assert_close(found, *expected(0)[i], torch.float32, f"result {i}", others)
 
 
+@pytest.mark.backend("triton")
 @pytest.mark.parametrize("wanted", [*range(8), (0, 7), (1, 2), (2, 4), (5, 6)])
-def test_each_gradient_alone(wanted, need):
+def test_each_gradient_alone(wanted):
     """What is not asked for has no memory, and changes no number of the others."""
-    need("triton", why_unavailable("lora_linear", "triton"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     shapes = [(2, 5, 24), (24, 24), (24,), (3, 24), (24, 3), (24,), (1,), (2,)]

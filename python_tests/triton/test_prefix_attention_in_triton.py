@@ -11,7 +11,7 @@ from functools import lru_cache
 import pytest
 import torch
 from closeness import assert_close
-from parity import OTHER_DRAWS, contract_of, why_unavailable
+from parity import OTHER_DRAWS, contract_of
 
 from pelt_kernels import Prefix, prefix_attention
 from pelt_kernels.ops.prefix_attention import triton as backend
@@ -62,10 +62,10 @@ CALLS = {
 }
 
 
+@pytest.mark.backend("triton")
 @pytest.mark.parametrize("name", CALLS)
-def test_tiles_that_all_see_and_tiles_that_some_see(name, need):
+def test_tiles_that_all_see_and_tiles_that_some_see(name):
     """Several tiles of queries and keys, segments whose columns start inside of a group of four."""
-    need("triton", why_unavailable("prefix_attention", "triton"))
     s, n, more = CALLS[name]
     every = range(8)
     device = drawn(1, 1)[0].device
@@ -84,10 +84,10 @@ def test_tiles_that_all_see_and_tiles_that_some_see(name, need):
         assert_close(found, *expected(0)[i], torch.float32, f"result {i}", others)
 
 
+@pytest.mark.backend("triton")
 @pytest.mark.parametrize("wanted", [(0,), (1, 2), (3, 4), (5, 6), (7,)])
-def test_some_gradients_alone(wanted, need):
+def test_some_gradients_alone(wanted):
     """What is not asked for changes no number of the others."""
-    need("triton", why_unavailable("prefix_attention", "triton"))
     leaves = drawn(9, 11)
     everything = results(leaves, "triton", torch.float32, range(8))
     for i, grad in zip(wanted, results(leaves, "triton", torch.float32, wanted)[1:]):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity import contract_of, why_unavailable
+from parity import contract_of
 
 pytest.importorskip("triton.language")  # not this folder, which also has the name
 
@@ -71,10 +71,10 @@ def _scores():
     }
 
 
+@pytest.mark.backend("triton")
 @pytest.mark.parametrize("keep", [0, 1, 2500, 67 * 71 - 1])
 @pytest.mark.parametrize("name", _scores())
-def test_the_mask_is_that_of_a_stable_sort(name, keep, need):
-    need("triton", why_unavailable("masked_weight", "triton"))
+def test_the_mask_is_that_of_a_stable_sort(name, keep):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     scores = _scores()[name]
     nothing = [torch.zeros(s, device=device) for s in ((67, 1), (1, 71), (67, 1), (1, 71), 67, 71)]
@@ -83,10 +83,10 @@ def test_the_mask_is_that_of_a_stable_sort(name, keep, need):
     assert torch.equal(y.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
+@pytest.mark.backend("triton")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("classes", [40, 2100])
-def test_what_is_no_number_stays_in_its_row(value, classes, need):
-    need("triton", why_unavailable("symmetric_kl", "triton"))
+def test_what_is_no_number_stays_in_its_row(value, classes):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     z1, z2 = torch.randn(2, 3, classes, device=device)
     z1[1, 5] = value

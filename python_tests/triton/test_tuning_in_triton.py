@@ -8,17 +8,17 @@ import pytest
 import torch
 from cases import case_of, make_attributes
 from closeness import assert_close
-from parity import contract_of, inputs_of, why_unavailable
+from parity import contract_of, inputs_of
 
 from pelt_kernels.ops import _dispatch
 
 CASES = {"gated_adapter": "unipelt", "lora_linear": "unipelt", "prefix_attention": "decode"}
 
 
+@pytest.mark.backend("triton")
 @pytest.mark.parametrize("operator", CASES)
-def test_tuning_keeps_the_fastest(operator, need, monkeypatch):
+def test_tuning_keeps_the_fastest(operator, monkeypatch):
     """The clock is a list; every candidate gives the numbers of the default."""
-    need("triton", why_unavailable(operator, "triton"))
     if torch.cuda.is_available():
         pytest.skip("the kernels run compiled here, and the default is in another order of sums")
     backend = _dispatch.implementation(operator, "triton")
