@@ -17,7 +17,7 @@ from torch import Tensor
 from pelt_kernels.ops import BACKENDS, OPERATORS
 from pelt_kernels.ops import _dispatch as dispatch
 from pelt_kernels.ops import _native as native
-from pelt_kernels.ops._contract import Call
+from pelt_kernels.ops._contract import Signature
 from pelt_kernels.ops._dispatch import contract_of
 
 SEED = 1234  # of dropout
@@ -125,7 +125,7 @@ def why_refused(operator: str, backend: str, case: Case, precision: str) -> str:
     return dispatch.why_not(backend, call_of(operator, case, precision, device_of(backend)))
 
 
-def call_of(operator: str, case: Case, precision: str, device: str) -> Call:
+def call_of(operator: str, case: Case, precision: str, device: str) -> Signature:
     """What a backend decides by."""
     contract, (dtype, master) = contract_of(operator).CONTRACT, PRECISIONS[precision]
     values = make_blanks(contract, case, dtype, device, master)

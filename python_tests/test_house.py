@@ -52,15 +52,18 @@ def test_a_backend_takes_the_names_of_the_contract(operator, backend):
     if BACKENDS[backend].file == "triton":
         pytest.importorskip("triton")
     contract, module = contract_of(operator).CONTRACT, _dispatch.implementation(operator, backend)
-    assert list(inspect.signature(module.supports).parameters) == ["call"]
+    asked = list(inspect.signature(module.supports).parameters)
+    assert asked in (["signature", "backend", "form"], ["call"])
     inputs = {*contract.input_names, *(["seed"] if contract.has_seed else [])}
     wanted = {
-        "forward": {"call", *inputs},
-        "backward": {"call", "needs", *contract.gradient_names, *contract.saved_names, *inputs},
+        "forward": inputs,
+        "backward": {"needs", *contract.gradient_names, *contract.saved_names, *inputs},
     }
     for name, names in wanted.items():
         parameters = inspect.signature(getattr(module, name)).parameters
-        named = {p.name for p in parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD}
+        first, *others = parameters.values()
+        assert first.name in ("chosen", "call")
+        named = {p.name for p in others if p.kind is not inspect.Parameter.VAR_KEYWORD}
         assert named <= names
         assert named == names or any(
             p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._arguments import dense
-from ._rows import Input
-
-if TYPE_CHECKING:
-    from ._contract import Call, Contract
-    from ._values import Value
+from ._rows import Attribute, Input
+from ._values import Value
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
@@ -25,13 +22,12 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def elements(contract: Contract, row: Input, value: Value) -> Sequence[Tensor | None]:
+def elements(operator: str, row: Input, value: Value) -> Sequence[Tensor | None]:
     """An input's tensors, one or a list's; TypeError for anything else."""
     if row.is_list:
         if not isinstance(value, (list, tuple)):
             raise TypeError(
-                f"{contract.name}: expected {row.name} as a list of tensors, got"
-                f" {type(value).__name__}"
+                f"{operator}: expected {row.name} as a list of tensors, got {type(value).__name__}"
             )
         found: Sequence[Any] = value
     else:
@@ -39,19 +35,18 @@ def elements(contract: Contract, row: Input, value: Value) -> Sequence[Tensor | 
     for element in found:
         if element is None:
             if not row.is_optional:
-                raise TypeError(f"{contract.name}: {row.name} is required, got None")
+                raise TypeError(f"{operator}: {row.name} is required, got None")
         elif not isinstance(element, Tensor):
             raise TypeError(
-                f"{contract.name}: expected {row.name} as a torch.Tensor, got"
-                f" {type(element).__name__}"
+                f"{operator}: expected {row.name} as a torch.Tensor, got {type(element).__name__}"
             )
         else:
-            dense(contract.name, row.name, element)
+            dense(operator, row.name, element)
     return found
 
 
 def bind_shape(
-    contract: Contract,
+    operator: str,
     row: Input,
     i: int,
     tensor: Tensor,
@@ -68,7 +63,7 @@ def bind_shape(
         ):
             break
     else:
-        raise ValueError(f"{contract.name}: {_shape_sentence(row, label, tensor, known, source)}")
+        raise ValueError(f"{operator}: {_shape_sentence(row, label, tensor, known, source)}")
     for letter, size in zip(shape, tensor.shape):
         if known[letter] is None:
             source[letter] = label
@@ -81,14 +76,13 @@ def bind_shape(
 
 
 def check_not_zero(
-    contract: Contract, letter: str, sizes: dict[str, Any], source: dict[str, str]
+    operator: str, letter: str, sizes: dict[str, Any], source: dict[str, str]
 ) -> None:
     """Raises ValueError if a size is 0 that must not be."""
     size = sizes.get(letter, ())
     if any(s == 0 for s in (size if isinstance(size, list) else (size,))):
         raise ValueError(
-            f"{contract.name}: expected a size {letter} of at least 1, got 0 (from"
-            f" {source[letter]})"
+            f"{operator}: expected a size {letter} of at least 1, got 0 (from {source[letter]})"
         )
 
 
@@ -121,7 +115,7 @@ def _shape_sentence(
 
 
 def check_dtypes(
-    contract: Contract, first: str, like: Tensor, values: dict[str, Value]
+    operator: str, rows: Sequence[Input], first: str, like: Tensor, values: dict[str, Value]
 ) -> frozenset[str]:
     """Checks dtype and device of each input against the first activation; returns the float32
     master parameters.
@@ -129,10 +123,10 @@ def check_dtypes(
     dtype = like.dtype
     if dtype not in ACTIVATION_DTYPES:
         raise ValueError(
-            f"{contract.name}: expected {first} in float32, float16 or bfloat16, got {_name(dtype)}"
+            f"{operator}: expected {first} in float32, float16 or bfloat16, got {_name(dtype)}"
         )
     master = set()
-    for row in contract.input_rows:
+    for row in rows:
         allowed: tuple[torch.dtype, ...] = (dtype,)
         if row.kind == "parameter" and dtype in SIXTEEN_BIT:
             allowed = (dtype, torch.float32)
@@ -140,18 +134,18 @@ def check_dtypes(
             allowed = (torch.bool,)
         elif row.kind in ("index", "count"):
             allowed = (torch.int64,)
-        for tensor in elements(contract, row, values[row.name]):
+        for tensor in elements(operator, row, values[row.name]):
             if tensor is None:
                 continue
             if tensor.dtype not in allowed:
                 wanted = " or ".join(_name(d) for d in allowed)
                 raise ValueError(
-                    f"{contract.name}: expected {row.name} in {wanted} ({first} is {_name(dtype)}),"
+                    f"{operator}: expected {row.name} in {wanted} ({first} is {_name(dtype)}),"
                     f" got {_name(tensor.dtype)}"
                 )
             if tensor.device != like.device:
                 raise ValueError(
-                    f"{contract.name}: expected {row.name} on {like.device} (where {first} is), got"
+                    f"{operator}: expected {row.name} on {like.device} (where {first} is), got"
                     f" {tensor.device}"
                 )
             if row.kind == "parameter" and tensor.dtype != dtype:
@@ -159,25 +153,25 @@ def check_dtypes(
     return frozenset(master)
 
 
-def check_attributes(contract: Contract, attributes: dict[str, Any]) -> None:
+def check_attributes(operator: str, rows: Sequence[Attribute], attributes: dict[str, Any]) -> None:
     """Checks each attribute's type, and its value against those its row allows."""
-    for row in contract.attribute_rows:
+    for row in rows:
         value = attributes[row.name]
         if row.is_list and not isinstance(value, (list, tuple)):
             raise TypeError(
-                f"{contract.name}: expected {row.name} as a list, got {type(value).__name__}"
+                f"{operator}: expected {row.name} as a list, got {type(value).__name__}"
             )
         for i, item in enumerate(value if row.is_list else (value,)):
             label = f"{row.name}[{i}]" if row.is_list else row.name
             types = _TYPES[row.type.removesuffix("[]")]
             if not isinstance(item, types) or (isinstance(item, bool) and bool not in types):
                 raise TypeError(
-                    f"{contract.name}: expected {label} as {types[0].__name__}, got"
+                    f"{operator}: expected {label} as {types[0].__name__}, got"
                     f" {type(item).__name__}"
                 )
             if row.choices and item not in row.choices:
                 raise ValueError(
-                    f"{contract.name}: expected {label} to be one of {', '.join(row.choices)}, got"
+                    f"{operator}: expected {label} to be one of {', '.join(row.choices)}, got"
                     f" {item!r}"
                 )
             # A number that torch.compile keeps open is checked where it has its value.
@@ -186,30 +180,30 @@ def check_attributes(contract: Contract, attributes: dict[str, Any]) -> None:
                 and (row.allowed and not row.choices)
                 and not row.allows(item)
             ):
-                raise ValueError(f"{contract.name}: expected {label} in {row.allowed}, got {item}")
+                raise ValueError(f"{operator}: expected {label} in {row.allowed}, got {item}")
 
 
-def check_count(contract: Contract, name: str, wanted: int, found: Sequence[Any]) -> None:
+def check_count(operator: str, name: str, wanted: int, found: Sequence[Any]) -> None:
     """Checks the length of a list that is given to a registered operator by hand."""
     if len(found) != wanted:
-        raise ValueError(f"{contract.name}: expected {wanted} elements of {name}, got {len(found)}")
+        raise ValueError(f"{operator}: expected {wanted} elements of {name}, got {len(found)}")
 
 
 def check_output(
-    contract: Contract,
-    call: Call,
+    operator: str,
     name: str,
     dtype: torch.dtype,
+    device: torch.device,
     shapes: Sequence[Sequence[int]],
     found: Sequence[Tensor],
 ) -> None:
     """Checks a gradient or a saved output, or a list of them, against what forward gives."""
-    check_count(contract, name, len(shapes), found)
+    check_count(operator, name, len(shapes), found)
     for shape, tensor in zip(shapes, found):
         got = (list(tensor.shape), tensor.dtype, tensor.device)
-        if got != (list(shape), dtype, call.device):
+        if got != (list(shape), dtype, device):
             raise ValueError(
-                f"{contract.name}: expected {name} {list(shape)} {_name(dtype)} on {call.device} as"
+                f"{operator}: expected {name} {list(shape)} {_name(dtype)} on {device} as"
                 f" forward gives it, got {got[0]} {_name(got[1])} on {got[2]}"
             )
 

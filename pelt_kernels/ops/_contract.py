@@ -42,11 +42,43 @@ from ._checks import (
     elements,
 )
 from ._rows import Output, parse_attribute, parse_input, parse_output, rows_of
-from ._values import Value, extremes, flatten, is_fake, is_given, own_copy, scan
+from ._values import Value, extremes, is_fake, is_given, own_copy, scan
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tensors of a call lie one behind the other, lists expanded and absent ones left out:
+    for autograd, which wants them so.
+    """
+
+    # For each input its number among the tensors that are there, None, or a tuple of both.
+    flat_positions: tuple[tuple[str, Any], ...]
+    kept: tuple[bool, ...]  # for each tensor: does backward need it
+    # For each output: is it public, ...
+    public: tuple[bool, ...]
+    saved: tuple[bool, ...]
+    differentiable: tuple[bool, ...]
+    frozen: tuple[bool, ...]  # public and not differentiable
+    # -1 or the length of a list for each row that is public, ...
+    output_lengths: tuple[int, ...]
+    saved_lengths: tuple[int, ...]
+    differentiable_lengths: tuple[int, ...]
+
+    def by_name(self, tensors: Sequence[Tensor | None]) -> dict[str, Value]:
+        """The inputs, from the tensors that are there."""
+        inputs: dict[str, Value] = {}
+        for name, position in self.flat_positions:
+            if position.__class__ is int:
+                inputs[name] = tensors[position]
+            elif position is None:
+                inputs[name] = None
+            else:
+                inputs[name] = [None if i is None else tensors[i] for i in position]
+        return inputs
 
 
 @dataclass
-class Call:
+class Signature:
     """What `bind` learned from one combination of shapes, dtypes and attributes. Backends decide by
     it alone.
 
@@ -59,45 +91,26 @@ class Call:
     dtype: torch.dtype
     device: torch.device
     given: frozenset[str]  # the optional inputs that are there
-    master: frozenset[str]  # the parameters that are float32 beside 16-bit activations
+    masters: frozenset[str]  # the parameters that are float32 beside 16-bit activations
     attributes: dict[str, Any]
     has_index: bool  # values of one of its inputs have to be checked, beside shapes
-    # For each tensor that is there its input's name, and its place in a list or -1.
-    slots: tuple[tuple[str, int], ...]
-    tensors: tuple[tuple[torch.Size, torch.dtype], ...]  # of each of them
-    kept: tuple[bool, ...]  # for each of them: does backward need it
-    # For each input its number among those tensors, None, or a tuple of both.
-    places: tuple[tuple[str, Any], ...]
-    # Outputs with their lists expanded: which are public, ...; and -1 or the length of a list for
-    # each row of a kind.
-    public: tuple[bool, ...] = ()
-    saved: tuple[bool, ...] = ()
-    differentiable: tuple[bool, ...] = ()
-    frozen: tuple[bool, ...] = ()  # public and not differentiable
-    output_lengths: tuple[int, ...] = ()
-    saved_lengths: tuple[int, ...] = ()
-    differentiable_lengths: tuple[int, ...] = ()
-    backend: str = ""  # set by the dispatch, with the two functions of its implementation
-    form: str = ""  # which of its ways, where the backend has several
-    forward: Any = None
-    backward: Any = None
-    plan: Any = None  # what the backend's `plan(call)` made of it, once
-    choice: Any = None  # how the dispatch came to it,
-    era: int = -1  # and when it last told so
-    # This call on its backend, by request; without and with a backward to follow.
-    selected: tuple[dict[str, Call], dict[str, Call]] = field(default_factory=lambda: ({}, {}))
+    # Of each tensor that is there its input's name and its place in a list or -1, and what it is.
+    flat_names: tuple[tuple[str, int], ...]
+    tensors: tuple[tuple[torch.Size, torch.dtype], ...]
+    layout: Layout = field(init=False)
+    # What serves it, by request: without and with a backward to follow.
+    chosen: tuple[dict[str, Chosen], dict[str, Chosen]] = field(
+        init=False, default_factory=lambda: ({}, {})
+    )
 
-    def place(self, given: Sequence[Tensor | None]) -> dict[str, Value]:
-        """The inputs by name, from the tensors that are there."""
-        inputs: dict[str, Value] = {}
-        for name, at in self.places:
-            if at.__class__ is int:
-                inputs[name] = given[at]
-            elif at is None:
-                inputs[name] = None
-            else:
-                inputs[name] = [None if i is None else given[i] for i in at]
-        return inputs
+    # The names that some operators still have for these.
+    @property
+    def master(self) -> frozenset[str]:
+        return self.masters
+
+    @property
+    def slots(self) -> tuple[tuple[str, int], ...]:
+        return self.flat_names
 
     def __str__(self) -> str:
         sizes = " ".join(f"{k}={v}" for k, v in self.sizes.items())
@@ -107,9 +120,29 @@ class Call:
         )
 
 
+@dataclass(init=False)
+class Chosen(Signature):
+    """A signature with what serves it, which is what a backend's functions get."""
+
+    backend: str
+    form: str  # which of its ways, where the backend has several
+    plan: Any = None  # what the backend's `plan` made of it, once
+    forward: Any = None
+    backward: Any = None
+    choice: Any = None  # how the dispatch came to it,
+    era: int = -1  # and when it last told so
+
+    def __init__(self, signature: Signature, backend: str, form: str) -> None:
+        vars(self).update(vars(signature))
+        self.backend, self.form = backend, form
+
+
+Call = Any  # what some operators still call a Signature and a Chosen
+
+
 @dataclass
 class Contract:
-    """See the module's docstring; `rules(call, values)` adds what shapes cannot say and raises
+    """See the module's docstring; `rules(signature, values)` adds what shapes cannot say and raises
     ValueError.
     """
 
@@ -118,8 +151,8 @@ class Contract:
     attributes: str
     outputs: str
     has_seed: bool
-    output_shapes: Callable[[Call], dict[str, Any]]
-    rules: Callable[[Call, dict[str, Value]], None] = lambda call, values: None
+    output_shapes: Callable[[Signature], dict[str, Any]]
+    rules: Callable[[Signature, dict[str, Value]], None] = lambda *_: None
     never_zero: str = ""  # letters; the other sizes may be 0
     longest_list: int = 0  # that compiled kernels have room for
     # The formula in PyTorch's own operations, which stands below the contract in its file.
@@ -151,91 +184,87 @@ class Contract:
             )
         )
         self._attributes_hash = not any(row.type.endswith("[]") for row in self.attribute_rows)
-        self._calls: dict[Any, Call] = {}
+        self._signatures: dict[Any, Signature] = {}
 
     def bind(
         self,
         values: Sequence[Value],
         attributes: Sequence[Any],
-        signature: list[Any] | None = None,
-    ) -> Call:
+        seen: list[Any] | None = None,
+    ) -> Signature:
         """Checks one call but for its indices (`check_indices`) and names its sizes; a repeated
         combination costs one look-up.
 
-        ``signature`` is what `scan` told of the values, if the caller has it already.
+        ``seen`` is what `scan` saw of the values, if the caller has it already.
         """
         key = (
-            *(self.scan(values)[0] if signature is None else signature),
+            *(self.scan(values)[0] if seen is None else seen),
             *(attributes if self._attributes_hash else _hashable(attributes)),
         )
         try:
-            call = self._calls.get(key)
+            signature = self._signatures.get(key)
         except TypeError:  # sizes are symbols while torch.compile traces: they have no hash
-            return self._bind(
-                dict(zip(self.input_names, values)), dict(zip(self.attribute_names, attributes))
-            )
-        if call is None:
-            call = self._bind(
-                dict(zip(self.input_names, values)), dict(zip(self.attribute_names, attributes))
-            )
-            if len(self._calls) >= 4096:  # shapes that never repeat must not grow without bound
-                self._calls.clear()
-            self._calls[key] = call
-        return call
+            return self._bind(values, attributes)
+        if signature is None:
+            signature = self._bind(values, attributes)
+            if len(self._signatures) >= 4096:  # shapes that never repeat must not grow unbounded
+                self._signatures.clear()
+            self._signatures[key] = signature
+        return signature
 
-    def _bind(self, values: dict[str, Value], attributes: dict[str, Any]) -> Call:
+    def _bind(self, flat_values: Sequence[Value], flat_attributes: Sequence[Any]) -> Signature:
+        values = dict(zip(self.input_names, flat_values))
+        attributes = dict(zip(self.attribute_names, flat_attributes))
         sizes: dict[str, Any] = {}
         source: dict[str, str] = {}
         for row in self.input_rows:
-            for i, tensor in enumerate(elements(self, row, values[row.name])):
+            for i, tensor in enumerate(elements(self.name, row, values[row.name])):
                 if tensor is not None:
-                    bind_shape(self, row, i, tensor, sizes, source)
+                    bind_shape(self.name, row, i, tensor, sizes, source)
         first = next(row for row in self.input_rows if row.kind == "activation")
         like = values[first.name]
         for letter in self.never_zero.split():
-            check_not_zero(self, letter, sizes, source)
-        master = check_dtypes(self, first.name, like, values)
-        check_attributes(self, attributes)
+            check_not_zero(self.name, letter, sizes, source)
+        masters = check_dtypes(self.name, self.input_rows, first.name, like, values)
+        check_attributes(self.name, self.attribute_rows, attributes)
         given = frozenset(row.name for row in self.input_rows if is_given(values[row.name]))
-        slots = tuple(
-            (row.name, i if row.is_list else -1)
+        flat = [
+            ((row.name, i if row.is_list else -1), value)
             for row in self.input_rows
             for i, value in enumerate(values[row.name] if row.is_list else (values[row.name],))
             if value is not None
-        )
-        numbers = itertools.count()
-
-        def place(value: Value) -> Any:
-            if isinstance(value, (list, tuple)):
-                return tuple(place(v) for v in value)
-            return None if value is None else next(numbers)
-
-        call = Call(
+        ]
+        signature = Signature(
             contract=self,
             sizes={k: tuple(v) if isinstance(v, list) else v for k, v in sizes.items()},
             dtype=like.dtype,
             device=like.device,
             given=given,
-            master=master,
+            masters=masters,
             attributes=attributes,
             has_index=any(row.bound and row.name in given for row in self.input_rows),
-            slots=slots,
-            tensors=tuple((t.shape, t.dtype) for t in flatten(values.values()) if t is not None),
-            kept=tuple(name in self.backward_names for name, _ in slots),
-            places=tuple((row.name, place(values[row.name])) for row in self.input_rows),
+            flat_names=tuple(name for name, _ in flat),
+            tensors=tuple((tensor.shape, tensor.dtype) for _, tensor in flat),
         )
         for row in self.input_rows:
-            if row.bound and row.name in given and row.bound not in call.sizes:
+            if row.bound and row.name in given and row.bound not in signature.sizes:
                 raise ValueError(
                     f"{self.name}: expected a bank with a size {row.bound} beside {row.name}, got"
                     f" none; leave {row.name} out or give the bank a leading dimension"
                 )
-        self.rules(call, values)
-        self._plan_outputs(call)
-        return call
+        self.rules(signature, values)
+        signature.layout = self._layout(signature, values)
+        return signature
 
-    def _plan_outputs(self, call: Call) -> None:
-        shapes = self.output_shapes(call)
+    def _layout(self, signature: Signature, values: dict[str, Value]) -> Layout:
+        numbers = itertools.count()
+
+        def position(value: Value) -> Any:
+            if isinstance(value, (list, tuple)):
+                return tuple(position(v) for v in value)
+            return None if value is None else next(numbers)
+
+        shapes = self.output_shapes(signature)
         lengths = {
             row.name: len(shapes[row.name]) if row.is_list else -1 for row in self.output_rows
         }
@@ -245,13 +274,17 @@ class Contract:
                 is_of_kind(row) for row in self.output_rows for _ in range(abs(lengths[row.name]))
             )
 
-        call.public = flags(lambda row: not row.is_private)
-        call.saved = flags(lambda row: row.is_saved)
-        call.differentiable = flags(lambda row: row.is_differentiable)
-        call.frozen = flags(lambda row: not row.is_private and not row.is_differentiable)
-        call.output_lengths = tuple(lengths[row.name] for row in self.public_rows)
-        call.saved_lengths = tuple(lengths[row.name] for row in self.saved_rows)
-        call.differentiable_lengths = tuple(lengths[row.name] for row in self.differentiable_rows)
+        return Layout(
+            flat_positions=tuple((name, position(value)) for name, value in values.items()),
+            kept=tuple(name in self.backward_names for name, _ in signature.flat_names),
+            public=flags(lambda row: not row.is_private),
+            saved=flags(lambda row: row.is_saved),
+            differentiable=flags(lambda row: row.is_differentiable),
+            frozen=flags(lambda row: not row.is_private and not row.is_differentiable),
+            output_lengths=tuple(lengths[row.name] for row in self.public_rows),
+            saved_lengths=tuple(lengths[row.name] for row in self.saved_rows),
+            differentiable_lengths=tuple(lengths[row.name] for row in self.differentiable_rows),
+        )
 
     def scan(self, values: Sequence[Value]) -> tuple[list[Any], list[Tensor], bool, bool]:
         """What `bind` and a caller have to know of each input, in one look."""
@@ -264,7 +297,7 @@ class Contract:
     def check_kinds(self, values: Sequence[Value]) -> None:
         """Raises TypeError where something else stands than a dense tensor, or a list of them."""
         for row, value in zip(self.input_rows, values):
-            elements(self, row, value)
+            elements(self.name, row, value)
 
     def with_own_indices(self, values: Sequence[Value]) -> list[Value]:
         """The inputs with a copy of each index that is on the CPU: what is checked is what runs,
@@ -275,11 +308,11 @@ class Contract:
             for row, value in zip(self.input_rows, values)
         ]
 
-    def check_indices(self, call: Call, values: Sequence[Value]) -> None:
+    def check_indices(self, signature: Signature, values: Sequence[Value]) -> None:
         """Index values are read where that costs nothing: on the CPU. On a GPU it would stop the
         stream.
         """
-        if call.device.type != "cpu":
+        if signature.device.type != "cpu":
             return
         for row, value in zip(self.input_rows, values):
             if row.bound is None:
@@ -289,7 +322,7 @@ class Contract:
                     continue
                 while _functorch.is_functorch_wrapped_tensor(tensor):
                     tensor = _functorch.get_unwrapped(tensor)  # all samples of `torch.vmap` at once
-                bound = call.sizes[row.bound]
+                bound = signature.sizes[row.bound]
                 bound = bound[i] if isinstance(bound, tuple) else bound
                 low, high = extremes(tensor)
                 if low >= 0 and high < bound + row.includes_bound:
@@ -301,26 +334,33 @@ class Contract:
                     f"{what}), got values from {low} to {high}"
                 )
 
-    def check_outputs(self, call: Call, named: dict[str, Value]) -> None:
+    def check_outputs(self, signature: Signature, named: dict[str, Value]) -> None:
         """Checks gradients (``dy``) and saved outputs that are given to backward by hand."""
-        shapes = self.output_shapes(call)
+        shapes = self.output_shapes(signature)
         for row in self.output_rows:
             for name in (f"d{row.name}", row.name):
                 if name in named:
                     wanted = shapes[row.name] if row.is_list else [shapes[row.name]]
                     found = named[name] if row.is_list else [named[name]]
-                    check_output(self, call, name, output_dtype(call, row), wanted, found)
+                    check_output(
+                        self.name,
+                        name,
+                        output_dtype(signature, row),
+                        signature.device,
+                        wanted,
+                        found,
+                    )
 
 
-def output_dtype(call: Call, row: Output) -> torch.dtype:
+def output_dtype(signature: Signature, row: Output) -> torch.dtype:
     """By the row's kind: ``activation``, ``float32`` (beside float64 activations float64) or
     ``bool``.
     """
     if row.kind == "bool":
         return torch.bool
-    if row.kind == "float32" and call.dtype != torch.float64:
+    if row.kind == "float32" and signature.dtype != torch.float64:
         return torch.float32
-    return call.dtype
+    return signature.dtype
 
 
 def _hashable(attributes: Sequence[Any]) -> tuple[Any, ...]:

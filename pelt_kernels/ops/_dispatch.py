@@ -1,9 +1,11 @@
 """Which backend serves a call: the table of backends, the choice, and the means to ask why.
 
-A backend is one file in an operator's folder with three functions, `supports(call)`, `forward(call,
-...)` and `backward(call, ...)`. A file that is not there is a cell that does not exist. A backend
-with several ways to serve a call names them in `FORMS` and finds the chosen one in `call.form`; a
-request for one is written ``backend:form``. On a CPU the forms are instruction sets.
+A backend is one file in an operator's folder with three functions, `supports(signature, backend,
+form)`, `forward(chosen, ...)` and `backward(chosen, ...)`; what is the same for equal calls it may
+make once in a fourth, `plan(chosen)`, and finds it as `chosen.plan`. A file that is not there is a
+cell that does not exist. A backend with several ways to serve a call names them in `FORMS` and
+finds the chosen one in `chosen.form`; a request for one is written ``backend:form``. On a CPU the
+forms are instruction sets.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from types import ModuleType
 import torch
 
 from . import _forms, _native, _request
-from ._contract import Call
+from ._contract import Chosen, Signature
 
 logger = logging.getLogger("pelt_kernels")
 
@@ -155,78 +157,76 @@ def forget_choices() -> None:
         _era += 1
 
 
-def select(call: Call, request: str, needs_grad: bool = True) -> Call:
-    """The call with its backend: the one asked for, or the first able one that was not measured
-    slower than eager. Raises BackendError.
+def select(signature: Signature, request: str, needs_grad: bool = True) -> Chosen:
+    """What serves a call: the backend asked for, or the first able one that was not measured slower
+    than eager. Raises BackendError.
 
     ``needs_grad`` False: no backward will follow, so forward's measurements decide. Beside that it
-    reads the call's sizes, dtype and device only, so forward and backward of one call always agree.
+    reads the signature only, so forward and backward of one call always agree.
     """
-    chosen = call.selected[needs_grad].get(request)
+    chosen = signature.chosen[needs_grad].get(request)
     if chosen is None:
-        choice = _select(call, request, needs_grad)
-        module = implementation(call.contract.name, choice.backend)
-        chosen = replace(
-            call, backend=choice.backend, form=choice.form, forward=module.forward,
-            backward=module.backward, selected=({}, {}), choice=choice,
-        )  # fmt: skip
+        choice = _select(signature, request, needs_grad)
+        module = implementation(signature.contract.name, choice.backend)
+        chosen = Chosen(signature, choice.backend, choice.form)
+        chosen.forward, chosen.backward, chosen.choice = module.forward, module.backward, choice
         if hasattr(module, "plan"):
             chosen.plan = module.plan(chosen)
-        call.selected[needs_grad][request] = chosen
+        signature.chosen[needs_grad][request] = chosen
         _remember(chosen)
     elif chosen.era != _era:  # chosen before `forget_choices`
         _remember(chosen)
     return chosen
 
 
-def _select(call: Call, request: str, needs_grad: bool) -> Choice:
-    check_name(request, f"{call.contract.name}: expected backend as")
+def _select(signature: Signature, request: str, needs_grad: bool) -> Choice:
+    check_name(request, f"{signature.contract.name}: expected backend as")
     if request:
-        reason = why_not(request, call)
+        reason = why_not(request, signature)
         if reason:
-            able = [name for name in BACKENDS if name != request and not why_not(name, call)]
+            able = [name for name in BACKENDS if name != request and not why_not(name, signature)]
             raise BackendError(
-                f"{call.contract.name}: backend '{request}' was asked for but {reason}.  Able:"
+                f"{signature.contract.name}: backend '{request}' was asked for but {reason}.  Able:"
                 f" {', '.join(able)}."
             )
-        return _choose_form(call, request, request, {}, needs_grad)[0]
+        return _choose_form(signature, request, request, {}, needs_grad)[0]
     refusals: dict[str, str] = {}
     for name, backend in BACKENDS.items():
-        if not backend.is_automatic or not _serves_device(backend, call):
+        if not backend.is_automatic or not _serves_device(backend, signature):
             continue
-        if name == "triton" and call.device.type == "cpu":
+        if name == "triton" and signature.device.type == "cpu":
             continue  # its interpreter is for tests, on request
-        reason = why_not(name, call)
+        reason = why_not(name, signature)
         if not reason:
-            choice, reason = _choose_form(call, name, "", refusals, needs_grad)
+            choice, reason = _choose_form(signature, name, "", refusals, needs_grad)
             if not reason:
                 return choice
         refusals[name] = reason
-        logger.info("%s: not on %s: %s", call, name, reason)
-    raise BackendError(f"{call.contract.name}: no backend serves {call}: {refusals}")
+        logger.info("%s: not on %s: %s", signature, name, reason)
+    raise BackendError(f"{signature.contract.name}: no backend serves {signature}: {refusals}")
 
 
 def _choose_form(
-    call: Call, name: str, request: str, refusals: dict[str, str], needs_grad: bool
+    signature: Signature, name: str, request: str, refusals: dict[str, str], needs_grad: bool
 ) -> tuple[Choice, str]:
     """The choice of a backend that serves the call, with the first able one of its forms; and why
     an automatic choice passes it by: eager was measured faster, or nobody has measured.
     """
     backend, _, asked = name.partition(":")
-    forms = forms_of(call.contract.name, backend)
-    choice = Choice(call.contract.name, str(call), backend, request, refusals)
+    forms = forms_of(signature.contract.name, backend)
+    choice = Choice(signature.contract.name, str(signature), backend, request, refusals)
     if asked:
         return replace(choice, form=asked if forms else ""), ""
     requests = _requests(backend, forms)
-    row = _forms.nearest(call, requests, needs_grad)
-    for found, reason in _forms.ranked(call, requests, row):
+    row = _forms.nearest(signature, requests, needs_grad)
+    for found, reason in _forms.ranked(signature, requests, row):
         form = found.partition(":")[2]
-        refusal = _supports(backend, call, form)
+        refusal = _supports(backend, signature, form)
         if not refusal:
             choice = replace(choice, form=form, form_reason=reason)
-            return choice, _forms.why_slower(found, row) or _forms.why_unproven(backend, call)
+            return choice, _forms.why_slower(found, row) or _forms.why_unproven(backend, signature)
         refusals[found] = refusal
-    raise AssertionError(f"{call}: {backend} serves it in one of {forms}, and in none of them")
+    raise AssertionError(f"{signature}: {backend} serves it in one of {forms}, and in none of them")
 
 
 def check_formula(operator: str, request: str, why: str) -> None:
@@ -241,12 +241,16 @@ def check_formula(operator: str, request: str, why: str) -> None:
         )
 
 
-def remember_formula(call: Call, request: str, why: str) -> None:
+def remember_formula(signature: Signature, request: str, why: str) -> None:
     """Lets `explain` tell that a call was served by the operator's formula."""
-    _tell(Choice(call.contract.name, str(call), "eager", request, {}, "formula", f"since {why}"))
+    _tell(
+        Choice(
+            signature.contract.name, str(signature), "eager", request, {}, "formula", f"since {why}"
+        )
+    )
 
 
-def _remember(chosen: Call) -> None:
+def _remember(chosen: Chosen) -> None:
     chosen.era = _era
     _tell(chosen.choice)
 
@@ -259,35 +263,37 @@ def _tell(choice: Choice) -> None:
             choices[f"{choice} {choice.requested}"] = choice
 
 
-def why_not(name: str, call: Call) -> str:
+def why_not(name: str, signature: Signature) -> str:
     """Why a backend, or one form of it, cannot serve a call, in one sentence; empty if it can."""
     name, _, form = name.partition(":")
     backend = BACKENDS[name]
-    if not _serves_device(backend, call):
-        return f"it serves {' and '.join(backend.devices)} tensors, not {call.device.type}"
-    if not has_file(call.contract.name, name):
+    if not _serves_device(backend, signature):
+        return f"it serves {' and '.join(backend.devices)} tensors, not {signature.device.type}"
+    if not has_file(signature.contract.name, name):
         return "it has no such operator yet"
     if backend.library:
         reason = _native.why_not(backend.library)
         if reason:
             return reason
-    forms = forms_of(call.contract.name, name) or ("",)
+    forms = forms_of(signature.contract.name, name) or ("",)
     if form and forms != ("",):
         if form not in forms:
             return f"it expects one of {backend.forms} ({', '.join(forms)}), not '{form}'"
         forms = (form,)
     refusals: dict[str, None] = {}
     for form in forms:
-        refusal = _supports(name, call, form)
+        refusal = _supports(name, signature, form)
         if not refusal:
             return ""
         refusals[refusal] = None
     return "; ".join(refusals)
 
 
-def _supports(name: str, call: Call, form: str) -> str:
-    module = implementation(call.contract.name, name)
-    return module.supports(replace(call, backend=name, form=form, selected=({}, {})))
+def _supports(name: str, signature: Signature, form: str) -> str:
+    supports = implementation(signature.contract.name, name).supports
+    if supports.__code__.co_argcount == 1:
+        return supports(Chosen(signature, name, form))
+    return supports(signature, name, form)
 
 
 def forms_of(operator: str, backend: str) -> tuple[str, ...]:
@@ -322,8 +328,8 @@ def backend_of(request: str) -> str:
     return request.partition(":")[0]
 
 
-def _serves_device(backend: Backend, call: Call) -> bool:
-    return not backend.devices or call.device.type in backend.devices
+def _serves_device(backend: Backend, signature: Signature) -> bool:
+    return not backend.devices or signature.device.type in backend.devices
 
 
 @cache

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from . import _native
-from ._contract import Call
+from ._contract import Signature
 
 FILE = Path(__file__).with_name("forms.jsonl")
 FARTHEST = 3.0  # doublings, over all sizes, from which a measurement still tells
@@ -33,16 +33,16 @@ DIRECTIONS = {False: "forward", True: "forward+backward"}  # by whether gradient
 Row = dict[str, Any]
 
 
-def nearest(call: Call, requests: Sequence[str], needs_grad: bool) -> Row | None:
+def nearest(signature: Signature, requests: Sequence[str], needs_grad: bool) -> Row | None:
     """The row measured nearest to a call that tells something about one of the requests."""
-    dtype = str(call.dtype).removeprefix("torch.")
-    key = (call.contract.name, hardware(call.device), dtype, DIRECTIONS[needs_grad])
+    dtype = str(signature.dtype).removeprefix("torch.")
+    key = (signature.contract.name, hardware(signature.device), dtype, DIRECTIONS[needs_grad])
     rows = [row for row in table().get(key, ()) if not row["us"].keys().isdisjoint(requests)]
-    own = set(options(call))
+    own = set(options(signature))
     distance, row = min(
         (
             (
-                _doublings(call.sizes, row["sizes"]) + OPTION * len(own ^ set(row["options"])),
+                _doublings(signature.sizes, row["sizes"]) + OPTION * len(own ^ set(row["options"])),
                 row,
             )
             for row in rows
@@ -53,14 +53,14 @@ def nearest(call: Call, requests: Sequence[str], needs_grad: bool) -> Row | None
     return row if distance <= FARTHEST else None
 
 
-def ranked(call: Call, requests: Sequence[str], row: Row | None) -> list[tuple[str, str]]:
+def ranked(signature: Signature, requests: Sequence[str], row: Row | None) -> list[tuple[str, str]]:
     """Requests for a backend's forms in the order in which to try them, each with the reason for
     its place; no reason where there is only one.
     """
     if len(requests) < 2:
         return [(request, "") for request in requests]
     if row is None:
-        reason = f"is the usual form; nothing near was measured on {hardware(call.device)}"
+        reason = f"is the usual form; nothing near was measured on {hardware(signature.device)}"
         return [(request, reason) for request in requests]
     us: dict[str, float] = row["us"]
     order = sorted(requests, key=lambda request: us.get(request, math.inf))
@@ -80,12 +80,14 @@ def why_slower(request: str, row: Row | None) -> str:
     )
 
 
-def options(call: Call) -> list[str]:
+def options(signature: Signature) -> list[str]:
     """On what a call's cost depends beside its sizes and dtype: the optional inputs that are there,
     switches and words other than the default, dropout, and master parameters.
     """
-    contract, at = call.contract, call.attributes
-    given = [row.name for row in contract.input_rows if row.is_optional and row.name in call.given]
+    contract, at = signature.contract, signature.attributes
+    given = [
+        row.name for row in contract.input_rows if row.is_optional and row.name in signature.given
+    ]
     words = [
         f"{row.name}={value}"
         for row in contract.attribute_rows
@@ -93,24 +95,24 @@ def options(call: Call) -> list[str]:
         for value in dict.fromkeys(at[row.name] if row.type == "str[]" else [at[row.name]])
         if value not in (row.default, "none")
     ]
-    more = {"dropout": at.get("dropout_p"), "master": call.master}
+    more = {"dropout": at.get("dropout_p"), "master": signature.masters}
     return [*given, *words, *(name for name, is_there in more.items() if is_there)]
 
 
-def why_unproven(backend: str, call: Call) -> str:
+def why_unproven(backend: str, signature: Signature) -> str:
     """Why a backend is not taken without a measurement, in one sentence; empty if it is. These are
     the CPU kernels in bfloat16 on a processor that has instructions for it and on which nobody has
     measured them.
     """
     if (
         backend != "cpu"
-        or call.dtype != torch.bfloat16
-        or call.contract.name not in MADE_OF_PRODUCTS
+        or signature.dtype != torch.bfloat16
+        or signature.contract.name not in MADE_OF_PRODUCTS
         or not _native.has_bf16_products()
     ):
         return ""
-    kind = hardware(call.device)
-    if any(key[:3] == (call.contract.name, kind, "bfloat16") for key in table()):
+    kind = hardware(signature.device)
+    if any(key[:3] == (signature.contract.name, kind, "bfloat16") for key in table()):
         return ""
     return (
         f"nobody has measured it in bfloat16 on {kind}, which multiplies bfloat16 itself;"

@@ -19,10 +19,10 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import _dispatch
-from ._contract import Call, Contract
+from ._contract import Contract, Signature
 from ._values import Value, flatten
 
-Slot = tuple[str, int]  # an input's name, and the place in a list or -1
+FlatName = tuple[str, int]  # an input's name, and the place in a list or -1
 
 
 def is_recorded() -> bool:
@@ -69,9 +69,9 @@ def forward(
     values = contract.with_own_indices(values)
     if not torch.compiler.is_compiling():
         with _off_the_record():
-            call = contract.bind(values, attributes)
-            contract.check_indices(call, values)
-            _dispatch.remember_formula(call, request, why)
+            signature = contract.bind(values, attributes)
+            contract.check_indices(signature, values)
+            _dispatch.remember_formula(signature, request, why)
     outputs = _reference(contract, values, dict(zip(contract.attribute_names, attributes)), seed)
     return tuple(
         out if row.is_differentiable else _detached(out)
@@ -90,8 +90,8 @@ def needs_formula(dys: Sequence[Tensor | None]) -> bool:
 
 
 def backward(
-    call: Call,
-    wanted: Sequence[Slot],
+    signature: Signature,
+    wanted: Sequence[FlatName],
     dys: Sequence[Tensor | None],
     inputs: dict[str, Value],
     seed: int,
@@ -99,9 +99,9 @@ def backward(
     """The gradients of the wanted tensors as autograd finds them in the formula; under
     ``create_graph=True`` they can be differentiated again, by the inputs and by ``dys``.
     """
-    contract = call.contract
+    contract = signature.contract
     why = reason(dys) or "create_graph=True asks for a gradient that can be differentiated"
-    _dispatch.remember_formula(call, "", why)
+    _dispatch.remember_formula(signature, "", why)
     own: dict[str, Any] = {
         name: list(value) if isinstance(value, (list, tuple)) else value
         for name, value in inputs.items()
@@ -120,7 +120,7 @@ def backward(
             else:
                 own[name][i] = leaves[-1]
         values = [own[name] for name in contract.input_names]
-        outputs = _reference(contract, values, call.attributes, seed)
+        outputs = _reference(contract, values, signature.attributes, seed)
     found = [y for y, row in zip(outputs, contract.public_rows) if row.is_differentiable]
     reached = [(y, dy) for y, dy in zip(flatten(found), dys) if dy is not None and y.requires_grad]
     if not reached:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _native
-from ._contract import Call, output_dtype
+from ._contract import Chosen, Signature, output_dtype
 from ._dispatch import forms_of
 from ._gate import POOLINGS
 from ._rows import Attribute
@@ -47,13 +47,13 @@ def kernels_of(backend: str) -> str:
     return backend.removesuffix("_sim")
 
 
-def why_not(call: Call) -> str:
+def why_not(call: Signature, backend: str, form: str) -> str:
     """Why the compiled kernels refuse a call, in one sentence; empty if they serve it.
 
     What follows from sizes is decided by the C++ side, which knows its configurations.
     """
-    kernels = kernels_of(call.backend)
-    if not hasattr(_native.library_of(call.backend), f"{call.contract.name}_{kernels}"):
+    kernels = kernels_of(backend)
+    if not hasattr(_native.library_of(backend), f"{call.contract.name}_{kernels}"):
         return (
             "the compiled module was built without its CUDA kernels"
             if kernels == "cuda"
@@ -64,9 +64,9 @@ def why_not(call: Call) -> str:
         return f"it takes float32 or bfloat16, and {first} is {dtype}"
     if call.dtype not in DTYPES:
         return f"it takes float32, float16 or bfloat16, and {first} is {dtype}"
-    if kernels == "cpu" and call.form == _native.TILES and call.dtype != torch.bfloat16:
+    if kernels == "cpu" and form == _native.TILES and call.dtype != torch.bfloat16:
         return f"its tiles multiply bfloat16, and {first} is {dtype}"
-    return _native_plan(call).why_not()
+    return _native_plan(call, backend, form).why_not()
 
 
 class Plan:
@@ -77,16 +77,16 @@ class Plan:
     Other tensors are made contiguous, and for CUDA kernels to start at a 16-byte border.
     """
 
-    def __init__(self, call: Call, reads_views: bool = False) -> None:
+    def __init__(self, call: Chosen, reads_views: bool = False) -> None:
         contract = call.contract
-        self.native = _native_plan(call)
+        self.native = _native_plan(call, call.backend, call.form)
         self.device = call.device
         self.is_empty = 0 in call.tensors[0][0]  # no row: then no kernel runs
-        self._slots, self._has_lists = call.slots, contract.has_list_outputs
+        self._flat_names, self._has_lists = call.flat_names, contract.has_list_outputs
         is_cpu = kernels_of(call.backend) == "cpu"
         self._dense = _contiguous if is_cpu else _native.dense
         views = {row.name for row in contract.input_rows if row.is_view} if reads_views else ()
-        self._views = sum(name in views for name, _ in call.slots)
+        self._views = sum(name in views for name, _ in call.flat_names)
         self._rows = _rows_contiguous if is_cpu else _native.readable_rows
         self._depends_on_threads = is_cpu
         self._bytes: dict[Any, int] = {}  # of workspaces
@@ -162,7 +162,7 @@ class Plan:
         tensors, strides = self._readable(values)
         saved = [self._dense(_element(values, place)) for place in self._saved]
         dys = [self._dense(_element(values, place)) for place in self._gradients]
-        to = _addresses([_element(grads, slot) for slot in self._slots])
+        to = _addresses([_element(grads, name) for name in self._flat_names])
         workspace = self._workspace(True, tuple(address != 0 for address in to), run_on)
         self.native.backward(
             _addresses(tensors), strides, _addresses(saved), _addresses(dys), to,
@@ -176,7 +176,7 @@ class Plan:
         strides of the views, which stand first.
         """
         views, dense = self._views, self._dense
-        tensors = [values[name] if i < 0 else values[name][i] for name, i in self._slots]
+        tensors = [values[name] if i < 0 else values[name][i] for name, i in self._flat_names]
         if not views:
             return [dense(tensor) for tensor in tensors], None
         rows = [self._rows(tensor) for tensor in tensors[:views]]
@@ -202,20 +202,21 @@ def with_stream(device: torch.device, run: Any, *arguments: Any) -> None:
         run(torch.get_num_threads(), *arguments)
 
 
-def _native_plan(call: Call) -> Any:
+def _native_plan(call: Signature, backend: str, form: str) -> Any:
     """The C++ side's description of a call without its tensors."""
     contract = call.contract
-    kernels = kernels_of(call.backend)
-    forms = forms_of(contract.name, call.backend)
-    form = call.form if kernels == "cpu" else str(forms.index(call.form) if call.form else 0)
+    kernels = kernels_of(backend)
+    forms = forms_of(contract.name, backend)
+    if kernels == "cuda":
+        form = str(forms.index(form) if form else 0)
     first = _first_places(contract.input_rows, contract.longest_list)
-    return getattr(_native.library_of(call.backend), f"{contract.name}_{kernels}")(
+    return getattr(_native.library_of(backend), f"{contract.name}_{kernels}")(
         dtype=DTYPES[call.dtype],
         form=form,
         sizes=[call.sizes.get(letter) for letter in contract.letters],
         inputs=[
             (first[name] + max(i, 0), len(shape), dtype == torch.float32)
-            for (name, i), (shape, dtype) in zip(call.slots, call.tensors)
+            for (name, i), (shape, dtype) in zip(call.flat_names, call.tensors)
             if i < max(contract.longest_list, 1)
         ],
         outputs=_output_places(call),
@@ -234,7 +235,7 @@ def _first_places(rows: Sequence[Any], longest_list: int) -> dict[str, int]:
     return places
 
 
-def _output_places(call: Call) -> list[int]:
+def _output_places(call: Signature) -> list[int]:
     rows, shapes = call.contract.output_rows, call.contract.output_shapes(call)
     first = _first_places(rows, call.contract.longest_list)
     return [

@@ -1,14 +1,11 @@
-"""From a contract to what torch knows: two library operators, their autograd formula, and a short
-way for eager mode.
+"""From a contract to what torch knows: two library operators, their autograd formula, and the
+choice of the way on which a call goes.
 
 ``torch.ops.pelt_kernels.<name>_fwd`` and ``_bwd`` take the contract's inputs and attributes, the
 seed, and the request for a backend. They carry a fake implementation and an autograd formula, so
 `torch.compile`, `opcheck` and `torch.export` see ordinary operators.
 
-In eager mode a call of 27 arguments through torch's dispatcher and that formula costs more than a
-small adapter does: 40 us a call without and 330 us with gradients, against 13 and 30 us (2-core
-EPYC, torch 2.13). So plain tensors outside of any mode or transform take one `autograd.Function`
-straight to the backend: same binding, same choice, same numbers. What needs more than an output and
+Plain tensors outside of any mode or transform take `_short_way`. What needs more than an output and
 its gradient is served by `_formula`.
 """
 
@@ -22,19 +19,20 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _dispatch, _formula
+from . import _dispatch, _formula, _short_way
 from ._checks import check_count
-from ._contract import Call, Contract, output_dtype
+from ._contract import Chosen, Contract, Signature, output_dtype
 from ._schema import (
+    argument_count,
     backward_schema,
     flat_grads,
     forward_schema,
     new_empty,
-    nothing,
+    no_gradient,
     pack,
     unpack,
-    width,
 )
+from ._short_way import filled, like_of, run_backward, run_forward
 from ._values import Value, flatten, lengths_of, unflatten
 
 _c = torch._C
@@ -77,21 +75,22 @@ class Operator:
                 return _formula.forward(contract, values, attributes, seed, request, why)
             if is_compiling or _c._len_torch_dispatch_stack() > 0:
                 return self._through_torch(values, attributes, seed, request)
-        signature, given, is_plain, requires_grad = contract.scan(values)
+        seen, given, is_plain, requires_grad = contract.scan(values)
         if not is_plain:
             return self._through_torch(values, attributes, seed, request)
         needs_grad = requires_grad and torch.is_grad_enabled()
-        call = _dispatch.select(contract.bind(values, attributes, signature), request, needs_grad)
-        if call.has_index:
+        signature = contract.bind(values, attributes, seen)
+        chosen = _dispatch.select(signature, request, needs_grad)
+        if signature.has_index:
             values = contract.with_own_indices(values)
-            contract.check_indices(call, values)
+            contract.check_indices(signature, values)
             given = [value for value in flatten(values) if value is not None]
         if needs_grad:
-            flat = _apply(call, values, seed, *given)
+            flat = _short_way.apply(chosen, values, seed, *given)
             if contract.has_list_outputs:
-                return tuple(unflatten(iter(flat), call.output_lengths))
+                return tuple(unflatten(iter(flat), signature.layout.output_lengths))
             return flat
-        outputs = _run_forward(call, dict(zip(contract.input_names, values)), seed)
+        outputs = run_forward(chosen, dict(zip(contract.input_names, values)), seed)
         return tuple(compress(outputs, contract.is_public))
 
     def _through_torch(
@@ -111,20 +110,21 @@ class Operator:
     def _seed(self, seed: int) -> tuple[int, ...]:
         return (seed,) if self.contract.has_seed else ()
 
-    def _bind(self, args: Sequence[Any]) -> tuple[Call, dict[str, Value]]:
-        """The call and its named inputs, from an operator's arguments."""
+    def _bind(self, args: Sequence[Any]) -> tuple[Signature, dict[str, Value]]:
+        """The signature and the named inputs, from an operator's arguments."""
         contract, rest = self.contract, iter(args)
         values = unpack(contract, rest)
         attributes = [next(rest) for _ in contract.attribute_rows]
-        call = contract.bind(values, attributes)
-        if call.has_index:
-            contract.check_indices(call, values)
-        return call, dict(zip(contract.input_names, values))
+        signature = contract.bind(values, attributes)
+        if signature.has_index:
+            contract.check_indices(signature, values)
+        return signature, dict(zip(contract.input_names, values))
 
-    def _select(self, args: Sequence[Any]) -> tuple[Call, dict[str, Value], int]:
-        """The call on its backend, its named inputs and its seed."""
-        call, inputs = self._bind(args)
-        return _dispatch.select(call, args[-1]), inputs, args[-2] if self.contract.has_seed else 0
+    def _select(self, args: Sequence[Any]) -> tuple[Chosen, dict[str, Value], int]:
+        """What serves the call, its named inputs and its seed."""
+        signature, inputs = self._bind(args)
+        seed = args[-2] if self.contract.has_seed else 0
+        return _dispatch.select(signature, args[-1]), inputs, seed
 
     def _forward(self, *args: Any) -> tuple[Any, ...]:
         if forward_ad._current_level >= 0:  # tangents do not come through torch to here
@@ -132,13 +132,13 @@ class Operator:
                 f"{self.contract.name}: expected no forward-mode differentiation of a graph that"
                 " holds the operator; differentiate the function that the graph was made from"
             )
-        return tuple(_run_forward(*self._select(args)))
+        return tuple(run_forward(*self._select(args)))
 
     def _fake_forward(self, *args: Any) -> tuple[Any, ...]:
-        call, _ = self._bind(args)  # no backend is chosen: sizes may be symbols
-        shapes = self.contract.output_shapes(call)
+        signature, _ = self._bind(args)  # no backend is chosen: sizes may be symbols
+        shapes = self.contract.output_shapes(signature)
         return tuple(
-            _empty_output(call, row, shapes[row.name]) for row in self.contract.output_rows
+            _empty_output(signature, row, shapes[row.name]) for row in self.contract.output_rows
         )
 
     def _split(self, args: Sequence[Any]) -> tuple[dict[str, Any], dict[str, bool], list[Any]]:
@@ -152,20 +152,20 @@ class Operator:
         names = contract.gradient_names + contract.saved_names
         named = dict(zip(names, args))
         needs = dict(zip(contract.backward_names, args[len(names)]))
-        check_count(contract, "needs", len(contract.backward_names), args[len(names)])
+        check_count(contract.name, "needs", len(contract.backward_names), args[len(names)])
         rest = iter(args[len(names) + 1 :])
         packed: list[Any] = []
         for row in contract.input_rows:
-            packed += [None] if row.grad_is_dy else [next(rest) for _ in range(width(row))]
+            packed += [None] if row.grad_is_dy else [next(rest) for _ in range(argument_count(row))]
         return named, needs, [*packed, *rest]
 
     def _backward(self, *args: Any) -> list[Tensor]:
         named, needs, forward_args = self._split(args)
-        call, inputs, seed = self._select(forward_args)
-        self.contract.check_outputs(call, named)
-        found = _run_backward(call, needs, named, inputs, seed)
+        chosen, inputs, seed = self._select(forward_args)
+        self.contract.check_outputs(chosen, named)
+        found = run_backward(chosen, needs, named, inputs, seed)
         # As the fake promises. The short way takes a gradient as it lies.
-        return [grad.contiguous() for grad in flat_grads(call.contract, needs, inputs, found)]
+        return [grad.contiguous() for grad in flat_grads(self.contract, needs, inputs, found)]
 
     def _fake_backward(self, *args: Any) -> list[Tensor]:
         _, needs, forward_args = self._split(args)
@@ -178,7 +178,7 @@ class Operator:
         arguments after the inputs.
         """
         contract, rest = self.contract, iter(inputs)
-        packed = [[next(rest) for _ in range(width(row))] for row in contract.input_rows]
+        packed = [[next(rest) for _ in range(argument_count(row))] for row in contract.input_rows]
         ctx.flags = [
             tuple(flags) for _, *flags in packed
         ]  # of each row: none, or which elements of a list are there
@@ -190,7 +190,7 @@ class Operator:
         ctx.lengths = lengths_of([*saved, *kept])
         ctx.save_for_backward(*flatten([*saved, *kept]))
         ctx.likes = [
-            _like(out) for out, row in zip(output, contract.output_rows) if row.is_differentiable
+            like_of(out) for out, row in zip(output, contract.output_rows) if row.is_differentiable
         ]
 
     def _differentiate(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
@@ -216,11 +216,11 @@ class Operator:
         fresh: Iterator[Tensor] = iter(())
         needs = [need for need, row in zip(asked, contract.input_rows) if not row.grad_is_dy]
         if any(needs) and _formula.needs_formula(flatten(dys)):
-            call, inputs = self._bind([*chain(*packed), *ctx.rest])
+            signature, inputs = self._bind([*chain(*packed), *ctx.rest])
             seed = ctx.rest[-2] if contract.has_seed else 0
             names = compress(contract.backward_names, needs)
-            wanted = [slot for name in names for slot in _slots(name, inputs[name])]
-            fresh = iter(_formula.backward(call, wanted, flatten(dys), inputs, seed))
+            wanted = [found for name in names for found in _flat_names(name, inputs[name])]
+            fresh = iter(_formula.backward(signature, wanted, flatten(dys), inputs, seed))
         elif any(needs):
             named = _named_grads(contract, dys, ctx.likes)
             kept = chain(*(p for p, row in zip(packed, contract.input_rows) if not row.grad_is_dy))
@@ -233,129 +233,12 @@ class Operator:
                 result.append(dys[0] if need else None)
             else:
                 result.append(next(fresh) if need else None)
-            result += map(nothing, flags)
-        return (*result, *map(nothing, ctx.rest))
-
-
-class _Eager(torch.autograd.Function):
-    """The short way: one node around the backend's forward and backward.
-
-    Tensors come flat, so that autograd sees them, and without the absent ones: `Call.slots` tells
-    where each belongs.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, call: Call, values: Sequence[Value], seed: int, *given: Tensor
-    ) -> tuple[Tensor, ...]:
-        outputs = _run_forward(call, dict(zip(call.contract.input_names, values)), seed)
-        flat = flatten(outputs) if call.contract.has_list_outputs else outputs
-        ctx.call, ctx.seed = call, seed
-        ctx.save_for_backward(*compress(given, call.kept), *compress(flat, call.saved))
-        ctx.set_materialize_grads(False)
-        ctx.likes = [_like(out) for out in compress(flat, call.differentiable)]
-        ctx.mark_non_differentiable(*compress(flat, call.frozen))
-        return tuple(compress(flat, call.public))
-
-    @staticmethod
-    def backward(ctx: Any, *flat_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if _formula.is_batched(flat_grads):
-            return _formula.each(lambda *dys: _Eager.backward(ctx, *dys), flat_grads)
-        call, contract = ctx.call, ctx.call.contract
-        tensors = iter(ctx.saved_tensors)
-        inputs = call.place([next(tensors) if is_kept else None for is_kept in call.kept])
-        if _formula.needs_formula(flat_grads):
-            return _by_formula(ctx, inputs, flat_grads)
-        dys = compress(flat_grads, compress(call.differentiable, call.public))
-        filled = iter([_filled(dy, like) for dy, like in zip(dys, ctx.likes)])
-        named = dict(zip(contract.gradient_names, unflatten(filled, call.differentiable_lengths)))
-        named.update(zip(contract.saved_names, unflatten(tensors, call.saved_lengths)))
-        dy = named[contract.gradient_names[0]]
-        needs = dict.fromkeys(contract.backward_names, False)
-        asked = ctx.needs_input_grad[3:]
-        for name, _ in compress(call.slots, asked):
-            if name in needs:
-                needs[name] = True
-        found = _run_backward(call, needs, named, inputs, ctx.seed) if any(needs.values()) else {}
-        result: list[Tensor | None] = [None, None, None]
-        for (name, i), need in zip(call.slots, asked):
-            if not need:
-                result.append(None)
-            elif name not in needs:
-                result.append(dy)  # an input that was only added: its gradient is the output's
-            else:
-                result.append(found[name] if i < 0 else found[name][i])
-        return tuple(result)
-
-
-def _by_formula(
-    ctx: Any, inputs: dict[str, Value], flat_grads: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
-    call: Call = ctx.call
-    dys = list(compress(flat_grads, compress(call.differentiable, call.public)))
-    names = call.contract.backward_names
-    asked = ctx.needs_input_grad[3:]
-    wanted = [slot for slot in compress(call.slots, asked) if slot[0] in names]
-    found = iter(_formula.backward(call, wanted, dys, inputs, ctx.seed) if wanted else ())
-    result: list[Tensor | None] = [None, None, None]
-    for (name, _), need in zip(call.slots, asked):
-        result.append((next(found) if name in names else dys[0]) if need else None)
-    return tuple(result)
-
-
-# No transform is active here, which is what `Function.apply` looks for
-# in every argument.
-_apply = super(torch.autograd.Function, _Eager).apply
-
-
-def _like(out: Any) -> Any:
-    return (
-        [_like(o) for o in out]
-        if isinstance(out, (list, tuple))
-        else (out.shape, out.dtype, out.device)
-    )
+            result += map(no_gradient, flags)
+        return (*result, *map(no_gradient, ctx.rest))
 
 
 def _named_grads(contract: Contract, dys: Sequence[Any], likes: Sequence[Any]) -> dict[str, Any]:
-    return {name: _filled(dy, like) for name, dy, like in zip(contract.gradient_names, dys, likes)}
-
-
-def _filled(dy: Any, like: Any) -> Any:
-    """An output's gradient, contiguous; zeros for an output that the loss does not depend on."""
-    if isinstance(like, list):
-        return [_filled(d, k) for d, k in zip(dy or [None] * len(like), like)]
-    if dy is not None:
-        return dy.contiguous()
-    shape, dtype, device = like
-    return torch.zeros(shape, dtype=dtype, device=device)
-
-
-def _run_forward(call: Call, inputs: dict[str, Value], seed: int) -> Sequence[Any]:
-    if call.contract.has_seed:
-        inputs["seed"] = seed
-    if _is_autocast(call):
-        with torch.autocast(call.device.type, enabled=False):
-            return call.forward(call, **inputs)
-    return call.forward(call, **inputs)
-
-
-def _run_backward(
-    call: Call, needs: dict[str, bool], named: dict[str, Value], inputs: dict[str, Value], seed: int
-) -> dict[str, Value]:
-    if call.contract.has_seed:
-        inputs["seed"] = seed
-    if _is_autocast(call):
-        with torch.autocast(call.device.type, enabled=False):
-            return call.backward(call, needs, **named, **inputs)
-    return call.backward(call, needs, **named, **inputs)
-
-
-def _is_autocast(call: Call) -> bool:
-    """Then a backend runs outside of it: it chooses its dtypes itself, and torch would recast what
-    it keeps in float32.
-    """
-    device = call.device.type
-    return device != "meta" and torch.is_autocast_enabled(device)
+    return {name: filled(dy, like) for name, dy, like in zip(contract.gradient_names, dys, likes)}
 
 
 def _is_watched() -> bool:
@@ -370,15 +253,15 @@ def _is_watched() -> bool:
     )
 
 
-def _empty_output(call: Call, row: Any, shape: Any) -> Any:
-    dtype = output_dtype(call, row)
+def _empty_output(signature: Signature, row: Any, shape: Any) -> Any:
+    dtype = output_dtype(signature, row)
     if row.is_list:
-        return [torch.empty(s, dtype=dtype, device=call.device) for s in shape]
-    return torch.empty(shape, dtype=dtype, device=call.device)
+        return [torch.empty(s, dtype=dtype, device=signature.device) for s in shape]
+    return torch.empty(shape, dtype=dtype, device=signature.device)
 
 
-def _slots(name: str, value: Value) -> list[tuple[str, int]]:
-    """An input's tensors that are there, as `Call.slots` names them."""
+def _flat_names(name: str, value: Value) -> list[tuple[str, int]]:
+    """An input's tensors that are there, as `Signature.flat_names` gives them."""
     if isinstance(value, (list, tuple)):
         return [(name, i) for i, v in enumerate(value) if v is not None]
     return [] if value is None else [(name, -1)]

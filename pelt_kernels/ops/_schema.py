@@ -41,7 +41,7 @@ def _argument(row: Input) -> str:
     return f"Tensor[] {row.name}" + (f", bool[] has_{row.name}" if row.is_optional else "")
 
 
-def width(row: Input) -> int:
+def argument_count(row: Input) -> int:
     """How many arguments an input takes: a list whose elements may be absent comes as those there,
     and which they are.
 
@@ -55,7 +55,7 @@ def pack(rows: Sequence[Input], values: Sequence[Value]) -> list[Any]:
     """Inputs as the registered operator takes them."""
     packed: list[Any] = []
     for row, value in zip(rows, values):
-        if width(row) == 2:
+        if argument_count(row) == 2:
             packed += [[v for v in value if v is not None], [v is not None for v in value]]
         else:
             packed.append(value)
@@ -67,15 +67,15 @@ def unpack(contract: Contract, packed: Iterator[Any]) -> list[Value]:
     values: list[Value] = []
     for row in contract.input_rows:
         value = next(packed)
-        if width(row) == 2:
+        if argument_count(row) == 2:
             there, flags = iter(value), next(packed)
-            check_count(contract, row.name, sum(flags), value)
+            check_count(contract.name, row.name, sum(flags), value)
             value = [next(there) if flag else None for flag in flags]
         values.append(value)
     return values
 
 
-def nothing(argument: Any) -> Any:
+def no_gradient(argument: Any) -> Any:
     """No gradient for an argument, in the structure that torch asks for."""
     return [] if isinstance(argument, (list, tuple)) and not len(argument) else None
 

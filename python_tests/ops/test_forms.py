@@ -28,10 +28,10 @@ HERE = _forms.hardware(torch.device("cpu"))
 @pytest.fixture(autouse=True)
 def _fresh():
     forget_choices()
-    CONTRACT._calls.clear()
+    CONTRACT._signatures.clear()
     yield
     forget_choices()
-    CONTRACT._calls.clear()
+    CONTRACT._signatures.clear()
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +139,7 @@ def test_a_faster_form_that_is_not_able_does_not_speak_for_another(measured):
     measured({"cpu:usual": 9.0, "cpu:other": 3.0, "eager": 5.0}, S=128)
     assert choice(rows=128).served == "eager"
     measured({"cpu:other": 3.0, "eager": 2.0}, S=128)
-    CONTRACT._calls.clear()
+    CONTRACT._signatures.clear()
     assert choice(rows=128).served == "cpu:usual", "it was not measured"
 
 

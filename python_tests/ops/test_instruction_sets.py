@@ -4,7 +4,6 @@ that was asked for runs.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -103,10 +102,10 @@ def test_a_set_that_the_processor_does_not_run_is_refused_in_a_sentence(need, mo
 @pytest.mark.parametrize("operator", WITH_TILES)
 def test_tiles_multiply_bfloat16_only(operator, need):
     need("cpu", native.why_not("_C"))
-    backend, case = _dispatch.implementation(operator, "cpu"), case_of(operator, CASES[operator])
+    case = case_of(operator, CASES[operator])
     found = {
-        precision: backend.supports(
-            replace(call_of(operator, case, precision, "cpu"), form=native.TILES)
+        precision: _dispatch._supports(
+            "cpu", call_of(operator, case, precision, "cpu"), native.TILES
         )
         for precision in ("float32", "bfloat16", "bfloat16-master")
     }
@@ -141,7 +140,7 @@ def test_the_set_that_was_asked_for_runs(operator, asked, need, monkeypatch):
 
         class Spied(thing):
             def __init__(self, **named):
-                seen.append(named["isa"])
+                seen.append(named.get("form", named.get("isa")))
                 super().__init__(**named)
 
         return Spied
@@ -150,8 +149,8 @@ def test_the_set_that_was_asked_for_runs(operator, asked, need, monkeypatch):
     for name in dir(compiled):
         setattr(spies, name, spied(getattr(compiled, name)))
     monkeypatch.setattr(native, "library", lambda name: spies)
-    contract_of(operator).CONTRACT._calls.clear()
+    contract_of(operator).CONTRACT._signatures.clear()
     case = case_of(operator, CASES[operator])
     run(operator, asked, case, "bfloat16")
-    contract_of(operator).CONTRACT._calls.clear()
+    contract_of(operator).CONTRACT._signatures.clear()
     assert set(seen) == {asked.partition(":")[2]}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._contract import Call, Contract, Value
+from .._contract import Contract, Signature, Value
 from .._gate import accumulator
 
 
@@ -18,19 +18,20 @@ def kept_entries(entries: int, sparsity: float) -> int:
     return entries - int(entries * sparsity)
 
 
-def rules(call: Call, values: dict[str, Value]) -> None:
+def rules(signature: Signature, values: dict[str, Value]) -> None:
     """What shapes cannot say: how many entries there are to keep."""
-    keep, entries = call.attributes["keep"], call.sizes["Dout"] * call.sizes["Din"]
+    sizes, keep = signature.sizes, signature.attributes["keep"]
+    entries = sizes["Dout"] * sizes["Din"]
     if not 0 <= keep <= entries:
         raise ValueError(
-            f"{call.contract.name}: expected keep in [0, {entries}] (Dout={call.sizes['Dout']},"
-            f" Din={call.sizes['Din']} from w0), got {keep}"
+            f"{signature.contract.name}: expected keep in [0, {entries}] (Dout={sizes['Dout']},"
+            f" Din={sizes['Din']} from w0), got {keep}"
         )
 
 
-def output_shapes(call: Call) -> dict[str, Any]:
-    """The shapes of the outputs of a call."""
-    shape = (call.sizes["Dout"], call.sizes["Din"])
+def output_shapes(signature: Signature) -> dict[str, Any]:
+    """The shapes of the outputs of a signature."""
+    shape = (signature.sizes["Dout"], signature.sizes["Din"])
     return {"y": shape, "mask": shape}
 
 

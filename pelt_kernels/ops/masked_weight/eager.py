@@ -9,17 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._contract import Call, Value
+from .._contract import Chosen, Signature, Value
 from .._gate import accumulator
 
 
-def supports(call: Call) -> str:
-    """PyTorch serves every call."""
+def supports(signature: Signature, backend: str, form: str) -> str:
+    """PyTorch serves every signature."""
     return ""
 
 
 def forward(
-    call: Call,
+    chosen: Chosen,
     w0: Tensor,
     u: Tensor,
     v: Tensor,
@@ -29,8 +29,8 @@ def forward(
     col: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """y [Dout, Din], and the mask [Dout, Din] for backward."""
-    at, acc = call.attributes, accumulator(w0.dtype)
-    w = _updated(call, w0, u, v)
+    at, acc = chosen.attributes, accumulator(w0.dtype)
+    w = _updated(chosen, w0, u, v)
     scores = w.abs().addmm_(a.to(acc), b.to(acc), alpha=at["alpha1"])
     scores += at["alpha2"] * (row.to(acc)[:, None] + col.to(acc)[None, :])
     mask = _highest(scores, at["keep"])
@@ -38,7 +38,7 @@ def forward(
 
 
 def backward(
-    call: Call,
+    chosen: Chosen,
     needs: dict[str, bool],
     dy: Tensor,
     mask: Tensor,
@@ -51,8 +51,8 @@ def backward(
     col: Tensor,
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
-    at, acc = call.attributes, accumulator(w0.dtype)
-    g, w = dy.to(acc), _updated(call, w0, u, v)
+    at, acc = chosen.attributes, accumulator(w0.dtype)
+    g, w = dy.to(acc), _updated(chosen, w0, u, v)
     dscores = g * w
     dw = w.abs_().add_(mask).mul_(g)
     grads: dict[str, Value] = {}
@@ -73,10 +73,10 @@ def backward(
     return grads
 
 
-def _updated(call: Call, w0: Tensor, u: Tensor, v: Tensor) -> Tensor:
+def _updated(chosen: Chosen, w0: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """W = w0 + beta u v, always a new tensor."""
     acc = accumulator(w0.dtype)
-    return torch.addmm(w0.to(acc), u.to(acc), v.to(acc), beta=1.0, alpha=call.attributes["beta"])
+    return torch.addmm(w0.to(acc), u.to(acc), v.to(acc), beta=1.0, alpha=chosen.attributes["beta"])
 
 
 def _highest(scores: Tensor, keep: int) -> Tensor:

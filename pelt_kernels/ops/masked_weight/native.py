@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import _native
-from .._contract import Call, Value
+from .._contract import Chosen, Signature, Value
 from .._native_call import Plan, kernels_of, why_not
 from .contract import CONTRACT
 
@@ -19,29 +19,29 @@ FORMS = {"cpu": _native.cpu_forms()}
 _FACTORS = tuple(row.name for row in CONTRACT.input_rows if row.kind == "parameter")
 
 
-def supports(call: Call) -> str:
+def supports(signature: Signature, backend: str, form: str) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    return why_not(call)
+    return why_not(signature, backend, form)
 
 
-def plan(call: Call) -> Plan:
+def plan(chosen: Chosen) -> Plan:
     """What is the same for equal calls."""
-    return Plan(call, reads_views=kernels_of(call.backend) == "cpu")
+    return Plan(chosen, reads_views=kernels_of(chosen.backend) == "cpu")
 
 
-def forward(call: Call, **inputs: Value) -> Sequence[Any]:
+def forward(chosen: Chosen, **inputs: Value) -> Sequence[Any]:
     """y [Dout, Din], and the mask [Dout, Din] for backward."""
-    if kernels_of(call.backend) == "cpu":
+    if kernels_of(chosen.backend) == "cpu":
         inputs |= _as_float32(inputs)
-    return call.plan.forward(inputs)
+    return chosen.plan.forward(inputs)
 
 
-def backward(call: Call, needs: dict[str, bool], **values: Value) -> dict[str, Value]:
+def backward(chosen: Chosen, needs: dict[str, bool], **values: Value) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
-    if kernels_of(call.backend) == "cuda":
-        return call.plan.backward(needs, values)
+    if kernels_of(chosen.backend) == "cuda":
+        return chosen.plan.backward(needs, values)
     wanted = {"w0": needs["w0"], **dict.fromkeys(_FACTORS, True)}
-    found = call.plan.backward(wanted, values | _as_float32(values))
+    found = chosen.plan.backward(wanted, values | _as_float32(values))
     return {name: found[name].to(values[name].dtype) for name, need in needs.items() if need}
 
 

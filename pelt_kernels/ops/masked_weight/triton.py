@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, _triton_host
-from .._contract import Call, Value
+from .._contract import Chosen, Signature, Value
 from .._triton_host import DTYPES, Config, options_of, power_of_two, unavailable
 
 __all__ = ["backward", "forward", "supports", "unavailable"]
@@ -28,13 +28,13 @@ _FUSED = {"enable_fp_fusion": True}  # as options_of says
 _FACTORS = ("u", "v", "a", "b", "row", "col")
 
 
-def supports(call: Call) -> str:
+def supports(signature: Signature, backend: str, form: str) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    sizes = call.sizes
-    if call.dtype not in DTYPES:
+    sizes = signature.sizes
+    if signature.dtype not in DTYPES:
         return (
             "it takes float32, float16 or bfloat16, and w0 is"
-            f" {str(call.dtype).removeprefix('torch.')}"
+            f" {str(signature.dtype).removeprefix('torch.')}"
         )
     if max(sizes["R"], sizes["R2"]) > MAX_RANK:
         return (
@@ -46,29 +46,29 @@ def supports(call: Call) -> str:
             "it counts entries in 32 bits, so Dout Din must be below 2**31, and it is"
             f" {sizes['Dout'] * sizes['Din']}"
         )
-    return unavailable(call.device)
+    return unavailable(signature.device)
 
 
-def forward(call: Call, **inputs: Value) -> tuple[Tensor, Tensor]:
+def forward(chosen: Chosen, **inputs: Value) -> tuple[Tensor, Tensor]:
     """y [Dout, Din], and the mask [Dout, Din] for backward."""
-    rows, columns, at = call.sizes["Dout"], call.sizes["Din"], call.attributes
-    y = _native.empty((rows, columns), call.dtype, call.device)
-    mask = _native.empty((rows, columns), torch.bool, call.device)
+    rows, columns, at = chosen.sizes["Dout"], chosen.sizes["Din"], chosen.attributes
+    y = _native.empty((rows, columns), chosen.dtype, chosen.device)
+    mask = _native.empty((rows, columns), torch.bool, chosen.device)
     entries, keep = rows * columns, at["keep"]
     if not entries:
         return y, mask
     given = {name: value.contiguous() for name, value in inputs.items()}
-    block = _block(call)
+    block = _block(chosen)
     blocks = -(-entries // block)
-    keys = _native.empty((entries,), torch.int32, call.device)
-    equal = _native.empty((blocks,), torch.int32, call.device)
+    keys = _native.empty((entries,), torch.int32, chosen.device)
+    equal = _native.empty((blocks,), torch.int32, chosen.device)
     kernels = _kernels("fwd")
-    with _native.on(call.device):
-        counts = torch.zeros(_DIGITS * _BINS, dtype=torch.int32, device=call.device)
+    with _native.on(chosen.device):
+        counts = torch.zeros(_DIGITS * _BINS, dtype=torch.int32, device=chosen.device)
         kernels._masked_weight_score_kernel[(_tiles(rows, columns),)](
             *given.values(), y, keys, counts,
             rows, columns, at["beta"], at["alpha1"], at["alpha2"],
-            **_options(call),
+            **_options(chosen),
         )  # fmt: skip
         for digit in range(1, _DIGITS):
             kernels._masked_weight_count_kernel[(blocks,)](
@@ -84,26 +84,26 @@ def forward(call: Call, **inputs: Value) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    call: Call, needs: dict[str, bool], dy: Tensor, mask: Tensor, **inputs: Value
+    chosen: Chosen, needs: dict[str, bool], dy: Tensor, mask: Tensor, **inputs: Value
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
     grads: dict[str, Value] = {
-        name: _native.empty(inputs[name].shape, inputs[name].dtype, call.device)
+        name: _native.empty(inputs[name].shape, inputs[name].dtype, chosen.device)
         for name, need in needs.items()
         if need
     }
-    rows, columns, at = call.sizes["Dout"], call.sizes["Din"], call.attributes
+    rows, columns, at = chosen.sizes["Dout"], chosen.sizes["Din"], chosen.attributes
     if not dy.numel():
         return {name: grad.zero_() for name, grad in grads.items()}
     given = {name: value.contiguous() for name, value in inputs.items()}
     w0, u, v = given["w0"], given["u"], given["v"]
     bands, across = -(-rows // _TILE.block_t), -(-columns // _TILE.block_d)
-    row_shares, column_shares = _shares(call, bands, across), _shares(call, across, bands)
-    ranks = call.sizes["R"] + call.sizes["R2"] + 1
-    row_parts = _native.empty((row_shares, rows * ranks), torch.float32, call.device)
-    column_parts = _native.empty((column_shares, columns * ranks), torch.float32, call.device)
-    beta, options = at["beta"], _options(call)
-    with _native.on(call.device):
+    row_shares, column_shares = _shares(chosen, bands, across), _shares(chosen, across, bands)
+    ranks = chosen.sizes["R"] + chosen.sizes["R2"] + 1
+    row_parts = _native.empty((row_shares, rows * ranks), torch.float32, chosen.device)
+    column_parts = _native.empty((column_shares, columns * ranks), torch.float32, chosen.device)
+    beta, options = at["beta"], _options(chosen)
+    with _native.on(chosen.device):
         _kernels("bwd")._masked_weight_bwd_rows_kernel[(bands * row_shares,)](
             w0, u, v, given["b"], dy, mask, grads.get("w0"), row_parts,
             rows, columns, row_shares, beta, **options,
@@ -112,13 +112,13 @@ def backward(
             w0, u, v, given["a"], dy, mask, column_parts,
             rows, columns, column_shares, beta, **options,
         )  # fmt: skip
-        _add(call, grads, row_parts, column_parts)
+        _add(chosen, grads, row_parts, column_parts)
     return grads
 
 
-def _add(call: Call, grads: dict[str, Value], row_parts: Tensor, column_parts: Tensor) -> None:
+def _add(chosen: Chosen, grads: dict[str, Value], row_parts: Tensor, column_parts: Tensor) -> None:
     """The factors' gradients from the shares' parts."""
-    at, sizes = call.attributes, call.sizes
+    at, sizes = chosen.attributes, chosen.sizes
     starts, lengths = [], []
     for width in (sizes["Dout"], sizes["Din"]):
         starts.append((0, width * sizes["R"], width * (sizes["R"] + sizes["R2"])))
@@ -140,17 +140,17 @@ def _add(call: Call, grads: dict[str, Value], row_parts: Tensor, column_parts: T
     )  # fmt: skip
 
 
-def _shares(call: Call, owners: int, tiles: int) -> int:
+def _shares(chosen: Chosen, owners: int, tiles: int) -> int:
     """Into how many parts a sum is cut, so that there are two programs for each processor."""
-    wanted = -(-2 * _triton_host.processors(call.device) // owners)
+    wanted = -(-2 * _triton_host.processors(chosen.device) // owners)
     return max(1, min(wanted, tiles))
 
 
-def _options(call: Call) -> dict[str, Any]:
+def _options(chosen: Chosen) -> dict[str, Any]:
     """R and R2, what they are padded to (the least side of a product is 16), and the tile: with
     more ranks four warps' registers would spill.
     """
-    r, r2 = call.sizes["R"], call.sizes["R2"]
+    r, r2 = chosen.sizes["R"], chosen.sizes["R2"]
     padded = [max(16, power_of_two(max(1, n))) for n in (r, r2)]
     config = _TILE if max(padded) == 16 else _TILE._replace(warps=8)
     return {
@@ -162,9 +162,9 @@ def _tiles(rows: int, columns: int) -> int:
     return -(-rows // _TILE.block_t) * -(-columns // _TILE.block_d)
 
 
-def _block(call: Call) -> int:
+def _block(chosen: Chosen) -> int:
     """Keys of a program; few for the interpreter, so that tests see several."""
-    return 1024 if call.device.type == "cpu" else 2048
+    return 1024 if chosen.device.type == "cpu" else 2048
 
 
 @cache

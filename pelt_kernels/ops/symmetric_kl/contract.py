@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._contract import Call, Contract
+from .._contract import Contract, Signature
 from .._gate import accumulator
 
 
-def output_shapes(call: Call) -> dict[str, Any]:
-    """The shapes of the outputs of a call."""
-    return {"loss": (), "lse": (2, call.sizes["T"])}
+def output_shapes(signature: Signature) -> dict[str, Any]:
+    """The shapes of the outputs of a signature."""
+    return {"loss": (), "lse": (2, signature.sizes["T"])}
 
 
 CONTRACT = Contract(

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._contract import Call, Value
+from .._contract import Chosen, Signature, Value
 from .._gate import accumulator
 
 
-def supports(call: Call) -> str:
-    """PyTorch serves every call."""
+def supports(signature: Signature, backend: str, form: str) -> str:
+    """PyTorch serves every signature."""
     return ""
 
 
-def forward(call: Call, z1: Tensor, z2: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward(chosen: Chosen, z1: Tensor, z2: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The loss [], and both log-sum-exps [2, T] for backward.
 
     ``KL(p2 ‖ p1) + KL(p1 ‖ p2)`` is ``Σ (p1 - p2) (log p1 - log p2)``: one sum for both.
@@ -35,7 +35,7 @@ def forward(call: Call, z1: Tensor, z2: Tensor, mask: Tensor | None) -> tuple[Te
 
 
 def backward(
-    call: Call,
+    chosen: Chosen,
     needs: dict[str, bool],
     dloss: Tensor,
     lse: Tensor,

@@ -11,27 +11,27 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import _native
-from .._contract import Call, Value
+from .._contract import Chosen, Signature, Value
 from .._native_call import Plan, kernels_of, why_not
 
 FORMS = {"cpu": _native.cpu_forms()}
 
 
-def supports(call: Call) -> str:
+def supports(signature: Signature, backend: str, form: str) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    return why_not(call)
+    return why_not(signature, backend, form)
 
 
-def plan(call: Call) -> Plan:
+def plan(chosen: Chosen) -> Plan:
     """What is the same for equal calls."""
-    return Plan(call, reads_views=kernels_of(call.backend) == "cpu")
+    return Plan(chosen, reads_views=kernels_of(chosen.backend) == "cpu")
 
 
-def forward(call: Call, **inputs: Value) -> Sequence[Any]:
+def forward(chosen: Chosen, **inputs: Value) -> Sequence[Any]:
     """The loss [], and both log-sum-exps [2, T] for backward (0 where a row does not count)."""
-    return call.plan.forward(inputs)
+    return chosen.plan.forward(inputs)
 
 
-def backward(call: Call, needs: dict[str, bool], **values: Value) -> dict[str, Value]:
+def backward(chosen: Chosen, needs: dict[str, bool], **values: Value) -> dict[str, Value]:
     """The gradients that ``needs`` names: ±0.5 (p1 - p2) / count."""
-    return call.plan.backward(needs, values)
+    return chosen.plan.backward(needs, values)

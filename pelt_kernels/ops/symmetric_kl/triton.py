@@ -15,39 +15,39 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .._contract import Call, Value
+from .._contract import Chosen, Signature, Value
 from .._triton_host import DTYPES, Config, options_of, power_of_two, unavailable
 
 __all__ = ["backward", "forward", "supports", "unavailable"]
 
 
-def supports(call: Call) -> str:
+def supports(signature: Signature, backend: str, form: str) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    if call.dtype not in DTYPES:
+    if signature.dtype not in DTYPES:
         return (
             "it takes float32, float16 or bfloat16, and z1 is"
-            f" {str(call.dtype).removeprefix('torch.')}"
+            f" {str(signature.dtype).removeprefix('torch.')}"
         )
-    if call.sizes["T"] >= 2**30 or call.sizes["C"] >= 2**30:
+    if signature.sizes["T"] >= 2**30 or signature.sizes["C"] >= 2**30:
         return (
             "it counts rows and columns in 32 bits, so T and C must be below 2**30, and they are"
-            f" {call.sizes['T']} and {call.sizes['C']}"
+            f" {signature.sizes['T']} and {signature.sizes['C']}"
         )
-    return unavailable(call.device)
+    return unavailable(signature.device)
 
 
-def forward(call: Call, z1: Tensor, z2: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def forward(chosen: Chosen, z1: Tensor, z2: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The loss [], and both log-sum-exps [2, T] for backward (0 where a row does not count)."""
-    t, c = call.sizes["T"], call.sizes["C"]
-    loss = _native.empty((), torch.float32, call.device)
-    lse = _native.empty((2, t), torch.float32, call.device)
+    t, c = chosen.sizes["T"], chosen.sizes["C"]
+    loss = _native.empty((), torch.float32, chosen.device)
+    lse = _native.empty((2, t), torch.float32, chosen.device)
     if not t:
         return loss.zero_(), lse
     z1, z2, mask = z1.contiguous(), z2.contiguous(), _dense(mask)
-    values = _native.empty((t,), torch.float32, call.device)
-    count = _native.empty((), torch.float32, call.device)
+    values = _native.empty((t,), torch.float32, chosen.device)
+    count = _native.empty((), torch.float32, chosen.device)
     config = _config(c)
-    with _native.on(call.device):
+    with _native.on(chosen.device):
         _kernels("fwd")._symmetric_kl_fwd_kernel[(-(-t // config.block_t),)](
             z1, z2, mask, values, lse, t, c, **options_of(config)
         )
@@ -56,7 +56,7 @@ def forward(call: Call, z1: Tensor, z2: Tensor, mask: Tensor | None) -> tuple[Te
 
 
 def backward(
-    call: Call,
+    chosen: Chosen,
     needs: dict[str, bool],
     dloss: Tensor,
     lse: Tensor,
@@ -65,19 +65,19 @@ def backward(
     mask: Tensor | None,
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names: ±0.5 (p1 - p2) / count."""
-    t, c = call.sizes["T"], call.sizes["C"]
+    t, c = chosen.sizes["T"], chosen.sizes["C"]
     grads: dict[str, Value] = {
-        name: _native.empty(z1.shape, call.dtype, call.device)
+        name: _native.empty(z1.shape, chosen.dtype, chosen.device)
         for name in ("z1", "z2")
         if needs[name]
     }
     if not t:
         return grads
     z1, z2, mask = z1.contiguous(), z2.contiguous(), _dense(mask)
-    count = _native.empty((), torch.float32, call.device)
+    count = _native.empty((), torch.float32, chosen.device)
     config = _config(c)
     tiles = -(-t // config.block_t) * -(-c // config.block_d)
-    with _native.on(call.device):
+    with _native.on(chosen.device):
         _kernels("fwd")._symmetric_kl_mean_kernel[(1,)](None, mask, None, count, t, **_whole(t))
         _kernels("bwd")._symmetric_kl_bwd_kernel[(tiles,)](
             z1, z2, mask, lse, dloss, count, grads.get("z1"), grads.get("z2"), t, c,
