@@ -1,10 +1,10 @@
-"""`benchmarks.run --check`: is what users get at least as fast as what they would write?
+"""`benchmarks.run --check`: is each call at least as fast as the module that people write?
 
 Each case is served as the dispatch chooses, or as ``--backend`` asks, and takes turns with the peer
 `plain` in one process, forward and forward+backward. A ratio is plain's median time over ours. The
 command ends with 1 if one of them is below the bar or a result was not close enough, with 2 if
 there was nothing to check. A case below the bar is measured once more for longer, and the second
-figure counts, so that no neighbour on the machine judges.
+figure counts, because other work on the machine may have slowed the first.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def run(cases: Mapping[str, Sequence[Case]], options: argparse.Namespace) -> int
     """0 if every ratio reaches its bar, 1 if not, 2 if there is none."""
     failures: list[str] = []
     checked = 0
-    for operator, found in cases.items():
+    for operator, chosen in cases.items():
         for dtype in options.dtypes.split(","):
-            for case in found:
+            for case in chosen:
                 for request in options.backends or [""]:
                     for line, passes in _checked(operator, case, dtype, request, options):
                         print(line, flush=True)

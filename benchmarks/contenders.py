@@ -1,4 +1,4 @@
-"""Who is timed: the reference, torch.compile of it, peers and backends, each as its own call."""
+"""What is timed: the reference, torch.compile of it, peers and backends, each as its own call."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def contenders(
         )
     values = parity.inputs_of(operator, case, dtype, device)
     forward = {name: _forward(function, values) for name, function in functions.items()}
-    found = {"forward": forward}
+    calls = {"forward": forward}
     if not case.is_inference:
-        found["forward+backward"] = {
+        calls["forward+backward"] = {
             name: _forward_backward(operator, function, values)
             for name, function in functions.items()
         }
-    return found
+    return calls
 
 
 def _forward(function: Callable[..., Any], values: list[Any]) -> Function:
@@ -78,7 +78,7 @@ def _forward_backward(operator: str, function: Callable[..., Any], values: list[
         leaves.append(value.detach().requires_grad_())
         return leaves[-1]
 
-    given = [
+    inputs = [
         [leaf(row.name, v) for v in value] if row.is_list else leaf(row.name, value)
         for row, value in zip(contract.input_rows, values)
     ]
@@ -87,7 +87,7 @@ def _forward_backward(operator: str, function: Callable[..., Any], values: list[
     def call() -> None:
         outputs = [
             tensor
-            for row, output in zip(contract.public_rows, function(given))
+            for row, output in zip(contract.public_rows, function(inputs))
             if row.is_differentiable
             for tensor in (output if row.is_list else [output])
         ]
@@ -104,7 +104,7 @@ def baselines_of(operator: str, case: Case) -> list[str]:
 
 
 def peers_of(operator: str, case: Case) -> dict[str, Callable[..., Any]]:
-    """What others do for this case, by name."""
+    """The other implementations that serve this case, by name."""
     if importlib.util.find_spec(f"benchmarks.peers.{operator}") is None:
         return {}
     module = importlib.import_module(f"benchmarks.peers.{operator}")

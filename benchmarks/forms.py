@@ -1,5 +1,5 @@
-"""Takes what `benchmarks.run` measured of the backends, of their forms and of eager into the table
-by which the dispatch chooses.
+"""Enters what `benchmarks.run` measured of backends, their forms and eager into the table by which
+the dispatch chooses.
 
     python -m benchmarks.run --device cuda --cases full --json FILE
     python -m benchmarks.forms FILE
@@ -37,16 +37,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0, or 2 where the file has nothing to choose between or cannot be used here."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("rows", type=Path, help="what benchmarks.run wrote with --json")
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        measured = forms_in(read(asked.rows))
+        measured = forms_in(read(options.rows))
     except RowsError as error:
         print(f"benchmarks.forms: {error}", file=sys.stderr)
         return 2
     if not measured:
         print(
-            "benchmarks.forms: expected rows of backends with forms (cuda:single), or of a backend"
-            f" and eager, in {asked.rows}, found none",
+            "benchmarks.forms: expected rows of backends with forms (cuda:single), or of a backend "
+            f"and eager, in {options.rows}, found none",
             file=sys.stderr,
         )
         return 2
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def forms_in(rows: Rows) -> Rows:
     """A row for each case and direction that was measured in several ways: their microseconds."""
-    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    by_case: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in rows:
         measured = {row["backend"]: row["us"], row["baseline"]: row["baseline_us"]}
         us = {
@@ -67,13 +67,13 @@ def forms_in(rows: Rows) -> Rows:
             if _is_way(row["op"], request)
         }
         key = tuple(row[name] for name in ("op", "kind", "dtype", "direction", "case"))
-        if key not in found:
-            found[key] = {
+        if key not in by_case:
+            by_case[key] = {
                 **{name: row[name] for name in ("op", "dtype", "direction", "sizes")},
                 "hardware": row["kind"], "us": {}, "commit": row["commit"],
             }  # fmt: skip
-        found[key]["us"].update(us)
-    several = {key: row for key, row in found.items() if len(row["us"]) > 1}
+        by_case[key]["us"].update(us)
+    several = {key: row for key, row in by_case.items() if len(row["us"]) > 1}
     for (operator, _, dtype, _, case), row in several.items():
         row["options"] = _options(operator, case, dtype)
         row["dtype"] = str(parity.PRECISIONS[dtype][0]).removeprefix("torch.")
@@ -102,7 +102,7 @@ def _options(operator: str, name: str, dtype: str) -> list[str]:
 
 
 def merged(old: Rows, new: Rows) -> Rows:
-    """All rows, the new ones in the place of old ones for the same thing."""
+    """All rows; a new one replaces an old one for the same thing."""
 
     def key(row: dict[str, Any]) -> str:
         names = ("op", "hardware", "dtype", "direction", "sizes", "options")

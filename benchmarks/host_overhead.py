@@ -1,10 +1,10 @@
-"""What an operator costs on the host: microseconds around a backend's own work, at a size where
-nothing else counts.
+"""The host time of an operator: microseconds around a backend's own work, at a size where that work
+takes next to no time.
 
     python -m benchmarks.host_overhead [--json FILE]
 
-A probe takes the place of a backend's forward and backward and notes the time at its door, so the
-rows hold for every backend:
+A probe replaces a backend's forward and backward and notes when it is entered and left, so the rows
+hold for every backend:
 
 * ``entry``     from the Python call to the backend's forward, without and with gradients
 * ``around``    the whole call without the backend's own time
@@ -90,7 +90,7 @@ def calls(needs_grad: bool) -> dict[str, Callable[[], Any]]:
         tensor(1, 2, 1, 8),
         ops.Prefix(tensor(3, 2, 8), tensor(3, 2, 8)),
     )
-    given, weight = torch.rand(1), torch.randn(8, 8)
+    gate_values, weight = torch.rand(1), torch.randn(8, 8)
     branch = ops.LoraBranch(tensor(4, 8), tensor(8, 4), gate=gate)
     options: dict[str, Any] = {"backend": "eager"}
     return {
@@ -98,7 +98,7 @@ def calls(needs_grad: bool) -> dict[str, Callable[[], Any]]:
             x, down, up, b_down=bias_down, b_up=bias, gate=gate, mask=mask, residual=x, **options
         ),
         "prefix_attention": lambda: ops.prefix_attention(
-            q, k, v, [prefix], gate=given, key_mask=mask, **options
+            q, k, v, [prefix], gate=gate_values, key_mask=mask, **options
         ),
         "lora_linear": lambda: ops.lora_linear(
             x, weight, None, [branch], mask=mask, extra_gates=[gate], **options
@@ -111,8 +111,8 @@ def calls(needs_grad: bool) -> dict[str, Callable[[], Any]]:
 
 
 def _median_us(once: Callable[[], tuple[int, ...]]) -> list[float]:
-    """What ``once`` measures, in us: the median of each round, and of those the least, which no
-    neighbour disturbed.
+    """What ``once`` measures, in us: the least of the rounds' medians, which other work on the
+    machine disturbed least.
     """
     for _ in range(REPEATS):
         once()
@@ -162,8 +162,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = [{"operator": operator, **measure(operator)} for operator in OPERATORS]
     print(
-        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, torch"
-        f" {torch.__version__}"
+        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, torch "
+        f"{torch.__version__}"
     )
     columns = list(rows[0])
     print("  ".join(f"{name:>16}" for name in columns))

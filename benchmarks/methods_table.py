@@ -6,8 +6,8 @@
 
 Without a task it is the embedded one. `--metric matthews` chooses on the development part by
 another score than accuracy, and the table shows it. For AdaMix the table also tells what one random
-expert of each module reaches in the place of the average. What is finished is read, what was begun
-goes on, so that it can be stopped and started again. A table holds the methods that are finished.
+expert of each module reaches instead of the average. Finished rows are read and unfinished
+runs resumed, so the command can be stopped and started again. A table holds the finished methods.
 Scores are comparable only where every row comes from one commit, so each row carries its own;
 remove the folder of runs to measure anew.
 """
@@ -31,7 +31,7 @@ from .rows import write
 EXAMPLES = 1000
 SEEDS = "0,1,2"
 METHODS = ("unipelt", "unipelt-ap", "adapter", "prefix", "lora", "bitfit", "head", "full")
-# On files: the methods and variants by the name of their row, with what the command is given.
+# On files: the methods and variants by the name of their row, with the command's options.
 VARIANTS: dict[str, Sequence[str]] = {
     "adamix-lora": ("--method", "adamix", "--set", "kind=lora"),
     "pst-50": ("--method", "pst", "--set", "sparsity=0.5"),
@@ -69,17 +69,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     common = ["--train-examples", str(options.train_examples), "--seeds", options.seeds]
     common += ["--metric", options.metric]
     for option in ("task", "eval", "model"):
-        given = getattr(options, option)
-        common += [] if given is None else [f"--{option}", str(given)]
+        value = getattr(options, option)
+        common += [] if value is None else [f"--{option}", str(value)]
     for row in options.methods.split(",") if options.methods else known:
-        code = _train(row, runs / row, common)
+        code = _train_row(row, runs / row, common)
         if code:
-            return code  # the command has said why
+            return code  # the command has printed why
         _write(runs, known, name)
     return 0
 
 
-def _train(row: str, folder: Path, common: Sequence[str]) -> int:
+def _train_row(row: str, folder: Path, common: Sequence[str]) -> int:
     if (folder / "commit").is_file():
         return 0
     begun = ["--resume"] if (folder / "run.json").is_file() else []
@@ -91,8 +91,8 @@ def _train(row: str, folder: Path, common: Sequence[str]) -> int:
     if code:
         return code
     if row.startswith("adamix"):
-        found = _random_experts(folder)
-        (folder / "random_experts.json").write_text(json.dumps(found) + "\n")
+        scores = _random_experts(folder)
+        (folder / "random_experts.json").write_text(json.dumps(scores) + "\n")
     (folder / "commit").write_text(commit())
     return 0
 
@@ -112,7 +112,7 @@ def _random_experts(folder: Path) -> list[float]:
     task = load_task(config.task, config.eval, config.columns)
     truth = [task.labels.index(example.label or "") for example in task.test]
     generator = torch.Generator().manual_seed(0)
-    found = []
+    results = []
     for _ in range(RANDOM_EXPERTS):
         predictor = Predictor(folder / "adapter", config.model)
         for bank in (m for m in predictor.model.modules() if isinstance(m, Bank)):
@@ -124,8 +124,8 @@ def _random_experts(folder: Path) -> list[float]:
                     setattr(bank, name, torch.nn.Parameter(member.clone(), requires_grad=False))
         predicted = [task.labels.index(row.label) for row in predictor(task.test).rows]
         scores = score(np.array(predicted), np.array(truth), len(task.labels))
-        found.append(scores[config.metric])
-    return found
+        results.append(scores[config.metric])
+    return results
 
 
 def _write(runs: Path, known: Sequence[str], name: str | None) -> None:
@@ -139,22 +139,22 @@ def _write(runs: Path, known: Sequence[str], name: str | None) -> None:
 
 
 def _row(folder: Path) -> dict[str, Any]:
-    found = json.loads((folder / "metrics.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())
     experts = folder / "random_experts.json"
-    task, metric = found["task"], found["config"]["metric"]
+    task, metric = metrics["task"], metrics["config"]["metric"]
     return {
-        "method": found["method"],
+        "method": metrics["method"],
         "metric": metric,
-        **found["summary"],
+        **metrics["summary"],
         "seeds": [
             {
                 key: run[key]
                 for key in ("seed", metric, f"dev_{metric}", "best_step", "steps", "notes")
             }
-            for run in found["seeds"]
+            for run in metrics["seeds"]
         ],
         **{
-            key: found[key]
+            key: metrics[key]
             for key in (
                 "learning_rate", "trainable_parameters", "total_parameters", "seconds_per_step",
                 "peak_memory_bytes", "backends", "hardware", "torch", "adapter_seed",

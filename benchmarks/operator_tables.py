@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from statistics import geometric_mean
 from typing import Any
 
-# What others use in our place; everything else is in the full table.
+# What people use instead of this package; everything else is in the full table.
 HEADLINE = ("plain", "PEFT")
 MOST_LINES = 15  # of the short table
 Rows = Sequence[dict[str, Any]]
 
 
 def headline(rows: Rows) -> str:
-    """What the dispatch chooses by itself against what people write and real peers: a line for each
+    """What the dispatch chooses against what people write and against peers: a line for each
     operator, baseline and processor.
     """
     columns = list(dict.fromkeys((row["dtype"], row["direction"]) for row in rows))
@@ -28,8 +28,8 @@ def headline(rows: Rows) -> str:
             groups.setdefault((row["op"], row["baseline"], row["kind"]), []).append(row)
     # What has no room is left out from the end: peers first, `plain` of the first operators last.
     order = list(dict.fromkeys(row["op"] for row in rows))
-    kept = sorted(groups, key=lambda key: (HEADLINE.index(key[1]), order.index(key[0])))
-    shown = sorted(kept[:MOST_LINES], key=lambda key: (order.index(key[0]), key[1] != "plain"))
+    by_rank = sorted(groups, key=lambda key: (HEADLINE.index(key[1]), order.index(key[0])))
+    shown = sorted(by_rank[:MOST_LINES], key=lambda key: (order.index(key[0]), key[1] != "plain"))
     lines = [
         f"| operator | against | processor | {' | '.join(' '.join(c) for c in columns)} |",
         "|---" * (3 + len(columns)) + "|",
@@ -37,12 +37,12 @@ def headline(rows: Rows) -> str:
     for operator, baseline, kind in shown:
         cells = []
         for column in columns:
-            found = [
+            speedups = [
                 row["speedup"]
                 for row in groups[operator, baseline, kind]
                 if (row["dtype"], row["direction"]) == column
             ]
-            cells.append(_mean_and_range(found) if found else "–")
+            cells.append(_mean_and_range(speedups) if speedups else "–")
         lines.append(f"| `{operator}` | {baseline} | {kind} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *_conditions(rows)]) + "\n"
 
@@ -88,9 +88,9 @@ def _conditions(rows: Rows) -> list[str]:
     for row in rows:
         kinds.setdefault(row["kind"], []).append(row)
     lines = []
-    for kind, found in kinds.items():
+    for kind, group in kinds.items():
         machines, versions, commits = (
-            ", ".join(dict.fromkeys(row[key][:length] for row in found))
+            ", ".join(dict.fromkeys(row[key][:length] for row in group))
             for key, length in (("hardware", None), ("torch", None), ("commit", 10))
         )
         lines.append(f"{kind}: {machines}; torch {versions}; commit {commits}.  ")

@@ -1,5 +1,4 @@
-"""What a GPU should take, before one was asked: so that the first measurement has something to
-contradict.
+"""Predicted times on a GPU, written before the first measurement, which will confirm them or not.
 
     python -m benchmarks.predictions [--module build/cuda/pelt_kernels/_C*.so] > predictions.md
 
@@ -73,14 +72,14 @@ def machine_code(module: Path) -> dict[str, Counter[str]]:
     tool = shutil.which("cuobjdump") or str(files("triton") / "backends/nvidia/bin/cuobjdump")
     done = subprocess.run([tool, "-sass", "-arch", "sm_80", str(module)], text=True,
                           capture_output=True, check=True)  # fmt: skip
-    found: dict[str, Counter[str]] = {}
+    by_kernel: dict[str, Counter[str]] = {}
     for line in done.stdout.splitlines():
         if match := re.search(r"Function : (\S+)", line):
-            counts = found.setdefault(match[1], Counter())
+            counts = by_kernel.setdefault(match[1], Counter())
         elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ )?(\S+)", line):
             counts["all"] += 1
             counts.update(name for name in COUNTED if match[1].startswith(name))
-    return found
+    return by_kernel
 
 
 def _readable(name: str) -> str:

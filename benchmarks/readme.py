@@ -35,7 +35,7 @@ def block(text: str, name: str) -> str:
 
 
 def with_block(text: str, name: str, content: str) -> str:
-    """The text with another table in the place of the named one."""
+    """The text with the named table replaced."""
     begin, end = _bounds(text, name)
     return f"{text[:begin]}{content}{text[end:]}"
 
@@ -96,12 +96,12 @@ def tasks_table(tasks: dict[str, Rows]) -> str:
         "|---" * (len(tasks) + 2) + "|",
     ]
     for name in dict.fromkeys(row for rows in by_row.values() for row in rows):
-        found = {task: by_row[task].get(name) for task in tasks}
+        cells = {task: by_row[task].get(name) for task in tasks}
         shown = [
             "{mean:.3f} ± {std:.3f}".format(**row[metrics[task]]) if row else "–"
-            for task, row in found.items()
+            for task, row in cells.items()
         ]
-        trained = max(row["trainable_parameters"] for row in found.values() if row)
+        trained = max(row["trainable_parameters"] for row in cells.values() if row)
         lines.append(f"| `{name}` | {' | '.join(shown)} | {trained:,} |")
     lines.append("")
     for task, metric in metrics.items():
@@ -139,29 +139,29 @@ def _beside_the_probe(task: str, metric: str, rows: dict[str, dict[str, Any]]) -
     ]
     if not below and not within:
         return [f"On {task} every method measured reaches more than the linear probe (`head`).  "]
-    said = []
+    lines = []
     for names, words in ((below, "no more"), (within, "more, but by less than seeds differ,")):
         if names:
             listed = ", ".join(f"`{name}`" for name in names)
-            said.append(
+            lines.append(
                 f"On {task} these reach {words} than the linear probe (`head`): {listed}.  "
             )
-    return said
+    return lines
 
 
 def _constant_answers(task: str, rows: dict[str, dict[str, Any]]) -> list[str]:
     """Which methods learnt nothing in a run, as its notes say."""
     counts = {name: sum(bool(run["notes"]) for run in row["seeds"]) for name, row in rows.items()}
-    found = [f"`{name}` in {count}" for name, count in counts.items() if count]
-    if not found:
+    methods = [f"`{name}` in {count}" for name, count in counts.items() if count]
+    if not methods:
         return []
-    return [f"On {task} some runs kept a model that gives one answer only: {', '.join(found)}.  "]
+    return [f"On {task} some runs kept a model that gives one answer only: {', '.join(methods)}.  "]
 
 
 def _random_experts(
     metrics: dict[str, str], by_row: dict[str, dict[str, dict[str, Any]]]
 ) -> list[str]:
-    """What one random expert of each module reaches in the place of the average."""
+    """What one random expert of each module reaches instead of the average."""
     scores, counts = [], set()
     for task, metric in metrics.items():
         for name, row in by_row[task].items():

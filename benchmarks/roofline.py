@@ -76,7 +76,7 @@ def _measured_bytes(device: str) -> dict[int, float]:
             "dot": lambda halves=halves: torch.dot(halves[0], halves[1]),
         }
         samples = timing.interleaved(ways, device, 0.05)
-        fastest = max(fastest, *(size / min(found) for found in samples.values()))
+        fastest = max(fastest, *(size / min(seconds) for seconds in samples.values()))
         rates[size] = fastest
     return rates
 
@@ -114,8 +114,8 @@ def measure_again() -> None:
     machine at first, the limits were too high.
     """
     for device, rates in _bytes.items():
-        found = _measured_bytes(device)
-        rates.update({size: max(rate, found[size]) for size, rate in rates.items()})
+        again = _measured_bytes(device)
+        rates.update({size: max(rate, again[size]) for size, rate in rates.items()})
     for (device, dtype), rate in _products.items():
         _products[device, dtype] = max(rate, _measured_products(device, dtype))
 
@@ -164,8 +164,8 @@ def work(operator: str, case: Case, dtype: torch.dtype) -> Work:
 def _seen(operator: str, inputs: dict[str, Any]) -> tuple[float, tuple[str, ...]]:
     """The share that a mask lets through, and of which inputs."""
     mask, names = shapes.BEHIND_MASK.get(operator, ("", ()))
-    given = inputs.get(mask)
-    return (1.0, ()) if given is None else (given.float().mean().item(), names)
+    values = inputs.get(mask)
+    return (1.0, ()) if values is None else (values.float().mean().item(), names)
 
 
 def _picked_bytes(
@@ -194,12 +194,12 @@ def _entries(shape: Any) -> int:
     return torch.Size(shape).numel()
 
 
-def least_seconds(found: Work, dtype: torch.dtype, device: str) -> tuple[float, float]:
+def least_seconds(least: Work, dtype: torch.dtype, device: str) -> tuple[float, float]:
     """The floor of forward, and of forward and backward."""
     product = product_rate(device, dtype)
     forward, backward = (
         max(moved / byte_rate(device, moved), flops / product)
-        for moved, flops in zip(found.bytes, found.flops)
+        for moved, flops in zip(least.bytes, least.flops)
     )
     return forward, forward + backward
 

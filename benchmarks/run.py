@@ -10,7 +10,7 @@ A backend is held to the closeness rule on a case before it is timed on it; one 
 row, and the command ends with 1. Contenders take turns in one process. ``forward`` runs without
 gradients; ``forward+backward`` makes the gradients of x and of everything that is trained.
 ``--plot`` measures the sweeps too and draws how time grows with each size. ``--json`` with a folder
-names the file after the processor. ``--check`` is told in `benchmarks.check`.
+names the file after the processor. ``--check`` is described in `benchmarks.check`.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from .rows import Rows, write
 
 DTYPES = {"cpu": "float32,bfloat16", "cuda": "bfloat16"}
 BACKENDS_HELP = (
-    "requests with commas, such as cuda:single or eager; by default all that users get, with"
-    " --check what the dispatch chooses"
+    "requests with commas, such as cuda:single or eager; by default all that users get, with "
+    "--check what the dispatch chooses"
 )
 
 
 class UsageError(ValueError):
-    """What was asked for cannot be measured; one sentence."""
+    """A request that cannot be measured; one sentence."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,13 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.plot:
         points = {operator: _sweep(operator, options, failures) for operator in operators}
     roofline.measure_again()
-    for found in (rows, *points.values()):
-        _set_limits(found, options.device)
+    for measured in (rows, *points.values()):
+        _set_limits(measured, options.device)
     if options.json:
         write(options.json, rows)
-    for operator, found in points.items():
-        if found:
-            print(plots.draw_sweeps(operator, found, options.plot))
+    for operator, swept in points.items():
+        if swept:
+            print(plots.draw_sweeps(operator, swept, options.plot))
     for failure in failures:
         print(f"not close enough, so not timed: {failure}", file=sys.stderr)
     return 1 if failures else 0
@@ -126,7 +126,7 @@ def measure(
         default = defaults[direction]
         served = default if default in able else dispatch.backend_of(default)
         samples = timing.interleaved(functions, options.device, options.seconds)
-        us = {name: 1e6 * timing.median(found) for name, found in samples.items()}
+        us = {name: 1e6 * timing.median(seconds) for name, seconds in samples.items()}
         peak = {name: timing.peak_bytes(call, options.device) for name, call in functions.items()}
         for backend in able:
             rows += [{
@@ -212,8 +212,8 @@ def _set_limits(rows: Rows, device: str) -> None:
 
 def kind_of(device: str) -> str:
     """What rows of this machine may be compared with: rows of the same kind."""
-    found = hardware()
-    return found["gpu"] if device == "cuda" else found["kind"]
+    machine = hardware()
+    return machine["gpu"] if device == "cuda" else machine["kind"]
 
 
 def file_in(folder: Path, device: str) -> Path:
@@ -223,8 +223,10 @@ def file_in(folder: Path, device: str) -> Path:
 
 
 def _machine(device: str) -> str:
-    found = hardware()
-    return found["gpu"] if device == "cuda" else f"{found['cpu']}, {found['threads']} thread(s)"
+    machine = hardware()
+    if device == "cuda":
+        return machine["gpu"]
+    return f"{machine['cpu']}, {machine['threads']} thread(s)"
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

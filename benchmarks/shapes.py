@@ -11,7 +11,7 @@ from typing import Any
 
 from .from_tests import Case, cases
 
-# Inputs that a method keeps frozen, so that nobody spends time on their gradients.
+# Inputs that a method keeps frozen, so that their gradients are not computed.
 FROZEN = {"lora_linear": {"weight", "bias"}, "masked_weight": {"w0"}}
 # A mask, and the inputs of which nothing is needed where it is False.
 BEHIND_MASK = {
@@ -23,12 +23,12 @@ BEHIND_MASK = {
 def _sized(operator: str, like: str, id: str, is_quick: bool, **sizes: Any) -> Case:
     """The contract's case ``like`` at other sizes; a size that is an attribute is set there."""
     case = cases.case_of(operator, like)
-    given = {name: sizes.pop(name) for name in set(sizes) & set(case.attributes)}
+    attributes = {name: sizes.pop(name) for name in set(sizes) & set(case.attributes)}
     return replace(
         case,
         id=id if like == "unipelt" else f"{id}-{like}",
         sizes={**case.sizes, **sizes},
-        attributes={**case.attributes, **given},
+        attributes={**case.attributes, **attributes},
         is_quick=is_quick,
     )
 

@@ -123,17 +123,17 @@ def _saved_bytes(model: Any, batch: dict[str, Any], device: str) -> int:
 
     # Weights are there anyway; only what a forward makes counts.
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
+    sizes: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(**{name: value.to(device) for name, value in batch.items()})
-    return sum(kept.values())
+    return sum(sizes.values())
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ ROWS = [
 
 @pytest.fixture
 def same_dropout(monkeypatch):
-    """The operators' own dropout in the place of torch's, whose draws are another's."""
+    """The operators' own dropout instead of torch's, which draws other values."""
 
     def dropout(x, p):
         rows = x.flatten(0, -2)

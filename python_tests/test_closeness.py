@@ -1,4 +1,4 @@
-"""The ruler itself: small honest errors pass, and the mistakes that kernels make do not."""
+"""The ruler itself: small rounding errors pass, and the mistakes that kernels make do not."""
 
 from __future__ import annotations
 

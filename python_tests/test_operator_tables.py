@@ -1,4 +1,4 @@
-"""The tables of the operators' speed: whose rows stand in them, and which are left out."""
+"""The tables of the operators' speed: which rows they hold and which they leave out."""
 
 from __future__ import annotations
 

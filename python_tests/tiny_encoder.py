@@ -73,7 +73,7 @@ def toy_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def damage_json(path: Path, key: str, text: str) -> None:
-    """Puts JSON text in the place of a key's value."""
+    """Replaces a key's value by JSON text."""
     values = json.loads(path.read_text())
     values[key] = "HERE"
     path.write_text(json.dumps(values).replace('"HERE"', text))

@@ -73,8 +73,8 @@ def plain(
     if gate_weight is not None and gate_bias is not None:
         factor = factor * _parts.learned_gate(x, gate_weight, gate_bias, pooling, mask)
     elif gate is not None:
-        given = _parts.over_rows(gate, x)
-        factor = factor * (given if skip_below == -math.inf else given * (given >= skip_below))
+        values = _parts.over_rows(gate, x)
+        factor = factor * (values if skip_below == -math.inf else values * (values >= skip_below))
     if isinstance(factor, Tensor) or factor != 1:
         y = factor * y
     if residual_from != "none":

@@ -1,6 +1,6 @@
 """LoRA as others compute it. `plain` is the Linear with its branches as people write them; the
-others know one ungated branch, or one with a gate, over all columns, and no banks and no dropout.
-PEFT itself, where it is installed, knows no gate.
+others have one branch over all columns, without banks and dropout; PEFT's own layer, where PEFT is
+installed, has no gate.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The commands put together, and how one of them is run."""
+"""All commands as one typer application, and how one of them is run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(arguments: Sequence[str] | None) -> int:
     """Runs one command and returns its exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # What a console's encoding lacks is shown as its escape.
+            # Characters that the console's encoding lacks are shown as escapes.
             stream.reconfigure(errors="backslashreplace")
     try:
         code = app(

@@ -1,4 +1,4 @@
-"""What every command shares: where it speaks, and one sentence in place of a traceback."""
+"""What every command shares: its two consoles, and one sentence in place of a traceback."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .signals import answered_by
+from .signals import signals_handled_by
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, warnings and debug logs.")]
 
 
 def results() -> Console:
-    """For what a command was asked for."""
+    """Stdout, for the results of a command."""
     return Console(highlight=False)
 
 
 def notes() -> Console:
-    """For progress and remarks, which must not get into a pipe."""
+    """Stderr, for progress and remarks, which must not get into a pipe."""
     return Console(stderr=True, highlight=False)
 
 
 @contextmanager
-def speaking_plainly(debug: bool) -> Iterator[None]:
-    """Ends the command with one sentence and an exit code on any error; with `debug` it passes."""
+def errors_in_one_line(debug: bool) -> Iterator[None]:
+    """Ends the command with one sentence and an exit code on any error; `debug` lets it pass."""
     from ..ops import BackendError
     from ..training import Interrupted, RunError, UsageError
     from ..training.experiment import check_environment
@@ -39,7 +39,7 @@ def speaking_plainly(debug: bool) -> Iterator[None]:
         raise Interrupted(number)
 
     try:
-        with answered_by(interrupt), _quiet(debug):
+        with signals_handled_by(interrupt), _quiet(debug):
             check_environment()
             yield
     except (UsageError, RunError, Interrupted, BackendError) as error:
@@ -49,7 +49,7 @@ def speaking_plainly(debug: bool) -> Iterator[None]:
         code = error.exit_code if isinstance(error, Interrupted) else 1
         raise typer.Exit(2 if isinstance(error, UsageError) else code) from None
     except BrokenPipeError:
-        sys.stderr.close()  # the reader has gone: there is nobody to tell
+        sys.stderr.close()  # the reader has closed the pipe: no message would arrive
         raise typer.Exit(1) from None
     except typer.Exit:
         raise
@@ -66,7 +66,7 @@ def speaking_plainly(debug: bool) -> Iterator[None]:
 
 @contextmanager
 def _quiet(debug: bool) -> Iterator[None]:
-    """Leaves the word to the command: no bars, logs and warnings of libraries unless `debug`."""
+    """Silences the progress bars, logs and warnings of libraries unless `debug`."""
     from transformers.utils import logging as transformers_logging
 
     if debug:

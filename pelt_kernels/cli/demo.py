@@ -12,12 +12,12 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .console import Debug, notes, results, speaking_plainly
-from .signals import answered_by
+from .console import Debug, errors_in_one_line, notes, results
+from .signals import signals_handled_by
 
 EXAMPLES = 1000
 SHOWN = 5
-# A linear probe alone decides nothing about UniPELT unless it is at its best.
+# The linear probe is what UniPELT is compared with, so it gets the best of three rates.
 HEAD_RATES = "1e-3,1e-2,1e-1"
 
 
@@ -27,41 +27,41 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Train UniPELT and a linear probe on the embedded task and model; compare; reload; predict."""
-    with speaking_plainly(debug):
+    with errors_in_one_line(debug):
         from ..training.storage import require_writable
 
-        begun = time.perf_counter()
+        start = time.perf_counter()
         require_writable(output)
         common = ("--overwrite", "--train-examples", str(train_examples), *(["--debug"] * debug))
         for method, more in (("head", ("--lr", HEAD_RATES)), ("unipelt", ())):
             folder = str(output / method)
             _run("train", "--method", method, "--output", folder, *common, *more)
-        found = {
+        metrics = {
             method: json.loads((output / method / "metrics.json").read_text())
             for method in ("head", "unipelt")
         }
-        results().print(_side_by_side(found))
+        results().print(_side_by_side(metrics))
         _check_reloaded(output / "unipelt")
-        results().print(f"demo: {time.perf_counter() - begun:.0f} s in all; results in {output}")
+        results().print(f"demo: {time.perf_counter() - start:.0f} s in all; results in {output}")
 
 
 def _run(*arguments: str, **options: Any) -> str:
-    """Runs a command in a new process and returns what it was asked to catch of its output."""
+    """Runs a command in a new process; with ``stdout=PIPE`` returns what it printed."""
     notes().print(f"$ pelt-kernels {' '.join(arguments)}", markup=False, soft_wrap=True)
     command = [sys.executable, "-m", "pelt_kernels.cli", *arguments]
-    # A terminal's Ctrl-C would reach both: in a session of its own the command has it from here
-    # alone, and is waited for while it keeps a checkpoint.
+    # A terminal's Ctrl-C would reach both processes. In a session of its own the command gets it
+    # from here only, and this process waits while the command writes a checkpoint.
     process = subprocess.Popen(command, text=True, start_new_session=True, **options)
-    with answered_by(lambda number, _frame: process.send_signal(number)):
+    with signals_handled_by(lambda number, _frame: process.send_signal(number)):
         out, _ = process.communicate()
     if process.returncode:
-        raise typer.Exit(process.returncode)  # the command has said why
+        raise typer.Exit(process.returncode)  # the command has printed why
     return out or ""
 
 
-def _side_by_side(found: dict[str, dict[str, Any]]) -> Table:
+def _side_by_side(metrics: dict[str, dict[str, Any]]) -> Table:
     table = Table("", "linear probe", "UniPELT", title="docstring-match, test part")
-    head, unipelt = found["head"], found["unipelt"]
+    head, unipelt = metrics["head"], metrics["unipelt"]
     for key in ("accuracy", "f1", "matthews", "seconds_per_step", "learning_rate"):
         table.add_row(key.replace("_", " "), f"{head[key]:.3f}", f"{unipelt[key]:.3f}")
     for key in ("trainable_parameters", "peak_memory_bytes"):

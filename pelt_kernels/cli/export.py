@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from .console import Debug, results, speaking_plainly
+from .console import Debug, errors_in_one_line, results
 
 if TYPE_CHECKING:
     from ..training import Exported
@@ -33,25 +33,25 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write a trained adapter as a plain transformers model: merged, pruned, ready to serve."""
-    with speaking_plainly(debug):
-        from ..training import export as write
+    with errors_in_one_line(debug):
+        from ..training import export as export_adapter
 
-        done = write(adapter, output, form, model)
+        exported = export_adapter(adapter, output, form, model)
         out = results()
-        if done.matrices:
-            out.print(_density(done))
-        if done.why_adapter:
-            out.print(f"an adapter and not a plain model, because of {done.why_adapter}")
-        out.print(f"{done.form}, {done.bytes:,} bytes: {output}", markup=False)
+        if exported.matrices:
+            out.print(_density(exported))
+        if exported.why_adapter:
+            out.print(f"an adapter and not a plain model, because of {exported.why_adapter}")
+        out.print(f"{exported.form}, {exported.bytes:,} bytes: {output}", markup=False)
 
 
-def _density(done: Exported) -> Table:
+def _density(exported: Exported) -> Table:
     """The share of entries that are not 0, by layer and place."""
-    places = list(dict.fromkeys(matrix.place for matrix in done.matrices))
+    places = list(dict.fromkeys(matrix.place for matrix in exported.matrices))
     title = "density of the layers' matrices"
     table = Table("layer", *(place.replace("_", " ") for place in places), "zeros", title=title)
-    by_place = {(matrix.layer, matrix.place): matrix for matrix in done.matrices}
-    for layer in dict.fromkeys(matrix.layer for matrix in done.matrices):
+    by_place = {(matrix.layer, matrix.place): matrix for matrix in exported.matrices}
+    for layer in dict.fromkeys(matrix.layer for matrix in exported.matrices):
         row = [by_place[layer, place] for place in places]
         zeros = f"{sum(matrix.zeros for matrix in row):,}"
         table.add_row(str(layer), *(f"{matrix.density:.3f}" for matrix in row), zeros)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .console import Debug, results, speaking_plainly
+from .console import Debug, errors_in_one_line, results
 
 
 def info(
@@ -18,7 +18,7 @@ def info(
     debug: Debug = False,
 ) -> None:
     """Show versions, the machine, which backends can serve each operator and why others cannot."""
-    with speaking_plainly(debug):
+    with errors_in_one_line(debug):
         from ..training.report import hardware, versions
 
         out = results()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import Debug, notes, speaking_plainly
+from .console import Debug, errors_in_one_line, notes
 
 if TYPE_CHECKING:
     from ..training import Example
@@ -55,7 +55,7 @@ def predict(
 
     The two texts of a pair stand in one line, separated by a tab.
     """
-    with speaking_plainly(debug):
+    with errors_in_one_line(debug):
         from ..ops import BACKENDS, use_backend
         from ..training import Predictor
         from ..training.config import check_choice
@@ -66,23 +66,23 @@ def predict(
 
         card = Card.load(adapter)
         columns = Columns(text_column, pair_column, label_column, not no_header)
-        console, seen = notes(), _Seen()
+        console, counts = notes(), _Counts()
 
         def say(sentence: str) -> None:
             console.print(sentence, markup=False, soft_wrap=True)
 
         examples, total = _examples(texts, pair, file, columns, card, say)
-        where = computing_device(device)
+        computing = computing_device(device)
         if backend is not None:
             check_choice("backend", backend, tuple(BACKENDS))
         with use_backend(backend) if backend else nullcontext():
-            predictor = Predictor(adapter, model, where)
+            predictor = Predictor(adapter, model, computing)
             with counting(console, "texts", total) as advance:
                 for part in predictor.stream(examples, batch_size, advance):
                     sys.stdout.write("".join(_lines_of(part, as_json)))
-                    sys.stdout.flush()  # what is interrupted has said what it knows
-                    seen.add(part)
-        for sentence in seen.remarks(predictor.max_length):
+                    sys.stdout.flush()  # so that Ctrl-C loses no finished batch
+                    counts.add(part)
+        for sentence in counts.remarks(predictor.max_length):
             console.print(sentence)
 
 
@@ -94,8 +94,8 @@ def _examples(
     card: Card,
     say: Callable[[str], None],
 ) -> tuple[Iterable[Example], int | None]:
-    """What to label, one after the other, and how many there are. A file is read twice, so that a
-    mistake in its last line is found before the first is labelled; standard input cannot be.
+    """The examples to label, and how many there are. A file is read twice, so that a mistake in its
+    last line is reported before the first is labelled; standard input is read once.
     """
     from ..training import UsageError
     from ..training.tasks import iterate_examples, readable, with_known_labels
@@ -205,8 +205,8 @@ def _lines_of(part: Predictions, as_json: bool) -> Iterator[str]:
 
 
 @dataclass
-class _Seen:
-    """What is remarked at the end, counted on the way."""
+class _Counts:
+    """The numbers of the remarks at the end."""
 
     texts: int = 0
     truncated: int = 0
@@ -231,6 +231,6 @@ class _Seen:
         if self.labelled:
             rest = self.texts - self.labelled
             yield (
-                f"accuracy {self.right / self.labelled:.4f} on {self.labelled} labelled texts"
-                f"{f'; {rest} are without a label' if rest else ''}"
+                f"accuracy {self.right / self.labelled:.4f} on {self.labelled} labelled "
+                f"texts{f'; {rest} are without a label' if rest else ''}"
             )

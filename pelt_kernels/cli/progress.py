@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 @contextmanager
 def progress_bars(console: Console) -> Iterator[Bars]:
-    """Bars for runs, one below the other; taken down however the block ends."""
+    """Bars for runs, one below the other; removed however the block ends."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -30,7 +30,7 @@ def progress_bars(console: Console) -> Iterator[Bars]:
 
 @contextmanager
 def counting(console: Console, title: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar, and the function that moves it; `total` is None where nobody knows it."""
+    """A bar, and the function that moves it; `total` is None where it is unknown."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -38,7 +38,7 @@ def counting(console: Console, title: str, total: int | None) -> Iterator[Callab
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    # Lines in a terminal are progress enough, and a bar below would move with each of them.
+    # Lines printed to a terminal show the progress, and would move a bar below them.
     is_shown = console.is_terminal and not sys.stdout.isatty()
     with Progress(*columns, console=console, disable=not is_shown) as progress:
         bar = progress.add_task(title, total=total)
@@ -68,7 +68,7 @@ class RunProgress(TrainerCallback):
         self.bar = self.bars.progress.add_task(
             self.title, total=state.max_steps, completed=state.global_step, loss=""
         )
-        self.begun, self.first_step = time.monotonic(), state.global_step
+        self.start, self.first_step = time.monotonic(), state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs and "loss" in logs:
@@ -84,14 +84,14 @@ class RunProgress(TrainerCallback):
         if metrics:
             metric = args.metric_for_best_model
             self.bars.console.print(
-                f"{self.title}: step {state.global_step}/{state.max_steps}  {self.loss}  "
-                f"dev {metric} {metrics[f'eval_{metric}']:.3f}  {self._left(state)}",
+                f"{self.title}: step {state.global_step}/{state.max_steps}  {self.loss}  dev "
+                f"{metric} {metrics[f'eval_{metric}']:.3f}  {self._left(state)}",
                 soft_wrap=True,
             )
 
     def _left(self, state: Any) -> str:
-        """For those without a terminal, whom no bar tells. Early stopping may cut it short."""
-        pace = (time.monotonic() - self.begun) / max(1, state.global_step - self.first_step)
+        """The time left, for logs, which have no bar. Early stopping may end the run earlier."""
+        pace = (time.monotonic() - self.start) / max(1, state.global_step - self.first_step)
         minutes, seconds = divmod(round(pace * (state.max_steps - state.global_step)), 60)
         return f"at most {minutes}:{seconds:02} left"
 

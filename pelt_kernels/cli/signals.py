@@ -22,19 +22,19 @@ def end_at_once(number: int, _frame: FrameType | None = None) -> None:
 
 
 @contextmanager
-def answered_by(
-    answer: Callable[[int, FrameType | None], Any], for_good: bool = False
+def signals_handled_by(
+    handler: Callable[[int, FrameType | None], Any], for_good: bool = False
 ) -> Iterator[None]:
-    """Has `answer` called on SIGINT and SIGTERM in the block; with `for_good` also after it.
+    """Has `handler` called on SIGINT and SIGTERM in the block; with `for_good` also after it.
     Outside the main thread, where Python allows no handler, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, answer) for number in NUMBERS}
+    before = {number: signal.signal(number, handler) for number in NUMBERS}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            if not for_good and handler is not None:  # None: not set from Python
-                signal.signal(number, handler)
+        for number, previous in before.items():
+            if not for_good and previous is not None:  # None: not set from Python
+                signal.signal(number, previous)

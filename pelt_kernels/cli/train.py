@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from .console import Debug, notes, results, speaking_plainly
+from .console import Debug, errors_in_one_line, notes, results
 
 if TYPE_CHECKING:
     from ..training import TrainConfig
@@ -98,24 +98,26 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train a method on a task, test it, and keep the adapter."""
-    with speaking_plainly(debug):
+    with errors_in_one_line(debug):
         from ..training import UsageError
 
         if resume and overwrite:
             raise UsageError("--resume and --overwrite contradict each other")
         if resume and output is None:
             raise UsageError("--resume needs the --output of the run to go on with")
-        asked = _asked(context.params)
-        _train(asked, output, resume, overwrite)
+        chosen = _given_options(context.params)
+        _run_experiment(chosen, output, resume, overwrite)
 
 
-def _train(asked: dict[str, Any], output: Path | None, resume: bool, overwrite: bool) -> None:
+def _run_experiment(
+    options: dict[str, Any], output: Path | None, resume: bool, overwrite: bool
+) -> None:
     from ..training import TrainConfig, Watchers, stoppable
     from ..training import train as train_experiment
     from ..training.config import continued
     from .progress import progress_bars
 
-    config = continued(output, asked) if resume and output else TrainConfig(**asked).resolved()
+    config = continued(output, options) if resume and output else TrainConfig(**options).resolved()
     folder = output or _free_folder(config)
     console = notes()
 
@@ -128,24 +130,24 @@ def _train(asked: dict[str, Any], output: Path | None, resume: bool, overwrite: 
             progress=bars.for_run,
             stop=stop,
         )
-        found = train_experiment(
+        metrics = train_experiment(
             config, folder, resume=resume, overwrite=overwrite, watchers=watchers
         )
-    results().print(_table(found))
+    results().print(_table(metrics))
     results().print(f"adapter, metrics.json and plots: {folder}", markup=False)
 
 
-def _asked(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a config that were given on the command line."""
+def _given_options(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config that stand on the command line."""
     from ..training.config import option_names
 
-    given = {name: parameters[name] for name in option_names()}
-    asked = {name: value for name, value in given.items() if value not in (None, [])}
-    if "seeds" in asked:
-        asked["seeds"] = _numbers("seeds", asked["seeds"], int)
-    if "lr" in asked:
-        asked["lr"] = _numbers("lr", asked["lr"], float)
-    return asked
+    values = {name: parameters[name] for name in option_names()}
+    options = {name: value for name, value in values.items() if value not in (None, [])}
+    if "seeds" in options:
+        options["seeds"] = _numbers("seeds", options["seeds"], int)
+    if "lr" in options:
+        options["lr"] = _numbers("lr", options["lr"], float)
+    return options
 
 
 def _numbers(option: str, text: str, kind: type[int] | type[float]) -> tuple[Any, ...]:
@@ -168,19 +170,19 @@ def _free_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def _table(found: dict[str, Any]) -> Table:
-    table = Table(title=f"{found['method']} on {found['task']['name']}", show_header=False)
-    seeds = len(found["seeds"])
+def _table(metrics: dict[str, Any]) -> Table:
+    table = Table(title=f"{metrics['method']} on {metrics['task']['name']}", show_header=False)
+    seeds = len(metrics["seeds"])
     for key, name in (("accuracy", "accuracy"), ("f1", "F1"), ("matthews", "Matthews")):
-        spread = found["summary"][key]
-        more = f" ± {spread['std']:.3f} over {seeds} seeds" if seeds > 1 else ""
-        table.add_row(f"test {name}", f"{spread['mean']:.3f}{more}")
-    trained, total = found["trainable_parameters"], found["total_parameters"]
+        spread = metrics["summary"][key]
+        deviation = f" ± {spread['std']:.3f} over {seeds} seeds" if seeds > 1 else ""
+        table.add_row(f"test {name}", f"{spread['mean']:.3f}{deviation}")
+    trained, total = metrics["trainable_parameters"], metrics["total_parameters"]
     table.add_row("trainable parameters", f"{trained:,} ({100 * trained / total:.2g} % of all)")
-    table.add_row("learning rate", f"{found['learning_rate']:g}")
-    seconds = found["seconds_per_step"]
+    table.add_row("learning rate", f"{metrics['learning_rate']:g}")
+    seconds = metrics["seconds_per_step"]
     table.add_row("seconds per step", "not timed" if seconds is None else f"{seconds:.3f}")
-    table.add_row("peak memory", f"{found['peak_memory_bytes'] / 2**20:,.0f} MiB")
-    for operator, backend in found["backends"].items():
+    table.add_row("peak memory", f"{metrics['peak_memory_bytes'] / 2**20:,.0f} MiB")
+    for operator, backend in metrics["backends"].items():
         table.add_row(operator, backend)
     return table

@@ -17,11 +17,11 @@ from .original import Original
 class Bank(nn.Module):
     """What banks of experts share: their parameters by side, the draw, and the average.
 
-    Nothing of a forward is kept here. Each forward in training draws from torch's generator of the
-    parameters' device, as dropout does: gradient checkpointing puts that generator back before it
-    computes a layer again, so the layer meets the experts of its own forward however many others
-    came between; whoever keeps torch's random state repeats the draws; a captured CUDA graph draws
-    at each replay; and ranks draw independently, unless their generators are equal.
+    A bank stores nothing of a forward. Each forward in training draws from torch's generator of the
+    parameters' device, as dropout does. So gradient checkpointing, which restores that generator
+    before it computes a layer again, uses the experts of the first forward; restoring torch's
+    random state repeats the draws; a captured CUDA graph draws at each replay; and ranks draw
+    independently, unless their generators are equal.
     """
 
     SIDES: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())  # parameter names: down, up
@@ -49,8 +49,8 @@ class Bank(nn.Module):
         return values, (None if is_one[0] else down, None if is_one[1] else up)
 
     def averages(self) -> dict[str, Tensor]:
-        """The mean of each bank, made anew each time: what it costs is small, and no way to write
-        a parameter can leave an old one behind.
+        """The mean of each bank. It is computed at each call, which costs little: a stored mean
+        would be out of date after any write to the bank.
         """
         return {name: _mean(bank) for name, bank in self.banks().items()}
 
@@ -123,8 +123,8 @@ class ExpertAdapter(Bank):
 class ExpertLoRALinear(Bank):
     """``y = x Wᵀ + b + alpha / R · (dropout(x) A^(j)ᵀ) B^(k)ᵀ`` with j and k drawn.
 
-    W and b are the very parameters of the `nn.Linear` it stands for. Each A starts as U(±1 /
-    sqrt(Din)), all equal with ``identical_start``; B starts as 0.
+    W and b are the parameters of the `nn.Linear` that it replaces. Each A starts as
+    U(±1 / sqrt(Din)), all equal with ``identical_start``; B starts as 0.
     """
 
     SIDES = (("lora_a",), ("lora_b",))
@@ -164,8 +164,8 @@ class ExpertLoRALinear(Bank):
         dropout = self.dropout if self.training else 0.0
         if self.original.is_plain:
             return cast(Tensor, lora_linear(x, self.weight, self.bias, [branch], dropout_p=dropout))
-        nothing = torch.zeros_like(self.weight)
-        update = cast(Tensor, lora_linear(x, nothing, None, [branch], dropout_p=dropout))
+        no_weight = torch.zeros_like(self.weight)
+        update = cast(Tensor, lora_linear(x, no_weight, None, [branch], dropout_p=dropout))
         return self.original(self, x) + update
 
     @torch.no_grad()
@@ -182,12 +182,12 @@ def _mean(bank: Tensor) -> Tensor:
 
 
 def spare_unselected(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[RemovableHandle]:
-    """From now on a step of the optimizer leaves alone every expert without a gradient: its
-    weights, its decay and its moments. Ends when the returned hooks are removed.
+    """Makes each step of the optimizer skip every expert without a gradient: its weights and its
+    moments stay as they are, without decay. Remove the returned hooks to end this.
 
-    A bank is one parameter, so an expert that was not drawn has a gradient of zeros, by which Adam
-    would let its moments fade and AdamW would shrink its weights. Bias correction counts the
-    bank's steps, not each expert's own.
+    A bank is one parameter, so an expert that was not drawn has a gradient of zeros; without this,
+    Adam would shrink its moments and AdamW its weights. Bias correction counts the bank's steps,
+    not each expert's own.
     """
     banks = [
         bank
@@ -196,29 +196,29 @@ def spare_unselected(optimizer: torch.optim.Optimizer, model: nn.Module) -> list
         for bank in module.banks().values()
         if len(bank) > 1
     ]
-    before: list[tuple[Tensor, Tensor, Tensor]] = []
+    saved: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def keep(*_: object) -> None:
-        before.clear()
+    def save(*_: object) -> None:
+        saved.clear()
         for bank in banks:
             if bank.grad is None:
                 continue
             is_unselected = (bank.grad.flatten(1) == 0).all(dim=1)
             is_unselected = is_unselected.view(-1, *[1] * (bank.ndim - 1))
             for tensor in (bank, *_moments(optimizer, bank)):
-                before.append((tensor, tensor.detach().clone(), is_unselected))
+                saved.append((tensor, tensor.detach().clone(), is_unselected))
 
     def restore(*_: object) -> None:
         with torch.no_grad():
-            for tensor, value, is_unselected in before:
+            for tensor, value, is_unselected in saved:
                 tensor.copy_(torch.where(is_unselected, value, tensor))
-        before.clear()
+        saved.clear()
 
-    return [optimizer.register_step_pre_hook(keep), optimizer.register_step_post_hook(restore)]
+    return [optimizer.register_step_pre_hook(save), optimizer.register_step_post_hook(restore)]
 
 
 def _moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[Tensor]:
-    """What an optimizer keeps for a parameter in its shape."""
+    """The tensors of an optimizer's state that have the shape of a parameter."""
     state = optimizer.state.get(parameter, {})
     return [
         v for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape and v.ndim

@@ -10,12 +10,12 @@ from ..ops._gate import POOLINGS
 
 
 class Gate(nn.Module):
-    """``g = pool_t( sigmoid( weight . x_t + bias ) )``, the scalar that switches a part on or off
-    for a sentence.
+    """``g = pool_t( sigmoid( weight . x_t + bias ) )``, the scalar by which a part counts for a
+    sentence.
 
     weight [D] starts as N(0, 0.02) and bias [1] as 0, so that a gate starts near 0.5. The operators
-    compute the formula (`pelt_kernels.ops`), because the logit shares their read of x; this class
-    only owns what they need for it.
+    compute the formula (`pelt_kernels.ops`), which read x anyway; this class only
+    holds the gate's parameters.
 
     ``masked_mean`` pools over the real tokens, ``mean`` over all rows, padding included (what the
     official code of UniPELT does), ``token`` not at all. Paper: Mao et al., "UniPELT", ACL 2022.

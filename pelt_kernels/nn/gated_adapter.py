@@ -31,8 +31,9 @@ class GatedAdapter(nn.Module):
     Raises:
         ValueError: sizes below 1, dropout outside [0, 1), an unknown pooling or start.
 
-    Papers: Houlsby et al. 2019; Pfeiffer et al. 2021 (the position after the FFN); Mao et al. 2022
-        (the gate); He et al. 2022 (the scale and the other start).
+    Papers:
+        Houlsby et al. 2019; Pfeiffer et al. 2021 (the position after the FFN); Mao et al. 2022 (the
+        gate); He et al. 2022 (the scale and the other start).
     """
 
     def __init__(

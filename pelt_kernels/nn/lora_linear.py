@@ -33,18 +33,18 @@ class LoRALinear(nn.Module):
     """``y = x Wᵀ + b + s · (dropout(x) Aᵀ) Bᵀ``, with s = alpha / R, or s = the gate g(x), which
     replaces alpha / R.
 
-    W [Dout, Din] and b [Dout] are the very parameters of the `nn.Linear` it stands for, under the
+    W [Dout, Din] and b [Dout] are the parameters of the `nn.Linear` that it replaces, under the
     same names, so the base model's state_dict does not change. lora_a [R, Din] starts as
     U(±1/sqrt(Din)) (Kaiming uniform with a = sqrt 5), lora_b [Dout, R] as 0: the branch is exactly
     0 at the start. A Linear with hooks or a forward of its own is called for ``x Wᵀ + b``, which
     costs a second product; its hooks see that output, without the branch.
 
-    Extra gates do not scale this layer; their values are returned for another part that is gated by
+    Extra gates do not scale this layer; their values are returned for another part whose gate has
     the same input (UniPELT's prefix is gated by the attention's input, which the query's Linear
     reads anyway). R = 0 means no branch.
 
     Args:
-        base: the Linear it stands for.
+        base: the Linear that it replaces.
         r, alpha, dropout: rank R, the numerator of the scale, dropout on the branch's input while
             training.
         gate_pooling: None (no gate), ``masked_mean``, ``mean`` or ``token``.
@@ -86,19 +86,24 @@ class LoRALinear(nn.Module):
         self.original = Original(base, nn.Linear)
         self.weight = base.weight
         self.register_parameter("bias", base.bias)
-        made: dict[str, Any] = {"device": base.weight.device, "dtype": dtype or base.weight.dtype}
+        placement: dict[str, Any] = {
+            "device": base.weight.device,
+            "dtype": dtype or base.weight.dtype,
+        }
         self.gate = (
-            None if gate_pooling is None or r == 0 else Gate(self.in_features, gate_pooling, **made)
+            None
+            if gate_pooling is None or r == 0
+            else Gate(self.in_features, gate_pooling, **placement)
         )
         self.extra_gates = nn.ModuleDict(
             {
-                name: Gate(self.in_features, pooling, **made)
+                name: Gate(self.in_features, pooling, **placement)
                 for name, pooling in (extra_gates or {}).items()
             }
         )
         if r:
-            self.lora_a = nn.Parameter(torch.empty(r, self.in_features, **made))
-            self.lora_b = nn.Parameter(torch.empty(self.out_features, r, **made))
+            self.lora_a = nn.Parameter(torch.empty(r, self.in_features, **placement))
+            self.lora_b = nn.Parameter(torch.empty(self.out_features, r, **placement))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -148,14 +153,14 @@ class LoRALinear(nn.Module):
         """``W + alpha / R · B A`` [Dout, Din], computed in float64 and rounded once.
 
         Raises:
-            ValueError: a gate, a 16-bit W, in which the update would be lost, or a Linear with a
+            ValueError: a gate, a 16-bit W, which would round the update away, or a Linear with a
                 forward of its own.
         """
         self.original.check_mergeable()
         if self.gate is not None:
             raise ValueError(
                 "LoRALinear: expected a branch without gate to merge, got a gated one, whose scale "
-                "is another one for each sentence"
+                "differs between sentences"
             )
         if not self.r:
             return self.weight

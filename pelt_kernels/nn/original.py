@@ -1,4 +1,4 @@
-"""The module that another one stands for: when its formula may be fused, else its own call."""
+"""The module that another one replaces: its formula may be fused, or it has to be called."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from torch._subclasses import FakeTensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NAMES = ("weight", "bias")
-# A weight lent to a module is seen by every thread; the loans are made one after another.
-_lending = threading.RLock()
+# While a module computes with another weight, every thread would see that weight: one at a time.
+_weight_lock = threading.RLock()
 
 
 class Original:
-    """The module a stand-in was made for. The stand-in holds its weight and bias under the same
-    names, so names in the model do not change; this object is no part of the tree of modules.
+    """The module that a stand-in replaces. The stand-in holds its weight and bias under the same
+    names, so names in the model do not change; this object is outside the tree of modules.
 
-    A plain module does nothing but its class's formula, which the stand-in may fuse with its own.
-    Any other is called, so that its hooks, its class and a forward of its own keep their meaning:
-    they see the module's own input and output, before a stand-in adds to it.
+    A plain module computes its class's formula and nothing else, so the stand-in may fuse it with
+    its own. Any other module is called, so that its hooks, its class and a forward of its own work
+    as before: they get the module's own input and output, before the stand-in adds to it.
     """
 
     def __init__(self, module: nn.Module, kind: type[nn.Module]) -> None:
         self.module = module
-        made = type(module)
+        module_class = type(module)
         self._has_own_class = (
-            made.forward is not kind.forward or made.__call__ is not nn.Module.__call__
+            module_class.forward is not kind.forward
+            or module_class.__call__ is not nn.Module.__call__
         )
 
     @property
     def has_own_forward(self) -> bool:
-        """Whether the module computes something else than the formula of its kind."""
+        """Whether the module computes something other than the formula of its kind."""
         return self._has_own_class or "forward" in self.module.__dict__
 
     @property
@@ -53,26 +54,27 @@ class Original:
         """The module's own output, hooks included, with the parameters that its stand-in has now
         (moving or loading a model may replace them), or with another weight for this call.
         """
-        module = self._following(stand_in)
+        module = self._in_step_with(stand_in)
         if weight is None:
             y: Tensor = module(x)
             return y
         is_compiling = torch.compiler.is_compiling()
-        turn: AbstractContextManager[object] = nullcontext() if is_compiling else _lending
-        with turn:
+        lock: AbstractContextManager[object] = nullcontext() if is_compiling else _weight_lock
+        with lock:
             module._parameters["weight"] = weight  # type: ignore[assignment]
             try:
-                lent: Tensor = module(x)
+                result: Tensor = module(x)
             finally:
                 module._parameters["weight"] = getattr(stand_in, "weight")  # noqa: B009
-        return lent
+        return result
 
     def without_hooks(self, stand_in: nn.Module, x: Tensor) -> Tensor:
         """The module's own forward and nothing else."""
-        y: Tensor = self._following(stand_in).forward(x)
+        y: Tensor = self._in_step_with(stand_in).forward(x)
         return y
 
-    def _following(self, stand_in: nn.Module) -> nn.Module:
+    def _in_step_with(self, stand_in: nn.Module) -> nn.Module:
+        """The module with the parameters and the training mode that its stand-in has now."""
         module = self.module
         module.training = stand_in.training
         for name in NAMES:
@@ -90,24 +92,24 @@ class Original:
 
 
 def why_not_replaceable(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> str:
-    """Empty where a module with the same weight and bias may stand for this one, else what it is
-    and the way out, as the rest of a sentence.
+    """Empty where a module with the same weight and bias may replace this one, else what it is and
+    the way out, as the rest of a sentence.
     """
-    found = f"{type(module).__name__} of {type(module).__module__}"
+    described = f"{type(module).__name__} of {type(module).__module__}"
     if hasattr(module, "base_layer"):
         return (
-            f"{found}, which another method put around a {kind.__name__}; merge that into the "
+            f"{described}, which another method put around a {kind.__name__}; merge that into the "
             "weight first (PEFT: merge_and_unload())"
         )
     if not isinstance(module, kind):
-        return f"{found}; load the base model with plain modules, without quantization"
+        return f"{described}; load the base model with plain modules, without quantization"
     tensors = [name for name, _ in module.named_parameters()]
     tensors += [name for name, _ in module.named_buffers()]
     is_unknown = set(tensors) - set(NAMES) or any(True for _ in module.children())
     if is_unknown or not set(NAMES) <= module._parameters.keys():
         return (
-            f"{found} made of {', '.join(tensors) or 'none'}; take a parametrization or a pruning "
-            "off first (torch.nn.utils.parametrize.remove_parametrizations, "
+            f"{described} made of {', '.join(tensors) or 'none'}; take a parametrization or a "
+            "pruning off first (torch.nn.utils.parametrize.remove_parametrizations, "
             "torch.nn.utils.remove_weight_norm, torch.nn.utils.prune.remove)"
         )
     for name in NAMES:
@@ -116,11 +118,11 @@ def why_not_replaceable(module: nn.Module, kind: type[nn.Module] = nn.Linear) ->
             continue
         if tensor.dtype not in DTYPES:
             return f"a {name} of {tensor.dtype}; load the base model without quantization"
-        # A class with a dispatch of its own knows no operator but its own.
+        # A tensor class with its own dispatch does not support this package's operators.
         has_own_dispatch = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
         if has_own_dispatch and not isinstance(tensor, FakeTensor):
             return (
-                f"a {name} of the tensor class {type(tensor).__name__}; load the base model "
-                "with plain tensors, without quantization"
+                f"a {name} of the tensor class {type(tensor).__name__}; load the base model with "
+                "plain tensors, without quantization"
             )
     return ""

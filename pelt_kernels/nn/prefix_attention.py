@@ -15,13 +15,13 @@ class PrefixAttention(nn.Module):
 
     The prefixes of all layers come from one reparametrisation (Li and Liang 2021; UniPELT's form):
 
-        [Pk_0, Pv_0, Pk_1, Pv_1, ...] = W2 tanh( W1 E + b1 ) + b2,     E [P, D], W1 [mid, D], W2
-        [2·L·D, mid]
+        [Pk_0, Pv_0, Pk_1, Pv_1, ...] = W2 tanh( W1 E + b1 ) + b2
+        with E [P, D], W1 [mid, D], W2 [2·L·D, mid]
 
-    It depends on nothing but its parameters, so `collapse` replaces it by the table [L, 2, P, H, E]
-    it computes. W2 is kept as one tensor [2·D, mid] for each layer: a layer then computes its own
-    rows and nothing else, inside its own gradient checkpoint, and no layer's gradient is padded to
-    the size of the whole W2. Everything starts as N(0, 0.02), biases as 0. With ``mid=None`` the
+    It depends on its parameters only, so `collapse` replaces it by the table [L, 2, P, H, E] that
+    it computes. W2 is stored as one tensor [2·D, mid] for each layer: a layer then computes only
+    its own rows, inside its own gradient checkpoint, and no layer's gradient is padded to the size
+    of the whole W2. Everything starts as N(0, 0.02), biases as 0. With ``mid=None`` the
     table itself is learned.
 
     Always computed in the parameters' own dtype, autocast or not, so that a collapsed prefix gives
@@ -56,8 +56,8 @@ class PrefixAttention(nn.Module):
         ):
             raise ValueError(
                 "PrefixAttention: expected num_layers, num_heads, head_size, mid >= 1 and "
-                "prefix_length >= 0, got "
-                f"{num_layers}, {num_heads}, {head_size}, {mid} and {prefix_length}"
+                f"prefix_length >= 0, got {num_layers}, {num_heads}, {head_size}, {mid} and "
+                f"{prefix_length}"
             )
         self.num_layers, self.prefix_length = num_layers, prefix_length
         self.num_heads, self.head_size = num_heads, head_size
@@ -164,8 +164,8 @@ class PrefixAttention(nn.Module):
         is_causal: bool = False,
         scale: float | Tensor | None = None,
     ) -> Tensor:
-        """The probabilities [B, H, S, P + N] of `forward`, before dropout, prefix columns first. It
-        never makes them itself: this is for looking at them.
+        """The probabilities [B, H, S, P + N] of `forward` before dropout, prefix columns first, for
+        inspection: `forward` never stores them.
         """
         keys, values = self.keys_values(layer)
         return attention_weights(
@@ -182,6 +182,5 @@ class PrefixAttention(nn.Module):
         form = "table" if self.is_collapsed else f"mid={self.down.out_features}"
         return (
             f"layers={self.num_layers}, prefix_length={self.prefix_length}, "
-            f"heads={self.num_heads}, "
-            f"head_size={self.head_size}, {form}"
+            f"heads={self.num_heads}, head_size={self.head_size}, {form}"
         )

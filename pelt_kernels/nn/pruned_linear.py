@@ -13,12 +13,12 @@ from .original import Original
 class PrunedLinear(nn.Module):
     """``y = x (mask ⊙ (W0 + β U V))ᵀ + b``, see `pelt_kernels.masked_weight`.
 
-    W0 and b are the very parameters of the `nn.Linear` it stands for, under the same names. U [n,
-    r1] and A [n, r2] start as N(0, 1); V, B, R and C start as 0, so that W = W0 and the scores are
-    |W0| at the start. ``sparsity`` may change at any time; each forward makes the weight anew, in
-    evaluation too, so no way to write a parameter can leave an old one behind. Beside the product
-    of thousands of tokens that is little; beside that of one sentence it is most of the time:
-    `PeltModel.export_dense` writes the weight down for inference.
+    W0 and b are the parameters of the `nn.Linear` that it replaces, under the same names. U [n, r1]
+    and A [n, r2] start as N(0, 1); V, B, R and C start as 0, so that W = W0 and the scores are |W0|
+    at the start. ``sparsity`` may change at any time. Each forward computes the weight again, in
+    evaluation too, so that it is never out of date. With thousands of tokens this costs little
+    beside their product; with one sentence it takes most of the time, and
+    `PeltModel.export_dense` writes the weight once for inference.
 
     Args:
         base: the Linear. r1, r2: ranks. beta, alpha1, alpha2: factors. sparsity: at the start.
@@ -44,12 +44,12 @@ class PrunedLinear(nn.Module):
         self.weight = base.weight
         self.register_parameter("bias", base.bias)
         out, into = base.weight.shape
-        # A number of its own: in a trace a tensor's sizes are tensors.
+        # Stored as a number, because in a trace a tensor's sizes are tensors.
         self.entries = out * into
 
         def zeros(*shape: int) -> nn.Parameter:
-            wanted = dtype or base.weight.dtype
-            return nn.Parameter(torch.zeros(shape, device=base.weight.device, dtype=wanted))
+            dtype_or_base = dtype or base.weight.dtype
+            return nn.Parameter(torch.zeros(shape, device=base.weight.device, dtype=dtype_or_base))
 
         self.update_u, self.update_v = zeros(out, r1), zeros(r1, into)
         self.score_a, self.score_b = zeros(out, r2), zeros(r2, into)
@@ -59,7 +59,7 @@ class PrunedLinear(nn.Module):
 
     @property
     def keep(self) -> int:
-        """How many entries stay now."""
+        """How many entries stay at the present sparsity."""
         return kept_entries(self.entries, self.sparsity)
 
     def pruned_weight(self) -> Tensor:

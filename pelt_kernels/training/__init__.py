@@ -1,11 +1,17 @@
-"""Tasks, runs and what they leave behind, on top of transformers.Trainer."""
+"""Training on tasks, and using what it wrote, on top of transformers.Trainer.
 
+One experiment (`experiment`) is one config: it chooses a learning rate, does a run for each seed
+and writes `metrics.json` (`report`). One run (`experiment_run`) is one learning rate and one seed;
+its training loop with checkpoints is `run_trainer`. Afterwards `predictor` labels texts with the
+adapter, and `adapter_export` writes it as a plain model.
+"""
+
+from .adapter_export import Exported, export
 from .config import TrainConfig
 from .errors import Interrupted, RunError, UsageError
 from .experiment import is_run, train
-from .exporting import Exported, export
+from .experiment_run import Watchers
 from .predictor import Prediction, Predictor
-from .run import Watchers
 from .stopping import Stop, stoppable
 from .tasks import Example, Task, load_task
 

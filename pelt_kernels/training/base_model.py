@@ -62,7 +62,7 @@ def load_classifier(name: str, classes: int) -> Any:
         name,
         AutoModelForSequenceClassification,
         config=_classifier_config(name, classes),
-        ignore_mismatched_sizes=True,  # of the head's, which is drawn anew
+        ignore_mismatched_sizes=True,  # the head's, which is drawn anew
         output_loading_info=True,
         dtype="float32",
     )
@@ -82,8 +82,8 @@ def load_classifier(name: str, classes: int) -> Any:
 
 
 def empty_classifier(name: str, classes: int) -> Any | None:
-    """The model without weights, which takes no time and no space; None for a class that is not
-    made for classification.
+    """The model without weights, which takes no time and no memory; None for a class without a
+    classification head.
     """
     config = _classifier_config(name, classes)
     try:
@@ -123,7 +123,7 @@ def _draw_anew(model: Any, module: torch.nn.Module) -> None:
 
 
 def _load(name: str, loader: Any, **options: Any) -> Any:
-    """What transformers loads from the model's place, running no code that lies there."""
+    """What transformers loads from a folder or a hub id, without running code from there."""
     place, is_local = locate(name)
     options |= {"local_files_only": is_local, "trust_remote_code": False}
     try:
@@ -133,7 +133,7 @@ def _load(name: str, loader: Any, **options: Any) -> Any:
         raise RunError(f"model '{name}' cannot be loaded: {reason(error)}") from error
     if loaded is None:
         raise UsageError(
-            f"model: {name} is made to run Python code of its own (auto_map in its config.json), "
-            "which is not done; expected a model of a class in transformers"
+            f"model: expected a model of a class in transformers, got {name}, whose config.json "
+            "asks for Python code of its own (auto_map), which is never run"
         )
     return loaded

@@ -1,4 +1,4 @@
-"""Everything a run was asked for, as it is written to and read from `run.json`."""
+"""The options of an experiment, as they are written to and read from `run.json`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILE = "run.json"
 PRECISIONS = ("fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
 CLASS_WEIGHTS = ("none", "balanced")
-# numpy's generator takes no larger seed, and no count of a run comes near the other.
+# numpy's generator takes no larger seed; the other is far above any count of a run.
 LARGEST_SEED, LARGEST_COUNT = 2**32 - 1, 2**31 - 1
 
 
@@ -88,23 +88,23 @@ class TrainConfig:
 
     def method_config(self) -> MethodConfig:
         """The method with the options in it. Raises UsageError."""
-        given: dict[str, str] = {}
+        values: dict[str, str] = {}
         for option in self.options:
             field, equals, text = option.partition("=")
             if not field.strip() or not equals:
                 raise UsageError(f"set: expected field=value such as r=8, got '{option}'")
-            if field.strip() in given:
+            if field.strip() in values:
                 raise UsageError(f"set: {field.strip()} is given twice")
-            given[field.strip()] = text.strip()
+            values[field.strip()] = text.strip()
         try:
-            return config_from_options(self.method, given)
+            return config_from_options(self.method, values)
         except ValueError as error:
-            who = "set" if given else f"method {self.method}"
-            more = "" if given or self.method != "composite" else ", such as --set lora.r=8"
-            raise UsageError(f"{who}: {reason(error)}{more}") from error
+            who = "set" if values else f"method {self.method}"
+            example = "" if values or self.method != "composite" else ", such as --set lora.r=8"
+            raise UsageError(f"{who}: {reason(error)}{example}") from error
 
     def resolved(self) -> TrainConfig:
-        """The config with the recipe's values where none were given, checked. Raises UsageError."""
+        """The config with the recipe's values for what is not set, checked. Raises UsageError."""
         defaults = recipe(self.method)
         config = replace(
             self,
@@ -172,20 +172,20 @@ def load_config(folder: Path) -> TrainConfig:
     return TrainConfig(**values)
 
 
-def continued(folder: Path, asked: dict[str, Any]) -> TrainConfig:
-    """The config of the run in `folder`, for resuming it with the options in `asked`.
+def continued(folder: Path, options: dict[str, Any]) -> TrainConfig:
+    """The config of the run in `folder`, for resuming it with `options`.
 
-    Raises UsageError where an option contradicts the run: a continued run must be the run that was
-    begun.
+    Raises UsageError where an option contradicts the run: a resumed run has the options it was
+    started with.
     """
     stored = load_config(folder)
-    _check_same_options(folder, stored, asked.pop("options", ()))
-    for name, value in asked.items():
+    _check_same_options(folder, stored, options.pop("options", ()))
+    for name, value in options.items():
         before = getattr(stored, name)
         if (tuple(value) if isinstance(before, tuple) else value) != before:
             raise UsageError(
-                f"{_option(name)}: the run in {folder} was begun with {_shown(before)}, "
-                f"not {_shown(value)}; leave the option out to resume, or name another --output"
+                f"{_option(name)}: the run in {folder} was begun with {_shown(before)}, not "
+                f"{_shown(value)}; leave the option out to resume, or name another --output"
             )
     return stored
 

@@ -1,4 +1,4 @@
-"""From examples to batches: token ids, and an order that puts rows of like length together."""
+"""From examples to batches: token ids, and an order in which neighbours have like lengths."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Pad:
 
 
 class LengthGroups(Sampler[int]):
-    """A new order for each epoch in which runs of `batch_size` rows have like lengths.
+    """An order for each epoch in which the `batch_size` rows of a batch have like lengths.
 
     Rows are shuffled, cut into pools of `POOL` batches, sorted by length within a pool, and the
     batches are shuffled again. The order is a function of seed and epoch alone, so that a resumed
@@ -107,7 +107,7 @@ class LengthGroups(Sampler[int]):
         batches = [
             grouped[at : at + self.batch_size] for at in range(0, len(grouped), self.batch_size)
         ]
-        # A short batch stays last: elsewhere it would shift the borders of all that follow.
+        # A short batch stays last: elsewhere it would shift the bounds of all batches after it.
         short = [batches.pop()] if batches and len(batches[-1]) < self.batch_size else []
         draw.shuffle(batches)
         return iter([index for batch in batches + short for index in batch])

@@ -1,4 +1,4 @@
-"""The three ways a run ends early, each with one sentence meant for a person."""
+"""The three errors that end a run early, each with one sentence for a person."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import signal
 
 
 class UsageError(ValueError):
-    """What was asked for cannot be done as asked: a missing file, an absent column, an unknown
-    label or name."""
+    """A request that cannot be served: a missing file, an absent column, an unknown label or
+    name."""
 
 
 class RunError(RuntimeError):
-    """The request was sound but the run cannot go on: a damaged checkpoint, a full disk, a loss
+    """The request is valid but the run cannot go on: a damaged checkpoint, a full disk, a loss
     that is not a number."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the run to stop. Like Ctrl-C it passes through every `except Exception`."""
+    """A signal ends the run. Like Ctrl-C it passes through every `except Exception`."""
 
     def __init__(self, number: int, sentence: str = ""):
         super().__init__(sentence or f"stopped by {signal.Signals(number).name}")

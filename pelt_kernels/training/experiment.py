@@ -21,13 +21,13 @@ from .base_model import empty_classifier, load_tokenizer, longest_text
 from .config import DEVICES, TrainConfig, check_choice, save_config
 from .config import FILE as CONFIG_FILE
 from .errors import RunError, UsageError, reason
+from .experiment_run import Run, Watchers, rate_name
 from .metrics import score
 from .plots import draw_curves, draw_gates
 from .predictor import Predictor
 from .recipes import recipe
 from .records import read_record
 from .report import metrics
-from .run import Run, Watchers, rate_name
 from .stopping import rank
 from .storage import claimed, clear_partial, replacing, require_writable, write_json
 from .tasks import Task, load_task
@@ -55,15 +55,15 @@ def train(
 
     `output` then holds ``metrics.json``, ``adapter/`` (of the seed that is best on dev),
     ``curves.png``, ``gates.png`` where the method has gates, ``test_predictions.jsonl`` and a
-    folder for each run. With `resume`, runs that are finished are read, the one that was begun goes
-    on from its last checkpoint and reaches the weights it would have reached without a break.
-    With `overwrite`, a run that is there gives way once everything asked for has been checked. One
-    run at a time writes in a folder; the claim on it ends with the process.
+    folder for each run. With `resume`, finished runs are read, and the unfinished one goes on from
+    its last checkpoint and reaches the weights it would have reached without a break. With
+    `overwrite`, an existing run is removed once everything else has been checked. One experiment at
+    a time writes in a folder; its lock ends with the process.
 
     Raises:
-        UsageError: what was asked for cannot be done as asked.
+        UsageError: a request that cannot be served.
         RunError: the run cannot go on.
-        Interrupted: `watchers.stop` was asked to stop.
+        Interrupted: `watchers.stop` got a signal.
     """
     watchers = watchers or Watchers()
     config = config.resolved()
@@ -71,7 +71,7 @@ def train(
     _check_machine(config)
     _check_output(output, resume, overwrite)
     if is_run(output):
-        with claimed(output):  # a run that goes on there is noticed before the data is read
+        with claimed(output):  # a run in progress is noticed before the data is read
             pass
     tokenizer = load_tokenizer(config.model)
     task = load_task(config.task, config.eval, config.columns, watchers.say)
@@ -81,18 +81,18 @@ def train(
     _check_method(config, len(task.labels))
     require_writable(output)
     with claimed(output):
-        _check_output(output, resume, overwrite)  # another run may have come and gone
+        _check_output(output, resume, overwrite)  # another run may have ended meanwhile
         clear_partial(output)
         if overwrite and is_run(output):
             _clear_run(output)
         if resume:
-            task = _with_the_labels_of_the_run(task, output)
+            task = _with_labels_of_run(task, output)
         save_config(config, output)
         write_json(output / TASK_FILE, {"fingerprint": task.fingerprint, "labels": task.labels})
         _describe(task, config, watchers)
-        # Without a name the request of the environment stands.
+        # Without a name the environment's request holds.
         with use_backend(config.backend) if config.backend else nullcontext():
-            return _experiment(config, task, tokenizer, output, watchers)
+            return _train_all(config, task, tokenizer, output, watchers)
 
 
 def is_run(folder: Path) -> bool:
@@ -135,10 +135,10 @@ def _clear_run(folder: Path) -> None:
         raise RunError(f"output: {folder} cannot be cleared ({error.strerror})") from error
 
 
-def _experiment(
+def _train_all(
     config: TrainConfig, task: Task, tokenizer: Any, output: Path, watchers: Watchers
 ) -> dict[str, Any]:
-    def run(lr: float, seed: int) -> Run:
+    def run_of(lr: float, seed: int) -> Run:
         return Run(config, task, tokenizer, output, lr, seed)
 
     def on_dev(result: dict[str, Any]) -> tuple[float, float]:
@@ -147,21 +147,21 @@ def _experiment(
     dev_metric = f"dev_{config.metric}"
     lr, tried = config.lr[0], {}
     if len(config.lr) > 1:
-        results_by_lr = {lr: run(lr, config.seeds[0]).result(watchers) for lr in config.lr}
+        results_by_lr = {lr: run_of(lr, config.seeds[0]).result(watchers) for lr in config.lr}
         tried = {lr: result[dev_metric] for lr, result in results_by_lr.items()}
         watchers.say(
             f"dev {config.metric} by learning rate: "
             + ", ".join(f"{rate_name(lr)}: {value:.3f}" for lr, value in tried.items())
         )
         lr = max(config.lr, key=lambda rate: on_dev(results_by_lr[rate]))
-    runs = {seed: run(lr, seed) for seed in config.seeds}
-    results = {seed: one.result(watchers) for seed, one in runs.items()}
+    runs = {seed: run_of(lr, seed) for seed in config.seeds}
+    results = {seed: run.result(watchers) for seed, run in runs.items()}
     for result in results.values():
         for note in result["notes"]:
             watchers.say(note)
     best = max(config.seeds, key=lambda seed: on_dev(results[seed]))
-    for seed, one in runs.items():
-        results[seed] |= _test(one, output / PREDICTIONS_FILE if seed == best else None)
+    for seed, run in runs.items():
+        results[seed] |= _test(run, output / PREDICTIONS_FILE if seed == best else None)
     with replacing(output / ADAPTER_FOLDER) as partial:
         shutil.copytree(runs[best].adapter, partial)
     histories = {f"seed {seed}": result.pop("history") for seed, result in results.items()}
@@ -169,14 +169,14 @@ def _experiment(
     draw_curves(output / "curves.png", title, histories, config.metric)
     draw_gates(output / "gates.png", f"{title}, seed {best}", histories[f"seed {best}"])
     tried_by_name = {rate_name(rate): value for rate, value in tried.items()}
-    found = metrics(config, task, lr, tried_by_name, list(results.values()))
-    found["adapter_seed"] = best
-    write_json(output / METRICS_FILE, found)
-    return found
+    summary = metrics(config, task, lr, tried_by_name, list(results.values()))
+    summary["adapter_seed"] = best
+    write_json(output / METRICS_FILE, summary)
+    return summary
 
 
 def _test(run: Run, predictions_path: Path | None) -> dict[str, float]:
-    """The figures on the test part, from the adapter as it was saved."""
+    """The scores on the test part, of the adapter read back from disk."""
     examples = run.task.test
     device = computing_device(run.config.device)
     predictions = Predictor(run.adapter, run.config.model, device)(examples).rows
@@ -185,8 +185,8 @@ def _test(run: Run, predictions_path: Path | None) -> dict[str, float]:
             for example, prediction in zip(examples, predictions, strict=True):
                 pair = {} if example.pair is None else {"text_pair": example.pair}
                 row = {"text": example.text, **pair, "label": example.label}
-                found = {"predicted": prediction.label, "probability": prediction.probability}
-                file.write(json.dumps(row | found, ensure_ascii=False) + "\n")
+                answer = {"predicted": prediction.label, "probability": prediction.probability}
+                file.write(json.dumps(row | answer, ensure_ascii=False) + "\n")
     number = {label: index for index, label in enumerate(run.task.labels)}
     return score(
         np.array([number[prediction.label] for prediction in predictions]),
@@ -195,13 +195,13 @@ def _test(run: Run, predictions_path: Path | None) -> dict[str, float]:
     )
 
 
-def computing_device(asked: str) -> str:
+def computing_device(device: str) -> str:
     """``cpu`` or ``cuda`` for a device out of `config.DEVICES`. Raises UsageError."""
-    check_choice("device", asked, DEVICES)
+    check_choice("device", device, DEVICES)
     has_gpu = torch.cuda.is_available()
-    if asked == "cuda" and not has_gpu:
+    if device == "cuda" and not has_gpu:
         raise UsageError("device: cuda was asked for, but torch sees no GPU here")
-    return "cuda" if has_gpu and asked != "cpu" else "cpu"
+    return "cuda" if has_gpu and device != "cpu" else "cpu"
 
 
 def _describe(task: Task, config: TrainConfig, watchers: Watchers) -> None:
@@ -233,17 +233,17 @@ def _check_method(config: TrainConfig, classes: int) -> None:
     """Raises UsageError where the method does not fit the model, before anything is written."""
     empty = empty_classifier(config.model, classes)
     if empty is None:
-        return  # loading it for the first run will say why
+        return  # loading it for the first run raises the reason
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what there is to say is said by the run itself
+            warnings.simplefilter("ignore")  # the run itself shows them
             get_pelt_model(empty, config.method_config())
     except ValueError as error:
         raise UsageError(f"method {config.method}: {reason(error)}") from error
 
 
 def _epochs(config: TrainConfig, task: Task) -> int:
-    """As many as were asked for, else the recipe's for so many training examples."""
+    """The config's number, else the recipe's for so many training examples."""
     if config.epochs is not None:
         return config.epochs
     assert config.batch_size is not None  # `resolved` set it
@@ -252,26 +252,26 @@ def _epochs(config: TrainConfig, task: Task) -> int:
 
 
 def _max_length(config: TrainConfig, tokenizer: Any, task: Task) -> int:
-    """Tokens at which texts are cut: as asked, if the model reads that many and they hold more
-    than the special tokens.
+    """Tokens at which texts are cut: the config's number, if the model reads that many and there is
+    room beside the special tokens.
     """
     longest = longest_text(config.model, tokenizer)
-    asked = min(DEFAULT_MAX_LENGTH, longest) if config.max_length is None else config.max_length
-    if asked > longest:
-        raise UsageError(f"max-length: {config.model} reads at most {longest} tokens, not {asked}")
+    length = min(DEFAULT_MAX_LENGTH, longest) if config.max_length is None else config.max_length
+    if length > longest:
+        raise UsageError(f"max-length: {config.model} reads at most {longest} tokens, not {length}")
     special = tokenizer.num_special_tokens_to_add(pair=task.has_pairs)
     texts = 1 + task.has_pairs
-    if asked < special + texts:
+    if length < special + texts:
         raise UsageError(
             f"max-length: expected at least {special + texts} ({special} special tokens and one "
-            f"token {'of each text' if task.has_pairs else 'of the text'}), got {asked}"
+            f"token {'of each text' if task.has_pairs else 'of the text'}), got {length}"
         )
-    return asked
+    return length
 
 
 def _check_draws(task: Task, config: TrainConfig, watchers: Watchers) -> None:
     """Refuses more examples than there are, and classes that cannot be balanced, before anything is
-    written; says where a draw leaves out a class.
+    written; reports a draw without a class.
     """
     for seed in config.seeds:
         drawn = {example.label for example in task.draw_train(config.train_examples, seed)}
@@ -284,12 +284,12 @@ def _check_draws(task: Task, config: TrainConfig, watchers: Watchers) -> None:
             )
         if absent:
             watchers.say(
-                f"train-examples: seed {seed} draws no row of {len(absent)} of "
-                f"{len(task.labels)} classes: {shortened(absent)}"
+                f"train-examples: seed {seed} draws no row of {len(absent)} of {len(task.labels)} "
+                f"classes: {shortened(absent)}"
             )
 
 
-def _with_the_labels_of_the_run(task: Task, output: Path) -> Task:
+def _with_labels_of_run(task: Task, output: Path) -> Task:
     """The task with its labels in the order in which the run in `output` numbers its classes.
     Raises UsageError where the data is not that of the run.
     """

@@ -35,8 +35,8 @@ def score_logits(prediction: Any) -> dict[str, float]:
     """
     logits = prediction.predictions
     predicted = logits.argmax(axis=-1)
-    found = score(predicted, prediction.label_ids, logits.shape[-1])
-    return found | {CLASSES_ANSWERED: len(np.unique(predicted))}
+    scores = score(predicted, prediction.label_ids, logits.shape[-1])
+    return scores | {CLASSES_ANSWERED: len(np.unique(predicted))}
 
 
 def balanced_weights(numbers: Sequence[int], classes: int) -> list[float]:

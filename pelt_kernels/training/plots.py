@@ -1,4 +1,4 @@
-"""The two pictures of a run, drawn from the histories that training kept."""
+"""The two pictures of an experiment, drawn from the histories of its runs."""
 
 from __future__ import annotations
 

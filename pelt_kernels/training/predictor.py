@@ -1,4 +1,4 @@
-"""A trained adapter put back into its model, ready to label texts."""
+"""Labels texts with a trained adapter in its base model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ POOL = 32  # batches whose rows are sorted by length together
 
 @dataclass(frozen=True)
 class Card:
-    """What a saved adapter has to know beside its weights, in `task.json` next to them."""
+    """What is stored beside an adapter's weights, in `task.json`: task, labels, base model."""
 
     task: str
     model: str
@@ -98,8 +98,8 @@ class Predictor:
             raise RunError(f"adapter {folder} cannot be used: {reason(error)}") from error
         self.model: torch.nn.Module = tuned.to(device).eval()
         if parts_of(tuned.method_config).pruning is not None and not tuned.why_not_dense():
-            # PST's forward makes the pruned weights anew, which for one text takes longer than the
-            # rest of the model; here they never change.
+            # PST's forward computes the pruned weights again, which for one text takes longer than
+            # the rest of the model. Here they never change.
             self.model = tuned.export_dense()
         self.tokenizer = load_tokenizer(name)
         self.max_length = min(self.card.max_length, longest_text(name, self.tokenizer))
@@ -120,7 +120,7 @@ class Predictor:
         advance: Callable[[int], None] = lambda count: None,
     ) -> Iterator[Predictions]:
         """The same, some batches at a time in the order of the examples, which may be more than fit
-        into memory. `advance` is told how many more are done.
+        into memory. `advance` is called with the number of those done since the last call.
         """
         rest = iter(examples)
         while part := list(islice(rest, batch_size * POOL)):
@@ -133,13 +133,13 @@ class Predictor:
         pad = Pad(self.tokenizer)
         lengths = encoded.lengths
         order = sorted(range(len(encoded)), key=lengths.__getitem__)  # little padding per batch
-        found: dict[int, Prediction] = {}
-        for at in range(0, len(order), batch_size):
-            chosen = order[at : at + batch_size]
+        by_index: dict[int, Prediction] = {}
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
             probabilities = self._probabilities(pad([encoded[index] for index in chosen]))
-            found.update(zip(chosen, map(self._prediction, probabilities), strict=True))
+            by_index.update(zip(chosen, map(self._prediction, probabilities), strict=True))
             advance(len(chosen))
-        rows = [found[index] for index in range(len(encoded))]
+        rows = [by_index[index] for index in range(len(encoded))]
         return Predictions(examples, rows, encoded.truncated)
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""What a method needs to train well when nobody says otherwise."""
+"""The defaults by which each method trains well."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .errors import UsageError
 @dataclass(frozen=True)
 class Recipe:
     """Defaults of one method: learning rate, epochs and batch size, and the least number of steps,
-    for which small training sets are gone through more often.
+    which gives small training sets more epochs.
     """
 
     lr: float
@@ -21,23 +21,24 @@ class Recipe:
     steps: int = 300
 
     def epochs_for(self, examples: int, batch_size: int) -> int:
-        """How often that many training examples are gone through."""
+        """The number of epochs for that many training examples."""
         steps_per_epoch = math.ceil(examples / batch_size)
         return max(self.epochs, math.ceil(self.steps / steps_per_epoch))
 
 
-# Small added parts want a rate a hundred times that of full fine-tuning, and so does a head on
-# frozen features. An adapter scaled by four wants less: on 500 sentences of SST-2 `mam` stays at
-# chance with 1e-3 and reaches 0.81 with 2e-4. Four experts share the steps of one, and want more:
-# on 500 questions of TREC `adamix` stays below the linear probe with 1e-3 and reaches 0.85 with
-# 3e-3.
+# Small added parts need a rate a hundred times that of full fine-tuning, and so does a head on
+# frozen features. An adapter scaled by four needs less: on 500 sentences of SST-2 `mam` stays at
+# chance with 1e-3 and reaches 0.81 with 2e-4. Each of four experts gets a fourth of the steps and
+# needs more: on 500 questions of TREC `adamix` stays below the linear probe with 1e-3 and reaches
+# 0.85 with 3e-3.
 #
-# Small sets get 300 steps, where six epochs of 200 examples are 78: on 200 questions of TREC
-# `unipelt` reaches 0.21 in those, hardly more than with one class for all, and 0.79 in 156, one of
-# three seeds 0.68 with the loss still falling; `prefix` keeps that answer for 90 steps; biases or
-# adapters alone reach 0.6 in 156. Where 150 suffice, as on SST-2, early stopping ends the rest, and
-# the linear probe at its best rate wants no more. A higher rate is no way out for prefixes: with
-# 3e-3 they reach 0.86 there in 156 steps, but never leave the one answer on 1000 docstrings.
+# Small sets get at least 300 steps; six epochs of 200 examples are only 78. On 200 questions of
+# TREC `unipelt` reaches 0.21 in 78 steps, hardly more than one class for all gives, and 0.79 in 156
+# (one of three seeds 0.68, with the loss still falling). `prefix` gives one class for all until
+# step 90; biases or adapters alone reach 0.6 in 156. Where 150 steps suffice, as on SST-2, early
+# stopping ends the run, and the linear probe at its best rate needs no more. A higher rate does not
+# help prefixes: with 3e-3 they reach 0.86 there in 156 steps, but on 1000 docstrings they give one
+# class for all to the end.
 RECIPES: dict[str, Recipe] = {
     "unipelt": Recipe(lr=1e-3, epochs=6),
     "unipelt-ap": Recipe(lr=1e-3, epochs=6),

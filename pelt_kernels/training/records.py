@@ -1,4 +1,4 @@
-"""JSON that a run reads back: believed only where every value has the type it was written with."""
+"""Reading back JSON that a run wrote: every value must have the type it was written with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_record(
     path: Path, types: Mapping[str, Any], who: str, *, has_defaults: bool = False
 ) -> dict[str, Any]:
     """The object in a JSON file, in which every name of `types` has a value of its type. Further
-    names are let through; with `has_defaults` there may be none, and names may be missing.
+    names are allowed; with `has_defaults` they are refused, and names may be missing.
 
     Raises RunError in one sentence, with the name.
     """
@@ -61,8 +61,8 @@ def mismatch(value: Any, hint: Any, name: str) -> str:
         inner = inner[1:]
     else:
         return "" if _is_plain(value, hint) else _expected(value, hint, name)
-    found = (mismatch(member, inner[0], at) for at, member in members)
-    return next(filter(None, found), "")
+    mismatches = (mismatch(member, inner[0], path) for path, member in members)
+    return next(filter(None, mismatches), "")
 
 
 def _is_plain(value: Any, hint: Any) -> bool:

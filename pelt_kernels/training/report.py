@@ -1,4 +1,4 @@
-"""`metrics.json`: what a run reached, at what cost, and on what machine."""
+"""`metrics.json`: the scores of an experiment, their cost, and the machine."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def seconds_per_step(history: Iterable[dict[str, Any]]) -> float | None:
 
 def hardware() -> dict[str, Any]:
     """The processor, its kind (figures of one kind may be compared), the instruction sets for which
-    there are kernels and that it runs (the newest first; none without the compiled module), how
-    many threads compute, and the GPU if there is one.
+    there are kernels and that it runs (the newest first; none without the compiled module), the
+    number of threads that compute, and the GPU if there is one.
     """
     return {
         "cpu": f"{_processor_name()} x {os.cpu_count()}",
@@ -109,8 +109,8 @@ def metrics(
 
 
 def _processor_name() -> str:
-    """A cloud's processors are often all "Intel(R) Xeon(R) Processor": family and model tell them
-    apart.
+    """The processor's name with family and model: many differ in nothing else from each other, as
+    cloud machines call theirs "Intel(R) Xeon(R) Processor".
     """
     name = re.sub(r"\((R|TM|r|tm)\)", "", _native.cpu_info("model name"))
     name = " ".join(name.split()) or platform.processor() or platform.machine()

@@ -16,17 +16,17 @@ from .errors import Interrupted
 from .metrics import CLASSES_ANSWERED
 
 IS_PRUNING = "is_pruning"  # marks an evaluation at a sparsity below the final one
-# One answer among a million moves a score by more, and training that still learns moves the loss by
-# more.
+# Smaller differences do not count: one answer in a million examples changes a score by more, and
+# training that still learns changes the loss by more.
 SCORE_DIGITS, LOSS_DIGITS = 6, 4
 
 
 class Stop(TrainerCallback):
-    """A wish to stop, granted after the next checkpoint.
+    """Stops training on a signal, after the next checkpoint.
 
-    While training runs, the first signal lets the current step (and the evaluation, where one is
-    due) end and a checkpoint be written; a second one ends the run at once. Outside training every
-    signal does. `say` is told of the wait.
+    While training runs, after the first signal the current step (and the evaluation, where one is
+    due) ends and a checkpoint is written; a second signal ends the run at once. Outside training
+    every signal does. `say` gets a sentence about the wait.
     """
 
     def __init__(self, say: Callable[[str], None] = lambda sentence: None) -> None:
@@ -48,7 +48,7 @@ class Stop(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._can_wait = False
-        self._grant()
+        self._end_if_requested()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.number is None:
@@ -58,13 +58,13 @@ class Stop(TrainerCallback):
             args.eval_strategy == IntervalStrategy.EPOCH
             and state.global_step % steps_per_epoch == 0
         ):
-            return  # the epoch's evaluation and checkpoint follow; one before would leave it out
+            return  # the epoch's evaluation follows, and its checkpoint holds it
         control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._grant()
+        self._end_if_requested()
 
-    def _grant(self) -> None:
+    def _end_if_requested(self) -> None:
         if self.number is not None:
             self._can_wait = False
             raise Interrupted(self.number)
@@ -108,25 +108,25 @@ def rank(score: float, loss: float) -> tuple[float, float]:
 
 
 def best_evaluation(history: Sequence[dict[str, Any]], metric: str) -> dict[str, Any] | None:
-    """The entry of the evaluation that is first by `rank`, the earliest of equals; None without one
-    that counts.
+    """The entry of the evaluation that is best by `rank`, the earliest of equals; None where no
+    evaluation counts.
     """
     counted = _counted(history, metric)
     return max(counted, key=lambda entry: _rank(entry, metric)) if counted else None
 
 
 def evaluations_without_gain(history: Sequence[dict[str, Any]], metric: str) -> int:
-    """How many evaluations lie behind the last one that was a gain: that was better by `rank` than
-    all before it, or, where the model gives all of dev the same answer, had a lower loss. A model
-    that still has to leave such an answer may have scored more by chance before.
+    """The number of evaluations since the last gain. A gain is an evaluation that is better by
+    `rank` than all before it, or, where the model gives all of dev the same answer, has a lower
+    loss: such a model is still learning, and an earlier one may have scored more by chance.
     """
     since = 0
     best, lowest = (-math.inf, -math.inf), math.inf
     for entry in _counted(history, metric):
-        found, loss = _rank(entry, metric), round(entry["eval_loss"], LOSS_DIGITS)
+        current, loss = _rank(entry, metric), round(entry["eval_loss"], LOSS_DIGITS)
         is_learning = is_constant(entry) and loss < lowest
-        since = 0 if found > best or is_learning else since + 1
-        best, lowest = max(best, found), min(lowest, loss)
+        since = 0 if current > best or is_learning else since + 1
+        best, lowest = max(best, current), min(lowest, loss)
     return since
 
 
@@ -140,5 +140,5 @@ def _rank(entry: dict[str, Any], metric: str) -> tuple[float, float]:
 
 
 def _counted(history: Sequence[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
-    """The evaluations, but for those at a sparsity that still rose."""
+    """The evaluations, without those at a sparsity that was still rising."""
     return [entry for entry in history if f"eval_{metric}" in entry and not entry.get(IS_PRUNING)]

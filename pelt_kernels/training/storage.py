@@ -1,5 +1,5 @@
-"""Writing so that a reader sees the old or the new state and nothing between, and saying early when
-one cannot.
+"""Writing files so that a reader sees the old or the new content and nothing between, and errors
+before the work where a folder cannot be written.
 """
 
 from __future__ import annotations
@@ -41,9 +41,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         _flush(partial)
         if path.is_dir():
-            shutil.rmtree(
-                path
-            )  # a folder cannot be replaced in one step; its content is already written anew
+            # A folder cannot be replaced in one step; its new content is already on the disk.
+            shutil.rmtree(path)
         os.replace(partial, path)
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
@@ -56,7 +55,7 @@ def claimed(folder: Path) -> Iterator[None]:
     """Holds a folder, which is there, for one writer until the block or the process ends, however
     that comes about. Readers are not kept out.
 
-    Raises RunError at once where another holds it, or where its disk knows no locks.
+    Raises RunError at once where another holds it, or where its file system has no locks.
     """
     lock = FileLock(folder / LOCK_FILE, timeout=0)
     try:

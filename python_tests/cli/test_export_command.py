@@ -162,7 +162,7 @@ def test_a_write_that_fails_leaves_nothing(
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pelt_kernels.training.exporting.write_json", fail)
+    monkeypatch.setattr("pelt_kernels.training.adapter_export.write_json", fail)
     arguments = ["--adapter", adapter_of("lora"), "--output", tmp_path / "out"]
     assert "No space left on device" in run("export", *arguments).refused(1)
     assert list(tmp_path.iterdir()) == []

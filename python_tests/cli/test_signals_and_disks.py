@@ -15,7 +15,7 @@ import pytest
 from command import Run, options, start
 from safetensors.torch import load_file
 
-from pelt_kernels.training.trainer import FILES, checkpoints
+from pelt_kernels.training.run_trainer import FILES, checkpoints
 
 
 def long_options(model: Path, files: tuple[Path, Path]) -> list[object]:
@@ -104,7 +104,7 @@ def test_a_signal_in_the_middle_of_a_command_is_one_line(
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     arguments = ["export", "--adapter", trained / "adapter", "--format", "adapter", "--output"]
     monkeypatch.setattr(
-        "pelt_kernels.training.exporting.write_json", lambda *_: os.kill(os.getpid(), number)
+        "pelt_kernels.training.adapter_export.write_json", lambda *_: os.kill(os.getpid(), number)
     )
     refused = run(*arguments, tmp_path / "out").refused(128 + number)
     assert refused == f"pelt-kernels: stopped by {number.name}"

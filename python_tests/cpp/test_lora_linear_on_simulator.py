@@ -136,7 +136,7 @@ def test_what_is_not_finite_stays_in_its_branch():
 
 
 def test_frozen_factors_cost_no_sums():
-    """Only x wants a gradient: no launch for the factors, and no workspace for their sums."""
+    """Only x needs a gradient: no launch for the factors, and no workspace for their sums."""
     x = torch.randn(2, 40, 64).bfloat16().requires_grad_()
     a, b, w = (torch.randn(n).bfloat16() for n in ((8, 64), (64, 8), (64, 64)))
 

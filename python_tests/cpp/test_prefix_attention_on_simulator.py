@@ -1,5 +1,5 @@
 """prefix_attention's CUDA kernels where the contract's cases do not lead: several tiles of queries
-and columns, prefixes that start anywhere between dropout's words, tables whose members nobody uses.
+and columns, prefixes that start anywhere between dropout's words, tables with members that are not used.
 
 Closeness is `parity.check`'s, as in the parity test; what is asked for in several ways must give the
 same bits.

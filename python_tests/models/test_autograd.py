@@ -128,7 +128,7 @@ def test_a_trace_is_the_model(method, make_model, make_batch):
 
 def test_meta_learning_through_lora_is_that_through_dense_weights(make_model, make_batch):
     """A step of gradient descent on A and B, differentiated through, against the base model with
-    W + alpha / R · B A in the place of W.
+    W + alpha / R · B A instead of W.
     """
     model, weights = make_model(LoraConfig(r=4, alpha=8.0))
     weights = {name: weight for name, weight in weights.items() if "lora_" in name}

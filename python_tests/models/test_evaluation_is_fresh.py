@@ -1,4 +1,4 @@
-"""Evaluation computes with the parameters as they are, whoever wrote them and however."""
+"""Evaluation computes with the parameters as they are, however they were written."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ def test_csr_is_smaller_and_gives_the_same_model(make_base, make_batch, randomis
 
 
 def two_of_four(plain, names):
-    """Lets two of four neighbours stay, other ones in each group, one or none in some."""
+    """Two of four neighbours stay, different ones in each group; in some groups one or none."""
     generator = torch.Generator().manual_seed(3)
     for name in names:
         groups = plain.get_parameter(f"{name}.weight").data.view(-1, 4)

@@ -265,7 +265,7 @@ def test_adamixs_callback_spares_the_experts_that_were_not_drawn(tmp_path, monke
         trainer.train()
         stayed = {k for k in range(6) if torch.equal(bank.w_down[k], before[k])}
         assert stayed == (set(range(6)) - drawn[bank] if is_spared else set())
-        # An optimizer that is stepped after the training is nobody's concern any more.
+        # An optimizer that is stepped after the training changes nothing any more.
         optimizer = trainer.optimizer.optimizer
         assert not optimizer._optimizer_step_pre_hooks
 

@@ -210,7 +210,7 @@ def test_a_target_is_a_constant_at_every_order():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_learned_factor_has_its_gradient(dtype):
-    """A tensor in the place of a number: the same value as the number's, and a gradient."""
+    """A tensor instead of a number: the same value, and a gradient."""
     x, w, a, b = (torch.randn(s).to(dtype) for s in ((2, 5, 16), (12, 16), (4, 16), (12, 4)))
     q, p = torch.randn(2, 2, 5, 8).to(dtype), torch.randn(3, 2, 8).to(dtype)
     factors = [0.1 * torch.randn(s).to(dtype) for s in ((12, 2), (2, 16), (12, 3), (3, 16))]

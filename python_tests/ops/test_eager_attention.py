@@ -168,7 +168,7 @@ def test_any_scale(scale, kind):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_bias_without_a_gradient_is_a_mask_of_flash_attention(dtype):
-    """Where it wants one the composed form makes all gradients, from the same log-sum-exp: the
+    """Where one is needed, the composed form makes all gradients, from the same log-sum-exp: the
     parity test's cases. It is the baseline here.
     """
     q, k, v, prefixes = inputs()

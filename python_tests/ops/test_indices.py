@@ -89,7 +89,7 @@ def test_a_compiled_call_checks_the_index_of_each_run(call, backend, value, need
 
 
 def by_hand(operator, case_id, backend):
-    """The arguments of an operator's forward and backward as torch knows them."""
+    """The arguments of an operator's forward and backward as torch lists them."""
     case, contract = case_of(operator, case_id), contract_of(operator).CONTRACT
     values = inputs_of(operator, case, "float32")
     attributes = make_attributes(contract, case)

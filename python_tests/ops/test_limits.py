@@ -271,7 +271,7 @@ SHOWN = [
     Shown("prefix_attention", _case("prefix_attention", "prefix"), "v", (1, 3, 2, 5), NAN),
     Shown("lora_linear", _case("lora_linear", "lora"), "x", (1, 3, 5), NAN),
     Shown("lora_linear", _case("lora_linear", "lora"), "x", (1, 3, 5), INF),
-    # Outputs alone: of a score that is not finite the reference knows no gradient.
+    # Outputs alone: the reference has no gradient of a score that is not finite.
     *(
         Shown("masked_weight", _case("masked_weight", case, is_inference=True), name, place, value)
         for case, name, place, value in (

@@ -69,7 +69,7 @@ def test_known_answers_of_the_compiled_module(counter, key, expected, isa):
 
 
 def test_known_answer_of_torch():
-    """The torch path knows counters whose upper half is 0, as the contract's are."""
+    """The torch path takes counters whose upper half is 0, as the contract's are."""
     zero = torch.zeros(1, dtype=torch.int64)
     assert [int(word) for word in philox.philox4x32(zero, zero, 0)] == _words(KNOWN[0][2])
 

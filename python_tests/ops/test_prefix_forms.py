@@ -53,11 +53,11 @@ def tensors(device, *, s=33, heads=2, head_size=32):
 
 
 def test_flash_attention_is_left_out_where_only_prefixes_learn(backend, monkeypatch):
-    """The usual step of prefix tuning in the first layer: nobody asks for dq, dk and dv."""
+    """The usual step of prefix tuning in the first layer: dq, dk and dv are not needed."""
     q, k, v, prefix = tensors(device_of(backend))
     whole = prefix_attention(q, k, v, [prefix], backend=f"{backend}:composed")
     wanted = torch.autograd.grad(whole.sum(), (prefix.k, prefix.v))
-    monkeypatch.setattr(_flash, "backward", lambda *_: pytest.fail("nobody asked"))
+    monkeypatch.setattr(_flash, "backward", lambda *_: pytest.fail("not needed"))
     frozen = [t.detach() for t in (q, k, v)]
     out = prefix_attention(*frozen, [prefix], backend=f"{backend}:composed")
     assert torch.equal(out, whole)

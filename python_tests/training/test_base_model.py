@@ -165,7 +165,7 @@ def test_code_in_a_model_folder_is_neither_asked_about_nor_run(
         raise AssertionError(f"asked: {prompt}")
 
     monkeypatch.setattr("builtins.input", answer)
-    with pytest.raises(UsageError, match="made to run Python code of its own"):
+    with pytest.raises(UsageError, match="asks for Python code of its own"):
         load(str(folder))
     assert not marker.exists()
 

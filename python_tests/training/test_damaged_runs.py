@@ -15,9 +15,9 @@ from tiny_encoder import damage_json
 
 from pelt_kernels.training import Interrupted, RunError, TrainConfig, UsageError, Watchers, train
 from pelt_kernels.training.config import load_config, save_config
+from pelt_kernels.training.experiment_run import RESULT, rate_name
 from pelt_kernels.training.predictor import Card
-from pelt_kernels.training.run import RESULT, rate_name
-from pelt_kernels.training.trainer import checkpoints
+from pelt_kernels.training.run_trainer import checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from pelt_kernels.training import (
     run,
     train,
 )
-from pelt_kernels.training.trainer import FILES, checkpoints
+from pelt_kernels.training.run_trainer import FILES, checkpoints
 
 STEPS_PER_EPOCH = 6  # 48 examples in batches of 8
 
@@ -165,7 +165,7 @@ def test_a_killed_process_leaves_its_last_checkpoint(
     config: TrainConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process ends while the checkpoint of the second epoch is being written."""
-    from pelt_kernels.training.trainer import PeltTrainer
+    from pelt_kernels.training.run_trainer import PeltTrainer
 
     save = PeltTrainer._save_rng_state
 
@@ -188,7 +188,7 @@ def test_early_stopping_before_the_break_is_early_stopping_after_it(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process ends between the checkpoint at which patience ran out and the run's end."""
-    from pelt_kernels.training.trainer import PeltTrainer
+    from pelt_kernels.training.run_trainer import PeltTrainer
 
     config = replace(config, epochs=12, patience=1, lr=(1e-6,))
     found = train(config, tmp_path / "whole")

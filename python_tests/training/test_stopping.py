@@ -20,13 +20,13 @@ from pelt_kernels.training.base_model import load_classifier, load_tokenizer
 from pelt_kernels.training.encode import Pad, encode
 from pelt_kernels.training.metrics import balanced_weights
 from pelt_kernels.training.recipes import RECIPES
+from pelt_kernels.training.run_trainer import PeltTrainer
 from pelt_kernels.training.stopping import (
     EarlyStopping,
     best_evaluation,
     evaluations_without_gain,
 )
 from pelt_kernels.training.tasks import Example
-from pelt_kernels.training.trainer import PeltTrainer
 
 
 def history_of(
@@ -196,7 +196,7 @@ def test_few_examples_are_gone_through_more_often(config: TrainConfig, tmp_path:
         epochs = recipe.epochs_for(examples, batch_size=16)
         steps = epochs * -(-examples // 16)
         assert epochs == recipe.epochs or steps >= recipe.steps > steps - -(-examples // 16)
-    found = train(replace(config, epochs=None, lr=(1e-9,)), tmp_path)  # ends for want of a gain
+    found = train(replace(config, epochs=None, lr=(1e-9,)), tmp_path)  # no gain
     assert found["seeds"][0]["steps"] == 10
     assert found["config"]["epochs"] == RECIPES["head"].epochs_for(80, batch_size=8)
 
@@ -245,7 +245,7 @@ def trainer_of(
 def test_class_weights_in_the_loss(
     tiny_model: Path, tmp_path: Path, method: str, is_training: bool
 ) -> None:
-    """``sum(w_i l_i) / sum(w_i)`` in the place of ``mean(l_i)``; a consistency loss stays."""
+    """``sum(w_i l_i) / sum(w_i)`` instead of ``mean(l_i)``; a consistency loss stays."""
     weights = [2.0, 2 / 3]
     trainer, batch = trainer_of(tiny_model, method, weights, tmp_path)
     trainer.model.train(is_training)

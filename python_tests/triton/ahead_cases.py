@@ -164,7 +164,7 @@ CASES = {
 
 
 def in_another_batch(case: Case) -> Case:
-    """The same call with other numbers of samples and rows, which must not compile anew."""
+    """The same call with other numbers of samples and rows, which must not compile again."""
     rows = {letter: 253 for letter in ("S", "N") if letter in case.sizes}
     return replace(case, sizes={**case.sizes, **rows, "B": 13})
 

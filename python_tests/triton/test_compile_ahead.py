@@ -38,7 +38,7 @@ LARGEST_SHARED = {"hip": 64 * 1024, "cuda": 163 * 1024}
 def compiled(
     target: str, operator: str, cases: tuple[str, ...], cache: Path
 ) -> list[dict[str, object]]:
-    """What compile_kernels.py tells of each kernel."""
+    """What compile_kernels.py reports of each kernel."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {
         "TRITON_CACHE_DIR": str(cache),

@@ -46,18 +46,18 @@ def load_task(
 
     The dev part is always held out of the training rows. The test part is `test_file`, or the data
     set's validation split, or another held-out part. Which rows are held out depends on nothing but
-    the rows; each class is in them by its share, and none is held out whole. `say` is told what a
-    person should know of the data in a sentence each.
+    the rows; each class is in them by its share, and none is held out whole. `say` gets a
+    sentence for each thing that a person should know of the data.
 
     Raises UsageError for what cannot be read, for a label of the test part that training never
     shows, for a class without a row for training, and for fewer than two labels; RunError where a
     data set cannot be loaded.
     """
     columns = columns or Columns()
-    for option, given in (("task", name), ("eval", test_file or "")):
-        if "://" in given:
+    for option, value in (("task", name), ("eval", test_file or "")):
+        if "://" in value:
             raise UsageError(
-                f"{option}: {given} is an address; download the file and give its name here, or "
+                f"{option}: {value} is an address; download the file and give its name here, or "
                 "give the name of a data set such as glue/sst2"
             )
     if name == docstring_match.NAME:
@@ -119,8 +119,8 @@ def _assemble(
     for label in labels:
         if label not in trained:
             raise UsageError(
-                f"{title}: no row of class '{label}' is left for training; "
-                f"its texts stand in the test part too ({test_source})"
+                f"{title}: no row of class '{label}' is left for training; its texts stand in the "
+                f"test part too ({test_source})"
             )
     if not dev or not test:
         raise UsageError(
@@ -132,7 +132,7 @@ def _assemble(
 
 
 def _say_absent(task: Task, say: Callable[[str], None]) -> None:
-    """Says which classes no figure speaks of, having too few rows to be in a part."""
+    """Names the classes with too few rows to be in a part: its scores do not count them."""
     for part, examples in (("dev", task.dev), ("test", task.test)):
         present = {example.label for example in examples}
         absent = [label for label in task.labels if label not in present]

@@ -49,8 +49,8 @@ def load(root: Path | None = None) -> Task:
     docstrings = sorted(groups)
     if len(docstrings) < 10:
         raise RunError(
-            f"{NAME}: expected the source of the standard library in {root}, "
-            f"got {len(docstrings)} docstrings"
+            f"{NAME}: expected the source of the standard library in {root}, got {len(docstrings)} "
+            "docstrings"
         )
     random.Random(f"{NAME} split").shuffle(docstrings)
     test = min(LARGEST_TEST, len(docstrings) // 5)

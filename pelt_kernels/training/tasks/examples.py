@@ -128,7 +128,7 @@ def classes_of(examples: Sequence[Example], where: str) -> tuple[str, ...]:
 def labelled(
     examples: Sequence[Example], labels: Sequence[str], where: str, say: Callable[[str], None]
 ) -> list[Example]:
-    """The examples that have a label; says how many have none. Raises UsageError at a label that
+    """The examples that have a label; reports how many have none. Raises UsageError at a label that
     is not among `labels`, and where no example is left.
     """
     known = [example for example in with_known_labels(examples, labels) if example.label]
@@ -169,7 +169,7 @@ def hold_out(
     Chosen by the rows and `salt` alone. No text stands on both sides, and no class is held out
     whole: the last text of a class stays in the rest.
     """
-    wanted = _shares(Counter(example.label for example in examples), count)
+    shares_left = _shares(Counter(example.label for example in examples), count)
     labels_of: dict[tuple[str, str | None], set[str | None]] = defaultdict(set)
     for example in examples:
         labels_of[example.content].add(example.label)
@@ -180,7 +180,7 @@ def hold_out(
     contents: set[tuple[str, str | None]] = set()
     for index in order:
         example = examples[index]
-        if not wanted[example.label]:
+        if not shares_left[example.label]:
             continue
         if example.content not in contents:
             labels = labels_of[example.content]
@@ -188,7 +188,7 @@ def hold_out(
                 continue
             texts_left.subtract(labels)
             contents.add(example.content)
-        wanted[example.label] -= 1
+        shares_left[example.label] -= 1
         held.append(index)
     kept = [example for example in examples if example.content not in contents]
     return [examples[index] for index in sorted(held)], kept

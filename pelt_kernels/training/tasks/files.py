@@ -73,14 +73,14 @@ def iterate_examples(
         raise UsageError(
             f"{path}: expected a name ending in {', '.join(SUFFIXES)}, got '{path.suffix}'"
         )
-    found: dict[str, None] = {}  # names of columns, in the order in which they appear
+    names: dict[str, None] = {}  # of columns, in the order in which they appear
     resolved = None
     try:
         for number, row in read(path, columns.has_header):
             origin = f"line {number} of {path}"
-            if resolved is None or not row.keys() <= found.keys():
-                found |= dict.fromkeys(row)
-                now = resolve_columns(str(path), list(found), columns, needs_label=needs_label)
+            if resolved is None or not row.keys() <= names.keys():
+                names |= dict.fromkeys(row)
+                now = resolve_columns(str(path), list(names), columns, needs_label=needs_label)
                 if resolved and (now.text, now.pair) != (resolved.text, resolved.pair):
                     raise UsageError(
                         f"{origin}: expected the columns of the rows before, got a further one for "
@@ -128,7 +128,7 @@ def example_from_row(
 
 def readable(examples: Iterable[Example], say: Callable[[str], None]) -> Iterator[Example]:
     """The examples with U+FFFD for what is no character: half of a pair of surrogates in JSON, a
-    byte of an argument that is not UTF-8. Says where the first one is.
+    byte of an argument that is not UTF-8. Reports where the first one is.
     """
     is_said = False
     for example in examples:
@@ -165,35 +165,39 @@ def _label(row: dict[str, Any], name: str, origin: str) -> str:
     return label
 
 
-def resolve_columns(where: str, found: list[str], asked: Columns, *, needs_label: bool) -> Columns:
-    """The columns to read among those found: the ones asked for, else the defaults. Raises
+def resolve_columns(
+    where: str, present: list[str], chosen: Columns, *, needs_label: bool
+) -> Columns:
+    """The columns to read among those present: the chosen ones, else the defaults. Raises
     UsageError.
     """
-    for name in (asked.text, asked.pair, asked.label):
-        if name is not None and name not in found:
+    for name in (chosen.text, chosen.pair, chosen.label):
+        if name is not None and name not in present:
             raise UsageError(
-                f"{where}: there is no column '{name}'; its columns are {', '.join(found)}"
+                f"{where}: there is no column '{name}'; its columns are {', '.join(present)}"
             )
-    text, pair = asked.text, asked.pair
+    text, pair = chosen.text, chosen.pair
     if text is None:
         pairs = (
-            names for names in TEXT_COLUMNS if all(name is None or name in found for name in names)
+            names
+            for names in TEXT_COLUMNS
+            if all(name is None or name in present for name in names)
         )
         text, default_pair = next(pairs, (None, None))
         if text is None:
             known = ", ".join(dict.fromkeys(name for name, _ in TEXT_COLUMNS))
             raise UsageError(
-                f"{where}: no text column ({known}) among {', '.join(found)}; "
-                "name it with --text-column"
+                f"{where}: no text column ({known}) among {', '.join(present)}; name it with "
+                "--text-column"
             )
         pair = pair or default_pair
-    label = asked.label or next((name for name in LABEL_COLUMNS if name in found), None)
+    label = chosen.label or next((name for name in LABEL_COLUMNS if name in present), None)
     if label is None and needs_label:
         raise UsageError(
-            f"{where}: there is no column 'label' among {', '.join(found)}; "
-            "name it with --label-column"
+            f"{where}: there is no column 'label' among {', '.join(present)}; name it with "
+            "--label-column"
         )
-    return replace(asked, text=text, pair=pair, label=label)
+    return replace(chosen, text=text, pair=pair, label=label)
 
 
 def _read_csv(path: Path, has_header: bool) -> Iterator[tuple[int, dict[str, Any]]]:

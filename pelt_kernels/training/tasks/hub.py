@@ -1,5 +1,5 @@
-"""Tasks by the name of a data set for the package `datasets`, such as ``glue/sst2``; that package
-and a network needed.
+"""Tasks by the name of a data set, such as ``glue/sst2``, from the package `datasets`; they need
+that package and a network.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def read_splits(name: str, columns: Columns) -> dict[str, list[Example]]:
             "data set, install the package datasets (pip install datasets)"
         ) from error
     path, subset = split_name(name)
-    # Packages before datasets 4 run a script of the data set's where nothing forbids it.
+    # Versions before datasets 4 run a data set's script unless it is forbidden.
     runs_scripts = "trust_remote_code" in inspect.signature(datasets.load_dataset).parameters
     try:
         loaded = datasets.load_dataset(

@@ -1,4 +1,5 @@
-"""transformers.Trainer with checkpoints of the trained part only, gate telemetry and a clock."""
+"""The training loop of a run: transformers.Trainer with checkpoints of the trained parameters only,
+gate telemetry and a clock."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ FILES = (
     "rng_state.pth",
     STATE_FILE,
 )
-# What reading a cut or foreign file raises, from json, safetensors, torch and zip.
+# What json, safetensors, torch and zip raise for a truncated or foreign file.
 _UNREADABLE = (
     ValueError,
     OSError,
@@ -48,14 +49,14 @@ _UNREADABLE = (
 )
 
 
-# What an entry of a run's history holds; everything else in it is a number.
+# Types in an entry of a run's history; every other value is a number.
 _ENTRY: dict[str, Any] = {
     "step": int,
     "gates": dict[str, float],
     IS_PRUNING: bool,
     "seconds_per_step": float | None,
 }
-# What that of an evaluation holds at least.
+# The keys of every evaluation.
 _EVALUATION = tuple(f"eval_{name}" for name in (*NAMES, "loss", CLASSES_ANSWERED))
 GATE = re.compile("[0-9]{1,6}[.].+")
 _STATE: dict[str, Any] = {
@@ -76,12 +77,12 @@ class StepClock(TrainerCallback):
         self._restart()
 
     def _restart(self) -> None:
-        self.begun: float | None = None
+        self.start: float | None = None
         self.steps = 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.begun is None:
-            self.begun = time.perf_counter()
+        if self.start is None:
+            self.start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.steps += 1
@@ -94,13 +95,13 @@ class StepClock(TrainerCallback):
 
     def lap(self) -> float | None:
         """Seconds per step since the last lap; None where no step was timed."""
-        begun, steps = self.begun, self.steps
+        start, steps = self.start, self.steps
         self._restart()
-        return (time.perf_counter() - begun) / steps if begun is not None and steps else None
+        return (time.perf_counter() - start) / steps if start is not None and steps else None
 
 
 class PeltTrainer(Trainer):
-    """Trains a `PeltModel`; the history it keeps is what the plots and the figures are made of.
+    """Trains a `PeltModel`; plots and `metrics.json` are made from its history.
 
     Each log entry of a training step also holds ``gates`` (the mean over the last batch, by
     ``<layer>.<kind>``) and ``seconds_per_step``. A checkpoint appears whole or not at all; the best
@@ -138,7 +139,7 @@ class PeltTrainer(Trainer):
 
     @property
     def metric(self) -> str:
-        """What decides which evaluation is the best: one of `metrics.NAMES`."""
+        """The score that orders evaluations: one of `metrics.NAMES`."""
         return str(self.args.metric_for_best_model)
 
     @property
@@ -168,9 +169,9 @@ class PeltTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The model's own loss. With class weights its cross-entropy ``mean(l_i)`` gives way to
-        ``sum(w_i l_i) / sum(w_i)``, w_i the weight of the example's class; what else the model adds
-        to its loss (AdaMix's consistency) stays.
+        """The model's own loss. With class weights ``sum(w_i l_i) / sum(w_i)``, w_i the weight of
+        the example's class, replaces its cross-entropy ``mean(l_i)``; other terms of the model's
+        loss (AdaMix's consistency) stay.
         """
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self._class_weights is not None:
@@ -190,8 +191,8 @@ class PeltTrainer(Trainer):
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
                 raise RunError(
-                    f"the loss is {logs['loss']} at step {self.state.global_step}; "
-                    "a smaller --lr may help"
+                    f"the loss is {logs['loss']} at step {self.state.global_step}; a smaller --lr "
+                    "may help"
                 )
             logs = logs | {"gates": self._mean_gates(), "seconds_per_step": self._clock.lap()}
         if f"eval_{self.metric}" in logs and self._is_pruning():
@@ -223,8 +224,8 @@ class PeltTrainer(Trainer):
         # not finite are a ValueError.
         except (RuntimeError, ValueError) as error:
             raise RunError(
-                f"checkpoint {checkpoint} cannot be written ({reason(error)}); "
-                "earlier checkpoints are intact"
+                f"checkpoint {checkpoint} cannot be written ({reason(error)}); earlier checkpoints "
+                "are intact"
             ) from error
         best = f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
         for old in checkpoints(self.folder):
@@ -253,8 +254,8 @@ class PeltTrainer(Trainer):
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
-    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step_of(path)]
-    return sorted(found, key=_step_of)
+    folders = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if _step_of(path)]
+    return sorted(folders, key=_step_of)
 
 
 def _step_of(checkpoint: Path) -> int:
@@ -300,6 +301,6 @@ def _reading(checkpoint: Path) -> Iterator[None]:
 
 def _damaged(checkpoint: Path, error: Exception) -> RunError:
     return RunError(
-        f"checkpoint {checkpoint} cannot be read ({reason(error)}); "
-        "remove that folder to go on from an earlier one or from the start"
+        f"checkpoint {checkpoint} cannot be read ({reason(error)}); remove that folder to go on "
+        "from an earlier one or from the start"
     )

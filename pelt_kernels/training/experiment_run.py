@@ -1,4 +1,4 @@
-"""One trained model: one learning rate, one seed, one folder."""
+"""One run of an experiment: one learning rate, one seed, one folder, one trained model."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from .metrics import NAMES, balanced_weights, score_logits
 from .predictor import Card
 from .records import read_record
 from .report import backends_used, peak_memory, seconds_per_step
+from .run_trainer import PeltTrainer, check_history, checkpoints, read_state
 from .stopping import (
     EarlyStopping,
     Stop,
@@ -32,10 +33,9 @@ from .stopping import (
 )
 from .storage import clear_partial, replacing, require_writable, write_json
 from .tasks import Task
-from .trainer import PeltTrainer, check_history, checkpoints, read_state
 
 RESULT_FILE = "result.json"
-# What it holds at least.
+# The keys that it must hold, with their types.
 RESULT: dict[str, Any] = {
     "seed": int,
     "learning_rate": float,
@@ -59,7 +59,7 @@ LEAST_STEPS_BETWEEN_EVALUATIONS = 25
 
 @dataclass
 class Watchers:
-    """Who is told about a run: a person, by sentences and progress, and the means to stop it."""
+    """Where a run sends sentences and progress, and the means to stop it."""
 
     say: Callable[[str], None] = lambda sentence: None
     progress: Callable[[str], Sequence[TrainerCallback]] = lambda title: ()
@@ -67,7 +67,7 @@ class Watchers:
     _said: set[str] = field(default_factory=set)
 
     def say_once(self, topic: str, sentence: str) -> None:
-        """Says a sentence unless one on the topic was said."""
+        """Says a sentence, the first time for each topic only."""
         if topic not in self._said:
             self._said.add(topic)
             self.say(sentence)
@@ -94,7 +94,7 @@ class Run:
 
     @property
     def max_length(self) -> int:
-        assert self.config.max_length is not None  # the experiment has set it
+        assert self.config.max_length is not None  # set by the experiment
         return self.config.max_length
 
     @property
@@ -102,14 +102,14 @@ class Run:
         return self.folder / "adapter"
 
     def result(self, watchers: Watchers) -> dict[str, Any]:
-        """The finished run: read if it is finished, continued if it was begun, else trained."""
+        """What the run reached: read if it is finished, else trained."""
         path = self.folder / RESULT_FILE
         if path.is_file():
             return self._read_result(path)
-        result = self._train(watchers)
+        result = self._trained(watchers)
         write_json(path, result)
         for checkpoint in checkpoints(self.folder):
-            shutil.rmtree(checkpoint)  # the adapter is saved: they have done their service
+            shutil.rmtree(checkpoint)  # no longer needed: the adapter is saved
         return result
 
     def _read_result(self, path: Path) -> dict[str, Any]:
@@ -122,15 +122,15 @@ class Run:
         except RunError as error:
             raise RunError(f"{error}; remove {self.folder} to train again") from error
 
-    def _train(self, watchers: Watchers) -> dict[str, Any]:
+    def _trained(self, watchers: Watchers) -> dict[str, Any]:
         forget_choices()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         set_seed(self.seed)
         model = self._model()
         trainable, total = model.get_nb_trainable_parameters()
-        # Weights and two Adam moments in float32, for two checkpoints, one more being written, and
-        # the adapter.
+        # In float32: weights and two Adam moments for two checkpoints and for a third while it is
+        # written, and the weights of the adapter.
         require_writable(self.folder, needed_bytes=trainable * 4 * (3 * 3 + 1) + 2**24)
         clear_partial(self.folder)
         examples = self.task.draw_train(self.config.train_examples, self.seed)
@@ -142,7 +142,7 @@ class Run:
         try:
             self._fit(trainer, watchers)
         except Interrupted as stopped:
-            raise Interrupted(stopped.number, self._kept(stopped)) from stopped
+            raise Interrupted(stopped.number, self._how_to_continue(stopped)) from stopped
         trainer.load_best()
         with replacing(self.adapter) as partial:
             partial.mkdir()
@@ -163,7 +163,7 @@ class Run:
             "train_examples": len(train),
             "backends": backends_used(),
             "peak_memory_bytes": peak_memory(),
-            "notes": [self._constant(len(dev))] if is_constant(best) else [],
+            "notes": [self._constant_answer(len(dev))] if is_constant(best) else [],
             "history": history,
         }
 
@@ -241,27 +241,27 @@ class Run:
         return arguments
 
     def _fit(self, trainer: PeltTrainer, watchers: Watchers) -> None:
-        begun = checkpoints(self.folder)
-        if not begun:
+        saved = checkpoints(self.folder)
+        if not saved:
             trainer.train()
             return
-        state = read_state(begun[-1])
-        watchers.say(f"{self.title}: going on from {begun[-1]}")
-        waited = evaluations_without_gain(state.log_history, self.config.metric)
-        is_stopped = waited >= self.config.patience
+        state = read_state(saved[-1])
+        watchers.say(f"{self.title}: going on from {saved[-1]}")
+        without_gain = evaluations_without_gain(state.log_history, self.config.metric)
+        is_stopped = without_gain >= self.config.patience
         if state.global_step >= state.max_steps or is_stopped:
             trainer.state = state
         else:
-            trainer.train(resume_from_checkpoint=str(begun[-1]))
+            trainer.train(resume_from_checkpoint=str(saved[-1]))
 
-    def _constant(self, examples: int) -> str:
-        asked = (self.config.metric, self.config.class_weights)
-        more = {"matthews": "--metric matthews", "balanced": "--class-weights balanced"}
-        ways = [way for value, way in more.items() if value not in asked]
+    def _constant_answer(self, examples: int) -> str:
+        in_use = (self.config.metric, self.config.class_weights)
+        remedies = {"matthews": "--metric matthews", "balanced": "--class-weights balanced"}
+        untried = [option for value, option in remedies.items() if value not in in_use]
         return (
             f"{self.title}: the model that is kept, the best on dev by {self.config.metric}, gives "
             f"all {examples} dev examples the same answer; "
-            f"{', '.join([*ways, 'more --epochs'])} or another --lr may help"
+            f"{', '.join([*untried, 'more --epochs'])} or another --lr may help"
         )
 
     def _note_truncated(self, watchers: Watchers, *parts: Encoded) -> None:
@@ -269,18 +269,18 @@ class Run:
         if cut:
             watchers.say_once(
                 "length",
-                f"{cut} of {sum(map(len, parts))} texts are longer than {self.max_length} "
-                "tokens and were cut (--max-length)",
+                f"{cut} of {sum(map(len, parts))} texts are longer than {self.max_length} tokens "
+                "and were cut (--max-length)",
             )
 
-    def _kept(self, stopped: Interrupted) -> str:
-        kept = checkpoints(self.folder)
-        if not kept:
+    def _how_to_continue(self, stopped: Interrupted) -> str:
+        saved = checkpoints(self.folder)
+        if not saved:
             return f"{stopped} before the first checkpoint"
-        return f"{stopped}; {kept[-1]} is kept, continue with --resume --output {self.output}"
+        return f"{stopped}; {saved[-1]} is kept, continue with --resume --output {self.output}"
 
 
 def rate_name(lr: float) -> str:
-    """A learning rate as people write it, and another name for every other rate."""
+    """A learning rate as people write it; different rates have different names."""
     short = f"{lr:g}"
     return short if float(short) == lr else repr(lr)
