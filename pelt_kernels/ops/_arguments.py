@@ -1,4 +1,5 @@
-"""The arguments of public functions that are no tensors: numbers, flags, names, groups of fields.
+"""The arguments of public functions, before they are a contract's: numbers, flags, names, groups of
+fields; factors that are learned, seeds, and what autocast casts.
 
 Each is given back as the contract's rows take it, or TypeError says what was expected; whether a
 value is allowed is told by its row. These run at every call: what is in order is seen first.
@@ -12,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from ._gate import accumulator
 
 Group = TypeVar("Group", bound=tuple)
 _INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -113,3 +116,81 @@ def indices_of_sides(
             " dimensions; leave it out or give one of them a leading dimension"
         )
     return index if down.ndim == 3 else None, index if up.ndim == 3 else None
+
+
+def fold(
+    operator: str, name: str, factor: float | Tensor, *operands: Tensor
+) -> tuple[float, tuple[Tensor, ...]]:
+    """The number for the kernel and what it multiplies: a kernel takes no factor that is learned,
+    so of a tensor [] it is 1 and the operands times it, rounded once to their dtype, and autograd
+    gives the tensor its gradient.
+
+    Raises ValueError for another tensor than one floating number on the operands' device, and
+    TypeError for what is neither tensor nor number.
+    """
+    if not isinstance(factor, Tensor):
+        return number(operator, name, factor), operands
+    dense(operator, name, factor)
+    if factor.ndim or not factor.is_floating_point():
+        raise ValueError(
+            f"{operator}: expected {name} as a number or a tensor [], got {list(factor.shape)} in"
+            f" {str(factor.dtype).removeprefix('torch.')}"
+        )
+    for operand in operands:
+        dense(operator, f"what {name} multiplies", operand)
+    devices = [operand.device for operand in operands if isinstance(operand, Tensor)]
+    if len(devices) < len(operands):
+        return 1.0, operands  # the operands' own rows tell
+    if factor.device not in (*devices, torch.device("cpu")):
+        raise ValueError(f"{operator}: expected {name} on {devices[0]}, got {factor.device}")
+    return 1.0, tuple(_times(operand, factor) for operand in operands)
+
+
+def default_scale(operator: str, q: Tensor) -> float:
+    """Attention's 1 / sqrt(E); 1 where there is no E, which the contract refuses."""
+    size = dense(operator, "q", q).shape[-1] if isinstance(q, Tensor) and q.ndim else 0
+    return size**-0.5 if size else 1.0
+
+
+def _times(operand: Tensor, factor: Tensor) -> Tensor:
+    acc = accumulator(operand.dtype)
+    return (operand.to(acc) * factor.to(acc)).to(operand.dtype)
+
+
+def cast_activation(x: Tensor) -> Tensor:
+    """x in autocast's dtype where autocast is on for its device, as `torch.nn.functional.linear`
+    casts it; float64 and everything else stay as they are. Parameters stay and are read as masters.
+    """
+    if not isinstance(x, Tensor):
+        return x
+    device = x.device.type
+    if (
+        device != "meta"
+        and torch.is_autocast_enabled(device)
+        and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    ):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def draw_seed(operator: str, dropout_p: float, seed: int | None) -> Any:
+    """A dropout's seed: the given one, or one from torch's default CPU generator, whose state
+    activation checkpointing restores.
+
+    Where each operation is recorded it stays a tensor, so that a traced function draws again at
+    each call, and `torch.vmap` for each sample if it is asked to (``randomness="different"``).
+    Nothing is drawn without dropout, so that a model in evaluation leaves the generator as it was.
+    """
+    if seed is not None:
+        return whole(operator, "seed", seed)
+    if not dropout_p:
+        return 0
+    drawn = torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
+    return drawn if is_recorded() else int(drawn)
+
+
+def is_recorded() -> bool:
+    """Is somebody to see each operation: a transform of `torch.func`, or `torch.jit.trace`?"""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()

@@ -33,15 +33,19 @@ import torch
 from torch import Tensor
 from torch._C import _functorch
 
-from ._checks import (
+from ._rows import (
+    Output,
     bind_shape,
     check_attributes,
     check_dtypes,
     check_not_zero,
     check_output,
     elements,
+    parse_attribute,
+    parse_input,
+    parse_output,
+    rows_of,
 )
-from ._rows import Output, parse_attribute, parse_input, parse_output, rows_of
 from ._values import Value, extremes, is_fake, is_given, own_copy, scan
 
 

@@ -25,13 +25,6 @@ from ._values import Value, flatten
 FlatName = tuple[str, int]  # an input's name, and the place in a list or -1
 
 
-def is_recorded() -> bool:
-    """Is somebody to see each operation: a transform of `torch.func`, or `torch.jit.trace`?"""
-    if torch._C._are_functorch_transforms_active():
-        return True
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()
-
-
 def reason(values: Sequence[Value]) -> str:
     """What has to see the operations of a call on these inputs; empty if a backend may serve it."""
     if torch._C._are_functorch_transforms_active():

@@ -18,7 +18,7 @@ from pelt_kernels.ops import (
     lora_linear,
     prefix_attention,
 )
-from pelt_kernels.ops._schema import pack
+from pelt_kernels.ops._register import pack
 
 # The others have no activations either that autocast would cast: a weight, and a loss in float32.
 WITH_DROPOUT = [operator for operator in OPERATORS if contract_of(operator).CONTRACT.has_seed]

@@ -11,7 +11,7 @@ from cases import case_of, make_attributes
 from parity import SEED, contract_of, inputs_of, operator_of, why_unavailable
 
 from pelt_kernels.ops import LoraBranch, Prefix, gated_adapter, lora_linear, prefix_attention
-from pelt_kernels.ops._schema import pack
+from pelt_kernels.ops._register import pack
 
 FAR = 10**9
 # A case with an index of each operator, and the index's name.

@@ -9,11 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._arguments import dense, flag, group, indices_of_sides, number, refuse
-from .._autocast import cast_activation
+from .._arguments import (
+    cast_activation,
+    dense,
+    draw_seed,
+    flag,
+    group,
+    indices_of_sides,
+    number,
+    refuse,
+)
 from .._gate import LearnedGate
 from .._register import Operator
-from .._seed import draw_seed
 from .contract import CONTRACT, NEVER_SKIP, reference
 
 _operator = Operator(CONTRACT, reference)

@@ -9,12 +9,20 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .._arguments import dense, flag, group, groups, indices_of_sides, number, whole
-from .._autocast import cast_activation
+from .._arguments import (
+    cast_activation,
+    dense,
+    draw_seed,
+    flag,
+    fold,
+    group,
+    groups,
+    indices_of_sides,
+    number,
+    whole,
+)
 from .._gate import LearnedGate
 from .._register import Operator
-from .._scale import fold
-from .._seed import draw_seed
 from .contract import CONTRACT, reference
 
 _operator = Operator(CONTRACT, reference)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._arguments import whole
+from .._arguments import fold, whole
 from .._register import Operator
-from .._scale import fold
 from .contract import CONTRACT, kept_entries, reference
 
 __all__ = ["kept_entries", "masked_weight"]

@@ -7,11 +7,17 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .._arguments import counts, flag, groups, number
-from .._autocast import cast_activation
+from .._arguments import (
+    cast_activation,
+    counts,
+    default_scale,
+    draw_seed,
+    flag,
+    fold,
+    groups,
+    number,
+)
 from .._register import Operator
-from .._scale import default_scale, fold
-from .._seed import draw_seed
 from .contract import CONTRACT, reference
 
 _operator = Operator(CONTRACT, reference)

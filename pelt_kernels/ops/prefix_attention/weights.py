@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._arguments import flag, groups
-from .._autocast import cast_activation
-from .._scale import default_scale, fold
+from .._arguments import cast_activation, default_scale, flag, fold, groups
 from . import Prefix, eager, prefix_lists
 from ._inputs import Inputs
 from .contract import CONTRACT
