@@ -50,6 +50,7 @@ lint: $(SETUP)-package $(SETUP)-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/python python_tests/lint_house.py
 	$(BIN)/mypy
 
 # Times every operator on this machine, into the file of its kind of processor, and puts the figures
