@@ -77,32 +77,33 @@ class Plan:
     Other tensors are made contiguous, and for CUDA kernels to start at a 16-byte border.
     """
 
-    def __init__(self, call: Chosen, reads_views: bool = False) -> None:
-        contract = call.contract
-        self.native = _native_plan(call, call.backend, call.form)
-        self.device = call.device
-        self.is_empty = 0 in call.tensors[0][0]  # no row: then no kernel runs
-        self._flat_names, self._has_lists = call.flat_names, contract.has_list_outputs
-        is_cpu = kernels_of(call.backend) == "cpu"
-        self._dense = _contiguous if is_cpu else _native.dense
-        views = {row.name for row in contract.input_rows if row.is_view} if reads_views else ()
-        self._views = sum(name in views for name, _ in call.flat_names)
-        self._rows = _rows_contiguous if is_cpu else _native.readable_rows
-        self._depends_on_threads = is_cpu
+    def __init__(self, chosen: Chosen, reads_views: bool = False) -> None:
+        contract, kernels = chosen.contract, kernels_of(chosen.backend)
+        self.native = _native_plan(chosen, chosen.backend, chosen.form)
+        self.device, self._is_on_gpu = chosen.device, chosen.device.type == "cuda"
+        self.is_empty = 0 in chosen.tensors[0][0]  # no row: then no kernel runs
+        self._flat_names = chosen.flat_names
+        # Of each input's tensor also how it is made readable for the kernels.
+        self._dense = Tensor.contiguous if kernels == "cpu" else _native.dense
+        rows = _rows_contiguous if kernels == "cpu" else _native.readable_rows
+        views = {row.name for row in contract.input_rows if row.is_view} if reads_views else set()
+        self._readers = [(n, i, rows if n in views else self._dense) for n, i in self._flat_names]
+        self._views = sum(name in views for name, _ in self._flat_names)
+        self._has_lists = contract.has_list_outputs
+        self._depends_on_threads = kernels == "cpu"
         self._bytes: dict[Any, int] = {}  # of workspaces
-        shapes = contract.output_shapes(call)
+        shapes = contract.output_shapes(chosen)
         self._lengths = tuple(
             len(shapes[row.name]) if row.is_list else -1 for row in contract.output_rows
         )
-        self._outputs = [
-            (shape, output_dtype(call, row))
-            for row in contract.output_rows
-            for shape in (shapes[row.name] if row.is_list else [shapes[row.name]])
-        ]
         flat = [
             (row, i)
             for row, length in zip(contract.output_rows, self._lengths)
             for i in (range(length) if length >= 0 else [-1])
+        ]
+        self._outputs = [
+            (shapes[row.name] if i < 0 else shapes[row.name][i], output_dtype(chosen, row))
+            for row, i in flat
         ]
         self._saved = [(row.name, i) if row.is_saved else None for row, i in flat]
         self._gradients = [
@@ -127,7 +128,8 @@ class Plan:
 
     def outputs(self) -> Sequence[Any]:
         """The outputs, to be filled; zeros where there are no rows."""
-        flat = [_native.empty(shape, dtype, self.device) for shape, dtype in self._outputs]
+        device = self.device
+        flat = [_native.empty(shape, dtype, device) for shape, dtype in self._outputs]
         if self.is_empty:
             for out in flat:
                 out.zero_()
@@ -144,62 +146,79 @@ class Plan:
 
     def run_forward(self, inputs: dict[str, Value], outputs: Sequence[Any]) -> None:
         """Fills the outputs."""
-        with_stream(self.device, self._run_forward, inputs, flatten(outputs))
+        flat = flatten(outputs) if self._has_lists else outputs
+        if self._is_on_gpu:
+            with _native.on(self.device) as stream:
+                self._run_forward(inputs, flat, stream)
+        else:
+            self._run_forward(inputs, flat, torch.get_num_threads())
 
     def run_backward(self, values: dict[str, Value], grads: dict[str, Value]) -> None:
         """Fills the gradients."""
-        with_stream(self.device, self._run_backward, values, grads)
+        if self._is_on_gpu:
+            with _native.on(self.device) as stream:
+                self._run_backward(values, grads, stream)
+        else:
+            self._run_backward(values, grads, torch.get_num_threads())
 
-    def _run_forward(self, run_on: int, inputs: dict[str, Value], outputs: list[Tensor]) -> None:
-        tensors, strides = self._readable(inputs)
+    # `run_on`: a GPU's stream, as an address, or on how many threads of a CPU.
+
+    def _run_forward(
+        self, inputs: dict[str, Value], outputs: Sequence[Tensor], run_on: int
+    ) -> None:
+        tensors = self._readable(inputs)
         workspace = self._workspace(False, (), run_on)
         self.native.forward(
-            _addresses(tensors), strides, _addresses(outputs), _native.pointer(workspace),
+            _addresses(tensors), self._strides(tensors), [out.data_ptr() for out in outputs],
+            0 if workspace is None else workspace.data_ptr(),
             inputs.get("seed", 0) & _SIXTY_FOUR_BITS, run_on,
         )  # fmt: skip
 
-    def _run_backward(self, run_on: int, values: dict[str, Value], grads: dict[str, Value]) -> None:
-        tensors, strides = self._readable(values)
-        saved = [self._dense(_element(values, place)) for place in self._saved]
-        dys = [self._dense(_element(values, place)) for place in self._gradients]
-        to = _addresses([_element(grads, name) for name in self._flat_names])
-        workspace = self._workspace(True, tuple(address != 0 for address in to), run_on)
+    def _run_backward(self, values: dict[str, Value], grads: dict[str, Value], run_on: int) -> None:
+        tensors = self._readable(values)
+        saved = [self._dense_element(values, place) for place in self._saved]
+        dys = [self._dense_element(values, place) for place in self._gradients]
+        to = [
+            0 if name not in grads else _native.pointer(grads[name] if i < 0 else grads[name][i])
+            for name, i in self._flat_names
+        ]
+        workspace = self._workspace(True, tuple([address != 0 for address in to]), run_on)
         self.native.backward(
-            _addresses(tensors), strides, _addresses(saved), _addresses(dys), to,
-            _native.pointer(workspace), values.get("seed", 0) & _SIXTY_FOUR_BITS, run_on,
+            _addresses(tensors), self._strides(tensors), _addresses(saved), _addresses(dys), to,
+            0 if workspace is None else workspace.data_ptr(),
+            values.get("seed", 0) & _SIXTY_FOUR_BITS, run_on,
         )  # fmt: skip
 
-    def _readable(
-        self, values: dict[str, Value]
-    ) -> tuple[list[Tensor | None], list[tuple[int, ...]] | None]:
-        """The inputs that are there as kernels read them, copied where they are not so, and the
-        strides of the views, which stand first.
-        """
-        views, dense = self._views, self._dense
-        tensors = [values[name] if i < 0 else values[name][i] for name, i in self._flat_names]
-        if not views:
-            return [dense(tensor) for tensor in tensors], None
-        rows = [self._rows(tensor) for tensor in tensors[:views]]
-        strides = [tensor.stride()[:-1] for tensor in rows]
-        return [*rows, *(dense(tensor) for tensor in tensors[views:])], strides
+    def _readable(self, values: dict[str, Value]) -> list[Tensor | None]:
+        """The inputs that are there as kernels read them, copied where they are not so."""
+        return [
+            None
+            if (value := values[name]) is None or (i >= 0 and (value := value[i]) is None)
+            else read(value)
+            for name, i, read in self._readers
+        ]
+
+    def _strides(self, tensors: list[Any]) -> list[tuple[int, ...]] | None:
+        """Those of the views, which stand first."""
+        return [tensor.stride() for tensor in tensors[: self._views]] if self._views else None
+
+    def _dense_element(
+        self, values: dict[str, Value], place: tuple[str, int] | None
+    ) -> Tensor | None:
+        """A tensor by its name and its place in a list, or -1; None where it is not there."""
+        if place is None:
+            return None
+        value = values.get(place[0])
+        if value is not None and place[1] >= 0:
+            value = value[place[1]]
+        return None if value is None else self._dense(value)
 
     def _workspace(self, is_backward: bool, wanted: tuple[bool, ...], run_on: int) -> Tensor | None:
         key = (is_backward, wanted, run_on if self._depends_on_threads else 0)
         size = self._bytes.get(key)
         if size is None:
             size = self._bytes[key] = self.native.workspace_bytes(is_backward, wanted, run_on)
-        return _native.workspace(size, self.device)
-
-
-def with_stream(device: torch.device, run: Any, *arguments: Any) -> None:
-    """``run(run_on, *arguments)``: on what kernels run is a GPU's current stream, as an address, or
-    a number of threads.
-    """
-    if device.type == "cuda":
-        with _native.on(device) as stream:
-            run(stream, *arguments)
-    else:
-        run(torch.get_num_threads(), *arguments)
+        return _native.workspace(size, self.device) if size else None
 
 
 def _native_plan(call: Signature, backend: str, form: str) -> Any:
@@ -253,24 +272,12 @@ def _number(row: Attribute, value: Any) -> Any:
     return [words.index(word) for word in value] if row.is_list else words.index(value)
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
 def _rows_contiguous(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
-def _element(values: dict[str, Value], place: tuple[str, int] | None) -> Tensor | None:
-    """A tensor by its name and its place in a list, or -1; None where it is not there."""
-    if place is None:
-        return None
-    value = values.get(place[0])
-    return value if value is None or place[1] < 0 else value[place[1]]
 
 
 def _empty_like(value: Value) -> Value:

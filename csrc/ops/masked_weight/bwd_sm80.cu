@@ -39,20 +39,19 @@ struct Shared {
 template <class C>
 __device__ __forceinline__ void derive_scores(const BackwardParams& p, const Place& at, Shared& s) {
   using T = typename C::T;
-  const T* dy = p.in.doutput_as<T>(kY);
-  const bool* mask = p.in.output_as<bool>(kMask);
-  T* dw0 = p.in.grad_as<T>(kW0);
   TileValues w, ds = {};
   update_weight<T>(p.in, at, s.factors, w);
   // Without a store in between, behind which the compiler could not move the next load.
   for_elements(p.in, at, [&](int i, int j, int64_t index) {
-    const float g = to_float(dy[index]);
-    const float kept = mask[index] ? 1.0f : 0.0f;
+    const float g = to_float(p.in.doutput_as<T>(kY)[index]);
+    const float kept = p.in.output_as<bool>(kMask)[index] ? 1.0f : 0.0f;
     ds[i][j] = g * w[i][j];
     w[i][j] = g * (kept + fabsf(w[i][j]));
   });
-  if (dw0 != nullptr) {
-    for_elements(p.in, at, [&](int i, int j, int64_t index) { dw0[index] = round_to<T>(w[i][j]); });
+  if (p.in.grad[kW0] != nullptr) {
+    for_elements(p.in, at, [&](int i, int j, int64_t index) {
+      p.in.grad_as<T>(kW0)[index] = round_to<T>(w[i][j]);
+    });
   }
   for (int i = 0; i < kRowsEach; ++i) {
     for (int j = 0; j < kColumnsEach; ++j) {
@@ -127,7 +126,7 @@ __device__ __forceinline__ void project(const Call& in, const Factors& f, const 
 }
 
 template <class C>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads)
     masked_weight_bwd_sm80(const __grid_constant__ BackwardParams p) {
   using T = typename C::T;
   auto& s = shared_memory_as<Shared>();
