@@ -277,3 +277,25 @@ def check(
         dtype = PRECISIONS[precision][0]
         assert_close(value, baseline[name], truth[name], dtype, name, others(name))
     return found
+
+
+def check_in_every_order(
+    operator: str,
+    backend: str,
+    case: Case,
+    precision: str,
+    draw: Callable[[int], Sequence[Any]] | None = None,
+    second: str = "",
+    seeds: Sequence[int] = (1, 2),
+) -> None:
+    """`check` on the simulator under the first order of threads, and the same bits under the others."""
+    simulator = native.library("_C_sim")
+    simulator.set_seed(seeds[0])
+    first = check(operator, backend, case, precision, draw, second)
+    values = None if draw is None else draw(0)
+    for seed in seeds[1:]:
+        simulator.set_seed(seed)
+        for name, value in run(operator, backend, case, precision, values).items():
+            assert torch.equal(value, first[name]), (
+                f"{name}: depends on the order of threads (seed {seed})"
+            )

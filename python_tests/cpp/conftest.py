@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from parity import run
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -17,6 +19,23 @@ SANITIZED = (
     "-fno-omit-frame-pointer",
 )
 Runner = Callable[..., list[str]]
+
+
+@pytest.fixture
+def same_bits(threads):
+    """same_bits(operator, backend, case, precision, counts): results are the same bits on each of these
+    numbers of threads as on one, but for those in ``but``.
+    """
+
+    def same_bits(operator, backend, case, precision, counts, but=()):
+        threads(1)
+        alone = run(operator, backend, case, precision)
+        for count in counts:
+            threads(count)
+            for name, value in run(operator, backend, case, precision).items():
+                assert name in but or torch.equal(value, alone[name]), f"{name}, {count} threads"
+
+    return same_bits
 
 
 def _build(folder: Path, flags: tuple[str, ...]) -> Path:

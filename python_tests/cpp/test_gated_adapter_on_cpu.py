@@ -125,14 +125,9 @@ def test_activations_where_their_formulas_change(value, activation, precision, i
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", LARGE)
-def test_bits_depend_neither_on_threads_nor_on_the_run(name, precision, isa, threads, served):
+def test_bits_depend_neither_on_threads_nor_on_the_run(name, precision, isa, served, same_bits):
     backend = served(OPERATOR, isa, LARGE[name], precision)
-    threads(1)
-    alone = run(OPERATOR, backend, LARGE[name], precision)
-    for count in (1, 2, 5):
-        threads(count)
-        for what, value in run(OPERATOR, backend, LARGE[name], precision).items():
-            assert torch.equal(value, alone[what]), f"{what} with {count} threads"
+    same_bits(OPERATOR, backend, LARGE[name], precision, (1, 2, 5))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -104,16 +104,13 @@ def test_several_chunks_agree_with_the_reference(name, precision, isa, threads, 
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_bits_depend_neither_on_threads_nor_on_the_run(name, isa, threads, served):
+def test_bits_depend_neither_on_threads_nor_on_the_run(name, isa, served, same_bits):
     """Of what the kernels compute: torch's product may take another order on more threads."""
-    backend = served(OPERATOR, isa, LARGE[name], "bfloat16-master")
-    threads(1)
-    alone = run(OPERATOR, backend, LARGE[name], "bfloat16-master")
-    for count in (1, 2, 5):
-        threads(count)
-        for what, value in run(OPERATOR, backend, LARGE[name], "bfloat16-master").items():
-            if what not in ("y", "dx", "dweight"):
-                assert torch.equal(value, alone[what]), f"{what} with {count} threads"
+    backend, of_torch = (
+        served(OPERATOR, isa, LARGE[name], "bfloat16-master"),
+        ("y", "dx", "dweight"),
+    )
+    same_bits(OPERATOR, backend, LARGE[name], "bfloat16-master", (1, 2, 5), but=of_torch)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

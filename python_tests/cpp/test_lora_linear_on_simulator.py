@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases.lora_linear import BANKS, GATE, GATES, branched
 from closeness import assert_close
-from parity import check, run
+from parity import check_in_every_order
 
 from pelt_kernels.ops import LoraBranch, lora_linear
 from pelt_kernels.ops import _native as native
@@ -107,11 +107,7 @@ FORMS = [
 def test_several_tiles_and_blocks(form, name, precision):
     """Against the reference, and the same bits under another order of threads."""
     case, backend = {**LARGE, **SINGLE}[name], f"cuda_sim:{form}"
-    native.library("_C_sim").set_seed(1)
-    first = check(OPERATOR, backend, case, precision)
-    native.library("_C_sim").set_seed(2)
-    for what, value in run(OPERATOR, backend, case, precision).items():
-        assert torch.equal(value, first[what]), what
+    check_in_every_order(OPERATOR, backend, case, precision)
 
 
 def test_without_b_it_is_the_base_product_bit_for_bit():

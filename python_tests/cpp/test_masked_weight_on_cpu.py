@@ -57,14 +57,9 @@ def test_large_matrices_agree_with_the_reference(sparsity, isa):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16-master"])
 @pytest.mark.parametrize("ranks", [(1, 1), (5, 3), (17, 33)])
-def test_bits_do_not_depend_on_threads(precision, ranks, isa, threads):
+def test_bits_do_not_depend_on_threads(precision, ranks, isa, same_bits):
     case = _large(0.9, R=ranks[0], R2=ranks[1])
-    threads(1)
-    alone = run(OPERATOR, f"cpu:{isa}", case, precision)
-    for count in (2, 5):
-        threads(count)
-        for name, value in run(OPERATOR, f"cpu:{isa}", case, precision).items():
-            assert torch.equal(value, alone[name]), f"{name} with {count} threads"
+    same_bits(OPERATOR, f"cpu:{isa}", case, precision, (2, 5))
 
 
 def _hard_scores():

@@ -58,14 +58,9 @@ def test_several_blocks_agree_with_the_reference(name, precision, isa, served):
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_bits_depend_neither_on_threads_nor_on_the_run(name, isa, threads, served):
+def test_bits_depend_neither_on_threads_nor_on_the_run(name, isa, served, same_bits):
     backend = served(OPERATOR, isa, LARGE[name], "bfloat16")
-    threads(1)
-    alone = run(OPERATOR, backend, LARGE[name], "bfloat16")
-    for count in (1, 3):
-        threads(count)
-        for what, value in run(OPERATOR, backend, LARGE[name], "bfloat16").items():
-            assert torch.equal(value, alone[what]), f"{what} with {count} threads"
+    same_bits(OPERATOR, backend, LARGE[name], "bfloat16", (1, 3))
 
 
 def test_a_nan_stays_in_its_row(isa, served):

@@ -12,10 +12,10 @@ from itertools import combinations
 import pytest
 import torch
 from cases import Case
-from parity import check, run
+from parity import check_in_every_order
 from torch import Tensor
 
-from pelt_kernels.ops import Prefix, _native, prefix_attention
+from pelt_kernels.ops import Prefix, prefix_attention
 from pelt_kernels.ops.prefix_attention.contract import reference
 
 pytestmark = pytest.mark.backend("cuda_sim")
@@ -64,21 +64,10 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def simulator():
-    library = _native.library("_C_sim")
-    yield library
-    library.set_seed(1)
-
-
 @pytest.mark.parametrize("precision", ["bfloat16", "float16-master"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_close_at_every_edge_and_in_every_order(case: Case, precision: str, simulator) -> None:
-    simulator.set_seed(1)
-    first = check("prefix_attention", "cuda_sim", case, precision)
-    simulator.set_seed(2)
-    for name, value in run("prefix_attention", "cuda_sim", case, precision).items():
-        assert torch.equal(value, first[name]), name
+def test_close_at_every_edge_and_in_every_order(case: Case, precision: str) -> None:
+    check_in_every_order("prefix_attention", "cuda_sim", case, precision)
 
 
 def _tensors() -> dict[str, Tensor]:
@@ -110,7 +99,7 @@ def _gradients(tensors: dict[str, Tensor], asked: tuple[str, ...]) -> dict[str, 
     return dict(zip(asked, torch.autograd.grad(out.float().square().sum(), wanted)))
 
 
-def test_a_gradient_does_not_depend_on_which_others_are_asked_for(simulator) -> None:
+def test_a_gradient_does_not_depend_on_which_others_are_asked_for() -> None:
     tensors = _tensors()
     names = tuple(tensors)
     everything = _gradients(tensors, names)
@@ -119,7 +108,7 @@ def test_a_gradient_does_not_depend_on_which_others_are_asked_for(simulator) -> 
             assert torch.equal(grad, everything[name]), (name, asked)
 
 
-def test_views_give_the_bits_of_their_copies(simulator) -> None:
+def test_views_give_the_bits_of_their_copies() -> None:
     tensors = _tensors()
     copies = {name: tensor.contiguous() for name, tensor in tensors.items()}
     assert not tensors["q"].is_contiguous() and not tensors["prefix_k"].is_contiguous()
@@ -130,7 +119,7 @@ def test_views_give_the_bits_of_their_copies(simulator) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["q", "k", "v", "prefix_k", "prefix_v", "gate", "bias"])
-def test_nan_and_infinity_spread_as_in_the_reference(where: str, bad: float, simulator) -> None:
+def test_nan_and_infinity_spread_as_in_the_reference(where: str, bad: float) -> None:
     """The reference in float32 judges, on the same bfloat16 values. It multiplies a gate into keys,
     where infinities of both signs meet in a score's sum, and the kernels into scores: there only
     what is finite has to agree.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case
-from parity import check, run
+from parity import check
 
 from pelt_kernels.ops import _dispatch as dispatch
 from pelt_kernels.ops import symmetric_kl
@@ -36,14 +36,9 @@ def test_vocabularies_around_vectors_and_blocks(classes, isa):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_bits_do_not_depend_on_threads(precision, isa, threads):
+def test_bits_do_not_depend_on_threads(precision, isa, same_bits):
     case = Case("large", {"T": 301, "C": 700}, "mask")
-    threads(1)
-    alone = run(OPERATOR, f"cpu:{isa}", case, precision)
-    for count in (2, 5):
-        threads(count)
-        for name, value in run(OPERATOR, f"cpu:{isa}", case, precision).items():
-            assert torch.equal(value, alone[name]), f"{name} with {count} threads"
+    same_bits(OPERATOR, f"cpu:{isa}", case, precision, (2, 5))
 
 
 def test_logits_that_differ_by_a_shift_have_no_divergence():

@@ -8,11 +8,18 @@ A cell of the matrix is there where the backend can run here and does not refuse
 from __future__ import annotations
 
 import pytest
-import torch
 from cases import case_of, cases_of
-from parity import OPERATORS, PRECISIONS, QUICK, cells, check, run, serves, why_unavailable
+from parity import (
+    OPERATORS,
+    PRECISIONS,
+    QUICK,
+    cells,
+    check,
+    check_in_every_order,
+    serves,
+    why_unavailable,
+)
 
-from pelt_kernels.ops import _native as native
 from pelt_kernels.ops._dispatch import backend_of
 
 MATRIX = [
@@ -39,15 +46,8 @@ def test_parity(operator, backend, case_id, precision, need, request):
     if backend_of(backend) != "cuda_sim":
         check(operator, backend, case, precision)
         return
-    simulator = native.library("_C_sim")
-    simulator.set_seed(1)
-    first = check(operator, backend, case, precision)
-    for seed in range(2, 1 + request.config.getoption("--simulator-seeds")):
-        simulator.set_seed(seed)
-        for name, value in run(operator, backend, case, precision).items():
-            assert torch.equal(value, first[name]), (
-                f"{name}: depends on the order of threads (seed {seed})"
-            )
+    seeds = range(1, 1 + request.config.getoption("--simulator-seeds"))
+    check_in_every_order(operator, backend, case, precision, seeds=seeds)
 
 
 @pytest.mark.parametrize(
