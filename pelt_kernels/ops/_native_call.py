@@ -126,13 +126,14 @@ class Plan:
             self.run_backward(values, grads)
         return grads
 
-    def outputs(self) -> Sequence[Any]:
-        """The outputs, to be filled; zeros where there are no rows."""
-        device = self.device
-        flat = [_native.empty(shape, dtype, device) for shape, dtype in self._outputs]
-        if self.is_empty:
-            for out in flat:
-                out.zero_()
+    def outputs(self, first: Tensor | None = None) -> Sequence[Any]:
+        """The outputs, to be filled; zeros where there are no rows. ``first`` is the first of them
+        where kernels add to it.
+        """
+        flat = [] if first is None else [first]
+        for shape, dtype in self._outputs[len(flat) :]:
+            out = _native.empty(shape, dtype, self.device)
+            flat.append(out.zero_() if self.is_empty else out)
         return unflatten(iter(flat), self._lengths) if self._has_lists else flat
 
     def gradients(self, needs: dict[str, bool], values: dict[str, Value]) -> dict[str, Value]:
@@ -176,8 +177,8 @@ class Plan:
 
     def _run_backward(self, values: dict[str, Value], grads: dict[str, Value], run_on: int) -> None:
         tensors = self._readable(values)
-        saved = [self._dense_element(values, place) for place in self._saved]
-        dys = [self._dense_element(values, place) for place in self._gradients]
+        saved = self._dense_tensors(self._saved, values)
+        dys = self._dense_tensors(self._gradients, values)
         to = [
             0 if name not in grads else _native.pointer(grads[name] if i < 0 else grads[name][i])
             for name, i in self._flat_names
@@ -202,16 +203,19 @@ class Plan:
         """Those of the views, which stand first."""
         return [tensor.stride() for tensor in tensors[: self._views]] if self._views else None
 
-    def _dense_element(
-        self, values: dict[str, Value], place: tuple[str, int] | None
-    ) -> Tensor | None:
-        """A tensor by its name and its place in a list, or -1; None where it is not there."""
-        if place is None:
-            return None
-        value = values.get(place[0])
-        if value is not None and place[1] >= 0:
-            value = value[place[1]]
-        return None if value is None else self._dense(value)
+    def _dense_tensors(
+        self, places: Sequence[tuple[str, int] | None], values: dict[str, Value]
+    ) -> list[Tensor | None]:
+        """Tensors by their names and places in lists, or -1; None where there is none."""
+        dense = self._dense
+        return [
+            None
+            if place is None
+            or (value := values.get(place[0])) is None
+            or (place[1] >= 0 and (value := value[place[1]]) is None)
+            else dense(value)
+            for place in places
+        ]
 
     def _workspace(self, is_backward: bool, wanted: tuple[bool, ...], run_on: int) -> Tensor | None:
         key = (is_backward, wanted, run_on if self._depends_on_threads else 0)
