@@ -14,7 +14,7 @@ from parity import PRECISIONS, check, contract_of, run
 
 from pelt_kernels.ops import LearnedGate, LoraBranch, lora_linear
 from pelt_kernels.ops import _native as native
-from pelt_kernels.ops.lora_linear import cpu
+from pelt_kernels.ops.lora_linear import native as kernels
 
 OPERATOR = "lora_linear"
 ON_SIMULATED_TILES = True
@@ -56,18 +56,21 @@ def _call(dtype=torch.float32, branches=1, rows=3, rank=4, width=16):
 
 
 def test_every_refusal_is_a_sentence(monkeypatch):
-    assert cpu.supports(_call()) == ""
-    assert cpu.supports(_call(torch.bfloat16)) == ""
-    assert cpu.supports(_call(torch.float16)) == "it takes float32 or bfloat16, and x is float16"
-    assert cpu.supports(_call(branches=17)) == (
+    def why_not(*args, **sizes):
+        return kernels.supports(_call(*args, **sizes), "cpu", "")
+
+    assert why_not() == ""
+    assert why_not(torch.bfloat16) == ""
+    assert why_not(torch.float16) == "it takes float32 or bfloat16, and x is float16"
+    assert why_not(branches=17) == (
         "it takes at most 16 branches and 32 learned gates, and there are 17 and 0"
     )
-    assert cpu.supports(_call(rows=2, rank=64, width=2048)) == (
+    assert why_not(rows=2, rank=64, width=2048) == (
         "for 2 rows it would mostly copy factors of ΣR x Din = 131072 numbers"
     )
-    assert cpu.supports(_call(rows=3, rank=64, width=2048)) == ""
+    assert why_not(rows=3, rank=64, width=2048) == ""
     monkeypatch.setattr(native, "library", lambda name: SimpleNamespace())
-    assert cpu.supports(_call()).startswith("the compiled module is older than this kernel")
+    assert why_not().startswith("the compiled module is older than this kernel")
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 15, 17, 23, 25, 31, 33, 49, 63, 65, 129])

@@ -8,12 +8,13 @@ import pytest
 import torch
 from cases.lora_linear import BANKS, GATE, GATES, branched
 from closeness import assert_close
-from parity import check_in_every_order
+from parity import check_in_every_order, contract_of
 
 from pelt_kernels.ops import LoraBranch, lora_linear
-from pelt_kernels.ops import _native as native
+from pelt_kernels.ops.lora_linear import native as kernels
 
 OPERATOR = "lora_linear"
+CONTRACT = contract_of(OPERATOR).CONTRACT
 pytestmark = pytest.mark.backend("cuda_sim")
 
 POOLED = {"poolings": ["masked_mean", "token"], "extra_poolings": ["mean"]}
@@ -25,38 +26,68 @@ def _sizes(b, s, d_in, ranks, d_out=None, size=None, **more):
     return {**sizes, "size_i": (size or d_out,) * len(ranks)}
 
 
-def _why_not(dtype=2, sizes=(2, 8, 64, 64), branches=1, gates=0):
-    library = native.library("_C_sim")
-    return library.lora_linear_why_not(dtype=dtype, sizes=sizes, branches=branches, gates=gates)
+def _why_not(
+    form="composed",
+    dtype=torch.bfloat16,
+    sizes=(2, 8, 64, 64),
+    branches=((8, 64, 0, "none"),),
+    extra=(),
+):
+    """Why the kernels refuse a call with these sizes; of each branch R, size, offset and pooling."""
+    b, s, d_in, d_out = sizes
+
+    def tensor(*shape):
+        return torch.empty((), dtype=dtype).expand(shape)
+
+    def gates(poolings, *shape):
+        return [None if pooling == "none" else tensor(*shape) for pooling in poolings]
+
+    ranks, widths, offsets, poolings = zip(*branches) if branches else ((), (), (), ())
+    nothing = [None] * len(branches)
+    values = {
+        "x": tensor(b, s, d_in), "weight": tensor(d_out, d_in), "bias": None,
+        "a": [tensor(rank, d_in) for rank in ranks],
+        "b": [tensor(width, rank) for rank, width in zip(ranks, widths)],
+        "a_index": nothing, "b_index": nothing, "gate": nothing,
+        "gate_weight": gates(poolings, d_in), "gate_bias": gates(poolings, 1),
+        "extra_weight": gates(extra, d_in), "extra_bias": gates(extra, 1), "mask": None,
+    }  # fmt: skip
+    attributes = {
+        "transposed": False, "offsets": offsets, "scales": [1.0] * len(branches),
+        "poolings": poolings, "extra_poolings": extra, "dropout_p": 0.0,
+    }  # fmt: skip
+    signature = CONTRACT.bind(
+        [values[name] for name in CONTRACT.input_names],
+        [attributes[name] for name in CONTRACT.attribute_names],
+    )
+    return kernels.supports(signature, "cuda_sim", form)
 
 
 def test_every_refusal_names_its_numbers():
     assert _why_not() == ""
-    assert "float32" in _why_not(dtype=0)
-    assert _why_not(sizes=(2, 8, 36, 20)).endswith("and they are 36 and 20")
-    assert _why_not(branches=9, gates=17).endswith("and there are 9 and 17")
+    assert "float32" in _why_not(dtype=torch.float32)
+    assert _why_not(sizes=(2, 8, 36, 20), branches=()).endswith("and they are 36 and 20")
+    assert _why_not(branches=[(8, 64, 0, "none")] * 9, extra=["mean"] * 17).endswith(
+        "and there are 9 and 17"
+    )
     assert str(2**31) in _why_not(sizes=(2**16, 2**15, 64, 64))
 
 
-def _why_not_single(sizes=(2, 8, 64, 64), branches=((8, 64, 0, -1),), gates=()):
-    return native.library("_C_sim").lora_linear_why_not_single(
-        sizes=list(sizes), branches=[list(of) for of in branches], gates=list(gates)
-    )
-
-
 def test_the_single_launch_names_what_it_cannot_do():
-    token, mean = 1, 2
-    assert _why_not_single() == ""
-    assert _why_not_single(branches=[(48, 64, 0, 0)], gates=[token] * 16) == ""
-    assert "pooled" in _why_not_single(gates=[mean])
-    assert _why_not_single(branches=[(8, 16, 8, -1)]).endswith("from 8 to 24 of 64")
-    assert _why_not_single(sizes=(2, 8, 64, 72), branches=[(8, 8, 64, -1)]) == ""
-    assert _why_not_single(branches=[(65, 64, 0, -1)]).endswith("and needs 80")
-    assert _why_not_single(branches=[(57, 64, 0, 0)], gates=[token]).endswith("and needs 65")
+    def why_not(branches=((8, 64, 0, "none"),), sizes=(2, 8, 64, 64), extra=()):
+        return _why_not("single", sizes=sizes, branches=branches, extra=extra)
+
+    assert why_not() == ""
+    assert why_not([(48, 64, 0, "token")], extra=["token"] * 15) == ""
+    assert "pooled" in why_not(extra=["mean"])
+    assert why_not([(8, 16, 8, "none")]).endswith("from 8 to 24 of 64")
+    assert why_not([(8, 8, 64, "none")], sizes=(2, 8, 64, 72)) == ""
+    assert why_not([(65, 64, 0, "none")]).endswith("and needs 80")
+    assert why_not([(57, 64, 0, "token")]).endswith("and needs 65")
     # Side by side in y, and yet together in backward.
-    aside = [(16, 128, 128 * i, -1) for i in range(5)]
-    assert _why_not_single(sizes=(1, 8, 64, 640), branches=aside).endswith("and needs 80")
-    assert str(2**37) in _why_not_single(sizes=(2**15, 2**15, 2**21, 64))
+    aside = [(16, 128, 128 * i, "none") for i in range(5)]
+    assert why_not(aside, sizes=(1, 8, 64, 640)).endswith("and needs 80")
+    assert str(2**37) in why_not(sizes=(2**15, 2**15, 2**21, 64))
 
 
 # Ranks and gates around the 16 and the 64 columns of a block, gates that would straddle two blocks,

@@ -87,10 +87,8 @@ __device__ __forceinline__ Work find_work(const WeightsParams& p, int rank_block
 __device__ __forceinline__ bool is_wanted(const WeightsParams& p, const Work& work, int tile) {
   const Branch& branch = p.in.branch[work.sums.which];
   const int group = tile / p.tiling.tiles_per_group;
-  return work.member ==
-         (work.sums.kind == Sums::kDownFactor
-              ? member_of(branch.a_index, branch.has_a_index_per_sample, group, branch.a_members)
-              : member_of(branch.b_index, branch.has_b_index_per_sample, group, branch.b_members));
+  return work.member == (work.sums.kind == Sums::kDownFactor ? member_of_a(branch, group)
+                                                             : member_of_b(branch, group));
 }
 
 // Both operands of a tile of rows; rows, ranks and columns that do not exist come as zeros.
@@ -98,7 +96,7 @@ template <class C>
 __device__ __forceinline__ void bring_rows(const WeightsParams& p, typename Shared<C>::Tile& to,
                                            const Work& work, int tile) {
   using T = typename C::T;
-  const Inputs& in = p.in;
+  const Linear& in = p.in;
   const Branch& branch = in.branch[work.sums.which];
   const TileRows rows = rows_of_tile<kRows>(p.tiling, tile);
   if (work.sums.kind == Sums::kDownFactor) {
@@ -107,10 +105,10 @@ __device__ __forceinline__ void bring_rows(const WeightsParams& p, typename Shar
                                {rows.first * in.ranks + branch.first + work.rank, in.ranks,
                                 rows.count, branch.R - work.rank});
   } else {
-    stage<T, kRows, kChunk>(to.columns, kChunkStride, Parameter{p.dy, false},
+    stage<T, kRows, kChunk>(to.columns, kChunkStride, Parameter{p.in.dy, false},
                             {rows.first * in.Dout + branch.offset + work.column, in.Dout,
                              rows.count, branch.size - work.column});
-    stage_scaled<T, kRows, C::kRanks>(to.ranks, C::kRankStride, in, branch, p.s, rows, work.rank);
+    stage_scaled<T, kRows, C::kRanks>(to.ranks, C::kRankStride, in, branch, rows, work.rank);
   }
 }
 
@@ -192,7 +190,7 @@ template <class C>
 __device__ __forceinline__ void sum_gates(const WeightsParams& p, Shared<C>& s, const Work& work,
                                           float* partial) {
   using T = typename C::T;
-  const Inputs& in = p.in;
+  const Linear& in = p.in;
   const int64_t all = static_cast<int64_t>(in.B) * in.S;
   const int left = in.gates - work.sums.which;
   const int count = left < kGatesAtOnce ? left : kGatesAtOnce;
@@ -247,7 +245,7 @@ __device__ __forceinline__ void sum_gates(const WeightsParams& p, Shared<C>& s, 
 template <class C>
 __device__ __forceinline__ void write_sums(const WeightsParams& p, const Work& work) {
   using T = typename C::T;
-  const Inputs& in = p.in;
+  const Linear& in = p.in;
   const float* partial = p.partial + work.task * p.splits * C::kTileFloats;
   // Element i of the tile over all splits. The ticket has acquired what other blocks wrote.
   auto total = [&](int i) {
@@ -263,29 +261,28 @@ __device__ __forceinline__ void write_sums(const WeightsParams& p, const Work& w
     for (int i = thread_index(); i < kGatesAtOnce * kChunk; i += kThreads) {
       const int gate = work.sums.which + i / kChunk, d = work.column + i % kChunk;
       if (gate >= in.gates || d >= in.Din) continue;
-      const GateGrads& grads = p.grads.gate[gate];
-      if (grads.dgate_weight.data != nullptr) store_grad<T>(grads.dgate_weight, d, total(i));
-      if (d == 0 && grads.dgate_bias.data != nullptr) {
-        store_grad<T>(grads.dgate_bias, 0, total((kBiasRow + i / kChunk) * kChunk));
+      const Gate& to = in.gate[gate];
+      if (to.dweight.data != nullptr) store_grad<T>(to.dweight, d, total(i));
+      if (d == 0 && to.dbias.data != nullptr) {
+        store_grad<T>(to.dbias, 0, total((kBiasRow + i / kChunk) * kChunk));
       }
     }
     return;
   }
   const Branch& branch = in.branch[work.sums.which];
-  const BranchGrads& grads = p.grads.branch[work.sums.which];
   const int64_t R = branch.R;
   for (int i = thread_index(); i < C::kTileFloats; i += kThreads) {
     if (work.sums.kind == Sums::kDownFactor) {
       const int64_t r = work.rank + i / kChunk, d = work.column + i % kChunk;
       if (r >= R || d >= in.Din) continue;
-      store_grad<T>(grads.da, (work.member * R + r) * in.Din + d, total(i));
+      store_grad<T>(branch.da, (work.member * R + r) * in.Din + d, total(i));
     } else {
       // B lies as [size, R], its sums as [R, size]: neighbouring threads take neighbouring ranks,
       // so that what they write is contiguous.
       const int r = i % C::kRanks, d = i / C::kRanks;
       if (work.rank + r >= R || work.column + d >= branch.size) continue;
       const int64_t row = static_cast<int64_t>(work.member) * branch.size + work.column + d;
-      store_grad<T>(grads.db, row * R + work.rank + r, total(r * kChunk + d));
+      store_grad<T>(branch.db, row * R + work.rank + r, total(r * kChunk + d));
     }
   }
 }
@@ -317,7 +314,7 @@ using Configs = TypeList<Config<bf16, 16>, Config<bf16, 64>, Config<f16, 16>, Co
 
 // Lists the sums that have a gradient to write, and cuts each into tasks.
 void plan_sums(WeightsParams& p) {
-  const Inputs& in = p.in;
+  const Linear& in = p.in;
   const int rank_block = rank_block_of(in);
   p.count = p.tasks = 0;
   auto add = [&](Sums::Kind kind, int which, int ranks, int columns, int members) {
@@ -330,15 +327,14 @@ void plan_sums(WeightsParams& p) {
   };
   for (int i = 0; i < in.branches; ++i) {
     const Branch& branch = in.branch[i];
-    const BranchGrads& grads = p.grads.branch[i];
-    if (grads.da.data) add(Sums::kDownFactor, i, branch.R, in.Din, branch.a_members);
-    if (grads.db.data) add(Sums::kUpFactor, i, branch.R, branch.size, branch.b_members);
+    if (branch.da.data) add(Sums::kDownFactor, i, branch.R, in.Din, branch.M);
+    if (branch.db.data) add(Sums::kUpFactor, i, branch.R, branch.size, branch.N);
   }
   // Gates of one read of x are a sum together, if any of them wants a gradient.
   for (int first = 0; first < in.gates; first += kGatesAtOnce) {
     bool is_wanted = false;
     for (int g = first; g < in.gates && g < first + kGatesAtOnce; ++g) {
-      is_wanted |= p.grads.gate[g].dgate_weight.data || p.grads.gate[g].dgate_bias.data;
+      is_wanted |= in.gate[g].dweight.data || in.gate[g].dbias.data;
     }
     if (is_wanted) add(Sums::kGateWeights, first, 1, in.Din, 1);
   }

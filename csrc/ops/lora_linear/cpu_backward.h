@@ -11,19 +11,20 @@ constexpr int64_t kMostChunks = 32;
 constexpr int64_t kChunkRows = 64;  // at least
 
 struct BackwardMemory {
-  const CpuCall& call;
+  Linear call;
+  int threads;
   Columns columns;
   Tiles tiles;
   int64_t ranks;
   int64_t chunks = 1;
   Weights weights;
-  float* down_sums[kCpuBranches + 1] = {};  // [chunks, slots, sum_rows(count), sum_distance(Din)]
-  float* up_sums[kCpuBranches] = {};        // [chunks, slots, sum_rows(R), sum_distance(size)]
+  float* down_sums[kMaxBranches + 1] = {};  // [chunks, slots, sum_rows(count), sum_distance(Din)]
+  float* up_sums[kMaxBranches] = {};        // [chunks, slots, sum_rows(R), sum_distance(size)]
   double* bias_sums = nullptr;              // [chunks, gates]
   float* d_all = nullptr;                   // [B * S, columns]: ds and dlogit
-  float* dot[kCpuBranches] = {};            // [B * S]: <raw, s>
-  float* dvalue[kCpuGates] = {};            // [B] | [B, S]
-  double* divisors[kCpuGates] = {};         // [B]
+  float* dot[kMaxBranches] = {};            // [B * S]: <raw, s>
+  float* dvalue[kMaxGates] = {};            // [B] | [B, S]
+  double* divisors[kMaxGates] = {};         // [B]
   float* scratch = nullptr;
   int64_t scratch_floats = 0;
   bool by_pairs;
@@ -31,8 +32,13 @@ struct BackwardMemory {
   bf16* d_pairs = nullptr;       // [B * S, columns], in the place of d_all
   bf16* d_transposed = nullptr;  // [tiles, columns, tile_rows]; of the last columns anything
 
-  explicit BackwardMemory(const CpuCall& c)
-      : call(c), columns(c), tiles(c), ranks(rank_sum(c)), by_pairs(uses_pairs(c)) {
+  explicit BackwardMemory(const Call& from)
+      : call(Linear::of(from)),
+        threads(from.threads),
+        columns(call),
+        tiles(call),
+        ranks(call.ranks),
+        by_pairs(uses_pairs(call)) {
     const int64_t rows = rows_of(call), floats = std::max<int64_t>(1, floats_of_sums());
     // The sums together are no more than half of what dx and dy are.
     const int64_t affordable = rows * (call.Din + call.Dout) / 2 / floats;
@@ -40,7 +46,7 @@ struct BackwardMemory {
     chunks = std::max<int64_t>(chunks, 1);
   }
 
-  // Sums have room for whole tiles.
+  // Sums of tile products have room for whole tiles, sums in float32 for whole vectors.
   int64_t sum_rows(int64_t rows) const { return by_pairs ? round_up(rows, kTileSide) : rows; }
   int64_t sum_distance(int64_t count) const {
     return row_distance(by_pairs ? pair_columns(count) : count);
@@ -48,7 +54,7 @@ struct BackwardMemory {
   int64_t down_floats(const Group& group) const {
     return sum_rows(group.count) * sum_distance(call.Din);
   }
-  int64_t up_floats(const CpuBranch& branch) const {
+  int64_t up_floats(const Branch& branch) const {
     return sum_rows(branch.R) * sum_distance(branch.size);
   }
   int64_t floats_of_sums() const {
@@ -62,6 +68,7 @@ struct BackwardMemory {
     return floats;
   }
 
+  // Cuts the workspace into its arrays; returns its size, also without memory.
   int64_t place(Arena arena) {
     const int64_t rows = rows_of(call);
     if (by_pairs) {
@@ -74,8 +81,9 @@ struct BackwardMemory {
       down_sums[g] = arena.take(chunks * group.slots * down_floats(group));
     }
     for (int i = 0; i < call.branches; ++i) {
-      const CpuBranch& branch = call.branch[i];
+      const Branch& branch = call.branch[i];
       const int64_t slots = b_bank(branch).slots;
+      // Each chunk has sums of its own for each member, so that chunks never write to the same.
       up_sums[i] = arena.take(chunks * slots * up_floats(branch));
       dot[i] = arena.take(rows);
     }
@@ -97,7 +105,7 @@ struct BackwardMemory {
                      (tiles.tile_rows + chunk_rows()) * most_ranks();
     if (by_pairs) scratch_floats = PairMemory(*this, nullptr).bytes / 4;
     scratch_floats = round_up(scratch_floats, 16);
-    scratch = arena.take(scratch_floats * call.threads);
+    scratch = arena.take(scratch_floats * threads);
     return arena.used;
   }
 
@@ -110,6 +118,7 @@ struct BackwardMemory {
     return most;
   }
 
+  // Chunks are whole tiles, as even in number as they can be.
   int64_t first_tile(int64_t chunk) const { return tiles.count() * chunk / chunks; }
 
   // visit(tile, its place in the chunk)

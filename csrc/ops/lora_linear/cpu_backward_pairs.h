@@ -34,12 +34,13 @@ struct PairsBackward : BackwardMemory {
   // dy.
   void pass_over_dy_pairs(int i, const Tile& tile, int64_t begin, int64_t end,
                           const PairMemory& memory, float* raw, float* sums, bool accumulate) {
-    const CpuBranch& branch = call.branch[i];
+    const Branch& branch = call.branch[i];
     const int64_t distance = sum_distance(branch.R);
     const PairRows dy = {
         static_cast<const bf16*>(call.dy) + tile.row * call.Dout + branch.offset + begin,
         call.Dout};
     const bf16* b = pair_weights.up[i].of(b_bank(branch).slot_of(tile.sentence));
+    // B's panels lie one behind the other, each with the whole depth: this stretch begins inside.
     for (int64_t rank = 0; rank < branch.R; rank += kPairColumns) {
       multiply_pairs_into(dy, b + rank * pair_depth(branch.size) + begin * kPairColumns,
                           end - begin, tile.rows, std::min(kPairColumns, branch.R - rank),
@@ -47,6 +48,7 @@ struct PairsBackward : BackwardMemory {
     }
     if (sums == nullptr) return;
     read_scaled<bf16>(call, branch, tile, first_rank(i), ranks, memory.scaled, distance);
+    // (f s)^T, rows of a tile beside each other; behind its last row zeros, for rows come in pairs.
     bf16* left = memory.scaled_transposed;
     store_transposed(memory.scaled, distance, tile.rows, branch.R, left, tiles.tile_rows);
     for (int64_t r = 0; r < branch.R; ++r) {
@@ -65,8 +67,10 @@ struct PairsBackward : BackwardMemory {
     to[1] = std::isfinite(to_float(to[0])) ? to[0] : bf16{0};
   }
 
+  // One pass over a chunk's x and dx, as pass_over_x() does it.
   void pass_over_x_pairs(int64_t chunk, const bool* wants, const PairMemory& memory) {
     const int64_t distance = sum_distance(call.Din);
+    // A stretch of all the chunk's rows before the next one: its sums stay in cache.
     for (int64_t begin = 0; begin < call.Din; begin += kStretch) {
       const int64_t count = std::min(kStretch, call.Din - begin);
       for_tiles(chunk, [&](const Tile& tile, int64_t place) {
@@ -83,6 +87,7 @@ struct PairsBackward : BackwardMemory {
         for (int g = columns.groups - 1; g >= 0; --g) {
           const Group& group = columns.group[g];
           const int64_t slot = Weights::slot_of(call, group, tile.sentence);
+          // dA = ds^T dropout(x), dw = dlogit^T x: added to over the chunk's tiles.
           if (wants[g]) {
             float* sums = down_sums[g] + (chunk * group.slots + slot) * down_floats(group) + begin;
             sum_over_rows(transposed_of(chunk, place) + group.place * tiles.tile_rows, group.count,
@@ -96,6 +101,7 @@ struct PairsBackward : BackwardMemory {
     }
   }
 
+  // dx += d times the group's factor, in the product's epilogue: dx is read and written once.
   void add_to_dx(const Group& group, const Tile& tile, int64_t begin, int64_t count,
                  const bf16* panels, const float* dropout) {
     const int64_t depth = pair_depth(group.count), rows = tile.rows, stride = call.Din;

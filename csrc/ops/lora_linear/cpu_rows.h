@@ -12,30 +12,32 @@
 #include "cpu/pairs.h"
 #include "cpu/philox_lanes.h"
 #include "cpu/skinny.h"
-#include "ops/lora_linear/cpu.h"
+#include "ops/lora_linear/linear.h"
 
 namespace pelt::lora_linear {
 namespace {
 
 using namespace pelt::cpu;
 
-inline int64_t rows_of(const CpuCall& call) { return call.B * call.S; }
-inline bool has_dropout(const CpuCall& call) { return call.dropout_threshold != 0; }
+constexpr int kMaxBranches = 16;
+constexpr int kMaxGates = 32;  // learned ones
+
+using Call = NativeCall<Contract, int64_t>;
+using Linear = BasicLinear<int64_t, kMaxBranches, kMaxGates, IsaTag<Isa::PELT_CPU_ISA>>;
+using Branch = Linear::Branch;
+using Gate = Linear::Gate;
+
+inline int64_t rows_of(const Linear& call) { return call.B * call.S; }
+inline bool has_dropout(const Linear& call) { return call.dropout.threshold != 0; }
 
 // Whether products take bfloat16 as it is, on tiles.
-inline bool uses_pairs(const CpuCall& call) { return kHasPairs && call.dtype == DType::kBF16; }
-
-inline int64_t rank_sum(const CpuCall& call) {
-  int64_t sum = 0;
-  for (int i = 0; i < call.branches; ++i) sum += call.branch[i].R;
-  return sum;
-}
+inline bool uses_pairs(const Linear& call) { return kHasPairs && call.dtype == DType::kBF16; }
 
 // ---- parameters ----
 
 // Calls visit(pointer) with the parameter's own element type.
 template <class T, class Visit>
-inline void with_data(const CpuParameter& p, Visit&& visit) {
+inline void with_data(const Parameter& p, Visit&& visit) {
   if (p.is_float32) {
     visit(static_cast<const float*>(p.data));
   } else {
@@ -44,23 +46,23 @@ inline void with_data(const CpuParameter& p, Visit&& visit) {
 }
 
 template <class T, class Visit>
-inline void with_grad(const CpuParameter& p, Visit&& visit) {
+inline void with_grad(const ParameterGrad& p, Visit&& visit) {
   if (p.is_float32) {
-    visit(static_cast<float*>(p.grad));
+    visit(static_cast<float*>(p.data));
   } else {
-    visit(static_cast<T*>(p.grad));
+    visit(static_cast<T*>(p.data));
   }
 }
 
 template <class T>
-inline float element(const CpuParameter& p, int64_t i) {
+inline float element(const Parameter& p, int64_t i) {
   float value = 0.0f;
   with_data<T>(p, [&](const auto* from) { value = load_part(from + i, 1)[0]; });
   return value;
 }
 
 template <class T>
-inline void write_element(const CpuParameter& p, int64_t i, float value) {
+inline void write_element(const ParameterGrad& p, int64_t i, float value) {
   with_grad<T>(p, [&](auto* to) { store_part(to + i, splat(value), 1); });
 }
 
@@ -70,31 +72,24 @@ inline void read_row(const T* from, int64_t columns, float* to) {
   for_vectors(columns, [&](int64_t i, auto part) { store(to + i, part.load_from(from + i)); });
 }
 
-// The members of a bank that a call uses: slot 0 is the one of the batch, or slot i is member i.
+// The members of a bank that a call reads. They are copied into slots: slot 0 holds the one of the
+// batch, or slot i member i. How many slots there are is known before any index may be read.
 struct Bank {
-  int64_t first_member = 0;
+  const int64_t* index = nullptr;  // [] | [B]; null: a single factor
+  bool is_per_sample = false;
   int64_t slots = 1;
-  const int64_t* index = nullptr;  // [B], where each sentence has its own
 
-  int64_t slot_of(int64_t sentence) const { return index ? index[sentence] : 0; }
+  int64_t first_member() const { return index && !is_per_sample ? index[0] : 0; }
+  int64_t slot_of(int64_t sentence) const { return is_per_sample ? index[sentence] : 0; }
 };
 
-inline Bank make_bank(const int64_t* index, bool is_per_sample, int64_t members) {
-  Bank bank;
-  if (is_per_sample) {
-    bank.slots = members;
-    bank.index = index;
-  } else if (index != nullptr) {
-    bank.first_member = index[0];
-  }
-  return bank;
+inline Bank a_bank(const Branch& branch) {
+  const bool is_per_sample = branch.has_a_index_per_sample;
+  return {branch.a_index, is_per_sample, is_per_sample ? branch.M : 1};
 }
-
-inline Bank a_bank(const CpuBranch& branch) {
-  return make_bank(branch.a_index, branch.has_a_index_per_sample, branch.M);
-}
-inline Bank b_bank(const CpuBranch& branch) {
-  return make_bank(branch.b_index, branch.has_b_index_per_sample, branch.N);
+inline Bank b_bank(const Branch& branch) {
+  const bool is_per_sample = branch.has_b_index_per_sample;
+  return {branch.b_index, is_per_sample, is_per_sample ? branch.N : 1};
 }
 
 // ---- columns: what x is multiplied by ----
@@ -113,16 +108,17 @@ struct Group {
 
 // On tiles a gate has two columns: its weight's bfloat16 value, and what that leaves out.
 struct Columns {
-  Group group[kCpuBranches + 1];
+  Group group[kMaxBranches + 1];
   int groups = 0;
-  int64_t of_branch[kCpuBranches] = {};
+  int64_t of_branch[kMaxBranches] = {};
   int64_t of_gates = 0;
   int64_t gate_width;  // columns of a gate
   int64_t unit;        // at multiples of which groups begin
   int64_t stride = 0;  // of a row of all columns
 
-  explicit Columns(const CpuCall& call)
+  explicit Columns(const Linear& call)
       : gate_width(uses_pairs(call) ? 2 : 1), unit(uses_pairs(call) ? kPairColumns : kWidth) {
+    // One group for all: one product, and x is read once for everything.
     bool is_one = !has_dropout(call);
     for (int i = 0; i < call.branches; ++i) is_one &= !call.branch[i].has_a_index_per_sample;
     int64_t place = 0;
@@ -145,7 +141,8 @@ struct Columns {
   }
 
  private:
-  void open(int64_t& place, int branch, const CpuCall& call) {
+  // A group begins where whole vectors, or panels of a tile product, do.
+  void open(int64_t& place, int branch, const Linear& call) {
     place = round_up(place, unit);
     Group& g = group[groups++];
     g.first_branch = g.end_branch = branch;
@@ -174,13 +171,14 @@ struct Tiles {
   int64_t tile_rows = 24;  // a multiple of the rows of a block of sums
   int64_t groups = 1, group_rows = 0, per_group = 0;
 
-  explicit Tiles(const CpuCall& call) {
-    if (rank_sum(call) >= 32) tile_rows = 48;
+  explicit Tiles(const Linear& call) {
+    if (call.ranks >= 32) tile_rows = 48;
     for (int i = 0; i < call.branches; ++i) {
-      const CpuBranch& branch = call.branch[i];
+      const Branch& branch = call.branch[i];
       if (branch.has_a_index_per_sample || branch.has_b_index_per_sample) groups = call.B;
     }
     group_rows = rows_of(call) / groups;
+    // A product on tiles takes so many rows at a time; for fewer there is no more memory than that.
     if (uses_pairs(call)) {
       tile_rows = std::min(2 * kPairBlockRows, round_up(group_rows, kPairBlockRows));
     }
@@ -216,26 +214,28 @@ inline Right stretch_of(const void* from, int64_t width, const Tile& tile, int64
 }
 
 // What dropout multiplies a stretch of a row of x by: 0 or 1 / (1 - p); `begin` is a multiple of 4.
-inline void read_dropout_row(const CpuCall& call, int64_t row, int64_t begin, int64_t count,
+inline void read_dropout_row(const Linear& call, int64_t row, int64_t begin, int64_t count,
                              float* to) {
+  // A draw gives four words; kPhiloxGroups of them are made at a time, in vectors.
   alignas(64) uint32_t words[4 * kPhiloxGroups];
   const int64_t group = row * ((call.Din + 3) / 4) + begin / 4;
   for (int64_t done = 0; done < count; done += 4 * kPhiloxGroups) {
-    philox_words(static_cast<uint64_t>(group + done / 4), 0, call.seed, words);
+    philox_words(static_cast<uint64_t>(group + done / 4), 0, call.dropout.seed, words);
     const int64_t here = std::min<int64_t>(4 * kPhiloxGroups, padded(count) - done);
     for (int64_t i = 0; i < here; ++i) {
-      to[done + i] = words[i] >= call.dropout_threshold ? call.dropout_scale : 0.0f;
+      to[done + i] = words[i] >= call.dropout.threshold ? call.dropout.keep_scale : 0.0f;
     }
   }
 }
 
-inline void read_dropout(const CpuCall& call, const Tile& tile, int64_t begin, int64_t count,
+inline void read_dropout(const Linear& call, const Tile& tile, int64_t begin, int64_t count,
                          float* to) {
   for (int64_t r = 0; r < tile.rows; ++r) {
     read_dropout_row(call, tile.row + r, begin, count, to + r * kStretchStride);
   }
 }
 
+// values *= factor, element by element; both are stretches of a tile's rows.
 inline void multiply_stretch(const Tile& tile, int64_t count, const float* factor, float* values) {
   for (int64_t r = 0; r < tile.rows; ++r) {
     for (int64_t i = r * kStretchStride; i < r * kStretchStride + count; i += kWidth) {
@@ -252,6 +252,7 @@ inline float sigmoid_of(float x) {
   return static_cast<float>(1.0 / (1.0 + std::exp(-static_cast<double>(x))));
 }
 
+// Four sums at a time, so that an addition need not wait for the one before.
 template <class T, class W>
 inline float dot_of(const T* x, const W* w, int64_t columns) {
   Vector sum[4] = {};
@@ -264,13 +265,13 @@ inline float dot_of(const T* x, const W* w, int64_t columns) {
   return sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-inline bool is_pooled(const CpuGate& gate) { return gate.pooling != Pooling::kToken; }
+inline bool is_pooled(const Gate& gate) { return gate.pooling != Pooling::kToken; }
 
 // What a branch's rows are multiplied by: scale times the gate, 1 where there is none.
 template <class T>
-inline float factor_of(const CpuCall& call, const CpuBranch& branch, int64_t row) {
+inline float factor_of(const Linear& call, const Branch& branch, int64_t row) {
   if (branch.learned_gate >= 0) {
-    const CpuGate& gate = call.gate[branch.learned_gate];
+    const Gate& gate = call.gate[branch.learned_gate];
     return branch.scale * gate.value[is_pooled(gate) ? row / call.S : row];
   }
   if (branch.gate.data == nullptr) return branch.scale;
@@ -279,8 +280,8 @@ inline float factor_of(const CpuCall& call, const CpuBranch& branch, int64_t row
 
 // [rows, stride]: scale g s of a branch, whose ranks begin at column `first` of s.
 template <class T>
-inline void read_scaled(const CpuCall& call, const CpuBranch& branch, const Tile& tile,
-                        int64_t first, int64_t ranks, float* to, int64_t stride) {
+inline void read_scaled(const Linear& call, const Branch& branch, const Tile& tile, int64_t first,
+                        int64_t ranks, float* to, int64_t stride) {
   for (int64_t r = 0; r < tile.rows; ++r) {
     const T* s = static_cast<const T*>(call.s) + (tile.row + r) * ranks + first;
     const float factor = factor_of<T>(call, branch, tile.row + r);
@@ -291,12 +292,12 @@ inline void read_scaled(const CpuCall& call, const CpuBranch& branch, const Tile
 }
 
 // Does a row count in its sentence's gate.
-inline bool counts(const CpuCall& call, const CpuGate& gate, int64_t row) {
+inline bool counts(const Linear& call, const Gate& gate, int64_t row) {
   return gate.pooling != Pooling::kMaskedMean || call.mask[row];
 }
 
 // By how many rows a sentence's sum of gates is divided; 1 where gates are not pooled.
-inline double divisor_of(const CpuCall& call, const CpuGate& gate, int64_t sentence) {
+inline double divisor_of(const Linear& call, const Gate& gate, int64_t sentence) {
   if (gate.pooling == Pooling::kToken) return 1.0;
   if (gate.pooling == Pooling::kMean) return static_cast<double>(call.S);
   const bool* mask = call.mask + sentence * call.S;

@@ -94,8 +94,7 @@ __device__ __forceinline__ void multiply_branch(const ExpandParams& p, Shared<C>
                                                 const TileRows& rows, const Branch& branch,
                                                 int first, FragmentD (&sums)[kChunk / 8]) {
   using T = typename C::T;
-  const int64_t member =
-      member_of(branch.b_index, branch.has_b_index_per_sample, rows.group, branch.b_members);
+  const int64_t member = member_of_b(branch, rows.group);
   // The first of the block's columns may lie before the branch's: there is no such row of B.
   const int row_of_b = first - branch.offset;
   for (int rank = 0; rank < branch.R; rank += C::kRanks) {
@@ -105,7 +104,7 @@ __device__ __forceinline__ void multiply_branch(const ExpandParams& p, Shared<C>
                                 {(member * branch.size + row_of_b) * branch.R + rank, branch.R,
                                  branch.size - row_of_b, branch.R - rank, -row_of_b});
     cp_async_commit();
-    stage_scaled<T, kRows, C::kRanks>(s.ranks, C::kRankStride, p.in, branch, p.s, rows, rank);
+    stage_scaled<T, kRows, C::kRanks>(s.ranks, C::kRankStride, p.in, branch, rows, rank);
     // Both tiles are there, and with the first of them the base product.
     cp_async_wait<0>();
     sync_threads();
@@ -118,14 +117,14 @@ template <class C>
 __global__ void __launch_bounds__(kThreads)
     lora_linear_expand_sm80(const __grid_constant__ ExpandParams p) {
   auto& s = shared_memory_as<Shared<C>>();
-  const Inputs& in = p.in;
+  const Linear& in = p.in;
   const TileRows rows = rows_of_tile<kRows>(p.tiling, block_index_x());
   const int first = block_index_y() * kChunk;
   // Columns of no branch stay as the base product left them, without being read.
   bool is_touched = false;
   for (int i = 0; i < in.branches; ++i) is_touched |= reaches(in.branch[i], first);
   if (!is_touched) return;
-  bring_base<C>(s, p.y, rows, first, in.Dout);
+  bring_base<C>(s, p.in.y, rows, first, in.Dout);
   FragmentD sums[kChunk / 8];
   // One branch after the other, because each has its own gate, scale and columns.
   for (int i = 0; i < in.branches; ++i) {
@@ -134,7 +133,7 @@ __global__ void __launch_bounds__(kThreads)
   // A warp writes its own rows, and the base product under them is there since the last barrier.
   for_each_8(s.out[warp_index()], rows, first, in.Dout, sums,
              [&](int row, int column, const Float8& values) {
-               add_8(p.y, s, rows, in.Dout, row, column, values);
+               add_8(p.in.y, s, rows, in.Dout, row, column, values);
              });
 }
 
@@ -145,11 +144,11 @@ __global__ void __launch_bounds__(kThreads)
     lora_linear_spread_sm80(const __grid_constant__ SpreadParams p) {
   using T = typename C::T;
   auto& s = shared_memory_as<Shared<C>>();
-  const Inputs& in = p.in;
+  const Linear& in = p.in;
   const TileRows rows = rows_of_tile<kRows>(p.tiling, block_index_x());
   const int first = block_index_y() * kChunk;
   const int64_t all = static_cast<int64_t>(in.B) * in.S;
-  bring_base<C>(s, p.dx, rows, first, in.Din);
+  bring_base<C>(s, p.in.dx, rows, first, in.Din);
   FragmentD sums[kChunk / 8];
   for (int rank = 0; rank < in.ranks; rank += C::kRanks) {
     // All warps have multiplied what the tiles held before, and read the table for it.
@@ -182,13 +181,13 @@ __global__ void __launch_bounds__(kThreads)
                }
                for (int g = 0; g < in.gates; ++g) {
                  const float dlogit = p.dlogits[g * all + rows.first + row];
-                 const Float8 w = load_parameter_8<T>(in.gate[g].gate_weight, column);
+                 const Float8 w = load_parameter_8<T>(in.gate[g].weight, column);
                  // With the weight rounded as it was in forward's product.
                  for (int e = 0; e < 8; ++e) {
                    values.v[e] += dlogit * to_float(round_to<T>(w.v[e]));
                  }
                }
-               add_8(p.dx, s, rows, in.Din, row, column, values);
+               add_8(p.in.dx, s, rows, in.Din, row, column, values);
              });
 }
 
@@ -197,7 +196,7 @@ using Configs = TypeList<Config<bf16, 16>, Config<bf16, 64>, Config<f16, 16>, Co
 // Calls run(tag, shape) for the configuration that takes so many ranks in as few steps as there
 // are.
 template <class Run>
-void run_for_ranks(const Inputs& in, const Tiling& tiling, int columns, int ranks, Run&& run) {
+void run_for_ranks(const Linear& in, const Tiling& tiling, int columns, int ranks, Run&& run) {
   run_config(Configs{}, in.dtype, block_of(ranks), [&](auto tag) {
     LaunchShape shape;
     shape.threads = kThreads;

@@ -33,7 +33,7 @@ __device__ __forceinline__ KeptPairs exchange(uint32_t own) {
 }
 
 // The element that this lane draws from, of an [16, 8] piece whose first one is (row, column).
-__device__ __forceinline__ int64_t drawn_element(const Inputs& in, int64_t row, int column) {
+__device__ __forceinline__ int64_t drawn_element(const Linear& in, int64_t row, int column) {
   const int lane = opaque(lane_index());
   return (row + lane / 4 + 8 * (lane % 2)) * in.Din + column + lane % 4 / 2 * 4;
 }
@@ -44,7 +44,7 @@ __device__ __forceinline__ uint32_t mask_of_pair(uint32_t kept) {
 }
 
 // A fragment of x without what dropout drops; the factor of the rest is applied to the sums.
-__device__ __forceinline__ FragmentA drop(const Inputs& in, const PhiloxKeys& keys,
+__device__ __forceinline__ FragmentA drop(const Linear& in, const PhiloxKeys& keys,
                                           const FragmentA& x, int64_t row, int column) {
   const uint32_t own = draw_4(in.dropout, keys, drawn_element(in, row, column)) |
                        draw_4(in.dropout, keys, drawn_element(in, row, column + 8)) << 4;
@@ -59,7 +59,7 @@ __device__ __forceinline__ FragmentA drop(const Inputs& in, const PhiloxKeys& ke
 }
 
 // delta with its dropout, which in backward falls on what comes out of A.
-__device__ __forceinline__ void drop_delta(const Inputs& in, const PhiloxKeys& keys, int64_t row,
+__device__ __forceinline__ void drop_delta(const Linear& in, const PhiloxKeys& keys, int64_t row,
                                            int column, FragmentD& delta) {
   const KeptPairs kept = exchange(draw_4(in.dropout, keys, drawn_element(in, row, column)));
 #pragma unroll

@@ -21,6 +21,7 @@
 // nearest one, for both parts of the weight.
 #include <vector>
 
+#include "cpu/kernels.h"
 #include "ops/lora_linear/cpu_backward_pairs.h"
 
 namespace pelt::lora_linear {
@@ -38,18 +39,19 @@ struct Backward : PairsBackward {
     } else {
       weights.read<T>(call, columns);
     }
-    parallel_for_on(chunks, call.threads, [&](int64_t chunk, int thread) {
+    parallel_for_on(chunks, threads, [&](int64_t chunk, int thread) {
       const TileScope scope;
       if (by_pairs) clear_pairs(chunk);
       for (int i = 0; i < call.branches; ++i) {
         pass_over_dy<T>(chunk, i, scratch + thread * scratch_floats);
       }
     });
+    // Sentences may cross chunks, so this waits for all of them.
     for (int i = 0; i < call.branches; ++i) gate_backward<T>(call.branch[i], dot[i]);
     for (int j = 0; j < call.gates; ++j) {
       for (int64_t b = 0; b < call.B; ++b) divisors[j][b] = divisor_of(call, call.gate[j], b);
     }
-    parallel_for_on(chunks, call.threads, [&](int64_t chunk, int thread) {
+    parallel_for_on(chunks, threads, [&](int64_t chunk, int thread) {
       const TileScope scope;
       logits_backward<T>(chunk, scratch + thread * scratch_floats);
       pass_over_x<T>(chunk, scratch + thread * scratch_floats);
@@ -61,7 +63,7 @@ struct Backward : PairsBackward {
 
   template <class T>
   void pass_over_dy(int64_t chunk, int i, float* memory) {
-    const CpuBranch& branch = call.branch[i];
+    const Branch& branch = call.branch[i];
     const Bank bank = b_bank(branch);
     const int64_t distance = sum_distance(branch.R), stride = sum_distance(branch.size);
     const int64_t first_of_s = first_rank(i);
@@ -70,9 +72,11 @@ struct Backward : PairsBackward {
     float* raw = scaled + tiles.tile_rows * distance;       // [tiles, tile, R]
     const PairMemory pairs(*this, memory);
     if (by_pairs) raw = pairs.raw;
+    // The chunk's own sums. With slots not every one is met first by a product that overwrites.
     float* sums = up_sums[i] + chunk * bank.slots * up_floats(branch);
-    const bool wants_sums = branch.b.grad != nullptr;
+    const bool wants_sums = branch.db.data != nullptr;
     if (bank.slots > 1) std::fill(sums, sums + bank.slots * up_floats(branch), 0.0f);
+    // A stretch of all the chunk's rows before the next one: its sums stay in cache.
     for (int64_t begin = 0; begin < branch.size; begin += kDotStretch) {
       const int64_t end = std::min(begin + kDotStretch, branch.size);
       for_tiles(chunk, [&](const Tile& tile, int64_t place) {
@@ -88,6 +92,7 @@ struct Backward : PairsBackward {
                       {weights.up_of(branch, i, tile.sentence) + begin, stride}, raw_of, distance,
                       begin > 0);
         if (!wants_sums) return;
+        // Made again for each stretch: cheaper than memory for a chunk's f s.
         read_scaled<T>(call, branch, tile, first_of_s, ranks, scaled, distance);
         for (int64_t column = begin; column < end; column += kStretch) {
           const int64_t count = std::min(kStretch, end - column);
@@ -97,6 +102,7 @@ struct Backward : PairsBackward {
         }
       });
     }
+    // raw is complete when all stretches have been added.
     for_tiles(chunk, [&](const Tile& tile, int64_t place) {
       float* raw_of = raw + place * tiles.tile_rows * distance;
       if (by_pairs) {
@@ -113,7 +119,7 @@ struct Backward : PairsBackward {
   // ds = f raw into its columns of d, and <raw, s>; with pairs raw becomes ds too.
   template <class T, class D>
   void finish_ds(int i, const Tile& tile, float* raw, D* d) {
-    const CpuBranch& branch = call.branch[i];
+    const Branch& branch = call.branch[i];
     const int64_t distance = sum_distance(branch.R), first_of_s = first_rank(i);
     for (int64_t row = tile.row; row < tile.row + tile.rows; ++row, raw += distance) {
       const T* s = static_cast<const T*>(call.s) + row * ranks + first_of_s;
@@ -134,17 +140,18 @@ struct Backward : PairsBackward {
 
   // The gradient of a branch's gate: of a given one, or of a learned one's value.
   template <class T>
-  void gate_backward(const CpuBranch& branch, const float* of_rows) {
+  void gate_backward(const Branch& branch, const float* of_rows) {
     const bool is_learned = branch.learned_gate >= 0;
-    if (!is_learned && branch.gate.grad == nullptr) return;
+    if (!is_learned && branch.dgate.data == nullptr) return;
     const bool is_per_row =
         is_learned ? !is_pooled(call.gate[branch.learned_gate]) : branch.has_gate_per_row;
+    // A learned gate's goes on to its logits, a given one's is a result.
     auto write = [&](int64_t i, double sum) {
       const float value = branch.scale * static_cast<float>(sum);
       if (is_learned) {
         dvalue[branch.learned_gate][i] = value;
       } else {
-        write_element<T>(branch.gate, i, value);
+        write_element<T>(branch.dgate, i, value);
       }
     };
     for (int64_t b = 0; b < call.B; ++b) {
@@ -175,7 +182,7 @@ struct Backward : PairsBackward {
         }
       }
       for (int j = 0; j < call.gates; ++j) {
-        const CpuGate& gate = call.gate[j];
+        const Gate& gate = call.gate[j];
         const int64_t column = columns.of_gates + columns.gate_width * j;
         const float* dvalue_of = gate.dvalue != nullptr ? gate.dvalue : dvalue[j];
         const float bias = element<T>(gate.bias, 0);
@@ -186,6 +193,7 @@ struct Backward : PairsBackward {
             const float logit =
                 by_pairs ? logit_of_pair(call, gate, row, logits + r * logit_distance() + 2 * j)
                          : dot_of(x + r * call.Din, row_of_gate(weights.down, j, 0), call.Din);
+            // In float64: dlogit is a sum's share, and what is lost here is lost in every row.
             const double s = sigmoid_of(logit + bias);
             const double d = dvalue_of[is_pooled(gate) ? sentence : row] / divisors[j][sentence];
             dlogit = d * s * (1.0 - s);
@@ -211,23 +219,25 @@ struct Backward : PairsBackward {
 
   // ---- dx, and the sums for dA and dw ----
 
+  // Does any parameter of the group want its gradient.
   bool wants_sums(const Group& group) const {
     for (int i = group.first_branch; i < group.end_branch; ++i) {
-      if (call.branch[i].a.grad != nullptr) return true;
+      if (call.branch[i].da.data != nullptr) return true;
     }
     for (int j = 0; group.has_gates && j < call.gates; ++j) {
-      if (call.gate[j].weight.grad != nullptr) return true;
+      if (call.gate[j].dweight.data != nullptr) return true;
     }
     return false;
   }
 
   template <class T>
   void pass_over_x(int64_t chunk, float* memory) {
-    bool wants_any = false, wants[kCpuBranches + 1];
+    bool wants_any = false, wants[kMaxBranches + 1];
     for (int g = 0; g < columns.groups; ++g) {
       const Group& group = columns.group[g];
       wants_any |= wants[g] = wants_sums(group);
       float* sums = down_sums[g] + chunk * group.slots * down_floats(group);
+      // With several slots a tile adds to one of them, which no earlier tile may have written.
       if (group.slots > 1) std::fill(sums, sums + group.slots * down_floats(group), 0.0f);
     }
     if (by_pairs) return pass_over_x_pairs(chunk, wants, PairMemory(*this, memory));
@@ -238,6 +248,7 @@ struct Backward : PairsBackward {
       const int64_t count = std::min(kStretch, call.Din - begin);
       for_tiles(chunk, [&](const Tile& tile, int64_t place) {
         Right of_x = {x, kStretchStride};
+        // x is needed for the sums alone, dropout's factors also for dx.
         if (has_dropout(call)) {
           read_dropout(call, tile, begin, count, dropout);
           if (wants_any) read_stretch<T>(call.x, call.Din, tile, begin, count, x);
@@ -264,6 +275,7 @@ struct Backward : PairsBackward {
           T* dx = static_cast<T*>(call.dx) + tile.row * call.Din + begin;
           const Left left = {d, columns.stride, 1};
           const Right right = {weights.down[g] + at, stride};
+          // Without dropout the product adds to dx itself; with it, the factors come in between.
           if (!group.is_dropped) {
             multiply_add_to(tile.rows, count, group.count, left, right, dx, call.Din);
             continue;
@@ -286,10 +298,11 @@ struct Backward : PairsBackward {
 
   template <class T>
   void write_sums() {
+    // A task is a row of dA, a block of columns of dB, or a gate; each is written by one thread.
     int64_t tasks = call.gates;
     for (int i = 0; i < call.branches; ++i) tasks += tasks_of_a(i) + tasks_of_b(i);
     for (int i = 0; i < call.branches; ++i) clear_unused_members<T>(call.branch[i]);
-    parallel_for(tasks, call.threads, [&](int64_t task) {
+    parallel_for(tasks, threads, [&](int64_t task) {
       for (int i = 0; i < call.branches; ++i) {
         if (task < tasks_of_a(i)) return write_da<T>(i, task);
         task -= tasks_of_a(i);
@@ -301,25 +314,26 @@ struct Backward : PairsBackward {
   }
 
   int64_t tasks_of_a(int i) const {
-    const CpuBranch& branch = call.branch[i];
-    return branch.a.grad ? a_bank(branch).slots * branch.R : 0;
+    const Branch& branch = call.branch[i];
+    return branch.da.data ? a_bank(branch).slots * branch.R : 0;
   }
-  int64_t blocks_of_b(const CpuBranch& branch) const {
+  int64_t blocks_of_b(const Branch& branch) const {
     return (branch.size + kColumnsAtOnce - 1) / kColumnsAtOnce;
   }
   int64_t tasks_of_b(int i) const {
-    const CpuBranch& branch = call.branch[i];
-    return branch.b.grad ? b_bank(branch).slots * blocks_of_b(branch) : 0;
+    const Branch& branch = call.branch[i];
+    return branch.db.data ? b_bank(branch).slots * blocks_of_b(branch) : 0;
   }
 
+  // Where the batch shares one member, the others' gradients are zeros.
   template <class T>
-  void clear_unused_members(const CpuBranch& branch) {
+  void clear_unused_members(const Branch& branch) {
     const int64_t floats[2] = {branch.M * branch.R * call.Din, branch.N * branch.R * branch.size};
     const bool is_partial[2] = {branch.M > 1 && !branch.has_a_index_per_sample,
                                 branch.N > 1 && !branch.has_b_index_per_sample};
     for (int which = 0; which < 2; ++which) {
-      const CpuParameter& p = which == 0 ? branch.a : branch.b;
-      if (p.grad == nullptr || !is_partial[which]) continue;
+      const ParameterGrad& p = which == 0 ? branch.da : branch.db;
+      if (p.data == nullptr || !is_partial[which]) continue;
       with_grad<T>(p, [&](auto* grad) {
         std::memset(grad, 0, static_cast<size_t>(floats[which]) * sizeof *grad);
       });
@@ -328,7 +342,7 @@ struct Backward : PairsBackward {
 
   // to [columns] = the sum of the chunks' rows, `distance` floats apart, each of so many parts.
   template <class T>
-  void write_row(const CpuParameter& p, int64_t first, const float* sums, int64_t distance,
+  void write_row(const ParameterGrad& p, int64_t first, const float* sums, int64_t distance,
                  int64_t parts) {
     with_grad<T>(p, [&](auto* grad) {
       for_vectors(call.Din, [&](int64_t d, auto part) {
@@ -345,40 +359,41 @@ struct Backward : PairsBackward {
 
   template <class T>
   void write_da(int i, int64_t task) {
-    const CpuBranch& branch = call.branch[i];
+    const Branch& branch = call.branch[i];
     const int64_t slot = task / branch.R, r = task % branch.R;
+    // The group that holds the branch's rows.
     int g = 0;
     while (i >= columns.group[g].end_branch) ++g;
     const Group& group = columns.group[g];
     const int64_t row = columns.of_branch[i] - group.place + r;
-    const int64_t member = a_bank(branch).first_member + slot;
-    write_row<T>(branch.a, (member * branch.R + r) * call.Din,
+    const int64_t member = a_bank(branch).first_member() + slot;
+    write_row<T>(branch.da, (member * branch.R + r) * call.Din,
                  down_sums[g] + slot * down_floats(group) + row * sum_distance(call.Din),
                  group.slots * down_floats(group), 1);
   }
 
   template <class T>
   void write_gate(int j) {
-    const CpuGate& gate = call.gate[j];
+    const Gate& gate = call.gate[j];
     const Group& group = columns.group[columns.groups - 1];
-    if (gate.weight.grad != nullptr) {
-      write_row<T>(gate.weight, 0, row_of_gate(down_sums, j, 0), group.slots * down_floats(group),
+    if (gate.dweight.data != nullptr) {
+      write_row<T>(gate.dweight, 0, row_of_gate(down_sums, j, 0), group.slots * down_floats(group),
                    columns.gate_width);
       if (gate.pooling == Pooling::kMaskedMean) mend_masked_gate<T>(j);
     }
-    if (gate.bias.grad == nullptr) return;
+    if (gate.dbias.data == nullptr) return;
     double sum = 0.0;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += bias_sums[chunk * call.gates + j];
-    write_element<T>(gate.bias, 0, static_cast<float>(sum));
+    write_element<T>(gate.dbias, 0, static_cast<float>(sum));
   }
 
   // A row that does not count has no part in a gate, whatever it holds; but its dlogit of 0 was
   // multiplied by it. Where that may have been a NaN, the rows that count are added up alone.
   template <class T>
   void mend_masked_gate(int j) {
-    const CpuGate& gate = call.gate[j];
+    const Gate& gate = call.gate[j];
     bool is_finite = true;
-    with_grad<T>(gate.weight, [&](const auto* grad) {
+    with_grad<T>(gate.dweight, [&](const auto* grad) {
       for (int64_t d = 0; d < call.Din; ++d) is_finite &= std::isfinite(to_float(grad[d]));
     });
     if (is_finite) return;
@@ -396,12 +411,13 @@ struct Backward : PairsBackward {
         }
       });
     }
-    with_grad<T>(gate.weight, [&](auto* grad) {
+    with_grad<T>(gate.dweight, [&](auto* grad) {
       for_vectors(call.Din,
                   [&](int64_t d, auto part) { part.store_to(grad + d, load(sums.data() + d)); });
     });
   }
 
+  // A row's dlogit as the sums were made with it: on tiles the two numbers together.
   float dlogit_of(int64_t chunk, const Tile& tile, int64_t place, int64_t r, int64_t column) const {
     if (!by_pairs) return d_all[(tile.row + r) * columns.stride + column];
     const bf16* two = transposed_of(chunk, place) + column * tiles.tile_rows + r;
@@ -411,15 +427,16 @@ struct Backward : PairsBackward {
   // dB lies as [size, R], its sums as [R, size].
   template <class T>
   void write_db(int i, int64_t task) {
-    const CpuBranch& branch = call.branch[i];
+    const Branch& branch = call.branch[i];
     const Bank bank = b_bank(branch);
     const int64_t slot = task / blocks_of_b(branch), stride = sum_distance(branch.size);
     const int64_t begin = task % blocks_of_b(branch) * kColumnsAtOnce;
     const int64_t end = std::min(begin + kColumnsAtOnce, branch.size);
     const float* sums = up_sums[i] + slot * up_floats(branch);
     const int64_t distance = bank.slots * up_floats(branch);
-    with_grad<T>(branch.b, [&](auto* grad) {
-      auto* to = grad + (bank.first_member + slot) * branch.size * branch.R;
+    with_grad<T>(branch.db, [&](auto* grad) {
+      auto* to = grad + (bank.first_member() + slot) * branch.size * branch.R;
+      // A square of kWidth columns by kWidth ranks at a time, turned in registers.
       for (int64_t column = begin; column < end; column += kWidth) {
         for_vectors(branch.R, [&](int64_t r, auto part) {
           Vector block[kWidth];
@@ -440,15 +457,21 @@ struct Backward : PairsBackward {
 };
 
 }  // namespace
+}  // namespace pelt::lora_linear
+
+namespace pelt {
+
+using namespace lora_linear;
 
 template <>
-int64_t cpu_backward_workspace_bytes<cpu::Isa::PELT_CPU_ISA>(const CpuCall& call) {
+int64_t Cpu<Contract, cpu::Isa::PELT_CPU_ISA>::backward_bytes(const Call& call) {
   return Backward(call).place(Arena{});
 }
 
 template <>
-void cpu_backward<cpu::Isa::PELT_CPU_ISA>(const CpuCall& call) {
+void Cpu<Contract, cpu::Isa::PELT_CPU_ISA>::backward(const Call& call) {
   Backward backward(call);
+  if (backward.call.branches + backward.call.gates == 0) return;  // dx is the base product
   backward.place(Arena{static_cast<char*>(call.workspace)});
   if (call.dtype == DType::kF32) {
     backward.run<float>();
@@ -457,4 +480,4 @@ void cpu_backward<cpu::Isa::PELT_CPU_ISA>(const CpuCall& call) {
   }
 }
 
-}  // namespace pelt::lora_linear
+}  // namespace pelt

@@ -33,7 +33,7 @@ __device__ __forceinline__ float sum_rows(Shared& s, int rows, ValueOfRow&& valu
 // branch's gate there. The dots may be in parts, one for each block of the branch's ranks.
 __device__ __forceinline__ float gate_grad_of(const GatesParams& p, int branch, int64_t first,
                                               int t) {
-  const Inputs& in = p.in;
+  const Linear& in = p.in;
   const int64_t all = static_cast<int64_t>(in.B) * in.S;
   // The parts of the branches before it come first.
   int part = 0;
@@ -47,7 +47,7 @@ __device__ __forceinline__ float gate_grad_of(const GatesParams& p, int branch, 
 // dlogit of learned gate g for every row of sentence b.
 __device__ __forceinline__ void derive_logits(const GatesParams& p, Shared& s, int g, int b,
                                               float real_rows) {
-  const Inputs& in = p.in;
+  const Linear& in = p.in;
   const Gate& gate = in.gate[g];
   const int64_t all = static_cast<int64_t>(in.B) * in.S, first = static_cast<int64_t>(b) * in.S;
   const bool is_masked = gate.pooling == Pooling::kMaskedMean;
@@ -58,15 +58,14 @@ __device__ __forceinline__ void derive_logits(const GatesParams& p, Shared& s, i
   // here for a branch's.
   float of_sentence = 0.0f;
   if (is_pooled && gate.branch < 0) {
-    of_sentence = p.grads.gate[g].dvalue[b];
+    of_sentence = gate.dvalue[b];
   } else if (is_pooled) {
     of_sentence = sum_rows(s, in.S, [&](int t) { return gate_grad_of(p, gate.branch, first, t); });
   }
   for (int t = thread_index(); t < in.S; t += kThreads) {
     float dvalue = of_sentence;
     if (!is_pooled) {
-      dvalue = gate.branch < 0 ? p.grads.gate[g].dvalue[first + t]
-                               : gate_grad_of(p, gate.branch, first, t);
+      dvalue = gate.branch < 0 ? gate.dvalue[first + t] : gate_grad_of(p, gate.branch, first, t);
     }
     const float value = p.row_gates[g * all + first + t];
     // A masked row has no part in the gate; fmaxf as in forward, where no row may count.
@@ -81,12 +80,12 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     lora_linear_gates_sm80(const __grid_constant__ GatesParams p) {
   auto& s = shared_memory_as<Shared>();
-  const Inputs& in = p.in;
+  const Linear& in = p.in;
   const int b = block_index_x();
   const int64_t first = static_cast<int64_t>(b) * in.S;
   // Gates that are inputs: their gradients are results.
   for (int i = 0; i < in.branches; ++i) {
-    const ParameterGrad& dgate = p.grads.branch[i].dgate;
+    const ParameterGrad& dgate = in.branch[i].dgate;
     if (dgate.data == nullptr) continue;
     if (in.branch[i].has_gate_per_row) {
       for (int t = thread_index(); t < in.S; t += kThreads) {

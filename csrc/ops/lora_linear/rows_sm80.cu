@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads)
     lora_linear_rows_sm80(const __grid_constant__ RowsParams p) {
   using T = typename C::T;
   auto& s = shared_memory_as<NarrowShared<C>>();
-  const Inputs& in = p.in;
+  const Linear& in = p.in;
   const TileRows rows = rows_of_tile<kNarrowRows>(p.tiling, block_index_x());
   // The branch whose rank block this is: those of the branches before it are passed over.
   int which = 0, block = block_index_y();
@@ -27,14 +27,13 @@ __global__ void __launch_bounds__(kThreads)
   }
   const Branch& branch = in.branch[which];
   const int rank = block * C::kRanks;
-  const int64_t member =
-      member_of(branch.b_index, branch.has_b_index_per_sample, rows.group, branch.b_members);
+  const int64_t member = member_of_b(branch, rows.group);
   const int64_t start = member * branch.size * branch.R + rank;
   // The reduction runs over the branch's own columns of dy. Columns beside them in the last chunk
   // come as zeros, so that a NaN there stays out.
   multiply_narrow<Factor::kRowsOfB, C>(s, branch.size, [&](int stage_number, int column) {
     stage<T, kNarrowRows, kChunk>(
-        s.ring.x[stage_number], kChunkStride, Parameter{p.dy, false},
+        s.ring.x[stage_number], kChunkStride, Parameter{p.in.dy, false},
         {rows.first * in.Dout + branch.offset + column, in.Dout, rows.count, branch.size - column});
     stage<T, kChunk, C::kRanks>(s.ring.factor[stage_number], C::kRankStride, branch.b,
                                 {start + static_cast<int64_t>(column) * branch.R, branch.R,
@@ -50,7 +49,7 @@ __global__ void __launch_bounds__(kThreads)
       const float raw = s.sums[0][row * C::kSumStride + r];
       const int64_t at = (rows.first + row) * in.ranks + branch.first + rank + r;
       // The dot takes raw before the gate: it is the gradient of scale g itself.
-      dot += raw * to_float(static_cast<const T*>(p.s)[at]);
+      dot += raw * to_float(static_cast<const T*>(p.in.s)[at]);
       static_cast<T*>(p.ds)[at] = round_to<T>(factor * raw);
     }
   }
@@ -65,7 +64,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 // One number for all branches, that of the largest: the same configuration serves the launch.
-int rank_block_of(const Inputs& in) {
+int rank_block_of(const Linear& in) {
   int most = 0;
   for (int i = 0; i < in.branches; ++i) most = in.branch[i].R > most ? in.branch[i].R : most;
   return block_of(most);

@@ -25,8 +25,8 @@ __device__ __forceinline__ void find_sources(const ShrinkParams& p, NarrowShared
     const int column = first + i, gate = column - p.gate_column;
     Source source = {};  // between the ranks and the gates, and behind them: zeros
     if (gate >= 0 && gate < p.in.gates) {
-      source = {p.in.gate[gate].gate_weight, 0};
-    } else if (p.s != nullptr && column < p.in.ranks) {
+      source = {p.in.gate[gate].weight, 0};
+    } else if (!p.is_for_backward() && column < p.in.ranks) {
       source = rank_row(p.in, column, rows.group);
     }
     s.source[i] = source;
@@ -42,7 +42,7 @@ __device__ __forceinline__ void store_s(const ShrinkParams& p, const NarrowShare
     const int row = i / C::kRanks, column = i % C::kRanks;
     // Behind the ranks the block may hold gates, which are not part of s.
     if (row >= rows.count || first + column >= p.in.ranks) continue;
-    static_cast<T*>(p.s)[(rows.first + row) * p.in.ranks + first + column] =
+    static_cast<T*>(p.in.s)[(rows.first + row) * p.in.ranks + first + column] =
         round_to<T>(s.sums[0][row * C::kSumStride + column]);
   }
 }
@@ -59,10 +59,10 @@ __device__ __forceinline__ void activate_gates(const ShrinkParams& p, NarrowShar
     const int g = i / kNarrowRows, row = i % kNarrowRows;
     const Gate& gate = p.in.gate[g];
     float& at = s.sums[0][row * C::kSumStride + column + g];
-    const float value = sigmoid(at + load_parameter<T>(gate.gate_bias, 0));
+    const float value = sigmoid(at + load_parameter<T>(gate.bias, 0));
     at = value;
     if (row >= rows.count) continue;
-    if (p.row_gates != nullptr) {
+    if (p.is_for_backward()) {
       p.row_gates[g * all + rows.first + row] = value;
     } else if (gate.pooling == Pooling::kToken) {
       gate.value[rows.first + row] = value;
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads)
   auto& s = shared_memory_as<NarrowShared<C>>();
   const TileRows rows = rows_of_tile<kNarrowRows>(p.tiling, block_index_x());
   // Where only gates are wanted, in backward, the blocks of ranks before theirs are not launched.
-  const int skipped = p.s == nullptr ? p.gate_column / C::kRanks : 0;
+  const int skipped = p.is_for_backward() ? p.gate_column / C::kRanks : 0;
   const int first = (skipped + block_index_y()) * C::kRanks;
   // Blocks of ranks see dropout(x), the gates' block behind them x.
   const bool is_dropped = p.in.dropout.is_active() && first < p.gate_column;
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kThreads)
     stage_x<T, kNarrowRows>(s.ring.x[stage], p.in, rows, column, is_dropped);
     stage_sources<T, C::kRanks>(s.ring.factor[stage], p.in, s.source, column);
   });
-  if (p.s != nullptr && first < p.in.ranks) store_s(p, s, rows, first);
+  if (!p.is_for_backward() && first < p.in.ranks) store_s(p, s, rows, first);
   // Only the block that holds the gates' columns goes on.
   if (p.in.gates == 0 || first != p.gate_column / C::kRanks * C::kRanks) return;
   activate_gates(p, s, rows, p.gate_column - first);
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // The gates stand beside the ranks where one block has room for both, and otherwise, or where
 // dropout makes x another for the ranks, at the beginning of the next block.
-int gate_column_of(const Inputs& in) {
+int gate_column_of(const Linear& in) {
   const int block = in.dropout.is_active() ? 64 : block_of(in.ranks + in.gates);
   const bool straddles = in.ranks % block + in.gates > block;
   const bool is_apart = in.gates > 0 && (straddles || in.dropout.is_active());
@@ -152,7 +152,7 @@ void launch_shrink_sm80(const ShrinkParams& params, Stream stream) {
   const int columns = block_of(p.gate_column + p.in.gates);
   // Behind the last column that holds something.
   const int end = p.in.gates > 0 ? p.gate_column + p.in.gates : p.in.ranks;
-  const int skipped = p.s == nullptr ? p.gate_column / columns : 0;
+  const int skipped = p.is_for_backward() ? p.gate_column / columns : 0;
   run_config(NarrowConfigs{}, p.in.dtype, columns, [&](auto tag) {
     using C = typename decltype(tag)::type;
     LaunchShape shape;

@@ -17,7 +17,7 @@ template <class C>
 __device__ __forceinline__ void store_dots(const SingleBackwardParams& p, const SingleShared<C>& s,
                                            const SingleWarp<C>& warp, const float* sums) {
   using T = typename C::T;
-  const Inputs& in = p.in;
+  const Linear& in = p.in;
   const int row = lane_index() % 16;
   const int64_t global_row = s.rows.first + warp.own_row + row;
   if (warp.own_row + row >= s.rows.count) return;
@@ -25,7 +25,7 @@ __device__ __forceinline__ void store_dots(const SingleBackwardParams& p, const 
   for (int i = 0; i < in.branches; ++i) {
     const Branch& branch = in.branch[i];
     if (i % 2 == lane_index() / 16) {
-      const T* of_row = static_cast<const T*>(p.s) + global_row * in.ranks + branch.first;
+      const T* of_row = static_cast<const T*>(p.in.s) + global_row * in.ranks + branch.first;
       float dot = 0.0f;
       // Before the gate is applied: the dot is the gradient of scale g itself.
       for (int r = 0; r < branch.R; ++r) {
@@ -44,7 +44,7 @@ __device__ __forceinline__ void finish_ranks(const SingleBackwardParams& p, Sing
                                              const SingleWarp<C>& warp,
                                              const SingleSums<C>& registers) {
   using T = typename C::T;
-  const Inputs& in = p.in;
+  const Linear& in = p.in;
   const float* sums = spread_sums<C>(s, warp, registers);
   // All blocks of a row's columns know its ds; the first one stores what others launches read.
   if (s.first == 0 && p.dots != nullptr) store_dots<C>(p, s, warp, sums);

@@ -28,7 +28,7 @@ __device__ __forceinline__ void activate_gates(const SingleForwardParams& p,
     const int row = i % 16, g = i / 16;
     const Gate& gate = p.in.gate[g];
     float& at = sums[row * C::kSumStride + s.gate_column + g];
-    const float value = sigmoid(at + load_parameter<T>(gate.gate_bias, 0));
+    const float value = sigmoid(at + load_parameter<T>(gate.bias, 0));
     at = value;
     const bool is_ours =
         gate.branch < 0 ? s.first == 0 : is_first_of<C>(s, p.in.branch[gate.branch]);
@@ -46,7 +46,7 @@ __device__ __forceinline__ void finish_ranks(const SingleForwardParams& p, Singl
                                              const SingleWarp<C>& warp,
                                              const SingleSums<C>& registers) {
   using T = typename C::T;
-  const Inputs& in = p.in;
+  const Linear& in = p.in;
   float* sums = spread_sums<C>(s, warp, registers);
   if (needs_gates(in, s.first, s.first + C::kColumns)) activate_gates<C>(p, s, warp, sums);
   // Fragments of x were dropped but not scaled (fragment_dropout.cuh).
@@ -67,7 +67,7 @@ __device__ __forceinline__ void finish_ranks(const SingleForwardParams& p, Singl
     if (is_there) {
       const int64_t global_row = s.rows.first + warp.own_row + row;
       if (left > 0 && is_first_of<C>(s, branch)) {
-        store_ranks<T>(p.s, global_row * in.ranks + branch.first + rank, left < 8 ? left : 8,
+        store_ranks<T>(p.in.s, global_row * in.ranks + branch.first + rank, left < 8 ? left : 8,
                        values);
       }
       // As factor_of() does, but a learned gate is not in memory yet.

@@ -74,7 +74,7 @@ __device__ __forceinline__ void place_block(const SingleParams& p, SingleShared<
 // Which ranks and gates the block's columns need, and where their factors lie.
 template <class C>
 __device__ __forceinline__ void fill_tables(const SingleParams& p, SingleShared<C>& s) {
-  const Inputs& in = p.in;
+  const Linear& in = p.in;
   const int i = thread_index();
   SingleSlot own = {};
   own.branch = -1;
@@ -99,16 +99,13 @@ __device__ __forceinline__ void fill_tables(const SingleParams& p, SingleShared<
   if (own.branch >= 0) {
     const Branch& branch = in.branch[own.branch];
     own.factor = branch.b, own.R = branch.R, own.offset = branch.offset, own.size = branch.size;
-    own.start =
-        member_of(branch.b_index, branch.has_b_index_per_sample, s.rows.group, branch.b_members) *
-        branch.size * branch.R;
+    own.start = member_of_b(branch, s.rows.group) * branch.size * branch.R;
     const int rank = own.rank + i % kSlot;
-    const int64_t member =
-        member_of(branch.a_index, branch.has_a_index_per_sample, s.rows.group, branch.a_members);
+    const int64_t member = member_of_a(branch, s.rows.group);
     if (rank < branch.R) source = {branch.a, (member * branch.R + rank) * in.Din};
   }
   const int gate = i - columns.gate_column;
-  if (gate >= 0 && gate < gates) source = {in.gate[gate].gate_weight, 0};
+  if (gate >= 0 && gate < gates) source = {in.gate[gate].weight, 0};
   s.source[i] = source;
   if (i % kSlot == 0) s.slot[i / kSlot] = own;
 }
@@ -122,7 +119,7 @@ struct Eight {
 
 // Of the row of A or of a gate's weight that stands at `rank`, from `column` on.
 template <class C>
-__device__ __forceinline__ Eight eight_of_a(const Inputs& in, const SingleShared<C>& s, int rank,
+__device__ __forceinline__ Eight eight_of_a(const Linear& in, const SingleShared<C>& s, int rank,
                                             int column) {
   const Source& source = s.source[rank];
   const bool is_there = source.row.data != nullptr && column < in.Din;
@@ -149,7 +146,7 @@ struct Held {
 // Copies eight elements to `place` of the tile, or leaves them in `held` for put(). kIsWhole: they
 // lie at a 16-byte border or are not there at all, as those of A do.
 template <class T, bool kIsWhole>
-__device__ __forceinline__ void fetch(Held& held, T* tile, int place, const Inputs& in,
+__device__ __forceinline__ void fetch(Held& held, T* tile, int place, const Linear& in,
                                       const Eight& from) {
   held.place = -1;
   const bool is_whole = kIsWhole || (from.count == 8 && from.at % 8 == 0);

@@ -24,7 +24,7 @@ PELT_HOST_DEVICE bool overlaps(const Branch& branch, int begin, int end) {
 // Calls visit(slot, branch, its first rank in the slot) for the branches that reach columns of y in
 // [begin, end).
 template <class Visit>
-PELT_HOST_DEVICE RankColumns for_each_slot(const Inputs& in, int begin, int end, Visit&& visit) {
+PELT_HOST_DEVICE RankColumns for_each_slot(const Linear& in, int begin, int end, Visit&& visit) {
   RankColumns columns;
   for (int i = 0; i < in.branches; ++i) {
     const Branch& branch = in.branch[i];
@@ -38,7 +38,7 @@ PELT_HOST_DEVICE RankColumns for_each_slot(const Inputs& in, int begin, int end,
 
 // Does a block with columns [begin, end) of y compute the gates: those of its branches, and the
 // extra ones in the first block.
-PELT_HOST_DEVICE bool needs_gates(const Inputs& in, int begin, int end) {
+PELT_HOST_DEVICE bool needs_gates(const Linear& in, int begin, int end) {
   for (int g = 0; g < in.gates; ++g) {
     const int branch = in.gate[g].branch;
     if (branch < 0 ? begin == 0 : overlaps(in.branch[branch], begin, end)) return true;

@@ -86,6 +86,14 @@ __device__ __forceinline__ int64_t member_of(const int64_t* index, bool is_per_s
   return member < 0 ? 0 : (member < last ? member : last);
 }
 
+__device__ __forceinline__ int64_t member_of_a(const Branch& branch, int group) {
+  return member_of(branch.a_index, branch.has_a_index_per_sample, group, branch.M);
+}
+
+__device__ __forceinline__ int64_t member_of_b(const Branch& branch, int group) {
+  return member_of(branch.b_index, branch.has_b_index_per_sample, group, branch.N);
+}
+
 // A rectangle of a matrix whose rows are `leading` elements apart; (0, 0) is at `offset`. Before
 // row `begin` and beyond `rows` and `columns` there is nothing: those elements are staged as zeros.
 struct Rectangle {
@@ -130,7 +138,7 @@ __device__ __forceinline__ void stage(T* tile, int stride, const Parameter& sour
 
 // The dropout factors of eight neighbouring elements of x. A draw serves four, and Din is a
 // multiple of 8, so that no draw is shared between rows.
-__device__ __forceinline__ Float8 dropout_of(const Inputs& in, int64_t row, int column) {
+__device__ __forceinline__ Float8 dropout_of(const Linear& in, int64_t row, int column) {
   Float8 factors;
   for (int half = 0; half < 2; ++half) {
     float quad[4];
@@ -142,7 +150,7 @@ __device__ __forceinline__ Float8 dropout_of(const Inputs& in, int64_t row, int 
 
 // A chunk of x, or of dropout(x), from column `first` on; rows that are not there are zero.
 template <class T, int kRows>
-__device__ __forceinline__ void stage_x(T* tile, const Inputs& in, const TileRows& rows, int first,
+__device__ __forceinline__ void stage_x(T* tile, const Linear& in, const TileRows& rows, int first,
                                         bool is_dropped) {
   for (int i = thread_index(); i < kRows * kVectors; i += kThreads) {
     const int row = i / kVectors, column = first + i % kVectors * 8;
@@ -172,13 +180,12 @@ struct Source {
 };
 
 // Rank `column` of all branches', for a tile in `group`.
-__device__ __forceinline__ Source rank_row(const Inputs& in, int column, int group) {
+__device__ __forceinline__ Source rank_row(const Linear& in, int column, int group) {
   for (int i = 0; i < in.branches; ++i) {
     const Branch& branch = in.branch[i];
     const int rank = column - branch.first;
     if (rank < 0 || rank >= branch.R) continue;
-    const int64_t member =
-        member_of(branch.a_index, branch.has_a_index_per_sample, group, branch.a_members);
+    const int64_t member = member_of_a(branch, group);
     return {branch.a, (member * branch.R + rank) * in.Din};
   }
   return {};
@@ -186,7 +193,7 @@ __device__ __forceinline__ Source rank_row(const Inputs& in, int column, int gro
 
 // kRows rows in shared memory from a table of them, columns [first, first + kChunk).
 template <class T, int kRows>
-__device__ __forceinline__ void stage_sources(T* tile, const Inputs& in, const Source* sources,
+__device__ __forceinline__ void stage_sources(T* tile, const Linear& in, const Source* sources,
                                               int first) {
   for (int i = thread_index(); i < kRows * kVectors; i += kThreads) {
     const int row = i / kVectors, column = first + i % kVectors * 8;
@@ -207,18 +214,18 @@ __device__ __forceinline__ void stage_sources(T* tile, const Inputs& in, const S
 }
 
 // A row's sentence. Rows are counted in 32 bits (see why_not), and their division is far cheaper.
-__device__ __forceinline__ int sentence_of(const Inputs& in, int64_t row) {
+__device__ __forceinline__ int sentence_of(const Linear& in, int64_t row) {
   return static_cast<int>(row) / in.S;
 }
 
 // Does a row count in its sentence's gate.
-__device__ __forceinline__ bool counts(const Inputs& in, const Gate& gate, int64_t row) {
+__device__ __forceinline__ bool counts(const Linear& in, const Gate& gate, int64_t row) {
   return gate.pooling != Pooling::kMaskedMean || in.mask[row];
 }
 
 // scale g of a branch's row; g is 1 where there is no gate.
 template <class T>
-__device__ __forceinline__ float factor_of(const Inputs& in, const Branch& branch, int64_t row) {
+__device__ __forceinline__ float factor_of(const Linear& in, const Branch& branch, int64_t row) {
   float gate = 1.0f;
   if (branch.learned_gate >= 0) {
     const Gate& learned = in.gate[branch.learned_gate];
@@ -231,9 +238,8 @@ __device__ __forceinline__ float factor_of(const Inputs& in, const Branch& branc
 
 // scale g s of a branch's ranks from `rank` on; absent rows and ranks are zero.
 template <class T, int kRows, int kRanks>
-__device__ __forceinline__ void stage_scaled(T* tile, int stride, const Inputs& in,
-                                             const Branch& branch, const void* s,
-                                             const TileRows& rows, int rank) {
+__device__ __forceinline__ void stage_scaled(T* tile, int stride, const Linear& in,
+                                             const Branch& branch, const TileRows& rows, int rank) {
   constexpr int kVectorsPerRow = kRanks / 8;
   // Are the branch's ranks of every row of s whole vectors at 16-byte borders.
   const bool is_aligned = in.ranks % 8 == 0 && branch.first % 8 == 0;
@@ -243,8 +249,8 @@ __device__ __forceinline__ void stage_scaled(T* tile, int stride, const Inputs& 
     Float8 values = {};
     if (row < rows.count && left > 0) {
       const float factor = factor_of<T>(in, branch, rows.first + row);
-      const T* from =
-          static_cast<const T*>(s) + (rows.first + row) * in.ranks + branch.first + rank + offset;
+      const T* from = static_cast<const T*>(in.s) + (rows.first + row) * in.ranks + branch.first +
+                      rank + offset;
       if (is_aligned && left >= 8) {
         values = load_8(from);
         for (int e = 0; e < 8; ++e) values.v[e] *= factor;

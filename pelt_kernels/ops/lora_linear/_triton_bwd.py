@@ -18,7 +18,15 @@ import triton
 import triton.language as tl
 
 from .._triton import keep_mask, product, sum_parts, vector
-from ._triton_fwd import of_branch, packed_a, packed_b, reached, slot_factors
+from ._triton_fwd import (
+    alone,
+    has_any,
+    of_branch,
+    packed_a,
+    packed_b,
+    reached,
+    slot_factors,
+)
 
 
 @triton.jit(do_not_specialize=["N", "S", "tiles", "T"])
@@ -54,13 +62,10 @@ def _lora_linear_bwd_rows_kernel(
         )  # fmt: skip
         if IS_APART:
             for i in tl.static_range(len(RANKS)):
-                own, mine = (
-                    of_branch(slots, BEGINS[i], RANKS[i]),
-                    of_branch(cols, OFFSETS[i], SIZES[i]),
-                )
-                if tl.max(mine.to(tl.int32), axis=0) > 0:
-                    own_dy = tl.where(mine[None, :], dy, tl.zeros_like(dy))
-                    raw = product(own_dy, tl.where(own[None, :], b, tl.zeros_like(b)), raw)
+                own_cols = of_branch(cols, OFFSETS[i], SIZES[i])
+                if has_any(own_cols):
+                    own_b = alone(b, of_branch(slots, BEGINS[i], RANKS[i])[None, :])
+                    raw = product(alone(dy, own_cols[None, :]), own_b, raw)
         else:
             raw = product(dy, b, raw)
 
@@ -274,7 +279,7 @@ def _lora_linear_bwd_columns_out_kernel(
     rows = tl.arange(0, BLOCK_T)
     slots = tl.arange(0, BLOCK_W)
     col_ok = reached(cols, OFFSETS, SIZES)
-    if tl.max(col_ok.to(tl.int32), axis=0) > 0:
+    if has_any(col_ok):
         db = tl.zeros([BLOCK_D, BLOCK_W], tl.float32)
         for first in range(begin, end, BLOCK_T):
             row_ok = rows < end - first

@@ -80,6 +80,20 @@ def of_branch(at, first, count):
 
 
 @triton.jit
+def has_any(which):
+    """Is one of a vector's elements true?"""
+    return tl.max(which.to(tl.int32), axis=0) > 0
+
+
+@triton.jit
+def alone(tile, own):
+    """A tile with zeros for all that is not a branch's own: what is not finite there stays out of
+    its product.
+    """
+    return tl.where(own, tile, tl.zeros_like(tile))
+
+
+@triton.jit
 def reached(cols, OFFSETS: tl.constexpr, SIZES: tl.constexpr):
     """Which columns of the output some branch reaches."""
     found = cols < 0
@@ -216,7 +230,7 @@ def _lora_linear_expand_kernel(
     group = tile // tiles
     first = (tile % tiles) * BLOCK_T
     col_ok = reached(cols, OFFSETS, SIZES)
-    if tl.max(col_ok.to(tl.int32), axis=0) > 0:
+    if has_any(col_ok):
         rows = tl.arange(0, BLOCK_T)
         row_ok = rows < N - first
         t0 = group.to(tl.int64) * N + first
@@ -239,15 +253,13 @@ def _lora_linear_expand_kernel(
         delta = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
         if IS_APART:
             for i in tl.static_range(len(RANKS)):
-                own, mine = (
-                    of_branch(slots, BEGINS[i], RANKS[i]),
-                    of_branch(cols, OFFSETS[i], SIZES[i]),
-                )
-                if tl.max(mine.to(tl.int32), axis=0) > 0:
-                    own_s = tl.where(own[None, :], s, tl.zeros_like(s))
-                    own_b = tl.where(own[:, None], b, tl.zeros_like(b))
-                    part = product(own_s, own_b, tl.zeros([BLOCK_T, BLOCK_D], tl.float32))
-                    delta += tl.where(mine[None, :], part, 0.0)
+                own_cols = of_branch(cols, OFFSETS[i], SIZES[i])
+                if has_any(own_cols):
+                    own_slots = of_branch(slots, BEGINS[i], RANKS[i])
+                    own_b = alone(b, own_slots[:, None])
+                    part = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+                    part = product(alone(s, own_slots[None, :]), own_b, part)
+                    delta += tl.where(own_cols[None, :], part, 0.0)
         else:
             delta = product(s, b, delta)
         tl.store(y_at, (y.to(tl.float32) + delta).to(dtype), mask=ok)
