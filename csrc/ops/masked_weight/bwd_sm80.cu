@@ -48,11 +48,14 @@ __device__ __forceinline__ void derive_scores(const BackwardParams& p, const Pla
     ds[i][j] = g * w[i][j];
     w[i][j] = g * (kept + fabsf(w[i][j]));
   });
+  // w holds dW from here on.
   if (p.in.grad[kW0] != nullptr) {
     for_elements(p.in, at, [&](int i, int j, int64_t index) {
       p.in.grad_as<T>(kW0)[index] = round_to<T>(w[i][j]);
     });
   }
+  // For the products, in which a thread needs other elements than its own. All of the tile, zeros
+  // past the matrix's end too: they are multiplied. project() has the barrier before they are read.
   for (int i = 0; i < kRowsEach; ++i) {
     for (int j = 0; j < kColumnsEach; ++j) {
       s.dw[tile_row(i) * kColumnStride + tile_column(j)] = w[i][j];
@@ -61,6 +64,7 @@ __device__ __forceinline__ void derive_scores(const BackwardParams& p, const Pla
   }
 }
 
+// sum + the products of four pairs of float32.
 __device__ __forceinline__ float dot_of_4(const Words4& a, const Words4& b, float sum) {
   for (int i = 0; i < 4; ++i) sum += float_from_bits(a.word[i]) * float_from_bits(b.word[i]);
   return sum;
@@ -82,6 +86,7 @@ __device__ __forceinline__ void project_columns(const Call& in, const Place& at,
       sum[half] = dot_of_4(values, right, sum[half]);
     }
   }
+  // Written by this block alone: it has the column tile and these rows.
   for (int half = 0; half < 2; ++half) {
     const int rank = first + k + half * kHalf;
     if (at.row + r < in.Dout && rank < ranks) {
@@ -100,12 +105,13 @@ __device__ __forceinline__ void project_rows(const Call& in, const Place& at, in
   const int k = thread_index() / kTileColumns * kRanksEach;
   float sum[kRanksEach] = {};
   for (int r = 0; r < kTileRows; ++r) {
-    const float value = tile[r * kColumnStride + c];
+    const float value = tile[r * kColumnStride + c];  // neighbouring threads, neighbouring columns
     for (int i = 0; i < kRanksEach; ++i) sum[i] += s.left[r * kRankStride + k + i] * value;
   }
   for (int i = 0; i < kRanksEach; ++i) {
     const int rank = first + k + i;
     if (at.column + c >= in.Din || rank >= ranks) continue;
+    // The band's first tile overwrites, so that the memory need not be zeroed before.
     float* to = partial + static_cast<int64_t>(rank) * in.Din + at.column + c;
     *to = is_first ? sum[i] : *to + sum[i];
   }
@@ -117,14 +123,17 @@ __device__ __forceinline__ void project(const Call& in, const Factors& f, const 
                                         const float* tile, FactorTiles& s, bool is_first,
                                         float* left_partial, float* right_partial) {
   for (int first = 0; first < f.ranks(); first += kRankChunk) {
+    // The factors' last readers are done; and, the first time, dW and dscore are written.
     sync_threads();
     load_factors<T>(in, f, at, first, s);
+    // A thread multiplies ranks that others have loaded.
     sync_threads();
     project_columns(in, at, first, f.ranks(), tile, s, left_partial);
     project_rows(in, at, first, f.ranks(), tile, s, is_first, right_partial);
   }
 }
 
+// Grid: column tiles by bands of rows.
 template <class C>
 __global__ void __launch_bounds__(kThreads)
     masked_weight_bwd_sm80(const __grid_constant__ BackwardParams p) {
@@ -144,6 +153,7 @@ __global__ void __launch_bounds__(kThreads)
     project<T>(in, {in.parameter(kA), in.parameter(kB), in.R2, true}, at, s.ds, s.factors,
                turn == 0, p.da_partial + column_tile * rows * (in.R2 + 1),
                p.db_partial + band * columns * (in.R2 + 1));
+    // The next tile's dW and dscore are written where these were read.
     sync_threads();
   }
 }
@@ -166,7 +176,8 @@ __device__ __forceinline__ float sum_of_parts(const float* partial, int64_t size
   return sum;
 }
 
-// A thread adds up one element of one gradient.
+// A thread adds up one element of one gradient: du, dv, da with drow, db with dcol, one behind the
+// other. Scales fall on the sums, once.
 template <class C>
 __global__ void __launch_bounds__(kThreads)
     masked_weight_bwd_sums_sm80(const __grid_constant__ BackwardParams p) {
@@ -186,6 +197,7 @@ __global__ void __launch_bounds__(kThreads)
       store_grad<T>(in.parameter_grad(kV), at,
                     in.beta * sum_of_parts(p.dv_partial, dv, p.row_bands, at));
     } else if (i < du + dv + da) {
+      // The last rank is that of ones: drow.
       const int64_t at = i - du - dv, row = at / (in.R2 + 1), rank = at % (in.R2 + 1);
       const float sum = sum_of_parts(p.da_partial, da, p.column_tiles, at);
       if (rank < in.R2) {
@@ -194,6 +206,7 @@ __global__ void __launch_bounds__(kThreads)
         store_grad<T>(in.parameter_grad(kRow), row, in.alpha2 * sum);
       }
     } else {
+      // The last row is that of ones: dcol.
       const int64_t at = i - du - dv - da, columns_before = static_cast<int64_t>(in.R2) * in.Din;
       const float sum = sum_of_parts(p.db_partial, db, p.row_bands, at);
       if (at < columns_before) {
@@ -216,6 +229,7 @@ void launch_config(const BackwardParams& p) {
   launch<masked_weight_bwd_sm80<C>>("masked_weight_bwd_sm80", shape, p.in.stream, p);
   const int64_t sums = (static_cast<int64_t>(p.in.Dout) + p.in.Din) * (p.in.R + p.in.R2 + 1);
   const int64_t wanted = (sums + kThreads - 1) / kThreads;
+  // Eight blocks of 256 threads fill a multiprocessor; more elements come in turns.
   LaunchShape small;
   small.threads = kThreads;
   small.blocks_x =

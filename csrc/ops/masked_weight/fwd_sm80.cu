@@ -65,23 +65,29 @@ __device__ __forceinline__ uint32_t key_of(float score) {
 
 // Every block of the grid; what they wrote before is visible after. `round` counts from 1.
 __device__ __forceinline__ void grid_barrier(const ForwardParams& p, int round) {
+  // The one release below stands for all that the block wrote.
   sync_threads();
   if (thread_index() == 0) {
     atomic_add_release(p.arrivals, 1);
+    // Counts up from round to round, so that it is never set back.
     wait_until_at_least(p.arrivals, round * grid_blocks_x());
   }
+  // The others go on when thread 0 has acquired what all blocks wrote.
   sync_threads();
 }
 
 __device__ __forceinline__ void clear_counts(Shared& s) {
   for (int i = thread_index(); i < kBins; i += kThreads) s.counts[i] = 0;
+  // Any thread may count in any bin.
   sync_threads();
 }
 
 // The block's counts go to those of the grid.
 __device__ __forceinline__ void publish_counts(const ForwardParams& p, const Shared& s, int digit) {
+  // All threads of the block have counted.
   sync_threads();
   for (int i = thread_index(); i < kBins; i += kThreads) {
+    // Most bins are empty: scores are concentrated on a few exponents.
     if (s.counts[i] != 0) atomic_count(p.counts + digit * kBins + i, s.counts[i]);
   }
 }
@@ -108,6 +114,7 @@ __device__ __forceinline__ void score_tiles(const ForwardParams& p, Shared& s) {
       const int c = at.column + tile_column(j);
       if (c < in.Din) col[j] = load_parameter<T>(in.parameter(kCol), c);
     }
+    // y is W everywhere for now: what stays is known when every key has been counted.
     for_elements(in, at, [&](int i, int j, int64_t index) {
       const float score =
           fabsf(w[i][j]) + in.alpha1 * product[i][j] + in.alpha2 * (row[i] + col[j]);
@@ -144,6 +151,7 @@ template <class Visit>
 __device__ __forceinline__ void for_keys(const ForwardParams& p, Visit&& visit) {
   const Part part = part_of_warp(p.in);
   for (int64_t first = part.begin; first < part.end; first += kBatch * kStep) {
+    // All loads of a batch before the first visit, whose stores and counts they could not pass.
     Words4 keys[kBatch];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
@@ -151,7 +159,7 @@ __device__ __forceinline__ void for_keys(const ForwardParams& p, Visit&& visit) 
       keys[j] = {};
       if (at + 4 <= part.end) {
         keys[j] = load_16(p.keys + at);
-      } else {
+      } else {  // at the end of the matrix
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           if (at + i < part.end) keys[j].word[i] = p.keys[at + i];
@@ -167,6 +175,7 @@ __device__ __forceinline__ void for_keys(const ForwardParams& p, Visit&& visit) 
   }
 }
 
+// Counts digit i of the keys that have the threshold's digits before it.
 __device__ __forceinline__ void count_digit(const ForwardParams& p, Shared& s, int i) {
   const Digit digit = digit_of(i);
   const uint32_t prefix = s.search.prefix;
@@ -198,12 +207,14 @@ __device__ __forceinline__ void find_digit(const ForwardParams& p, Shared& s, in
   int own = 0;
   for (int j = 0; j < kBinsEach; ++j) own += counts[kBins - 1 - thread_index() * kBinsEach - j];
   s.sums[thread_index()] = own;
+  // The first warp adds up all threads' sums.
   sync_threads();
   if (warp_index() == 0) {
     const int stay = s.search.stay;
     int sum = 0;
     for (int j = 0; j < kSumsEach; ++j) sum += s.sums[lane_index() * kSumsEach + j];
     const int up_to_here = sum_up_to_lane(sum);
+    // One lane alone: the sums grow from lane to lane, and `stay` lies in the range of one.
     if (up_to_here - sum < stay && stay <= up_to_here) {
       int left = stay - (up_to_here - sum);
       int group = lane_index() * kSumsEach;
@@ -214,6 +225,7 @@ __device__ __forceinline__ void find_digit(const ForwardParams& p, Shared& s, in
                   counts[bin]};
     }
   }
+  // All threads read the digit that one lane has found.
   sync_threads();
 }
 
@@ -229,8 +241,9 @@ __device__ __forceinline__ int equal_before(const ForwardParams& p, const Shared
   for_keys(p, [&](int64_t, const Words4& keys, int count) {
     own += count_equal(keys, count, s.search.prefix);
   });
-  own = shfl(sum_up_to_lane(own), 31);
+  own = shfl(sum_up_to_lane(own), 31);  // of the warp: the last lane's sum is of all lanes
   if (lane_index() == 0) p.equal[warp_of_grid()] = own;
+  // Every warp's number has to be there before one adds up those in front of its own.
   grid_barrier(p, kDigits + 1);
   int before = 0;
   for (int i = lane_index(); i < warp_of_grid(); i += 32) before += p.equal[i];
@@ -247,6 +260,7 @@ __device__ __forceinline__ void write_4(const ForwardParams& p, int64_t at, uint
     // A byte for each: bits 0 to 3 become bits 0, 8, 16 and 24.
     store_4(mask, (stays & 1) | (stays & 2) << 7 | (stays & 4) << 14 | (stays & 8) << 21);
   }
+  // None of the four stays, the usual case where most of a matrix is pruned: whole stores.
   if (count == 4 && stays == 0 && sizeof(T) == 4) {
     store_16(y, Words4{});
     return;
@@ -273,6 +287,8 @@ __device__ __forceinline__ void write_mask(const ForwardParams& p, const Shared&
   for_keys(p, [&](int64_t at, const Words4& keys, int count) {
     uint32_t stays = 0;
     for (int e = 0; e < 4; ++e) stays |= (keys.word[e] >= threshold ? 1u : 0u) << e;
+    // Of keys equal to the threshold the first `stay` stay, in the order of their flat indices:
+    // that is the order of warps, of a warp's steps, of lanes, and of a lane's four keys.
     if (has_ties) {
       const int own = count_equal(keys, count, threshold), up_to_here = sum_up_to_lane(own);
       int before = equal + up_to_here - own;
@@ -285,6 +301,7 @@ __device__ __forceinline__ void write_mask(const ForwardParams& p, const Shared&
   });
 }
 
+// Grid: as many blocks as are resident together, for they wait for each other.
 template <class C>
 __global__ void __launch_bounds__(kThreads)
     masked_weight_fwd_sm80(const __grid_constant__ ForwardParams p) {
@@ -293,7 +310,8 @@ __global__ void __launch_bounds__(kThreads)
   score_tiles<C>(p, s);
   if (thread_index() == 0) s.search = {0, static_cast<int>(p.in.keep), 0};
   if (p.in.keep == 0) {
-    // Above every key. The barrier, because tiles and parts belong to different blocks.
+    // A threshold above every key. The barrier, because write_mask clears entries of y whose tiles
+    // other blocks have written.
     if (thread_index() == 0) s.search = {~0u, 0, 0};
     grid_barrier(p, 1);
     write_mask<C>(p, s);
@@ -305,6 +323,7 @@ __global__ void __launch_bounds__(kThreads)
       count_digit(p, s, digit);
     }
     publish_counts(p, s, digit);
+    // All blocks' counts of this digit are there; after the first one, all keys as well.
     grid_barrier(p, digit + 1);
     find_digit(p, s, digit);
   }

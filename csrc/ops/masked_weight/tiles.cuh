@@ -86,12 +86,15 @@ __device__ __forceinline__ void multiply(const Call& in, const Factors& f, const
     for (int j = 0; j < kColumnsEach; ++j) product[i][j] = 0.0f;
   }
   for (int first = 0; first < f.ranks(); first += kRankChunk) {
-    sync_threads();  // the tiles' last readers are done
+    // All threads have multiplied what the tiles held before.
+    sync_threads();
     load_factors<T>(in, f, at, first, s);
+    // A thread multiplies rows and columns that others have loaded.
     sync_threads();
     const int count = f.ranks() - first < kRankChunk ? f.ranks() - first : kRankChunk;
     for (int k = 0; k < count; ++k) {
       float right[kColumnsEach];
+      // Kept for all rows of the thread; the left value below is the same for the whole warp.
       for (int j = 0; j < kColumnsEach; ++j) {
         right[j] = s.right[k * kColumnStride + tile_column(j)];
       }

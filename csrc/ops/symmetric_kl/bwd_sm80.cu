@@ -14,12 +14,14 @@ struct Shared {
   float partial[kWarps];
 };
 
+// Grid: rows in turns; a warp, or for a long row the block, has one at a time.
 template <class C>
 __global__ void __launch_bounds__(kThreads) symmetric_kl_bwd_sm80(const __grid_constant__ Call in) {
   using T = typename C::T;
   auto& s = shared_memory_as<Shared>();
   const float *dloss = in.doutput_as<float>(kLoss), *lse = in.output_as<float>(kLse);
   T *to1 = in.grad_as<T>(kZ1), *to2 = in.grad_as<T>(kZ2);
+  // dloss is read on the device: the host need not wait for it.
   const float factor = 0.5f * *dloss / count_of(in, s.partial);
   const int64_t step = static_cast<int64_t>(grid_blocks_x()) * C::kRows;
   const int64_t start = block_index_x() * C::kRows + warp_index() / C::kRowWarps;
@@ -33,10 +35,12 @@ __global__ void __launch_bounds__(kThreads) symmetric_kl_bwd_sm80(const __grid_c
       if (is_read) {
         const auto a = load_elements<kCount>(z1 + c), b = load_elements<kCount>(z2 + c);
         for (int i = 0; i < kCount; ++i) {
+          // Probabilities from the saved log-sum-exps. A class that does not exist has 0 in both.
           dz1.v[i] = factor * (expf(a.v[i] - lse1) - expf(b.v[i] - lse2));
           dz2.v[i] = -dz1.v[i];
         }
       }
+      // Also zeros for a row that was not read: the gradients' memory was not zeroed.
       if (to1 != nullptr) store_elements(to1 + row * in.C + c, dz1);
       if (to2 != nullptr) store_elements(to2 + row * in.C + c, dz2);
     });

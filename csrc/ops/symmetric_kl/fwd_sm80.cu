@@ -39,12 +39,14 @@ struct Sums {
     return e == 0.0f ? 0.0f : e * d;
   }
 
+  // Sums relative to the old maxima become sums relative to larger ones.
   __device__ __forceinline__ void raise(float larger1, float larger2) {
     const float f1 = scale(m1, larger1), f2 = scale(m2, larger2);
     l1 *= f1, t1 = term(f1, t1), m1 = larger1;
     l2 *= f2, t2 = term(f2, t2), m2 = larger2;
   }
 
+  // Sums of d less the old shift become sums of d less a new one.
   __device__ __forceinline__ void move_to(float new_shift) {
     const float step = new_shift - shift;
     if (!(step - step == 0.0f)) return;  // an infinity or a NaN says nothing about the others
@@ -57,6 +59,7 @@ struct Sums {
 
   template <int kCount>
   __device__ __forceinline__ void add(const Elements<kCount>& z1, const Elements<kCount>& z2) {
+    // Maxima first: a rescaling of the sums costs two exponentials, and most elements need none.
     float larger1 = m1, larger2 = m2, at_largest = shift;
     for (int i = 0; i < kCount; ++i) {
       if (z1.v[i] > larger1) larger1 = z1.v[i], at_largest = z1.v[i] - z2.v[i];
@@ -77,6 +80,8 @@ struct Sums {
     }
   }
 
+  // Adds the sums of other columns: both sides are brought to the same maxima and the same shift,
+  // that of the side which has the largest z1.
   __device__ __forceinline__ void merge(Sums other) {
     const float new_shift = other.m1 > m1 ? other.shift : shift;
     const float larger1 = other.m1 > m1 ? other.m1 : m1, larger2 = other.m2 > m2 ? other.m2 : m2;
@@ -118,13 +123,16 @@ __device__ __forceinline__ Sums sum_row(const Call& in, Shared& s, int64_t row, 
     });
     sums.centre();
   }
+  // A row that is not read merges empty sums: the shuffles need all lanes.
   for (int distance = 1; distance < 32; distance *= 2) sums.merge(sums.of_lane(distance));
   if constexpr (C::kRowWarps > 1) {
     if (lane_index() == 0) s.sums[warp_index()] = sums;
+    // Every warp's sums are there to be merged.
     sync_threads();
     if (thread_index() == 0) {
       for (int warp = 1; warp < kWarps; ++warp) sums.merge(s.sums[warp]);
     }
+    // They have been read: the block's next row may write its own.
     sync_threads();
   }
   return sums;
@@ -132,8 +140,10 @@ __device__ __forceinline__ Sums sum_row(const Call& in, Shared& s, int64_t row, 
 
 // The mean of the rows' values, by the block that finishes last.
 __device__ __forceinline__ void finish(const ForwardParams& p, Shared& s) {
+  // The ticket releases the rows' values of the whole block.
   sync_threads();
   if (thread_index() == 0) s.is_last = take_ticket(p.ticket) == grid_blocks_x() - 1;
+  // Every thread learns whether the block came last, and then sees the other blocks' rows.
   sync_threads();
   if (!s.is_last) return;
   float own = 0.0f;
@@ -143,6 +153,7 @@ __device__ __forceinline__ void finish(const ForwardParams& p, Shared& s) {
   if (thread_index() == 0) *p.in.output_as<float>(kLoss) = sum / count;
 }
 
+// Grid: rows in turns. All threads stay in the loop equally long: a long row has barriers.
 template <class C>
 __global__ void __launch_bounds__(kThreads)
     symmetric_kl_fwd_sm80(const __grid_constant__ ForwardParams p) {
@@ -154,6 +165,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t row = first + warp_index() / C::kRowWarps;
     const bool is_read = row < in.T && counts(in, row);
     const Sums sums = sum_row<C>(in, s, row, is_read);
+    // From here on one thread of the row.
     if (row >= in.T || thread_index() % C::kRowThreads != 0) continue;
     const float value = sums.t1 / sums.l1 - sums.t2 / sums.l2;
     // Never negative but by rounding; a NaN stays one.

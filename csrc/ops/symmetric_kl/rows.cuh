@@ -27,6 +27,7 @@ struct Config {
   }
 };
 
+// What a lane reads of a row at a time.
 template <int kCount>
 struct Elements {
   static constexpr int kSize = kCount;
@@ -71,6 +72,7 @@ struct CountTag {
 template <class C, class Visit>
 __device__ __forceinline__ void for_columns(const Call& in, Visit&& visit) {
   const int own = thread_index() % C::kRowThreads;
+  // Every row starts at a 16-byte border where the classes are a multiple of 8.
   if (in.C % 8 == 0) {
     for (int c = 8 * own; c < in.C; c += 8 * C::kRowThreads) visit(CountTag<8>{}, c);
   } else {
@@ -87,9 +89,11 @@ __device__ __forceinline__ bool counts(const Call& in, int64_t row) {
 __device__ __forceinline__ float block_sum(float value, float (&sums)[kWarps]) {
   value = warp_sum(value);
   if (lane_index() == 0) sums[warp_index()] = value;
+  // Every warp's sum is there to be added, by each thread in the same order.
   sync_threads();
   float total = 0.0f;
   for (float sum : sums) total += sum;
+  // All have read the sums: the next call may write its own.
   sync_threads();
   return total;
 }
@@ -98,12 +102,14 @@ __device__ __forceinline__ float block_sum(float value, float (&sums)[kWarps]) {
 __device__ __forceinline__ float count_of(const Call& in, float (&sums)[kWarps]) {
   const bool* mask = in.input_as<bool>(kMask);
   if (mask == nullptr) return static_cast<float>(in.T);
+  // Every block counts for itself, which saves a launch: a mask is T bytes, and L2 has it.
   float own = 0.0f;
   for (int64_t t = thread_index(); t < in.T; t += kThreads) own += mask[t] ? 1.0f : 0.0f;
   const float count = block_sum(own, sums);
   return count < 1.0f ? 1.0f : count;
 }
 
+// Enough blocks for all threads that a GPU holds; rows beyond that come in turns.
 template <class C>
 int blocks_of(const Call& in) {
   const int64_t wanted = (in.T + C::kRows - 1) / C::kRows;
