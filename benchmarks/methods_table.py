@@ -2,7 +2,7 @@
 
     python -m benchmarks.methods_table [--methods unipelt,head] [--runs FOLDER]
     python -m benchmarks.methods_table --name sst2 --train-examples 200
-        --task ../shared/data/sst2/train.tsv --eval ../shared/data/sst2/dev.tsv
+        --task sst2/train.tsv --eval sst2/dev.tsv
 
 Without a task it is the embedded one. `--metric matthews` chooses on the development part by
 another score than accuracy, and the table shows it. For AdaMix the table also tells what one random

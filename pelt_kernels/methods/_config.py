@@ -56,10 +56,9 @@ class MethodConfig:
         if unknown:
             raise ValueError(
                 f"{cls.__name__}: expected the fields {', '.join(known) or '(none)'}, got the "
-                "unknown "
-                f"{', '.join(repr(key) for key in unknown)}"
+                f"unknown {', '.join(repr(key) for key in unknown)}"
             )
-        made = {}
+        arguments = {}
         for key, value in values.items():
             if key not in known:
                 continue
@@ -68,8 +67,8 @@ class MethodConfig:
                     f"{cls.__name__}: expected {key} as a config with its 'method' or a plain "
                     f"value, got {value!r:.80}"
                 )
-            made[key] = config_from_dict(value) if isinstance(value, dict) else value
-        return cls(**made)
+            arguments[key] = config_from_dict(value) if isinstance(value, dict) else value
+        return cls(**arguments)
 
 
 def config_from_dict(values: dict[str, Any]) -> MethodConfig:

@@ -96,8 +96,8 @@ class AdaMixConfig(MethodConfig):
             raise ValueError(f"AdaMixConfig: expected consistency >= 0, got {self.consistency}")
         if self.experts > 1 and self.share_down and self.share_up:
             raise ValueError(
-                "AdaMixConfig: expected share_down or share_up to be False with"
-                f" {self.experts} experts, got both True, which leaves nothing to draw"
+                f"AdaMixConfig: expected share_down or share_up to be False with {self.experts} "
+                "experts, got both True, which leaves nothing to draw"
             )
         object.__setattr__(self, "targets", self.as_lora().targets)
 

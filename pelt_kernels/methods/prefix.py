@@ -10,8 +10,8 @@ from ._config import MethodConfig, check_gate, check_int
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixTuningConfig(MethodConfig):
-    """P learned keys and values in front of each layer's own: ``K' = [g·Pk ; K]``, ``V' = [g·Pv ;
-    V]``.
+    """P learned keys and values in front of each layer's own: ``K' = [g·Pk ; K]`` and
+    ``V' = [g·Pv ; V]``.
 
     They come from one reparametrisation for all layers, ``W2 tanh(W1 E + b1) + b2``
     (`pelt_kernels.nn.PrefixAttention`). A gate near 0 does not remove a prefix: its keys become 0

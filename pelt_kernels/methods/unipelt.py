@@ -15,16 +15,16 @@ Part = TypeVar("Part", BottleneckAdapterConfig, PrefixTuningConfig, LoraConfig)
 
 @dataclass(frozen=True, kw_only=True)
 class UniPELTConfig(MethodConfig):
-    """Any of adapter, prefix and LoRA (None leaves one out), with gates ``g = mean_t sigmoid(w ·
-    x_t + b)`` per sentence and layer: one for the adapter (from its input z), one for the prefix
-    and one for each LoRA target (from the attention's input h).
+    """Any of adapter, prefix and LoRA (None leaves one out), with gates
+    ``g = mean_t sigmoid(w · x_t + b)`` per sentence and layer: one for the adapter (from its input
+    z), one for the prefix and one for each LoRA target (from the attention's input h).
 
     Inside UniPELT a part is gated unless it says ``gated=False``. `gate_pooling` holds for all
     parts: ``masked_mean`` makes a prediction independent of padding; ``mean`` counts padding, as
-        the official code does.
+    the official code does.
 
     Presets: `UniPELTConfig.apl()` (adapter, prefix, LoRA: the paper's main model) and
-        `UniPELTConfig.ap()`.
+    `UniPELTConfig.ap()`.
 
     Other than the authors' code: there is no central gate (one decision for all parts of a layer,
     off by default there), and gradient checkpointing keeps the prefixes, which are dropped there.
@@ -42,12 +42,12 @@ class UniPELTConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         check_choice(self, "gate_pooling", GATE_POOLINGS)
-        wanted: dict[str, Any] = {
+        types: dict[str, Any] = {
             "adapter": BottleneckAdapterConfig,
             "prefix": PrefixTuningConfig,
             "lora": LoraConfig,
         }
-        for name, part_type in wanted.items():
+        for name, part_type in types.items():
             part = getattr(self, name)
             if part is None:
                 continue
@@ -67,8 +67,7 @@ class UniPELTConfig(MethodConfig):
         if part.gate_pooling not in (GATE_POOLINGS[0], self.gate_pooling):
             raise ValueError(
                 "UniPELTConfig: expected one gate_pooling for all parts, got "
-                f"{self.gate_pooling!r} and "
-                f"{part.gate_pooling!r} ({name}); set it on UniPELTConfig"
+                f"{self.gate_pooling!r} and {part.gate_pooling!r} ({name}); set it on UniPELTConfig"
             )
         gated = True if part.gated is None else part.gated
         return with_changes(part, gated=gated, gate_pooling=self.gate_pooling)
