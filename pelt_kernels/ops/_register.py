@@ -88,14 +88,18 @@ class Operator:
     ) -> tuple[Any, ...]:
         self.contract.check_kinds(values)
         packed = pack(self.contract.input_rows, self.contract.with_own_indices(values))
-        outputs = self.fwd(*packed, *attributes, *self._seed(seed), request)
-        return tuple(compress(outputs, self.contract.is_public))
+        output = self.fwd(*packed, *attributes, *self._seed(seed), request)
+        return tuple(compress(self._outputs(output), self.contract.is_public))
 
     def _define(self, name: str, schema: str, implementation: Any, fake: Any) -> Any:
         _LIBRARY.define(f"{name}{schema}")
         _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"pelt_kernels::{name}", fake, lib=_LIBRARY)
         return getattr(torch.ops.pelt_kernels, name).default
+
+    def _outputs(self, output: Any) -> Sequence[Any]:
+        """All outputs, of which torch returns a single one as it is."""
+        return (output,) if len(self.contract.output_rows) == 1 else output
 
     def _seed(self, seed: int) -> tuple[int, ...]:
         return (seed,) if self.contract.has_seed else ()
@@ -122,13 +126,13 @@ class Operator:
                 f"{self.contract.name}: expected no forward-mode differentiation of a graph that"
                 " holds the operator; differentiate the function that the graph was made from"
             )
-        return tuple(run_forward(*self._select(args)))
+        return _as_torch_returns(run_forward(*self._select(args)))
 
     def _fake_forward(self, *args: Any) -> tuple[Any, ...]:
         signature, _ = self._bind(args)  # no backend is chosen: sizes may be symbols
         shapes = self.contract.output_shapes(signature)
-        return tuple(
-            _empty_output(signature, row, shapes[row.name]) for row in self.contract.output_rows
+        return _as_torch_returns(
+            [_empty_output(signature, row, shapes[row.name]) for row in self.contract.output_rows]
         )
 
     def _split(self, args: Sequence[Any]) -> tuple[dict[str, Any], dict[str, bool], list[Any]]:
@@ -163,11 +167,11 @@ class Operator:
         like = {name: new_empty(inputs[name]) for name in needs}
         return flat_grads(self.contract, needs, inputs, like)
 
-    def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    def _keep(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         """Keeps for the formula the inputs that backward needs, the saved outputs, and the
         arguments after the inputs.
         """
-        contract, rest = self.contract, iter(inputs)
+        contract, rest, output = self.contract, iter(inputs), self._outputs(output)
         packed = [[next(rest) for _ in range(argument_count(row))] for row in contract.input_rows]
         ctx.flags = [
             tuple(flags) for _, *flags in packed
@@ -241,6 +245,11 @@ def _is_watched() -> bool:
         or _c._is_tracing()
         or forward_ad._current_level >= 0
     )
+
+
+def _as_torch_returns(outputs: Sequence[Any]) -> Any:
+    """All outputs as torch wants them of an operator: a single one as it is."""
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
 def _empty_output(signature: Signature, row: Any, shape: Any) -> Any:

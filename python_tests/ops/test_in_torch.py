@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from cases import case_of, make_attributes
@@ -14,11 +16,13 @@ from pelt_kernels.ops import (
     LearnedGate,
     LoraBranch,
     Prefix,
+    _dispatch,
     gated_adapter,
     lora_linear,
     prefix_attention,
 )
-from pelt_kernels.ops._register import pack
+from pelt_kernels.ops._contract import Contract
+from pelt_kernels.ops._register import Operator, pack
 
 # The others have no activations either that autocast would cast: a weight, and a loss in float32.
 WITH_DROPOUT = [operator for operator in OPERATORS if contract_of(operator).CONTRACT.has_seed]
@@ -181,3 +185,33 @@ def test_a_frozen_input_gets_no_gradient_and_no_graph_is_built_without_one():
     assert a.grad is not None and b.grad is None
     with torch.no_grad():
         assert not gated_adapter(x, a, b).requires_grad
+
+
+def test_an_operator_with_one_output_goes_through_torch_too(monkeypatch):
+    """torch returns a single output as it is and not in a tuple."""
+    contract = Contract(
+        name="doubled_in_a_test",
+        inputs="x  activation  [T]",
+        attributes="",
+        outputs="y  activation  differentiable",
+        has_seed=False,
+        output_shapes=lambda signature: {"y": (signature.sizes["T"],)},
+    )
+    backend = SimpleNamespace(
+        supports=lambda signature, backend, form: "",
+        forward=lambda chosen, x: (2 * x,),
+        backward=lambda chosen, needs, dy, x: {"x": 2 * dy},
+    )
+    monkeypatch.setattr(_dispatch, "has_file", lambda operator, name: name == "eager")
+    monkeypatch.setattr(_dispatch, "implementation", lambda operator, name: backend)
+    operator = Operator(contract, lambda x: (2 * x,))
+    x = torch.ones(3, requires_grad=True)
+    opcheck(operator.fwd, (x, "eager"))
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: operator((x,), (), 0, "eager")[0], fullgraph=True, backend="aot_eager"
+    )
+    for function in (compiled, lambda x: operator((x,), (), 0, "eager")[0]):
+        y = function(x)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(y, 2 * x) and torch.equal(dx, torch.full_like(x, 2))
