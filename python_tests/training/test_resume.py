@@ -21,8 +21,8 @@ from pelt_kernels.training import (
     TrainConfig,
     UsageError,
     Watchers,
+    experiment_run,
     load_task,
-    run,
     train,
 )
 from pelt_kernels.training.run_trainer import FILES, checkpoints
@@ -34,7 +34,7 @@ STEPS_PER_EPOCH = 6  # 48 examples in batches of 8
 def every_epoch_is_evaluated() -> Iterator[None]:
     """However short it is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "LEAST_STEPS_BETWEEN_EVALUATIONS", 1)
+        patch.setattr(experiment_run, "LEAST_STEPS_BETWEEN_EVALUATIONS", 1)
         yield
 
 
