@@ -107,6 +107,11 @@ class Signature:
         init=False, default_factory=lambda: ({}, {})
     )
 
+    def dimensions(self, name: str, i: int = -1) -> int:
+        """How many an input has, or element i of a list; -1 where it is not there."""
+        shapes = dict(zip(self.flat_names, self.tensors))
+        return len(shapes[name, i][0]) if (name, i) in shapes else -1
+
     # The names that some operators still have for these.
     @property
     def master(self) -> frozenset[str]:

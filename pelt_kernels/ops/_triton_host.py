@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._contract import Call, Value
+from ._contract import Chosen, Value
 
 _ON = ("1", "true", "on", "yes", "y")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -83,7 +83,7 @@ def launch_fitting(
 
 def tune(
     backend: Any,
-    call: Call,
+    chosen: Chosen,
     measure: Callable[[Callable[[], object]], float],
     inputs: dict[str, Value],
     forward_kernels: tuple[str, ...] = ("forward",),
@@ -95,8 +95,9 @@ def tune(
     calls this by itself: a choice by time would make the order of sums, and so their last bits,
     depend on the run. The seed of dropout changes no time, so it is 0.
     """
-    contract, configs = call.contract, backend.plan_of(call, inputs).configs
-    outputs = backend.forward(call, seed=0, **inputs)
+    plan = chosen.plan or backend.plan_of(chosen, inputs)
+    contract, configs = chosen.contract, plan.configs
+    outputs = backend.forward(chosen, seed=0, **inputs)
     named = {row.name: output for row, output in zip(contract.output_rows, outputs)}
     given = {f"d{row.name}": named[row.name] for row in contract.differentiable_rows}
     given |= {row.name: named[row.name] for row in contract.saved_rows}
@@ -108,8 +109,8 @@ def tune(
 
     def run(kernel: str) -> object:
         if kernel in forward_kernels:
-            return backend.forward(call, seed=0, **inputs)
-        return backend.backward(call, needs, **given, seed=0, **inputs)
+            return backend.forward(chosen, seed=0, **inputs)
+        return backend.backward(chosen, needs, **given, seed=0, **inputs)
 
     for kernel in configs:
         times: dict[Config, float] = {}

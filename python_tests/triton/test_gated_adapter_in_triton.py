@@ -35,6 +35,10 @@ def bind(dtype=torch.float32, **sizes):
     return contract.bind(list(values.values()), [row.default for row in contract.attribute_rows])
 
 
+def refusal(*dtype, **sizes):
+    return backend.supports(bind(*dtype, **sizes), "triton", "")
+
+
 def python(code, **environment):
     """What a fresh Python prints."""
     variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -47,13 +51,11 @@ def python(code, **environment):
 
 
 def test_refusals_name_the_number():
-    assert backend.supports(bind(torch.float64)) == (
-        "it takes float32, float16 or bfloat16, and x is float64"
-    )
-    assert backend.supports(bind(torch.bfloat16, R=257)) == (
+    assert refusal(torch.float64) == ("it takes float32, float16 or bfloat16, and x is float64")
+    assert refusal(torch.bfloat16, R=257) == (
         "its registers hold the sums for a bottleneck of at most 256, and R is 257"
     )
-    assert "2**31" in backend.supports(bind(B=2**16, S=2**15, D=1))
+    assert "2**31" in refusal(B=2**16, S=2**15, D=1)
 
 
 def test_without_triton_the_reason_is_one_sentence(monkeypatch):
@@ -122,8 +124,7 @@ def test_memory_that_does_not_fit_makes_the_tile_smaller():
 
     contract, case = contract_of("gated_adapter").CONTRACT, case_of("gated_adapter", "plain")
     values = inputs_of("gated_adapter", case, "float32")
-    call = contract.bind(values, make_attributes(contract, case))
-    plan = backend.plan_of(call, dict(zip(contract.input_names, values)))
+    plan = backend.Plan(contract.bind(values, make_attributes(contract, case)))
     before, tried = dict(plan.configs), []
 
     def launch(config):

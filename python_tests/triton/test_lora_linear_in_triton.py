@@ -30,7 +30,7 @@ def refusal(ranks, dtype=torch.float32, gates=0, rows=(2, 3)):
     extras = [[empty(8) for _ in range(gates)], [empty(1) for _ in range(gates)]]
     values = [empty(*rows, 8), empty(8, 8), None, a, b, *absent, *extras, None]
     attributes = [False, [0] * n, [1.0] * n, ["none"] * n, ["mean"] * gates, 0.0]
-    return backend.supports(contract.bind(values, attributes))
+    return backend.supports(contract.bind(values, attributes), "triton", "")
 
 
 def test_refusals_name_the_number():

@@ -31,12 +31,14 @@ def _weight_refusal(rows, columns, r=8, r2=8, dtype=torch.float32):
     """Of a call with these sizes; its tensors hold no memory."""
     shapes = ((rows, columns), (rows, r), (r, columns), (rows, r2), (r2, columns), (rows,))
     values = [torch.empty(s, dtype=dtype, device="meta") for s in (*shapes, (columns,))]
-    return weights.supports(contract_of("masked_weight").CONTRACT.bind(values, [0, 1.0, 1.0, 1.0]))
+    signature = contract_of("masked_weight").CONTRACT.bind(values, [0, 1.0, 1.0, 1.0])
+    return weights.supports(signature, "triton", "")
 
 
 def _logits_refusal(rows, classes, dtype=torch.float32):
     z = torch.empty(rows, classes, dtype=dtype, device="meta")
-    return divergence.supports(contract_of("symmetric_kl").CONTRACT.bind([z, z, None], []))
+    signature = contract_of("symmetric_kl").CONTRACT.bind([z, z, None], [])
+    return divergence.supports(signature, "triton", "")
 
 
 def test_refusals_name_the_number():

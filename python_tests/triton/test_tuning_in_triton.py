@@ -26,9 +26,10 @@ def test_tuning_keeps_the_fastest(operator, monkeypatch):
     heads = {letter: 1 for letter in "HG" if letter in case.sizes}
     case = replace(case, sizes={**case.sizes, **heads, "B": 1})
     values = inputs_of(operator, case, "float32")
-    call = contract.bind(values, make_attributes(contract, case))
+    signature = contract.bind(values, make_attributes(contract, case))
+    chosen = _dispatch.select(signature, "triton")
     inputs = dict(zip(contract.input_names, values))
-    outputs, plan = [], backend.plan_of(call, inputs)
+    outputs, plan = [], chosen.plan or backend.plan_of(chosen, inputs)
     before = dict(plan.configs)
 
     def measure(function):
@@ -36,7 +37,7 @@ def test_tuning_keeps_the_fastest(operator, monkeypatch):
         return -float(len(outputs))  # the last one is the fastest
 
     monkeypatch.setattr(backend, "CANDIDATES", backend.CANDIDATES[3:4])
-    found = backend.tune(call, measure, **inputs)
+    found = backend.tune(chosen, measure, **inputs)
     assert found == dict.fromkeys(found, backend.CANDIDATES[-1])
     assert plan.configs == found != before
     forwards = [o[0] for o in outputs if isinstance(o, tuple)]

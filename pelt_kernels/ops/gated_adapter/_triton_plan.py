@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from .. import _triton_host
-from .._contract import Call, Value
+from .._contract import Signature, Value
 from .._philox import threshold
 from .._triton_host import Config, launch_fitting, power_of_two, signed
 from .contract import NEVER_SKIP
@@ -54,29 +54,29 @@ PARTS = {
 }
 
 
-def part_sizes(call: Call) -> dict[str, int]:
-    d, r = call.sizes["D"], call.sizes["R"]
+def part_sizes(signature: Signature) -> dict[str, int]:
+    d, r = signature.sizes["D"], signature.sizes["R"]
     sizes = dict.fromkeys(PARTS, d)
     return {**sizes, "w_down": r * d, "w_up": d * r, "b_down": r, "scale": 1, "gate_bias": 1}
 
 
-def layout_of(call: Call, grads: dict[str, Value]) -> dict[str, int]:
+def layout_of(signature: Signature, grads: dict[str, Value]) -> dict[str, int]:
     """Where each wanted gradient lies in a part, -1 for the others, and the size of a part. Starts
     are multiples of 16 bytes.
     """
     layout, end = {}, 0
-    for name, size in part_sizes(call).items():
+    for name, size in part_sizes(signature).items():
         layout[PARTS[name]] = end if name in grads else -1
         end += -(-size // 4) * 4 if name in grads else 0
     return {**layout, "PART_SIZE": end}
 
 
-def shares_of(call: Call, plan: Plan, config: Config, chunks: int) -> tuple[int, int]:
+def shares_of(signature: Signature, plan: Plan, config: Config, chunks: int) -> tuple[int, int]:
     """Into how many shares the rows of a group are cut, and how many rows each has: enough programs
     for two on each processor, and no share smaller than a tile.
     """
     tiles = -(-plan.shared_rows // config.block_t)
-    wanted = -(-2 * _triton_host.processors(call.device) // (chunks * plan.shared_groups))
+    wanted = -(-2 * _triton_host.processors(signature.device) // (chunks * plan.shared_groups))
     tiles_per_share = -(-tiles // min(tiles, wanted))
     return -(-tiles // tiles_per_share), tiles_per_share * config.block_t
 
@@ -84,14 +84,17 @@ def shares_of(call: Call, plan: Plan, config: Config, chunks: int) -> tuple[int,
 class Plan:
     """What is the same for every call with these shapes: constants, and tiles that fit."""
 
-    def __init__(self, call: Call, inputs: dict[str, Value]) -> None:
-        at, (b, s, d, r) = call.attributes, (call.sizes[letter] for letter in "BSDR")
+    def __init__(self, signature: Signature) -> None:
+        at, (b, s, d, r) = signature.attributes, (signature.sizes[letter] for letter in "BSDR")
         p = at["dropout_p"]
-        self.is_learned = "gate_weight" in call.given
+        given = signature.given
+        self.is_learned = "gate_weight" in given
         self.is_pooled = self.is_learned and at["pooling"] != "token"
-        self.has_gate_per_row = inputs["gate"] is not None and inputs["gate"].ndim == 2
+        self.has_gate_per_row = signature.dimensions("gate") == 2
         self.has_value_per_row = self.has_gate_per_row or at["pooling"] == "token"
-        self.has_skip = at["skip_below"] > NEVER_SKIP and (self.is_learned or "gate" in call.given)
+        self.has_skip = at["skip_below"] > NEVER_SKIP and (
+            self.is_learned or "gate" in signature.given
+        )
         self.dropout = (signed(threshold(p))[0] if p else 0, 1.0 / (1.0 - p))
         self.numbers = tuple(
             at[name] for name in ("scale_value", "pre_norm_eps", "post_norm_eps", "skip_below")
@@ -102,8 +105,7 @@ class Plan:
         elif self.is_pooled:
             self.parts = [("down", False), ("up", True)]
         down_per_sample, up_per_sample = (
-            inputs[name] is not None and inputs[name].ndim == 1
-            for name in ("down_index", "up_index")
+            signature.dimensions(name) == 1 for name in ("down_index", "up_index")
         )
         self.constants = {
             "D": d,
@@ -123,9 +125,9 @@ class Plan:
         )
         self.layouts: dict[tuple[str, ...], dict[str, int]] = {}  # by the gradients wanted
         self.configs = {
-            "forward": _config(call, "forward", self.groups, self.rows),
-            "rows": _config(call, "rows", self.shared_groups, self.shared_rows),
-            "columns": _config(call, "columns", self.shared_groups, self.shared_rows),
+            "forward": _config(signature, "forward", self.groups, self.rows),
+            "rows": _config(signature, "rows", self.shared_groups, self.shared_rows),
+            "columns": _config(signature, "columns", self.shared_groups, self.shared_rows),
         }
 
     def launch(self, kernel: str, launch: Callable[[Config], None]) -> None:
@@ -133,32 +135,20 @@ class Plan:
         launch_fitting(self.configs, kernel, launch)
 
 
-def _config(call: Call, kernel: str, groups: int, rows: int) -> Config:
+def _config(signature: Signature, kernel: str, groups: int, rows: int) -> Config:
     """The default tile; with fewer rows where that many are not there, or where tiles of rows are
     too few for the processors.
     """
-    is_wide, r = call.dtype == torch.float32, call.sizes["R"]
+    is_wide, r = signature.dtype == torch.float32, signature.sizes["R"]
     config = next(c[is_wide] for limit, c in _DEFAULTS[kernel].items() if r <= limit)
-    if call.device.type == "cpu":  # the interpreter pays for each program and operation
-        return config._replace(block_t=64, block_d=64 if call.sizes["D"] < 512 else 256)
+    if signature.device.type == "cpu":  # the interpreter pays for each program and operation
+        return config._replace(block_t=64, block_d=64 if signature.sizes["D"] < 512 else 256)
     while config.block_t > 16 and (
         config.block_t >= 2 * rows
         or (
             kernel != "columns"
-            and groups * -(-rows // config.block_t) < _triton_host.processors(call.device)
+            and groups * -(-rows // config.block_t) < _triton_host.processors(signature.device)
         )
     ):
         config = config._replace(block_t=config.block_t // 2)
     return config
-
-
-_plans: dict[int, tuple[Call, Plan]] = {}
-
-
-def plan_of(call: Call, inputs: dict[str, Value]) -> Plan:
-    found = _plans.get(id(call))
-    if found is None or found[0] is not call:
-        if len(_plans) >= 4096:  # as many as the contract keeps calls
-            _plans.clear()
-        found = _plans[id(call)] = (call, Plan(call, inputs))
-    return found[1]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._bank import check_bank, member
-from .._contract import Call, Contract, Value
+from .._contract import Contract, Signature, Value
 from .._gate import accumulator, check_pooling, learned_gate, over_rows
 from .._philox import dropout_factor
 from .._product import linear
@@ -25,9 +25,9 @@ ACTIVATIONS = {
 NEVER_SKIP = -math.inf
 
 
-def rules(call: Call, values: dict[str, Value]) -> None:
+def rules(signature: Signature, values: dict[str, Value]) -> None:
     """What shapes cannot say: which inputs go together."""
-    name, given, attributes = call.contract.name, call.given, call.attributes
+    name, given, attributes = signature.contract.name, signature.given, signature.attributes
     for norm in ("pre_norm", "post_norm"):
         if (f"{norm}_weight" in given) != (f"{norm}_bias" in given):
             raise ValueError(
@@ -43,8 +43,8 @@ def rules(call: Call, values: dict[str, Value]) -> None:
                 f"{name}: expected a gate tensor or a learned gate, got both; leave one out"
             )
         check_pooling(name, attributes["pooling"], values["mask"])
-    check_bank(name, "w_down", call.sizes.get("M", 1), "down_index", "down_index" in given)
-    check_bank(name, "w_up", call.sizes.get("M_up", 1), "up_index", "up_index" in given)
+    check_bank(name, "w_down", signature.sizes.get("M", 1), "down_index", "down_index" in given)
+    check_bank(name, "w_up", signature.sizes.get("M_up", 1), "up_index", "up_index" in given)
     for bias, weight, rank in (("b_down", "w_down", 3), ("b_up", "w_up", 3)):
         if bias in given and (values[bias].ndim == 2) != (values[weight].ndim == rank):
             raise ValueError(
@@ -58,12 +58,12 @@ def rules(call: Call, values: dict[str, Value]) -> None:
         )
 
 
-def output_shapes(call: Call) -> dict[str, Any]:
-    """The shapes of the outputs of a call."""
-    b, s, d, r = (call.sizes[letter] for letter in "BSDR")
+def output_shapes(signature: Signature) -> dict[str, Any]:
+    """The shapes of the outputs of a signature."""
+    b, s, d, r = (signature.sizes[letter] for letter in "BSDR")
     gate: tuple[int, ...] = (0,)
-    if "gate_weight" in call.given:
-        gate = (b, s) if call.attributes["pooling"] == "token" else (b,)
+    if "gate_weight" in signature.given:
+        gate = (b, s) if signature.attributes["pooling"] == "token" else (b,)
     return {"y": (b, s, d), "gate_value": gate, "h": (b, s, r)}
 
 

@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 
 from .._bank import bias_grad, linear, member, member_grad, weight_grad
-from .._contract import Call, Value
+from .._contract import Chosen, Signature, Value
 from .._gate import accumulator, cast, over_rows, pool, pool_backward, quick_row_gates
 from .._philox import dropout_factor
 from .contract import ACTIVATIONS, NEVER_SKIP, layer_norm
 
 
-def supports(call: Call) -> str:
-    """PyTorch serves every call."""
+def supports(signature: Signature, backend: str, form: str) -> str:
+    """PyTorch serves every signature."""
     return ""
 
 
 def forward(
-    call: Call,
+    chosen: Chosen,
     x: Tensor,
     w_down: Tensor,
     b_down: Tensor | None,
@@ -49,7 +49,7 @@ def forward(
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [B, S, D], the learned gate's value (or [0]), and h [B, S, R] for backward."""
-    at = call.attributes
+    at = chosen.attributes
     z = x
     if pre_norm_weight is not None and pre_norm_bias is not None:
         z = layer_norm(x, pre_norm_weight, pre_norm_bias, at["pre_norm_eps"])
@@ -60,7 +60,7 @@ def forward(
     if post_norm_weight is not None and post_norm_bias is not None:
         u = layer_norm(u, post_norm_weight, post_norm_bias, at["post_norm_eps"])
     if at["dropout_p"]:
-        u = u.mul_(_dropout(call, seed, u))
+        u = u.mul_(_dropout(chosen, seed, u))
     if gate_weight is None or gate_bias is None:
         gate_value = x.new_empty(0, dtype=accumulator(x.dtype))
     else:
@@ -70,11 +70,11 @@ def forward(
         u = u.masked_fill_(over_rows(gate) < at["skip_below"], 0.0)
     if at["residual_from"] == "input":
         residual = x
-    return _added(residual, u, _factor(call, scale, gate)), gate_value, h
+    return _added(residual, u, _factor(chosen, scale, gate)), gate_value, h
 
 
 def backward(
-    call: Call,
+    chosen: Chosen,
     needs: dict[str, bool],
     dy: Tensor,
     gate_value: Tensor,
@@ -99,11 +99,11 @@ def backward(
     seed: int,
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
-    at, acc = call.attributes, accumulator(x.dtype)
+    at, acc = chosen.attributes, accumulator(x.dtype)
     value = gate if gate_weight is None else gate_value
-    factor = _factor(call, scale, value)
+    factor = _factor(chosen, scale, value)
     a = ACTIVATIONS[at["activation"]](h)
-    dropped = dy * _dropout(call, seed, dy) if at["dropout_p"] else dy
+    dropped = dy * _dropout(chosen, seed, dy) if at["dropout_p"] else dy
     up_rows = (member(w_up, up_index, 2), member(b_up, up_index, 1))
     # What the output was multiplied by: where its gradient is asked for, it is <dy', output>.
     has_dot = gate_weight is not None or needs["gate"] or needs["scale"]
@@ -149,28 +149,28 @@ def backward(
     return {name: grads[name] for name, need in needs.items() if need}
 
 
-def _dropout(call: Call, seed: int, like: Tensor) -> Tensor:
-    at = call.attributes
+def _dropout(chosen: Chosen, seed: int, like: Tensor) -> Tensor:
+    at = chosen.attributes
     rows = like.shape[0] * like.shape[1]
     return dropout_factor(rows, like.shape[2], at["dropout_p"], seed, like).view_as(like)
 
 
-def _factor(call: Call, scale: Tensor | None, gate: Tensor | None) -> Tensor | float:
+def _factor(chosen: Chosen, scale: Tensor | None, gate: Tensor | None) -> Tensor | float:
     """scale · g: a number, or a tensor that multiplies [B, S, D], rounded to its dtype; 0 where the
     gate is below `skip_below`.
     """
-    at, acc = call.attributes, accumulator(call.dtype)
+    at, acc = chosen.attributes, accumulator(chosen.dtype)
     number: float = at["scale_value"]
     if scale is None and gate is None:
         return number
-    factor = torch.ones((), dtype=acc, device=call.device) if scale is None else scale.to(acc)
+    factor = torch.ones((), dtype=acc, device=chosen.device) if scale is None else scale.to(acc)
     if gate is not None:
         rows = cast(over_rows(gate), acc)
         factor = rows if scale is None else factor * rows
         if at["skip_below"] > NEVER_SKIP:
             factor = factor * (over_rows(gate) >= at["skip_below"])
     factor = factor if number == 1.0 else factor * number
-    return cast(factor.view(1, 1, 1) if gate is None else factor, call.dtype)
+    return cast(factor.view(1, 1, 1) if gate is None else factor, chosen.dtype)
 
 
 def _added(residual: Tensor | None, u: Tensor, factor: Tensor | float) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, _triton_host
-from .._contract import Call, Value
+from .._contract import Chosen, Signature, Value
 from .._triton_host import (
     DTYPES,
     Config,
@@ -28,10 +28,10 @@ from .._triton_host import (
     signed,
     unavailable,
 )
-from ._triton_plan import CANDIDATES, PARTS, layout_of, part_sizes, plan_of, shares_of
+from ._triton_plan import CANDIDATES, PARTS, Plan, layout_of, part_sizes, shares_of
 from .contract import CONTRACT
 
-__all__ = ["CANDIDATES", "backward", "forward", "plan_of", "supports", "tune", "unavailable"]
+__all__ = ["CANDIDATES", "backward", "forward", "plan", "supports", "tune", "unavailable"]
 
 _MAX_RANK = 256  # above, ptxas spills the accumulators of the weights' gradients
 _RESIDUAL, _GATE_WEIGHT, _GATE_BIAS = (
@@ -39,46 +39,51 @@ _RESIDUAL, _GATE_WEIGHT, _GATE_BIAS = (
 )
 
 
-def supports(call: Call) -> str:
+def supports(signature: Signature, backend: str, form: str) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    if call.dtype not in DTYPES:
+    if signature.dtype not in DTYPES:
         return (
             "it takes float32, float16 or bfloat16, and x is"
-            f" {str(call.dtype).removeprefix('torch.')}"
+            f" {str(signature.dtype).removeprefix('torch.')}"
         )
-    if call.sizes["R"] > _MAX_RANK:
+    if signature.sizes["R"] > _MAX_RANK:
         return (
             f"its registers hold the sums for a bottleneck of at most {_MAX_RANK}, and R is"
-            f" {call.sizes['R']}"
+            f" {signature.sizes['R']}"
         )
-    if call.sizes["B"] * call.sizes["S"] >= 2**31:
+    if signature.sizes["B"] * signature.sizes["S"] >= 2**31:
         return "it counts rows in 32 bits, and there are 2**31 or more"
-    return unavailable(call.device)
+    return unavailable(signature.device)
 
 
-def forward(call: Call, seed: int, **inputs: Value) -> tuple[Tensor, Tensor, Tensor]:
+def plan(chosen: Chosen) -> Plan:
+    """What is the same for equal calls."""
+    return Plan(chosen)
+
+
+def forward(chosen: Chosen, seed: int, **inputs: Value) -> tuple[Tensor, Tensor, Tensor]:
     """y [B, S, D], the learned gate's value (or [0]), and h [B, S, R] for backward."""
-    shapes = CONTRACT.output_shapes(call)
-    y = _native.empty(shapes["y"], call.dtype, call.device)
-    gate_value = _native.empty(shapes["gate_value"], torch.float32, call.device)
-    h = _native.empty(shapes["h"], call.dtype, call.device)
+    shapes = CONTRACT.output_shapes(chosen)
+    y = _native.empty(shapes["y"], chosen.dtype, chosen.device)
+    gate_value = _native.empty(shapes["gate_value"], torch.float32, chosen.device)
+    h = _native.empty(shapes["h"], chosen.dtype, chosen.device)
     if y.numel() == 0:
         return y, gate_value.zero_(), h
-    plan = plan_of(call, inputs)
+    plan = chosen.plan
     given = [_contiguous(inputs[name]) for name in CONTRACT.input_names]
-    if call.attributes["residual_from"] == "input":
+    if chosen.attributes["residual_from"] == "input":
         given[_RESIDUAL] = given[0]
     ungated = given.copy()  # for a launch that finds the rows' gates in memory
     ungated[_GATE_WEIGHT] = ungated[_GATE_BIAS] = None
     row_gate = gate_value
     if plan.is_pooled:
-        row_gate = _native.empty(shapes["y"][:2], torch.float32, call.device)
+        row_gate = _native.empty(shapes["y"][:2], torch.float32, chosen.device)
     kernel = _kernels("fwd")._gated_adapter_fwd_kernel
-    with _native.on(call.device):
+    with _native.on(chosen.device):
         for part, reads_gates in plan.parts:
             tensors = (*(ungated if reads_gates else given), y, gate_value, h, row_gate)
             more = {
-                "POOLING": call.attributes["pooling"],
+                "POOLING": chosen.attributes["pooling"],
                 "GATE_PER_ROW": plan.has_gate_per_row,
                 "PART": part,
                 "READS_GATES": reads_gates,
@@ -89,7 +94,7 @@ def forward(call: Call, seed: int, **inputs: Value) -> tuple[Tensor, Tensor, Ten
             def launch(config: Config, tensors: Any = tensors, more: Any = more) -> None:
                 tiles = -(-plan.rows // config.block_t)
                 kernel[(plan.groups * tiles,)](
-                    *tensors, plan.rows, call.sizes["S"], tiles, *plan.numbers,
+                    *tensors, plan.rows, chosen.sizes["S"], tiles, *plan.numbers,
                     *signed(seed), *plan.dropout, **more, **options_of(config),
                 )  # fmt: skip
 
@@ -98,7 +103,7 @@ def forward(call: Call, seed: int, **inputs: Value) -> tuple[Tensor, Tensor, Ten
 
 
 def backward(
-    call: Call,
+    chosen: Chosen,
     needs: dict[str, bool],
     dy: Tensor,
     gate_value: Tensor,
@@ -114,16 +119,16 @@ def backward(
             grads[name] = _native.empty(like.shape, like.dtype, like.device)
     if dy.numel() == 0:
         return {name: grad.zero_() for name, grad in grads.items()}
-    with _native.on(call.device):
-        _Backward(call, inputs, grads, dy.contiguous(), gate_value, h.contiguous(), seed).run()
+    with _native.on(chosen.device):
+        _Backward(chosen, inputs, grads, dy.contiguous(), gate_value, h.contiguous(), seed).run()
     return grads
 
 
 def tune(
-    call: Call, measure: Callable[[Callable[[], object]], float], **inputs: Value
+    chosen: Chosen, measure: Callable[[Callable[[], object]], float], **inputs: Value
 ) -> dict[str, Config]:
     """See `_triton_host.tune`."""
-    return _triton_host.tune(sys.modules[__name__], call, measure, inputs)
+    return _triton_host.tune(sys.modules[__name__], chosen, measure, inputs)
 
 
 class _Backward:
@@ -131,7 +136,7 @@ class _Backward:
 
     def __init__(
         self,
-        call: Call,
+        chosen: Chosen,
         inputs: dict[str, Value],
         grads: dict[str, Value],
         dy: Tensor,
@@ -139,18 +144,18 @@ class _Backward:
         h: Tensor,
         seed: int,
     ) -> None:
-        self.call, self.plan, self.grads = call, plan_of(call, inputs), grads
+        self.chosen, self.plan, self.grads = chosen, chosen.plan, grads
         self.given = {name: _contiguous(inputs[name]) for name in CONTRACT.input_names}
         self.gate = gate_value if self.plan.is_learned else self.given["gate"]
         self.dy, self.h = dy, h
         self.dropout = (*signed(seed), *self.plan.dropout)
-        rows = call.sizes["B"] * call.sizes["S"]
-        self.dh = _native.empty(h.shape, call.dtype, call.device)
+        rows = chosen.sizes["B"] * chosen.sizes["S"]
+        self.dh = _native.empty(h.shape, chosen.dtype, chosen.device)
         fields = _kernels("bwd_rows").FIELDS
-        self.fields = _native.empty((fields, rows), torch.float32, call.device)
+        self.fields = _native.empty((fields, rows), torch.float32, chosen.device)
         self.pool = None
         if self.plan.is_pooled:
-            self.pool = _native.empty((call.sizes["B"],), torch.float32, call.device)
+            self.pool = _native.empty((chosen.sizes["B"],), torch.float32, chosen.device)
 
     def run(self) -> None:
         self.plan.launch("rows", self._rows)
@@ -163,7 +168,7 @@ class _Backward:
             self._sum()
 
     def _rows(self, config: Config) -> None:
-        plan, given, sizes = self.plan, self.given, self.call.sizes
+        plan, given, sizes = self.plan, self.given, self.chosen.sizes
         tiles = -(-plan.shared_rows // config.block_t)
         dgate = self.grads.get("gate") if plan.has_gate_per_row else None
         _kernels("bwd_rows")._gated_adapter_bwd_rows_kernel[(plan.shared_groups * tiles,)](
@@ -171,13 +176,13 @@ class _Backward:
             given["gate_weight"], given["gate_bias"], given["mask"],
             self.dy, self.h, self.dh, self.fields, dgate,
             plan.shared_rows, sizes["S"], tiles, *plan.numbers, self.fields.shape[1],
-            *self.dropout, POOLING=self.call.attributes["pooling"],
+            *self.dropout, POOLING=self.chosen.attributes["pooling"],
             GATE_PER_ROW=plan.has_value_per_row, HAS_SKIP=plan.has_skip,
             **plan.constants, **options_of(config),
         )  # fmt: skip
 
     def _pool(self) -> None:
-        sizes, at = self.call.sizes, self.call.attributes
+        sizes, at = self.chosen.sizes, self.chosen.attributes
         dgate = None if self.plan.is_learned else self.grads["gate"]
         _kernels("bwd_rows")._gated_adapter_bwd_pool_kernel[(sizes["B"],)](
             self.fields, self.given["mask"], self.given["scale"], dgate, self.pool,
@@ -186,33 +191,33 @@ class _Backward:
         )  # fmt: skip
 
     def _columns(self, config: Config) -> None:
-        plan, given, call = self.plan, self.given, self.call
-        chunks = -(-call.sizes["D"] // config.block_d)
-        self.shares, rows_per_share = shares_of(call, plan, config, chunks)
+        plan, given, chosen = self.plan, self.given, self.chosen
+        chunks = -(-chosen.sizes["D"] // config.block_d)
+        self.shares, rows_per_share = shares_of(chosen, plan, config, chunks)
         wanted = tuple(self.grads)
         if wanted not in plan.layouts:
-            plan.layouts[wanted] = layout_of(call, self.grads)
+            plan.layouts[wanted] = layout_of(chosen, self.grads)
         self.layout = plan.layouts[wanted]
         part_count = plan.shared_groups * self.shares
         self.parts = _native.empty(
-            (part_count, self.layout["PART_SIZE"]), torch.float32, call.device
+            (part_count, self.layout["PART_SIZE"]), torch.float32, chosen.device
         )
-        at = call.attributes
+        at = chosen.attributes
         _kernels("bwd_columns")._gated_adapter_bwd_columns_kernel[(chunks * part_count,)](
             *(given[name] for name in _COLUMNS_INPUTS), self.gate, given["gate_weight"],
             self.dy, self.h, self.dh, self.fields, self.pool, self.grads.get("x"), self.parts,
-            plan.shared_rows, call.sizes["S"], self.shares, at["scale_value"], at["skip_below"],
+            plan.shared_rows, chosen.sizes["S"], self.shares, at["scale_value"], at["skip_below"],
             self.fields.shape[1], rows_per_share, *self.dropout, RESIDUAL=at["residual_from"],
             GATE_PER_ROW=plan.has_value_per_row, HAS_SKIP=plan.has_skip,
             **self.layout, **plan.constants, **options_of(config),
         )  # fmt: skip
 
     def _sum(self) -> None:
-        plan, call, sizes = self.plan, self.call, self.call.sizes
+        plan, chosen, sizes = self.plan, self.chosen, self.chosen.sizes
         members = {"w_down": sizes.get("M", 1), "w_up": sizes.get("M_up", 1)}
         members |= {"b_down": members["w_down"], "b_up": members["w_up"]}
-        block = 4096 if call.device.type == "cpu" else 256
-        elements = part_sizes(call)
+        block = 4096 if chosen.device.type == "cpu" else 256
+        elements = part_sizes(chosen)
         blocks = sum(
             -(-elements[name] // block) * members.get(name, 1)
             for name in PARTS

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _triton_host
-from .._contract import Call, Value
+from .._contract import Signature
 from .._philox import threshold
 from .._triton_host import Config, options_of, power_of_two, signed
 
@@ -67,29 +67,31 @@ class Learned(NamedTuple):
 class Plan:
     """What is the same for every call with these shapes: constants, and tiles that fit."""
 
-    def __init__(self, call: Call, inputs: dict[str, Value]) -> None:
-        at, sizes, p = call.attributes, call.sizes, call.attributes["dropout_p"]
-        self.call = call
-        self.branches: int = len(inputs["a"])
+    def __init__(self, signature: Signature) -> None:
+        at, sizes, p = signature.attributes, signature.sizes, signature.attributes["dropout_p"]
+        self.signature = signature
+        self.branches: int = len(at["offsets"])
         self.ranks: tuple[int, ...] = sizes.get("R_i", ())[: self.branches]
         self.begins = (0, *itertools.accumulate(self.ranks))[: self.branches]
         self.width = sum(self.ranks)
         self.sizes: tuple[int, ...] = sizes.get("size_i", ())[: self.branches]
         self.offsets = tuple(at["offsets"])
         self.scales = tuple(at["scales"])
-        self.a_per_sample = _per_sample(inputs["a_index"])
-        self.b_per_sample = _per_sample(inputs["b_index"])
+        branches = range(self.branches)
+        self.a_per_sample, self.b_per_sample = (
+            tuple(signature.dimensions(index, i) == 1 for i in branches)
+            for index in ("a_index", "b_index")
+        )
         self.learned = [
             Learned(at["poolings"][i], i, -1)
-            for i, weight in enumerate(inputs["gate_weight"])
-            if weight is not None
+            for i in branches
+            if signature.dimensions("gate_weight", i) > 0
         ]
         self.learned += [Learned(p, -1, i) for i, p in enumerate(at["extra_poolings"])]
         self.is_masked = tuple(gate.pooling == "masked_mean" for gate in self.learned)
         token_gates = {gate.branch for gate in self.learned if gate.is_token}
         self.gate_per_row = tuple(
-            i in token_gates or (gate is not None and gate.ndim == 2)
-            for i, gate in enumerate(inputs["gate"])
+            i in token_gates or signature.dimensions("gate", i) == 2 for i in branches
         )
         self.dropout = (signed(threshold(p))[0] if p else 0, 1.0 / (1.0 - p))
         self.has_dropout = p > 0 and self.branches > 0
@@ -122,12 +124,12 @@ class Plan:
         """The default tile; with fewer rows where that many are not there, or where tiles of rows
         are too few for the processors.
         """
-        call = self.call
-        is_wide = call.dtype == torch.float32
+        signature = self.signature
+        is_wide = signature.dtype == torch.float32
         limits = _DEFAULTS[kernel].items()
         config = next(c[is_wide] for limit, c in limits if self.block_w <= limit)
-        if call.device.type == "cpu":  # the interpreter pays for each program and operation
-            return config._replace(block_t=64, block_d=64 if call.sizes["Din"] < 512 else 256)
+        if signature.device.type == "cpu":  # the interpreter pays for each program and operation
+            return config._replace(block_t=64, block_d=64 if signature.sizes["Din"] < 512 else 256)
         if self.branches > 1:  # each one's parameters take memory in every stage
             config = config._replace(stages=2 if self.branches == 2 else 1)
         is_split = kernel not in ("shrink", "rows")  # has more programs than tiles of rows
@@ -135,7 +137,7 @@ class Plan:
             config.block_t >= 2 * self.rows
             or (
                 not is_split
-                and self.groups * self.tiles(config) < _triton_host.processors(call.device)
+                and self.groups * self.tiles(config) < _triton_host.processors(signature.device)
             )
         ):
             config = config._replace(block_t=config.block_t // 2)
@@ -144,7 +146,7 @@ class Plan:
     def members(self, name: str, place: int) -> int:
         """How many members the bank of a branch's factor has; 1 for what is no bank."""
         letter = {"a": "M_i", "b": "N_i"}.get(name, "")
-        sizes = self.call.sizes.get(letter, ())
+        sizes = self.signature.sizes.get(letter, ())
         found: int | None = sizes[place] if place < len(sizes) else None
         return found or 1
 
@@ -183,7 +185,7 @@ class Plan:
             ("outer", config),
             lambda: {
                 **self.slots,
-                "DOUT": self.call.sizes["Dout"],
+                "DOUT": self.signature.sizes["Dout"],
                 "FIRST": self.first_column,
                 "CHUNKS": -(-(self.last_column - self.first_column) // config.block_d),
                 "OFFSETS": self.offsets,
@@ -198,25 +200,9 @@ class Plan:
         programs for four on each processor, and no share smaller than a tile.
         """
         tiles = self.tiles(config)
-        wanted = -(-4 * _triton_host.processors(self.call.device) // (chunks * self.groups))
+        wanted = -(-4 * _triton_host.processors(self.signature.device) // (chunks * self.groups))
         tiles_per_share = -(-tiles // min(tiles, wanted))
         return -(-tiles // tiles_per_share), tiles_per_share * config.block_t
-
-
-def _per_sample(indices: list[Any]) -> tuple[bool, ...]:
-    return tuple(index is not None and index.ndim == 1 for index in indices)
-
-
-_plans: dict[int, tuple[Call, Plan]] = {}
-
-
-def plan_of(call: Call, inputs: dict[str, Value]) -> Plan:
-    found = _plans.get(id(call))
-    if found is None or found[0] is not call:
-        if len(_plans) >= 4096:  # as many as the contract keeps calls
-            _plans.clear()
-        found = _plans[id(call)] = (call, Plan(call, inputs))
-    return found[1]
 
 
 class Part(NamedTuple):
@@ -233,7 +219,7 @@ class Layout:
     """Where each wanted gradient lies in a part. Starts are multiples of 16 bytes."""
 
     def __init__(self, plan: Plan, needs: dict[str, bool]) -> None:
-        d_in = plan.call.sizes["Din"]
+        d_in = plan.signature.sizes["Din"]
         self.parts: list[Part] = []
         self.sizes = {False: 0, True: 0}  # of the parts of columns_in, of columns_out
         branches = range(plan.branches)
@@ -249,7 +235,7 @@ class Layout:
             biases.append(self._add(needs[name], name, i, False, 1))
         self.gates = {"WEIGHT_AT": tuple(weights), "BIAS_AT": tuple(biases)}
         self.has_inner = needs["x"] or self.sizes[False] > 0
-        block = 4096 if plan.call.device.type == "cpu" else 256
+        block = 4096 if plan.signature.device.type == "cpu" else 256
         members = tuple(plan.members(part.name, part.place) for part in self.parts)
         self.sum_blocks = sum(-(-part.size // block) * n for part, n in zip(self.parts, members))
         self.sum = {

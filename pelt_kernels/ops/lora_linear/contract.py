@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._bank import check_bank, member
-from .._contract import Call, Contract, Value
+from .._contract import Contract, Signature, Value
 from .._gate import accumulator, check_pooling, learned_gate, over_rows
 from .._philox import dropout_factor
 from .._product import linear
@@ -16,11 +16,11 @@ from .._product import linear
 MAX_RANK = 256
 
 
-def rules(call: Call, values: dict[str, Value]) -> None:
+def rules(signature: Signature, values: dict[str, Value]) -> None:
     """What shapes cannot say: which inputs go together, and that each branch stays inside the
     output.
     """
-    name, sizes, attributes = call.contract.name, call.sizes, call.attributes
+    name, sizes, attributes = signature.contract.name, signature.sizes, signature.attributes
     wanted = ("Din", "Dout") if attributes["transposed"] else ("Dout", "Din")
     if tuple(values["weight"].shape) != tuple(sizes[letter] for letter in wanted):
         raise ValueError(
@@ -46,11 +46,11 @@ def rules(call: Call, values: dict[str, Value]) -> None:
     for pooling in attributes["extra_poolings"]:
         check_pooling(name, pooling, values["mask"])
     for i in range(branches):
-        _check_branch(call, values, i)
+        _check_branch(signature, values, i)
 
 
-def _check_branch(call: Call, values: dict[str, Value], i: int) -> None:
-    name, sizes, attributes = call.contract.name, call.sizes, call.attributes
+def _check_branch(signature: Signature, values: dict[str, Value], i: int) -> None:
+    name, sizes, attributes = signature.contract.name, signature.sizes, signature.attributes
     offset, size, rank = attributes["offsets"][i], sizes["size_i"][i], sizes["R_i"][i]
     if offset < 0 or offset + size > sizes["Dout"]:
         raise ValueError(
@@ -76,9 +76,9 @@ def _check_branch(call: Call, values: dict[str, Value], i: int) -> None:
         check_pooling(name, attributes["poolings"][i], values["mask"])
 
 
-def output_shapes(call: Call) -> dict[str, Any]:
-    """The shapes of the outputs of a call."""
-    sizes, attributes = call.sizes, call.attributes
+def output_shapes(signature: Signature) -> dict[str, Any]:
+    """The shapes of the outputs of a signature."""
+    sizes, attributes = signature.sizes, signature.attributes
     b, s = sizes["B"], sizes["S"]
 
     def gate(pooling: str) -> tuple[int, ...]:

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 
 from .._bank import linear, member, member_grad, weight_grad
-from .._contract import Call, Value
+from .._contract import Chosen, Signature, Value
 from .._gate import accumulator, cast, counted, over_rows, pool, pool_backward, quick_row_gates
 from .._philox import dropout_factor
 
 
-def supports(call: Call) -> str:
-    """PyTorch serves every call."""
+def supports(signature: Signature, backend: str, form: str) -> str:
+    """PyTorch serves every signature."""
     return ""
 
 
 def forward(
-    call: Call,
+    chosen: Chosen,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -47,9 +47,9 @@ def forward(
     """y [B, S, Dout], the extra gates, the branches' learned gates (or [0] each), and s [B, S, ΣR]
     for backward.
     """
-    at, acc = call.attributes, accumulator(x.dtype)
+    at, acc = chosen.attributes, accumulator(x.dtype)
     y = linear(x, weight.T if at["transposed"] else weight, bias)
-    dropped = _dropped(call, x, seed)
+    dropped = _dropped(chosen, x, seed)
     values: list[Tensor] = []
     parts: list[Tensor] = []
     for i, offset in enumerate(at["offsets"]):
@@ -61,7 +61,7 @@ def forward(
         values.append(value)
         up = cast(member(b[i], b_index[i], 2), x.dtype)
         columns = y[..., offset : offset + up.shape[-2]]
-        _add_product(columns, _times(parts[-1], _factor(call, i, g)), up.transpose(-1, -2))
+        _add_product(columns, _times(parts[-1], _factor(chosen, i, g)), up.transpose(-1, -2))
     s = parts[0] if len(parts) == 1 else torch.cat([x.new_empty(*x.shape[:2], 0), *parts], dim=-1)
     poolings = at["extra_poolings"]
     extras = [
@@ -72,7 +72,7 @@ def forward(
 
 
 def backward(
-    call: Call,
+    chosen: Chosen,
     needs: dict[str, bool],
     dy: Tensor,
     dextra_gates: list[Tensor],
@@ -94,21 +94,21 @@ def backward(
     seed: int,
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
-    at, acc = call.attributes, accumulator(x.dtype)
+    at, acc = chosen.attributes, accumulator(x.dtype)
     grads: dict[str, Value] = {
         name: [None] * len(a) for name in ("a", "b", "gate", "gate_weight", "gate_bias")
     }
     grads |= {"extra_weight": [], "extra_bias": []}
     of_x: list[_Narrow] = []  # what reads x as it is: gates, and branches without dropout
     of_dropped = [] if at["dropout_p"] else of_x
-    dropped = _dropped(call, x, seed)
-    parts = s.split(list(call.sizes.get("R_i", ())), dim=-1)
+    dropped = _dropped(chosen, x, seed)
+    parts = s.split(list(chosen.sizes.get("R_i", ())), dim=-1)
     for i, offset in enumerate(at["offsets"]):
         up, down = member(b[i], b_index[i], 2), member(a[i], a_index[i], 2)
         d = dy[..., offset : offset + up.shape[-2]]
         w, c = gate_weight[i], gate_bias[i]
         value = gate[i] if w is None else gate_values[i]
-        factor = _factor(call, i, value)
+        factor = _factor(chosen, i, value)
         raw = d @ cast(up, x.dtype)
         if needs["b"]:
             each = weight_grad(d, _times(parts[i], factor), up.ndim == 3)
@@ -146,7 +146,7 @@ def backward(
         if of_dropped is not of_x:
             ddropped = torch.zeros_like(dx)
             _add_products(ddropped, of_dropped)
-            dx.addcmul_(ddropped, _factor_of_dropout(call, x, seed))
+            dx.addcmul_(ddropped, _factor_of_dropout(chosen, x, seed))
     if needs["weight"]:
         dweight = weight_grad(dy, x, False)
         grads["weight"] = (dweight.T if at["transposed"] else dweight).to(weight.dtype).contiguous()
@@ -223,16 +223,16 @@ def _times(rows: Tensor, factor: Tensor | float) -> Tensor:
     return rows if isinstance(factor, float) and factor == 1.0 else rows * factor
 
 
-def _factor(call: Call, i: int, gate: Tensor | None) -> Tensor | float:
+def _factor(chosen: Chosen, i: int, gate: Tensor | None) -> Tensor | float:
     """scale_i · g_i, broadcastable over [B, S, R]."""
-    scale: float = call.attributes["scales"][i]
-    return scale if gate is None else (over_rows(gate) * scale).to(call.dtype)
+    scale: float = chosen.attributes["scales"][i]
+    return scale if gate is None else (over_rows(gate) * scale).to(chosen.dtype)
 
 
-def _dropped(call: Call, x: Tensor, seed: int) -> Tensor:
-    return x * _factor_of_dropout(call, x, seed) if call.attributes["dropout_p"] else x
+def _dropped(chosen: Chosen, x: Tensor, seed: int) -> Tensor:
+    return x * _factor_of_dropout(chosen, x, seed) if chosen.attributes["dropout_p"] else x
 
 
-def _factor_of_dropout(call: Call, x: Tensor, seed: int) -> Tensor:
+def _factor_of_dropout(chosen: Chosen, x: Tensor, seed: int) -> Tensor:
     rows = x.shape[0] * x.shape[1]
-    return dropout_factor(rows, x.shape[2], call.attributes["dropout_p"], seed, x).view_as(x)
+    return dropout_factor(rows, x.shape[2], chosen.attributes["dropout_p"], seed, x).view_as(x)

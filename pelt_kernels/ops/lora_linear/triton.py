@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import _native, _triton_host
 from .._bank import linear, weight_grad
-from .._contract import Call, Value
+from .._contract import Chosen, Signature, Value
 from .._triton_host import (
     DTYPES,
     Config,
@@ -27,47 +27,54 @@ from .._triton_host import (
     signed,
     unavailable,
 )
-from ._triton_plan import CANDIDATES, MAX_WIDTH, Layout, Plan, plan_of
+from ._triton_plan import CANDIDATES, MAX_WIDTH, Layout, Plan
 from .contract import CONTRACT
 
-__all__ = ["CANDIDATES", "backward", "forward", "plan_of", "supports", "tune", "unavailable"]
+__all__ = ["CANDIDATES", "backward", "forward", "plan", "supports", "tune", "unavailable"]
 
 
-def supports(call: Call) -> str:
+def supports(signature: Signature, backend: str, form: str) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    if call.dtype not in DTYPES:
+    if signature.dtype not in DTYPES:
         return (
             "it takes float32, float16 or bfloat16, and x is"
-            f" {str(call.dtype).removeprefix('torch.')}"
+            f" {str(signature.dtype).removeprefix('torch.')}"
         )
-    width = sum(call.sizes.get("R_i", ()))
+    width = sum(signature.sizes.get("R_i", ()))
     if width > MAX_WIDTH:
         return f"its registers hold ranks that add up to at most {MAX_WIDTH}, and they are {width}"
-    gates = len(call.attributes["extra_poolings"]) + sum(n == "gate_weight" for n, _ in call.slots)
+    gates = len(signature.attributes["extra_poolings"]) + sum(
+        n == "gate_weight" for n, _ in signature.flat_names
+    )
     if gates > 16:
         return f"it evaluates at most 16 learned gates in one read of x, and there are {gates}"
-    if call.sizes["B"] * call.sizes["S"] >= 2**31:
+    if signature.sizes["B"] * signature.sizes["S"] >= 2**31:
         return "it counts rows in 32 bits, and there are 2**31 or more"
-    return unavailable(call.device)
+    return unavailable(signature.device)
+
+
+def plan(chosen: Chosen) -> Plan:
+    """What is the same for equal calls."""
+    return Plan(chosen)
 
 
 def forward(
-    call: Call, seed: int, **inputs: Value
+    chosen: Chosen, seed: int, **inputs: Value
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     """y [B, S, Dout], the extra gates, the branches' learned gates (or [0] each), and s [B, S, ΣR]
     for backward.
     """
-    shapes = CONTRACT.output_shapes(call)
-    extras = [_native.empty(n, torch.float32, call.device) for n in shapes["extra_gates"]]
-    values = [_native.empty(n, torch.float32, call.device) for n in shapes["gate_values"]]
-    s = _native.empty(shapes["s"], call.dtype, call.device)
+    shapes = CONTRACT.output_shapes(chosen)
+    extras = [_native.empty(n, torch.float32, chosen.device) for n in shapes["extra_gates"]]
+    values = [_native.empty(n, torch.float32, chosen.device) for n in shapes["gate_values"]]
+    s = _native.empty(shapes["s"], chosen.dtype, chosen.device)
     x = inputs["x"].contiguous()
-    with _native.on(call.device):
-        base = inputs["weight"].T if call.attributes["transposed"] else inputs["weight"]
+    with _native.on(chosen.device):
+        base = inputs["weight"].T if chosen.attributes["transposed"] else inputs["weight"]
         y = linear(x, base, inputs["bias"]).contiguous()
         if y.shape[0] * y.shape[1] == 0:
             return y, [g.zero_() for g in extras], [g.zero_() for g in values], s
-        plan = plan_of(call, inputs)
+        plan = chosen.plan
         given = _given(inputs)
         gates = [values[g.branch] if g.extra < 0 else extras[g.extra] for g in plan.learned]
         if plan.branches or gates:
@@ -81,7 +88,7 @@ def forward(
 
 
 def backward(
-    call: Call,
+    chosen: Chosen,
     needs: dict[str, bool],
     dy: Tensor,
     dextra_gates: list[Tensor],
@@ -91,14 +98,14 @@ def backward(
     **inputs: Value,
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
-    with _native.on(call.device):
-        grads = _by_torch(call, needs, dy, inputs)
+    with _native.on(chosen.device):
+        grads = _by_torch(chosen, needs, dy, inputs)
         if dy.shape[0] * dy.shape[1] == 0:
             for name in set(needs) - set(grads):
                 if needs[name]:
                     grads[name] = [_zeros(value) for value in inputs[name]]
         else:
-            plan = plan_of(call, inputs)
+            plan = chosen.plan
             _Backward(
                 plan, needs, grads, dy.contiguous(), dextra_gates, gate_values, s, seed, inputs
             ).run()
@@ -106,18 +113,18 @@ def backward(
 
 
 def tune(
-    call: Call, measure: Callable[[Callable[[], object]], float], **inputs: Value
+    chosen: Chosen, measure: Callable[[Callable[[], object]], float], **inputs: Value
 ) -> dict[str, Config]:
     """See `_triton_host.tune`."""
-    return _triton_host.tune(sys.modules[__name__], call, measure, inputs, ("shrink", "expand"))
+    return _triton_host.tune(sys.modules[__name__], chosen, measure, inputs, ("shrink", "expand"))
 
 
 def _by_torch(
-    call: Call, needs: dict[str, bool], dy: Tensor, inputs: dict[str, Value]
+    chosen: Chosen, needs: dict[str, bool], dy: Tensor, inputs: dict[str, Value]
 ) -> dict[str, Value]:
     """What the frozen layer alone has: the gradients of x (to be completed), weight and bias."""
     x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
-    is_transposed = call.attributes["transposed"]
+    is_transposed = chosen.attributes["transposed"]
     grads: dict[str, Value] = {}
     if needs["x"]:
         grads["x"] = (dy @ (weight.T if is_transposed else weight).to(x.dtype)).contiguous()
@@ -152,7 +159,7 @@ def _shrink(
 
 def _pool(plan: Plan, given: dict[str, Value], row_gates: Tensor, gates: list[Tensor]) -> None:
     """The values of pooled gates, from their rows'."""
-    b, s = plan.call.sizes["B"], plan.call.sizes["S"]
+    b, s = plan.signature.sizes["B"], plan.signature.sizes["S"]
     _kernels("fwd")._lora_linear_pool_kernel[(b * len(gates),)](
         row_gates, given["mask"],
         tuple(None if learned.is_token else g for g, learned in zip(gates, plan.learned)), b, s,
@@ -169,7 +176,7 @@ def _expand(
         tiles, outer = plan.tiles(config), plan.outer(config)
         _kernels("fwd")._lora_linear_expand_kernel[(outer["CHUNKS"] * plan.groups * tiles,)](
             y, s, given["b"], given["b_index"], _factors(given, values), plan.scales,
-            plan.rows, plan.call.sizes["S"], tiles, **outer, B_PER_SAMPLE=plan.b_per_sample,
+            plan.rows, plan.signature.sizes["S"], tiles, **outer, B_PER_SAMPLE=plan.b_per_sample,
             IS_APART=plan.is_apart,
         )  # fmt: skip
 
@@ -241,13 +248,13 @@ class _Backward:
         _kernels("bwd")._lora_linear_bwd_rows_kernel[(plan.groups * tiles,)](
             self.dy, self.s, given["b"], given["b_index"], self.factors, plan.scales,
             self.ds, self.dots, by_row,
-            plan.rows, plan.call.sizes["S"], tiles, plan.rows_total, **plan.outer(config),
+            plan.rows, plan.signature.sizes["S"], tiles, plan.rows_total, **plan.outer(config),
             B_PER_SAMPLE=plan.b_per_sample, IS_APART=plan.is_apart,
         )  # fmt: skip
 
     def _pool(self, wants_learned: bool) -> None:
         """From the rows' sums to given gates' gradients and to the learned gates' dlogit."""
-        b, s = self.plan.call.sizes["B"], self.plan.call.sizes["S"]
+        b, s = self.plan.signature.sizes["B"], self.plan.signature.sizes["S"]
         dgates: list[Tensor | None] = []
         dvalues: list[Tensor | None] = []
         dots, places, poolings = [], [], []
@@ -284,7 +291,7 @@ class _Backward:
 
     def _columns_in(self, config: Config) -> None:
         plan, given = self.plan, self.given
-        chunks = -(-plan.call.sizes["Din"] // config.block_d)
+        chunks = -(-plan.signature.sizes["Din"] // config.block_d)
         shares, rows_per_share = plan.shares(config, chunks)
         weights, _ = _learned(given)
         constants = plan.once((self.wanted, config), lambda: self.layout.inner(plan, config))
@@ -301,7 +308,7 @@ class _Backward:
         programs = outer["CHUNKS"] * plan.groups * shares
         _kernels("bwd")._lora_linear_bwd_columns_out_kernel[(programs,)](
             self.dy, self.s, self.factors, plan.scales, self._part(True, shares),
-            plan.rows, plan.call.sizes["S"], shares, rows_per_share, **outer,
+            plan.rows, plan.signature.sizes["S"], shares, rows_per_share, **outer,
             PART_SIZE=self.layout.sizes[True], B_AT=self.layout.b,
         )  # fmt: skip
 
