@@ -1,8 +1,8 @@
 """The arguments of public functions, before they are a contract's: numbers, flags, names, groups of
 fields; factors that are learned, seeds, and what autocast casts.
 
-Each is given back as the contract's rows take it, or TypeError says what was expected; whether a
-value is allowed is told by its row. These run at every call: what is in order is seen first.
+Each is returned as the contract's rows take it, or TypeError says what was expected; its row checks
+whether a value is allowed. These run at every call, so the usual case is tested first.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def whole(operator: str, name: str, value: Any) -> int:
         value = int(value)
     if not -(2**63) <= value < 2**63:
         raise ValueError(
-            f"{operator}: expected {name} in [-2**63, 2**63), got an integer of"
-            f" {value.bit_length()} bits"
+            f"{operator}: expected {name} in [-2**63, 2**63), got an integer of "
+            f"{value.bit_length()} bits"
         )
     return value
 
@@ -61,8 +61,8 @@ def flag(operator: str, name: str, value: Any) -> bool:
 
 
 def group(operator: str, name: str, value: Any, kind: type[Group]) -> Group:
-    """A group of fields such as `LearnedGate`, whose first two are tensors: the rows tell of other
-    types, but to them None is an input that is not there.
+    """A group of fields such as `LearnedGate`, whose first two are tensors. The rows check the
+    types of its fields, but take None for an input that is not there, so None is refused here.
     """
     if not isinstance(value, kind):
         raise refuse(operator, name, f"a {kind.__name__}", value)
@@ -109,11 +109,11 @@ def indices_of_sides(
     if not isinstance(index, Tensor):
         raise refuse(operator, name, "a torch.Tensor or a pair", index)
     if not (isinstance(down, Tensor) and isinstance(up, Tensor)):
-        return index, index  # the weights' own rows tell
+        return index, index  # the weights' own rows report it
     if down.ndim != 3 and up.ndim != 3:
         raise ValueError(
-            f"{operator}: expected a bank beside {name}, got weights of {down.ndim} and {up.ndim}"
-            " dimensions; leave it out or give one of them a leading dimension"
+            f"{operator}: expected a bank beside {name}, got weights of {down.ndim} and {up.ndim} "
+            "dimensions; leave it out or give one of them a leading dimension"
         )
     return index if down.ndim == 3 else None, index if up.ndim == 3 else None
 
@@ -133,14 +133,14 @@ def fold(
     dense(operator, name, factor)
     if factor.ndim or not factor.is_floating_point():
         raise ValueError(
-            f"{operator}: expected {name} as a number or a tensor [], got {list(factor.shape)} in"
-            f" {str(factor.dtype).removeprefix('torch.')}"
+            f"{operator}: expected {name} as a number or a tensor [], got {list(factor.shape)} in "
+            f"{str(factor.dtype).removeprefix('torch.')}"
         )
     for operand in operands:
         dense(operator, f"what {name} multiplies", operand)
     devices = [operand.device for operand in operands if isinstance(operand, Tensor)]
     if len(devices) < len(operands):
-        return 1.0, operands  # the operands' own rows tell
+        return 1.0, operands  # the operands' own rows report it
     if factor.device not in (*devices, torch.device("cpu")):
         raise ValueError(f"{operator}: expected {name} on {devices[0]}, got {factor.device}")
     return 1.0, tuple(_times(operand, factor) for operand in operands)
@@ -190,7 +190,7 @@ def draw_seed(operator: str, dropout_p: float, seed: int | None) -> Any:
 
 
 def is_recorded() -> bool:
-    """Is somebody to see each operation: a transform of `torch.func`, or `torch.jit.trace`?"""
+    """Is each operation recorded: by a transform of `torch.func`, or by `torch.jit.trace`?"""
     if torch._C._are_functorch_transforms_active():
         return True
     return not torch.compiler.is_compiling() and torch._C._is_tracing()

@@ -124,8 +124,8 @@ class Signature:
     def __str__(self) -> str:
         sizes = " ".join(f"{k}={v}" for k, v in self.sizes.items())
         return (
-            f"{self.contract.name} {str(self.dtype).removeprefix('torch.')} {self.device.type}"
-            f" {sizes}"
+            f"{self.contract.name} {str(self.dtype).removeprefix('torch.')} {self.device.type} "
+            f"{sizes}"
         )
 
 
@@ -258,8 +258,8 @@ class Contract:
         for row in self.input_rows:
             if row.bound and row.name in given and row.bound not in signature.sizes:
                 raise ValueError(
-                    f"{self.name}: expected a bank with a size {row.bound} beside {row.name}, got"
-                    f" none; leave {row.name} out or give the bank a leading dimension"
+                    f"{self.name}: expected a bank with a size {row.bound} beside {row.name}, got "
+                    f"none; leave {row.name} out or give the bank a leading dimension"
                 )
         self.rules(signature, values)
         signature.layout = self._layout(signature, values)
@@ -339,8 +339,8 @@ class Contract:
                 label = f"{row.name}[{i}]" if row.is_list else row.name
                 end, what = ("]", "") if row.includes_bound else (")", " bank members")
                 raise ValueError(
-                    f"{self.name}: expected {label} in [0, {bound}{end} ({row.bound}={bound}"
-                    f"{what}), got values from {low} to {high}"
+                    f"{self.name}: expected {label} in [0, {bound}{end} "
+                    f"({row.bound}={bound}{what}), got values from {low} to {high}"
                 )
 
     def check_outputs(self, signature: Signature, named: dict[str, Value]) -> None:

@@ -75,7 +75,7 @@ class Choice:
 
     @property
     def served(self) -> str:
-        """The backend, with its form where it has several: what would ask for the same."""
+        """The backend, with its form where it has several: the request for the same."""
         return f"{self.backend}:{self.form}" if self.form else self.backend
 
     def __str__(self) -> str:
@@ -150,7 +150,7 @@ def explain(operator: str | None = None) -> list[Choice]:
 
 
 def forget_choices() -> None:
-    """Empties what `explain` tells, so that a run reports only its own calls."""
+    """Empties the list of `explain`, so that a run reports only its own calls."""
     global _era
     with _choices_lock:
         _choices.clear()
@@ -186,8 +186,8 @@ def _select(signature: Signature, request: str, needs_grad: bool) -> Choice:
         if reason:
             able = [name for name in BACKENDS if name != request and not why_not(name, signature)]
             raise BackendError(
-                f"{signature.contract.name}: backend '{request}' was asked for but {reason}.  Able:"
-                f" {', '.join(able)}."
+                f"{signature.contract.name}: backend '{request}' was asked for but {reason}.  "
+                f"Able: {', '.join(able)}."
             )
         return _choose_form(signature, request, request, {}, needs_grad)[0]
     refusals: dict[str, str] = {}
@@ -236,14 +236,14 @@ def check_formula(operator: str, request: str, why: str) -> None:
     check_name(request, f"{operator}: expected backend as")
     if backend_of(request) not in ("", "eager"):
         raise BackendError(
-            f"{operator}: backend '{request}' was asked for but {why}.  Able: eager; without a"
-            " request it is chosen here."
+            f"{operator}: backend '{request}' was asked for but {why}.  Able: eager; without a "
+            "request it is chosen here."
         )
 
 
 def remember_formula(signature: Signature, request: str, why: str) -> None:
-    """Lets `explain` tell that a call was served by the operator's formula."""
-    _tell(
+    """Records for `explain` that a call was served by the operator's formula."""
+    _record(
         Choice(
             signature.contract.name, str(signature), "eager", request, {}, "formula", f"since {why}"
         )
@@ -252,14 +252,14 @@ def remember_formula(signature: Signature, request: str, why: str) -> None:
 
 def _remember(chosen: Chosen) -> None:
     chosen.era = _era
-    _tell(chosen.choice)
+    _record(chosen.choice)
 
 
-def _tell(choice: Choice) -> None:
+def _record(choice: Choice) -> None:
     with _choices_lock:
         choices = _choices.setdefault(choice.operator, {})
         if len(choices) < 1024:  # enough to read; more would only be a leak
-            # What is the same with and without gradients is told once.
+            # A choice that is the same with and without gradients is listed once.
             choices[f"{choice} {choice.requested}"] = choice
 
 
@@ -305,7 +305,7 @@ def forms_of(operator: str, backend: str) -> tuple[str, ...]:
 
 
 def every_request(operator: str, backend: str) -> list[str]:
-    """What asks for a backend's way, or each of its ways, to serve an operator."""
+    """The requests for a backend, or for each of its forms, to serve an operator."""
     return _requests(backend, forms_of(operator, backend) if BACKENDS[backend].library else ())
 
 

@@ -1,10 +1,10 @@
-"""What measurements say about a call: which form of a backend's kernels goes first, and where a
-backend is slower than eager.
+"""What was measured of calls: which form of a backend's kernels is fastest, and where a backend is
+slower than eager.
 
-Measurements decide, never a guess: `forms.jsonl` holds what `python -m benchmarks.forms` took from
+Only measurements decide: `forms.jsonl` holds what `python -m benchmarks.forms` took from
 a run, a row for each operator, kind of hardware, dtype, direction, sizes and options, with the
 microseconds of each request (``cuda:single``, ``cpu:avx512``, ``eager``). Where nothing near was
-measured on this kind of hardware, the usual order stands.
+measured on this kind of hardware, the usual order holds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from . import _native
 from ._contract import Signature
 
 FILE = Path(__file__).with_name("forms.jsonl")
-FARTHEST = 3.0  # doublings, over all sizes, from which a measurement still tells
+FARTHEST = 3.0  # doublings, over all sizes, up to which a measurement counts
 OPTION = 0.25  # doublings for each option that only one of two calls has
 SLOWER = 1.03  # of eager's time: less than that is within what two runs differ by
 # Operators whose CPU kernels compete with torch's matrix products: in bfloat16 they multiply in
@@ -34,7 +34,7 @@ Row = dict[str, Any]
 
 
 def nearest(signature: Signature, requests: Sequence[str], needs_grad: bool) -> Row | None:
-    """The row measured nearest to a call that tells something about one of the requests."""
+    """The nearest measured row that has one of the requests."""
     dtype = str(signature.dtype).removeprefix("torch.")
     key = (signature.contract.name, hardware(signature.device), dtype, DIRECTIONS[needs_grad])
     rows = [row for row in table().get(key, ()) if not row["us"].keys().isdisjoint(requests)]
@@ -47,7 +47,7 @@ def nearest(signature: Signature, requests: Sequence[str], needs_grad: bool) -> 
             )
             for row in rows
         ),
-        key=lambda found: found[0],
+        key=lambda pair: pair[0],
         default=(math.inf, None),
     )
     return row if distance <= FARTHEST else None
@@ -75,8 +75,8 @@ def why_slower(request: str, row: Row | None) -> str:
     if row is None or not {request, "eager"} <= us.keys() or us[request] <= SLOWER * us["eager"]:
         return ""
     return (
-        f"eager took {us['eager']:.0f} us and {request} {us[request]:.0f} us for {_where(row)},"
-        f" measured on {row['hardware']}"
+        f"eager took {us['eager']:.0f} us and {request} {us[request]:.0f} us for {_where(row)}, "
+        f"measured on {row['hardware']}"
     )
 
 
@@ -115,8 +115,8 @@ def why_unproven(backend: str, signature: Signature) -> str:
     if any(key[:3] == (signature.contract.name, kind, "bfloat16") for key in table()):
         return ""
     return (
-        f"nobody has measured it in bfloat16 on {kind}, which multiplies bfloat16 itself;"
-        " backend='cpu' asks for it"
+        f"nobody has measured it in bfloat16 on {kind}, which multiplies bfloat16 itself; "
+        "backend='cpu' asks for it"
     )
 
 
@@ -151,5 +151,5 @@ def table() -> dict[tuple[str, ...], list[Row]]:
 
 @cache
 def hardware(device: torch.device) -> str:
-    """On what kind of hardware rows have to be measured to tell about a device."""
+    """The kind of hardware on which rows have to be measured to count for a device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _native.processor()

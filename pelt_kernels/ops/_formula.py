@@ -1,9 +1,9 @@
 """An operator by its formula: the contract's `reference`, made of PyTorch's own operations.
 
-Kernels give an output and its first gradient, and no more. Whoever wants more has to see every
-operation: a transform of `torch.func`, forward-mode differentiation, `torch.jit.trace`, and a
-gradient that is to be differentiated again. Then the formula runs, with dropout's mask from the
-same seed; it takes the memory of what it composes, such as the scores of attention.
+Kernels compute an output and its first gradient only. A transform of `torch.func`, forward-mode
+differentiation, `torch.jit.trace` and a gradient that is to be differentiated again need every
+operation. For them the formula runs, with dropout's mask from the same seed; it needs the memory of
+its intermediate results, such as the scores of attention.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def _detached(out: Any) -> Any:
 
 def is_batched(dys: Sequence[Tensor | None]) -> bool:
     """Does ``is_grads_batched=True`` give several gradients at once? torch's batched tensors of
-    that kind know too few operations; `each` is for them.
+    that kind support too few operations; `each` is for them.
     """
     return any(dy is not None and _functorch.is_legacy_batchedtensor(dy) for dy in dys)
 

@@ -29,8 +29,8 @@ def check_pooling(operator: str, pooling: str, mask: Tensor | None) -> None:
     """Raises ValueError for an unknown pooling or a missing mask."""
     if pooling not in POOLINGS:
         raise ValueError(
-            f"{operator}: expected a gate's pooling to be one of {', '.join(POOLINGS)}, got"
-            f" {pooling!r}"
+            f"{operator}: expected a gate's pooling to be one of {', '.join(POOLINGS)}, got "
+            f"{pooling!r}"
         )
     if pooling == "masked_mean" and mask is None:
         raise ValueError(

@@ -1,5 +1,5 @@
-"""From a contract to what torch knows: two library operators, their autograd formula, and the
-choice of the way on which a call goes.
+"""Registers a contract with torch as two library operators with an autograd formula, and chooses
+the way that a call takes.
 
 ``torch.ops.pelt_kernels.<name>_fwd`` and ``_bwd`` take the contract's inputs and attributes, the
 seed, and the request for a backend. They carry a fake implementation and an autograd formula, so
@@ -123,8 +123,8 @@ class Operator:
     def _forward(self, *args: Any) -> tuple[Any, ...]:
         if forward_ad._current_level >= 0:  # tangents do not come through torch to here
             raise NotImplementedError(
-                f"{self.contract.name}: expected no forward-mode differentiation of a graph that"
-                " holds the operator; differentiate the function that the graph was made from"
+                f"{self.contract.name}: expected no forward-mode differentiation of a graph that "
+                "holds the operator; differentiate the function that the graph was made from"
             )
         return _as_torch_returns(run_forward(*self._select(args)))
 
@@ -139,7 +139,7 @@ class Operator:
         """Backward's arguments: gradients and saved outputs by name, needs, and then forward's
         arguments.
 
-        An input whose gradient is dy itself is not kept: it stands as None, and the attributes tell
+        An input whose gradient is dy itself is not saved: it is None here, and an attribute says
         that it was there.
         """
         contract = self.contract
@@ -158,7 +158,7 @@ class Operator:
         chosen, inputs, seed = self._select(forward_args)
         self.contract.check_outputs(chosen, named)
         found = run_backward(chosen, needs, named, inputs, seed)
-        # As the fake promises. The short way takes a gradient as it lies.
+        # Contiguous, as the fake's are. The short way takes a gradient as it is in memory.
         return [grad.contiguous() for grad in flat_grads(self.contract, needs, inputs, found)]
 
     def _fake_backward(self, *args: Any) -> list[Tensor]:
@@ -190,7 +190,7 @@ class Operator:
     def _differentiate(self, ctx: Any, *grads: Any) -> tuple[Any, ...]:
         """The autograd formula of the forward operator: one call of the backward operator.
 
-        torch wants for each argument None, or for a list of tensors (and for any empty list) a list
+        torch needs None for each argument, or for a list of tensors (and for any empty list) a list
         of the same length.
         """
         if _formula.is_batched(flatten(grads)):
@@ -248,7 +248,7 @@ def _is_watched() -> bool:
 
 
 def _as_torch_returns(outputs: Sequence[Any]) -> Any:
-    """All outputs as torch wants them of an operator: a single one as it is."""
+    """All outputs as an operator returns them to torch: a single one as it is."""
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
@@ -333,7 +333,7 @@ def unpack(contract: Contract, packed: Iterator[Any]) -> list[Value]:
 
 
 def no_gradient(argument: Any) -> Any:
-    """No gradient for an argument, in the structure that torch asks for."""
+    """No gradient for an argument, in the structure that torch needs."""
     return [] if isinstance(argument, (list, tuple)) and not len(argument) else None
 
 

@@ -21,8 +21,8 @@ _DEFAULT = os.environ.get("PELT_KERNELS_BACKEND", "")
 
 @dataclass(eq=False)
 class _Block:
-    """A block knows itself whether it is open: blocks may be left in any order, and in a generator
-    even in another thread than they were opened in.
+    """A request with a flag of its own for whether the block is open: blocks may be left in any
+    order, and in a generator even in another thread than the one that opened them.
     """
 
     name: str

@@ -212,8 +212,8 @@ def _shape_sentence(
 ) -> str:
     fitting = [shape for shape in row.shapes if len(shape) == tensor.ndim] or list(row.shapes)
     wanted = " or ".join(
-        f"[{', '.join(shape)}] ="
-        f" [{', '.join(str(known[s]) if known[s] is not None else s for s in shape)}]"
+        f"[{', '.join(shape)}] = "
+        f"[{', '.join(str(known[s]) if known[s] is not None else s for s in shape)}]"
         for shape in fitting
     )
     letters = dict.fromkeys(
@@ -249,13 +249,13 @@ def check_dtypes(
             if tensor.dtype not in allowed:
                 wanted = " or ".join(_name(d) for d in allowed)
                 raise ValueError(
-                    f"{operator}: expected {row.name} in {wanted} ({first} is {_name(dtype)}),"
-                    f" got {_name(tensor.dtype)}"
+                    f"{operator}: expected {row.name} in {wanted} ({first} is {_name(dtype)}), got "
+                    f"{_name(tensor.dtype)}"
                 )
             if tensor.device != like.device:
                 raise ValueError(
-                    f"{operator}: expected {row.name} on {like.device} (where {first} is), got"
-                    f" {tensor.device}"
+                    f"{operator}: expected {row.name} on {like.device} (where {first} is), got "
+                    f"{tensor.device}"
                 )
             if row.kind == "parameter" and tensor.dtype != dtype:
                 master.add(row.name)
@@ -275,13 +275,13 @@ def check_attributes(operator: str, rows: Sequence[Attribute], attributes: dict[
             types = _TYPES[row.type.removesuffix("[]")]
             if not isinstance(item, types) or (isinstance(item, bool) and bool not in types):
                 raise TypeError(
-                    f"{operator}: expected {label} as {types[0].__name__}, got"
-                    f" {type(item).__name__}"
+                    f"{operator}: expected {label} as {types[0].__name__}, got "
+                    f"{type(item).__name__}"
                 )
             if row.choices and item not in row.choices:
                 raise ValueError(
-                    f"{operator}: expected {label} to be one of {', '.join(row.choices)}, got"
-                    f" {item!r}"
+                    f"{operator}: expected {label} to be one of {', '.join(row.choices)}, got "
+                    f"{item!r}"
                 )
             # A number that torch.compile keeps open is checked where it has its value.
             if (
@@ -312,8 +312,8 @@ def check_output(
         got = (list(tensor.shape), tensor.dtype, tensor.device)
         if got != (list(shape), dtype, device):
             raise ValueError(
-                f"{operator}: expected {name} {list(shape)} {_name(dtype)} on {device} as"
-                f" forward gives it, got {got[0]} {_name(got[1])} on {got[2]}"
+                f"{operator}: expected {name} {list(shape)} {_name(dtype)} on {device} as forward "
+                f"gives it, got {got[0]} {_name(got[1])} on {got[2]}"
             )
 
 

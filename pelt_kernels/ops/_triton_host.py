@@ -38,8 +38,8 @@ def unavailable(device: torch.device | str) -> str:
     if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET", "").lower() not in _ON:
             return (
-                "on CPU tensors Triton's kernels run only in its interpreter; set"
-                " TRITON_INTERPRET=1 before Python starts"
+                "on CPU tensors Triton's kernels run only in its interpreter; set "
+                "TRITON_INTERPRET=1 before Python starts"
             )
         from . import _triton
 

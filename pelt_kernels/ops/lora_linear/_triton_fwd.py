@@ -124,7 +124,7 @@ def slot_factors(
     return found
 
 
-# Batches change their sizes: an argument that is 1 or a multiple of 16 must not compile anew.
+# Batches change their sizes: an argument that is 1 or a multiple of 16 must not compile again.
 @triton.jit(do_not_specialize=["N", "tiles", "T", "seed_low", "seed_high", "threshold"])
 def _lora_linear_shrink_kernel(
     x_ptr, a_ptrs, a_index_ptrs, gate_weight_ptrs, gate_bias_ptrs,

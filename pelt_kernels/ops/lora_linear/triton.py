@@ -325,7 +325,7 @@ class _Backward:
         )  # fmt: skip
 
 
-POOL_BLOCK = 256  # rows of a sentence at a time: one number, so that no length compiles anew
+POOL_BLOCK = 256  # rows of a sentence at a time: one number, so that no length compiles again
 SUMMED = ("a", "b", "gate", "gate_weight", "gate_bias", "extra_weight", "extra_bias")
 SMALL = (*SUMMED, "a_index", "b_index", "mask")
 

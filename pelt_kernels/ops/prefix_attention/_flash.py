@@ -61,7 +61,7 @@ def backward(
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, q, k, v, out, lse, 0.0, causal, scale=scale
         )
-    # Sequences of one length have no offsets, and without dropout nobody reads the generator.
+    # Sequences of one length have no offsets, and without dropout the generator is not read.
     no_offsets, s, n = None, call.sizes["S"], call.sizes["N"]
     generator = torch.empty(2, dtype=torch.uint64, device=call.device)
     return _aten._scaled_dot_product_flash_attention_backward(

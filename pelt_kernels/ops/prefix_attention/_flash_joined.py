@@ -117,7 +117,7 @@ def _columns(call: Call) -> int:
 
 
 def _is_causal_alone(call: Call) -> bool:
-    """Whether the causal mask is the one that torch knows: of a square, and nothing beside it."""
+    """Whether the causal mask is the one that torch has: of a square, and nothing beside it."""
     sizes, given = call.sizes, call.given
     return (
         call.attributes["is_causal"]

@@ -9,7 +9,7 @@ With s the scores, p = exp(s - lse), D = <dout, out> of a row and dropout's fact
 
 "dq" streams the columns as forward does and leaves D for the kernels that own columns
 (_triton_bwd_columns.py): columns and rows are two kernels, so that no sum crosses programs. "bias"
-makes ds once more where a bias wants its gradient: a program owns a tile of the bias and adds up
+makes ds once more where a bias needs its gradient: a program owns a tile of the bias and adds up
 the samples and heads that share it, in order, so nothing of the size of all scores is written.
 """
 

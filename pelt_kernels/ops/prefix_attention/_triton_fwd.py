@@ -227,7 +227,7 @@ def _attend(
     return acc, m, total
 
 
-# Batches change their sizes: an argument that is 1 or a multiple of 16 must not compile anew.
+# Batches change their sizes: an argument that is 1 or a multiple of 16 must not compile again.
 # Strides may: they are multiples of 16 for all batches or for none.
 @triton.jit(do_not_specialize=["S", "N", "tiles", "seed_low", "seed_high", "threshold"])
 def _prefix_attention_fwd_kernel(

@@ -1,4 +1,4 @@
-"""The probabilities of prefix_attention as a tensor, for those who want to look at them."""
+"""The probabilities of prefix_attention as a tensor, for inspection."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def attention_weights(
     q, k = cast_activation(q), cast_activation(k)
     prefixes = groups(_NAME, "prefixes", prefixes, Prefix)
     scale, (q,) = fold(_NAME, "scale", default_scale(_NAME, q) if scale is None else scale, q)
-    # v decides nothing here, and k stands for it.
+    # v has no effect here; k is passed in its place.
     inputs = Inputs(
         q, k, k, *prefix_lists(prefixes), gate=gate, key_mask=key_mask, lengths=None, bias=None
     )

@@ -52,7 +52,7 @@ def _flat(z1: Tensor, z2: Tensor, mask: Any) -> tuple[Tensor, Tensor, Any]:
     if not z1.ndim:
         raise ValueError("symmetric_kl: expected z1[..., C] with at least one size, got []")
     if z1.shape != z2.shape:
-        return z1, z2, mask  # the contract tells
+        return z1, z2, mask  # the contract reports it
     if isinstance(mask, Tensor):
         if mask.shape != z1.shape[:-1]:
             raise ValueError(

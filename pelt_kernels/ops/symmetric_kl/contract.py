@@ -48,6 +48,6 @@ def reference(z1: Tensor, z2: Tensor, mask: Tensor | None) -> tuple[Tensor]:
 
     rows = 0.5 * (divergence(log_p2, log_p1) + divergence(log_p1, log_p2))
     if mask is None:
-        # A sum and not a size, so that it is counted anew wherever the formula was recorded.
+        # A sum and not a size, so that a recorded formula counts the rows of each new input.
         return (rows.sum() / torch.ones_like(rows, dtype=torch.int64).sum().clamp(min=1),)
     return (torch.where(mask, rows, 0.0).sum() / mask.sum().clamp(min=1),)
