@@ -66,16 +66,21 @@ def methods_table(rows: Rows) -> str:
             f"| `{row['method']}` | {row['accuracy']['mean']:.3f} ± {row['accuracy']['std']:.3f} "
             f"| {row['trainable_parameters']:,} | {_digits(share)} % |"
         )
-    hardware = f"{head['hardware']['cpu']}, {head['hardware']['threads']} thread(s)"
     seeds = len(head["seeds"])
     commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
     lines += [
         "",
         f"Mean and standard deviation of {seeds} seeds, {head['train_examples']:,} training "
-        f"examples, {head['test_examples']:,} test examples; {hardware}; torch {head['torch']}; "
-        f"commit {commits}.",
+        f"examples, {head['test_examples']:,} test examples; {_machines(rows)}; "
+        f"torch {head['torch']}; commit {commits}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _machines(rows: Rows) -> str:
+    """The processors that measured the rows, each once."""
+    found = (f"{row['hardware']['cpu']}, {row['hardware']['threads']} thread(s)" for row in rows)
+    return "; ".join(dict.fromkeys(found))
 
 
 def task_file(name: str) -> Path:
@@ -116,8 +121,8 @@ def tasks_table(tasks: dict[str, Rows]) -> str:
     lines += [
         "",
         f"Mean and standard deviation of {len(first['seeds'])} seeds, {trained_on} "
-        f"training examples each, test examples: {sizes}; {first['hardware']['cpu']}, "
-        f"{first['hardware']['threads']} thread(s); torch {first['torch']}; commit {commits}.",
+        f"training examples each, test examples: {sizes}; {_machines(rows)}; "
+        f"torch {first['torch']}; commit {commits}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -73,6 +73,13 @@ def test_a_task_without_a_row_has_a_dash() -> None:
     assert "| `lora` | – | 0.500 ± 0.010 | 7 |" in table
 
 
+def test_every_processor_that_measured_is_named_once() -> None:
+    rows = [row_of("head", 0.5), row_of("lora", 0.5), row_of("pst", 0.5)]
+    rows[2]["hardware"] = {"cpu": "y", "threads": 2}
+    table = readme.tasks_table({"one": rows})
+    assert "10 (one); x, 1 thread(s); y, 2 thread(s); torch 2; " in table
+
+
 def test_each_task_shows_its_metric_and_who_stays_at_the_linear_probe() -> None:
     tasks = {
         "one": [
