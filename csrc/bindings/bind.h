@@ -30,7 +30,6 @@ T* at(Address address) {
 }
 
 void bind_cpu(py::module_& m);
-void bind_gated_adapter(py::module_& m);
 void bind_prefix_attention(py::module_& m);
 
 }  // namespace pelt::bindings

@@ -1,5 +1,6 @@
 #include "bindings/bind.h"
 #include "bindings/operator.h"
+#include "ops/gated_adapter/contract.h"
 #include "ops/lora_linear/contract.h"
 #include "ops/masked_weight/contract.h"
 #include "ops/symmetric_kl/contract.h"
@@ -39,8 +40,8 @@ PYBIND11_MODULE(PELT_MODULE, m) {
 #endif
   bind_cpu(m);
   m.def("build_info", &build_info, "What the module was made of.");
-  bind_gated_adapter(m);
   bind_prefix_attention(m);
+  bind_operator<gated_adapter::Contract>(m, "gated_adapter");
   bind_operator<lora_linear::Contract>(m, "lora_linear");
   bind_operator<masked_weight::Contract>(m, "masked_weight");
   bind_operator<symmetric_kl::Contract>(m, "symmetric_kl");

@@ -60,6 +60,7 @@ def contract_header(contract: Contract) -> str:
     sizes = [_size(letter, longest) for letter in contract.letters]
     attributes = [_attribute(row, longest) for row in contract.attribute_rows]
     attribute_names = ["dropout" if n == "dropout_p" else n for n in contract.attribute_names]
+    includes = "#include <cmath>\n\n" if any("INFINITY" in line for line in attributes) else ""
     view_count = sum(longest if row.is_list else 1 for row in views)
     return f"""\
 // {contract.name} as its kernels see it, in the order in which a call comes from Python.
@@ -67,7 +68,7 @@ def contract_header(contract: Contract) -> str:
 // `python -m pelt_kernels.ops.cpp_header`.
 #pragma once
 
-#include "common/enums.h"
+{includes}#include "common/enums.h"
 #include "common/native_call.h"
 
 namespace pelt::{contract.name} {{

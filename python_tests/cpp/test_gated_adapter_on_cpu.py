@@ -16,7 +16,6 @@ from parity import check, contract_of, run
 from pelt_kernels import gated_adapter
 from pelt_kernels.ops import _dispatch as dispatch
 from pelt_kernels.ops import _native as native
-from pelt_kernels.ops.gated_adapter import cpu
 
 OPERATOR = "gated_adapter"
 ON_SIMULATED_TILES = True
@@ -49,19 +48,21 @@ def _call(dtype=torch.float32, rank=8, width=16, rows=3):
 
 
 def test_every_refusal_is_a_sentence(monkeypatch):
-    assert cpu.supports(_call()) == ""
-    assert cpu.supports(_call(torch.bfloat16)) == ""
-    assert cpu.supports(_call(torch.float16)) == "it takes float32 or bfloat16, and x is float16"
-    assert cpu.supports(_call(torch.float64)) == "it takes float32 or bfloat16, and x is float64"
-    assert cpu.supports(_call(rank=1025)) == (
-        "its tiles hold a bottleneck of at most 1024, and R is 1025"
-    )
-    assert cpu.supports(_call(rank=64, width=4096, rows=1)) == (
+    def why_not(*args, **sizes):
+        return dispatch.why_not(f"cpu:{isa}", _call(*args, **sizes))
+
+    isa = native.cpu_forms()[0]
+    assert why_not() == ""
+    assert why_not(torch.bfloat16) == ""
+    assert why_not(torch.float16) == "it takes float32 or bfloat16, and x is float16"
+    assert why_not(torch.float64) == "it takes float32 or bfloat16, and x is float64"
+    assert why_not(rank=1025) == "its tiles hold a bottleneck of at most 1024, and R is 1025"
+    assert why_not(rank=64, width=4096, rows=1) == (
         "for 1 rows it would mostly pack weights of D x R = 262144 numbers"
     )
-    assert cpu.supports(_call(rank=64, width=4096)) == ""
+    assert why_not(rank=64, width=4096) == ""
     monkeypatch.setattr(native, "library", lambda name: SimpleNamespace())
-    assert cpu.supports(_call()).startswith("the compiled module is older than this kernel")
+    assert why_not().startswith("the compiled module is older than this kernel")
 
 
 def test_a_refusal_reaches_the_caller():

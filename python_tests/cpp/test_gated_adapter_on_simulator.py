@@ -5,21 +5,17 @@ Closeness to the reference is the parity test's business; here every comparison 
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from cases import Case, make_attributes, make_inputs
 from cases.gated_adapter import CASES, NORMS, POOLED, UNIPELT
 from torch import Tensor
 
-from pelt_kernels.ops import _native
+from pelt_kernels.ops import _dispatch, _native
 from pelt_kernels.ops.gated_adapter import _operator
 from pelt_kernels.ops.gated_adapter.contract import CONTRACT
 
 pytestmark = pytest.mark.backend("cuda_sim")
-CSRC = Path(__file__).parents[2] / "csrc"
 
 # More tiles in a sentence than the simulator has blocks (three), so that blocks come back to their tiles.
 LONG = [
@@ -114,22 +110,15 @@ def test_a_sentence_does_not_see_the_others(case: Case, simulator) -> None:
 
 
 def test_refusals_are_sentences_with_numbers(simulator) -> None:
-    def why_not(**changes: int) -> str:
-        return simulator.gated_adapter_why_not(
-            **{"dtype": 2, "B": 2, "S": 8, "D": 64, "R": 16, **changes}
-        )
+    def why_not(dtype: torch.dtype = torch.bfloat16, **changes: int) -> str:
+        sizes = {"B": 2, "S": 8, "D": 64, "R": 16, **changes}
+        x, w = (torch.empty(1, dtype=dtype).expand(*(sizes[i] for i in s)) for s in ("BSD", "RD"))
+        values = {**dict.fromkeys(CONTRACT.input_names), "x": x, "w_down": w, "w_up": w.T}
+        attributes = make_attributes(CONTRACT, Case("plain", {}))
+        return _dispatch.why_not("cuda_sim", CONTRACT.bind(list(values.values()), attributes))
 
     assert why_not() == ""
     assert "D must be a multiple of 8, and D=37" in why_not(D=37)
     assert "R must be 1 to 512, and R=513" in why_not(R=513)
-    assert "x is float32" in why_not(dtype=0)
+    assert "x is float32" in why_not(torch.float32)
     assert f"they are {2**32}" in why_not(B=2**16, S=2**16)
-
-
-def test_shape_comments_are_the_contracts() -> None:
-    text = (CSRC / "ops" / "gated_adapter" / "params.h").read_text()
-    inputs = text[text.index("struct Inputs") : text.index("struct Tiling")]
-    for row in CONTRACT.input_rows:
-        wanted = " | ".join(f"[{', '.join(shape)}]" for shape in row.shapes)
-        found = re.search(rf"\b{row.name}(?: = nullptr)?;\s+// (.*)", inputs)
-        assert found is not None and found.group(1) == wanted, row.name

@@ -13,7 +13,7 @@ from parity import call_of, contract_of, run
 
 from pelt_kernels.ops import OPERATORS, BackendError, _dispatch, gated_adapter
 from pelt_kernels.ops import _native as native
-from pelt_kernels.ops.gated_adapter import cpu
+from pelt_kernels.ops.gated_adapter import native as gated_adapter_native
 
 CASES = {
     "gated_adapter": "unipelt",
@@ -88,7 +88,7 @@ def test_what_the_system_refuses_is_said_once(module_with, caplog):
 
 def test_a_set_that_the_processor_does_not_run_is_refused_in_a_sentence(need, monkeypatch):
     need("cpu", native.why_not("_C"))
-    monkeypatch.setattr(cpu, "FORMS", ("avx2", "baseline"))
+    monkeypatch.setattr(gated_adapter_native, "FORMS", {"cpu": ("avx2", "baseline")})
     x = torch.zeros(3, 16)
     sentence = (
         r"^gated_adapter: backend 'cpu:amx' was asked for but it expects one of the instruction"
@@ -101,11 +101,11 @@ def test_a_set_that_the_processor_does_not_run_is_refused_in_a_sentence(need, mo
 
 @pytest.mark.parametrize("operator", WITH_TILES)
 def test_tiles_multiply_bfloat16_only(operator, need):
-    need("cpu", native.why_not("_C"))
+    need("cpu_sim", native.why_not("_C_sim"))
     case = case_of(operator, CASES[operator])
     found = {
         precision: _dispatch._supports(
-            "cpu", call_of(operator, case, precision, "cpu"), native.TILES
+            "cpu_sim", call_of(operator, case, precision, "cpu"), native.TILES
         )
         for precision in ("float32", "bfloat16", "bfloat16-master")
     }
@@ -115,10 +115,10 @@ def test_tiles_multiply_bfloat16_only(operator, need):
 
 def test_speed_decides_between_the_best_set_and_tiles(monkeypatch):
     forms = ("avx512_bf16", "avx512", "avx2", "baseline", "amx")
-    monkeypatch.setattr(cpu, "FORMS", forms)
+    monkeypatch.setattr(gated_adapter_native, "FORMS", {"cpu": forms})
     assert _dispatch.requests_of("gated_adapter", "cpu") == ["cpu:avx512_bf16", "cpu:amx"]
     assert _dispatch.every_request("gated_adapter", "cpu") == [f"cpu:{form}" for form in forms]
-    monkeypatch.setattr(cpu, "FORMS", ())
+    monkeypatch.setattr(gated_adapter_native, "FORMS", {})
     assert _dispatch.requests_of("gated_adapter", "cpu") == ["cpu"]
     for operator in ("prefix_attention", "lora_linear"):
         requests = _dispatch.every_request(operator, "cuda")

@@ -7,8 +7,12 @@
 //   dx  = dh W_down + dlogit w_gate + dy      [T, D]   through the pre-norm, if there is one
 //
 // dlogit comes from the dots: those of the row (token), or of the whole sentence (pooled); then
-// tiles wait for their sentence as in forward. b_up rides along as one more column of W_up, so its
-// share of the dot costs one mma for each 16 columns.
+// tiles wait for their sentence as in forward. b_up is one more column of W_up, so its share of the
+// dot costs one mma for each 16 columns.
+//
+//        dy' [64, D]  in chunks of 64 columns       W_down in chunks of 64 columns
+//        |##|  |  |  |  |  |  --> dh [64, R] -->  |  |  |##|  |  |  |  dx [64, D]
+//        W_up in chunks of 64 rows
 //
 // With a post-norm u is needed after all: it is computed three times from h (for the row's mean and
 // deviation, for the two sums of the norm's gradient, for du), du goes to memory, and from there on
@@ -18,7 +22,7 @@
 //
 // Tiles, ring and shared memory are forward's (products.cuh). Read: dy, h, and x for a learned gate
 // or a pre-norm; written: dx, dh.
-#include "common/type_list.h"
+#include "common/check.h"
 #include "ops/gated_adapter/products.cuh"
 
 namespace pelt::gated_adapter {
@@ -32,10 +36,11 @@ __device__ __forceinline__ float through_activation(Activation phi, float da, fl
 
 // The sums over a warp's 16 rows of two quantities, for this lane's eight columns.
 struct ColumnSums {
-  Float8 weight = {};
+  Float8 weight = {};  // of what a norm's weight gets
   Float8 bias = {};
 
-  // Adds the four lanes that share the columns and leaves the sums in memory: [2, D].
+  // Adds the four lanes that share the columns and leaves the sums in memory: [2, D]. Lanes that
+  // share them are kVectors apart.
   __device__ __forceinline__ void leave(float* partial, int D, int first) {
     const int column = first + lane_index() % kVectors * 8;
     for (int e = 0; e < 8; ++e) {
@@ -43,6 +48,7 @@ struct ColumnSums {
         weight.v[e] += shfl_xor(weight.v[e], mask);
         bias.v[e] += shfl_xor(bias.v[e], mask);
       }
+      // Memory of its own for each warp: the order of the sum over warps stays the same.
       if (lane_index() < kVectors && column < D) {
         partial[column + e] = weight.v[e];
         partial[D + column + e] = bias.v[e];
@@ -52,35 +58,38 @@ struct ColumnSums {
 };
 
 // Where a warp leaves its sums for a norm; `norm` counts the norms that are there.
-__device__ __forceinline__ float* norm_slot(const BackwardParams& p, int tile, int norm) {
-  const int norms = (p.in.has_pre_norm() ? 1 : 0) + (p.in.has_post_norm() ? 1 : 0);
+__device__ __forceinline__ float* norm_sums(const BackwardParams& p, int tile, int norm) {
   const int64_t warp = static_cast<int64_t>(tile) * kWarps + warp_index();
-  return p.norm_partial + (warp * norms + norm) * 2 * p.in.D;
+  return p.norm_partial + (warp * norms_of(p.in) + norm) * 2 * p.in.D;
 }
 
+// [B * S]
 __device__ __forceinline__ float* row_scalar(const BackwardParams& p, RowScalar which) {
-  return p.row_scalars + static_cast<int64_t>(which) * p.in.B * p.in.S;
+  return p.row_scalars + which * rows_of(p.in);
 }
 
+// factor = scale g of each row; 0 of rows that are not there.
 template <class C>
 __device__ __forceinline__ void settle_factors(const BackwardParams& p, Shared<C>& s,
                                                const TileRows& rows) {
   using T = typename C::T;
-  const int r = thread_index();
+  const int r = thread_index();  // half of the block has a row each
   if (r < kBlockT) {
     const bool is_there = r < rows.count;
     s.rows.factor[r] =
-        is_there ? scale_of<T>(p.in) * gate_of_row<T>(p.in, p.gate_value, rows.first + r) : 0.0f;
+        is_there ? scale_of<T>(p.in) *
+                       gate_of_row<T>(p.in, p.in.output_as<float>(kGateValue), rows.first + r)
+                 : 0.0f;
   }
-  sync_threads();
+  sync_threads();  // the factors are there, and what measure_rows has written
 }
 
 // Eight elements of dy after dropout.
 template <class T>
 __device__ __forceinline__ Float8 load_dropped(const BackwardParams& p, int64_t row, int column) {
-  Float8 values = load_8(static_cast<const T*>(p.dy) + row * p.in.D + column);
+  Float8 values = load_8(p.in.doutput_as<T>(kY) + row * p.in.D + column);
   if (p.in.dropout.is_active()) {
-    const Float8 factors = dropout_of(p.in, row, column);
+    const Float8 factors = dropout_of_row(p.in, row, column);
     for (int e = 0; e < 8; ++e) values.v[e] *= factors.v[e];
   }
   return values;
@@ -91,8 +100,8 @@ template <class C>
 __device__ __forceinline__ Float8 normed_output(const BackwardParams& p, const Shared<C>& s,
                                                 int64_t member, int row, int column, Float8 u) {
   Float8 bias = {};
-  if (p.in.b_up.data != nullptr) {
-    bias = load_parameter_8<typename C::T>(p.in.b_up, member * p.in.D + column);
+  if (p.in.input[kBUp] != nullptr) {
+    bias = load_parameter_8<typename C::T>(p.in.parameter(kBUp), member * p.in.D + column);
   }
   for (int e = 0; e < 8; ++e) {
     u.v[e] = (u.v[e] + bias.v[e] - s.out_mean[row]) * s.out_rstd[row];
@@ -105,20 +114,23 @@ template <class C>
 __device__ __forceinline__ void derive_output(const BackwardParams& p, Shared<C>& s,
                                               const TileRows& rows, int tile) {
   using T = typename C::T;
-  const Inputs& in = p.in;
-  const int64_t member =
-      member_of(in.up_index, in.has_up_index_per_sample, rows.group, in.up_members);
-  load_hidden<C>(in, s, rows, p.h);
+  const Call& in = p.in;
+  const int64_t member = up_member_of(in, rows);
+  // phi(h) takes the place of h; derive_hidden loads h again.
+  load_hidden<C>(in, s, rows, p.in.output[kH]);
   activate_hidden<C>(in, s);
   measure_output<C>(in, s, rows);
+  float* out = s.out[warp_index()];
 
-  float sum[4] = {}, dot_hat[4] = {}, dot[4] = {};  // of this lane's rows lane / 8 + 4 turn
-  project_to_columns<kUp, C>(in, s, in.w_up, member, [&](int first, const auto& sums) {
-    for_each_8<C>(in, s, rows, first, sums, [&](int turn, int row, int column, const Float8& u) {
+  // The sums that the norm's gradient takes from each row: of dy' w, of dy' w hat(u), and of dy' b
+  // for the row's dot. This lane's share, for its rows lane / 8 + 4 turn.
+  float sum[4] = {}, dot_hat[4] = {}, dot[4] = {};
+  project_to_columns<kUp, C>(in, s, in.parameter(kWUp), member, [&](int first, const auto& sums) {
+    for_each_8(out, rows, first, in.D, sums, [&](int turn, int row, int column, const Float8& u) {
       const Float8 dy = load_dropped<T>(p, rows.first + row, column);
       const Float8 hat = normed_output<C>(p, s, member, row, column, u);
-      const Float8 weight = load_parameter_8<T>(in.post_norm_weight, column);
-      const Float8 bias = load_parameter_8<T>(in.post_norm_bias, column);
+      const Float8 weight = load_parameter_8<T>(in.parameter(kPostNormWeight), column);
+      const Float8 bias = load_parameter_8<T>(in.parameter(kPostNormBias), column);
       for (int e = 0; e < 8; ++e) {
         sum[turn] += dy.v[e] * weight.v[e];
         dot_hat[turn] += dy.v[e] * weight.v[e] * hat.v[e];
@@ -126,23 +138,27 @@ __device__ __forceinline__ void derive_output(const BackwardParams& p, Shared<C>
       }
     });
   });
-  for (int turn = 0; turn < 4; ++turn) {
+  for (int turn = 0; turn < 4; ++turn) {  // kVectors neighbouring lanes share a row
     sum[turn] = group_sum<kVectors>(sum[turn]);
     dot_hat[turn] = group_sum<kVectors>(dot_hat[turn]);
     dot[turn] = group_sum<kVectors>(dot[turn]);
     const int row = warp_index() * 16 + lane_index() / kVectors + 4 * turn;
+    // dy' . (hat(u) w + b): the dot with the normed output.
     if (lane_index() % kVectors == 0) s.dot[row] = dot_hat[turn] + dot[turn];
   }
 
-  project_to_columns<kUp, C>(in, s, in.w_up, member, [&](int first, const auto& sums) {
+  // du = factor / deviation (dy' w - (sum + hat(u) dot_hat) / D), and the sums over rows of factor
+  // dy' hat(u) and factor dy' for the norm's own gradients.
+  project_to_columns<kUp, C>(in, s, in.parameter(kWUp), member, [&](int first, const auto& sums) {
     ColumnSums columns;
-    for_each_8<C>(in, s, rows, first, sums, [&](int turn, int row, int column, const Float8& u) {
+    for_each_8(out, rows, first, in.D, sums, [&](int turn, int row, int column, const Float8& u) {
       const Float8 dy = load_dropped<T>(p, rows.first + row, column);
       const Float8 hat = normed_output<C>(p, s, member, row, column, u);
-      const Float8 weight = load_parameter_8<T>(in.post_norm_weight, column);
-      const float factor = s.rows.factor[row];
+      const Float8 weight = load_parameter_8<T>(in.parameter(kPostNormWeight), column);
+      const float factor = s.rows.factor[row];  // scale g
       Float8 du;
       for (int e = 0; e < 8; ++e) {
+        // Mean and deviation move with u: their parts are taken off.
         const float centred = dy.v[e] * weight.v[e] -
                               (sum[turn] + hat.v[e] * dot_hat[turn]) / static_cast<float>(in.D);
         du.v[e] = factor * s.out_rstd[row] * centred;
@@ -151,7 +167,7 @@ __device__ __forceinline__ void derive_output(const BackwardParams& p, Shared<C>
       }
       store_16(static_cast<T*>(p.du) + (rows.first + row) * in.D + column, narrow<T>(du));
     });
-    columns.leave(norm_slot(p, tile, in.has_pre_norm() ? 1 : 0), in.D, first);
+    columns.leave(norm_sums(p, tile, has_pre_norm(in) ? 1 : 0), in.D, first);
   });
 }
 
@@ -160,18 +176,19 @@ template <class C>
 __device__ __forceinline__ void stage_dy(const BackwardParams& p, const TileRows& rows,
                                          typename C::T* tile, int first) {
   using T = typename C::T;
-  const Inputs& in = p.in;
-  const T* source = static_cast<const T*>(in.has_post_norm() ? p.du : p.dy);  // [B * S, D]
-  const bool drops = in.dropout.is_active() && !in.has_post_norm();
+  const Call& in = p.in;
+  const T* source = static_cast<const T*>(has_post_norm(in) ? p.du : in.doutput[kY]);  // [B * S, D]
+  const bool drops = in.dropout.is_active() && !has_post_norm(in);  // du has passed through it
   for (int i = thread_index(); i < kBlockT * kVectors; i += kThreads) {
     const int row = i / kVectors, column = i % kVectors * 8;
     const bool is_there = row < rows.count && first + column < in.D;
     T* to = tile + row * kChunkStride + column;
-    if (!drops) {
+    if (!drops) {  // as it lies in memory
       const int64_t at = is_there ? (rows.first + row) * in.D + first + column : 0;
       cp_async_16(to, source + at, is_there);
     } else {
       const Float8 none = {};
+      // What has to be computed comes through registers.
       store_16(to,
                narrow<T>(is_there ? load_dropped<T>(p, rows.first + row, first + column) : none));
     }
@@ -190,18 +207,21 @@ __device__ __forceinline__ void put_hidden_gradient(const BackwardParams& p, Sha
 #pragma unroll
     for (int n = 0; n < C::kRankTiles; ++n) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < 2; ++half) {  // a lane has two neighbours of each of two rows
         const int row = warp_index() * 16 + FragmentD::row(2 * half);
         const int column = rank + 8 * n + FragmentD::column(0);
         T* at = &s.hidden[row * C::kHiddenStride + column];
-        const Float2 pair = unpack<T>(load_4(at));
+        const Float2 pair = unpack<T>(load_4(at));  // of h, whose place dh takes
         const float h[2] = {pair.low, pair.high};
-        const float factor = p.in.has_post_norm() ? 1.0f : s.rows.factor[row];
+        // With a post-norm v comes from du, which has the factor.
+        const float factor = has_post_norm(p.in) ? 1.0f : s.rows.factor[row];
         float dh[2] = {0.0f, 0.0f};  // also where no h was loaded
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
+          // Rows and ranks that do not exist stay zero, or the next product would add them up.
           if (row >= rows.count || column + e >= p.in.R) continue;
           const float gradient = v[n].r[2 * half + e];
+          // phi(h) rounded as forward's product took it, so that the dot is that of its u.
           dot[half] += gradient * to_float(round_to<T>(activate(kPhi, h[e])));
           dh[e] = factor * through_activation(kPhi, gradient, h[e]);
         }
@@ -216,33 +236,35 @@ template <class C>
 __device__ __forceinline__ void derive_hidden(const BackwardParams& p, Shared<C>& s,
                                               const TileRows& rows, int tile) {
   using T = typename C::T;
-  const Inputs& in = p.in;
-  if (in.has_pre_norm() || in.has_learned_gate()) {
-    measure_rows<T>(in, rows, s.rows, in.has_learned_gate());
+  const Call& in = p.in;
+  if (has_pre_norm(in) || has_learned_gate(in)) {
+    // Computed again from x: forward keeps neither statistics nor logits.
+    measure_rows<T>(in, rows, s.rows, has_learned_gate(in));
   }
   settle_factors<C>(p, s, rows);
-  if (in.has_post_norm()) derive_output<C>(p, s, rows, tile);
+  if (has_post_norm(in)) derive_output<C>(p, s, rows, tile);
 
-  load_hidden<C>(in, s, rows, p.h);
-  const int64_t member =
-      member_of(in.up_index, in.has_up_index_per_sample, rows.group, in.up_members);
-  const bool has_bias = in.b_up.data != nullptr;
-  float dot[2] = {0.0f, 0.0f};
+  load_hidden<C>(in, s, rows, p.in.output[kH]);
+  const int64_t member = up_member_of(in, rows);
+  const bool has_bias_row = in.input[kBUp] != nullptr && !has_post_norm(in);
+  float dot[2] = {0.0f, 0.0f};  // of rows FragmentD::row(0) and row(2), this lane's ranks
   const FragmentD bias_dot = project_to_ranks<kUp, C>(
-      in, s, in.w_up, member, Rider{in.b_up, member * in.D, has_bias && !in.has_post_norm()},
+      in, s, in.parameter(kWUp), member, ExtraRow{in.parameter(kBUp), member * in.D, has_bias_row},
       [&](T* to, int first) { stage_dy<C>(p, rows, to, first); },
       [&](int rank, const auto& v) { put_hidden_gradient<C>(p, s, rows, rank, v, dot); });
   for (int half = 0; half < 2; ++half) {
-    const float whole = group_sum<4>(dot[half]);
-    if (FragmentD::column(0) == 0 && !in.has_post_norm()) {
+    const float whole = group_sum<4>(dot[half]);  // four lanes share a row
+    if (FragmentD::column(0) == 0 && !has_post_norm(in)) {
+      // bias_dot is dy' . b_up, in the lanes that hold column 0.
       s.dot[warp_index() * 16 + FragmentD::row(2 * half)] = whole + bias_dot.r[2 * half];
     }
   }
-  sync_threads();
+  sync_threads();  // the dots are there; dh is since the product's own barrier
   store_hidden<C>(in, s, rows, p.dh);
+  // For the second launch, and for reload_tile.
   const int r = thread_index();
   if (r < rows.count) {
-    row_scalar(p, kFactor)[rows.first + r] = in.has_post_norm() ? 1.0f : s.rows.factor[r];
+    row_scalar(p, kFactor)[rows.first + r] = has_post_norm(in) ? 1.0f : s.rows.factor[r];
     row_scalar(p, kDot)[rows.first + r] = s.dot[r];
     row_scalar(p, kLogit)[rows.first + r] = s.rows.logit[r];
     row_scalar(p, kMean)[rows.first + r] = s.rows.mean[r];
@@ -250,16 +272,18 @@ __device__ __forceinline__ void derive_hidden(const BackwardParams& p, Shared<C>
   }
 }
 
+// The tile's share of what its sentence's gate gets, by the first warp; the others go on.
 template <class C>
 __device__ __forceinline__ void publish_dots(const BackwardParams& p, const Shared<C>& s,
                                              const TileRows& rows, int tile) {
   if (warp_index() != 0) return;
   float sum = 0.0f, count = 0.0f;
   for (int r = lane_index(); r < rows.count; r += 32) {
+    // Every row's output was scaled by the gate, also of those that do not count in it.
     sum += s.dot[r];
-    count += p.in.pooling == Pooling::kMean || p.in.mask[rows.first + r] ? 1.0f : 0.0f;
+    count += counts(p.in, rows.first + r) ? 1.0f : 0.0f;
   }
-  publish_sums(p.gate_partial, p.arrivals, rows, tile, sum, count);
+  leave_sums(p.gate_partial, p.arrivals, rows, tile, sum, count);
 }
 
 // Comes back to a tile that another one has replaced in shared memory.
@@ -275,7 +299,7 @@ __device__ __forceinline__ void reload_tile(const BackwardParams& p, Shared<C>& 
   load_hidden<C>(p.in, s, rows, p.dh);
 }
 
-// logit = d loss / d logit of each row, for a learned gate.
+// dlogit = d loss / d logit of each row, for a learned gate.
 template <class C>
 __device__ __forceinline__ void derive_logits(const BackwardParams& p, Shared<C>& s,
                                               const TileRows& rows) {
@@ -283,22 +307,22 @@ __device__ __forceinline__ void derive_logits(const BackwardParams& p, Shared<C>
   if (r < rows.count) {
     const int64_t row = rows.first + r;
     const float gate = sigmoid(s.rows.logit[r]);
-    float share = s.dot[r];
-    if (p.in.has_pooled_gate()) {
-      const bool counts = p.in.pooling == Pooling::kMean || p.in.mask[row];
-      share = counts ? s.pooled[0] / s.pooled[1] : 0.0f;
+    float share = s.dot[r];  // the gradient of the row's gate, without scale
+    if (has_pooled_gate(p.in)) {
+      // The sentence's gate, the mean over its rows that count, has the sum of all dots.
+      share = counts(p.in, row) ? s.pooled[0] / s.pooled[1] : 0.0f;
     }
-    s.rows.logit[r] = scale_of<typename C::T>(p.in) * share * gate * (1.0f - gate);
-    row_scalar(p, kLogit)[row] = s.rows.logit[r];
+    s.dlogit[r] = scale_of<typename C::T>(p.in) * share * gate * (1.0f - gate);
+    row_scalar(p, kDLogit)[row] = s.dlogit[r];
   }
-  sync_threads();
+  sync_threads();  // dlogit is there
 }
 
 // Eight elements of (x - mean) / deviation.
 template <class C>
-__device__ __forceinline__ Float8 normed_input(const Inputs& in, const Shared<C>& s, int64_t at,
+__device__ __forceinline__ Float8 normed_input(const Call& in, const Shared<C>& s, int64_t at,
                                                int row) {
-  Float8 x = load_8(static_cast<const typename C::T*>(in.x) + at);
+  Float8 x = load_8(in.input_as<typename C::T>(kX) + at);
   for (int e = 0; e < 8; ++e) x.v[e] = (x.v[e] - s.rows.mean[row]) * s.rows.rstd[row];
   return x;
 }
@@ -308,61 +332,71 @@ template <class C>
 __device__ __forceinline__ void derive_input(const BackwardParams& p, Shared<C>& s,
                                              const TileRows& rows, int tile) {
   using T = typename C::T;
-  const Inputs& in = p.in;
-  const int64_t member =
-      member_of(in.down_index, in.has_down_index_per_sample, rows.group, in.down_members);
-  float sum[4] = {}, dot_hat[4] = {};  // of this lane's rows lane / 8 + 4 turn
-  if (in.has_pre_norm()) {
-    project_to_columns<kDown, C>(in, s, in.w_down, member, [&](int first, const auto& sums) {
-      ColumnSums columns;
-      for_each_8<C>(in, s, rows, first, sums, [&](int turn, int row, int column, const Float8& dz) {
-        const Float8 hat = normed_input<C>(in, s, (rows.first + row) * in.D + column, row);
-        const Float8 weight = load_parameter_8<T>(in.pre_norm_weight, column);
-        for (int e = 0; e < 8; ++e) {
-          sum[turn] += dz.v[e] * weight.v[e];
-          dot_hat[turn] += dz.v[e] * weight.v[e] * hat.v[e];
-          columns.weight.v[e] += dz.v[e] * hat.v[e];
-          columns.bias.v[e] += dz.v[e];
-        }
-      });
-      columns.leave(norm_slot(p, tile, 0), in.D, first);
-    });
-    for (int turn = 0; turn < 4; ++turn) {
+  const Call& in = p.in;
+  const int64_t member = down_member_of(in, rows);
+  float* out = s.out[warp_index()];
+  // The sums that a pre-norm's gradient takes from each row of dz = dh W_down: of dz w and of dz w
+  // hat(x). This lane's share, for its rows lane / 8 + 4 turn.
+  float sum[4] = {}, dot_hat[4] = {};
+  if (has_pre_norm(in)) {
+    project_to_columns<kDown, C>(
+        in, s, in.parameter(kWDown), member, [&](int first, const auto& sums) {
+          ColumnSums columns;
+          for_each_8(
+              out, rows, first, in.D, sums, [&](int turn, int row, int column, const Float8& dz) {
+                const Float8 hat = normed_input<C>(in, s, (rows.first + row) * in.D + column, row);
+                const Float8 weight = load_parameter_8<T>(in.parameter(kPreNormWeight), column);
+                for (int e = 0; e < 8; ++e) {
+                  sum[turn] += dz.v[e] * weight.v[e];
+                  dot_hat[turn] += dz.v[e] * weight.v[e] * hat.v[e];
+                  // The norm's own gradients are the sums over rows of dz hat(x) and dz, without w.
+                  columns.weight.v[e] += dz.v[e] * hat.v[e];
+                  columns.bias.v[e] += dz.v[e];
+                }
+              });
+          columns.leave(norm_sums(p, tile, 0), in.D, first);  // the first norm that is there
+        });
+    for (int turn = 0; turn < 4; ++turn) {  // kVectors neighbouring lanes share a row
       sum[turn] = group_sum<kVectors>(sum[turn]);
       dot_hat[turn] = group_sum<kVectors>(dot_hat[turn]);
     }
   }
-  if (p.dx == nullptr) return;
-  project_to_columns<kDown, C>(in, s, in.w_down, member, [&](int first, const auto& sums) {
-    for_each_8<C>(in, s, rows, first, sums, [&](int turn, int row, int column, Float8 dx) {
-      const int64_t at = (rows.first + row) * in.D + column;
-      if (in.has_pre_norm()) {
-        const Float8 hat = normed_input<C>(in, s, at, row);
-        const Float8 weight = load_parameter_8<T>(in.pre_norm_weight, column);
-        for (int e = 0; e < 8; ++e) {
-          const float mean = (sum[turn] + hat.v[e] * dot_hat[turn]) / static_cast<float>(in.D);
-          dx.v[e] = s.rows.rstd[row] * (dx.v[e] * weight.v[e] - mean);
-        }
-      }
-      if (in.has_learned_gate()) {
-        const Float8 weight = load_parameter_8<T>(in.gate_weight, column);
-        for (int e = 0; e < 8; ++e) dx.v[e] += s.rows.logit[row] * weight.v[e];
-      }
-      if (in.residual_from == ResidualFrom::kInput) {
-        const Float8 dy = load_8(static_cast<const T*>(p.dy) + at);
-        for (int e = 0; e < 8; ++e) dx.v[e] += dy.v[e];
-      }
-      store_16(static_cast<T*>(p.dx) + at, narrow<T>(dx));
-    });
-  });
+  if (in.grad[kX] == nullptr) return;  // nobody asked for dx: the norm's sums were all
+  project_to_columns<kDown, C>(
+      in, s, in.parameter(kWDown), member, [&](int first, const auto& sums) {
+        for_each_8(out, rows, first, in.D, sums, [&](int turn, int row, int column, Float8 dx) {
+          const int64_t at = (rows.first + row) * in.D + column;
+          if (has_pre_norm(in)) {
+            const Float8 hat = normed_input<C>(in, s, at, row);
+            const Float8 weight = load_parameter_8<T>(in.parameter(kPreNormWeight), column);
+            for (int e = 0; e < 8; ++e) {
+              // dx = (dz w - (sum + hat(x) dot_hat) / D) / deviation
+              const float mean = (sum[turn] + hat.v[e] * dot_hat[turn]) / static_cast<float>(in.D);
+              dx.v[e] = s.rows.rstd[row] * (dx.v[e] * weight.v[e] - mean);
+            }
+          }
+          if (has_learned_gate(in)) {
+            const Float8 weight = load_parameter_8<T>(in.parameter(kGateWeight), column);
+            // The gate sees x before the norm.
+            for (int e = 0; e < 8; ++e) dx.v[e] += s.dlogit[row] * weight.v[e];
+          }
+          // x reached y as the residual too; another residual gets dy itself, outside of the kernels.
+          if (in.residual_from == ResidualFrom::kInput) {
+            const Float8 dy = load_8(p.in.doutput_as<T>(kY) + at);
+            for (int e = 0; e < 8; ++e) dx.v[e] += dy.v[e];
+          }
+          store_16(p.in.grad_as<T>(kX) + at, narrow<T>(dx));
+        });
+      });
 }
 
+// dlogit and dx of a tile whose dh and dots, or sentence's dots, are there.
 template <class C>
 __device__ __forceinline__ void finish_tile(const BackwardParams& p, Shared<C>& s,
                                             const TileRows& rows, int tile) {
-  if (p.in.has_learned_gate()) derive_logits<C>(p, s, rows);
+  if (has_learned_gate(p.in)) derive_logits<C>(p, s, rows);
   derive_input<C>(p, s, rows, tile);
-  sync_threads();
+  sync_threads();  // the next tile may replace what is known of the rows, and dh
 }
 
 template <class C>
@@ -370,79 +404,50 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
     gated_adapter_bwd_sm80(const __grid_constant__ BackwardParams p) {
   auto& s = shared_memory_as<Shared<C>>();
   const Tiling& tiling = p.tiling;
-  clear_rider<C>(s);
-  sync_threads();
+  clear_extra_rows<C>(s);
+  sync_threads();  // no copy of an extra row may come before the zeros
 
-  for (int wave = 0; wave < tiling.tiles; wave += tiling.wave_tiles) {
-    const int end =
-        wave + tiling.wave_tiles < tiling.tiles ? wave + tiling.wave_tiles : tiling.tiles;
+  for (int wave = 0; wave < tiling.tiles; wave += p.wave_tiles) {
+    const int end = wave + p.wave_tiles < tiling.tiles ? wave + p.wave_tiles : tiling.tiles;
+    // dh and the dots, and without a pooled gate the rest of each tile too.
     for (int tile = wave + block_index_x(); tile < end; tile += grid_blocks_x()) {
-      const TileRows rows = rows_of_tile(tiling, tile);
+      const TileRows rows = rows_of_tile<kBlockT>(tiling, tile);
       derive_hidden<C>(p, s, rows, tile);
-      if (p.in.has_pooled_gate()) {
+      // dlogit needs the dots of the whole sentence.
+      if (has_pooled_gate(p.in)) {
         publish_dots<C>(p, s, rows, tile);
       } else {
         finish_tile<C>(p, s, rows, tile);
       }
-      sync_threads();
+      sync_threads();  // the next tile may replace the dots that publish_dots reads
     }
-    if (!p.in.has_pooled_gate()) continue;
-    const bool has_several = end - wave > grid_blocks_x();
+    if (!has_pooled_gate(p.in)) continue;
+    // dx of the wave's tiles, each when its sentence's dots are known.
+    const bool has_several = end - wave > grid_blocks_x();  // tiles for some block
     for (int tile = wave + block_index_x(); tile < end; tile += grid_blocks_x()) {
-      const TileRows rows = rows_of_tile(tiling, tile);
-      await_sums<C>(tiling, p.gate_partial, p.arrivals, s, rows);
+      const TileRows rows = rows_of_tile<kBlockT>(tiling, tile);
+      await_sums(tiling, p.gate_partial, p.arrivals, rows, s.pooled);
+      // With one tile a block, its dh and rows are still in shared memory.
       if (has_several) reload_tile<C>(p, s, rows);
       finish_tile<C>(p, s, rows, tile);
     }
   }
 }
 
-using Configs = TypeList<Config<bf16, 16, 16>, Config<bf16, 48, 48>, Config<bf16, 64, 64>,
-                         Config<bf16, 128, 128>, Config<bf16, 128, 512>, Config<f16, 16, 16>,
-                         Config<f16, 48, 48>, Config<f16, 64, 64>, Config<f16, 128, 128>,
-                         Config<f16, 128, 512>>;
-
-template <class C>
-void launch_config(BackwardParams& p, Stream stream) {
-  constexpr auto kKernel = gated_adapter_bwd_sm80<C>;
-  LaunchShape shape;
-  shape.threads = kThreads;
-  shape.shared_bytes = sizeof(Shared<C>);
-  const int resident = resident_blocks<kKernel>(kThreads, shape.shared_bytes);
-  shape.blocks_x = p.tiling.tiles < resident ? p.tiling.tiles : resident;
-  shape.is_cooperative = p.in.has_pooled_gate();
-  if (p.in.has_pooled_gate()) p.tiling.wave_tiles = wave_of(p.tiling, shape.blocks_x);
-  launch<kKernel>("gated_adapter_bwd_sm80", shape, stream, p);
-}
+using Configs = ConfigsOf<Config>;
 
 }  // namespace
 
-int64_t backward_workspace_bytes(const Inputs& in) { return plan_backward(in).total_bytes; }
-
-void launch_gated_adapter_bwd_sm80(BackwardParams p, void* workspace, Stream stream) {
-  const BackwardPlan plan = plan_backward(p.in);
-  char* base = static_cast<char*>(workspace);
-  p.tiling = plan.tiling;
-  p.splits = plan.splits;
-  p.arrivals = reinterpret_cast<int*>(base + plan.arrivals);
-  p.tickets = p.arrivals + p.in.B;
-  p.gate_partial = reinterpret_cast<float*>(base + plan.gate_partial);
-  p.row_scalars = reinterpret_cast<float*>(base + plan.row_scalars);
-  p.norm_partial = reinterpret_cast<float*>(base + plan.norm_partial);
-  p.weight_partial = reinterpret_cast<float*>(base + plan.weight_partial);
-  p.dh = base + plan.dh;
-  p.du = base + plan.du;
-  zero_async(p.arrivals, static_cast<size_t>(plan.zeroed_bytes), stream);
+void launch_bwd_rows_sm80(const BackwardParams& p) {
   const bool found = run_first_fit(
-      Configs{},
+      Configs{}, [&](auto tag) { return fits<typename decltype(tag)::type>(p.in.dtype, p.in.R); },
       [&](auto tag) {
         using C = typename decltype(tag)::type;
-        return DTypeOf<typename C::T>::value == p.in.dtype && p.in.R <= C::kRanks;
-      },
-      [&](auto tag) { launch_config<typename decltype(tag)::type>(p, stream); });
-  check(found, "gated_adapter_bwd_sm80: expected bfloat16 or float16 and R <= ", kMaxRank, ", got ",
+        launch_over_tiles<gated_adapter_bwd_sm80<C>>("gated_adapter_bwd_sm80", p,
+                                                     sizeof(Shared<C>));
+      });
+  check(found, "gated_adapter_bwd_sm80: expected a call that why_not serves, got ",
         name_of(p.in.dtype), " and R=", p.in.R);
-  launch_gated_adapter_bwd_weights_sm80(p, plan, stream);
 }
 
 }  // namespace pelt::gated_adapter

@@ -3,6 +3,8 @@
 // `python -m pelt_kernels.ops.cpp_header`.
 #pragma once
 
+#include <cmath>
+
 #include "common/enums.h"
 #include "common/native_call.h"
 

@@ -45,7 +45,7 @@ struct Transposed {
 };
 
 struct BackwardMemory {
-  const CpuCall& call;
+  const Call& call;
   Tiles tiles;
   Parameters parameters;
   Weights up;                // for da
@@ -58,7 +58,8 @@ struct BackwardMemory {
   float* du = nullptr;                      // [B * S, padded width], with a post-norm
   float* factor = nullptr;                  // [B * S]: f; 1 with a post-norm
   float* dot = nullptr;                     // [B * S]: <dropped, post_norm(u)>
-  float* logit = nullptr;  // [B * S] of a learned gate: the row's gate, then its logit's gradient
+  float* row_gate = nullptr;      // [B * S] of a learned gate: each row's, before it is pooled
+  float* dlogit = nullptr;        // [B * S]: the gradient of that gate's logit
   Moments* moments = nullptr;     // [B * S] of x, with a pre-norm
   float* post_partial = nullptr;  // [tiles, 2, padded width]: weight, bias
   float* column_sums = nullptr;   // [slots, 3, padded width]: gate_weight, pre_norm_weight and bias
@@ -67,7 +68,7 @@ struct BackwardMemory {
   bool by_pairs;
 
   // A post-norm's sums over a tile's rows must not depend on the number of threads.
-  explicit BackwardMemory(const CpuCall& c)
+  explicit BackwardMemory(const Call& c)
       : call(c),
         tiles(has_post_norm(c) ? cut_by(c, 24, 1) : cut_evenly(c)),
         by_pairs(uses_pairs(c)) {}
@@ -96,7 +97,8 @@ struct BackwardMemory {
     du = arena.take(has_post_norm(call) ? rows * width() : 0);
     factor = arena.take(rows);
     dot = arena.take(rows);
-    logit = arena.take(rows);
+    row_gate = arena.take(has_learned_gate(call) ? rows : 0);
+    dlogit = arena.take(has_learned_gate(call) ? rows : 0);
     moments = reinterpret_cast<Moments*>(arena.take(has_pre_norm(call) ? 2 * rows : 0));
     post_partial = arena.take(has_post_norm(call) ? tiles.count() * 2 * width() : 0);
     column_sums = arena.take(parameters.down.slots * 3 * width());

@@ -16,8 +16,9 @@ inline Vector through_activation(Vector da, Vector h) {
 struct RowsBackward : BackwardMemory {
   using BackwardMemory::BackwardMemory;
 
-  // ---- rows: dh and f a, dots and logits ----
+  // ---- rows: dh and f a, dots and gates ----
 
+  // Tile i, whose rows no other tile touches; `memory` is its thread's.
   template <class T>
   void rows_backward(int64_t i, float* memory) {
     const Tile tile = tiles.at(i);
@@ -27,27 +28,30 @@ struct RowsBackward : BackwardMemory {
     float* u = bias_dot + round_up(tiles.tile_rows, 16);  // [tile, width], with a post-norm
     float* a = by_pairs ? da + tiles.tile_rows * stride() : fa + tile.row * stride();
     bf16* a_pairs = reinterpret_cast<bf16*>(a + tiles.tile_rows * stride());
-    const T* x = static_cast<const T*>(call.input[kX]) + tile.row * call.D;
+    // What each row needs before the product: forward keeps neither statistics nor rows' gates.
+    const T* x = call.input_as<T>(kX) + tile.row * call.D;
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t row = tile.row + r;
+      // With a post-norm du is in memory and has the factor.
       factor[row] = has_post_norm(call) ? 1.0f : parameters.scale * gate_of<T>(call, row);
       bias_dot[r] = 0.0f;
       if (has_learned_gate(call)) {
-        logit[row] = sigmoid_of(dot_of(x + r * call.D, parameters.gate_weight, call.D) +
-                                parameters.gate_bias);
+        row_gate[row] = sigmoid_of(dot_of(x + r * call.D, parameters.gate_weight, call.D) +
+                                   parameters.gate_bias);
       }
       if (has_pre_norm(call)) {
         moments[row] = moments_of(x + r * call.D, call.D, call.pre_norm_eps);
       }
     }
-    activate_rows<T>(tile, a);
+    activate_rows<T>(tile, a);  // a = phi(h)
     if (has_post_norm(call)) post_norm_backward<T>(i, tile, a, a_pairs, u);
     if (by_pairs) {
       pairs_times_up<T>(tile, reinterpret_cast<bf16*>(operand), da, bias_dot);
     } else {
       stretches_times_up<T>(tile, operand, da, bias_dot);
     }
-    const T* h = static_cast<const T*>(call.h) + tile.row * call.R;
+    // dh, f a in the place of a, and the dot, in one pass over [tile, R].
+    const T* h = call.output_as<const T>(kH) + tile.row * call.R;
     float* of_dh = by_pairs ? da : dh + tile.row * stride();
     with_activation(call.activation, [&](auto activation) {
       for (int64_t r = 0; r < tile.rows; ++r) {
@@ -58,7 +62,7 @@ struct RowsBackward : BackwardMemory {
           const Vector value = load(a + place), d = load(da + place);
           const Vector through = through_activation<decltype(activation)::value>(
               d, part.load_from(h + r * call.R + j));
-          sum += value * d;
+          sum += value * d;  // <dropped W_up, a>
           store(a + place, factor[row] * value);
           store(of_dh + place, factor[row] * through);
         });
@@ -68,6 +72,7 @@ struct RowsBackward : BackwardMemory {
     if (by_pairs) keep_pairs(tile, a, of_dh);
   }
 
+  // A post-norm's dots come with its own sums.
   bool wants_dot() const { return needs_dot() && !has_post_norm(call); }
 
   // da = du W_up, and <dropped, b_up>.
@@ -77,13 +82,15 @@ struct RowsBackward : BackwardMemory {
     const float* bias = parameters.b_up + slot * width();
     for (int64_t begin = 0; begin < call.D; begin += kDepth) {
       const int64_t depth = std::min(kDepth, call.D - begin);
+      // The stretch is read once for both: the product and the bias's share of the dot.
       for (int64_t r = 0; r < tile.rows; ++r) {
         float* to = stretch + r * kDepth;
         read_du<T>(tile.row + r, begin, depth, to);
         if (wants_dot()) bias_dot[r] += dot_of(to, bias + begin, depth);
       }
+      // The product asks for the next stretch of dy while it computes.
       const int64_t next = begin + depth, bytes = sizeof(T);
-      const Ahead ahead(static_cast<const T*>(call.dy) + tile.row * call.D + next, call.D * bytes,
+      const Ahead ahead(call.doutput_as<T>(kY) + tile.row * call.D + next, call.D * bytes,
                         tile.rows, std::min(kDepth, call.D - next) * bytes,
                         blocks_of(tile.rows, padded_rank(call)));
       multiply_into(stretch, kDepth, 1, {up.of(slot), call.D, begin, depth}, da, stride(),
@@ -97,13 +104,14 @@ struct RowsBackward : BackwardMemory {
   void pairs_times_up(const Tile& tile, bf16* rows_of_du, float* da, float* bias_dot) {
     const int64_t slot = parameters.up.slot_of(tile.sentence), distance = stride();
     const float* bias = parameters.b_up + slot * width();
-    PairRows rows = {static_cast<const bf16*>(call.dy) + tile.row * call.D, call.D};
+    PairRows rows = {call.doutput_as<bf16>(kY) + tile.row * call.D, call.D};
+    // du is dy as it lies, but for dropout and a post-norm.
     const bool is_kept = has_post_norm(call) || has_dropout(call);
     if (is_kept) rows = {rows_of_du, pair_distance(call.D)};
     for (int64_t first = 0; first < tile.rows; first += kPairBlockRows) {
       const int64_t count = std::min(kPairBlockRows, tile.rows - first);
       for (int64_t r = first; r < first + count; ++r) {
-        alignas(64) float values[kDepth];
+        alignas(64) float values[kDepth];  // in float32, before it is rounded
         for (int64_t begin = 0; is_kept && begin < call.D; begin += kDepth) {
           const int64_t depth = std::min(kDepth, call.D - begin);
           read_du<T>(tile.row + r, begin, depth, values);
@@ -114,6 +122,7 @@ struct RowsBackward : BackwardMemory {
         }
         if (wants_dot() && !is_kept) bias_dot[r] = dot_of(rows.data + r * call.D, bias, call.D);
       }
+      // da stays float32: it is rounded as dh, after the activation's slope.
       const PairRows block = {rows.data + first * rows.stride, rows.stride};
       float* to = da + first * distance;
       multiply_pairs_each(block, up.pairs_of(slot), call.D, count, call.R, kPairBlockRows,
@@ -133,9 +142,11 @@ struct RowsBackward : BackwardMemory {
       for_vectors(call.R, [&](int64_t j, auto part) {
         part.store_to(to + j, load(of_dh + r * stride() + j));
       });
-      std::fill(to + call.R, to + end, bf16{0});
+      std::fill(to + call.R, to + end, bf16{0});  // a product takes whole pairs
+      // db_up is a sum over rows of factor times dropped: a row of the transpose has the factors.
       fa_transposed.put_weight(tile.row + r, factor[tile.row + r]);
     }
+    // A tile writes its own columns of the transposes, and the last of a group the zeros behind.
     const int64_t group = tile.row / tiles.group_rows;
     const bool is_last = tile.row + tile.rows == (group + 1) * tiles.group_rows;
     for (Transposed* to : {&dh_transposed, &fa_transposed}) {
@@ -145,11 +156,13 @@ struct RowsBackward : BackwardMemory {
     }
   }
 
+  // The gradients of scale and of gates are sums of dots.
   bool needs_dot() const { return call.grad[kScale] || call.grad[kGate] || has_learned_gate(call); }
 
+  // a [tile, stride] = phi(h), in float32: on tiles it is rounded when it becomes an operand.
   template <class T>
   void activate_rows(const Tile& tile, float* a) {
-    const T* h = static_cast<const T*>(call.h) + tile.row * call.R;
+    const T* h = call.output_as<const T>(kH) + tile.row * call.R;
     with_activation(call.activation, [&](auto activation) {
       for (int64_t r = 0; r < tile.rows; ++r) {
         for_vectors(call.R, [&](int64_t j, auto part) {
@@ -167,7 +180,7 @@ struct RowsBackward : BackwardMemory {
       std::memcpy(to, du + row * width() + begin, static_cast<size_t>(count) * sizeof(float));
       return;
     }
-    const T* dy = static_cast<const T*>(call.dy) + row * call.D + begin;
+    const T* dy = call.doutput_as<T>(kY) + row * call.D + begin;
     for_vectors(count, [&](int64_t i, auto part) { store(to + i, part.load_from(dy + i)); });
     if (has_dropout(call)) apply_dropout(call, row, begin, count, to);
   }
@@ -180,18 +193,21 @@ struct RowsBackward : BackwardMemory {
     multiply_up_again(tile, slot, a, a_pairs, u);
     float* dweight = post_partial + i * 2 * width();
     float* dbias = dweight + width();
+    // Sums of its own for each tile: they are added in the tiles' order later.
     std::memset(dweight, 0, static_cast<size_t>(2 * width()) * sizeof(float));
-    float* dropped = u + tiles.tile_rows * width();  // [width]
-    std::memset(dropped, 0, static_cast<size_t>(width()) * sizeof(float));
+    float* dropped = u + tiles.tile_rows * width();                         // [width]
+    std::memset(dropped, 0, static_cast<size_t>(width()) * sizeof(float));  // and behind D
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t row = tile.row + r;
       const float f = parameters.scale * gate_of<T>(call, row);
-      const T* dy = static_cast<const T*>(call.dy) + row * call.D;
+      const T* dy = call.doutput_as<T>(kY) + row * call.D;
       for_vectors(call.D,
                   [&](int64_t j, auto part) { store(dropped + j, part.load_from(dy + j)); });
       if (has_dropout(call)) apply_dropout(call, row, 0, call.D, dropped);
       float* u_row = u + r * width();
       const Moments m = moments_of(u_row, call.D, call.post_norm_eps);
+      // One pass for the row's dot, the norm's own gradients, and the two sums that du needs; hat
+      // and dhat take the places of u and dropped.
       Vector row_dot = {}, sum = {}, sum_hat = {};
       for (int64_t j = 0; j < width(); j += kWidth) {
         const Vector hat = (load(u_row + j) - m.mean) * m.rstd, d = load(dropped + j);
@@ -206,6 +222,7 @@ struct RowsBackward : BackwardMemory {
         store(dropped + j, dhat);
       }
       dot[row] = sum_of(row_dot);
+      // Mean and deviation move with u: their parts are taken off.
       const float n = static_cast<float>(call.D);
       const float mean = sum_of(sum) / n, mean_hat = sum_of(sum_hat) / n;
       for (int64_t j = 0; j < width(); j += kWidth) {
@@ -229,7 +246,7 @@ struct RowsBackward : BackwardMemory {
       return;
     }
     const int64_t distance = pair_distance(call.R);
-    for (int64_t r = 0; r < tile.rows; ++r) {
+    for (int64_t r = 0; r < tile.rows; ++r) {  // rounded, as forward's product took it
       bf16* to = a_pairs + r * distance;
       for_vectors(call.R,
                   [&](int64_t j, auto part) { part.store_to(to + j, load(a + r * stride() + j)); });
@@ -245,7 +262,7 @@ struct RowsBackward : BackwardMemory {
   void gates_backward() {
     if (!needs_dot()) return;
     const bool has_gate = has_learned_gate(call) || call.input[kGate];
-    double dscale = 0.0, dgate_bias = 0.0;
+    double dscale = 0.0, dgate_bias = 0.0;  // float64: sums over all rows keep their digits
     for (int64_t b = 0; b < call.B; ++b) {
       const int64_t begin = b * call.S, end = begin + call.S;
       double sum = 0.0;
@@ -254,26 +271,27 @@ struct RowsBackward : BackwardMemory {
         dscale += static_cast<double>(dot[row]) * (has_gate ? gate_of<T>(call, row) : 1.0f);
       }
       if (has_learned_gate(call)) {
+        // A pooled gate has the sum of all the sentence's dots, and each row its share of it.
         const int64_t counted = counted_rows(call, b);
         for (int64_t row = begin; row < end; ++row) {
-          const double s = logit[row], dgate = has_pooled_gate(call) ? sum : dot[row];
+          const double s = row_gate[row], dgate = has_pooled_gate(call) ? sum : dot[row];
           const double share = share_of(call, row, counted);
           // A row that does not count has no part in a gate that may be infinite.
-          const double dlogit =
+          const double of_row =
               share == 0.0 ? 0.0 : parameters.scale * dgate * share * s * (1.0 - s);
-          logit[row] = static_cast<float>(dlogit);
-          if (by_pairs) dh_transposed.put_weight(row, logit[row]);
-          dgate_bias += dlogit;
+          dlogit[row] = static_cast<float>(of_row);
+          // dw_gate is a sum over rows of dlogit times x: a row of the transpose has the dlogits.
+          if (by_pairs) dh_transposed.put_weight(row, dlogit[row]);
+          dgate_bias += of_row;
         }
       } else if (call.grad[kGate]) {
-        with_grad<T>(call, kGate, [&](auto* grad) {
-          for (int64_t row = begin; call.has_gate_per_row && row < end; ++row) {
-            store_part(grad + row, splat(parameters.scale * dot[row]), 1);
-          }
-          if (!call.has_gate_per_row) {
-            store_part(grad + b, splat(parameters.scale * static_cast<float>(sum)), 1);
-          }
-        });
+        const ParameterGrad grad = call.parameter_grad(kGate);
+        for (int64_t row = begin; has_gate_per_row(call) && row < end; ++row) {
+          write_element<T>(grad, row, parameters.scale * dot[row]);
+        }
+        if (!has_gate_per_row(call)) {
+          write_element<T>(grad, b, parameters.scale * static_cast<float>(sum));
+        }
       }
     }
     write_scalar<T>(kScale, dscale * call.scale_value);
@@ -283,8 +301,7 @@ struct RowsBackward : BackwardMemory {
   template <class T>
   void write_scalar(int which, double value) {
     if (call.grad[which] == nullptr) return;
-    with_grad<T>(call, which,
-                 [&](auto* grad) { store_part(grad, splat(static_cast<float>(value)), 1); });
+    write_element<T>(call.parameter_grad(which), 0, static_cast<float>(value));
   }
 
   // ---- dx = dh W_down through the pre-norm, + dlogit w_gate + dy ----
@@ -294,14 +311,16 @@ struct RowsBackward : BackwardMemory {
     const int64_t slot = parameters.down.slot_of(tile.sentence);
     const bool has_gate = has_learned_gate(call);
     const bool has_residual = call.residual_from == ResidualFrom::kInput;
-    const T* dy = static_cast<const T*>(call.dy);
-    T* dx = static_cast<T*>(call.grad[kX]) + tile.row * call.D;
+    const T* dy = call.doutput_as<T>(kY);
+    T* dx = call.grad_as<T>(kX) + tile.row * call.D;
+    // What a row does not have costs nothing: each combination is compiled by itself.
     if (!has_pre_norm(call)) {
       if (has_residual && has_gate) return product_dx<true, true>(tile, slot, dx);
       if (has_residual) return product_dx<true, false>(tile, slot, dx);
       if (has_gate) return product_dx<false, true>(tile, slot, dx);
       return product_dx<false, false>(tile, slot, dx);
     }
+    // dhat = w dz first, because the norm's gradient needs two sums of the whole row.
     float* dz = memory;  // [tile, width]
     const int64_t columns = width(), rows = tile.padded;
     const float* weight = parameters.pre_weight;
@@ -312,7 +331,7 @@ struct RowsBackward : BackwardMemory {
     });
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t row = tile.row + r;
-      const T* x = static_cast<const T*>(call.input[kX]) + row * call.D;
+      const T* x = call.input_as<T>(kX) + row * call.D;
       const float* dhat = dz + r * width();
       const Moments m = moments[row];
       Vector sum = {}, sum_hat = {};
@@ -324,9 +343,10 @@ struct RowsBackward : BackwardMemory {
       const float mean = sum_of(sum) / n, mean_hat = sum_of(sum_hat) / n;
       for_vectors(call.D, [&](int64_t j, auto part) {
         const Vector hat = (part.load_from(x + j) - m.mean) * m.rstd;
+        // The residual and the gate see x before the norm.
         Vector through = m.rstd * (load(dhat + j) - mean - mean_hat * hat);
         if (has_residual) through += part.load_from(dy + row * call.D + j);
-        if (has_gate) through += logit[row] * load(parameters.gate_weight + j);
+        if (has_gate) through += dlogit[row] * load(parameters.gate_weight + j);
         part.store_to(dx + r * call.D + j, through);
       });
     }
@@ -349,12 +369,12 @@ struct RowsBackward : BackwardMemory {
   template <bool kHasResidual, bool kHasGate, class T>
   void product_dx(const Tile& tile, int64_t slot, T* dx) {
     const int64_t width = call.D;
-    const T* dy = static_cast<const T*>(call.dy) + tile.row * width;
-    const float *logits = logit + tile.row, *gate_weight = parameters.gate_weight;
+    const T* dy = call.doutput_as<T>(kY) + tile.row * width;
+    const float *dlogits = dlogit + tile.row, *gate_weight = parameters.gate_weight;
     auto finish = [=](int64_t row, int64_t column, auto& sums) __attribute__((always_inline)) {
       const int64_t place = row * width + column, stride = width;
       const T* from = dy + place;
-      const float *of_row = logits + row, *of_column = gate_weight + column;
+      const float *of_row = dlogits + row, *of_column = gate_weight + column;
       store_sums(sums, tile.rows - row, width - column, dx + place, stride,
                  [=](int64_t r, int64_t i, auto part, Vector sum) {
                    if (kHasResidual) sum += part.load_from(from + r * stride + i);

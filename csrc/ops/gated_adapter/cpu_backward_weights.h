@@ -23,13 +23,15 @@ struct WeightsBackward : RowsBackward {
     bool is_first = true;
     const int64_t groups = bank.index ? call.B : 1, group_rows = rows_of(call) / groups;
     for (int64_t group = 0; group < groups; ++group) {
-      if (bank.slot_of(group) != slot) continue;
+      if (bank.slot_of(group) != slot) continue;  // a sentence of another member
       const int64_t end = (group + 1) * group_rows;
       for (int64_t begin = group * group_rows; begin < end; begin += kRowsAtOnce) {
         const int64_t rows = std::min(kRowsAtOnce, end - begin);
+        // X is packed once and serves the product and the weighted sums.
         for (int64_t r = 0; r < rows; ++r) pack(begin + r, r, panels);
         if (g != nullptr) {
           const int64_t next = std::min(kRowsAtOnce, end - begin - rows), bytes = sizeof(T);
+          // The product asks for the next rows of x while it computes.
           const Ahead ahead(x + (begin + rows) * call.D, call.D * bytes, next, columns * bytes,
                             blocks_of(round_up(call.R, kRowUnit), padded));
           multiply_into(s + begin * stride(), 1, stride(), {panels, kRowsAtOnce, 0, rows}, g,
@@ -54,6 +56,7 @@ struct WeightsBackward : RowsBackward {
                            bool wants_sums, float* memory, float* g, float* sums, const T* x,
                            Row&& row) {
     bf16* panels = reinterpret_cast<bf16*>(memory);
+    // Two more rows of S^T have the weights of the sums.
     const int64_t rank = round_up(call.R + (wants_sums ? 2 : 0), kTileSide);
     bool is_first = true;
     for (int64_t group = 0; group < s.groups; ++group) {
@@ -76,11 +79,13 @@ struct WeightsBackward : RowsBackward {
     std::memset(sums, 0, static_cast<size_t>(kColumnsAtOnce) * sizeof(float));
     for (int64_t i = 0; wants_sums && !is_first && i < columns; i += kWidth) {
       const float* of_weights = g + call.R * kColumnsAtOnce + i;
+      // By the weights' bfloat16 values, and by what those leave out.
       store(sums + i, load(of_weights) + load(of_weights + kColumnsAtOnce));
     }
     return !is_first;
   }
 
+  // dW_up and db_up, columns [column, column + kColumnsAtOnce) of one slot.
   template <class T>
   void up_backward(int64_t slot, int64_t column, float* memory) {
     const int64_t columns = std::min(kColumnsAtOnce, call.D - column);
@@ -88,15 +93,15 @@ struct WeightsBackward : RowsBackward {
     float* sums = panels + kRowsAtOnce * kColumnsAtOnce;
     float* row = sums + kColumnsAtOnce;   // two, with pairs
     float* g = row + 2 * kColumnsAtOnce;  // [R, columns]: the transpose of dW_up
-    const T* dy = static_cast<const T*>(call.dy) + column;
-    std::memset(row, 0, static_cast<size_t>(kColumnsAtOnce) * sizeof(float));
+    const T* dy = call.doutput_as<T>(kY) + column;
+    std::memset(row, 0, static_cast<size_t>(kColumnsAtOnce) * sizeof(float));  // and behind D
     const bool is_made = has_post_norm(call) || has_dropout(call);  // du is not dy as it lies
     bool has_rows;
     if (by_pairs && is_made) {
       has_rows = sum_pairs_over_rows(
           parameters.up, slot, fa_transposed, columns, call.grad[kBUp] != nullptr, panels, g, sums,
           dy, [&](int64_t t, int64_t i) {
-            float* to = row + (t & 1) * kColumnsAtOnce;
+            float* to = row + (t & 1) * kColumnsAtOnce;  // a pair needs both its rows
             read_du<T>(t, column + i, std::min(kPairColumns, columns - i), to);
             return static_cast<const float*>(to);
           });
@@ -117,35 +122,38 @@ struct WeightsBackward : RowsBackward {
             }
           });
     }
-    if (!has_rows) return;
-    const int64_t member = parameters.up.first_member + slot;
+    if (!has_rows) return;  // nobody used this member: its gradients are zeros already
+    const int64_t member = parameters.up.first_member() + slot;
     if (call.grad[kBUp]) {
-      with_grad<T>(call, kBUp, [&](auto* grad) {
+      with_elements<T>(call.parameter_grad(kBUp), [&](auto* grad) {
         auto* to = grad + member * call.D + column;
         for_vectors(columns, [&](int64_t i, auto part) { part.store_to(to + i, load(sums + i)); });
       });
     }
     if (call.grad[kWUp] == nullptr) return;
-    with_grad<T>(call, kWUp, [&](auto* grad) {
+    with_elements<T>(call.parameter_grad(kWUp), [&](auto* grad) {
+      // W_up lies as [D, R], the sums as [R, columns].
       auto* to = grad + (member * call.D + column) * call.R;
       store_transposed(g, kColumnsAtOnce, call.R, columns, to, call.R);
     });
   }
 
+  // dW_down, and what else is a sum over rows of x or dh: dw_gate, db_down, the pre-norm's own
+  // gradients; columns [column, column + kColumnsAtOnce) of one slot.
   template <class T>
   void down_backward(int64_t slot, int64_t column, float* memory) {
     const int64_t columns = std::min(kColumnsAtOnce, call.D - column);
     const int64_t padded = round_up(columns, kWidth);
     float* panels = memory;
-    const T* x = static_cast<const T*>(call.input[kX]);
+    const T* x = call.input_as<T>(kX);
     float* sums = panels + kRowsAtOnce * kColumnsAtOnce;
     float* row = sums + kColumnsAtOnce;  // two, with pairs
     float* g = row + 2 * kColumnsAtOnce;
     float* rank_sums = g + round_up(call.R + 2, kPairBlockRows) * kColumnsAtOnce;  // [R], over dh
     const bool has_norm = has_pre_norm(call), wants_gate = call.grad[kGateWeight] != nullptr;
-    const bool wants_product = call.grad[kWDown] || has_norm;
+    const bool wants_product = call.grad[kWDown] || has_norm;  // a norm's gradients need G too
     float* of_gate = column_sums + slot * 3 * width() + column;
-    const bool wants_sums = wants_gate && !has_norm;
+    const bool wants_sums = wants_gate && !has_norm;  // beside a norm X is not x
     auto normed = [&](int64_t t, Vector value) {
       return (value - moments[t].mean) * moments[t].rstd;
     };
@@ -166,7 +174,7 @@ struct WeightsBackward : RowsBackward {
           parameters.down, slot, dh_transposed, columns, wants_sums, panels, g, sums, x + column,
           [&](int64_t t, int64_t i) { return x + t * call.D + column + i; });
     } else {
-      has_rows = sum_over_rows(parameters.down, slot, dh, columns, wants_sums ? logit : nullptr,
+      has_rows = sum_over_rows(parameters.down, slot, dh, columns, wants_sums ? dlogit : nullptr,
                                panels, wants_product ? g : nullptr, sums, x + column,
                                [&](int64_t t, int64_t r, float* to) {
                                  const T* from = x + t * call.D + column;
@@ -176,6 +184,7 @@ struct WeightsBackward : RowsBackward {
                                  });
                                });
     }
+    // Left by slots, for column_sums_backward to add up.
     if (has_norm && wants_gate) sum_gate_weight<T>(slot, column, columns, sums);
     for (int64_t i = 0; i < padded; i += kWidth) store(of_gate + i, load(sums + i));
     float* dnorm = of_gate + width();
@@ -183,11 +192,11 @@ struct WeightsBackward : RowsBackward {
       store(dnorm + i, Vector{});
       store(dnorm + width() + i, Vector{});
     }
-    if (!has_rows) return;
-    const int64_t member = parameters.down.first_member + slot;
+    if (!has_rows) return;  // nobody used this member: its gradients are zeros already
+    const int64_t member = parameters.down.first_member() + slot;
     if (has_norm || (call.grad[kBDown] && column == 0)) sum_dh(slot, rank_sums);
-    if (call.grad[kBDown] && column == 0) {
-      with_grad<T>(call, kBDown, [&](auto* grad) {
+    if (call.grad[kBDown] && column == 0) {  // [R]: once, not for each block of columns
+      with_elements<T>(call.parameter_grad(kBDown), [&](auto* grad) {
         for (int64_t r = 0; r < call.R; ++r) {
           store_part(grad + member * call.R + r, splat(rank_sums[r]), 1);
         }
@@ -195,7 +204,7 @@ struct WeightsBackward : RowsBackward {
     }
     if (has_norm) pre_norm_backward<T>(member, column, columns, g, rank_sums, dnorm);
     if (call.grad[kWDown] == nullptr) return;
-    with_grad<T>(call, kWDown, [&](auto* grad) {
+    with_elements<T>(call.parameter_grad(kWDown), [&](auto* grad) {
       for (int64_t r = 0; r < call.R; ++r) {
         auto* to = grad + (member * call.R + r) * call.D + column;
         for_vectors(columns, [&](int64_t i, auto part) {
@@ -210,9 +219,9 @@ struct WeightsBackward : RowsBackward {
   void sum_gate_weight(int64_t slot, int64_t column, int64_t columns, float* sums) {
     for (int64_t t = 0; t < rows_of(call); ++t) {
       if (parameters.down.slot_of(t / call.S) != slot) continue;
-      const T* x = static_cast<const T*>(call.input[kX]) + t * call.D + column;
+      const T* x = call.input_as<T>(kX) + t * call.D + column;
       for_vectors(columns, [&](int64_t i, auto part) {
-        store(sums + i, load(sums + i) + logit[t] * part.load_from(x + i));
+        store(sums + i, load(sums + i) + dlogit[t] * part.load_from(x + i));
       });
     }
   }
@@ -223,6 +232,7 @@ struct WeightsBackward : RowsBackward {
     for (int64_t r = 0; r < call.R; r += kWidth) {
       Vector sum = {};
       for (int64_t begin = 0; begin < rows_of(call); begin += kRowsAtOnce) {
+        // Sums of stretches, then their sum: fewer roundings than one sum over all rows.
         Vector part = {};
         const int64_t end = std::min(begin + kRowsAtOnce, rows_of(call));
         for (int64_t t = begin; t < end; ++t) {
@@ -234,6 +244,7 @@ struct WeightsBackward : RowsBackward {
     }
   }
 
+  // The same from the transpose, where a rank's rows are neighbours.
   void sum_dh_pairs(int64_t slot, float* sums) {
     const Transposed& s = dh_transposed;
     for (int64_t r = 0; r < call.R; ++r) {
@@ -252,11 +263,13 @@ struct WeightsBackward : RowsBackward {
   template <class T>
   void pre_norm_backward(int64_t member, int64_t column, int64_t columns, float* g,
                          const float* rank_sums, float* dnorm) {
-    with_parameter<T>(call, kWDown, [&](const auto* w) {
+    with_elements<T>(call.parameter(kWDown), [&](const auto* w) {
       for (int64_t r = 0; r < call.R; ++r) {
         const auto* w_row = w + (member * call.R + r) * call.D + column;
         float* g_row = g + r * kColumnsAtOnce;
         for_vectors(columns, [&](int64_t i, auto part) {
+          // With h = W_down (w xhat + b): dw is the sum over ranks of W_down times G, db that of
+          // W_down times the sum of dh, and dW_down = G w + (sum of dh) b.
           const Vector weight = part.load_from(w_row + i), product = load(g_row + i);
           float* dbias = dnorm + width();
           store(dnorm + i, load(dnorm + i) + weight * product);
@@ -282,9 +295,10 @@ struct WeightsBackward : RowsBackward {
   template <class T>
   void write_sum(int which, const float* parts, int64_t count, int64_t distance) {
     if (call.grad[which] == nullptr) return;
-    with_grad<T>(call, which, [&](auto* grad) {
+    with_elements<T>(call.parameter_grad(which), [&](auto* grad) {
       for_vectors(call.D, [&](int64_t i, auto part) {
         Vector sum = {};
+        // In their order, whichever thread left them.
         for (int64_t p = 0; p < count; ++p) sum += load(parts + p * distance + i);
         part.store_to(grad + i, sum);
       });

@@ -1,5 +1,4 @@
-// A call of gated_adapter on the CPU: its options, its parameters as the kernels read them, and the
-// workspace.
+// A call of gated_adapter on the CPU: its options, and its parameters as the kernels read them.
 //
 // Compiled once for each instruction set (see cpu/isa.h), so everything is in an unnamed namespace.
 #pragma once
@@ -9,66 +8,43 @@
 #include "common/arena.h"
 #include "cpu/pairs.h"
 #include "cpu/panels.h"
-#include "ops/gated_adapter/cpu.h"
+#include "cpu/rows.h"
+#include "ops/gated_adapter/call.h"
 
 namespace pelt::gated_adapter {
 namespace {
 
 using namespace pelt::cpu;
 
-inline int64_t rows_of(const CpuCall& call) { return call.B * call.S; }
-inline int64_t padded_width(const CpuCall& call) { return round_up(call.D, kWidth); }
-inline int64_t padded_rank(const CpuCall& call) { return round_up(call.R, kWidth); }
+using Call = CallOf<int64_t>;
+
+inline int64_t padded_width(const Call& call) { return round_up(call.D, kWidth); }
+inline int64_t padded_rank(const Call& call) { return round_up(call.R, kWidth); }
 
 // The distance between rows [R]: not a multiple of 128 bytes, or a column's elements would compete
 // for a few lines of the first cache.
-inline int64_t rank_stride(const CpuCall& call) {
+inline int64_t rank_stride(const Call& call) {
   const int64_t rank = padded_rank(call);
   return rank % 32 == 0 ? rank + kWidth : rank;
 }
 
-inline bool has_learned_gate(const CpuCall& call) { return call.input[kGateWeight] != nullptr; }
-inline bool has_pooled_gate(const CpuCall& call) {
-  return has_learned_gate(call) && call.pooling != Pooling::kToken;
-}
-inline bool has_pre_norm(const CpuCall& call) { return call.input[kPreNormWeight] != nullptr; }
-inline bool has_post_norm(const CpuCall& call) { return call.input[kPostNormWeight] != nullptr; }
-inline bool has_dropout(const CpuCall& call) { return call.dropout_threshold != 0; }
+inline bool has_dropout(const Call& call) { return call.dropout.is_active(); }
 
 // Whether products take bfloat16 as it is, on tiles.
-inline bool uses_pairs(const CpuCall& call) { return kHasPairs && call.dtype == DType::kBF16; }
+inline bool uses_pairs(const Call& call) { return kHasPairs && call.dtype == DType::kBF16; }
 
 // ---- parameters ----
 
-// Calls visit(pointer) with the parameter's own element type.
-template <class T, class Visit>
-inline void with_parameter(const CpuCall& call, int which, Visit&& visit) {
-  if (call.masters >> which & 1u) {
-    visit(static_cast<const float*>(call.input[which]));
-  } else {
-    visit(static_cast<const T*>(call.input[which]));
-  }
-}
-
-template <class T, class Visit>
-inline void with_grad(const CpuCall& call, int which, Visit&& visit) {
-  if (call.masters >> which & 1u) {
-    visit(static_cast<float*>(call.grad[which]));
-  } else {
-    visit(static_cast<T*>(call.grad[which]));
-  }
-}
-
 // [members, columns] as float32, rows padded with zeros; a missing parameter is all zeros.
 template <class T>
-inline void read_parameter(const CpuCall& call, int which, int64_t first_member, int64_t members,
+inline void read_parameter(const Call& call, int which, int64_t first_member, int64_t members,
                            int64_t columns, float* to) {
   const int64_t padded = round_up(columns, kWidth);
   if (call.input[which] == nullptr) {
     std::fill(to, to + members * padded, 0.0f);
     return;
   }
-  with_parameter<T>(call, which, [&](const auto* from) {
+  with_elements<T>(call.parameter(which), [&](const auto* from) {
     for (int64_t m = 0; m < members; ++m) {
       const auto* row = from + (first_member + m) * columns;
       for_vectors(columns, [&](int64_t i, auto part) {
@@ -76,44 +52,6 @@ inline void read_parameter(const CpuCall& call, int which, int64_t first_member,
       });
     }
   });
-}
-
-template <class T>
-inline float read_scalar(const CpuCall& call, int which, float otherwise) {
-  float value = otherwise;
-  if (call.input[which] != nullptr) {
-    with_parameter<T>(call, which, [&](const auto* from) { value = load_part(from, 1)[0]; });
-  }
-  return value;
-}
-
-// The members of a bank that a call uses: slot 0 is the one of the batch, or slot i is member i.
-struct Bank {
-  int64_t first_member = 0;
-  int64_t slots = 1;
-  const int64_t* index = nullptr;  // [B], where each sentence has its own
-
-  int64_t slot_of(int64_t sentence) const { return index ? index[sentence] : 0; }
-
-  bool is_used(int64_t slot, int64_t sentences) const {
-    if (index == nullptr) return true;
-    for (int64_t b = 0; b < sentences; ++b) {
-      if (index[b] == slot) return true;
-    }
-    return false;
-  }
-};
-
-inline Bank make_bank(const void* index, bool is_per_sample, int64_t members) {
-  const auto* values = static_cast<const int64_t*>(index);
-  Bank bank;
-  if (is_per_sample) {
-    bank.slots = members;
-    bank.index = values;
-  } else if (values != nullptr) {
-    bank.first_member = values[0];
-  }
-  return bank;
 }
 
 struct Parameters {
@@ -128,10 +66,10 @@ struct Parameters {
   float gate_bias = 0.0f;
   float scale = 1.0f;  // scale_value times the learned scale
 
-  void place(const CpuCall& call, Arena& arena) {
+  void place(const Call& call, Arena& arena) {
     const int64_t width = padded_width(call), rank = padded_rank(call);
-    down = make_bank(call.input[kDownIndex], call.has_down_index_per_sample, call.M);
-    up = make_bank(call.input[kUpIndex], call.has_up_index_per_sample, call.M_up);
+    down = make_bank(call.input_as<int64_t>(kDownIndex), has_down_index_per_sample(call), call.M);
+    up = make_bank(call.input_as<int64_t>(kUpIndex), has_up_index_per_sample(call), call.M_up);
     b_down = arena.take(down.slots * rank);
     b_up = arena.take(up.slots * width);
     pre_weight = arena.take(has_pre_norm(call) ? width : 0);
@@ -142,9 +80,9 @@ struct Parameters {
   }
 
   template <class T>
-  void read(const CpuCall& call) {
-    read_parameter<T>(call, kBDown, down.first_member, down.slots, call.R, b_down);
-    read_parameter<T>(call, kBUp, up.first_member, up.slots, call.D, b_up);
+  void read(const Call& call) {
+    read_parameter<T>(call, kBDown, down.first_member(), down.slots, call.R, b_down);
+    read_parameter<T>(call, kBUp, up.first_member(), up.slots, call.D, b_up);
     if (has_pre_norm(call)) {
       read_parameter<T>(call, kPreNormWeight, 0, 1, call.D, pre_weight);
       read_parameter<T>(call, kPreNormBias, 0, 1, call.D, pre_bias);
@@ -155,9 +93,10 @@ struct Parameters {
     }
     if (has_learned_gate(call)) {
       read_parameter<T>(call, kGateWeight, 0, 1, call.D, gate_weight);
-      gate_bias = read_scalar<T>(call, kGateBias, 0.0f);
+      gate_bias = element_of<T>(call.parameter(kGateBias), 0);
     }
-    scale = call.scale_value * read_scalar<T>(call, kScale, 1.0f);
+    const bool has_scale = call.input[kScale] != nullptr;
+    scale = call.scale_value * (has_scale ? element_of<T>(call.parameter(kScale), 0) : 1.0f);
   }
 };
 
@@ -185,13 +124,13 @@ struct Weights {
   }
 
   template <class T>
-  void pack(const CpuCall& call, const Bank& bank, int64_t task) const {
+  void pack(const Call& call, const Bank& bank, int64_t task) const {
     const bool as_pairs = uses_pairs(call);
     const int64_t per_slot = panels_per_slot(as_pairs), slot = task / per_slot;
     const int64_t column = task % per_slot * panel_columns(as_pairs);
     if (!bank.is_used(slot, call.B)) return;
-    with_parameter<T>(call, which, [&](const auto* from) {
-      const auto* w = from + (bank.first_member + slot) * depth * columns;
+    with_elements<T>(call.parameter(which), [&](const auto* from) {
+      const auto* w = from + (bank.first_member() + slot) * depth * columns;
       if (as_pairs) return pack_pairs(w, slot, column);
       float* to = panels + slot * panel_floats(depth, columns);
       if (is_transposed) {
@@ -217,20 +156,18 @@ struct Weights {
 };
 
 // Small weights are packed before a second thread has woken up: some 5 us for 40 thousand numbers.
-inline int pack_threads(const CpuCall& call) {
-  return call.R * call.D < 1 << 17 ? 1 : call.threads;
-}
+inline int pack_threads(const Call& call) { return call.R * call.D < 1 << 17 ? 1 : call.threads; }
 
 // Zeros for the gradients of banks, whose other members no row reaches.
 template <class T>
-inline void clear_unused_members(const CpuCall& call) {
+inline void clear_unused_members(const Call& call) {
   const int64_t sizes[][3] = {{kWDown, call.M, call.R * call.D},
                               {kBDown, call.M, call.R},
                               {kWUp, call.M_up, call.R * call.D},
                               {kBUp, call.M_up, call.D}};
   for (const auto& [which, members, size] : sizes) {
     if (call.grad[which] == nullptr || members == 1) continue;
-    with_grad<T>(call, static_cast<int>(which), [&](auto* grad) {
+    with_elements<T>(call.parameter_grad(static_cast<int>(which)), [&](auto* grad) {
       std::memset(grad, 0, static_cast<size_t>(members * size) * sizeof *grad);
     });
   }

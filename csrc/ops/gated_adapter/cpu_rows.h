@@ -9,7 +9,6 @@
 #include "common/parallel.h"
 #include "cpu/math.h"
 #include "cpu/pages.h"
-#include "cpu/philox_lanes.h"
 #include "ops/gated_adapter/cpu_parameters.h"
 
 namespace pelt::gated_adapter {
@@ -46,8 +45,8 @@ struct Tiles {
 };
 
 // Into tiles of about so many rows, as many as go into each of `shares` equal shares of a group.
-inline Tiles cut_by(const CpuCall& call, int64_t tile_rows, int64_t shares) {
-  const bool by_sentence = call.has_down_index_per_sample || call.has_up_index_per_sample;
+inline Tiles cut_by(const Call& call, int64_t tile_rows, int64_t shares) {
+  const bool by_sentence = has_weights_per_sample(call);
   const int64_t groups = by_sentence ? call.B : 1, group_rows = rows_of(call) / groups;
   const int64_t block_rows = uses_pairs(call) ? kPairBlockRows : kBlockRows;
   const int64_t blocks = (group_rows + block_rows - 1) / block_rows;
@@ -58,20 +57,14 @@ inline Tiles cut_by(const CpuCall& call, int64_t tile_rows, int64_t shares) {
 
 // Some 48 rows, so that a stretch of x and the sums stay in the second cache, and as many tiles as
 // share the rows evenly. Only where no sum runs over the rows of a tile: it depends on the threads.
-inline Tiles cut_evenly(const CpuCall& call) {
-  const bool by_sentence = call.has_down_index_per_sample || call.has_up_index_per_sample;
+inline Tiles cut_evenly(const Call& call) {
+  const bool by_sentence = has_weights_per_sample(call);
   const int64_t threads_of_group =
       by_sentence ? (call.threads + call.B - 1) / call.B : call.threads;
   return cut_by(call, 48, threads_of_group);
 }
 
 // ---- rows ----
-
-// One for each row, not for each element: float64 costs nothing, and a sentence's sum of gates or
-// of their gradients keeps its digits.
-inline float sigmoid_of(float x) {
-  return static_cast<float>(1.0 / (1.0 + std::exp(-static_cast<double>(x))));
-}
 
 // w . x in a vector of sums, with take(column, part, x) called for each vector of x. Four sums hide
 // the latency of an addition.
@@ -126,52 +119,41 @@ inline Moments moments_of(const T* x, int64_t columns, float eps) {
 }
 
 // Multiplies `count` elements of a row, from `column` (a multiple of 4) on, by 0 or 1 / (1 - p).
-inline void apply_dropout(const CpuCall& call, int64_t row, int64_t column, int64_t count,
+inline void apply_dropout(const Call& call, int64_t row, int64_t column, int64_t count,
                           float* values) {
-  alignas(64) uint32_t words[4 * kPhiloxGroups];
-  const int64_t group = row * ((call.D + 3) / 4) + column / 4;
-  for (int64_t done = 0; done < count; done += 4 * kPhiloxGroups) {
-    philox_words(static_cast<uint64_t>(group + done / 4), 0, call.seed, words);
-    const int64_t here = std::min<int64_t>(4 * kPhiloxGroups, count - done);
-    for (int64_t i = 0; i < here; ++i) {
-      values[done + i] *= words[i] >= call.dropout_threshold ? call.dropout_scale : 0.0f;
-    }
-  }
+  for_dropout_factors(call.dropout, row, call.D, column, count,
+                      [=](int64_t i, float factor) { values[i] *= factor; });
 }
 
 // ---- gates ----
 
 // The gate of a row; 1 where there is none.
 template <class T>
-inline float gate_of(const CpuCall& call, int64_t row) {
+inline float gate_of(const Call& call, int64_t row) {
   if (has_learned_gate(call)) {
-    return call.gate_value[has_pooled_gate(call) ? row / call.S : row];
+    return call.output_as<float>(kGateValue)[has_pooled_gate(call) ? row / call.S : row];
   }
   if (call.input[kGate] == nullptr) return 1.0f;
-  float value = 0.0f;
-  const int64_t place = call.has_gate_per_row ? row : row / call.S;
-  with_parameter<T>(call, kGate, [&](const auto* gate) { value = load_part(gate + place, 1)[0]; });
-  return value;
+  return element_of<T>(call.parameter(kGate), has_gate_per_row(call) ? row : row / call.S);
 }
 
 // How much of a sentence's pooled gate each of its rows is; 0 for a row that does not count.
-inline double share_of(const CpuCall& call, int64_t row, int64_t counted) {
+inline double share_of(const Call& call, int64_t row, int64_t counted) {
   if (call.pooling == Pooling::kToken) return 1.0;
-  const bool counts =
-      call.pooling == Pooling::kMean || static_cast<const bool*>(call.input[kMask])[row];
+  const bool counts = call.pooling == Pooling::kMean || call.input_as<bool>(kMask)[row];
   return counts ? 1.0 / static_cast<double>(std::max<int64_t>(counted, 1)) : 0.0;
 }
 
-inline int64_t counted_rows(const CpuCall& call, int64_t sentence) {
+inline int64_t counted_rows(const Call& call, int64_t sentence) {
   if (call.pooling != Pooling::kMaskedMean) return call.S;
-  const bool* mask = static_cast<const bool*>(call.input[kMask]) + sentence * call.S;
+  const bool* mask = call.input_as<bool>(kMask) + sentence * call.S;
   return std::count(mask, mask + call.S, true);
 }
 
 // gate_value from the gates [B * S] of the rows.
-inline void pool_gates(const CpuCall& call, const float* gates) {
+inline void pool_gates(const Call& call, const float* gates) {
   if (!has_pooled_gate(call)) {
-    std::copy(gates, gates + rows_of(call), call.gate_value);
+    std::copy(gates, gates + rows_of(call), call.output_as<float>(kGateValue));
     return;
   }
   for (int64_t b = 0; b < call.B; ++b) {
@@ -180,7 +162,7 @@ inline void pool_gates(const CpuCall& call, const float* gates) {
     for (int64_t row = b * call.S; row < (b + 1) * call.S; ++row) {
       if (share_of(call, row, counted) != 0.0) sum += gates[row];
     }
-    call.gate_value[b] =
+    call.output_as<float>(kGateValue)[b] =
         static_cast<float>(sum / static_cast<double>(std::max<int64_t>(counted, 1)));
   }
 }

@@ -24,6 +24,8 @@
 // A pre-norm: G = dh^T xhat, from which dW_down and the norm's gradients follow without another
 // pass, since the gradient of xhat's affine image is dh W_down. A post-norm: u is made again, du
 // goes through memory, and its parameters' gradients are summed by tiles of a fixed cut.
+#include "cpu/entry.h"
+#include "cpu/kernels.h"
 #include "ops/gated_adapter/cpu_backward_weights.h"
 
 namespace pelt::gated_adapter {
@@ -38,12 +40,14 @@ struct Backward : WeightsBackward {
     parameters.read<T>(call);
     clear_unused_members<T>(call);
     pack<T>();
+    // rows: a tile's scratch belongs to the thread, what it leaves lies by rows
     parallel_for_on(tiles.count(), call.threads, [&](int64_t i, int thread) {
       const TileScope scope;
       rows_backward<T>(i, scratch + thread * scratch_floats);
     });
-    gates_backward<T>();
+    gates_backward<T>();  // dlogit, before dx and dw_gate need it
 
+    // rest: the large tasks of the weights first, so that the small ones of dx even out the end
     const int64_t blocks = (width() + kColumnsAtOnce - 1) / kColumnsAtOnce;
     const int64_t down_tasks = wants_down() ? parameters.down.slots * blocks : 0;
     const int64_t up_tasks = call.grad[kWUp] || call.grad[kBUp] ? parameters.up.slots * blocks : 0;
@@ -53,33 +57,37 @@ struct Backward : WeightsBackward {
       float* memory = scratch + thread * scratch_floats;
       if (i < down_tasks) {
         down_backward<T>(i / blocks, i % blocks * kColumnsAtOnce, memory);
-      } else if ((i -= down_tasks) < up_tasks) {
-        up_backward<T>(i / blocks, i % blocks * kColumnsAtOnce, memory);
+      } else if (i < down_tasks + up_tasks) {
+        const int64_t task = i - down_tasks;
+        up_backward<T>(task / blocks, task % blocks * kColumnsAtOnce, memory);
       } else {
-        x_backward<T>(tiles.at(i - up_tasks), memory);
+        x_backward<T>(tiles.at(i - down_tasks - up_tasks), memory);
       }
     });
     column_sums_backward<T>();
   }
 
+  // What sums over rows of x or dh give. A pre-norm's gradients follow from dh^T xhat.
   bool wants_down() const {
     return call.grad[kWDown] || call.grad[kBDown] || call.grad[kGateWeight] ||
            call.grad[kPreNormWeight] || call.grad[kPreNormBias];
   }
 
+  // W_up for da always, W_down for dx, and W_up the other way round for u again.
   template <class T>
   void pack() {
-    const int64_t a = parameters.up.slots * up.panels_per_slot(by_pairs);
-    const int64_t b = call.grad[kX] ? parameters.down.slots * down.panels_per_slot(by_pairs) : 0;
-    const int64_t c =
+    const int64_t ups = parameters.up.slots * up.panels_per_slot(by_pairs);
+    const int64_t downs =
+        call.grad[kX] ? parameters.down.slots * down.panels_per_slot(by_pairs) : 0;
+    const int64_t agains =
         has_post_norm(call) ? parameters.up.slots * up_again.panels_per_slot(by_pairs) : 0;
-    parallel_for(a + b + c, pack_threads(call), [&](int64_t i) {
-      if (i < a) {
+    parallel_for(ups + downs + agains, pack_threads(call), [&](int64_t i) {
+      if (i < ups) {
         up.pack<T>(call, parameters.up, i);
-      } else if (i < a + b) {
-        down.pack<T>(call, parameters.down, i - a);
+      } else if (i < ups + downs) {
+        down.pack<T>(call, parameters.down, i - ups);
       } else {
-        up_again.pack<T>(call, parameters.up, i - a - b);
+        up_again.pack<T>(call, parameters.up, i - ups - downs);
       }
     });
   }
@@ -87,20 +95,21 @@ struct Backward : WeightsBackward {
 
 }  // namespace
 
-template <>
-int64_t cpu_backward_workspace_bytes<cpu::Isa::PELT_CPU_ISA>(const CpuCall& call) {
-  return Backward(call).place(Arena{});
-}
-
-template <>
-void cpu_backward<cpu::Isa::PELT_CPU_ISA>(const CpuCall& call) {
-  Backward backward(call);
-  backward.place(Arena{static_cast<char*>(call.workspace)});
-  if (call.dtype == DType::kF32) {
-    backward.run<float>();
-  } else {
-    backward.run<bf16>();
-  }
-}
-
 }  // namespace pelt::gated_adapter
+
+namespace pelt {
+
+using namespace gated_adapter;
+using Kernels = Cpu<Contract, cpu::Isa::PELT_CPU_ISA>;
+
+template <>
+int64_t Kernels::backward_bytes(const Call& call) {
+  return cpu::bytes_of<Backward>(call);
+}
+
+template <>
+void Kernels::backward(const Call& call) {
+  cpu::run<Backward>(call);
+}
+
+}  // namespace pelt

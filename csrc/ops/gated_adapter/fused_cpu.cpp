@@ -19,16 +19,19 @@
 //
 // Each row is computed alone and every sum has one order, so bits depend neither on tiles nor on
 // threads. Sums are float32.
+#include "common/check.h"
+#include "cpu/entry.h"
+#include "cpu/kernels.h"
 #include "ops/gated_adapter/cpu_rows.h"
 
 namespace pelt::gated_adapter {
 namespace {
 
 struct Forward {
-  const CpuCall& call;
+  const Call& call;
   Tiles tiles;
   Parameters parameters;
-  Weights down, up;
+  Weights down, up;        // packed once, read by every tile
   float* gates = nullptr;  // [B * S] of a learned gate, for each row
 
   // One for each thread.
@@ -42,13 +45,15 @@ struct Forward {
     float* u;          // [tile, padded width], where a row is needed whole
   };
   float* scratch = nullptr;
-  int64_t scratch_floats = 0;
-  bool by_pairs;
+  int64_t scratch_floats = 0;  // of one thread
+  bool by_pairs;               // products take bfloat16 as it is, on tiles
 
-  explicit Forward(const CpuCall& c) : call(c), tiles(cut_evenly(c)), by_pairs(uses_pairs(c)) {}
+  explicit Forward(const Call& c) : call(c), tiles(cut_evenly(c)), by_pairs(uses_pairs(c)) {}
 
+  // A post-norm has to see a row before it scales it, and dropout draws for whole rows.
   bool needs_rows_whole() const { return has_post_norm(call) || has_dropout(call); }
 
+  // The arrays in their places; how many bytes they take.
   int64_t place(Arena arena) {
     parameters.place(call, arena);
     down = {kWDown, true, call.D, call.R};
@@ -57,14 +62,15 @@ struct Forward {
     up.place(arena, parameters.up, by_pairs);
     gates = arena.take(has_learned_gate(call) ? rows_of(call) : 0);
     const int64_t rows = tiles.tile_rows;
+    // Of a row: x, h, a vector of the logit's sums, two moments, u.
     scratch_floats = rows * (x_floats() + h_floats() + kWidth + 2 +
                              (needs_rows_whole() ? padded_width(call) : 0));
-    scratch_floats = round_up(scratch_floats, 16);
+    scratch_floats = round_up(scratch_floats, 16);  // threads share no cache line
     scratch = arena.take(scratch_floats * call.threads);
     return arena.used;
   }
 
-  // Of a row of the tile's x and h.
+  // Of a row of the tile's x and h; a pair of bfloat16 takes one.
   int64_t x_floats() const {
     if (!by_pairs) return kDepth;
     return has_pre_norm(call) ? pair_distance(call.D) / 2 : 0;
@@ -88,8 +94,9 @@ struct Forward {
 
   template <class T>
   void run() {
-    prefer_huge_pages(call.y, rows_of(call) * call.D * static_cast<int64_t>(sizeof(T)));
+    prefer_huge_pages(call.output[kY], rows_of(call) * call.D * static_cast<int64_t>(sizeof(T)));
     parameters.read<T>(call);
+    // A panel of either weight for each task.
     const int64_t down_tasks = parameters.down.slots * down.panels_per_slot(by_pairs);
     const int64_t up_tasks = parameters.up.slots * up.panels_per_slot(by_pairs);
     parallel_for(down_tasks + up_tasks, pack_threads(call), [&](int64_t task) {
@@ -99,15 +106,16 @@ struct Forward {
         up.pack<T>(call, parameters.up, task - down_tasks);
       }
     });
-    if (call.has_skip && has_learned_gate(call)) {
+    if (has_skip(call) && has_learned_gate(call)) {
       // Which rows need no work is known only when the gates are.
       parallel_for(rows_of(call), call.threads, [&](int64_t row) {
-        const T* x = static_cast<const T*>(call.input[kX]) + row * call.D;
+        const T* x = call.input_as<T>(kX) + row * call.D;
         gates[row] = sigmoid_of(dot_of(x, parameters.gate_weight, call.D) + parameters.gate_bias);
       });
       pool_gates(call, gates);
     }
-    if (has_pooled_gate(call) && !call.has_skip) {
+    if (has_pooled_gate(call) && !has_skip(call)) {
+      // Two passes over the tiles: a sentence's gate needs all of its rows.
       parallel_for_on(tiles.count(), call.threads, [&](int64_t i, int thread) {
         const TileScope scope;
         project_down<T>(tiles.at(i), scratch_of(thread));
@@ -122,10 +130,13 @@ struct Forward {
     parallel_for_on(tiles.count(), call.threads, [&](int64_t i, int thread) {
       const Tile tile = tiles.at(i);
       if (skip_tile<T>(tile)) return;
+      // Both halves while h and x are in the caches.
       const TileScope scope;
       project_down<T>(tile, scratch_of(thread));
-      if (has_learned_gate(call) && !call.has_skip) {
-        std::copy(gates + tile.row, gates + tile.row + tile.rows, call.gate_value + tile.row);
+      if (has_learned_gate(call) && !has_skip(call)) {
+        // A gate of each row is its own value.
+        std::copy(gates + tile.row, gates + tile.row + tile.rows,
+                  call.output_as<float>(kGateValue) + tile.row);
       }
       project_up<T>(tile, scratch_of(thread));
     });
@@ -133,17 +144,18 @@ struct Forward {
 
   template <class T>
   bool is_skipped(int64_t row) const {
-    return call.has_skip && gate_of<T>(call, row) < call.skip_below;
+    return has_skip(call) && gate_of<T>(call, row) < call.skip_below;
   }
 
   // True if every row keeps its residual: then that is all that happens to the tile.
   template <class T>
   bool skip_tile(const Tile& tile) {
-    if (!call.has_skip) return false;
+    if (!has_skip(call)) return false;
     for (int64_t r = 0; r < tile.rows; ++r) {
       if (!is_skipped<T>(tile.row + r)) return false;
     }
-    T* h = static_cast<T*>(call.h) + tile.row * call.R;
+    // h is an output, and no output leaves undefined.
+    T* h = call.output_as<T>(kH) + tile.row * call.R;
     std::memset(h, 0, static_cast<size_t>(tile.rows * call.R) * sizeof(T));
     for (int64_t r = 0; r < tile.rows; ++r) copy_residual<T>(tile.row + r);
     return true;
@@ -158,7 +170,7 @@ struct Forward {
 
   template <class T>
   void copy_residual(int64_t row) {
-    T* y = static_cast<T*>(call.y) + row * call.D;
+    T* y = call.output_as<T>(kY) + row * call.D;
     const size_t bytes = static_cast<size_t>(call.D) * sizeof(T);
     if (residual<T>() == nullptr) {
       std::memset(y, 0, bytes);
@@ -171,12 +183,13 @@ struct Forward {
 
   template <class T>
   void project_down(const Tile& tile, const Scratch& s) {
-    const bool wants_gates = has_learned_gate(call) && !call.has_skip;
-    const T* x = static_cast<const T*>(call.input[kX]) + tile.row * call.D;
+    const bool wants_gates = has_learned_gate(call) && !has_skip(call);
+    const T* x = call.input_as<T>(kX) + tile.row * call.D;
+    // Statistics first: the stretches of a row are normed one by one.
     for (int64_t r = 0; has_pre_norm(call) && r < tile.rows; ++r) {
       s.moments[r] = moments_of(x + r * call.D, call.D, call.pre_norm_eps);
     }
-    std::fill(s.logits, s.logits + tile.rows * kWidth, 0.0f);
+    std::fill(s.logits, s.logits + tile.rows * kWidth, 0.0f);  // summed over the stretches
     if (by_pairs) {
       project_pairs_down(tile, s);
     } else {
@@ -187,10 +200,11 @@ struct Forward {
     }
   }
 
+  // kDepth columns of all the tile's rows at a time, whose sums grow in s.h.
   template <class T>
   void project_stretches_down(const Tile& tile, const Scratch& s) {
-    const bool wants_gates = has_learned_gate(call) && !call.has_skip;
-    const T* x = static_cast<const T*>(call.input[kX]) + tile.row * call.D;
+    const bool wants_gates = has_learned_gate(call) && !has_skip(call);
+    const T* x = call.input_as<T>(kX) + tile.row * call.D;
     const int64_t rank = padded_rank(call), stride = rank_stride(call);
     const float* panels = down.of(parameters.down.slot_of(tile.sentence));
     for (int64_t begin = 0; begin < call.D; begin += kDepth) {
@@ -203,14 +217,16 @@ struct Forward {
           pack_row<false>(from, begin, depth, s, r);
         }
       }
+      // The product asks for the next stretch while it computes.
       const int64_t next = begin + depth, bytes = sizeof(T);
       const Ahead ahead(x + next, call.D * bytes, tile.rows,
                         std::min(kDepth, call.D - next) * bytes, blocks_of(tile.rows, rank));
       multiply_into(s.x, kDepth, 1, {panels, call.D, begin, depth}, s.h, stride, tile.padded, rank,
                     begin > 0, next < call.D ? ahead : Ahead());
     }
+    // h is rounded to the activation's type here; project_up reads it back, as backward will.
     const float* bias = parameters.b_down + parameters.down.slot_of(tile.sentence) * rank;
-    T* h = static_cast<T*>(call.h) + tile.row * call.R;
+    T* h = call.output_as<T>(kH) + tile.row * call.R;
     for (int64_t r = 0; r < tile.rows; ++r) {
       for_vectors(call.R, [&](int64_t i, auto part) {
         part.store_to(h + r * call.R + i, load(s.h + r * stride + i) + load(bias + i));
@@ -220,18 +236,18 @@ struct Forward {
 
   // A few rows at a time, so that they are in the first cache when they are multiplied.
   void project_pairs_down(const Tile& tile, const Scratch& s) {
-    const bool wants_gates = has_learned_gate(call) && !call.has_skip;
-    const bf16* x = static_cast<const bf16*>(call.input[kX]) + tile.row * call.D;
+    const bool wants_gates = has_learned_gate(call) && !has_skip(call);
+    const bf16* x = call.input_as<bf16>(kX) + tile.row * call.D;
     const int64_t slot = parameters.down.slot_of(tile.sentence), rank = call.R;
     const float* bias = parameters.b_down + slot * padded_rank(call);
-    bf16* h = static_cast<bf16*>(call.h) + tile.row * rank;
+    bf16* h = call.output_as<bf16>(kH) + tile.row * rank;
     PairRows rows = {x, call.D};
-    if (has_pre_norm(call)) rows = {s.normed, pair_distance(call.D)};
+    if (has_pre_norm(call)) rows = {s.normed, pair_distance(call.D)};  // else x where it lies
     for (int64_t first = 0; first < tile.rows; first += kPairBlockRows) {
       const int64_t count = std::min(kPairBlockRows, tile.rows - first);
       for (int64_t r = first; r < first + count; ++r) {
         const bf16* from = x + r * call.D;
-        if (wants_gates) {
+        if (wants_gates) {  // in float32: a gate's weight is not rounded
           store(s.logits + r * kWidth,
                 dots_of(from, parameters.gate_weight, call.D, [](int64_t, Vector) {}));
         }
@@ -244,6 +260,7 @@ struct Forward {
                   load(parameters.pre_bias + i));
         });
       }
+      // Straight from the registers of the product into h.
       const PairRows block = {rows.data + first * rows.stride, rows.stride};
       bf16* to = h + first * rank;
       multiply_pairs_each(block, down.pairs_of(slot), call.D, count, rank, kPairBlockRows,
@@ -257,6 +274,8 @@ struct Forward {
     }
   }
 
+  // A stretch of one row into s.x, in float32 and normed, and its part of the row's logit. The gate
+  // sees x before the norm. Compiled for each of both: a branch in the loop would cost more.
   template <bool kWantsGate, class T>
   void pack_row(const T* from, int64_t begin, int64_t depth, const Scratch& s, int64_t r) {
     float* to = s.x + r * kDepth;
@@ -278,6 +297,7 @@ struct Forward {
 
   // ---- y = residual + scale g dropout(post_norm(W_up phi(h) + b_up)) ----
 
+  // From h in memory, of whichever tile: with a pooled gate it comes long after project_down.
   template <class T>
   void project_up(const Tile& tile, const Scratch& s) {
     if (by_pairs) {
@@ -292,7 +312,8 @@ struct Forward {
     } else {
       finish_vectors<false, T>(tile, s);
     }
-    for (int64_t r = 0; call.has_skip && r < tile.rows; ++r) {
+    // Skipped rows among others were computed with them; what that gave, NaN or not, goes.
+    for (int64_t r = 0; has_skip(call) && r < tile.rows; ++r) {
       if (is_skipped<T>(tile.row + r)) copy_residual<T>(tile.row + r);
     }
   }
@@ -300,7 +321,7 @@ struct Forward {
   // to [tile, stride] = phi(h), with zeros from R to `width`.
   template <class T, class To>
   void activate_rows(const Tile& tile, To* to, int64_t stride, int64_t width) {
-    const T* h = static_cast<const T*>(call.h) + tile.row * call.R;
+    const T* h = call.output_as<const T>(kH) + tile.row * call.R;
     with_activation(call.activation, [&](auto activation) {
       for (int64_t r = 0; r < tile.rows; ++r, to += stride) {
         for_vectors(call.R, [&](int64_t i, auto part) {
@@ -330,7 +351,7 @@ struct Forward {
     const int64_t slot = parameters.up.slot_of(tile.sentence), width = call.D;
     const float* bias = parameters.b_up + slot * padded_width(call);
     const T* residual = kHasResidual ? this->residual<T>() + tile.row * width : nullptr;
-    T* y = static_cast<T*>(call.y) + tile.row * width;
+    T* y = call.output_as<T>(kY) + tile.row * width;
     float* factor = s.logits;  // its sums have become gates
     for (int64_t r = 0; r < tile.rows; ++r) {
       factor[r] = parameters.scale * gate_of<T>(call, tile.row + r);
@@ -350,6 +371,7 @@ struct Forward {
     multiply_up(tile, s, slot, finish);
   }
 
+  // By way of u [tile, width], for what needs a row whole.
   template <class T>
   void finish_rows(const Tile& tile, const Scratch& s) {
     const int64_t slot = parameters.up.slot_of(tile.sentence), width = padded_width(call);
@@ -359,7 +381,7 @@ struct Forward {
           sums, tile.padded - row, width - column, s.u + row * width + column, width,
           [=](int64_t, int64_t i, auto, Vector sum) { return sum + load(bias + column + i); });
     });
-    for (int64_t r = 0; r < tile.rows; ++r) {
+    for (int64_t r = 0; r < tile.rows; ++r) {  // in the order of the formula
       const int64_t row = tile.row + r;
       float* u = s.u + r * width;
       if (has_post_norm(call)) {
@@ -372,7 +394,7 @@ struct Forward {
       if (has_dropout(call)) apply_dropout(call, row, 0, call.D, u);
       const float factor = parameters.scale * gate_of<T>(call, row);
       const T* residual = this->residual<T>();
-      T* y = static_cast<T*>(call.y) + row * call.D;
+      T* y = call.output_as<T>(kY) + row * call.D;
       for_vectors(call.D, [&](int64_t i, auto part) {
         const Vector scaled = factor * load(u + i);
         part.store_to(y + i, residual == nullptr
@@ -385,20 +407,37 @@ struct Forward {
 
 }  // namespace
 
-template <>
-int64_t cpu_forward_workspace_bytes<cpu::Isa::PELT_CPU_ISA>(const CpuCall& call) {
-  return Forward(call).place(Arena{});
-}
-
-template <>
-void cpu_forward<cpu::Isa::PELT_CPU_ISA>(const CpuCall& call) {
-  Forward forward(call);
-  forward.place(Arena{static_cast<char*>(call.workspace)});
-  if (call.dtype == DType::kF32) {
-    forward.run<float>();
-  } else {
-    forward.run<bf16>();
-  }
-}
-
 }  // namespace pelt::gated_adapter
+
+namespace pelt {
+
+using namespace gated_adapter;
+using Kernels = Cpu<Contract, cpu::Isa::PELT_CPU_ISA>;
+
+template <>
+std::string Kernels::why_not(const Call& call) {
+  constexpr int64_t kMaxRank = 1024;
+  if (call.R > kMaxRank) {
+    return sentence("its tiles hold a bottleneck of at most ", kMaxRank, ", and R is ", call.R);
+  }
+  // Eager reads the weights as they lie: one row at D = 4096, R = 64 takes it 0.7 of the time.
+  constexpr int64_t kFewRows = 2, kLargeWeight = 1 << 17;
+  const int64_t rows = rows_of(call), weight = call.D * call.R;
+  if (0 < rows && rows <= kFewRows && weight >= kLargeWeight) {
+    return sentence("for ", rows, " rows it would mostly pack weights of D x R = ", weight,
+                    " numbers");
+  }
+  return "";
+}
+
+template <>
+int64_t Kernels::forward_bytes(const Call& call) {
+  return cpu::bytes_of<Forward>(call);
+}
+
+template <>
+void Kernels::forward(const Call& call) {
+  cpu::run<Forward>(call);
+}
+
+}  // namespace pelt
