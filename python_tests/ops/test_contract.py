@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small import B, D, R, S, tensor
 
 from pelt_kernels.ops import (
     LearnedGate,
@@ -16,12 +17,6 @@ from pelt_kernels.ops import (
     prefix_attention,
 )
 from pelt_kernels.ops._contract import Contract
-
-B, S, D, R = 2, 5, 16, 4
-
-
-def tensor(*shape, dtype=torch.float32):
-    return torch.zeros(shape, dtype=dtype)
 
 
 def adapter(x=None, w_down=None, w_up=None, **more):

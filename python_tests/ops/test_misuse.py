@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from parity import why_unavailable
+from small import B, D, R, S, tensor
 
 from pelt_kernels.ops import (
     LearnedGate,
@@ -21,13 +22,6 @@ from pelt_kernels.ops import (
     symmetric_kl,
 )
 from pelt_kernels.ops.prefix_attention.weights import attention_weights
-
-B, S, D, R = 2, 5, 16, 4
-
-
-def tensor(*shape, dtype=torch.float32):
-    return torch.ones(shape, dtype=dtype)
-
 
 GATE = LearnedGate(tensor(D), tensor(1), "mean")
 BANK = LoraBranch(tensor(3, R, D), tensor(3, 12, R), bank_index=torch.tensor([0, 2]), gate=GATE)
