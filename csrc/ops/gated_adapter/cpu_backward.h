@@ -65,7 +65,7 @@ struct BackwardMemory {
   float* column_sums = nullptr;   // [slots, 3, padded width]: gate_weight, pre_norm_weight and bias
   float* scratch = nullptr;
   int64_t scratch_floats = 0;
-  bool by_pairs;
+  bool by_pairs;  // products take bfloat16 as it is, on tiles
 
   // A post-norm's sums over a tile's rows must not depend on the number of threads.
   explicit BackwardMemory(const Call& c)
@@ -77,6 +77,7 @@ struct BackwardMemory {
   int64_t stride() const { return rank_stride(call); }
 
   int64_t place(Arena arena) {
+    // Products read whole blocks of rows, also behind the last one.
     const int64_t rows = rows_of(call), some = rows + kRowUnit;
     parameters.place(call, arena);
     up = {kWUp, false, call.D, call.R};
@@ -102,6 +103,7 @@ struct BackwardMemory {
     moments = reinterpret_cast<Moments*>(arena.take(has_pre_norm(call) ? 2 * rows : 0));
     post_partial = arena.take(has_post_norm(call) ? tiles.count() * 2 * width() : 0);
     column_sums = arena.take(parameters.down.slots * 3 * width());
+    // A thread's scratch serves tiles of rows and columns of weights, one after the other.
     const int64_t whole = has_pre_norm(call) || has_post_norm(call) ? width() : 0;
     const int64_t of_rows =
         tiles.tile_rows * (stretch_floats() + operand_floats() + 1 + whole) + 2 * whole;

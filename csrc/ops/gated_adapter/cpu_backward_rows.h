@@ -241,7 +241,7 @@ struct RowsBackward : BackwardMemory {
           sums, rows - row, columns - column, u + row * columns + column, columns,
           [=](int64_t, int64_t j, auto, Vector sum) { return sum + load(bias + column + j); });
     };
-    if (!by_pairs) {
+    if (!by_pairs) {  // float32 as it is
       multiply_each(a, stride(), up_again.of(slot), call.R, rows, columns, finish);
       return;
     }
@@ -266,7 +266,7 @@ struct RowsBackward : BackwardMemory {
     for (int64_t b = 0; b < call.B; ++b) {
       const int64_t begin = b * call.S, end = begin + call.S;
       double sum = 0.0;
-      for (int64_t row = begin; row < end; ++row) {
+      for (int64_t row = begin; row < end; ++row) {  // in order, whatever the threads
         sum += dot[row];
         dscale += static_cast<double>(dot[row]) * (has_gate ? gate_of<T>(call, row) : 1.0f);
       }
@@ -285,6 +285,7 @@ struct RowsBackward : BackwardMemory {
           dgate_bias += of_row;
         }
       } else if (call.grad[kGate]) {
+        // A given gate: its rows' dots, or their sum, times scale.
         const ParameterGrad grad = call.parameter_grad(kGate);
         for (int64_t row = begin; has_gate_per_row(call) && row < end; ++row) {
           write_element<T>(grad, row, parameters.scale * dot[row]);
@@ -334,6 +335,7 @@ struct RowsBackward : BackwardMemory {
       const T* x = call.input_as<T>(kX) + row * call.D;
       const float* dhat = dz + r * width();
       const Moments m = moments[row];
+      // Of dhat, and of dhat hat(x).
       Vector sum = {}, sum_hat = {};
       for_vectors(call.D, [&](int64_t j, auto part) {
         sum += load(dhat + j);
@@ -370,6 +372,7 @@ struct RowsBackward : BackwardMemory {
   void product_dx(const Tile& tile, int64_t slot, T* dx) {
     const int64_t width = call.D;
     const T* dy = call.doutput_as<T>(kY) + tile.row * width;
+    // One rounding, at the store: product, residual and the gate's part are float32.
     const float *dlogits = dlogit + tile.row, *gate_weight = parameters.gate_weight;
     auto finish = [=](int64_t row, int64_t column, auto& sums) __attribute__((always_inline)) {
       const int64_t place = row * width + column, stride = width;

@@ -21,6 +21,7 @@ struct WeightsBackward : RowsBackward {
     const int64_t padded = round_up(columns, kWidth);
     std::memset(sums, 0, static_cast<size_t>(kColumnsAtOnce) * sizeof(float));
     bool is_first = true;
+    // Without members of their own sentences are one group, and stretches cross them.
     const int64_t groups = bank.index ? call.B : 1, group_rows = rows_of(call) / groups;
     for (int64_t group = 0; group < groups; ++group) {
       if (bank.slot_of(group) != slot) continue;  // a sentence of another member
@@ -34,6 +35,7 @@ struct WeightsBackward : RowsBackward {
           // The product asks for the next rows of x while it computes.
           const Ahead ahead(x + (begin + rows) * call.D, call.D * bytes, next, columns * bytes,
                             blocks_of(round_up(call.R, kRowUnit), padded));
+          // S as its transpose: from rank to rank 1, from row to row a stride.
           multiply_into(s + begin * stride(), 1, stride(), {panels, kRowsAtOnce, 0, rows}, g,
                         kColumnsAtOnce, round_up(call.R, kRowUnit), padded, !is_first, ahead);
         }
@@ -154,6 +156,7 @@ struct WeightsBackward : RowsBackward {
     const bool wants_product = call.grad[kWDown] || has_norm;  // a norm's gradients need G too
     float* of_gate = column_sums + slot * 3 * width() + column;
     const bool wants_sums = wants_gate && !has_norm;  // beside a norm X is not x
+    // xhat: dW_down and the norm's gradients follow from it without another pass.
     auto normed = [&](int64_t t, Vector value) {
       return (value - moments[t].mean) * moments[t].rstd;
     };
@@ -187,7 +190,7 @@ struct WeightsBackward : RowsBackward {
     // Left by slots, for column_sums_backward to add up.
     if (has_norm && wants_gate) sum_gate_weight<T>(slot, column, columns, sums);
     for (int64_t i = 0; i < padded; i += kWidth) store(of_gate + i, load(sums + i));
-    float* dnorm = of_gate + width();
+    float* dnorm = of_gate + width();  // weight, and bias one width behind
     for (int64_t i = 0; i < padded; i += kWidth) {
       store(dnorm + i, Vector{});
       store(dnorm + width() + i, Vector{});
@@ -285,6 +288,7 @@ struct WeightsBackward : RowsBackward {
   template <class T>
   void column_sums_backward() {
     const int64_t slots = parameters.down.slots;
+    // Slots leave three rows each, tiles two.
     write_sum<T>(kGateWeight, column_sums, slots, 3 * width());
     write_sum<T>(kPreNormWeight, column_sums + width(), slots, 3 * width());
     write_sum<T>(kPreNormBias, column_sums + 2 * width(), slots, 3 * width());

@@ -54,11 +54,13 @@ inline void read_parameter(const Call& call, int which, int64_t first_member, in
   });
 }
 
+// What is added or multiplied element by element, converted to float32 once for each call; rows
+// are padded, so that vectors are read whole.
 struct Parameters {
   Bank down, up;
-  float* b_down = nullptr;  // [slots, padded rank]
-  float* b_up = nullptr;    // [slots, padded width]
-  float* pre_weight = nullptr;
+  float* b_down = nullptr;      // [slots, padded rank]
+  float* b_up = nullptr;        // [slots, padded width]
+  float* pre_weight = nullptr;  // [padded width], as the ones below
   float* pre_bias = nullptr;
   float* post_weight = nullptr;
   float* post_bias = nullptr;
@@ -66,6 +68,7 @@ struct Parameters {
   float gate_bias = 0.0f;
   float scale = 1.0f;  // scale_value times the learned scale
 
+  // Reads no tensor: also where a call only asks how much memory it needs.
   void place(const Call& call, Arena& arena) {
     const int64_t width = padded_width(call), rank = padded_rank(call);
     down = make_bank(call.input_as<int64_t>(kDownIndex), has_down_index_per_sample(call), call.M);
@@ -108,6 +111,7 @@ struct Weights {
   float* panels = nullptr;  // [slots][panel_floats(depth, columns)]
   bf16* pairs = nullptr;    // [slots][pair_numbers(depth, columns)], in the place of those
 
+  // All members that the call may use; those that no sentence uses stay unpacked.
   void place(Arena& arena, const Bank& bank, bool as_pairs) {
     if (as_pairs) {
       pairs = arena.take<bf16>(bank.slots * pair_numbers(depth, columns));
@@ -118,11 +122,13 @@ struct Weights {
   const float* of(int64_t slot) const { return panels + slot * panel_floats(depth, columns); }
   const bf16* pairs_of(int64_t slot) const { return pairs + slot * pair_numbers(depth, columns); }
 
+  // Results that a panel is for, and tasks of packing.
   static constexpr int64_t panel_columns(bool as_pairs) { return as_pairs ? kPairColumns : kPanel; }
   int64_t panels_per_slot(bool as_pairs) const {
     return (columns + panel_columns(as_pairs) - 1) / panel_columns(as_pairs);
   }
 
+  // A task is one panel of one slot: tasks write apart from each other.
   template <class T>
   void pack(const Call& call, const Bank& bank, int64_t task) const {
     const bool as_pairs = uses_pairs(call);
@@ -131,6 +137,7 @@ struct Weights {
     if (!bank.is_used(slot, call.B)) return;
     with_elements<T>(call.parameter(which), [&](const auto* from) {
       const auto* w = from + (bank.first_member() + slot) * depth * columns;
+      // A product reads a panel from front to back, whichever way the weight lies.
       if (as_pairs) return pack_pairs(w, slot, column);
       float* to = panels + slot * panel_floats(depth, columns);
       if (is_transposed) {
@@ -142,6 +149,7 @@ struct Weights {
   }
 
  private:
+  // Weights in float32 are rounded to bfloat16 on the way.
   template <class W>
   void pack_pairs(const W* w, int64_t slot, int64_t column) const {
     bf16* panel = pairs + slot * pair_numbers(depth, columns) + column * pair_depth(depth);

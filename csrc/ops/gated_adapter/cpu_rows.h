@@ -95,7 +95,7 @@ inline float dot_of(const T* x, const float* w, int64_t columns) {
 }
 
 struct Moments {
-  float mean, rstd;
+  float mean, rstd;  // rstd: 1 / sqrt(variance + eps)
 };
 
 // Of one row, in two passes: the deviations are squared, not the values.
@@ -109,6 +109,7 @@ inline Moments moments_of(const T* x, int64_t columns, float eps) {
     const Vector deviation = load(x + i) - mean;
     squares += deviation * deviation;
   }
+  // One by one: the zeros behind the row's end deviate from the mean too.
   float rest = 0.0f;
   if (const int64_t tail = columns % kWidth) {
     const Vector last = load_part(x + columns - tail, tail);
@@ -144,6 +145,7 @@ inline double share_of(const Call& call, int64_t row, int64_t counted) {
   return counts ? 1.0 / static_cast<double>(std::max<int64_t>(counted, 1)) : 0.0;
 }
 
+// By how many rows a sentence's pooled gate is divided; may be 0.
 inline int64_t counted_rows(const Call& call, int64_t sentence) {
   if (call.pooling != Pooling::kMaskedMean) return call.S;
   const bool* mask = call.input_as<bool>(kMask) + sentence * call.S;
@@ -158,7 +160,7 @@ inline void pool_gates(const Call& call, const float* gates) {
   }
   for (int64_t b = 0; b < call.B; ++b) {
     const int64_t counted = counted_rows(call, b);
-    double sum = 0.0;
+    double sum = 0.0;  // a row that does not count is not added, rather than times 0
     for (int64_t row = b * call.S; row < (b + 1) * call.S; ++row) {
       if (share_of(call, row, counted) != 0.0) sum += gates[row];
     }

@@ -161,6 +161,7 @@ struct Forward {
     return true;
   }
 
+  // What u is added to; null where it is nothing.
   template <class T>
   const T* residual() const {
     if (call.residual_from == ResidualFrom::kNone) return nullptr;
@@ -168,6 +169,7 @@ struct Forward {
     return static_cast<const T*>(call.input[which]);
   }
 
+  // y = residual of a row that is skipped.
   template <class T>
   void copy_residual(int64_t row) {
     T* y = call.output_as<T>(kY) + row * call.D;
@@ -280,7 +282,7 @@ struct Forward {
   void pack_row(const T* from, int64_t begin, int64_t depth, const Scratch& s, int64_t r) {
     float* to = s.x + r * kDepth;
     const float* weight = parameters.gate_weight + begin;
-    Moments m = {0.0f, 1.0f};
+    Moments m = {0.0f, 1.0f};  // what leaves x as it is
     if (has_pre_norm(call)) m = s.moments[r];
     const float *scale = parameters.pre_weight + begin, *shift = parameters.pre_bias + begin;
     const bool has_norm = has_pre_norm(call);
@@ -305,6 +307,7 @@ struct Forward {
     } else {
       activate_rows<T>(tile, s.h, rank_stride(call), call.R);
     }
+    // The residual is compiled in or out: a branch in the loop over columns would cost more.
     if (needs_rows_whole()) {
       finish_rows<T>(tile, s);
     } else if (residual<T>() != nullptr) {
@@ -324,11 +327,12 @@ struct Forward {
     const T* h = call.output_as<const T>(kH) + tile.row * call.R;
     with_activation(call.activation, [&](auto activation) {
       for (int64_t r = 0; r < tile.rows; ++r, to += stride) {
+        // phi of h as it was rounded: backward, which reads it, has the same.
         for_vectors(call.R, [&](int64_t i, auto part) {
           part.store_to(to + i,
                         activate<decltype(activation)::value>(part.load_from(h + r * call.R + i)));
         });
-        for (int64_t i = call.R; i < width; ++i) to[i] = To{};
+        for (int64_t i = call.R; i < width; ++i) to[i] = To{};  // a product takes whole pairs
       }
     });
   }
@@ -353,6 +357,7 @@ struct Forward {
     const T* residual = kHasResidual ? this->residual<T>() + tile.row * width : nullptr;
     T* y = call.output_as<T>(kY) + tile.row * width;
     float* factor = s.logits;  // its sums have become gates
+    // Once for each row, not for each block of columns.
     for (int64_t r = 0; r < tile.rows; ++r) {
       factor[r] = parameters.scale * gate_of<T>(call, tile.row + r);
     }
@@ -364,6 +369,7 @@ struct Forward {
       const float *of_row = factor + row, *of_column = bias + column;
       store_sums(sums, tile.rows - row, width - column, y + place, stride,
                  [=](int64_t r, int64_t i, auto part, Vector sum) {
+                   // One rounding, at the store: sum, bias, factor and residual are float32.
                    const Vector u = of_row[r] * (sum + load(of_column + i));
                    return kHasResidual ? part.load_from(from + r * stride + i) + u : u;
                  });
@@ -391,6 +397,7 @@ struct Forward {
                            load(parameters.post_bias + i));
         }
       }
+      // Drawn from the elements' indices: backward draws the same factors again.
       if (has_dropout(call)) apply_dropout(call, row, 0, call.D, u);
       const float factor = parameters.scale * gate_of<T>(call, row);
       const T* residual = this->residual<T>();
