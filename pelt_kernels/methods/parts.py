@@ -28,6 +28,11 @@ class Parts(NamedTuple):
     tune_head: bool = True
 
     @property
+    def has_parallel_adapter(self) -> bool:
+        """Whether an adapter reads the FFN's input."""
+        return self.adapter is not None and self.adapter.placement == "parallel"
+
+    @property
     def gated(self) -> list[BottleneckAdapterConfig | PrefixTuningConfig | LoraConfig]:
         """The parts that a learned gate scales."""
         return [part for part in (self.adapter, self.prefix, self.lora) if part and part.gated]

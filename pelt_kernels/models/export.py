@@ -11,7 +11,7 @@ from ..methods import Parts, parts_of
 from ..methods.lora import TARGETS
 from ..nn import ExpertLoRALinear, LoRALinear
 from .pruning import Prunable
-from .slots import layers_of, place_of, slots_of
+from .slots import layers_of, slots_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,8 +104,7 @@ def matrices_of(model: PreTrainedModel) -> list[Matrix]:
     found: list[Any] = []
     for number, layer in enumerate(layers_of(model, slots)):
         for place in TARGETS:
-            parent, last = place_of(layer, getattr(slots, place))
-            found.append((number, place, getattr(parent, last)))
+            found.append((number, place, layer.get_submodule(slots.linear(place))))
     # One wait for the device for all of them.
     zeros = torch.stack([(linear.weight == 0).sum() for _, _, linear in found]).tolist()
     return [

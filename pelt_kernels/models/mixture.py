@@ -1,92 +1,18 @@
-"""AdaMix in a model: where its experts stand, and the two passes of a training step."""
+"""AdaMix in a model: the two passes of a training step."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..methods import AdaMixConfig
-from ..nn import ExpertAdapter, ExpertLoRALinear
-from ..nn.original import Original
 from ..ops import symmetric_kl
-from .replacement import Replacement
-from .slots import Slots, place_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-class ExpertLinear(nn.Module):
-    """The FFN's second Linear and the experts on its output: ``f = x Wᵀ + b``, ``y = experts(f)``.
-
-    weight and bias are the Linear's own parameters under the same names.
-    """
-
-    def __init__(self, base: nn.Linear, experts: ExpertAdapter) -> None:
-        super().__init__()
-        self.original = Original(base, nn.Linear)
-        self.weight, self.bias = base.weight, base.bias
-        self.experts = experts
-
-    def forward(self, x: Tensor) -> Tensor:
-        """y [B, S, D]."""
-        if self.original.is_plain:
-            f = nn.functional.linear(x, self.weight, self.bias)
-        else:
-            f = self.original(self, x)
-        y: Tensor = self.experts(f)
-        return y
-
-
-def adapt_with_experts(
-    layer: nn.Module, slots: Slots, config: AdaMixConfig, made: dict[str, Any]
-) -> Iterator[Replacement]:
-    """The modules with experts that stand for a layer's own."""
-    sizes = config.bank_sizes()
-    if config.kind == "adapter":
-        parent, name = place_of(layer, slots.ffn_out)
-        original = getattr(parent, name)
-        hidden_size = original.out_features
-        experts = ExpertAdapter(
-            hidden_size,
-            config.as_adapter().bottleneck_of(hidden_size),
-            sizes,
-            activation=config.activation,
-            dropout=config.dropout,
-            **made,
-        )
-        yield Replacement(parent, name, original, ExpertLinear(original, experts))
-        return
-    for target in config.targets:
-        parent, name = place_of(layer, getattr(slots, target))
-        original = getattr(parent, name)
-        adapted = ExpertLoRALinear(
-            original,
-            config.r,
-            config.alpha,
-            sizes,
-            dropout=config.dropout,
-            identical_start=config.identical_start,
-            dtype=made["dtype"],
-        )
-        yield Replacement(parent, name, original, adapted)
-
-
-def check_random_state(layer: nn.Module, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook of a layer: the experts of a checkpointed layer are drawn again from the
-    random state in which its forward drew them, so that state has to be kept.
-    """
-    checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
-    keeps = getattr(checkpoint, "keywords", {}).get("preserve_rng_state", True)
-    if not keeps and getattr(layer, "gradient_checkpointing", False) and layer.training:
-        raise ValueError(
-            "AdaMixConfig: expected gradient checkpointing with preserve_rng_state=True (a layer "
-            "that is computed again draws the experts of its forward again), got False"
-        )
 
 
 def compares_passes(model: PreTrainedModel, config: AdaMixConfig) -> bool:

@@ -222,9 +222,9 @@ class PeltModel(Exportable, Checkpointed):
 
     def record_gates(self, enabled: bool = True) -> None:
         """Keeps the gates of the latest forward for `gate_values`, or stops. Off by default."""
-        for site in self._injection.sites:
-            site.is_recording = enabled
-            site.gate_values = {}
+        for state in self._injection.states:
+            state.is_recording = enabled
+            state.gate_values = {}
 
     def gate_values(self) -> dict[tuple[int, str], Tensor]:
         """The gates of the latest forward while `record_gates` was on: (layer, kind) -> [B],
@@ -235,9 +235,9 @@ class PeltModel(Exportable, Checkpointed):
         tensors.
         """
         return {
-            (site.layer, kind): value
-            for site in self._injection.sites
-            for kind, value in site.gate_values.items()
+            (state.number, kind): value
+            for state in self._injection.states
+            for kind, value in state.gate_values.items()
         }
 
     def collapse_prefix(self) -> None:

@@ -1,39 +1,17 @@
-"""PST in a model: where it prunes, and how dense that leaves it."""
+"""PST in a model: how far it has pruned, and how dense that leaves it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..methods import MethodConfig, PSTConfig, parts_of
+from ..methods import MethodConfig, parts_of
 from ..nn import PrunedLinear
-from .replacement import Replacement
-from .slots import Slots, place_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def prune_linears(
-    layer: nn.Module, slots: Slots, config: PSTConfig, made: dict[str, Any]
-) -> Iterator[Replacement]:
-    """The pruned Linears that stand for a layer's own."""
-    for target in config.targets:
-        parent, name = place_of(layer, getattr(slots, target))
-        original = getattr(parent, name)
-        adapted = PrunedLinear(
-            original,
-            config.r1,
-            config.r2,
-            beta=config.beta,
-            alpha1=config.alpha1,
-            alpha2=config.alpha2,
-            dtype=made["dtype"],
-        )
-        yield Replacement(parent, name, original, adapted)
 
 
 class Prunable(nn.Module):

@@ -1,12 +1,27 @@
-"""Where a transformers family keeps the places that methods work on: one dataclass of attribute
-paths for each shape.
+"""Where a transformers family keeps the places of a layer that methods work on, as attribute paths.
 
-A family is one entry here and nothing elsewhere. Paths are relative to a layer, except `layers` and
-`embeddings`, which are relative to the encoder (transformers' ``model.base_model``).
+A family is one entry here, and at most one place in `layer.py`, which is a layer's program. Its
+steps, and the slots at which they happen:
+
+    read the padding mask           attention.module, for each attention of the layer
+    project, with LoRA or a gate    attention.query, key, value, output, ffn_in, ffn_out
+    attend, with a prefix           attention.module, by the attention function it calls
+    keep the FFN's input            ffn_in
+    experts on the FFN's output     ffn_out
+    adapt and normalise             ffn_norm, which ends the layer
+
+What no family here has yet, and where it goes: another attention in the layer (a decoder's over an
+encoder) is another `AttentionSlots`; a second stack of layers (an encoder and a decoder) another
+`Slots`; two Linears for one target (gate and up projections) or one for three (fused query, key and
+value) are decided in `Slots.linear`; a family that normalises before its sub-layers has no
+`ffn_norm`, and its adapter stands at `ffn_out`, as AdaMix's experts do. Whether a norm subtracts a
+mean, where weights are transposed (Conv1D) and which keys come from a cache is read from the
+modules themselves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -17,34 +32,79 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Slots:
-    """Attribute paths of a post-LayerNorm encoder.
+class AttentionSlots:
+    """Attribute paths of one attention, relative to its layer.
 
-    `attention` is the module that calls the attention function and receives `attention_mask`;
+    `module` calls the attention function and receives `attention_mask`; the others are Linears.
+    """
+
+    module: str
+    query: str
+    key: str
+    value: str
+    output: str
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Attribute paths of a stack of post-LayerNorm layers: `layers` and `embeddings` relative to
+    the encoder (transformers' ``model.base_model``), the others to a layer.
+
     `ffn_norm` is the LayerNorm that is given the sum of the FFN's output and its residual, the last
     thing in a layer.
     """
 
-    layers: str = "encoder.layer"
-    embeddings: str = "embeddings"
-    attention: str = "attention.self"
-    query: str = "attention.self.query"
-    key: str = "attention.self.key"
-    value: str = "attention.self.value"
-    attention_output: str = "attention.output.dense"
-    ffn_in: str = "intermediate.dense"
-    ffn_out: str = "output.dense"
-    ffn_norm: str = "output.LayerNorm"
+    layers: str
+    embeddings: str
+    attention: AttentionSlots
+    ffn_in: str
+    ffn_out: str
+    ffn_norm: str
+
+    def linear(self, target: str) -> str:
+        """The path of the Linear that a target of a method names (`methods.lora.TARGETS`)."""
+        attention = self.attention
+        paths = {
+            "query": attention.query,
+            "key": attention.key,
+            "value": attention.value,
+            "attention_output": attention.output,
+            "ffn_in": self.ffn_in,
+            "ffn_out": self.ffn_out,
+        }
+        return paths[target]
+
+    def in_layer(self) -> Iterator[str]:
+        """Every path that a layer has to have."""
+        for slot in fields(self.attention):
+            yield getattr(self.attention, slot.name)
+        yield from (self.ffn_in, self.ffn_out, self.ffn_norm)
 
 
-BERT = Slots()
+BERT = Slots(
+    layers="encoder.layer",
+    embeddings="embeddings",
+    attention=AttentionSlots(
+        module="attention.self",
+        query="attention.self.query",
+        key="attention.self.key",
+        value="attention.self.value",
+        output="attention.output.dense",
+    ),
+    ffn_in="intermediate.dense",
+    ffn_out="output.dense",
+    ffn_norm="output.LayerNorm",
+)
 DISTILBERT = Slots(
     layers="transformer.layer",
-    attention="attention",
-    query="attention.q_lin",
-    key="attention.k_lin",
-    value="attention.v_lin",
-    attention_output="attention.out_lin",
+    embeddings="embeddings",
+    attention=AttentionSlots(
+        module="attention",
+        query="attention.q_lin",
+        key="attention.k_lin",
+        value="attention.v_lin",
+        output="attention.out_lin",
+    ),
     ffn_in="ffn.lin1",
     ffn_out="ffn.lin2",
     ffn_norm="output_layer_norm",
@@ -88,9 +148,8 @@ def slots_of(model: PreTrainedModel) -> Slots:
         )
     slots = FAMILIES[family]
     layers = layers_of(model, slots)
-    for field in fields(Slots):
-        if field.name not in ("layers", "embeddings"):
-            _follow(layers[0], getattr(slots, field.name), f"a layer of {type(model).__name__}")
+    for path in slots.in_layer():
+        _follow(layers[0], path, f"a layer of {type(model).__name__}")
     return slots
 
 
@@ -108,12 +167,6 @@ def layers_of(model: PreTrainedModel, slots: Slots) -> nn.ModuleList:
 def embeddings_of(model: PreTrainedModel, slots: Slots) -> nn.Module:
     """The module whose output the first layer reads."""
     return _follow(model.base_model, slots.embeddings, type(model).__name__)
-
-
-def place_of(layer: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The parent module of a path inside a layer and the last name of the path."""
-    parent, _, name = path.rpartition(".")
-    return (layer.get_submodule(parent) if parent else layer), name
 
 
 def _follow(root: nn.Module, path: str, who: str) -> nn.Module:

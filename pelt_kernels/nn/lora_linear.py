@@ -13,6 +13,8 @@ from ..ops import LoraBranch, lora_linear
 from .gate import Gate
 from .original import Original, why_not_replaceable
 
+BRANCH_GATE = ""  # the name of the branch's own gate among those of its input
+
 
 def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """``W + scale · B A`` in W's dtype, computed in float64 and rounded once.
@@ -120,7 +122,8 @@ class LoRALinear(nn.Module):
         return gates if self.gate is None else [*gates, self.gate]
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """y [..., Dout] and the values [B] of the gates by name: "" is the branch's own.
+        """y [..., Dout] and the values [B] of the gates by name; the branch's own is
+        `BRANCH_GATE`.
 
         mask is [B, S] bool, True for real tokens, read by gates that pool with ``masked_mean``.
         """
@@ -145,7 +148,7 @@ class LoRALinear(nn.Module):
             y = self.original(self, x) + y
         values = dict(zip(self.extra_gates, extra_values))
         if self.gate is not None:
-            values[""] = own[0]
+            values[BRANCH_GATE] = own[0]
         return y, values
 
     @torch.no_grad()

@@ -57,7 +57,7 @@ def test_pruned_linears_experts_and_added_parts_are_their_formulas_at_once(
         # The parallel adapter's hook hangs on the FFN's first Linear, which is replaced here.
         old = plain.get_submodule(name)
         new._forward_pre_hooks.update(old._forward_pre_hooks)
-        new.__dict__.update({k: v for k, v in old.__dict__.items() if k == "_pelt_site"})
+        new.__dict__.update({k: v for k, v in old.__dict__.items() if k == "_pelt_state"})
         plain.set_submodule(name, new)
     expected = literal(**batch)
     torch.testing.assert_close(found.loss, expected.loss, rtol=0, atol=1e-10)
@@ -112,9 +112,9 @@ def test_nothing_is_left_on_the_layers(make_base, make_batch):
     base, batch = make_base(), make_batch()
     model = get_pelt_model(base, METHODS["composite"])
     model(**batch)
-    assert all(site.in_flight.ffn_input is None for site in model._injection.sites)
+    assert all(state.in_flight.ffn_input is None for state in model._injection.states)
     model.remove()
-    assert not [m for m in base.modules() if m._forward_pre_hooks or "_pelt_site" in m.__dict__]
+    assert not [m for m in base.modules() if m._forward_pre_hooks or "_pelt_state" in m.__dict__]
 
 
 def test_experts_of_a_composite_merge_bit_for_bit(make_base, make_batch, randomise, tmp_path):

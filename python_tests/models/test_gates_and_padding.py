@@ -167,9 +167,8 @@ def test_layers_without_a_prefix_run_the_base_models_attention(make_base, make_b
         torch.testing.assert_close(model(**batch).logits, expected, rtol=0, atol=1e-6)
         model.remove()
         one = get_pelt_model(base, PrefixTuningConfig(prefix_length=3, skip_layers=(1,)))
-        first = one.base_model.bert.encoder.layer[0].attention.self._pelt_site
-        second = one.base_model.bert.encoder.layer[1].attention.self._pelt_site
-        assert first.prefix is one.prefix and second.prefix is None
+        first, second = (layer.attention.self for layer in one.base_model.bert.encoder.layer)
+        assert first._pelt_prefix.prefixes is one.prefix and not hasattr(second, "_pelt_prefix")
         assert one.prefix.num_layers == 1
         assert (one(**batch).logits - expected).abs().max() > 1e-4
         one.remove()

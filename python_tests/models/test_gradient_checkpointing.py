@@ -95,5 +95,5 @@ def test_nothing_of_a_batch_outlives_its_forward(make_base, make_batch):
         model = get_pelt_model(make_base(), method).train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model(**make_batch()).loss.backward()
-        for site in model._injection.sites:
-            assert site.in_flight.mask is None and site.in_flight.prefix_gate is None
+        for state in model._injection.states:
+            assert state.in_flight.mask is None and state.in_flight.prefix_gate is None
