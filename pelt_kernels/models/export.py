@@ -5,18 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..methods import Parts, parts_of
+from ..methods import Parts
 from ..methods.lora import TARGETS
 from ..nn import ExpertLoRALinear, LoRALinear
-from .pruning import Prunable
+from .pruning import pruned_weights
 from .slots import layers_of, slots_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from .inject import Injection
 
 
 class Matrix(NamedTuple):
@@ -36,48 +34,17 @@ class Matrix(NamedTuple):
         return 1 - self.zeros / self.entries
 
 
-class Exportable(Prunable):
-    """What `PeltModel` does to become a plain model."""
+def merged_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights in which each replaced Linear's parts are, by the Linear's name.
 
-    if TYPE_CHECKING:
-        _injection: Injection
-
-    def why_not_dense(self) -> str:
-        """Empty where `export_dense` can serve, else the reason it cannot, as one clause."""
-        return why_not_mergeable(parts_of(self.method_config))
-
-    @torch.no_grad()
-    def export_dense(self) -> PreTrainedModel:
-        """Takes the method out and leaves what was learned in the plain base model's weights: the
-        same logits, without this package. This object is of no use afterwards.
-
-        PST's pruned weights are written with their exact number of zeros, bit for bit what the
-        forward used. LoRA becomes ``W + alpha / R · B A``, computed in float64 and rounded once;
-        AdaMix's experts are averaged before. Biases and heads that were trained in place stay.
-
-        Raises:
-            ValueError: a part that no weight can hold (adapters, prefixes, gated LoRA), LoRA over
-                16-bit weights, which would round it away, or a method that is not in the model.
-        """
-        self._check_attached("export_dense")
-        refusal = self.why_not_dense()
-        if refusal:
-            raise ValueError(f"export_dense: expected parts that weights can hold, got {refusal}")
-        self._injection.check_detachable("export_dense")
-        weights = self._merged_weights()
-        self._take_out(keep_trained=True)
-        self._put({f"{name}.weight": weight for name, weight in weights.items()})
-        return self.base_model
-
-    def _merged_weights(self) -> dict[str, Tensor]:
-        """The weights in which each replaced Linear's parts are, by the Linear's name."""
-        weights = {}
-        if parts_of(self.method_config).pruning is not None:
-            weights = self._pruned_weights("export_dense")
-        for name, module in self.base_model.named_modules():
-            if isinstance(module, (LoRALinear, ExpertLoRALinear)):
-                weights[name] = module.merged_weight()
-        return weights
+    Raises:
+        ValueError: LoRA over 16-bit weights, which would round it away.
+    """
+    weights = pruned_weights(model)
+    for name, module in model.named_modules():
+        if isinstance(module, (LoRALinear, ExpertLoRALinear)):
+            weights[name] = module.merged_weight()
+    return weights
 
 
 def why_not_mergeable(parts: Parts) -> str:

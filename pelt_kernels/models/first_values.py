@@ -1,20 +1,88 @@
-"""The values that parameters had before they were trained in place, and their way back."""
+"""Which parameters are trained in place, the values they had before, and their way back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..methods import Parts
 from .vocabulary import vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def kept(parameter: Tensor) -> Tensor:
+def head_names(model: PreTrainedModel) -> frozenset[str]:
+    """The parameters outside the encoder; a decoder tied to the embeddings is inside."""
+    inside = {id(parameter) for parameter in model.base_model.parameters()}
+    return frozenset(
+        name for name, parameter in model.named_parameters() if id(parameter) not in inside
+    )
+
+
+def names_in_place(model: PreTrainedModel, parts: Parts, head: Collection[str]) -> list[str]:
+    """The parameters of the base model that a method trains."""
+    return [
+        name
+        for name, _ in model.named_parameters()
+        if (name in head and parts.tune_head)
+        or parts.tune == "all"
+        or (parts.tune == "bias" and "bias" in name)
+    ]
+
+
+class FirstValues:
+    """What some parameters of a model held when this was made.
+
+    Args:
+        names: those that will be trained in place.
+        head: those of the model's head, with which `keep_head` leaves things as they are.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, names: Collection[str], head: Collection[str]
+    ) -> None:
+        named = dict(model.named_parameters())
+        self.values = {name: _copied(named[name]) for name in names}
+        self._head = frozenset(head)
+        self._vocabulary = vocabulary_of(model)
+
+    def add(self, name: str, parameter: Tensor) -> None:
+        """One more parameter, which is about to be changed; one that is known stays as it was."""
+        self.values.setdefault(name, _copied(parameter))
+
+    def check(self, model: PreTrainedModel, who: str, keep_head: bool) -> None:
+        """Raises ValueError where a parameter cannot have its first value back: it is gone, or has
+        another shape for another reason than a vocabulary that was resized since.
+        """
+        named = dict(model.named_parameters())
+        words = vocabulary_of(model)
+        for name, value in self._wanted(keep_head).items():
+            now = named[name].shape if name in named else None
+            is_resized = now == (words, *value.shape[1:]) and len(value) == self._vocabulary
+            if now != value.shape and not is_resized:
+                raise ValueError(
+                    f"{who}: expected {name} {list(value.shape)} as the method met it, got "
+                    f"{'none' if now is None else list(now)}; put it back, or use "
+                    "remove(keep_head=True), which leaves a head as it is"
+                )
+
+    def put(self, model: PreTrainedModel, keep_head: bool) -> dict[str, Tensor]:
+        """Gives the parameters their first values; returns those that they had."""
+        wanted = self._wanted(keep_head)
+        named = dict(model.named_parameters())
+        trained = {name: named[name].detach().clone() for name in wanted}
+        put_values(model, wanted)
+        return trained
+
+    def _wanted(self, keep_head: bool) -> dict[str, Tensor]:
+        return {n: v for n, v in self.values.items() if not (keep_head and n in self._head)}
+
+
+def _copied(parameter: Tensor) -> Tensor:
     """A copy of a parameter that takes no space on the accelerator."""
     return parameter.detach().clone() if parameter.is_meta else parameter.detach().cpu().clone()
 
@@ -31,22 +99,3 @@ def put_values(model: PreTrainedModel, values: Mapping[str, Tensor]) -> None:
             parameter.copy_(value)
         else:
             parameter[: len(value)].copy_(value[: len(parameter)])
-
-
-def check_first_values(
-    model: PreTrainedModel, values: Mapping[str, Tensor], vocabulary: int, who: str
-) -> None:
-    """Raises ValueError where a parameter cannot have its first value back: it is gone, or has
-    another shape for another reason than a vocabulary that was resized since.
-    """
-    named = dict(model.named_parameters())
-    words = vocabulary_of(model)
-    for name, value in values.items():
-        now = named[name].shape if name in named else None
-        is_resized = now == (words, *value.shape[1:]) and len(value) == vocabulary
-        if now != value.shape and not is_resized:
-            raise ValueError(
-                f"{who}: expected {name} {list(value.shape)} as the method met it, got "
-                f"{'none' if now is None else list(now)}; put it back, or use "
-                "remove(keep_head=True), which leaves a head as it is"
-            )

@@ -149,7 +149,7 @@ class LayerState:
 
 @dataclass
 class LayerPrefix:
-    """Which prefix an attention has: a row of the model's prefixes, and whether a gate scales it."""
+    """Which prefix an attention has: a row of the model's, and whether a gate scales it."""
 
     prefixes: PrefixAttention
     row: int

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-import inspect
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..methods import AdaMixConfig, MethodConfig, parts_of, with_part_changes
 from ..nn import Bank
-from .attention_config import viewed
-from .checkpoint import BASE, Checkpointed, without_reparametrisation
-from .export import Exportable
-from .first_values import check_first_values, kept, put_values
+from .adapter_files import copy_weights
+from .allocation import check_size
+from .checkpoint import collapsed, read_adapter, save_adapter, without_reparametrisation
+from .export import merged_weights, why_not_mergeable
+from .first_values import FirstValues, head_names, names_in_place, put_values
 from .inject import Injection, raise_occupied
 from .mixture import compares_passes, consistent_forward
-from .shown import empty, shown_as
+from .pruning import check_progress, density, set_sparsity
 from .slots import slots_of
-from .vocabulary import held_words, vocabulary_of
+from .vocabulary import held_words, put_rows, word_embeddings
+from .wrapped import BASE, WrappedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
+    from typing_extensions import Self
 
 
-class PeltModel(Exportable, Checkpointed):
+class PeltModel(WrappedModel):
     """A frozen transformers encoder, a method's parts inside it, and its trained classification
     head.
 
@@ -46,7 +49,6 @@ class PeltModel(Exportable, Checkpointed):
     """
 
     def __init__(self, model: PreTrainedModel, config: MethodConfig) -> None:
-        super().__init__()
         if not isinstance(config, MethodConfig):
             raise TypeError(
                 "get_pelt_model: expected config as a method's config such as UniPELTConfig.apl(), "
@@ -57,58 +59,33 @@ class PeltModel(Exportable, Checkpointed):
         parts = parts_of(config)
         slots = slots_of(model)
         named = dict(model.named_parameters())
-        head = _head_names(model)
+        head = head_names(model)
         if config.method == "head" and not head:
             raise ValueError(
                 "HeadConfig: expected a model with a head, such as one for sequence "
                 "classification, got "
                 f"{type(model).__name__}, which has no parameter outside its encoder"
             )
-        in_place = [
-            name
-            for name in named
-            if (name in head and parts.tune_head)
-            or parts.tune == "all"
-            or (parts.tune == "bias" and "bias" in name)
-        ]
+        in_place = names_in_place(model, parts, head)
         injection = Injection(model, slots, parts)
-        self.base_model = model
+        super().__init__(model)
         self.prefix = injection.prefix
         self._compares_passes = parts.mixture is not None and compares_passes(model, parts.mixture)
         self.method_config = config
-        self._head = head
         self._requires_grad = {name: parameter.requires_grad for name, parameter in named.items()}
-        self._first_values = (
-            None if parts.tune == "all" else {name: kept(named[name]) for name in in_place}
-        )
-        self._vocabulary = vocabulary_of(model)
+        self._first_values = None if parts.tune == "all" else FirstValues(model, in_place, head)
         self._held_words = held_words(model)
         self._injection = injection
         self._is_detached = False
+        self._progress: float | None = None  # as `set_progress` was told; None: never
         injection.attach()
         added = {
             name for name, _ in self.named_parameters() if name.removeprefix(BASE) not in named
         }
-        trained = added | {BASE + name for name in in_place}
+        self._set_trained(added | {BASE + name for name in in_place})
         self.requires_grad_(False)
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name in trained)
-        self._trained = tuple(name for name, _ in self.named_parameters() if name in trained)
-
-    SHOWN: ClassVar[tuple[type, type]]  # of the class that `shown_as` made
-
-    def __new__(cls, model: Any = None, config: Any = None) -> PeltModel:
-        has_forward = hasattr(type(model), "forward") and not hasattr(cls, "SHOWN")
-        made: PeltModel = super().__new__(shown_as(cls, type(model)) if has_forward else cls)
-        return made
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made for the base model's, so its name alone would not find it again.
-        return empty, type(self).SHOWN, self.__dict__
-
-    def _get_name(self) -> str:
-        # transformers.Trainer asks by it whether labels stand for the next token.
-        return type(self.base_model).__name__
+        for parameter in self.trained_parameters().values():
+            parameter.requires_grad_(True)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward: its arguments, which `inspect.signature` shows, and its
@@ -124,11 +101,29 @@ class PeltModel(Exportable, Checkpointed):
                 training is (`set_progress`, `callbacks`).
         """
         if self.base_model.training and not self._is_detached:
-            self._check_progress()
+            check_progress(self.method_config, self._progress)
             mixture = parts_of(self.method_config).mixture
             if mixture is not None and self._compares_passes:
                 return consistent_forward(self.base_model, mixture.consistency, args, kwargs)
         return self.base_model(*args, **kwargs)
+
+    def set_progress(self, progress: float) -> None:
+        """Tells the method which share of the training is done: PST's sparsity follows it, for
+        every forward from here on. A new model stands at 0, a loaded one at 1.
+        """
+        self._progress = progress
+        set_sparsity(self.base_model, self.method_config, progress)
+
+    def density(self) -> dict[str, float]:
+        """Of each matrix that PST prunes, by its Linear's name, the share that is not 0 now."""
+        return density(self.base_model, self.method_config)
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the base model's loss takes num_items_in_batch; transformers.Trainer asks. A
+        consistency, which is a mean over the batch, does not.
+        """
+        return not self._compares_passes and super().accepts_loss_kwargs
 
     def callbacks(self) -> list[TrainerCallback]:
         """What a transformers.Trainer needs to train the method as its paper does, for its
@@ -145,80 +140,6 @@ class PeltModel(Exportable, Checkpointed):
         if parts.mixture is not None:
             made.append(SparedExperts(self))
         return made
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            # While a copy or a pickle is being filled there is no model yet to ask.
-            if name == "base_model" or "base_model" not in self.__dict__.get("_modules", {}):
-                raise
-            return getattr(self.base_model, name)
-
-    @property
-    def config(self) -> Any:
-        """The base model's configuration; the method's is `method_config`."""
-        return viewed(self.base_model.config)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the base model is."""
-        return self.base_model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the base model's weights."""
-        return self.base_model.dtype
-
-    @property
-    def accepts_loss_kwargs(self) -> bool:
-        """Whether the base model's loss takes num_items_in_batch; transformers.Trainer asks. A
-        consistency, which is a mean over the batch, does not.
-        """
-        model = self.base_model
-        if self._compares_passes:
-            return False
-        if hasattr(model, "accepts_loss_kwargs"):
-            return bool(model.accepts_loss_kwargs)
-        parameters = inspect.signature(model.forward).parameters.values()
-        return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        """Keeps only the layers' inputs. Reentrant or not, gradients and dropout stay the same.
-
-        Args:
-            gradient_checkpointing_kwargs: for `torch.utils.checkpoint`, such as ``use_reentrant``.
-            options: further ones of the base model, such as ``every_n_layers``.
-        """
-        model = self.base_model
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        enable = enable or model.gradient_checkpointing_enable
-        enable(gradient_checkpointing_kwargs, **options)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keeps activations again."""
-        model = self.base_model
-        (
-            getattr(model, "activation_checkpointing_disable", None)
-            or model.gradient_checkpointing_disable
-        )()
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """The numbers of parameters that require a gradient, and of all."""
-        parameters = list(self.parameters())
-        return sum(p.numel() for p in parameters if p.requires_grad), sum(
-            p.numel() for p in parameters
-        )
-
-    def print_trainable_parameters(self) -> None:
-        """Prints both numbers and their ratio."""
-        trainable, total = self.get_nb_trainable_parameters()
-        print(
-            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: "
-            f"{100 * trainable / total:.4f}"
-        )
 
     def record_gates(self, enabled: bool = True) -> None:
         """Keeps the gates of the latest forward for `gate_values`, or stops. Off by default."""
@@ -257,9 +178,8 @@ class PeltModel(Exportable, Checkpointed):
             )
         self.prefix.collapse()
         self.method_config = without_reparametrisation(self.method_config)
-        named = [name for name, _ in self.named_parameters()]
-        kept = set(self._trained) | {name for name in named if name.startswith("prefix.")}
-        self._trained = tuple(name for name in named if name in kept)
+        prefix = {f"prefix.{name}" for name, _ in self.prefix.named_parameters()}
+        self._set_trained(prefix.union(self._trained))
 
     def merge_experts(self) -> None:
         """Replaces AdaMix's experts by their average, a single adapter: the evaluation's logits bit
@@ -282,6 +202,33 @@ class PeltModel(Exportable, Checkpointed):
         self.method_config = with_part_changes(self.method_config, AdaMixConfig, experts=1)
         self._compares_passes = False
 
+    def why_not_dense(self) -> str:
+        """Empty where `export_dense` can serve, else the reason it cannot, as one clause."""
+        return why_not_mergeable(parts_of(self.method_config))
+
+    @torch.no_grad()
+    def export_dense(self) -> PreTrainedModel:
+        """Takes the method out and leaves what was learned in the plain base model's weights: the
+        same logits, without this package. This object is of no use afterwards.
+
+        PST's pruned weights are written with their exact number of zeros, bit for bit what the
+        forward used. LoRA becomes ``W + alpha / R · B A``, computed in float64 and rounded once;
+        AdaMix's experts are averaged before. Biases and heads that were trained in place stay.
+
+        Raises:
+            ValueError: a part that no weight can hold (adapters, prefixes, gated LoRA), LoRA over
+                16-bit weights, which would round it away, or a method that is not in the model.
+        """
+        self._check_attached("export_dense")
+        refusal = self.why_not_dense()
+        if refusal:
+            raise ValueError(f"export_dense: expected parts that weights can hold, got {refusal}")
+        self._injection.check_detachable("export_dense")
+        weights = merged_weights(self.base_model)
+        self._take_out()
+        put_values(self.base_model, {f"{name}.weight": w for name, w in weights.items()})
+        return self.base_model
+
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside, the model computes what the untouched base model computes, with the trained head
@@ -292,19 +239,19 @@ class PeltModel(Exportable, Checkpointed):
         Raises:
             ValueError: the method is full fine-tuning, which has no untouched base.
         """
-        self._check_has_base("disable_adapter")
+        first_values = self._base_values("disable_adapter")
         if self._is_detached:
             yield
             return
         self._injection.check_detachable("disable_adapter")
-        self._check_first_values("disable_adapter", keep_head=True)
+        first_values.check(self.base_model, "disable_adapter", keep_head=True)
         self._injection.detach()
         self._is_detached = True
-        trained_values = self._put_first_values(keep_head=True)
+        trained_values = first_values.put(self.base_model, keep_head=True)
         try:
             yield
         finally:
-            self._put(trained_values)
+            put_values(self.base_model, trained_values)
             self._injection.attach()
             self._is_detached = False
 
@@ -323,49 +270,115 @@ class PeltModel(Exportable, Checkpointed):
                 ``model.base_model`` is its result. Or a parameter has another shape now, or is
                 computed from others; the model is as it was.
         """
-        self._check_has_base("remove")
+        first_values = self._base_values("remove")
         self._check_attached("remove")
         self._injection.check_detachable("remove")
-        self._check_first_values("remove", keep_head)
-        self._take_out(keep_head=keep_head)
+        first_values.check(self.base_model, "remove", keep_head)
+        self._take_out()
+        first_values.put(self.base_model, keep_head)
         return self.base_model
 
-    def _take_out(self, keep_head: bool = False, keep_trained: bool = False) -> None:
-        """Leaves the base model; what was trained in place keeps its values where asked to."""
+    def _take_out(self) -> None:
+        """Leaves the base model; what was trained in place keeps its values."""
         self._injection.detach()
         self._is_detached = True
-        if not keep_trained:
-            self._put_first_values(keep_head=keep_head)
         for name, parameter in self.base_model.named_parameters():
             parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
             parameter.grad = None
 
-    def _put_first_values(self, keep_head: bool) -> dict[str, Tensor]:
-        """Gives parameters trained in place their first values; returns the trained ones."""
-        wanted = self._wanted_values(keep_head)
-        named = dict(self.base_model.named_parameters())
-        trained = {name: named[name].detach().clone() for name in wanted}
-        self._put(wanted)
-        return trained
-
-    def _wanted_values(self, keep_head: bool) -> dict[str, Tensor]:
-        first = self._first_values or {}
-        return {n: value for n, value in first.items() if not (keep_head and n in self._head)}
-
-    def _check_first_values(self, who: str, keep_head: bool) -> None:
-        wanted = self._wanted_values(keep_head)
-        check_first_values(self.base_model, wanted, self._vocabulary, who)
-
-    def _put(self, values: dict[str, Tensor]) -> None:
-        put_values(self.base_model, values)
-
-    def _check_has_base(self, who: str) -> None:
+    def _base_values(self, who: str) -> FirstValues:
+        """What the base model held before. Raises ValueError for full fine-tuning."""
         if self._first_values is None:
             raise ValueError(
                 f"{who}: expected a method that leaves the base model alone, got "
                 f"{self.method_config.method!r}, which "
                 "trains it in place; keep a copy of the model, or load it again"
             )
+        return self._first_values
+
+    def _check_attached(self, who: str) -> None:
+        if self._is_detached:
+            raise ValueError(
+                f"{who}: expected the method to be in the model, got one inside disable_adapter() "
+                "or removed"
+            )
+
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], *, collapse_prefix: bool = False, **ignored: Any
+    ) -> None:
+        """Writes adapter_config.json and adapter_model.safetensors: what was trained, the head
+        included, nothing else but the word embeddings' rows that `resize_token_embeddings` added to
+        what the base model was loaded from, as no other file has them.
+
+        Args:
+            directory: made if it is not there; earlier files are replaced whole, by os.replace.
+            collapse_prefix: write the prefixes' keys and values instead of their reparametrisation:
+                smaller, but training cannot resume from it. This model keeps its reparametrisation.
+            ignored: further arguments that transformers passes to every model (``state_dict``,
+                ``is_main_process``).
+
+        Raises:
+            ValueError: a trained number is not finite. OSError: the directory cannot be made or
+                written, or there is no space. Earlier files are as they were.
+        """
+        self._check_attached("save_pretrained")
+        config, tensors = self.method_config, dict[str, Tensor](self.trained_parameters())
+        if collapse_prefix and self.prefix is not None:
+            config, tensors = collapsed(config, tensors, self.prefix)
+        save_adapter(directory, self.base_model, config, tensors, self._held_words)
+
+    def load_adapter(self, directory: str | os.PathLike[str]) -> None:
+        """Loads what `save_pretrained` wrote into this model, which must have the same method.
+
+        Raises:
+            FileNotFoundError: a file is missing. ValueError: it is damaged, or of another method or
+                model.
+        """
+        self._check_attached("load_adapter")
+        adapter = read_adapter(directory, self.base_model, self.method_config)
+        copy_weights(self.trained_parameters(), adapter.tensors, directory)
+        self._put_rows(adapter.rows)
+
+    @classmethod
+    def from_pretrained(
+        cls, model: PreTrainedModel, directory: str | os.PathLike[str], is_trainable: bool = False
+    ) -> Self:
+        """The base model with an adapter that `save_pretrained` wrote. On an error the base model
+        is as it was.
+
+        Args:
+            model: a model like the one the adapter was trained in, without a method.
+            is_trainable: whether training goes on; if not, nothing requires a gradient and the
+                model is in evaluation.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a damaged or cut file, another architecture, shape or method, or a number
+                that is not finite.
+        """
+        adapter = read_adapter(directory, model)
+        check_size(model, adapter.config, adapter.tensors, directory)
+        made = cls(model, adapter.config)
+        try:
+            copy_weights(made.trained_parameters(), adapter.tensors, directory)
+        except BaseException:
+            made._take_out()
+            if made._first_values is not None:
+                made._first_values.put(model, keep_head=False)
+            raise
+        made._put_rows(adapter.rows)
+        made.set_progress(1.0)
+        if not is_trainable:
+            made.requires_grad_(False)
+            made.eval()
+        return made
+
+    def _put_rows(self, rows: Tensor | None) -> None:
+        """Gives the last words a file's embeddings; the base model's own come back with it."""
+        if rows is not None:
+            if self._first_values is not None:
+                self._first_values.add(*word_embeddings(self.base_model))
+            put_rows(self.base_model, rows)
 
 
 def get_pelt_model(model: PreTrainedModel, config: MethodConfig) -> PeltModel:
@@ -382,11 +395,3 @@ def get_pelt_model(model: PreTrainedModel, config: MethodConfig) -> PeltModel:
         TypeError: config is not a method's config.
     """
     return PeltModel(model, config)
-
-
-def _head_names(model: PreTrainedModel) -> frozenset[str]:
-    """The parameters outside the encoder; a decoder tied to the embeddings is inside."""
-    inside = {id(parameter) for parameter in model.base_model.parameters()}
-    return frozenset(
-        name for name, parameter in model.named_parameters() if id(parameter) not in inside
-    )

@@ -2,72 +2,64 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 from torch import Tensor, nn
 
 from ..methods import MethodConfig, parts_of
 from ..nn import PrunedLinear
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+
+def set_sparsity(model: nn.Module, config: MethodConfig, progress: float) -> None:
+    """Gives the pruned Linears of a model the sparsity of a share of the training; a method
+    without them has none to set.
+    """
+    pruning = parts_of(config).pruning
+    if pruning is not None:
+        sparsity = pruning.sparsity_at(progress)
+        for linear in pruned_linears(model).values():
+            linear.sparsity = sparsity
 
 
-class Prunable(nn.Module):
-    """What `PeltModel` does for PST."""
+def check_progress(config: MethodConfig, progress: float | None) -> None:
+    """Raises ValueError for a training forward of PST that nothing will ever prune, as nobody said
+    how far the training is.
+    """
+    pruning = parts_of(config).pruning
+    is_told = progress is not None or pruning is None or not pruning.sparsity
+    if not is_told and torch.is_grad_enabled():
+        raise ValueError(
+            "PSTConfig: expected to be told how far the training is, which the sparsity "
+            "follows, got a training forward without; give transformers.Trainer "
+            "callbacks=model.callbacks(), or call model.set_progress(share of the steps done) "
+            "before each step"
+        )
 
-    _progress: float | None = None  # as `set_progress` was told; None: never
 
-    if TYPE_CHECKING:
-        base_model: PreTrainedModel
-        method_config: MethodConfig
+@torch.no_grad()
+def density(model: nn.Module, config: MethodConfig) -> dict[str, float]:
+    """Of each matrix that PST prunes, by its Linear's name, the share that is not 0 now.
 
-        def _check_attached(self, who: str) -> None: ...
-        def _take_out(self, keep_head: bool = False, keep_trained: bool = False) -> None: ...
-        def _put(self, values: dict[str, Tensor]) -> None: ...
+    Raises:
+        ValueError: another method.
+    """
+    if parts_of(config).pruning is None:
+        raise ValueError(
+            f"density: expected the method 'pst', alone or as a part, got {config.method!r}"
+        )
+    weights = pruned_weights(model)
+    counts = torch.stack([(weight != 0).sum() for weight in weights.values()]).tolist()
+    return {
+        name: count / weight.numel()
+        for (name, weight), count in zip(weights.items(), counts, strict=True)
+    }
 
-    def set_progress(self, progress: float) -> None:
-        """Tells the method which share of the training is done: PST's sparsity follows it, for
-        every forward from here on. A new model stands at 0, a loaded one at 1.
-        """
-        self._progress = progress
-        pruning = parts_of(self.method_config).pruning
-        if pruning is not None:
-            sparsity = pruning.sparsity_at(progress)
-            for module in self._pruned("set_progress").values():
-                module.sparsity = sparsity
 
-    def _check_progress(self) -> None:
-        """Raises ValueError for a training forward of PST that nothing will ever prune."""
-        pruning = parts_of(self.method_config).pruning
-        is_told = self._progress is not None or pruning is None or not pruning.sparsity
-        if not is_told and torch.is_grad_enabled():
-            raise ValueError(
-                "PSTConfig: expected to be told how far the training is, which the sparsity "
-                "follows, got a training forward without; give transformers.Trainer "
-                "callbacks=model.callbacks(), or call model.set_progress(share of the steps done) "
-                "before each step"
-            )
+def pruned_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights as the forward uses them, by the Linears' names."""
+    return {name: linear.pruned_weight() for name, linear in pruned_linears(model).items()}
 
-    @torch.no_grad()
-    def density(self) -> dict[str, float]:
-        """Of each matrix that PST prunes, by its Linear's name, the share that is not 0 now."""
-        weights = self._pruned_weights("density")
-        counts = torch.stack([(weight != 0).sum() for weight in weights.values()]).tolist()
-        return {
-            name: count / weight.numel()
-            for (name, weight), count in zip(weights.items(), counts, strict=True)
-        }
 
-    def _pruned_weights(self, who: str) -> dict[str, Tensor]:
-        return {name: module.pruned_weight() for name, module in self._pruned(who).items()}
-
-    def _pruned(self, who: str) -> dict[str, PrunedLinear]:
-        if parts_of(self.method_config).pruning is None:
-            raise ValueError(
-                f"{who}: expected the method 'pst', alone or as a part, got "
-                f"{self.method_config.method!r}"
-            )
-        named = self.base_model.named_modules()
-        return {name: module for name, module in named if isinstance(module, PrunedLinear)}
+def pruned_linears(model: nn.Module) -> dict[str, PrunedLinear]:
+    """The Linears that PST prunes, by name."""
+    named = model.named_modules()
+    return {name: module for name, module in named if isinstance(module, PrunedLinear)}

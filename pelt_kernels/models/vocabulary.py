@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
@@ -73,6 +74,13 @@ def check_rows(
             f"from_pretrained: expected finite numbers in the range of {weight.dtype}, got others "
             f"in {ADDED_ROWS} in {where}"
         )
+
+
+def put_rows(model: PreTrainedModel, rows: Tensor) -> None:
+    """Gives the last words their embeddings."""
+    _, weight = word_embeddings(model)
+    with torch.no_grad():
+        weight[-len(rows) :].copy_(rows)
 
 
 def _cached_config(name: str) -> str | None:

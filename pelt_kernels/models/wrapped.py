@@ -1,0 +1,205 @@
+"""A transformers model inside a module that is called like it and looks like it to others, and
+whose state is what is trained.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Container, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+from .attention_config import viewed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from typing_extensions import Self
+
+BASE = "base_model."  # how the names of the model's own parameters begin
+_made: dict[tuple[Any, Any], Any] = {}
+
+
+class LoadResult(NamedTuple):
+    """What `load_state_dict` found, as torch's own result."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class WrappedModel(nn.Module):
+    """Forwards calls and attributes to the model it holds.
+
+    Its class is made for that model's: `shown_as` says what others read from it.
+
+    Attributes:
+        base_model: the model.
+    """
+
+    SHOWN: ClassVar[tuple[type, type]]  # of the class that `shown_as` made
+
+    def __new__(cls, model: Any = None, *args: Any) -> Self:
+        has_forward = hasattr(type(model), "forward") and not hasattr(cls, "SHOWN")
+        made: Self = super().__new__(shown_as(cls, type(model)) if has_forward else cls)
+        return made
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.base_model = model
+        self._trained: tuple[str, ...] = ()  # names of parameters, in their order
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made for the base model's, so its name alone would not find it again.
+        return empty, type(self).SHOWN, self.__dict__
+
+    def _get_name(self) -> str:
+        # transformers.Trainer asks by it whether labels stand for the next token.
+        return type(self.base_model).__name__
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # While a copy or a pickle is being filled there is no model yet to ask.
+            if name == "base_model" or "base_model" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.base_model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward, its arguments and its outputs."""
+        return self.base_model(*args, **kwargs)
+
+    @property
+    def config(self) -> Any:
+        """The base model's configuration; the method's is `method_config`."""
+        return viewed(self.base_model.config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model is."""
+        return self.base_model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the base model's weights."""
+        return self.base_model.dtype
+
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the base model's loss takes num_items_in_batch; transformers.Trainer asks."""
+        model = self.base_model
+        if hasattr(model, "accepts_loss_kwargs"):
+            return bool(model.accepts_loss_kwargs)
+        parameters = inspect.signature(model.forward).parameters.values()
+        return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Keeps only the layers' inputs. Reentrant or not, gradients and dropout stay the same.
+
+        Args:
+            gradient_checkpointing_kwargs: for `torch.utils.checkpoint`, such as ``use_reentrant``.
+            options: further ones of the base model, such as ``every_n_layers``.
+        """
+        model = self.base_model
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        enable = enable or model.gradient_checkpointing_enable
+        enable(gradient_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keeps activations again."""
+        model = self.base_model
+        (
+            getattr(model, "activation_checkpointing_disable", None)
+            or model.gradient_checkpointing_disable
+        )()
+
+    def _set_trained(self, names: Container[str]) -> None:
+        """Only these are trained, from here on."""
+        self._trained = tuple(name for name, _ in self.named_parameters() if name in names)
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """The method's parts and the head by name, whether they require a gradient now or not."""
+        named = dict(self.named_parameters())
+        return {name: named[name] for name in self._trained}
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """The numbers of parameters that require a gradient, and of all."""
+        parameters = list(self.parameters())
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(
+            p.numel() for p in parameters
+        )
+
+    def print_trainable_parameters(self) -> None:
+        """Prints both numbers and their ratio."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: "
+            f"{100 * trainable / total:.4f}"
+        )
+
+    def state_dict(  # type: ignore[override]
+        self, *args: Any, frozen: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """What is trained, by parameter name; with ``frozen`` the base model's weights too.
+
+        transformers.Trainer saves a model's state_dict, so its checkpoints hold what is trained and
+        nothing else.
+        """
+        state = super().state_dict(*args, **kwargs)
+        if not frozen:
+            prefix = kwargs.get("prefix", "")
+            trained = {prefix + name for name in self._trained}
+            for key in [key for key in state if key.startswith(prefix) and key not in trained]:
+                del state[key]
+        return state
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> LoadResult:
+        """Loads what `state_dict` gives; names of the frozen base may be left out.
+
+        Raises:
+            RuntimeError: with ``strict``, a trained parameter is missing or a name is unknown; a
+                shape differs.
+        """
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [name for name in result.missing_keys if name in self._trained]
+        if strict and (missing or result.unexpected_keys):
+            raise RuntimeError(
+                "PeltModel.load_state_dict: expected every trained parameter and no other name, "
+                f"got {len(missing)} missing "
+                f"{missing[:3]} and {len(result.unexpected_keys)} unexpected "
+                f"{result.unexpected_keys[:3]}"
+            )
+        return LoadResult(missing, list(result.unexpected_keys))
+
+
+def shown_as(kind: Any, base: Any) -> Any:
+    """A subclass of `kind` whose forward shows the signature of a base model's and whose name has
+    that class's name in it.
+
+    transformers.Trainer keeps the columns of a data set that ``forward`` names, takes those of them
+    for labels that belong to the class, and knows question answering by the class's name.
+    """
+    if (kind, base) in _made:
+        return _made[kind, base]
+    call = kind.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return call(self, *args, **kwargs)
+
+    forward.__doc__ = call.__doc__
+    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    members = {"forward": forward, "SHOWN": (kind, base)}
+    members |= {"__doc__": kind.__doc__, "__module__": kind.__module__}
+    _made[kind, base] = type(f"Pelt{base.__name__}", (kind,), members)
+    return _made[kind, base]
+
+
+def empty(kind: Any, base: Any) -> Any:
+    """An object of that subclass that nothing has filled yet, as a copy and a pickle begin."""
+    made = shown_as(kind, base)
+    return made.__new__(made)
