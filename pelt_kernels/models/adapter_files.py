@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from .._version import __version__
 from ..methods import MethodConfig, config_from_dict
+from .tensor_files import DIGEST, digest, read_tensors, write_atomically, write_tensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FORMAT = 2
 WITHOUT_DIGEST = 1  # of files from before the weights carried one
-# safetensors writes several keys in an order of its own, another one each time: one key makes equal
-# adapters equal files.
 HEADER = "pelt_kernels"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # The types of what a config says about the base model, and how a sentence calls them.
@@ -75,20 +70,8 @@ def write_adapter(
     }
     text = json.dumps(described, indent=2, sort_keys=True)
     weights = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-    header = {"config": described["config"], "sha256": digest(weights)}
-    metadata = {HEADER: json.dumps(header, sort_keys=True)}
-    write_atomically(target / WEIGHTS_FILE, safetensors_bytes(weights, metadata=metadata))
+    write_tensors(target / WEIGHTS_FILE, weights, HEADER, {"config": described["config"]})
     write_atomically(target / CONFIG_FILE, text.encode() + b"\n")
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of CPU tensors, in the order of their names."""
-    found = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def read_config(directory: str | os.PathLike[str]) -> tuple[MethodConfig, dict[str, Any]]:
@@ -141,19 +124,8 @@ def read_weights(directory: str | os.PathLike[str], config: MethodConfig) -> dic
             floating-point numbers.
     """
     path = Path(directory) / WEIGHTS_FILE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"from_pretrained: expected {WEIGHTS_FILE} in {directory}, found none"
-        )
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError) as error:
-        raise ValueError(
-            f"from_pretrained: {path} cannot be read, it is damaged or cut short ({error})"
-        ) from error
-    written, expected = _read_header(metadata.get(HEADER, ""))
+    tensors, header = read_tensors(path, "from_pretrained", HEADER)
+    written, expected = _written_with(header)
     if written != config:
         raise ValueError(
             f"from_pretrained: {CONFIG_FILE} and {WEIGHTS_FILE} in {directory} are not from the "
@@ -176,14 +148,13 @@ def read_weights(directory: str | os.PathLike[str], config: MethodConfig) -> dic
     return tensors
 
 
-def _read_header(text: str) -> tuple[MethodConfig | None, str | None]:
+def _written_with(header: Any) -> tuple[MethodConfig | None, str | None]:
     """The config that the weights were saved with (None: not ours) and their digest (None: they
     have none). Fields that came later than the file have their defaults.
     """
     try:
-        header = json.loads(text)
-        if isinstance(header, dict) and "sha256" in header:
-            return config_from_dict(header.get("config", {})), str(header["sha256"])
+        if isinstance(header, dict) and DIGEST in header:
+            return config_from_dict(header.get("config", {})), str(header[DIGEST])
         return config_from_dict(header), None
     except (ValueError, RecursionError):
         return None, None
@@ -243,20 +214,3 @@ def _some(names: list[str]) -> str:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Through a temporary file in the same folder, with the permissions of a plain open()."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -7,18 +7,15 @@ gives the model back, bit for bit. A folder written as ``dense`` is transformers
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from .adapter_files import digest, write_atomically
+from .tensor_files import DIGEST, digest, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,8 +70,7 @@ def save_exported(
     # Tied tensors are written once for each of their names, each with its own memory.
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     header = {"form": form, "model": type(model).__name__, "shapes": shapes}
-    metadata = {HEADER: json.dumps(header | {"sha256": digest(tensors)}, sort_keys=True)}
-    write_atomically(target / SPARSE_FILE, safetensors_bytes(tensors, metadata=metadata))
+    write_tensors(target / SPARSE_FILE, tensors, HEADER, header)
 
 
 def load_exported(directory: str | os.PathLike[str]) -> PreTrainedModel:
@@ -223,16 +219,7 @@ def _from_two_of_four(parts: Mapping[str, Tensor], shape: Sequence[int]) -> Tens
 
 def _read(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = Path(directory) / SPARSE_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"load_exported: expected {SPARSE_FILE} in {directory}, found none")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            header = json.loads((file.metadata() or {})[HEADER])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError, KeyError, RecursionError) as error:
-        raise ValueError(
-            f"load_exported: {path} cannot be read, it is damaged or of another program ({error})"
-        ) from error
+    tensors, header = read_tensors(path, "load_exported", HEADER)
     wrong = _why_not_ours(header, tensors)
     if wrong:
         raise ValueError(f"load_exported: {path} is damaged or of another program ({wrong})")
@@ -255,6 +242,6 @@ def _why_not_ours(header: Any, tensors: Mapping[str, Tensor]) -> str:
         if missing:
             return f"{name}.{missing[0]} is missing"
     # Files from before the digest have none.
-    if "sha256" in header and header["sha256"] != digest(tensors):
+    if DIGEST in header and header[DIGEST] != digest(tensors):
         return "the tensors are not those that were written"
     return ""

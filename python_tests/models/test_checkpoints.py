@@ -23,7 +23,7 @@ from pelt_kernels.methods import (
     UniPELTConfig,
 )
 from pelt_kernels.models import FAMILIES, PeltModel, get_pelt_model
-from pelt_kernels.models.adapter_files import digest
+from pelt_kernels.models.tensor_files import digest
 
 SMALL = {
     "adapter": BottleneckAdapterConfig(bottleneck=4),
