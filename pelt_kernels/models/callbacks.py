@@ -8,6 +8,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from ..methods import Parts
 from ..nn import spare_unselected
 
 
@@ -58,3 +59,13 @@ class SparedExperts(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+
+def callbacks_for(model: Any, parts: Parts) -> list[TrainerCallback]:
+    """What training a `PeltModel` needs, by its parts."""
+    made: list[TrainerCallback] = []
+    if parts.pruning is not None:
+        made.append(SparsitySchedule(model))
+    if parts.mixture is not None:
+        made.append(SparedExperts(model))
+    return made

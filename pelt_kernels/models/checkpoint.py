@@ -11,8 +11,7 @@ from torch import Tensor
 from ..methods import MethodConfig, PrefixTuningConfig, with_part_changes
 from ..nn import PrefixAttention
 from .adapter_files import read_config, read_weights, write_adapter
-from .vocabulary import ADDED_ROWS, check_rows, vocabulary_of, word_embeddings
-from .wrapped import BASE
+from .vocabulary import ADDED_ROWS, check_rows, vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,18 +32,13 @@ def save_adapter(
     model: PreTrainedModel,
     config: MethodConfig,
     trained: Mapping[str, Tensor],
-    held_words: int,
+    rows: Tensor | None,
 ) -> None:
-    """Writes what is trained, and the rows of the words beyond those that files of the base model
-    hold, unless the embeddings are trained themselves.
-    """
+    """Writes what is trained, and the rows of words that no file of the base model holds."""
     tensors = dict(trained)
     base = describe_base(model)
-    added = base["vocab_size"] - held_words
-    if added > 0:
-        name, weight = word_embeddings(model)
-        if BASE + name not in tensors:
-            base["vocab_added"], tensors[ADDED_ROWS] = added, weight[-added:]
+    if rows is not None:
+        base["vocab_added"], tensors[ADDED_ROWS] = len(rows), rows
     write_adapter(directory, config, base, tensors)
 
 

@@ -21,7 +21,7 @@ from .inject import Injection, raise_occupied
 from .mixture import compares_passes, consistent_forward
 from .pruning import check_progress, density, set_sparsity
 from .slots import slots_of
-from .vocabulary import held_words, put_rows, word_embeddings
+from .vocabulary import word_embeddings
 from .wrapped import BASE, WrappedModel
 
 if TYPE_CHECKING:
@@ -74,7 +74,6 @@ class PeltModel(WrappedModel):
         self.method_config = config
         self._requires_grad = {name: parameter.requires_grad for name, parameter in named.items()}
         self._first_values = None if parts.tune == "all" else FirstValues(model, in_place, head)
-        self._held_words = held_words(model)
         self._injection = injection
         self._is_detached = False
         self._progress: float | None = None  # as `set_progress` was told; None: never
@@ -131,15 +130,9 @@ class PeltModel(WrappedModel):
         methods.
         """
         # transformers' Trainer takes seconds to import, which only training needs.
-        from .callbacks import SparedExperts, SparsitySchedule
+        from .callbacks import callbacks_for
 
-        parts = parts_of(self.method_config)
-        made: list[TrainerCallback] = []
-        if parts.pruning is not None:
-            made.append(SparsitySchedule(self))
-        if parts.mixture is not None:
-            made.append(SparedExperts(self))
-        return made
+        return callbacks_for(self, parts_of(self.method_config))
 
     def record_gates(self, enabled: bool = True) -> None:
         """Keeps the gates of the latest forward for `gate_values`, or stops. Off by default."""
@@ -325,7 +318,7 @@ class PeltModel(WrappedModel):
         config, tensors = self.method_config, dict[str, Tensor](self.trained_parameters())
         if collapse_prefix and self.prefix is not None:
             config, tensors = collapsed(config, tensors, self.prefix)
-        save_adapter(directory, self.base_model, config, tensors, self._held_words)
+        save_adapter(directory, self.base_model, config, tensors, self._added_rows())
 
     def load_adapter(self, directory: str | os.PathLike[str]) -> None:
         """Loads what `save_pretrained` wrote into this model, which must have the same method.
@@ -375,10 +368,9 @@ class PeltModel(WrappedModel):
 
     def _put_rows(self, rows: Tensor | None) -> None:
         """Gives the last words a file's embeddings; the base model's own come back with it."""
-        if rows is not None:
-            if self._first_values is not None:
-                self._first_values.add(*word_embeddings(self.base_model))
-            put_rows(self.base_model, rows)
+        if rows is not None and self._first_values is not None:
+            self._first_values.add(*word_embeddings(self.base_model))
+        super()._put_rows(rows)
 
 
 def get_pelt_model(model: PreTrainedModel, config: MethodConfig) -> PeltModel:

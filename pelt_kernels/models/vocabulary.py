@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 
@@ -30,7 +29,7 @@ def word_embeddings(model: PreTrainedModel) -> tuple[str, Tensor]:
         if parameter is weight:
             return name, weight
     raise ValueError(
-        f"save_pretrained: expected the word embeddings of {type(model).__name__} to be a "
+        f"PeltModel: expected the word embeddings of {type(model).__name__} to be a "
         "parameter of it, got a weight that is computed from others"
     )
 
@@ -76,11 +75,15 @@ def check_rows(
         )
 
 
-def put_rows(model: PreTrainedModel, rows: Tensor) -> None:
-    """Gives the last words their embeddings."""
-    _, weight = word_embeddings(model)
-    with torch.no_grad():
-        weight[-len(rows) :].copy_(rows)
+def check_count(rows: Tensor, model: PreTrainedModel, held: int) -> None:
+    """Raises RuntimeError where a state holds rows for another number of added words."""
+    added = vocabulary_of(model) - held
+    if added > 0 and len(rows) != added:
+        raise RuntimeError(
+            f"PeltModel.load_state_dict: expected {ADDED_ROWS} for the {added} words that were "
+            f"added to the {held} of the base model, got {len(rows)}; "
+            f"model.resize_token_embeddings({held + len(rows)}) gives it as many"
+        )
 
 
 def _cached_config(name: str) -> str | None:

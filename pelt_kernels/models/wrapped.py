@@ -1,5 +1,5 @@
 """A transformers model inside a module that is called like it and looks like it to others, and
-whose state is what is trained.
+whose state is what is trained and what no file of the model holds.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .attention_config import viewed
+from .vocabulary import ADDED_ROWS, check_count, held_words, vocabulary_of, word_embeddings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +40,7 @@ class WrappedModel(nn.Module):
 
     SHOWN: ClassVar[tuple[type, type]]  # of the class that `shown_as` made
 
-    def __new__(cls, model: Any = None, *args: Any) -> Self:
+    def __new__(cls, model: Any = None, *args: Any, **kwargs: Any) -> Self:
         has_forward = hasattr(type(model), "forward") and not hasattr(cls, "SHOWN")
         made: Self = super().__new__(shown_as(cls, type(model)) if has_forward else cls)
         return made
@@ -48,6 +49,7 @@ class WrappedModel(nn.Module):
         super().__init__()
         self.base_model = model
         self._trained: tuple[str, ...] = ()  # names of parameters, in their order
+        self._held_words = held_words(model)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made for the base model's, so its name alone would not find it again.
@@ -143,7 +145,8 @@ class WrappedModel(nn.Module):
     def state_dict(  # type: ignore[override]
         self, *args: Any, frozen: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
-        """What is trained, by parameter name; with ``frozen`` the base model's weights too.
+        """What is trained, by parameter name, and the word embeddings' rows that are in no file of
+        the base model's; with ``frozen`` all of its weights.
 
         transformers.Trainer saves a model's state_dict, so its checkpoints hold what is trained and
         nothing else.
@@ -154,6 +157,9 @@ class WrappedModel(nn.Module):
             trained = {prefix + name for name in self._trained}
             for key in [key for key in state if key.startswith(prefix) and key not in trained]:
                 del state[key]
+            rows = self._added_rows()
+            if rows is not None:
+                state[prefix + ADDED_ROWS] = rows
         return state
 
     def load_state_dict(
@@ -165,6 +171,10 @@ class WrappedModel(nn.Module):
             RuntimeError: with ``strict``, a trained parameter is missing or a name is unknown; a
                 shape differs.
         """
+        rows = state_dict.get(ADDED_ROWS)
+        if rows is not None:
+            check_count(rows, self.base_model, self._held_words)
+            state_dict = {key: state_dict[key] for key in state_dict if key != ADDED_ROWS}
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
         missing = [name for name in result.missing_keys if name in self._trained]
         if strict and (missing or result.unexpected_keys):
@@ -174,7 +184,26 @@ class WrappedModel(nn.Module):
                 f"{missing[:3]} and {len(result.unexpected_keys)} unexpected "
                 f"{result.unexpected_keys[:3]}"
             )
+        self._put_rows(rows)
         return LoadResult(missing, list(result.unexpected_keys))
+
+    def _added_rows(self) -> Tensor | None:
+        """The rows of words beyond those that the base model's own files hold; None where there are
+        none, or where the embeddings are trained as a whole.
+        """
+        added = vocabulary_of(self.base_model) - self._held_words
+        if added <= 0:
+            return None
+        name, weight = word_embeddings(self.base_model)
+        # A copy: torch.save writes the whole memory of a view.
+        return None if BASE + name in self._trained else weight.detach()[-added:].clone()
+
+    def _put_rows(self, rows: Tensor | None) -> None:
+        """Gives the last words a file's embeddings."""
+        if rows is not None:
+            _, weight = word_embeddings(self.base_model)
+            with torch.no_grad():
+                weight[-len(rows) :].copy_(rows)
 
 
 def shown_as(kind: Any, base: Any) -> Any:

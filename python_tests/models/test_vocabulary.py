@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 from every_method import ADAPTER, LORA, METHODS
 from safetensors.torch import load_file
+from test_training import trainer
 
 from pelt_kernels.methods import BitFitConfig
 from pelt_kernels.models import PeltModel, get_pelt_model
@@ -120,6 +121,23 @@ def test_added_words_travel_with_the_adapter(method, source, make_batch, randomi
     removed = again.remove()
     assert torch.equal(removed.state_dict()[WEIGHT], before)
     assert torch.equal(removed(**batch).logits, plain)
+
+
+def test_added_words_are_in_the_checkpoints_of_a_trainer(source, make_batch, tmp_path):
+    model = get_pelt_model(resized(source), LORA)
+    trainer(model, make_batch, tmp_path, max_steps=3).train()
+    again = get_pelt_model(resized(source, seed=1), LORA)
+    first = again.get_input_embeddings().weight.detach().clone()
+    checkpoint = load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    assert set(checkpoint) == {*model.trained_parameters(), "vocabulary.added"}
+    again.load_state_dict(checkpoint)
+    batch = with_new_words(make_batch(with_labels=False))
+    assert torch.equal(again.eval()(**batch).logits, model.eval()(**batch).logits)
+    assert "vocabulary.added" not in again.state_dict(frozen=True)
+    assert torch.equal(again.remove().get_input_embeddings().weight, first)
+    other = get_pelt_model(resized(source, MORE + 1), LORA)
+    with pytest.raises(RuntimeError, match=r"for the 6 words .* the 99 of .* got 5; .*\(104\)"):
+        other.load_state_dict(checkpoint)
 
 
 def test_words_added_under_the_method_travel_too(source, make_batch, make_base, tmp_path):
