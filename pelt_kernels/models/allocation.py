@@ -62,7 +62,7 @@ def check_size(
     except _TooLargeError as error:
         needed = str(error)
     else:
-        modules = [place.adapted for place in injection.replacements]
+        modules = [replacement.adapted for replacement in injection.replacements]
         if injection.prefix is not None:
             modules.append(injection.prefix)
         new = {id(p): p.numel() for module in modules for p in module.parameters()}

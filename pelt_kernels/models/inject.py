@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..methods import Parts, PrefixTuningConfig
 from ..nn import PrefixAttention
-from .attention import register_attention
 from .attention_config import with_pelt_attention
 from .layer import (
     FIRST_LAYER_ATTRIBUTE,
@@ -21,7 +20,6 @@ from .layer import (
     Forwards,
     LayerPrefix,
     LayerState,
-    attention_forward,
     begin_forward,
     end_forward,
     hooks_of,
@@ -81,7 +79,7 @@ class Injection:
         return LayerPrefix(self.prefix, row, bool(self.parts.prefix.gated))
 
     def attach(self) -> None:
-        """Puts the parts in: modules, the attention function, the hooks of each layer."""
+        """Puts the parts in: modules, the attention's name, the hooks of each layer."""
         if self.uses_pelt_attention or self.parts.has_parallel_adapter:
             encoder = self.model.base_model
             self._mark(encoder, FORWARDS_ATTRIBUTE, Forwards(self.states))
@@ -90,7 +88,6 @@ class Injection:
         for replacement in self.replacements:
             replacement.put_in()
         if self.uses_pelt_attention:
-            register_attention(attention_forward)
             self._use_config(self.base_config, self.pelt_config)
         for layer, state, prefix in zip(self.layers, self.states, self.prefixes, strict=True):
             self._attach_layer(layer, state, prefix)

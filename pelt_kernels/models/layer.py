@@ -2,19 +2,21 @@
 
 In a BERT layer, with every part; what a method leaves out is the base model's own:
 
-    module                    what runs there                takes from the state   leaves there
-    (the encoder)             begin_forward                  what an outer forward left
-    attention.self            read_mask, before it                                  mask
-        query                 AdaptedLinear                  (reads mask)           prefix gate
-        key, value            AdaptedLinear                  (reads mask)
-        attention function    attention_forward              prefix gate
-    attention.output.dense    AdaptedLinear                  (reads mask)
-    intermediate.dense        keep_ffn_input, before it                             FFN's input
-                              AdaptedLinear                  (reads mask)
-    output.dense              AdaptedLinear, ExpertLinear    (reads mask)
-    output.LayerNorm          AdaptedNorm                    mask, FFN's input
-                              or end_layer, before it        mask
-    (the encoder)             end_forward                    gives it back
+    module                  what runs there              takes from the state     leaves in it
+    (the encoder)           begin_forward                what an outer forward left
+    embeddings              start_gradient, after them
+    (the layer)             check_random_state, before it
+    attention.self          read_mask, before it                                  mask
+      query                 AdaptedLinear                (reads mask)             prefix gate
+      key, value            AdaptedLinear                (reads mask)
+      attention function    attention_forward            prefix gate
+    attention.output.dense  AdaptedLinear                (reads mask)
+    intermediate.dense      keep_ffn_input, before it                             FFN's input
+                            AdaptedLinear                (reads mask)
+    output.dense            AdaptedLinear, ExpertLinear  (reads mask)
+    output.LayerNorm        AdaptedNorm                  mask, FFN's input
+                            or end_layer, before it      mask
+    (the encoder)           end_forward, after it                                 what waited
 
 The modules of a layer do not call each other, so three values travel in the layer's state. Each is
 left by the step that has it and taken, which clears it, by the last that wants it; all within the
@@ -22,12 +24,12 @@ modules of one layer, because transformers checkpoints a layer's forward: hooks 
 outside of what is computed again, its modules and their hooks inside.
 
 `PrunedLinear` and `ExpertLoRALinear` need nothing of the state: they stand in a layer as they are.
-`slots.py` says at which module of a family each step happens. A layer of another shape changes one
-place: an adapter where no LayerNorm follows is a stand-in for the FFN's second Linear beside
-`ExpertLinear`; a fused query, key and value is a stand-in beside `AdaptedLinear`, with a branch for
-each range of columns; another attention in the layer has a `LayerPrefix` of its own and shares the
-state, as its prefix gate is taken before the next one is left. Keys from a cache hold no prefix,
-which joins them at each step anew.
+`slots.py` says at which module of a family a step happens, `hooks_of` and `replacement.StandIns`
+put it there. A layer of another shape adds one step: an adapter where no LayerNorm follows is a
+stand-in for the FFN's second Linear beside `ExpertLinear`; a fused query, key and value is one
+beside `AdaptedLinear`, with a branch for each range of columns; an attention over other tokens has
+a `LayerPrefix` of its own, shares the state, whose prefix gate is taken before the next is left,
+and leaves no mask. Keys from a cache hold no prefix, which joins them at each step anew.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from ..nn import ExpertAdapter, GatedAdapter, LoRALinear, PrefixAttention
 from ..nn.lora_linear import BRANCH_GATE
 from ..nn.original import Original
 from ..ops.prefix_attention.weights import attention_weights
-from .attention import base_attention, check_mask, is_causal, wants_weights
+from .attention import base_attention, check_mask, is_causal, register_attention, wants_weights
 from .attention_config import PELT, AttentionView
 from .slots import Slots
 
@@ -312,6 +314,10 @@ def attention_forward(
     if wants_weights(module, kwargs):
         weights = own.prefixes.weights(own.row, query, key, gate=gate, **options)
     return out.transpose(1, 2), weights
+
+
+# Here and not where a method is put in: a pickled model meets this module and nothing else.
+register_attention(attention_forward)
 
 
 def keep_ffn_input(ffn_in: nn.Module, args: tuple[Any, ...]) -> None:

@@ -3,7 +3,7 @@
 A family is one entry here, and at most one place in `layer.py`, which is a layer's program. Its
 steps, and the slots at which they happen:
 
-    read the padding mask           attention.module, for each attention of the layer
+    read the padding mask           attention.module
     project, with LoRA or a gate    attention.query, key, value, output, ffn_in, ffn_out
     attend, with a prefix           attention.module, by the attention function it calls
     keep the FFN's input            ffn_in

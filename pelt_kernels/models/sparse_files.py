@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FORMS = ("dense", "2:4", "csr")
 SPARSE_FILE = "sparse_model.safetensors"
 HEADER = "pelt_kernels_sparse"
-PARTS = {"csr": ("crow_indices", "col_indices", "values"), "2:4": ("values", "places")}
+PIECES = {"csr": ("crow_indices", "col_indices", "values"), "2:4": ("values", "places")}
 GROUP, KEPT = 4, 2  # of 2:4: at most two entries in four neighbours
 
 
@@ -58,7 +58,7 @@ def save_exported(
         for name, tensor in model.state_dict().items():
             if name in weights:
                 made = _to_csr(tensor) if form == "csr" else _to_two_of_four(tensor)
-                tensors.update({f"{name}.{part}": value for part, value in made.items()})
+                tensors.update({f"{name}.{piece}": value for piece, value in made.items()})
             else:
                 tensors[name] = tensor.contiguous()
     target = Path(directory)
@@ -110,15 +110,15 @@ def _dense_state(tensors: Mapping[str, Tensor], header: dict[str, Any]) -> dict[
         if not any(name.startswith(f"{matrix}.") for matrix in header["shapes"])
     }
     for name, shape in header["shapes"].items():
-        parts = {
+        pieces = {
             key.removeprefix(f"{name}."): tensor
             for key, tensor in tensors.items()
             if key.startswith(f"{name}.")
         }
         state[name] = (
-            _from_csr(parts, shape).to_dense()
+            _from_csr(pieces, shape).to_dense()
             if header["form"] == "csr"
-            else _from_two_of_four(parts, shape)
+            else _from_two_of_four(pieces, shape)
         )
     return state
 
@@ -133,7 +133,7 @@ def sparse_weights(directory: str | os.PathLike[str]) -> dict[str, Tensor]:
     if header["form"] != "csr":
         raise ValueError(f"sparse_weights: expected {directory} as csr, got {header['form']!r}")
     return {
-        name: _from_csr({part: tensors[f"{name}.{part}"] for part in PARTS["csr"]}, shape)
+        name: _from_csr({piece: tensors[f"{name}.{piece}"] for piece in PIECES["csr"]}, shape)
         for name, shape in header["shapes"].items()
     }
 
@@ -185,11 +185,11 @@ def _to_csr(weight: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _from_csr(parts: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+def _from_csr(pieces: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
     return torch.sparse_csr_tensor(
-        parts["crow_indices"],
-        parts["col_indices"],
-        parts["values"],
+        pieces["crow_indices"],
+        pieces["col_indices"],
+        pieces["values"],
         size=tuple(shape),
         check_invariants=True,
     )
@@ -209,8 +209,8 @@ def _to_two_of_four(weight: Tensor) -> dict[str, Tensor]:
     return {"values": values, "places": packed.to(torch.uint8)}
 
 
-def _from_two_of_four(parts: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
-    values, packed = parts["values"], parts["places"].long()
+def _from_two_of_four(pieces: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+    values, packed = pieces["values"], pieces["places"].long()
     halves = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)[:, : shape[1] // GROUP]
     places = torch.stack([halves & 3, halves >> 2], dim=2)
     groups = values.new_zeros(shape[0], shape[1] // GROUP, GROUP)
@@ -238,7 +238,7 @@ def _why_not_ours(header: Any, tensors: Mapping[str, Tensor]) -> str:
     for name, shape in shapes.items():
         if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)):
             return f"expected shapes.{name} as two whole numbers, got {shape!r:.80}"
-        missing = [part for part in PARTS[header["form"]] if f"{name}.{part}" not in tensors]
+        missing = [piece for piece in PIECES[header["form"]] if f"{name}.{piece}" not in tensors]
         if missing:
             return f"{name}.{missing[0]} is missing"
     # Files from before the digest have none.

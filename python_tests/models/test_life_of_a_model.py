@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -152,6 +154,18 @@ def test_a_copy_is_independent(method, make_base, make_batch, randomise):
     model.remove()
     assert torch.equal(twin(**batch).logits, trained)
     twin.remove()
+
+
+def test_a_pickle_serves_in_another_process(make_base, make_batch, randomise, tmp_path):
+    model, batch = randomise(get_pelt_model(make_base(), APL)), make_batch(with_labels=False)
+    torch.save([model, batch], tmp_path / "model.pt")
+    code = (
+        f"import torch; torch.set_num_threads({torch.get_num_threads()})\n"
+        f"model, batch = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)\n"
+        f"torch.save(model(**batch).logits, {str(tmp_path / 'logits.pt')!r})"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), model(**batch).logits)
 
 
 def test_a_model_built_from_the_same_config_object_is_not_touched(make_base, make_batch):
