@@ -11,7 +11,6 @@ from torch.overrides import TorchFunctionMode
 
 from ..methods import MethodConfig, parts_of
 from .inject import Injection
-from .slots import slots_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +57,7 @@ def check_size(
     own = {id(parameter): parameter.numel() for parameter in model.parameters()}
     try:
         with _WithoutMemory(held + sum(own.values())):
-            injection = Injection(model, slots_of(model), parts_of(config))
+            injection = Injection(model, parts_of(config))
     except _TooLargeError as error:
         needed = str(error)
     else:

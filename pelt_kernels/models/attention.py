@@ -14,11 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
-from transformers.utils import logging
 
 from .attention_config import PELT
-
-logger = logging.get_logger(__name__)
 
 
 def register_attention(attention_forward: Callable[..., Any]) -> None:
@@ -55,51 +52,13 @@ def padding_mask(
     return attention_mask
 
 
-def check_mask(mask: Any) -> None:
-    """Raises ValueError unless the mask is None or a padding mask [B, N] bool."""
-    if mask is not None and (
-        not isinstance(mask, Tensor) or mask.ndim != 2 or mask.dtype != torch.bool
-    ):
-        got = (
-            f"{list(mask.shape)} {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
-        )
-        raise ValueError(
-            "pelt attention: expected attention_mask [B, N] with 1 for tokens and 0 for padding, "
-            f"got {got}; masks for "
-            "single query-key pairs are not supported by gates and prefixes (generate() makes one "
-            "unless cache_implementation is left at its default)"
-        )
-
-
-def is_causal(module: nn.Module) -> bool:
-    """Whether an attention module's queries see no later keys. Its keys may come from a cache, in
-    which no prefix lies: that is seen at each step anew.
-    """
-    return bool(getattr(module, "is_causal", False))
-
-
-def wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether this call is asked for attention weights, as transformers decides it; then says once
-    what that costs.
-    """
-    default = getattr(module.config, "output_attentions", False)
-    if not kwargs.get("output_attentions", default):
-        return False
-    if not torch.compiler.is_compiling():
-        logger.warning_once(
-            "pelt attention: output_attentions=True: the weights [B, H, S, P + N] are computed by "
-            "PyTorch beside the kernels, which never make them, prefix columns first; leave it out "
-            "where speed and memory matter"
-        )
-    return True
-
-
 def base_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
+    causal: bool,
     scaling: float | None,
     dropout: float,
     kwargs: dict[str, Any],
@@ -120,11 +79,11 @@ def base_attention(
             )
     else:
         function = AttentionInterface()[name]
-    if mask is not None or is_causal(module):
-        if mask is not None and name == "eager" and not is_causal(module):
+    if mask is not None or causal:
+        if mask is not None and name == "eager" and not causal:
             hidden = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device)
             mask = hidden.masked_fill(~mask, torch.finfo(query.dtype).min)[:, None, None, :]
-        elif mask is not None and name == "sdpa" and not is_causal(module):
+        elif mask is not None and name == "sdpa" and not causal:
             mask = mask[:, None, None, :]
         else:
             mask = AttentionMaskInterface()[name](
@@ -133,9 +92,7 @@ def base_attention(
                 kv_length=key.shape[2],
                 q_offset=key.shape[2] - query.shape[2],
                 kv_offset=0,
-                mask_function=causal_mask_function
-                if is_causal(module)
-                else bidirectional_mask_function,
+                mask_function=causal_mask_function if causal else bidirectional_mask_function,
                 attention_mask=mask,
                 allow_is_causal_skip=False,
                 dtype=query.dtype,

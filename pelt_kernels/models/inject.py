@@ -12,22 +12,24 @@ from torch import Tensor, nn
 from ..methods import Parts, PrefixTuningConfig
 from ..nn import PrefixAttention
 from .attention_config import with_pelt_attention
-from .layer import (
+from .encoder_hooks import (
     FIRST_LAYER_ATTRIBUTE,
     FORWARDS_ATTRIBUTE,
-    PREFIX_ATTRIBUTE,
-    STATE_ATTRIBUTE,
     Forwards,
-    LayerPrefix,
-    LayerState,
     begin_forward,
     end_forward,
-    hooks_of,
-    read_mask,
     start_gradient,
 )
+from .layer import (
+    PREFIX_ATTRIBUTE,
+    STATE_ATTRIBUTE,
+    LayerPrefix,
+    LayerState,
+    hooks_of,
+    read_mask,
+)
 from .replacement import Replacement, StandIns, check_places
-from .slots import Slots, embeddings_of, layers_of
+from .slots import embeddings_of, layers_of, slots_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,8 +45,9 @@ class Injection:
         replacements: which modules of the base model give way to which.
     """
 
-    def __init__(self, model: PreTrainedModel, slots: Slots, parts: Parts) -> None:
-        self.model, self.slots, self.parts = model, slots, parts
+    def __init__(self, model: PreTrainedModel, parts: Parts) -> None:
+        self.model, self.parts = model, parts
+        self.slots = slots = slots_of(model)
         self.layers = layers_of(model, slots)
         self.embeddings = embeddings_of(model, slots)
         self._check()

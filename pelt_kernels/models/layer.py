@@ -3,8 +3,6 @@
 In a BERT layer, with every part; what a method leaves out is the base model's own:
 
     module                  what runs there              takes from the state     leaves in it
-    (the encoder)           begin_forward                what an outer forward left
-    embeddings              start_gradient, after them
     (the layer)             check_random_state, before it
     attention.self          read_mask, before it                                  mask
       query                 AdaptedLinear                (reads mask)             prefix gate
@@ -16,7 +14,6 @@ In a BERT layer, with every part; what a method leaves out is the base model's o
     output.dense            AdaptedLinear, ExpertLinear  (reads mask)
     output.LayerNorm        AdaptedNorm                  mask, FFN's input
                             or end_layer, before it      mask
-    (the encoder)           end_forward, after it                                 what waited
 
 The modules of a layer do not call each other, so three values travel in the layer's state. Each is
 left by the step that has it and taken, which clears it, by the last that wants it; all within the
@@ -29,12 +26,11 @@ put it there. A layer of another shape adds one step: an adapter where no LayerN
 stand-in for the FFN's second Linear beside `ExpertLinear`; a fused query, key and value is one
 beside `AdaptedLinear`, with a branch for each range of columns; an attention over other tokens has
 a `LayerPrefix` of its own, shares the state, whose prefix gate is taken before the next is left,
-and leaves no mask. Keys from a cache hold no prefix, which joins them at each step anew.
+and leaves no mask.
 """
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,23 +38,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from ..methods import Parts
 from ..nn import ExpertAdapter, GatedAdapter, LoRALinear, PrefixAttention
 from ..nn.lora_linear import BRANCH_GATE
 from ..nn.original import Original
 from ..ops.prefix_attention.weights import attention_weights
-from .attention import base_attention, check_mask, is_causal, register_attention, wants_weights
+from .attention import base_attention, register_attention
 from .attention_config import PELT, AttentionView
 from .slots import Slots
+
+logger = logging.get_logger(__name__)
 
 Hook = Callable[..., None]
 
 # Attributes under which modules of the base model hold what the functions below need.
 STATE_ATTRIBUTE = "_pelt_state"
 PREFIX_ATTRIBUTE = "_pelt_prefix"
-FORWARDS_ATTRIBUTE = "_pelt_forwards"
-FIRST_LAYER_ATTRIBUTE = "_pelt_first_layer"
 
 PREFIX_GATE = "prefix"
 
@@ -158,52 +155,6 @@ class LayerPrefix:
     is_gated: bool
 
 
-class Forwards(threading.local):
-    """Keeps a forward that begins inside another one, in a hook of one of its modules, apart from
-    it: what is in flight in the layers waits until the inner forward has ended.
-    """
-
-    def __init__(self, states: list[LayerState]) -> None:
-        self.states = states
-        self.waiting: list[list[tuple[InFlight, dict[str, Any]]]] = []
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Forwards:
-        return Forwards(copy.deepcopy(self.states, memo))
-
-    def __reduce__(self) -> tuple[type[Forwards], tuple[list[LayerState]]]:
-        return Forwards, (self.states,)
-
-
-def begin_forward(encoder: nn.Module, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook of the encoder: lets what is in flight wait."""
-    if torch.compiler.is_compiling():
-        return
-    forwards: Forwards = getattr(encoder, FORWARDS_ATTRIBUTE)
-    waiting = []
-    for state in forwards.states:
-        flight = state.in_flight
-        # Spelled out, as nearly every forward finds nothing here.
-        if (
-            flight.mask is not None
-            or flight.prefix_gate is not None
-            or flight.ffn_input is not None
-        ):
-            waiting.append((flight, vars(flight).copy()))
-            vars(flight).clear()
-    forwards.waiting.append(waiting)
-
-
-def start_gradient(embeddings: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Forward hook of the embeddings. Reentrant checkpointing passes no gradient to the parameters
-    of a layer none of whose inputs requires one, and the output of frozen embeddings does not.
-    """
-    first: nn.Module = getattr(embeddings, FIRST_LAYER_ATTRIBUTE)
-    is_checkpointed = getattr(first, "gradient_checkpointing", False) and first.training
-    if is_checkpointed and torch.is_grad_enabled() and not output.requires_grad:
-        output.requires_grad_(True)
-    return output
-
-
 def check_random_state(layer: nn.Module, args: tuple[Any, ...]) -> None:
     """Forward pre-hook of a layer: the experts of a checkpointed layer are drawn again from the
     random state in which its forward drew them, so that state has to be kept.
@@ -214,6 +165,22 @@ def check_random_state(layer: nn.Module, args: tuple[Any, ...]) -> None:
         raise ValueError(
             "AdaMixConfig: expected gradient checkpointing with preserve_rng_state=True (a layer "
             "that is computed again draws the experts of its forward again), got False"
+        )
+
+
+def check_mask(mask: Any) -> None:
+    """Raises ValueError unless the mask is None or a padding mask [B, N] bool."""
+    if mask is not None and (
+        not isinstance(mask, Tensor) or mask.ndim != 2 or mask.dtype != torch.bool
+    ):
+        got = (
+            f"{list(mask.shape)} {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+        )
+        raise ValueError(
+            "pelt attention: expected attention_mask [B, N] with 1 for tokens and 0 for padding, "
+            f"got {got}; masks for "
+            "single query-key pairs are not supported by gates and prefixes (generate() makes one "
+            "unless cache_implementation is left at its default)"
         )
 
 
@@ -256,6 +223,22 @@ class AdaptedLinear(LoRALinear):
         return y
 
 
+def wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether this call is asked for attention weights, as transformers decides it; then says once
+    what that costs.
+    """
+    default = getattr(module.config, "output_attentions", False)
+    if not kwargs.get("output_attentions", default):
+        return False
+    if not torch.compiler.is_compiling():
+        logger.warning_once(
+            "pelt attention: output_attentions=True: the weights [B, H, S, P + N] are computed by "
+            "PyTorch beside the kernels, which never make them, prefix columns first; leave it out "
+            "where speed and memory matter"
+        )
+    return True
+
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -290,14 +273,14 @@ def attention_forward(
             "the attention implementation 'pelt' cannot be chosen by hand"
         )
     check_mask(attention_mask)
+    # Keys from a cache hold no prefix: it joins them at each step anew.
+    causal = bool(getattr(module, "is_causal", False))
     # The same for the kernel and for the weights of those who want to see them.
-    options: dict[str, Any] = {
-        "key_mask": attention_mask, "is_causal": is_causal(module), "scale": scaling
-    }  # fmt: skip
+    options: dict[str, Any] = {"key_mask": attention_mask, "is_causal": causal, "scale": scaling}
     own: LayerPrefix | None = getattr(module, PREFIX_ATTRIBUTE, None)
     if state is None or own is None:
         out, weights = base_attention(
-            module, query, key, value, attention_mask, scaling, dropout, kwargs
+            module, query, key, value, attention_mask, causal, scaling, dropout, kwargs
         )
         if weights is None and wants_weights(module, kwargs):
             weights = attention_weights(query, key, **options)
@@ -387,12 +370,3 @@ def end_layer(ffn_norm: nn.Module, args: tuple[Any, ...]) -> None:
     """Forward pre-hook of the last LayerNorm of a layer without an adapter."""
     state: LayerState = getattr(ffn_norm, STATE_ATTRIBUTE)
     state.take_mask()
-
-
-def end_forward(encoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook of the encoder, called after an error too: what waited goes on."""
-    if torch.compiler.is_compiling():
-        return
-    for in_flight, values in getattr(encoder, FORWARDS_ATTRIBUTE).waiting.pop():
-        vars(in_flight).clear()
-        vars(in_flight).update(values)

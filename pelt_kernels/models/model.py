@@ -20,7 +20,6 @@ from .first_values import FirstValues, head_names, names_in_place, put_values
 from .inject import Injection, raise_occupied
 from .mixture import compares_passes, consistent_forward
 from .pruning import check_progress, density, set_sparsity
-from .slots import slots_of
 from .vocabulary import word_embeddings
 from .wrapped import BASE, WrappedModel
 
@@ -57,7 +56,7 @@ class PeltModel(WrappedModel):
         if isinstance(model, PeltModel):
             raise_occupied()
         parts = parts_of(config)
-        slots = slots_of(model)
+        injection = Injection(model, parts)
         named = dict(model.named_parameters())
         head = head_names(model)
         if config.method == "head" and not head:
@@ -67,13 +66,13 @@ class PeltModel(WrappedModel):
                 f"{type(model).__name__}, which has no parameter outside its encoder"
             )
         in_place = names_in_place(model, parts, head)
-        injection = Injection(model, slots, parts)
+        first_values = None if parts.tune == "all" else FirstValues(model, in_place, head)
         super().__init__(model)
         self.prefix = injection.prefix
         self._compares_passes = parts.mixture is not None and compares_passes(model, parts.mixture)
         self.method_config = config
         self._requires_grad = {name: parameter.requires_grad for name, parameter in named.items()}
-        self._first_values = None if parts.tune == "all" else FirstValues(model, in_place, head)
+        self._first_values = first_values
         self._injection = injection
         self._is_detached = False
         self._progress: float | None = None  # as `set_progress` was told; None: never

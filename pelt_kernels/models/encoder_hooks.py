@@ -1,0 +1,73 @@
+"""What happens around the layers of an encoder: a forward that begins inside another one is kept
+apart from it, and checkpointed layers are given an input that requires a gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layer import InFlight, LayerState
+
+# Attributes under which the encoder and its embeddings hold what the hooks need.
+FORWARDS_ATTRIBUTE = "_pelt_forwards"
+FIRST_LAYER_ATTRIBUTE = "_pelt_first_layer"
+
+
+class Forwards(threading.local):
+    """Keeps a forward that begins inside another one, in a hook of one of its modules, apart from
+    it: what is in flight in the layers waits until the inner forward has ended.
+    """
+
+    def __init__(self, states: list[LayerState]) -> None:
+        self.states = states
+        self.waiting: list[list[tuple[InFlight, dict[str, Any]]]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Forwards:
+        return Forwards(copy.deepcopy(self.states, memo))
+
+    def __reduce__(self) -> tuple[type[Forwards], tuple[list[LayerState]]]:
+        return Forwards, (self.states,)
+
+
+def begin_forward(encoder: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of the encoder: lets what is in flight wait."""
+    if torch.compiler.is_compiling():
+        return
+    forwards: Forwards = getattr(encoder, FORWARDS_ATTRIBUTE)
+    waiting = []
+    for state in forwards.states:
+        flight = state.in_flight
+        # Spelled out, as nearly every forward finds nothing here.
+        if (
+            flight.mask is not None
+            or flight.prefix_gate is not None
+            or flight.ffn_input is not None
+        ):
+            waiting.append((flight, vars(flight).copy()))
+            vars(flight).clear()
+    forwards.waiting.append(waiting)
+
+
+def end_forward(encoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of the encoder, called after an error too: what waited goes on."""
+    if torch.compiler.is_compiling():
+        return
+    for in_flight, values in getattr(encoder, FORWARDS_ATTRIBUTE).waiting.pop():
+        vars(in_flight).clear()
+        vars(in_flight).update(values)
+
+
+def start_gradient(embeddings: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Forward hook of the embeddings. Reentrant checkpointing passes no gradient to the parameters
+    of a layer none of whose inputs requires one, and the output of frozen embeddings does not.
+    """
+    first: nn.Module = getattr(embeddings, FIRST_LAYER_ATTRIBUTE)
+    is_checkpointed = getattr(first, "gradient_checkpointing", False) and first.training
+    if is_checkpointed and torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_(True)
+    return output
