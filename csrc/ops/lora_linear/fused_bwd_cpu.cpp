@@ -61,6 +61,7 @@ struct Backward : PairsBackward {
 
   // ---- raw = dy B, ds, and the sums for dB ----
 
+  // One branch's pass over a chunk's columns of dy that it reaches.
   template <class T>
   void pass_over_dy(int64_t chunk, int i, float* memory) {
     const Branch& branch = call.branch[i];
@@ -68,13 +69,15 @@ struct Backward : PairsBackward {
     const int64_t distance = sum_distance(branch.R), stride = sum_distance(branch.size);
     const int64_t first_of_s = first_rank(i);
     float* dy = memory;
+    // Memory of the thread: a stretch of dy where it is not read in place, f s of a tile, and raw
+    // of all the chunk's tiles, which the stretches add to.
     float* scaled = dy + tiles.tile_rows * kStretchStride;  // [tile, R]: f s
     float* raw = scaled + tiles.tile_rows * distance;       // [tiles, tile, R]
     const PairMemory pairs(*this, memory);
     if (by_pairs) raw = pairs.raw;
     // The chunk's own sums. With slots not every one is met first by a product that overwrites.
     float* sums = up_sums[i] + chunk * bank.slots * up_floats(branch);
-    const bool wants_sums = branch.db.data != nullptr;
+    const bool wants_sums = branch.db.data != nullptr;  // a frozen B has none
     if (bank.slots > 1) std::fill(sums, sums + bank.slots * up_floats(branch), 0.0f);
     // A stretch of all the chunk's rows before the next one: its sums stay in cache.
     for (int64_t begin = 0; begin < branch.size; begin += kDotStretch) {
@@ -94,6 +97,7 @@ struct Backward : PairsBackward {
         if (!wants_sums) return;
         // Made again for each stretch: cheaper than memory for a chunk's f s.
         read_scaled<T>(call, branch, tile, first_of_s, ranks, scaled, distance);
+        // dB of the stretch, [R, columns]: rows are the reduction.
         for (int64_t column = begin; column < end; column += kStretch) {
           const int64_t count = std::min(kStretch, end - column);
           multiply_to(branch.R, count, tile.rows, {scaled, 1, distance},
@@ -106,6 +110,7 @@ struct Backward : PairsBackward {
     for_tiles(chunk, [&](const Tile& tile, int64_t place) {
       float* raw_of = raw + place * tiles.tile_rows * distance;
       if (by_pairs) {
+        // The products over rows take ds transposed: made here, while it is in cache.
         finish_ds<T>(i, tile, raw_of, d_pairs);
         store_transposed(raw_of, distance, tile.rows, branch.R,
                          transposed_of(chunk, place) + columns.of_branch[i] * tiles.tile_rows,
@@ -125,6 +130,7 @@ struct Backward : PairsBackward {
       const T* s = static_cast<const T*>(call.s) + row * ranks + first_of_s;
       const float factor = factor_of<T>(call, branch, row);
       D* ds = d + row * columns.stride + columns.of_branch[i];
+      // <raw, s>, before the factor: the gradient of scale g itself.
       Vector sum = {};
       for_vectors(branch.R, [&](int64_t r, auto part) {
         const Vector value = part.load_from(raw + r);
@@ -154,6 +160,7 @@ struct Backward : PairsBackward {
         write_element<T>(branch.dgate, i, value);
       }
     };
+    // A sentence's rows in their order and in float64, by one thread: a few numbers for each row.
     for (int64_t b = 0; b < call.B; ++b) {
       double sum = 0.0;
       for (int64_t row = b * call.S; row < (b + 1) * call.S; ++row) {
@@ -173,6 +180,8 @@ struct Backward : PairsBackward {
     std::fill_n(bias_sums + chunk * call.gates, call.gates, 0.0);
     if (call.gates == 0) return;
     float* logits = by_pairs ? PairMemory(*this, memory).logits : nullptr;
+    // Forward keeps no row's gate: x is read for them once more, and stays in cache for what
+    // follows.
     for_tiles(chunk, [&](const Tile& tile, int64_t place) {
       const T* x = static_cast<const T*>(call.x) + tile.row * call.Din;
       if constexpr (sizeof(T) == sizeof(bf16)) {
@@ -184,6 +193,7 @@ struct Backward : PairsBackward {
       for (int j = 0; j < call.gates; ++j) {
         const Gate& gate = call.gate[j];
         const int64_t column = columns.of_gates + columns.gate_width * j;
+        // An extra gate's is given, a branch's was summed in gate_backward.
         const float* dvalue_of = gate.dvalue != nullptr ? gate.dvalue : dvalue[j];
         const float bias = element<T>(gate.bias, 0);
         for (int64_t r = 0; r < tile.rows; ++r) {
@@ -247,7 +257,7 @@ struct Backward : PairsBackward {
     for (int64_t begin = 0; begin < call.Din; begin += kStretch) {
       const int64_t count = std::min(kStretch, call.Din - begin);
       for_tiles(chunk, [&](const Tile& tile, int64_t place) {
-        Right of_x = {x, kStretchStride};
+        Right of_x = {x, kStretchStride};  // in memory of its own, or where it lies
         // x is needed for the sums alone, dropout's factors also for dx.
         if (has_dropout(call)) {
           read_dropout(call, tile, begin, count, dropout);
@@ -263,6 +273,7 @@ struct Backward : PairsBackward {
             multiply_stretch(tile, count, dropout, x);
             is_x_dropped = true;
           }
+          // The group's columns of d: ds of its branches, dlogit of its gates.
           const float* d = d_all + tile.row * columns.stride + group.place;
           const int64_t slot = Weights::slot_of(call, group, tile.sentence);
           const int64_t at = slot * down_floats(group) + begin, stride = row_distance(call.Din);
@@ -280,6 +291,7 @@ struct Backward : PairsBackward {
             multiply_add_to(tile.rows, count, group.count, left, right, dx, call.Din);
             continue;
           }
+          // What comes back through A, then through dropout, and is added to dx.
           multiply_to(tile.rows, count, group.count, left, right, through, kStretchStride, false);
           for (int64_t r = 0; r < tile.rows; ++r) {
             const int64_t row = r * kStretchStride;
@@ -302,6 +314,7 @@ struct Backward : PairsBackward {
     int64_t tasks = call.gates;
     for (int i = 0; i < call.branches; ++i) tasks += tasks_of_a(i) + tasks_of_b(i);
     for (int i = 0; i < call.branches; ++i) clear_unused_members<T>(call.branch[i]);
+    // Numbered branch by branch, A before B, and the gates behind them.
     parallel_for(tasks, threads, [&](int64_t task) {
       for (int i = 0; i < call.branches; ++i) {
         if (task < tasks_of_a(i)) return write_da<T>(i, task);
@@ -329,6 +342,7 @@ struct Backward : PairsBackward {
   template <class T>
   void clear_unused_members(const Branch& branch) {
     const int64_t floats[2] = {branch.M * branch.R * call.Din, branch.N * branch.R * branch.size};
+    // A bank of which the whole batch uses one member.
     const bool is_partial[2] = {branch.M > 1 && !branch.has_a_index_per_sample,
                                 branch.N > 1 && !branch.has_b_index_per_sample};
     for (int which = 0; which < 2; ++which) {
@@ -346,6 +360,7 @@ struct Backward : PairsBackward {
                  int64_t parts) {
     with_grad<T>(p, [&](auto* grad) {
       for_vectors(call.Din, [&](int64_t d, auto part) {
+        // On tiles a gate has two rows of sums, of both numbers of its dlogit.
         Vector sum = {};
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
           for (int64_t i = 0; i < parts; ++i) {
@@ -397,6 +412,7 @@ struct Backward : PairsBackward {
       for (int64_t d = 0; d < call.Din; ++d) is_finite &= std::isfinite(to_float(grad[d]));
     });
     if (is_finite) return;
+    // In float32 and one row after the other: exact enough for what is rare, and in a fixed order.
     std::vector<float> sums(static_cast<size_t>(padded(call.Din)), 0.0f);
     const int64_t column = columns.of_gates + columns.gate_width * j;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
@@ -440,6 +456,7 @@ struct Backward : PairsBackward {
       for (int64_t column = begin; column < end; column += kWidth) {
         for_vectors(branch.R, [&](int64_t r, auto part) {
           Vector block[kWidth];
+          // One rank of the block in each vector, summed over the chunks in their order.
           for (int64_t k = 0; k < kWidth; ++k) {
             block[k] = Vector{};
             for (int64_t chunk = 0; chunk < chunks && r + k < branch.R; ++chunk) {

@@ -79,6 +79,7 @@ struct Forward {
 
   template <class T>
   void run() {
+    // Once a call, before the rows: they are a few columns beside x.
     if (by_pairs) {
       pair_weights.read(call, columns);
     } else {
@@ -93,6 +94,7 @@ struct Forward {
       project_down<T>(tile, memory);
       if (!waits) project_up<T>(tile, memory);
     });
+    // Sentences may cross tiles, so this waits for all of them.
     for (int j = 0; j < call.gates; ++j) {
       if (is_pooled(call.gate[j])) pool(call.gate[j], gates + j * rows_of(call));
     }
@@ -103,6 +105,7 @@ struct Forward {
     });
   }
 
+  // Is a branch scaled by what is known of a whole sentence only. Extra gates scale nothing.
   bool has_pooled_branch() const {
     for (int i = 0; i < call.branches; ++i) {
       const int gate = call.branch[i].learned_gate;
@@ -124,6 +127,7 @@ struct Forward {
       const float bias = element<T>(gate.bias, 0);
       float* values = is_pooled(gate) ? gates + j * rows_of(call) : gate.value;
       for (int64_t r = 0; r < tile.rows; ++r) {
+        // On tiles a logit is the sum of two columns' products.
         const float* sums = all + r * columns.stride + columns.of_gates + columns.gate_width * j;
         const float logit = by_pairs ? logit_of_pair(call, gate, tile.row + r, sums) : sums[0];
         values[tile.row + r] = sigmoid_of(logit + bias);
@@ -145,6 +149,7 @@ struct Forward {
     }
     for (int64_t begin = 0; begin < call.Din && has_dropout(call); begin += kStretch) {
       const int64_t count = std::min(kStretch, call.Din - begin);
+      // The stretch stays in the first cache for its factors and for all groups.
       read_stretch<T>(call.x, call.Din, tile, begin, count, x);
       read_dropout(call, tile, begin, count, dropout);
       multiply_stretch(tile, count, dropout, x);
@@ -159,6 +164,7 @@ struct Forward {
     bf16* dropped = reinterpret_cast<bf16*>(all + tiles.tile_rows * columns.stride);
     const PairRows x = {static_cast<const bf16*>(call.x) + tile.row * call.Din, call.Din};
     const PairRows dropped_x = {dropped, pair_distance(call.Din)};
+    // Factors for a stretch at a time, so that they need no memory of the workspace.
     for (int64_t r = 0; r < tile.rows && has_dropout(call); ++r) {
       alignas(64) float factor[kStretch];
       for (int64_t begin = 0; begin < call.Din; begin += kStretch) {
@@ -208,7 +214,7 @@ struct Forward {
   // A row that does not count has no part in a gate, whatever it holds.
   void pool(const Gate& gate, const float* of_rows) {
     for (int64_t b = 0; b < call.B; ++b) {
-      double sum = 0.0;
+      double sum = 0.0;  // in the rows' order, whatever the tiles
       for (int64_t row = b * call.S; row < (b + 1) * call.S; ++row) {
         if (counts(call, gate, row)) sum += of_rows[row];
       }
@@ -225,6 +231,7 @@ struct Forward {
     for (int i = 0; i < call.branches; ++i) {
       const Branch& branch = call.branch[i];
       const int64_t stride = row_distance(branch.size), distance = row_distance(branch.R);
+      // scale g s as float32, from the s that was rounded for backward.
       read_scaled<T>(call, branch, tile, first, ranks, memory, distance);
       const float* b = weights.up_of(branch, i, tile.sentence);
       multiply_add_to(tile.rows, branch.size, branch.R, {memory, distance, 1}, {b, stride},
@@ -233,6 +240,7 @@ struct Forward {
     }
   }
 
+  // The same on tiles.
   void project_pairs_up(const Tile& tile, float* memory) {
     float* factor = memory;
     bf16* s = reinterpret_cast<bf16*>(memory + tiles.tile_rows);

@@ -120,7 +120,8 @@ std::string why_not_single(const Linear& in) {
                     kSlot, ", and learned gates, and needs ", ranks);
   }
   for (int i = 0; i < in.branches; ++i) {
-    // Backward multiplies 16 columns of dy at a time, and a NaN beside a branch's own is not its.
+    // Backward multiplies 16 columns of dy at a time. A NaN beside a branch's own columns must not
+    // be among them.
     const int begin = in.branch[i].offset, end = begin + in.branch[i].size;
     if (begin % 16 != 0 || (end % 16 != 0 && end != in.Dout)) {
       return sentence("it multiplies 16 columns of y at a time, so a branch begins and ends at a",

@@ -12,33 +12,35 @@ namespace pelt::lora_linear {
 // functions of one instruction set for those of another (see cpu/isa.h).
 template <class Int, int kMostBranches, int kMostGates, class Target>
 struct BasicLinear {
+  // What a kernel looks up by a branch's number stands first, gradients last: between the other
+  // fields they cost two kernels 12 registers and a spill (nvcc 13.0, sm_80).
   struct Branch {
     Parameter a;                       // [R, Din] | [M, R, Din]
     Parameter b;                       // [size, R] | [N, size, R]
-    Parameter gate;                    // [B] | [B, S]
-    ParameterGrad da, db, dgate;       // shaped likewise
     const int64_t* a_index = nullptr;  // [] | [B]
     const int64_t* b_index = nullptr;  // [] | [B]
-    float scale = 1.0f;
-    int learned_gate = -1;  // its number in `gate` below; -1: none
+    Parameter gate;                    // [B] | [B, S]
+    int learned_gate = -1;             // its number in `gate` below; -1: none
     Int R = 0;
     Int size = 0;
     Int offset = 0;
-    Int first = 0;     // its first column of s
+    Int first = 0;  // its first column of s
+    float scale = 1.0f;
     Int M = 1, N = 1;  // the banks' sizes; 1 also for a single factor
     bool has_a_index_per_sample = false;
     bool has_b_index_per_sample = false;
     bool has_gate_per_row = false;
+    ParameterGrad da, db, dgate;  // shaped as the parameters
   };
 
   struct Gate {
-    Parameter weight;               // [Din]
-    Parameter bias;                 // [1]
-    ParameterGrad dweight, dbias;   // shaped likewise
-    float* value = nullptr;         // [B] | [B, S]: written by forward, read by backward
-    const float* dvalue = nullptr;  // the same, of an extra gate: given to backward
+    Parameter weight;        // [Din]
+    Parameter bias;          // [1]
+    float* value = nullptr;  // [B] | [B, S]: written by forward, read by backward
     Pooling pooling = Pooling::kMean;
-    int branch = -1;  // whose gate it is; -1: an extra one
+    int branch = -1;                // whose gate it is; -1: an extra one
+    ParameterGrad dweight, dbias;   // shaped as the parameters
+    const float* dvalue = nullptr;  // as the value, of an extra gate: given to backward
   };
 
   DType dtype = DType::kBF16;  // of activations

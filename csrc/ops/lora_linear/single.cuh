@@ -119,6 +119,7 @@ __device__ __forceinline__ void multiply_chunk(const SingleParams& p, const Sing
   // Unrolled: the accumulators are registers only where every index of theirs is a constant.
 #pragma unroll
   for (int k = 0; k < C::kDepth; k += 16) {
+    // The warp's 64 rows: loaded once, and multiplied by all of its columns of W, and by P.
     FragmentA a[C::kTilesM];
 #pragma unroll
     for (int m = 0; m < C::kTilesM; ++m) {
@@ -150,6 +151,7 @@ __device__ __forceinline__ void multiply_chunk(const SingleParams& p, const Sing
     }
     const T* down = s.ring.down[stage];
     if (C::kIsForward && p.in.dropout.is_active()) {
+      // Dropout on the 16 own rows alone: each element of x is drawn for once in the block.
       const FragmentA dropped =
           drop(p.in, p.keys, own, s.rows.first + SingleWarp<C>().own_row, chunk * C::kDepth + k);
       // The gates see x as it is.
@@ -220,6 +222,7 @@ __device__ __forceinline__ float* spread_sums(SingleShared<C>& s, const SingleWa
       out[FragmentD::row(i) * C::kSumStride + 8 * n + FragmentD::column(i)] = sums.low[n].r[i];
     }
   }
+  // A lane reads sums that other lanes of the warp have written.
   sync_warp();
   return out;
 }
@@ -256,6 +259,7 @@ __device__ __forceinline__ void multiply_up(const SingleParams& p, const SingleS
       a[slot] = load_a(s.tail.ranks + (warp.row + 16 * m) * C::kRankStride + slot * kSlot,
                        C::kRankStride);
     }
+    // 16 columns of the warp's at a time, all slots of ranks for each.
 #pragma unroll
     for (int n = 0; n < C::kTilesN; n += 2) {
       const int column = warp.column + 8 * n;
@@ -285,6 +289,7 @@ __device__ __forceinline__ void multiply_up(const SingleParams& p, const SingleS
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        // In backward dropout falls on what comes out of A, in registers, before dy W is added.
         if (!C::kIsForward && p.in.dropout.is_active()) {
           drop_delta(p.in, p.keys, s.rows.first + warp.row + 16 * m, s.first + column + 8 * half,
                      delta[half]);

@@ -27,6 +27,7 @@ __device__ __forceinline__ void activate_gates(const SingleForwardParams& p,
   for (int i = lane_index(); i < 16 * p.in.gates; i += 32) {
     const int row = i % 16, g = i / 16;
     const Gate& gate = p.in.gate[g];
+    // The logit stands behind the ranks of its row: the same product made both.
     float& at = sums[row * C::kSumStride + s.gate_column + g];
     const float value = sigmoid(at + load_parameter<T>(gate.bias, 0));
     at = value;
@@ -66,6 +67,7 @@ __device__ __forceinline__ void finish_ranks(const SingleForwardParams& p, Singl
     }
     if (is_there) {
       const int64_t global_row = s.rows.first + warp.own_row + row;
+      // Every block that the branch reaches knows its s; the first one stores it.
       if (left > 0 && is_first_of<C>(s, branch)) {
         store_ranks<T>(p.in.s, global_row * in.ranks + branch.first + rank, left < 8 ? left : 8,
                        values);
@@ -99,6 +101,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
     sync_threads();
     multiply_up<C>(p, s, warp, sums);
   }
+  // The bias is added in float32, so that y is rounded once.
   store_out<C>(p, s, warp, sums, [&](int column) {
     const bool is_there = p.bias.data != nullptr && column < p.columns;
     return is_there ? load_parameter<T>(p.bias, column) : 0.0f;

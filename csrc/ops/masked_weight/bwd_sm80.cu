@@ -77,6 +77,7 @@ __device__ __forceinline__ void project_columns(const Call& in, const Place& at,
                                                 float* partial) {
   constexpr int kHalf = kRankChunk / 2;
   static_assert(kThreads == kTileRows * kHalf, "a thread has one row and two ranks");
+  // Eight neighbouring threads share a row: its values are read once for all of them.
   const int r = thread_index() / kHalf, k = thread_index() % kHalf;
   float sum[2] = {0.0f, 0.0f};
   for (int c = 0; c < kTileColumns; c += 4) {
@@ -143,6 +144,7 @@ __global__ void __launch_bounds__(kThreads)
   const int column_tile = block_index_x() % p.column_tiles;
   const int band = block_index_x() / p.column_tiles;
   const int64_t rows = in.Dout, columns = in.Din;
+  // The band's tiles one after the other add to the same dv and db; each has its own du and da.
   for (int turn = 0; turn < kBandRows / kTileRows; ++turn) {
     const Place at = {band * kBandRows + turn * kTileRows, column_tile * kTileColumns};
     if (at.row >= in.Dout) break;
@@ -171,7 +173,7 @@ __device__ __forceinline__ void store_grad(const ParameterGrad& grad, int64_t i,
 // Element i of `parts` parts of `size` elements each.
 __device__ __forceinline__ float sum_of_parts(const float* partial, int64_t size, int parts,
                                               int64_t i) {
-  float sum = 0.0f;
+  float sum = 0.0f;  // in the parts' order: two runs give the same bits
   for (int part = 0; part < parts; ++part) sum += partial[part * size + i];
   return sum;
 }

@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(kThreads) symmetric_kl_bwd_sm80(const __grid_c
   using T = typename C::T;
   auto& s = shared_memory_as<Shared>();
   const float *dloss = in.doutput_as<float>(kLoss), *lse = in.output_as<float>(kLse);
+  // Null where a gradient is not wanted.
   T *to1 = in.grad_as<T>(kZ1), *to2 = in.grad_as<T>(kZ2);
   // dloss is read on the device: the host need not wait for it.
   const float factor = 0.5f * *dloss / count_of(in, s.partial);
@@ -28,6 +29,7 @@ __global__ void __launch_bounds__(kThreads) symmetric_kl_bwd_sm80(const __grid_c
   for (int64_t row = start; row < in.T; row += step) {
     const T *z1 = in.input_as<T>(kZ1) + row * in.C, *z2 = in.input_as<T>(kZ2) + row * in.C;
     const float lse1 = lse[row], lse2 = lse[in.T + row];
+    // A row that does not count is not read: it may hold anything, NaN too.
     const bool is_read = counts(in, row);
     for_columns<C>(in, [&](auto tag, int c) {
       constexpr int kCount = decltype(tag)::value;

@@ -46,6 +46,7 @@ __device__ __forceinline__ Elements<kCount> load_elements(const T* from) {
   return out;
 }
 
+// Rounded to T; eight elements go out in one or two accesses of 16 bytes.
 template <int kCount, class T>
 __device__ __forceinline__ void store_elements(T* to, const Elements<kCount>& values) {
   if constexpr (kCount == 1) {
@@ -63,6 +64,7 @@ __device__ __forceinline__ void store_elements(T* to, const Elements<kCount>& va
   }
 }
 
+// How many elements a visit has, as a type: both cases are compiled.
 template <int kCount>
 struct CountTag {
   static constexpr int value = kCount;
@@ -80,6 +82,7 @@ __device__ __forceinline__ void for_columns(const Call& in, Visit&& visit) {
   }
 }
 
+// Does a row have a part in the mean.
 __device__ __forceinline__ bool counts(const Call& in, int64_t row) {
   const bool* mask = in.input_as<bool>(kMask);
   return mask == nullptr || mask[row];
