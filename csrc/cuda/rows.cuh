@@ -9,6 +9,7 @@
 // T is the activation's type throughout.
 #pragma once
 
+#include "common/parameter.h"
 #include "common/tiling.h"
 #include "cuda/device.cuh"
 

@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   // A warp writes its own rows, and the base product under them is there since the last barrier.
   for_each_8(s.out[warp_index()], rows, first, in.Dout, sums,
-             [&](int row, int column, const Float8& values) {
+             [&](int, int row, int column, const Float8& values) {
                add_8(p.in.y, s, rows, in.Dout, row, column, values);
              });
 }
@@ -172,23 +172,23 @@ __global__ void __launch_bounds__(kThreads)
   // With gates alone there was no rank, and the base product is still to be waited for.
   cp_async_wait<0>();
   sync_threads();
-  for_each_8(s.out[warp_index()], rows, first, in.Din, sums,
-             [&](int row, int column, Float8 values) {
-               // What comes back through dropout(x); the gates saw x itself.
-               if (in.dropout.is_active()) {
-                 const Float8 factors = dropout_of(in, rows.first + row, column);
-                 for (int e = 0; e < 8; ++e) values.v[e] *= factors.v[e];
-               }
-               for (int g = 0; g < in.gates; ++g) {
-                 const float dlogit = p.dlogits[g * all + rows.first + row];
-                 const Float8 w = load_parameter_8<T>(in.gate[g].weight, column);
-                 // With the weight rounded as it was in forward's product.
-                 for (int e = 0; e < 8; ++e) {
-                   values.v[e] += dlogit * to_float(round_to<T>(w.v[e]));
-                 }
-               }
-               add_8(p.in.dx, s, rows, in.Din, row, column, values);
-             });
+  for_each_8(
+      s.out[warp_index()], rows, first, in.Din, sums, [&](int, int row, int column, Float8 values) {
+        // What comes back through dropout(x); the gates saw x itself.
+        if (in.dropout.is_active()) {
+          const Float8 factors = dropout_of(in.dropout, (rows.first + row) * in.Din + column);
+          for (int e = 0; e < 8; ++e) values.v[e] *= factors.v[e];
+        }
+        for (int g = 0; g < in.gates; ++g) {
+          const float dlogit = p.dlogits[g * all + rows.first + row];
+          const Float8 w = load_parameter_8<T>(in.gate[g].weight, column);
+          // With the weight rounded as it was in forward's product.
+          for (int e = 0; e < 8; ++e) {
+            values.v[e] += dlogit * to_float(round_to<T>(w.v[e]));
+          }
+        }
+        add_8(p.in.dx, s, rows, in.Din, row, column, values);
+      });
 }
 
 using Configs = TypeList<Config<bf16, 16>, Config<bf16, 64>, Config<f16, 16>, Config<f16, 64>>;

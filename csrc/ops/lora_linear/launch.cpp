@@ -69,11 +69,8 @@ Tiling make_tiling(const Linear& in, int tile_rows, bool is_per_sentence = false
   for (int i = 0; i < in.branches; ++i) {
     is_per_sentence |= in.branch[i].has_a_index_per_sample || in.branch[i].has_b_index_per_sample;
   }
-  Tiling tiling;
-  tiling.group_rows = is_per_sentence ? in.S : row_count(in);
-  tiling.tiles_per_group = static_cast<int>((tiling.group_rows + tile_rows - 1) / tile_rows);
-  tiling.tiles = (is_per_sentence ? in.B : 1) * tiling.tiles_per_group;
-  return tiling;
+  return is_per_sentence ? rows::cut_rows(in.B, in.S, tile_rows)
+                         : rows::cut_rows(1, row_count(in), tile_rows);
 }
 
 // ---- which calls are served ----

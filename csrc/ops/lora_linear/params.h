@@ -7,6 +7,7 @@
 #pragma once
 
 #include "common/launch.h"
+#include "common/tiling.h"
 #include "ops/lora_linear/linear.h"
 
 namespace pelt::lora_linear {
@@ -21,19 +22,12 @@ using Call = NativeCall<Contract, int>;
 using Linear = BasicLinear<int, kMaxBranches, kMaxGates, OnGpu>;
 using Branch = Linear::Branch;
 using Gate = Linear::Gate;
+using rows::Tiling;
 
 // Rows of a tile: of the kernels that read x or dy for a narrow result, and of those that write
 // whole rows or sum over them.
 constexpr int kNarrowRows = 32;
 constexpr int kWideRows = 64;
-
-// How rows are cut into tiles. A tile never crosses a group: the sentence, where factors or a
-// pooled gate differ from one sentence to the next, otherwise all rows.
-struct Tiling {
-  int64_t group_rows = 0;
-  int tiles_per_group = 0;
-  int tiles = 0;
-};
 
 // ---- one launch each: launch.cpp draws which leaves what for which ----
 

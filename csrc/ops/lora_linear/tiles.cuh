@@ -1,19 +1,15 @@
-// What the kernels share: which rows a tile has, how rectangles come into shared memory, and what a
-// row is multiplied by.
+// What the kernels share beside the kit for rows (cuda/rows.cuh): how x, rows of A and scaled ranks
+// come into shared memory, and what a row is multiplied by.
 #pragma once
 
 #include "common/check.h"
 #include "common/type_list.h"
-#include "cuda/device.cuh"
+#include "cuda/rows.cuh"
 #include "ops/lora_linear/params.h"
 
 namespace pelt::lora_linear {
 
-constexpr int kChunk = 64;  // columns of x, y or a factor that are in shared memory at a time
-constexpr int kThreads = 128;
-constexpr int kWarps = kThreads / 32;
-constexpr int kChunkStride = kChunk + kTilePad;
-constexpr int kVectors = kChunk / 8;  // 16-byte vectors in a row of a chunk
+using namespace pelt::rows;
 
 // Ranks of a block, or of a step, for a branch with so many: the sizes that are compiled.
 constexpr int block_of(int ranks) { return ranks <= 16 ? 16 : 64; }
@@ -32,120 +28,12 @@ void run_config(Configs configs, DType dtype, int ranks, Run&& run) {
         " ranks, which why_not should have refused");
 }
 
-// The rows of a tile. The last tile of a group may have fewer than the others.
-struct TileRows {
-  int64_t first;  // in [0, B * S)
-  int count;
-  int group;
-  int index_in_group;
-};
-
-template <int kRows>
-__device__ __forceinline__ TileRows rows_of_tile(const Tiling& tiling, int tile) {
-  TileRows rows;
-  rows.group = tile / tiling.tiles_per_group;
-  rows.index_in_group = tile % tiling.tiles_per_group;
-  const int64_t offset = static_cast<int64_t>(rows.index_in_group) * kRows;
-  const int64_t left = tiling.group_rows - offset;
-  rows.first = rows.group * tiling.group_rows + offset;
-  rows.count = left < kRows ? static_cast<int>(left) : kRows;
-  return rows;
-}
-
-// A parameter's element in float32: masters are not rounded here, but where they meet an mma.
-template <class T>
-__device__ __forceinline__ float load_parameter(const Parameter& parameter, int64_t i) {
-  return parameter.is_float32 ? static_cast<const float*>(parameter.data)[i]
-                              : to_float(static_cast<const T*>(parameter.data)[i]);
-}
-
-// Eight elements; i is a multiple of 8.
-template <class T>
-__device__ __forceinline__ Float8 load_parameter_8(const Parameter& parameter, int64_t i) {
-  return parameter.is_float32 ? load_8(static_cast<const float*>(parameter.data) + i)
-                              : load_8(static_cast<const T*>(parameter.data) + i);
-}
-
-template <class T>
-__device__ __forceinline__ void store_grad(const ParameterGrad& grad, int64_t i, float value) {
-  if (grad.is_float32) {
-    static_cast<float*>(grad.data)[i] = value;
-  } else {
-    static_cast<T*>(grad.data)[i] = round_to<T>(value);
-  }
-}
-
-// Which member of a bank serves a tile. With one index for each sample the group is the sample. An
-// index of none of them, which nobody can refuse without waiting for the device, must not read
-// somewhere else.
-__device__ __forceinline__ int64_t member_of(const int64_t* index, bool is_per_sample, int group,
-                                             int members) {
-  if (index == nullptr) return 0;
-  // One index for all rows stands at [0], whatever the groups are.
-  const int64_t member = index[is_per_sample ? group : 0], last = members - 1;
-  return member < 0 ? 0 : (member < last ? member : last);
-}
-
 __device__ __forceinline__ int64_t member_of_a(const Branch& branch, int group) {
   return member_of(branch.a_index, branch.has_a_index_per_sample, group, branch.M);
 }
 
 __device__ __forceinline__ int64_t member_of_b(const Branch& branch, int group) {
   return member_of(branch.b_index, branch.has_b_index_per_sample, group, branch.N);
-}
-
-// A rectangle of a matrix whose rows are `leading` elements apart; (0, 0) is at `offset`. Before
-// row `begin` and beyond `rows` and `columns` there is nothing: those elements are staged as zeros.
-struct Rectangle {
-  int64_t offset;
-  int leading;
-  int rows;
-  int columns;
-  int begin = 0;
-};
-
-// Brings kRows x kColumns elements into a tile. 16-bit vectors that lie whole at 16-byte borders
-// come by asynchronous copies, others (float32 masters, odd ranks and offsets) through registers.
-template <class T, int kRows, int kColumns>
-__device__ __forceinline__ void stage(T* tile, int stride, const Parameter& source,
-                                      const Rectangle& from) {
-  constexpr int kVectorsPerRow = kColumns / 8;
-  // Do all rows begin at a 16-byte border.
-  const bool is_aligned = from.leading % 8 == 0 && from.offset % 8 == 0;
-  for (int i = thread_index(); i < kRows * kVectorsPerRow; i += kThreads) {
-    const int row = i / kVectorsPerRow, column = i % kVectorsPerRow * 8;
-    const bool is_there = row >= from.begin && row < from.rows && column < from.columns;
-    // An absent vector counts as whole: the copy below fills it with zeros and reads nothing.
-    const bool is_whole = is_aligned && (!is_there || column + 8 <= from.columns);
-    const int64_t at =
-        is_there ? from.offset + static_cast<int64_t>(row) * from.leading + column : 0;
-    T* to = tile + row * stride + column;
-    if (is_whole && !source.is_float32) {
-      cp_async_16(to, static_cast<const T*>(source.data) + at, is_there);
-      continue;
-    }
-    Float8 values = {};
-    if (is_whole && is_there) {
-      values = load_parameter_8<T>(source, at);
-    } else if (is_there) {  // some of the eight, or none of them on a border of 16 bytes
-      for (int e = 0; e < 8; ++e) {
-        if (column + e < from.columns) values.v[e] = load_parameter<T>(source, at + e);
-      }
-    }
-    store_16(to, narrow<T>(values));
-  }
-}
-
-// The dropout factors of eight neighbouring elements of x. A draw serves four, and Din is a
-// multiple of 8, so that no draw is shared between rows.
-__device__ __forceinline__ Float8 dropout_of(const Linear& in, int64_t row, int column) {
-  Float8 factors;
-  for (int half = 0; half < 2; ++half) {
-    float quad[4];
-    in.dropout.factors_of_4(row * in.Din + column + 4 * half, quad);
-    for (int e = 0; e < 4; ++e) factors.v[4 * half + e] = quad[e];
-  }
-  return factors;
 }
 
 // A chunk of x, or of dropout(x), from column `first` on; rows that are not there are zero.
@@ -166,7 +54,7 @@ __device__ __forceinline__ void stage_x(T* tile, const Linear& in, const TileRow
     Float8 x = {};
     if (is_there) {
       x = load_8(from);
-      const Float8 factors = dropout_of(in, rows.first + row, column);
+      const Float8 factors = dropout_of(in.dropout, (rows.first + row) * in.Din + column);
       for (int e = 0; e < 8; ++e) x.v[e] *= factors.v[e];
     }
     store_16(to, narrow<T>(x));
@@ -287,35 +175,6 @@ __device__ __forceinline__ void multiply_columns(FragmentD& sum, const FragmentA
     FragmentD part;
     multiply_add<T>(part, a, b);
     add_columns(sum, part, first, begin, end);
-  }
-}
-
-constexpr int kOutStride = kChunk + 4;  // floats; 4 more keep the rows in other banks
-
-// Calls visit(row of the tile, column, values) for a warp's sums [16, 64], as far as the rows and
-// columns exist. The fragments pass through `out`, the warp's own memory: a lane then has eight
-// neighbouring columns, so that rows come and go in 16-byte accesses.
-template <class Visit>
-__device__ __forceinline__ void for_each_8(float* out, const TileRows& rows, int first, int columns,
-                                           const FragmentD (&sums)[kChunk / 8], Visit&& visit) {
-  // The lanes have read what was in `out` before.
-  sync_warp();
-#pragma unroll
-  for (int n = 0; n < kChunk / 8; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      out[FragmentD::row(i) * kOutStride + 8 * n + FragmentD::column(i)] = sums[n].r[i];
-    }
-  }
-  // A lane reads what others have written.
-  sync_warp();
-  const int column = lane_index() % kVectors * 8;
-  for (int turn = 0; turn < 4; ++turn) {  // four rows at a time, eight lanes each
-    const int row = lane_index() / kVectors + 4 * turn;
-    if (warp_index() * 16 + row >= rows.count || first + column >= columns) continue;
-    Float8 values;
-    for (int e = 0; e < 8; ++e) values.v[e] = out[row * kOutStride + column + e];
-    visit(warp_index() * 16 + row, first + column, values);
   }
 }
 
