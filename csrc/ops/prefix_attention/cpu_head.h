@@ -1,5 +1,5 @@
-// What forward and backward of prefix_attention on the CPU have in common: the columns that a
-// sample sees, reading a head's rows, and its products.
+// What forward and backward of prefix_attention on the CPU have in common: their products, the
+// columns that a sample sees, reading a head's rows, and the scores of a block of columns.
 //
 // Compiled once for each instruction set (see cpu/isa.h), so everything is in an unnamed namespace.
 #pragma once
@@ -133,12 +133,13 @@ struct Column {
   int32_t row;  // of the segment, or of the keys
 };
 
-// The columns that a sample sees, in order, and of each its place in the whole row of P + N.
+// The columns that a sample sees, in order. The others are never read: padding costs nothing, and a
+// NaN in it goes nowhere.
 struct Columns {
-  std::vector<Column> at;
-  std::vector<int32_t> place;
-  int64_t prefix = 0;  // how many are prefix rows
-  int64_t total = 0;   // P + N
+  std::vector<Column> list;
+  std::vector<int32_t> position;  // of each in the whole row of P + N columns
+  int64_t prefix = 0;             // how many are prefix rows
+  int64_t total = 0;              // P + N
 
   Columns(const CpuInputs& in, int64_t b) {
     for (int i = 0; i < in.segments; ++i) {
@@ -153,23 +154,31 @@ struct Columns {
     total += in.N;
   }
 
-  int64_t count() const { return static_cast<int64_t>(at.size()); }
+  int64_t count() const { return static_cast<int64_t>(list.size()); }
 
   // How many of the columns query s sees: all but, if causal, those of later keys.
   int64_t seen_by(const CpuInputs& in, int64_t s) const {
     if (!in.is_causal) return count();
     const int32_t last = static_cast<int32_t>(prefix + s + in.N - in.S);
-    const auto first_key = place.begin() + prefix;
-    return std::upper_bound(first_key, place.end(), last) - place.begin();
+    const auto first_key = position.begin() + prefix;
+    return std::upper_bound(first_key, position.end(), last) - position.begin();
   }
 
  private:
-  void add(int64_t segment, int64_t row, int64_t where) {
-    at.push_back({static_cast<int32_t>(segment), static_cast<int32_t>(row)});
-    place.push_back(static_cast<int32_t>(where));
+  void add(int64_t segment, int64_t row, int64_t column) {
+    list.push_back({static_cast<int32_t>(segment), static_cast<int32_t>(row)});
+    position.push_back(static_cast<int32_t>(column));
   }
 };
 
+// A block of columns [begin, end) of a sample's list.
+struct Block {
+  int64_t begin;
+  int64_t end;
+  int64_t count() const { return end - begin; }
+};
+
+// The rows of one query head of a sample, read from where they lie.
 template <class T>
 class Head {
  public:
@@ -178,9 +187,12 @@ class Head {
     if (in.gate.data) gate_ = element(in.gate, in.has_gate_per_head ? b * in.H + h : b);
   }
 
+  int64_t b() const { return b_; }
+  int64_t h() const { return h_; }
+  int64_t g() const { return g_; }
   float gate() const { return gate_; }
 
-  // Row `place` of a prefix's keys or values, without the gate.
+  // Row `row` of a prefix's keys or values, without the gate.
   template <class To>
   void read_prefix(const Parameter& from, const CpuSegment& segment, int64_t row, int64_t width,
                    float factor, To* to) const {
@@ -193,13 +205,13 @@ class Head {
     }
   }
 
-  // Keys or values of the columns [begin, end), with the gate: [columns, width].
+  // Keys or values of a block of columns, with the gate: [columns, width].
   template <class To>
-  void read(bool keys, int64_t begin, int64_t end, int64_t width, To* to) const {
+  void read(bool keys, const Block& block, int64_t width, To* to) const {
     const T* rows = static_cast<const T*>(keys ? in_.k : in_.v);
     const int64_t* strides = keys ? in_.k_strides : in_.v_strides;
-    for (int64_t c = begin; c < end; ++c, to += width) {
-      const Column column = columns_.at[c];
+    for (int64_t c = block.begin; c < block.end; ++c, to += width) {
+      const Column column = columns_.list[c];
       if (column.segment < 0) {
         const T* row = rows + b_ * strides[0] + g_ * strides[1] + column.row * strides[2];
         read_row(row, in_.E, width, 1.0f, to);
@@ -219,30 +231,32 @@ class Head {
     }
   }
 
-  // Adds query s's bias to its scores of the columns [begin, end); a prefix has none.
-  void add_bias(int64_t s, int64_t begin, int64_t end, float* scores) const {
+  // Adds query s's bias to its scores of a block of columns; a prefix has none.
+  void add_bias(int64_t s, const Block& block, float* scores) const {
     if (!in_.bias.data) return;
     const int64_t offset = b_ * in_.bias_strides[0] + h_ * in_.bias_strides[1] + s * in_.N;
-    for (int64_t c = std::max(begin, columns_.prefix); c < end; ++c) {
-      scores[c - begin] += element(in_.bias, offset + columns_.at[c].row);
+    for (int64_t c = std::max(block.begin, columns_.prefix); c < block.end; ++c) {
+      scores[c - block.begin] += element(in_.bias, offset + columns_.list[c].row);
     }
   }
 
+  // Query s's row of out, dout, dq and lse.
   int64_t row(int64_t s) const { return (b_ * in_.H + h_) * in_.S + s; }
 
-  // What dropout multiplies the columns [begin, end) of query s by.
-  void read_dropout(int64_t s, int64_t begin, int64_t end, float* to) const {
+  // What dropout multiplies a block of columns of query s by. Words are drawn as many at a time as
+  // the vectors of Philox give, and only where the sample sees a column.
+  void read_dropout(int64_t s, const Block& block, float* to) const {
     const uint64_t first = row(s) * ((columns_.total + 3) / 4);
     alignas(64) uint32_t words[4 * kPhiloxGroups];
-    int64_t from = 0, until = 0;  // the places that `words` covers
-    for (int64_t c = begin; c < end; ++c) {
-      const int64_t place = columns_.place[c];
-      if (place >= until) {
-        from = place / 4 * 4;
+    int64_t from = 0, until = 0;  // the positions that `words` covers
+    for (int64_t c = block.begin; c < block.end; ++c) {
+      const int64_t position = columns_.position[c];
+      if (position >= until) {
+        from = position / 4 * 4;
         until = from + 4 * kPhiloxGroups;
         philox_words(first + from / 4, 0, in_.seed, words);
       }
-      *to++ = words[place - from] >= in_.threshold ? in_.kept : 0.0f;
+      *to++ = words[position - from] >= in_.threshold ? in_.kept : 0.0f;
     }
   }
 
@@ -259,13 +273,13 @@ class Head {
 };
 
 inline float max_of(const float* row, int64_t width) {
-  Vector most = splat(kMinusInfinity);
+  Vector largest = splat(kMinusInfinity);
   for (int64_t j = 0; j < width; j += kWidth) {
     const Vector x = load(row + j);
-    most = x > most ? x : most;
+    largest = x > largest ? x : largest;
   }
-  float result = most[0];
-  for (int i = 1; i < kWidth; ++i) result = std::max(result, most[i]);
+  float result = largest[0];
+  for (int i = 1; i < kWidth; ++i) result = std::max(result, largest[i]);
   return result;
 }
 
@@ -286,9 +300,82 @@ inline void scale_row(float* row, int64_t width, float factor) {
 
 // How many columns go into a block: its operands stay in the second cache.
 inline int64_t block_columns(const CpuInputs& in, const Columns& all) {
-  const int64_t most = kBlockVector / round_up(in.E, 32) / 32 * 32;
-  return std::min(std::max<int64_t>(most, 32), round_up(std::max<int64_t>(all.count(), 1), 32));
+  const int64_t fitting = std::max<int64_t>(kBlockVector / round_up(in.E, 32) / 32 * 32, 32);
+  return std::min(fitting, round_up(std::max<int64_t>(all.count(), 1), 32));
 }
+
+// What forward and backward do alike: they take the columns that a sample sees in blocks, and
+// against the keys of a block the queries, kRows at a time. Members are memory for one block and one
+// group of queries.
+template <class T, class Products>
+struct Blocks {
+  using Element = typename Products::Element;
+  static constexpr bool kOnTiles = std::is_same_v<Element, bf16>;
+  static constexpr int64_t kRows = Products::kQueryRows;
+
+  const CpuInputs& in;
+  const Columns& columns;
+  int64_t width, out_width;  // of the rows of operands [E], and of results [E]
+  int64_t largest;           // columns of a whole block
+  Element *rows, *keys, *q;
+  float *scores, *factors;
+
+  Blocks(const CpuInputs& in, const Columns& columns)
+      : in(in),
+        columns(columns),
+        width(Products::width(in.E)),
+        out_width(Products::columns(in.E)),
+        largest(block_columns(in, columns)) {}
+
+  void take_blocks(Arena& arena) {
+    rows = arena.take<Element>(largest * width);
+    keys = arena.take<Element>(Products::numbers(in.E, largest));  // [E, largest]
+    q = arena.take<Element>(kRows * width);
+    scores = arena.take(kRows * largest);  // [kRows, columns of the block], packed
+    factors = arena.take(largest);
+  }
+
+  // Rows behind the last query are multiplied too, so they must hold numbers.
+  void clear_blocks() {
+    std::memset(q, 0, static_cast<size_t>(kRows * width) * sizeof(Element));
+    std::memset(scores, 0, static_cast<size_t>(kRows * largest) * sizeof(float));
+  }
+
+  template <class Visit>
+  void for_blocks(Visit&& visit) const {
+    for (int64_t begin = 0; begin < columns.count(); begin += largest) {
+      visit(Block{begin, std::min(columns.count(), begin + largest)});
+    }
+  }
+
+  // The block's keys, gated, as the right side of Q K^T; as rows [columns, width] they stay in
+  // `rows`.
+  void pack_keys(const Head<T>& head, const Block& block) {
+    head.read(true, block, width, rows);
+    Products::pack_transposed(rows, width, in.E, block.count(), keys);
+  }
+
+  // scores = Q K^T of `count` queries from `first` on; false where none of them sees the block. On
+  // tiles the scale comes afterwards (finish_scores): it would round bfloat16 queries once more.
+  bool multiply_keys(const Head<T>& head, int64_t first, int64_t count, const Block& block) {
+    if (columns.seen_by(in, first + count - 1) <= block.begin) return false;
+    const int64_t padded = Products::columns(block.count());
+    head.read_queries(first, first + count, width, kOnTiles ? 1.0f : in.scale, q);
+    Products::multiply(q, width, keys, in.E, count, padded, scores, padded, false);
+    return true;
+  }
+
+  // A query's products become scores: scale, bias, and -inf for columns that it does not see and
+  // behind the last one.
+  void finish_scores(const Head<T>& head, int64_t query, const Block& block, float* row) const {
+    const int64_t padded = Products::columns(block.count());
+    const int64_t seen =
+        std::clamp<int64_t>(columns.seen_by(in, query) - block.begin, 0, block.count());
+    if (kOnTiles) scale_row(row, padded, in.scale);
+    head.add_bias(query, block, row);
+    std::fill(row + seen, row + padded, kMinusInfinity);
+  }
+};
 
 }  // namespace
 }  // namespace pelt::prefix_attention

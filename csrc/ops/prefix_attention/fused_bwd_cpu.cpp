@@ -15,19 +15,17 @@
 namespace pelt::prefix_attention {
 namespace {
 
-// One head of one sample; members are memory for it.
+// The heads of one sample that share keys; members are memory for one of them, and their dK and dV.
 template <class T, class Products>
-struct Backward {
-  using Element = typename Products::Element;
-  static constexpr bool kOnTiles = std::is_same_v<Element, bf16>;
-  static constexpr int64_t kRows = Products::kQueryRows;
+struct Backward : Blocks<T, Products> {
+  using Base = Blocks<T, Products>;
+  using Base::columns, Base::in, Base::keys, Base::kOnTiles, Base::kRows, Base::largest,
+      Base::out_width, Base::q, Base::rows, Base::scores, Base::width;
+  using typename Base::Element;
 
-  const CpuInputs& in;
   const CpuBackward& grad;
-  const Columns& columns;
-  int64_t width, out_width, most;  // of operands' rows [E], of results [E], of a block of columns
-  Element *rows, *keys, *values, *keys_by_row, *q, *d;
-  float *group_dk, *group_dv, *dk, *dv, *dq, *p, *ds, *row_dots, *one_row, *factors;
+  Element *values, *keys_by_row, *d;
+  float *group_dk, *group_dv, *dk, *dv, *dq, *ds, *row_dots, *one_row;
   // Not on tiles: queries and dO as right sides.
   Element *packed_q = nullptr, *packed_d = nullptr;
   // On tiles: their transposes, and ds and p as left and right sides.
@@ -36,86 +34,75 @@ struct Backward {
   float *dk_transposed = nullptr, *dv_transposed = nullptr;
 
   Backward(const CpuInputs& in, const CpuBackward& grad, const Columns& columns)
-      : in(in),
-        grad(grad),
-        columns(columns),
-        width(Products::width(in.E)),
-        out_width(Products::columns(in.E)),
-        most(block_columns(in, columns)) {
+      : Base(in, columns), grad(grad) {
     Arena count;
-    place(count);
+    take(count);
     Arena arena{scratch(count.used)};
-    place(arena);
-    std::memset(q, 0, static_cast<size_t>(kRows * width) * sizeof(Element));
+    take(arena);
+    this->clear_blocks();
     std::memset(d, 0, static_cast<size_t>(kRows * width) * sizeof(Element));
-    std::memset(ds, 0, static_cast<size_t>(kRows * most) * sizeof(float));
-    std::memset(p, 0, static_cast<size_t>(kRows * most) * sizeof(float));
+    std::memset(ds, 0, static_cast<size_t>(kRows * largest) * sizeof(float));
     std::memset(group_dk, 0, static_cast<size_t>(in.N * out_width) * sizeof(float));
     std::memset(group_dv, 0, static_cast<size_t>(in.N * out_width) * sizeof(float));
   }
 
   int64_t query_distance() const { return pair_distance(in.S); }
-  int64_t score_distance() const { return pair_distance(most); }
+  int64_t score_distance() const { return pair_distance(largest); }
 
-  void place(Arena& arena) {
+  void take(Arena& arena) {
+    this->take_blocks(arena);
     group_dk = arena.take(in.N * out_width);
     group_dv = arena.take(in.N * out_width);
-    rows = arena.take<Element>(most * width);
-    keys = arena.take<Element>(Products::numbers(in.E, most));         // [E, most]
-    values = arena.take<Element>(Products::numbers(in.E, most));       // [E, most]
-    keys_by_row = arena.take<Element>(Products::numbers(most, in.E));  // [most, E]
-    q = arena.take<Element>(kRows * width);
+    values = arena.take<Element>(Products::numbers(in.E, largest));       // [E, largest]
+    keys_by_row = arena.take<Element>(Products::numbers(largest, in.E));  // [largest, E]
     d = arena.take<Element>(kRows * width);
-    dk = arena.take(most * out_width);
-    dv = arena.take(most * out_width);
+    dk = arena.take(largest * out_width);
+    dv = arena.take(largest * out_width);
     dq = arena.take(round_up(in.S, kRows) * out_width);
-    p = arena.take(kRows * most);
-    ds = arena.take(kRows * most);
+    ds = arena.take(kRows * largest);
     row_dots = arena.take(in.S);
     one_row = arena.take(2 * out_width);
-    factors = arena.take(most);
     if constexpr (kOnTiles) {
       q_transposed = arena.take<Element>(pair_columns(in.E) * query_distance());
       d_transposed = arena.take<Element>(pair_columns(in.E) * query_distance());
       ds_rows = arena.take<Element>(kRows * score_distance());
       p_rows = arena.take<Element>(kRows * score_distance());
-      packed_ds = arena.take<Element>(Products::numbers(kRows, most));
-      packed_p = arena.take<Element>(Products::numbers(kRows, most));
-      dk_transposed = arena.take(pair_columns(in.E) * most);
-      dv_transposed = arena.take(pair_columns(in.E) * most);
+      packed_ds = arena.take<Element>(Products::numbers(kRows, largest));
+      packed_p = arena.take<Element>(Products::numbers(kRows, largest));
+      dk_transposed = arena.take(pair_columns(in.E) * largest);
+      dv_transposed = arena.take(pair_columns(in.E) * largest);
     } else {
       packed_q = arena.take<Element>(Products::numbers(kRows, in.E));
       packed_d = arena.take<Element>(Products::numbers(kRows, in.E));
     }
   }
 
-  void run(const Head<T>& head, int64_t b, int64_t h, int64_t chunk) {
+  void run(const Head<T>& head, int64_t chunk) {
     double dgate = 0.0;
     std::fill(dq, dq + round_up(in.S, kRows) * out_width, 0.0f);
     read_row_dots(head);
     if (kOnTiles) transpose_queries(head);
-    for (int64_t begin = 0; begin < columns.count(); begin += most) {
-      const int64_t end = std::min(columns.count(), begin + most), count = end - begin;
-      head.read(false, begin, end, width, rows);
+    this->for_blocks([&](const Block& block) {
+      const int64_t count = block.count();
+      head.read(false, block, width, rows);
       Products::pack_transposed(rows, width, in.E, count, values);
-      head.read(true, begin, end, width, rows);
-      Products::pack_transposed(rows, width, in.E, count, keys);
+      this->pack_keys(head, block);
       Products::pack(rows, width, count, in.E, keys_by_row);
-      const int64_t sums = kOnTiles ? pair_columns(in.E) * most : most * out_width;
+      const int64_t sums = kOnTiles ? pair_columns(in.E) * largest : largest * out_width;
       std::fill_n(kOnTiles ? dk_transposed : dk, sums, 0.0f);
       std::fill_n(kOnTiles ? dv_transposed : dv, sums, 0.0f);
-      for (int64_t row = 0; row < in.S; row += kRows) attend(head, b, h, row, begin, end);
+      for (int64_t row = 0; row < in.S; row += kRows) attend(head, row, block);
       if (kOnTiles) {
-        store_transposed(dk_transposed, most, in.E, count, dk, out_width);
-        store_transposed(dv_transposed, most, in.E, count, dv, out_width);
+        store_transposed(dk_transposed, largest, in.E, count, dk, out_width);
+        store_transposed(dv_transposed, largest, in.E, count, dv, out_width);
       }
-      fold(head, b, h, chunk, begin, end, dgate);
-    }
+      fold(head, chunk, block, dgate);
+    });
     T* to = static_cast<T*>(grad.dq);
     for (int64_t i = 0; i < in.S; ++i) {
       write_row(dq + i * out_width, in.E, in.scale, to + head.row(i) * in.E);
     }
-    if (grad.dgate) grad.dgate[b * in.H + h] = static_cast<float>(dgate);
+    if (grad.dgate) grad.dgate[head.b() * in.H + head.h()] = static_cast<float>(dgate);
   }
 
   template <class To>
@@ -149,78 +136,77 @@ struct Backward {
   }
 
   // The queries from `first` on against a block of columns.
-  void attend(const Head<T>& head, int64_t b, int64_t h, int64_t first, int64_t begin,
-              int64_t end) {
-    const int64_t count = std::min(kRows, in.S - first), used = end - begin;
-    const int64_t here = Products::columns(used);
-    if (columns.seen_by(in, first + count - 1) <= begin) return;
-    head.read_queries(first, first + count, width, kOnTiles ? 1.0f : in.scale, q);
+  void attend(const Head<T>& head, int64_t first, const Block& block) {
+    const int64_t count = std::min(kRows, in.S - first), used = block.count();
+    const int64_t padded = Products::columns(used);
+    if (!this->multiply_keys(head, first, count, block)) return;
     for (int64_t i = 0; i < count; ++i) read_dout(head, first + i, width, d + i * width);
-    Products::multiply(q, width, keys, in.E, count, here, p, here, false);
-    Products::multiply(d, width, values, in.E, count, here, ds, here, false);
+    Products::multiply(d, width, values, in.E, count, padded, ds, padded, false);
+    float* p = scores;
     for (int64_t i = 0; i < count; ++i) {
-      row_backward(head, b, h, first + i, begin, end, here, p + i * here, ds + i * here);
+      row_backward(head, first + i, block, p + i * padded, ds + i * padded);
     }
     float* to = dq + first * out_width;
     if constexpr (kOnTiles) {
       const int64_t distance = score_distance(), depth = pair_depth(used);
       for (int64_t i = 0; i < count; ++i) {
-        read_row(ds + i * here, used, depth, 1.0f, ds_rows + i * distance);
-        read_row(p + i * here, used, depth, 1.0f, p_rows + i * distance);
+        read_row(ds + i * padded, used, depth, 1.0f, ds_rows + i * distance);
+        read_row(p + i * padded, used, depth, 1.0f, p_rows + i * distance);
       }
       Products::multiply(ds_rows, distance, keys_by_row, depth, count, in.E, to, out_width, true);
       Products::pack(ds_rows, distance, count, used, packed_ds);
       Products::pack(p_rows, distance, count, used, packed_p);
       Products::multiply(q_transposed + first, query_distance(), packed_ds, kRows,
-                         round_up(in.E, kTileSide), used, dk_transposed, most, true);
+                         round_up(in.E, kTileSide), used, dk_transposed, largest, true);
       Products::multiply(d_transposed + first, query_distance(), packed_p, kRows,
-                         round_up(in.E, kTileSide), used, dv_transposed, most, true);
+                         round_up(in.E, kTileSide), used, dv_transposed, largest, true);
     } else {
-      Products::multiply(ds, here, keys_by_row, used, count, in.E, to, out_width, true);
+      Products::multiply(ds, padded, keys_by_row, used, count, in.E, to, out_width, true);
       Products::pack(q, width, count, in.E, packed_q);
       Products::pack(d, width, count, in.E, packed_d);
+      // ds and p as left sides, read along their columns: nothing is transposed.
       const int64_t all = round_up(used, kRowUnit);
-      multiply_into(ds, 1, here, {packed_q, count, 0, count}, dk, out_width, all, out_width, true);
-      multiply_into(p, 1, here, {packed_d, count, 0, count}, dv, out_width, all, out_width, true);
+      multiply_into(ds, 1, padded, {packed_q, count, 0, count}, dk, out_width, all, out_width,
+                    true);
+      multiply_into(p, 1, padded, {packed_d, count, 0, count}, dv, out_width, all, out_width, true);
     }
   }
 
-  // p and ds of a query from its scores and dp.
-  void row_backward(const Head<T>& head, int64_t b, int64_t h, int64_t query, int64_t begin,
-                    int64_t end, int64_t here, float* p_row, float* ds_row) {
+  // p and ds of a query from its products with keys and with values. A row that sees nothing has
+  // lse = -inf; its scores are all -inf, and with any finite offset p is 0.
+  void row_backward(const Head<T>& head, int64_t query, const Block& block, float* p_row,
+                    float* ds_row) {
     const float dot = row_dots[query], lse = grad.lse[head.row(query)];
-    const int64_t seen = std::clamp<int64_t>(columns.seen_by(in, query) - begin, 0, end - begin);
-    if (kOnTiles) scale_row(p_row, here, in.scale);
-    head.add_bias(query, begin, end, p_row);
-    std::fill(p_row + seen, p_row + here, kMinusInfinity);
-    exp_row(p_row, here, lse == kMinusInfinity ? 0.0f : lse);
+    const int64_t padded = Products::columns(block.count());
+    this->finish_scores(head, query, block, p_row);
+    exp_row(p_row, padded, lse == kMinusInfinity ? 0.0f : lse);
     if (in.threshold) {
-      head.read_dropout(query, begin, end, factors);
-      for (int64_t j = 0; j < end - begin; ++j) {
-        ds_row[j] = p_row[j] * (ds_row[j] * factors[j] - dot);
-        p_row[j] *= factors[j];
+      head.read_dropout(query, block, this->factors);
+      for (int64_t j = 0; j < block.count(); ++j) {
+        ds_row[j] = p_row[j] * (ds_row[j] * this->factors[j] - dot);
+        p_row[j] *= this->factors[j];
       }
     } else {
-      for (int64_t j = 0; j < here; j += kWidth) {
+      for (int64_t j = 0; j < padded; j += kWidth) {
         store(ds_row + j, load(p_row + j) * (load(ds_row + j) - dot));
       }
     }
     if (!grad.dbias) return;
-    const int64_t sample = in.bias_strides[0] ? b : 0;
-    float* dbias = grad.dbias + ((sample * in.H + h) * in.S + query) * in.N;
-    for (int64_t c = std::max(begin, columns.prefix); c < end; ++c) {
-      dbias[columns.at[c].row] += ds_row[c - begin];
+    const int64_t sample = in.bias_strides[0] ? head.b() : 0;
+    float* dbias = grad.dbias + ((sample * in.H + head.h()) * in.S + query) * in.N;
+    for (int64_t c = std::max(block.begin, columns.prefix); c < block.end; ++c) {
+      dbias[columns.list[c].row] += ds_row[c - block.begin];
     }
   }
 
-  // Adds one head's gradients of the columns [begin, end) where they belong.
-  void fold(const Head<T>& head, int64_t b, int64_t h, int64_t chunk, int64_t begin, int64_t end,
-            double& dgate) {
-    const int64_t g = h / (in.H / in.G);
-    for (int64_t c = begin; c < end; ++c) {
-      float *dk_row = dk + (c - begin) * out_width, *dv_row = dv + (c - begin) * out_width;
+  // Adds one head's gradients of a block of columns where they belong: of keys to the group's, of a
+  // prefix to those of its member or of the chunk.
+  void fold(const Head<T>& head, int64_t chunk, const Block& block, double& dgate) {
+    for (int64_t c = block.begin; c < block.end; ++c) {
+      float* dk_row = dk + (c - block.begin) * out_width;
+      float* dv_row = dv + (c - block.begin) * out_width;
       if (kOnTiles) scale_row(dk_row, out_width, in.scale);  // elsewhere q has it
-      const Column column = columns.at[c];
+      const Column column = columns.list[c];
       if (column.segment < 0) {
         float *to_k = group_dk + column.row * out_width, *to_v = group_dv + column.row * out_width;
         for (int64_t e = 0; e < in.E; ++e) to_k[e] += dk_row[e];
@@ -228,8 +214,8 @@ struct Backward {
         continue;
       }
       const CpuSegment& segment = in.prefix[column.segment];
-      const int64_t member = segment.index ? segment.index[b] : chunk;
-      const int64_t offset = ((member * segment.length + column.row) * in.G + g) * in.E;
+      const int64_t member = segment.index ? segment.index[head.b()] : chunk;
+      const int64_t offset = ((member * segment.length + column.row) * in.G + head.g()) * in.E;
       for (int64_t e = 0; e < in.E; ++e) segment.dk[offset + e] += head.gate() * dk_row[e];
       for (int64_t e = 0; e < in.E; ++e) segment.dv[offset + e] += head.gate() * dv_row[e];
       if (!grad.dgate) continue;
@@ -249,7 +235,7 @@ void backward_group(const CpuInputs& in, const CpuBackward& grad, int64_t b, int
   Backward<T, Products> backward(in, grad, columns);
   const int64_t heads = in.H / in.G, width = backward.out_width;
   for (int64_t h = g * heads; h < (g + 1) * heads; ++h) {
-    backward.run(Head<T>(in, columns, b, h), b, h, chunk);
+    backward.run(Head<T>(in, columns, b, h), chunk);
   }
   for (int64_t n = 0; n < in.N; ++n) {
     const int64_t to = ((b * in.G + g) * in.N + n) * in.E;
