@@ -30,6 +30,5 @@ T* at(Address address) {
 }
 
 void bind_cpu(py::module_& m);
-void bind_prefix_attention(py::module_& m);
 
 }  // namespace pelt::bindings

@@ -3,6 +3,7 @@
 #include "ops/gated_adapter/contract.h"
 #include "ops/lora_linear/contract.h"
 #include "ops/masked_weight/contract.h"
+#include "ops/prefix_attention/contract.h"
 #include "ops/symmetric_kl/contract.h"
 
 #if defined(PELT_SIM)
@@ -40,10 +41,10 @@ PYBIND11_MODULE(PELT_MODULE, m) {
 #endif
   bind_cpu(m);
   m.def("build_info", &build_info, "What the module was made of.");
-  bind_prefix_attention(m);
   bind_operator<gated_adapter::Contract>(m, "gated_adapter");
   bind_operator<lora_linear::Contract>(m, "lora_linear");
   bind_operator<masked_weight::Contract>(m, "masked_weight");
+  bind_operator<prefix_attention::Contract>(m, "prefix_attention");
   bind_operator<symmetric_kl::Contract>(m, "symmetric_kl");
 }
 

@@ -18,7 +18,7 @@ from . import _native
 from ._contract import Chosen, Signature, output_dtype
 from ._dispatch import forms_of
 from ._gate import POOLINGS
-from ._rows import Attribute
+from ._rows import Attribute, Input
 from ._values import Value, flatten, unflatten
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -233,12 +233,13 @@ def _native_plan(call: Signature, backend: str, form: str) -> Any:
     if kernels == "cuda":
         form = str(forms.index(form) if form else 0)
     first = _first_places(contract.input_rows, contract.longest_list)
+    rows = {row.name: row for row in contract.input_rows}
     return getattr(_native.library_of(backend), f"{contract.name}_{kernels}")(
         dtype=DTYPES[call.dtype],
         form=form,
         sizes=[call.sizes.get(letter) for letter in contract.letters],
         inputs=[
-            (first[name] + max(i, 0), len(shape), dtype == torch.float32)
+            (first[name] + max(i, 0), _rank(rows[name], shape), dtype == torch.float32)
             for (name, i), (shape, dtype) in zip(call.flat_names, call.tensors)
             if i < max(contract.longest_list, 1)
         ],
@@ -247,6 +248,15 @@ def _native_plan(call: Signature, backend: str, form: str) -> Any:
             _number(row, call.attributes[row.name]) for row in contract.attribute_rows
         ],
     )  # fmt: skip
+
+
+def _rank(row: Input, shape: Sequence[int]) -> int:
+    """What tells the alternatives of a row's shape apart: the number of dimensions, and where an
+    alternative has a 1, as in [1, H, S, N], the bit 16 << d for each dimension d that is 1.
+    """
+    if not any("1" in alternative for alternative in row.shapes):
+        return len(shape)
+    return len(shape) + sum(16 << d for d, size in enumerate(shape[:2]) if size == 1)
 
 
 def _first_places(rows: Sequence[Any], longest_list: int) -> dict[str, int]:

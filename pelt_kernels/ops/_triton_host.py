@@ -95,8 +95,7 @@ def tune(
     calls this by itself: a choice by time would make the order of sums, and so their last bits,
     depend on the run. The seed of dropout changes no time, so it is 0.
     """
-    plan = chosen.plan or backend.plan_of(chosen, inputs)
-    contract, configs = chosen.contract, plan.configs
+    contract, configs = chosen.contract, chosen.plan.configs
     outputs = backend.forward(chosen, seed=0, **inputs)
     named = {row.name: output for row, output in zip(contract.output_rows, outputs)}
     given = {f"d{row.name}": named[row.name] for row in contract.differentiable_rows}

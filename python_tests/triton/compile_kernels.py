@@ -31,6 +31,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from pelt_kernels.ops import _triton_host as host
+from pelt_kernels.ops._contract import Chosen
 from pelt_kernels.ops._values import flatten
 
 _TYPES = {
@@ -111,11 +112,14 @@ def _run(operator: str, backend: Any, dtype: torch.dtype, case: Case) -> None:
     module = importlib.import_module(f"pelt_kernels.ops.{operator}.contract")
     contract = module.CONTRACT
     values = make_inputs(contract, case, dtype, "meta", master=True)
-    call = contract.bind(values, make_attributes(contract, case))
+    signature = contract.bind(values, make_attributes(contract, case))
+    chosen = Chosen(signature, "triton", "")
+    if hasattr(backend, "plan"):
+        chosen.plan = backend.plan(chosen)
     inputs = dict(zip(contract.input_names, values))
     if contract.has_seed:
         inputs["seed"] = 1
-    outputs = backend.forward(call, **inputs)
+    outputs = backend.forward(chosen, **inputs)
     named = {row.name: output for row, output in zip(contract.output_rows, outputs)}
     dys = {f"d{row.name}": named[row.name] for row in contract.differentiable_rows}
     saved = {row.name: named[row.name] for row in contract.saved_rows}
@@ -123,7 +127,7 @@ def _run(operator: str, backend: Any, dtype: torch.dtype, case: Case) -> None:
         name: any(v is not None and v.is_floating_point() for v in flatten([inputs[name]]))
         for name in contract.backward_names
     }
-    backend.backward(call, needs, **dys, **saved, **inputs)
+    backend.backward(chosen, needs, **dys, **saved, **inputs)
 
 
 def main(target: str, operator: str, names: list[str]) -> None:

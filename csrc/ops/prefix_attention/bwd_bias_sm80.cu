@@ -50,7 +50,7 @@ __device__ __forceinline__ void add_step(const BackwardParams& p, const Head& he
                                          FragmentD (&sums)[kTilesN], int step, int row, int column,
                                          int end) {
   using T = typename C::T;
-  const Inputs& in = p.in;
+  const CudaInputs& in = p.in;
   const int warp_rows = warp_index() * 16 * C::kStride;
   FragmentD dots[kTilesM][kTilesN], dp[kTilesM][kTilesN];
   auto rows_of = [](const T* tile) {
@@ -90,7 +90,7 @@ template <class C>
 __device__ __forceinline__ void store_sums(const BackwardParams& p, const Sums& sums, int64_t first,
                                            int row, int column) {
   using T = typename C::T;
-  const Inputs& in = p.in;
+  const CudaInputs& in = p.in;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
@@ -101,10 +101,10 @@ __device__ __forceinline__ void store_sums(const BackwardParams& p, const Sums& 
         const int key = column + step * kStep + 8 * n + FragmentD::column(i) - in.P;
         if (query >= in.S || key < 0 || key >= in.N) continue;
         const int64_t element = first + static_cast<int64_t>(query) * in.N + key;
-        if (p.dbias.is_float32) {
-          static_cast<float*>(p.dbias.data)[element] = sums[step][n].r[i];
+        if (in.is_float32[kBias]) {
+          in.grad_as<float>(kBias)[element] = sums[step][n].r[i];
         } else {
-          static_cast<T*>(p.dbias.data)[element] = round_to<T>(sums[step][n].r[i]);
+          in.grad_as<T>(kBias)[element] = round_to<T>(sums[step][n].r[i]);
         }
       }
     }
@@ -116,17 +116,17 @@ __global__ void __launch_bounds__(kThreads, 2)
     prefix_attention_bwd_bias_sm80(const __grid_constant__ BackwardParams p) {
   using T = typename C::T;
   auto& s = shared_memory_as<Shared<C>>();
-  const Inputs& in = p.in;
-  const int row_tiles = (in.S + kRows - 1) / kRows, heads = p.is_dbias_shared_by_heads ? 1 : in.H;
+  const CudaInputs& in = p.in;
+  const int row_tiles = (in.S + kRows - 1) / kRows, heads = in.is_bias_shared_by_heads() ? 1 : in.H;
   const int first_row = block_index_x() % row_tiles * kRows;
   // From a multiple of 4 of the joined axis on, where dropout's words start.
   const int column = in.P / 4 * 4 + block_index_y() * kColumns;
   // Which of the [S, N] matrices of the bias, and the samples and heads that share it.
   const int member = block_index_x() / row_tiles;
-  const int first_b = p.is_dbias_shared_by_batch ? 0 : member / heads;
-  const int end_b = p.is_dbias_shared_by_batch ? in.B : first_b + 1;
-  const int first_h = p.is_dbias_shared_by_heads ? 0 : member % heads;
-  const int end_h = p.is_dbias_shared_by_heads ? in.H : first_h + 1;
+  const int first_b = in.is_bias_shared_by_batch() ? 0 : member / heads;
+  const int end_b = in.is_bias_shared_by_batch() ? in.B : first_b + 1;
+  const int first_h = in.is_bias_shared_by_heads() ? 0 : member % heads;
+  const int end_h = in.is_bias_shared_by_heads() ? in.H : first_h + 1;
   const int row = first_row + warp_index() * 16;  // the warp's first query
   const int last_row = first_row + kRows < in.S ? first_row + kRows - 1 : in.S - 1;
 
@@ -141,10 +141,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int h = first_h; h < end_h; ++h) {
       const Head head = {b, h, h / (in.H / in.G)};
       sync_threads();  // every warp is done with the last head's tiles, which are overwritten now
-      stage_rows<C, kRows>(s.q, head_rows<T>(in.q, in.q_strides, b, h), in.q_strides.row, first_row,
-                           in.S);
-      stage_rows<C, kRows>(s.dout,
-                           static_cast<const T*>(p.dout) + head_index(in, head) * in.S * C::kE,
+      stage_rows<C, kRows>(s.q, head_rows<T>(in, kQ, b, h), row_stride(in, kQ), first_row, in.S);
+      stage_rows<C, kRows>(s.dout, in.doutput_as<T>(kOut) + head_index(in, head) * in.S * C::kE,
                            C::kE, first_row, in.S);
       stage_columns<C, kColumns>(s.k, s.v, in, head, column);
       cp_async_commit();
@@ -166,21 +164,21 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 }  // namespace
 
-size_t prefix_attention_bwd_bias_sm80_bytes(DType dtype, int64_t E) {
+size_t bwd_bias_sm80_bytes(DType dtype, int64_t E) {
   return shared_bytes_of<Config, Shared>(dtype, E);
 }
 
-void launch_prefix_attention_bwd_bias_sm80(const BackwardParams& p, Stream stream) {
-  const Inputs& in = p.in;
+void launch_bwd_bias_sm80(const BackwardParams& p) {
+  const CudaInputs& in = p.in;
   if (in.N == 0) return;
   const int members =
-      (p.is_dbias_shared_by_batch ? 1 : in.B) * (p.is_dbias_shared_by_heads ? 1 : in.H);
+      (in.is_bias_shared_by_batch() ? 1 : in.B) * (in.is_bias_shared_by_heads() ? 1 : in.H);
   const int row_tiles = (in.S + kRows - 1) / kRows;
   const int column_tiles = (in.P % 4 + in.N + kColumns - 1) / kColumns;
   run_fitting<Config>("prefix_attention_bwd_bias_sm80", in, [&](auto tag, const char* name) {
     using C = typename decltype(tag)::type;
     const LaunchShape shape = shape_with<Shared<C>>(kThreads, members * row_tiles, column_tiles);
-    launch<prefix_attention_bwd_bias_sm80<C>>(name, shape, stream, p);
+    launch<prefix_attention_bwd_bias_sm80<C>>(name, shape, in.stream, p);
   });
 }
 

@@ -89,7 +89,7 @@ struct State {
 // Starts copies of the block's keys and values. Columns of the tile that are not the block's, and
 // own columns that no query sees, become zeros.
 template <class C>
-__device__ __forceinline__ void stage_keys(Shared<C>& s, const Inputs& in, int b) {
+__device__ __forceinline__ void stage_keys(Shared<C>& s, const CudaInputs& in, int b) {
   using T = typename C::T;
   const Columns& columns = s.columns;
   const int g = columns.g;
@@ -97,8 +97,8 @@ __device__ __forceinline__ void stage_keys(Shared<C>& s, const Inputs& in, int b
   T* s_v = values_of<C>(s);
   // A tile of own columns has 64 rows, one of a prefix 16.
   const int count = columns.prefix < 0 ? kOwnTile : kWarpColumns;
-  const T* g_k = head_rows<T>(in.k, in.k_strides, b, g);  // [N, E]
-  const T* g_v = head_rows<T>(in.v, in.v_strides, b, g);  // [N, E]
+  const T* g_k = head_rows<T>(in, kK, b, g);  // [N, E]
+  const T* g_v = head_rows<T>(in, kV, b, g);  // [N, E]
   const ReadColumns read(in, b);
 #pragma unroll 1
   for (int i = thread_index(); i < count * C::kVectors; i += kThreads) {
@@ -108,14 +108,14 @@ __device__ __forceinline__ void stage_keys(Shared<C>& s, const Inputs& in, int b
     if (columns.prefix < 0 || !is_there) {
       const bool is_read = is_there && read.has(column - in.P);
       const int n = is_read ? column - in.P : 0;  // an address that exists, though it is not read
-      cp_async_16(s_k + to, g_k + n * in.k_strides.row + e, is_read);
-      cp_async_16(s_v + to, g_v + n * in.v_strides.row + e, is_read);
+      cp_async_16(s_k + to, g_k + n * row_stride(in, kK) + e, is_read);
+      cp_async_16(s_v + to, g_v + n * row_stride(in, kV) + e, is_read);
     } else {
-      const Prefix& prefix = in.prefix[columns.prefix];
-      stage_prefix_8(s_k + to, prefix.prefix_k,
-                     prefix_offset(prefix, prefix.k_strides, columns.member, g, column) + e);
-      stage_prefix_8(s_v + to, prefix.prefix_v,
-                     prefix_offset(prefix, prefix.v_strides, columns.member, g, column) + e);
+      const int prefix = columns.prefix;
+      stage_prefix_8(s_k + to, in.parameter(kPrefixK + prefix),
+                     prefix_offset(in, kPrefixK, prefix, columns.member, g, column) + e);
+      stage_prefix_8(s_v + to, in.parameter(kPrefixV + prefix),
+                     prefix_offset(in, kPrefixV, prefix, columns.member, g, column) + e);
     }
   }
 }
@@ -126,13 +126,13 @@ template <class C>
 __device__ __forceinline__ void stage_queries(Shared<C>& s, const BackwardParams& p,
                                               const Walk& walk, int buffer) {
   using T = typename C::T;
-  const Inputs& in = p.in;
+  const CudaInputs& in = p.in;
   const int first_row = walk.tile * kRowTile, i = thread_index();
   const int64_t head = static_cast<int64_t>(walk.b) * in.H + walk.h;
-  stage_rows<C, kRowTile>(s.q[buffer], head_rows<T>(in.q, in.q_strides, walk.b, walk.h),
-                          in.q_strides.row, first_row, in.S);
-  stage_rows<C, kRowTile>(s.dout[buffer], static_cast<const T*>(p.dout) + head * in.S * C::kE,
-                          C::kE, first_row, in.S);
+  stage_rows<C, kRowTile>(s.q[buffer], head_rows<T>(in, kQ, walk.b, walk.h), row_stride(in, kQ),
+                          first_row, in.S);
+  stage_rows<C, kRowTile>(s.dout[buffer], in.doutput_as<T>(kOut) + head * in.S * C::kE, C::kE,
+                          first_row, in.S);
   const int64_t padded = head * p.padded_rows + first_row;
   if (i < kRowTile / 4) {
     cp_async_16(&s.lse[buffer][4 * i], p.row_lse + padded + 4 * i, true);
@@ -152,11 +152,11 @@ struct VisibleColumns {
   __device__ __forceinline__ bool has_hidden() const { return (bits & kAll) == 0; }
 };
 
-__device__ __forceinline__ VisibleColumns visible_columns(const Inputs& in, const Columns& columns,
-                                                          int b, int column) {
+__device__ __forceinline__ VisibleColumns visible_columns(const CudaInputs& in,
+                                                          const Columns& columns, int b,
+                                                          int column) {
   if (columns.prefix >= 0) return {~uint32_t{0}};
-  const bool* mask =
-      in.key_mask == nullptr ? nullptr : in.key_mask + static_cast<int64_t>(b) * in.N;
+  const bool* mask = in.mask_of(b);
   uint32_t hidden = 0;
 #pragma unroll
   for (int i = 0; i < 2 * kTilesM; ++i) {
@@ -171,10 +171,10 @@ __device__ __forceinline__ VisibleColumns visible_columns(const Inputs& in, cons
 // Adds the bias, as add_bias_by_rows does; the bias of the head begins at element `bias_offset`.
 // Rows and columns beyond the last one read the last one: their p is 0, by lse or by the mask.
 template <class Element>
-__device__ __forceinline__ void add_bias_by_columns(const Inputs& in, int64_t bias_offset,
+__device__ __forceinline__ void add_bias_by_columns(const CudaInputs& in, int64_t bias_offset,
                                                     FragmentD (&scores)[kTilesM][kTilesN],
                                                     int column, int row) {
-  const Element* bias = static_cast<const Element*>(in.bias.data) + bias_offset;
+  const Element* bias = in.input_as<Element>(kBias) + bias_offset;
 #pragma unroll
   for (int n = 0; n < kTilesN; ++n) {
 #pragma unroll
@@ -196,10 +196,10 @@ __device__ __forceinline__ void add_bias_by_columns(const Inputs& in, int64_t bi
 // warp, which all take the same factor. Columns that are not the block's get numbers, too; nothing
 // that is stored depends on them.
 template <class T>
-__device__ __forceinline__ void score_by_columns(const Inputs& in, const Head& head, bool is_prefix,
-                                                 float gate, FragmentD (&scores)[kTilesM][kTilesN],
-                                                 int column, int row,
-                                                 const VisibleColumns& visible) {
+__device__ __forceinline__ void score_by_columns(const CudaInputs& in, const Head& head,
+                                                 bool is_prefix, float gate,
+                                                 FragmentD (&scores)[kTilesM][kTilesN], int column,
+                                                 int row, const VisibleColumns& visible) {
   const float factor =
       in.scale * kLog2e * gate;  // to units of log 2; the gate is 1 for own columns
 #pragma unroll
@@ -211,9 +211,9 @@ __device__ __forceinline__ void score_by_columns(const Inputs& in, const Head& h
     }
   }
   if (is_prefix) return;  // no bias, no mask, and not under the causal diagonal
-  if (in.bias.data != nullptr) {
+  if (in.has_bias()) {
     const int64_t bias_offset = head.b * in.bias_batch_stride + head.h * in.bias_head_stride;
-    if (in.bias.is_float32) {
+    if (in.is_float32[kBias]) {
       add_bias_by_columns<float>(in, bias_offset, scores, column, row);
     } else {
       add_bias_by_columns<T>(in, bias_offset, scores, column, row);
@@ -247,7 +247,7 @@ __device__ __forceinline__ void score_by_columns(const Inputs& in, const Head& h
 // Turns scores and dP^T into dropout g P^T and g dS^T, in their places: the left operands of dV and
 // dK. Where p has to be 0 lse is +inf or the score -inf, so 2^(score - lse) is 0.
 template <class C>
-__device__ __forceinline__ void differentiate(const Inputs& in, const Head& head, float gate,
+__device__ __forceinline__ void differentiate(const CudaInputs& in, const Head& head, float gate,
                                               FragmentD (&scores)[kTilesM][kTilesN],
                                               FragmentD (&dp)[kTilesM][kTilesN], const float* s_lse,
                                               const float* s_delta, int column, int row) {
@@ -286,7 +286,7 @@ __device__ __forceinline__ void differentiate(const Inputs& in, const Head& head
 // One step of a warp: its columns, from `column` on, and kStep queries from `row` on, which begin
 // at row `step` of the buffer. Four products: S^T and dP^T, then dV and dK.
 template <class C>
-__device__ __forceinline__ void attend(const Inputs& in, bool is_prefix, State<C>& state,
+__device__ __forceinline__ void attend(const CudaInputs& in, bool is_prefix, State<C>& state,
                                        Shared<C>& s, int buffer, int step, int column, int row,
                                        const VisibleColumns& visible) {
   column = opaque(column);  // else what follows from it would be kept in registers along the walk
@@ -332,7 +332,7 @@ __device__ __forceinline__ void load_operands(State<C>& state, const typename C:
 // Adds the four warps' sums of a prefix tile in their order, and writes them to the workspace, to
 // the [A_i, P_i, G, E] of the block's chunk. The whole block takes part.
 template <class C>
-__device__ __forceinline__ void store_partial(Shared<C>& s, const Inputs& in, float* partial,
+__device__ __forceinline__ void store_partial(Shared<C>& s, const CudaInputs& in, float* partial,
                                               float factor,
                                               const FragmentD (&sums)[kTilesM][C::kE / 8]) {
   constexpr int kSize = kWarpColumns * C::kE;
@@ -355,16 +355,17 @@ __device__ __forceinline__ void store_partial(Shared<C>& s, const Inputs& in, fl
   sync_threads();  // all four warps' sums are written before any thread adds them
   if (partial == nullptr) return;
   const Columns& columns = s.columns;
-  const Prefix& prefix = in.prefix[columns.prefix];
+  const int prefix = columns.prefix;
   // The first row of the chunk's and member's [P_i, G, E].
   const int64_t row =
-      (static_cast<int64_t>(columns.chunk) * prefix.members + columns.member) * prefix.length;
+      (static_cast<int64_t>(columns.chunk) * in.A_i[prefix] + columns.member) * in.P_i[prefix];
   for (int i = thread_index(); i < kSize; i += kThreads) {
     const int column = columns.first + i / C::kE;
     if (column < columns.begin || column >= columns.end) continue;  // another prefix's column
     float sum = 0.0f;                                               // in the order of the warps
     for (int w = 0; w < kWarps; ++w) sum += s_sums[w * kSize + i];
-    partial[((row + column - prefix.first) * in.G + columns.g) * C::kE + i % C::kE] = sum * factor;
+    partial[((row + column - in.first[prefix]) * in.G + columns.g) * C::kE + i % C::kE] =
+        sum * factor;
   }
 }
 
@@ -380,15 +381,15 @@ __device__ __forceinline__ void store_own(const BackwardParams& p, Shared<C>& s,
   const int begin = columns.begin > column ? columns.begin - column : 0;
   const int end = columns.end - column < kWarpColumns ? columns.end - column : kWarpColumns;
   const int64_t first = (static_cast<int64_t>(b) * p.in.G + columns.g) * p.in.N + column - p.in.P;
-  if (p.dk != nullptr) {
+  if (p.in.grad[kK] != nullptr) {
     T* s_dk = s.q[0] + warp_column * C::kStride;
     put_rows<C>(s_dk, state.dk, p.in.scale);  // S = scale Q K^T, so dK has the scale once more
-    store_rows<C>(static_cast<T*>(p.dk) + first * C::kE, s_dk, begin, end);
+    store_rows<C>(p.in.grad_as<T>(kK) + first * C::kE, s_dk, begin, end);
   }
-  if (p.dv != nullptr) {
+  if (p.in.grad[kV] != nullptr) {
     T* s_dv = s.dout[0] + warp_column * C::kStride;
     put_rows<C>(s_dv, state.dv, 1.0f);
-    store_rows<C>(static_cast<T*>(p.dv) + first * C::kE, s_dv, begin, end);
+    store_rows<C>(p.in.grad_as<T>(kV) + first * C::kE, s_dv, begin, end);
   }
 }
 
@@ -396,7 +397,7 @@ template <class C>
 __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
     prefix_attention_bwd_keys_sm80(const __grid_constant__ BackwardParams p) {
   auto& s = shared_memory_as<Shared<C>>();
-  const Inputs& in = p.in;
+  const CudaInputs& in = p.in;
   place_block(p, s.columns, s.range, s.walk[0], s.scratch);
   const bool is_prefix = s.columns.prefix >= 0;
   // Of own columns each warp has 16, of a prefix tile all warps have the same 16.
@@ -461,16 +462,16 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
 
 }  // namespace
 
-size_t prefix_attention_bwd_keys_sm80_bytes(DType dtype, int64_t E) {
+size_t bwd_keys_sm80_bytes(DType dtype, int64_t E) {
   return shared_bytes_of<Config, Shared>(dtype, E);
 }
 
-void launch_prefix_attention_bwd_keys_sm80(const BackwardParams& p, Stream stream) {
+void launch_bwd_keys_sm80(const BackwardParams& p) {
   const int blocks = p.prefix_blocks + p.in.B * p.in.G * p.own_tiles;
   run_fitting<Config>("prefix_attention_bwd_keys_sm80", p.in, [&](auto tag, const char* name) {
     using C = typename decltype(tag)::type;
-    launch<prefix_attention_bwd_keys_sm80<C>>(name, shape_with<Shared<C>>(kThreads, blocks), stream,
-                                              p);
+    launch<prefix_attention_bwd_keys_sm80<C>>(name, shape_with<Shared<C>>(kThreads, blocks),
+                                              p.in.stream, p);
   });
 }
 

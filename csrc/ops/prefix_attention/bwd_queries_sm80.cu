@@ -75,6 +75,7 @@ __device__ __forceinline__ void measure_rows(const BackwardParams& p, Shared<C>&
   using T = typename C::T;
   const int64_t first = head_index(p.in, head) * p.in.S + first_row;
   const int64_t padded = head_index(p.in, head) * p.padded_rows + first_row;
+  const T *g_out = p.in.output_as<T>(kOut), *g_dout = p.in.doutput_as<T>(kOut);
 #pragma unroll 1
   for (int r = thread_index() / 4; r < kRows; r += kThreads / 4) {
     const bool is_there = first_row + r < p.in.S;
@@ -82,15 +83,15 @@ __device__ __forceinline__ void measure_rows(const BackwardParams& p, Shared<C>&
     if (is_there) {
 #pragma unroll
       for (int e = thread_index() % 4 * 8; e < C::kE; e += 32) {  // four lanes, 8 elements each
-        const Float8 out = load_8(static_cast<const T*>(p.out) + (first + r) * C::kE + e);
-        const Float8 dout = load_8(static_cast<const T*>(p.dout) + (first + r) * C::kE + e);
+        const Float8 out = load_8(g_out + (first + r) * C::kE + e);
+        const Float8 dout = load_8(g_dout + (first + r) * C::kE + e);
 #pragma unroll
         for (int i = 0; i < 8; ++i) dot += out.v[i] * dout.v[i];
       }
     }
     dot = group_sum<4>(dot);
     if (thread_index() % 4 != 0) continue;  // all four have the sum; one writes it
-    const float lse = is_there ? p.lse[first + r] : kMinusInfinity;
+    const float lse = is_there ? p.in.output_as<float>(kLse)[first + r] : kMinusInfinity;
     s.lse[r] = lse == kMinusInfinity ? -kMinusInfinity : lse * kLog2e;
     s.delta[r] = dot;
     // Rows beyond S are written too: the next launch copies whole tiles of kRowTile rows.
@@ -104,7 +105,7 @@ __device__ __forceinline__ void measure_rows(const BackwardParams& p, Shared<C>&
 // Turns scores without the gate, and dout V^T, into g dS, in place of the scores. `factor` is what
 // score_by_rows has left to be applied; with a prefix in the step it is 1.
 template <class C, bool kHasPrefix>
-__device__ __forceinline__ void differentiate(const Inputs& in, const Scoring& scoring,
+__device__ __forceinline__ void differentiate(const CudaInputs& in, const Scoring& scoring,
                                               float factor, const DropoutRows& rows, float& dgate,
                                               const Shared<C>& s,
                                               FragmentD (&scores)[kTilesM][C::kTilesN],
@@ -149,7 +150,7 @@ __device__ __forceinline__ void differentiate(const Inputs& in, const Scoring& s
 // One step of a warp: kStep columns from `column` on, which begin at row `step` of the buffer. The
 // two products give scores and dP, differentiate turns them into dS, and the third adds dS K to dq.
 template <class C>
-__device__ __forceinline__ void attend(const Inputs& in, State<C>& state, const Shared<C>& s,
+__device__ __forceinline__ void attend(const CudaInputs& in, State<C>& state, const Shared<C>& s,
                                        int buffer, int step, int row, int column, int end) {
   const uint32_t visible = visible_bits<2 * C::kTilesN>(in, s.scoring.key_mask, end, [&](int i) {
     return column + 8 * (i / 2) + FragmentD::column(i % 2);
@@ -191,9 +192,9 @@ __device__ __forceinline__ void finish_dq(const BackwardParams& p, const Head& h
     }
   }
   if (p.own_dq == nullptr) return;
-  const Strides& strides = p.own_dq_strides;
-  const auto* own_dq = head_rows<typename C::T>(p.own_dq, strides, head.b, head.h);
-  add_rows<C>(state.dq, own_dq + row * strides.row, strides.row, p.in.S - row);
+  const auto* own_dq = head_rows<typename C::T>(p.in, kK, head.b, head.h);
+  const int64_t stride = row_stride(p.in, kK);
+  add_rows<C>(state.dq, own_dq + row * stride, stride, p.in.S - row);
 }
 
 template <class C>
@@ -201,17 +202,18 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
     prefix_attention_bwd_queries_sm80(const __grid_constant__ BackwardParams p) {
   using T = typename C::T;
   auto& s = shared_memory_as<Shared<C>>();
-  const Inputs& in = p.in;
+  const CudaInputs& in = p.in;
   const Head head = head_of(in, block_index_x() / p.row_tiles);
   // Under a causal mask the last rows see the most columns: their blocks start first.
   const int tile = p.row_tiles - 1 - block_index_x() % p.row_tiles;
   const int first_row = tile * kRows, row = first_row + warp_index() * kWarpRows;
 
   measure_rows<C>(p, s, head, first_row);
-  if (p.dq == nullptr && p.gate_partial == nullptr) return;  // lse and D were all that is needed
-  stage_rows<C, kRows>(s.q, head_rows<T>(in.q, in.q_strides, head.b, head.h), in.q_strides.row,
-                       first_row, in.S);
-  const T* g_dout = static_cast<const T*>(p.dout) + head_index(in, head) * in.S * C::kE;
+  if (in.grad[kQ] == nullptr && p.gate_partial == nullptr)
+    return;  // lse and D were all that is needed
+  stage_rows<C, kRows>(s.q, head_rows<T>(in, kQ, head.b, head.h), row_stride(in, kQ), first_row,
+                       in.S);
+  const T* g_dout = in.doutput_as<T>(kOut) + head_index(in, head) * in.S * C::kE;
   stage_rows<C, kRows>(s.dout, g_dout, C::kE, first_row, in.S);
   stage_columns<C, C::kColumns>(s.k[0], s.v[0], in, head, 0);
   cp_async_commit();
@@ -225,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
   // the warp sees: the block stages tiles up to the second, a warp multiplies up to the third.
   int seen_end = seen_end_of(in, head.b, s.scratch);
   // Without dq only the prefix columns matter: they hold the gate's gradient.
-  if (p.dq == nullptr) seen_end = in.P;
+  if (in.grad[kQ] == nullptr) seen_end = in.P;
   const int end =
       row_limit(in, first_row + kRows < in.S ? first_row + kRows - 1 : in.S - 1, seen_end);
   const int last_row = row + kWarpRows < in.S ? row + kWarpRows - 1 : in.S - 1;
@@ -254,12 +256,12 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
   // under way, and a copy may have been another thread's.
   cp_async_wait<0>();
   sync_threads();
-  if (p.dq != nullptr && row < in.S) {
+  if (in.grad[kQ] != nullptr && row < in.S) {
     // Only this warp reads or writes these rows of s.q from here on.
     T* s_q = s.q + warp_index() * kWarpRows * C::kStride;
     finish_dq<C>(p, head, state, row);
     put_rows<C>(s_q, state.dq, 1.0f);
-    T* g_dq = static_cast<T*>(p.dq) + (head_index(in, head) * in.S + row) * C::kE;
+    T* g_dq = in.grad_as<T>(kQ) + (head_index(in, head) * in.S + row) * C::kE;
     store_rows<C>(g_dq, s_q, 0, row + kWarpRows < in.S ? kWarpRows : in.S - row);
   }
   if (p.gate_partial == nullptr) return;  // the same for the whole block
@@ -274,16 +276,16 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
 
 }  // namespace
 
-size_t prefix_attention_bwd_queries_sm80_bytes(DType dtype, int64_t E) {
+size_t bwd_queries_sm80_bytes(DType dtype, int64_t E) {
   return shared_bytes_of<Config, Shared>(dtype, E);
 }
 
-void launch_prefix_attention_bwd_queries_sm80(const BackwardParams& p, Stream stream) {
+void launch_bwd_queries_sm80(const BackwardParams& p) {
   const int blocks = p.in.B * p.in.H * p.row_tiles;
   run_fitting<Config>("prefix_attention_bwd_queries_sm80", p.in, [&](auto tag, const char* name) {
     using C = typename decltype(tag)::type;
     launch<prefix_attention_bwd_queries_sm80<C>>(name, shape_with<Shared<C>>(kThreads, blocks),
-                                                 stream, p);
+                                                 p.in.stream, p);
   });
 }
 

@@ -67,29 +67,29 @@ using Configs = TypeList<Config<bf16>, Config<f16>>;
 
 }  // namespace
 
-void launch_prefix_attention_bwd_sums_sm80(const BackwardParams& p, Stream stream) {
-  const Inputs& in = p.in;
+void launch_bwd_sums_sm80(const BackwardParams& p) {
+  const CudaInputs& in = p.in;
   Sums sums;
   // A prefix without a gradient has no chunks in the workspace, and its null pointers are left out.
   for (int i = 0; i < in.prefixes; ++i) {
     const PrefixGrad& grad = p.prefix[i];
     Sum one;
-    one.size = static_cast<int64_t>(in.prefix[i].members) * in.prefix[i].length * in.G * in.E;
+    one.size = static_cast<int64_t>(in.A_i[i]) * in.P_i[i] * in.G * in.E;
     // [chunks, A_i, P_i, G, E]
     one.terms = grad.chunks;
     one.term_stride = one.size;
-    one.from = grad.partial_k, one.to = grad.dprefix_k;
+    one.from = grad.partial_k, one.to = in.parameter_grad(kPrefixK + i);
     sums.add(one);
     // Values lie as keys do.
-    one.from = grad.partial_v, one.to = grad.dprefix_v;
+    one.from = grad.partial_v, one.to = in.parameter_grad(kPrefixV + i);
     sums.add(one);
   }
   // [B, H, row_tiles]: a gate per sample is the sum over its heads' tiles, which lie in a row.
   Sum gate;
-  gate.from = p.gate_partial, gate.to = p.dgate;
-  gate.terms = in.has_gate_per_head ? p.row_tiles : static_cast<int64_t>(in.H) * p.row_tiles;
+  gate.from = p.gate_partial, gate.to = in.parameter_grad(kGate);
+  gate.terms = in.has_gate_per_head() ? p.row_tiles : static_cast<int64_t>(in.H) * p.row_tiles;
   gate.element_stride = gate.terms;
-  gate.size = in.has_gate_per_head ? static_cast<int64_t>(in.B) * in.H : in.B;
+  gate.size = in.has_gate_per_head() ? static_cast<int64_t>(in.B) * in.H : in.B;
   sums.add(gate);
   if (sums.count == 0) return;
   constexpr int64_t kMaxBlocks = 1024;  // several for each multiprocessor of the largest GPU
@@ -103,7 +103,7 @@ void launch_prefix_attention_bwd_sums_sm80(const BackwardParams& p, Stream strea
       [&](auto tag) { return DTypeOf<typename decltype(tag)::type::T>::value == in.dtype; },
       [&](auto tag) {
         constexpr auto kKernel = prefix_attention_bwd_sums_sm80<typename decltype(tag)::type>;
-        launch<kKernel>("prefix_attention_bwd_sums_sm80", shape, stream, sums);
+        launch<kKernel>("prefix_attention_bwd_sums_sm80", shape, in.stream, sums);
       });
 }
 

@@ -40,7 +40,7 @@ size_t shared_bytes_of(DType dtype, int64_t E) {
 
 // Calls run(TypeTag<Config>, kernel) for the configuration that why_not has promised.
 template <template <class, int> class Config, class Run>
-void run_fitting(const char* kernel, const Inputs& in, Run&& run) {
+void run_fitting(const char* kernel, const CudaInputs& in, Run&& run) {
   const bool is_found = find_config<Config>(in.dtype, in.E, [&](auto tag) { run(tag, kernel); });
   check(is_found, kernel, ": expected bfloat16 or float16 and a head size of ", kHeadSizes,
         ", got ", name_of(in.dtype), " and E=", in.E);

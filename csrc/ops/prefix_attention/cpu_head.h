@@ -12,16 +12,19 @@
 
 #include "common/arena.h"
 #include "common/parallel.h"
+#include "cpu/kernels.h"
 #include "cpu/math.h"
 #include "cpu/pairs.h"
 #include "cpu/panels.h"
 #include "cpu/philox_lanes.h"
-#include "ops/prefix_attention/cpu.h"
+#include "ops/prefix_attention/inputs.h"
 
 namespace pelt::prefix_attention {
 namespace {
 
 using namespace pelt::cpu;
+
+using CpuInputs = Inputs<int64_t>;
 
 constexpr int64_t kBlockVector = 16384;  // numbers of one packed operand: 64 KB of float32
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
@@ -142,16 +145,16 @@ struct Columns {
   int64_t total = 0;              // P + N
 
   Columns(const CpuInputs& in, int64_t b) {
-    for (int i = 0; i < in.segments; ++i) {
-      for (int64_t p = 0; p < in.prefix[i].length; ++p) add(i, p, total + p);
-      total += in.prefix[i].length;
+    for (int i = 0; i < in.prefixes; ++i) {
+      for (int64_t p = 0; p < in.P_i[i]; ++p) add(i, p, in.first[i] + p);
     }
-    prefix = total;
-    const int64_t end = in.lengths ? std::clamp<int64_t>(in.lengths[b], 0, in.N) : in.N;
+    prefix = in.P;
+    total = in.P + in.N;
+    const int64_t end = in.lengths() ? std::clamp<int64_t>(in.lengths()[b], 0, in.N) : in.N;
+    const bool* mask = in.mask_of(b);
     for (int64_t n = 0; n < end; ++n) {
-      if (!in.key_mask || in.key_mask[b * in.N + n]) add(-1, n, prefix + n);
+      if (!mask || mask[n]) add(-1, n, prefix + n);
     }
-    total += in.N;
   }
 
   int64_t count() const { return static_cast<int64_t>(list.size()); }
@@ -184,7 +187,7 @@ class Head {
  public:
   Head(const CpuInputs& in, const Columns& columns, int64_t b, int64_t h)
       : in_(in), columns_(columns), b_(b), h_(h), g_(h / (in.H / in.G)) {
-    if (in.gate.data) gate_ = element(in.gate, in.has_gate_per_head ? b * in.H + h : b);
+    if (in.has_gate()) gate_ = element(kGate, in.has_gate_per_head() ? b * in.H + h : b);
   }
 
   int64_t b() const { return b_; }
@@ -192,32 +195,31 @@ class Head {
   int64_t g() const { return g_; }
   float gate() const { return gate_; }
 
-  // Row `row` of a prefix's keys or values, without the gate.
+  // A column's row of a prefix's keys (kPrefixK) or values (kPrefixV), without the gate.
   template <class To>
-  void read_prefix(const Parameter& from, const CpuSegment& segment, int64_t row, int64_t width,
-                   float factor, To* to) const {
-    const int64_t member = segment.index ? segment.index[b_] : 0;
-    const int64_t offset = ((member * segment.length + row) * in_.G + g_) * in_.E;
-    if (from.is_float32) {
-      read_row(static_cast<const float*>(from.data) + offset, in_.E, width, factor, to);
+  void read_prefix(Input tensor, const Column& column, int64_t width, float factor, To* to) const {
+    const int i = tensor + column.segment;
+    const int64_t* index = in_.index_of(column.segment);
+    const int64_t (&stride)[3] = in_.stride[i];  // of a member, a row and a head
+    const int64_t offset =
+        (index ? index[b_] : 0) * stride[0] + column.row * stride[1] + g_ * stride[2];
+    if (in_.is_float32[i]) {
+      read_row(in_.input_as<float>(i) + offset, in_.E, width, factor, to);
     } else {
-      read_row(static_cast<const bf16*>(from.data) + offset, in_.E, width, factor, to);
+      read_row(in_.input_as<bf16>(i) + offset, in_.E, width, factor, to);
     }
   }
 
-  // Keys or values of a block of columns, with the gate: [columns, width].
+  // Keys (kK) or values (kV) of a block of columns, with the gate: [columns, width].
   template <class To>
-  void read(bool keys, const Block& block, int64_t width, To* to) const {
-    const T* rows = static_cast<const T*>(keys ? in_.k : in_.v);
-    const int64_t* strides = keys ? in_.k_strides : in_.v_strides;
+  void read(Input tensor, const Block& block, int64_t width, To* to) const {
+    const T* rows = head_rows(tensor, g_);
     for (int64_t c = block.begin; c < block.end; ++c, to += width) {
-      const Column column = columns_.list[c];
+      const Column& column = columns_.list[c];
       if (column.segment < 0) {
-        const T* row = rows + b_ * strides[0] + g_ * strides[1] + column.row * strides[2];
-        read_row(row, in_.E, width, 1.0f, to);
+        read_row(rows + column.row * in_.stride[tensor][2], in_.E, width, 1.0f, to);
       } else {
-        const CpuSegment& segment = in_.prefix[column.segment];
-        read_prefix(keys ? segment.k : segment.v, segment, column.row, width, gate_, to);
+        read_prefix(tensor == kK ? kPrefixK : kPrefixV, column, width, gate_, to);
       }
     }
   }
@@ -225,18 +227,20 @@ class Head {
   // Queries [begin, end) times a factor: [rows, width].
   template <class To>
   void read_queries(int64_t begin, int64_t end, int64_t width, float factor, To* to) const {
-    const T* q = static_cast<const T*>(in_.q) + b_ * in_.q_strides[0] + h_ * in_.q_strides[1];
+    const T* q = head_rows(kQ, h_);
     for (int64_t s = begin; s < end; ++s, to += width) {
-      read_row(q + s * in_.q_strides[2], in_.E, width, factor, to);
+      read_row(q + s * in_.stride[kQ][2], in_.E, width, factor, to);
     }
   }
 
   // Adds query s's bias to its scores of a block of columns; a prefix has none.
   void add_bias(int64_t s, const Block& block, float* scores) const {
-    if (!in_.bias.data) return;
-    const int64_t offset = b_ * in_.bias_strides[0] + h_ * in_.bias_strides[1] + s * in_.N;
-    for (int64_t c = std::max(block.begin, columns_.prefix); c < block.end; ++c) {
-      scores[c - block.begin] += element(in_.bias, offset + columns_.list[c].row);
+    if (!in_.has_bias()) return;
+    const int64_t offset = b_ * in_.bias_batch_stride + h_ * in_.bias_head_stride + s * in_.N;
+    if (in_.is_float32[kBias]) {
+      add_bias_row(in_.input_as<float>(kBias) + offset, block, scores);
+    } else {
+      add_bias_row(in_.input_as<bf16>(kBias) + offset, block, scores);
     }
   }
 
@@ -254,16 +258,30 @@ class Head {
       if (position >= until) {
         from = position / 4 * 4;
         until = from + 4 * kPhiloxGroups;
-        philox_words(first + from / 4, 0, in_.seed, words);
+        philox_words(first + from / 4, 0, in_.dropout.seed, words);
       }
-      *to++ = words[position - from] >= in_.threshold ? in_.kept : 0.0f;
+      *to++ = words[position - from] >= in_.dropout.threshold ? in_.dropout.keep_scale : 0.0f;
     }
   }
 
  private:
-  static float element(const Parameter& tensor, int64_t i) {
-    if (tensor.is_float32) return static_cast<const float*>(tensor.data)[i];
-    return load_part(static_cast<const bf16*>(tensor.data) + i, 1)[0];
+  float element(Input tensor, int64_t i) const {
+    if (in_.is_float32[tensor]) return in_.input_as<float>(tensor)[i];
+    return to_float(in_.input_as<bf16>(tensor)[i]);
+  }
+
+  template <class From>
+  void add_bias_row(const From* bias, const Block& block, float* scores) const {
+    const Column* columns = columns_.list.data();
+    for (int64_t c = std::max(block.begin, columns_.prefix); c < block.end; ++c) {
+      scores[c - block.begin] += to_float(bias[columns[c].row]);
+    }
+  }
+
+  // The first row of a head of q, k or v.
+  const T* head_rows(Input tensor, int64_t h) const {
+    const int64_t (&stride)[3] = in_.stride[tensor];
+    return in_.input_as<T>(tensor) + b_ * stride[0] + h * stride[1];
   }
 
   const CpuInputs& in_;
@@ -305,8 +323,8 @@ inline int64_t block_columns(const CpuInputs& in, const Columns& all) {
 }
 
 // What forward and backward do alike: they take the columns that a sample sees in blocks, and
-// against the keys of a block the queries, kRows at a time. Members are memory for one block and one
-// group of queries.
+// against the keys of a block the queries, kRows at a time. Members are memory for one block and
+// one group of queries.
 template <class T, class Products>
 struct Blocks {
   using Element = typename Products::Element;
@@ -351,7 +369,7 @@ struct Blocks {
   // The block's keys, gated, as the right side of Q K^T; as rows [columns, width] they stay in
   // `rows`.
   void pack_keys(const Head<T>& head, const Block& block) {
-    head.read(true, block, width, rows);
+    head.read(kK, block, width, rows);
     Products::pack_transposed(rows, width, in.E, block.count(), keys);
   }
 

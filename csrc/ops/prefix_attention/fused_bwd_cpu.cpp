@@ -15,6 +15,101 @@
 namespace pelt::prefix_attention {
 namespace {
 
+// Chunks of the batch at most. More of them are more work for more threads, and more memory.
+constexpr int64_t kMaxChunks = 8;
+
+// Gradients to which several units of work add: partial sums in float32, zero at first, which are
+// added in a fixed order at the end and rounded once.
+struct PartialSums {
+  // The batch is cut into chunks, and each has its own sums of shared prefixes. It follows from B,
+  // so that threads do not change a bit. The rows of a table and a bias that all samples share
+  // belong to no chunk: beside them there is a single one.
+  int64_t chunks = 1;
+  float* prefix_k[kMaxPrefixes] = {};  // [chunks, P_i, G, E] | [A_i, P_i, G, E]
+  float* prefix_v[kMaxPrefixes] = {};
+  float* gate = nullptr;  // [B, H]
+  float* bias = nullptr;  // [B or 1, H, S, N]
+
+  PartialSums(const CpuInputs& in, Arena& arena) {
+    bool is_whole = in.grad[kBias] && in.is_bias_shared_by_batch();
+    for (int i = 0; i < in.prefixes; ++i) is_whole |= in.index_of(i) != nullptr;
+    if (!is_whole) chunks = std::clamp<int64_t>(in.B, 1, kMaxChunks);
+    for (int i = 0; i < in.prefixes; ++i) {
+      if (in.grad[kPrefixK + i]) prefix_k[i] = arena.take(count(in, i) * size(in, i));
+      if (in.grad[kPrefixV + i]) prefix_v[i] = arena.take(count(in, i) * size(in, i));
+    }
+    if (in.grad[kGate]) gate = arena.take(in.B * in.H);
+    if (in.grad[kBias])
+      bias = is_bias_final(in) ? in.grad_as<float>(kBias) : arena.take(numbers(in));
+  }
+
+  // One member's gradient, and how many of them there are.
+  static int64_t size(const CpuInputs& in, int i) { return in.P_i[i] * in.G * in.E; }
+  int64_t count(const CpuInputs& in, int i) const { return in.index_of(i) ? in.A_i[i] : chunks; }
+
+  // Nothing is left to be added or rounded: the sums are the gradient itself.
+  static bool is_bias_final(const CpuInputs& in) {
+    return in.is_float32[kBias] && !in.is_bias_shared_by_heads();
+  }
+  static int64_t numbers(const CpuInputs& in) {
+    return (in.is_bias_shared_by_batch() ? 1 : in.B) * in.H * in.S * in.N;
+  }
+
+  void clear(const CpuInputs& in) const {
+    for (int i = 0; i < in.prefixes; ++i) {
+      const int64_t all = count(in, i) * size(in, i);
+      if (prefix_k[i]) std::fill_n(prefix_k[i], all, 0.0f);
+      if (prefix_v[i]) std::fill_n(prefix_v[i], all, 0.0f);
+    }
+    if (!bias || in.N == 0) return;
+    const int64_t matrix = in.S * in.N;
+    parallel_for(numbers(in) / matrix, in.threads,
+                 [&](int64_t i) { std::fill_n(bias + i * matrix, matrix, 0.0f); });
+  }
+
+  void add_up(const CpuInputs& in) const;
+};
+
+// to[i] = the sum over j < terms of from[j * size + i], for i < size, in the gradient's dtype.
+template <class To>
+void add_terms(const float* from, int64_t size, int64_t terms, To* to) {
+  for_vectors(size, [&](int64_t i, auto part) {
+    Vector sum = part.load_from(from + i);
+    for (int64_t j = 1; j < terms; ++j) sum += part.load_from(from + j * size + i);
+    part.store_to(to + i, sum);
+  });
+}
+
+// `count` such sums, one behind the other, into the gradient of an input.
+void add_groups(const CpuInputs& in, int input, const float* from, int64_t count, int64_t size,
+                int64_t terms) {
+  parallel_for(count, count * size > (1 << 16) ? in.threads : 1, [&](int64_t i) {
+    const float* first = from + i * terms * size;
+    if (in.is_float32[input]) {
+      add_terms(first, size, terms, in.grad_as<float>(input) + i * size);
+    } else {
+      add_terms(first, size, terms, in.grad_as<bf16>(input) + i * size);
+    }
+  });
+}
+
+void PartialSums::add_up(const CpuInputs& in) const {
+  for (int i = 0; i < in.prefixes; ++i) {
+    // A table has one sum for each member, a shared prefix one for each chunk.
+    const int64_t groups = in.index_of(i) ? in.A_i[i] : 1, terms = in.index_of(i) ? 1 : chunks;
+    if (prefix_k[i]) add_groups(in, kPrefixK + i, prefix_k[i], groups, size(in, i), terms);
+    if (prefix_v[i]) add_groups(in, kPrefixV + i, prefix_v[i], groups, size(in, i), terms);
+  }
+  if (gate) {
+    const bool is_per_head = in.has_gate_per_head();
+    add_groups(in, kGate, gate, in.B, is_per_head ? in.H : 1, is_per_head ? 1 : in.H);
+  }
+  if (!bias || is_bias_final(in)) return;
+  const int64_t samples = in.is_bias_shared_by_batch() ? 1 : in.B, matrix = in.S * in.N;
+  const bool is_shared = in.is_bias_shared_by_heads();
+  add_groups(in, kBias, bias, is_shared ? samples : samples * in.H, matrix, is_shared ? in.H : 1);
+}
+
 // The heads of one sample that share keys; members are memory for one of them, and their dK and dV.
 template <class T, class Products>
 struct Backward : Blocks<T, Products> {
@@ -23,7 +118,7 @@ struct Backward : Blocks<T, Products> {
       Base::out_width, Base::q, Base::rows, Base::scores, Base::width;
   using typename Base::Element;
 
-  const CpuBackward& grad;
+  const PartialSums& sums;
   Element *values, *keys_by_row, *d;
   float *group_dk, *group_dv, *dk, *dv, *dq, *ds, *row_dots, *one_row;
   // Not on tiles: queries and dO as right sides.
@@ -33,8 +128,8 @@ struct Backward : Blocks<T, Products> {
   Element *ds_rows = nullptr, *p_rows = nullptr, *packed_ds = nullptr, *packed_p = nullptr;
   float *dk_transposed = nullptr, *dv_transposed = nullptr;
 
-  Backward(const CpuInputs& in, const CpuBackward& grad, const Columns& columns)
-      : Base(in, columns), grad(grad) {
+  Backward(const CpuInputs& in, const PartialSums& sums, const Columns& columns)
+      : Base(in, columns), sums(sums) {
     Arena count;
     take(count);
     Arena arena{scratch(count.used)};
@@ -84,13 +179,13 @@ struct Backward : Blocks<T, Products> {
     if (kOnTiles) transpose_queries(head);
     this->for_blocks([&](const Block& block) {
       const int64_t count = block.count();
-      head.read(false, block, width, rows);
+      head.read(kV, block, width, rows);
       Products::pack_transposed(rows, width, in.E, count, values);
       this->pack_keys(head, block);
       Products::pack(rows, width, count, in.E, keys_by_row);
-      const int64_t sums = kOnTiles ? pair_columns(in.E) * largest : largest * out_width;
-      std::fill_n(kOnTiles ? dk_transposed : dk, sums, 0.0f);
-      std::fill_n(kOnTiles ? dv_transposed : dv, sums, 0.0f);
+      const int64_t numbers = kOnTiles ? pair_columns(in.E) * largest : largest * out_width;
+      std::fill_n(kOnTiles ? dk_transposed : dk, numbers, 0.0f);
+      std::fill_n(kOnTiles ? dv_transposed : dv, numbers, 0.0f);
       for (int64_t row = 0; row < in.S; row += kRows) attend(head, row, block);
       if (kOnTiles) {
         store_transposed(dk_transposed, largest, in.E, count, dk, out_width);
@@ -98,21 +193,21 @@ struct Backward : Blocks<T, Products> {
       }
       fold(head, chunk, block, dgate);
     });
-    T* to = static_cast<T*>(grad.dq);
-    for (int64_t i = 0; i < in.S; ++i) {
+    T* to = in.template grad_as<T>(kQ);
+    for (int64_t i = 0; to && i < in.S; ++i) {
       write_row(dq + i * out_width, in.E, in.scale, to + head.row(i) * in.E);
     }
-    if (grad.dgate) grad.dgate[head.b() * in.H + head.h()] = static_cast<float>(dgate);
+    if (sums.gate) sums.gate[head.b() * in.H + head.h()] = static_cast<float>(dgate);
   }
 
   template <class To>
   void read_dout(const Head<T>& head, int64_t query, int64_t row_width, To* to) const {
-    read_row(static_cast<const T*>(grad.dout) + head.row(query) * in.E, in.E, row_width, 1.0f, to);
+    read_row(in.template doutput_as<T>(kOut) + head.row(query) * in.E, in.E, row_width, 1.0f, to);
   }
 
   // rowsum(dO out)
   void read_row_dots(const Head<T>& head) {
-    const T* out = static_cast<const T*>(grad.out);
+    const T* out = in.template output_as<T>(kOut);
     for (int64_t i = 0; i < in.S; ++i) {
       read_dout(head, i, out_width, one_row);
       read_row(out + head.row(i) * in.E, in.E, out_width, 1.0f, one_row + out_width);
@@ -176,11 +271,11 @@ struct Backward : Blocks<T, Products> {
   // lse = -inf; its scores are all -inf, and with any finite offset p is 0.
   void row_backward(const Head<T>& head, int64_t query, const Block& block, float* p_row,
                     float* ds_row) {
-    const float dot = row_dots[query], lse = grad.lse[head.row(query)];
+    const float dot = row_dots[query], lse = in.template output_as<float>(kLse)[head.row(query)];
     const int64_t padded = Products::columns(block.count());
     this->finish_scores(head, query, block, p_row);
     exp_row(p_row, padded, lse == kMinusInfinity ? 0.0f : lse);
-    if (in.threshold) {
+    if (in.dropout.is_active()) {
       head.read_dropout(query, block, this->factors);
       for (int64_t j = 0; j < block.count(); ++j) {
         ds_row[j] = p_row[j] * (ds_row[j] * this->factors[j] - dot);
@@ -191,9 +286,9 @@ struct Backward : Blocks<T, Products> {
         store(ds_row + j, load(p_row + j) * (load(ds_row + j) - dot));
       }
     }
-    if (!grad.dbias) return;
-    const int64_t sample = in.bias_strides[0] ? head.b() : 0;
-    float* dbias = grad.dbias + ((sample * in.H + head.h()) * in.S + query) * in.N;
+    if (!sums.bias) return;
+    const int64_t sample = in.is_bias_shared_by_batch() ? 0 : head.b();
+    float* dbias = sums.bias + ((sample * in.H + head.h()) * in.S + query) * in.N;
     for (int64_t c = std::max(block.begin, columns.prefix); c < block.end; ++c) {
       dbias[columns.list[c].row] += ds_row[c - block.begin];
     }
@@ -213,53 +308,77 @@ struct Backward : Blocks<T, Products> {
         for (int64_t e = 0; e < in.E; ++e) to_v[e] += dv_row[e];
         continue;
       }
-      const CpuSegment& segment = in.prefix[column.segment];
-      const int64_t member = segment.index ? segment.index[head.b()] : chunk;
-      const int64_t offset = ((member * segment.length + column.row) * in.G + head.g()) * in.E;
-      for (int64_t e = 0; e < in.E; ++e) segment.dk[offset + e] += head.gate() * dk_row[e];
-      for (int64_t e = 0; e < in.E; ++e) segment.dv[offset + e] += head.gate() * dv_row[e];
-      if (!grad.dgate) continue;
+      const int64_t* index = in.index_of(column.segment);
+      const int64_t member = index ? index[head.b()] : chunk;
+      const int64_t row = member * in.P_i[column.segment] + column.row;
+      const int64_t offset = (row * in.G + head.g()) * in.E;
+      if (float* to = sums.prefix_k[column.segment]) {
+        for (int64_t e = 0; e < in.E; ++e) to[offset + e] += head.gate() * dk_row[e];
+      }
+      if (float* to = sums.prefix_v[column.segment]) {
+        for (int64_t e = 0; e < in.E; ++e) to[offset + e] += head.gate() * dv_row[e];
+      }
+      if (!sums.gate) continue;
       const int64_t whole = round_up(in.E, kWidth);
-      head.read_prefix(segment.k, segment, column.row, whole, 1.0f, one_row);
+      head.read_prefix(kPrefixK, column, whole, 1.0f, one_row);
       dgate += dot_of(dk_row, one_row, whole);
-      head.read_prefix(segment.v, segment, column.row, whole, 1.0f, one_row);
+      head.read_prefix(kPrefixV, column, whole, 1.0f, one_row);
       dgate += dot_of(dv_row, one_row, whole);
     }
   }
 };
 
 template <class T, class Products>
-void backward_group(const CpuInputs& in, const CpuBackward& grad, int64_t b, int64_t g,
+void backward_group(const CpuInputs& in, const PartialSums& sums, int64_t b, int64_t g,
                     int64_t chunk) {
   const Columns columns(in, b);
-  Backward<T, Products> backward(in, grad, columns);
+  Backward<T, Products> backward(in, sums, columns);
   const int64_t heads = in.H / in.G, width = backward.out_width;
   for (int64_t h = g * heads; h < (g + 1) * heads; ++h) {
     backward.run(Head<T>(in, columns, b, h), chunk);
   }
+  T *dk = in.grad_as<T>(kK), *dv = in.grad_as<T>(kV);
   for (int64_t n = 0; n < in.N; ++n) {
     const int64_t to = ((b * in.G + g) * in.N + n) * in.E;
-    write_row(backward.group_dk + n * width, in.E, 1.0f, static_cast<T*>(grad.dk) + to);
-    write_row(backward.group_dv + n * width, in.E, 1.0f, static_cast<T*>(grad.dv) + to);
+    if (dk) write_row(backward.group_dk + n * width, in.E, 1.0f, dk + to);
+    if (dv) write_row(backward.group_dv + n * width, in.E, 1.0f, dv + to);
   }
 }
 
 template <class T, class Products>
-void backward_all(const CpuInputs& in, const CpuBackward& grad) {
-  parallel_for(grad.chunks * in.G, in.threads, [&](int64_t unit) {
+void backward_all(const CpuInputs& in, const PartialSums& sums) {
+  sums.clear(in);
+  parallel_for(sums.chunks * in.G, in.threads, [&](int64_t unit) {
     const TileScope scope;
     const int64_t chunk = unit / in.G, g = unit % in.G;
-    const int64_t begin = chunk * in.B / grad.chunks, end = (chunk + 1) * in.B / grad.chunks;
-    for (int64_t b = begin; b < end; ++b) backward_group<T, Products>(in, grad, b, g, chunk);
+    const int64_t begin = chunk * in.B / sums.chunks, end = (chunk + 1) * in.B / sums.chunks;
+    for (int64_t b = begin; b < end; ++b) backward_group<T, Products>(in, sums, b, g, chunk);
   });
+  sums.add_up(in);
 }
 
 }  // namespace
+}  // namespace pelt::prefix_attention
+
+namespace pelt {
+
+using namespace prefix_attention;
+using Kernels = Cpu<Contract, cpu::Isa::PELT_CPU_ISA>;
 
 template <>
-void backward_on_cpu<cpu::Isa::PELT_CPU_ISA>(const CpuInputs& in, const CpuBackward& grad) {
-  if (in.is_float32) return backward_all<float, FloatProducts>(in, grad);
-  backward_all<bf16, std::conditional_t<kHasPairs, PairProducts, FloatProducts>>(in, grad);
+int64_t Kernels::backward_bytes(const Call& call) {
+  Arena arena;
+  PartialSums(CpuInputs(call), arena);
+  return arena.used;
 }
 
-}  // namespace pelt::prefix_attention
+template <>
+void Kernels::backward(const Call& call) {
+  const CpuInputs in(call);
+  Arena arena{static_cast<char*>(call.workspace)};
+  const PartialSums sums(in, arena);
+  if (in.dtype == DType::kF32) return backward_all<float, FloatProducts>(in, sums);
+  backward_all<bf16, std::conditional_t<kHasPairs, PairProducts, FloatProducts>>(in, sums);
+}
+
+}  // namespace pelt

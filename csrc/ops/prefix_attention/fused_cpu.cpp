@@ -52,7 +52,7 @@ struct Forward : Blocks<T, Products> {
     std::fill(acc, acc + round_up(in.S, kRows) * out_width, 0.0f);
     this->for_blocks([&](const Block& block) {
       this->pack_keys(head, block);
-      head.read(false, block, width, rows);
+      head.read(kV, block, width, rows);
       Products::pack(rows, width, block.count(), in.E, values);
       for (int64_t row = 0; row < in.S; row += kRows) attend(row, block);
     });
@@ -97,7 +97,7 @@ struct Forward : Blocks<T, Products> {
     const float shrink = std::exp(m[query] - offset);
     l[query] = l[query] * shrink + exp_row(row, padded, offset);
     m[query] = maximum;
-    if (in.threshold) {
+    if (in.dropout.is_active()) {
       head.read_dropout(query, block, this->factors);
       for (int64_t j = 0; j < block.count(); ++j) row[j] *= this->factors[j];
     }
@@ -106,22 +106,41 @@ struct Forward : Blocks<T, Products> {
 };
 
 template <class T, class Products>
-void forward_all(const CpuInputs& in, void* out, float* lse) {
+void forward_all(const CpuInputs& in) {
+  T* out = in.output_as<T>(kOut);
+  float* lse = in.output_as<float>(kLse);
   parallel_for(in.B * in.H, in.threads, [&](int64_t unit) {
     const TileScope scope;
     const int64_t b = unit / in.H;
     const Columns columns(in, b);
     const Head<T> head(in, columns, b, unit % in.H);
-    Forward<T, Products>(in, columns, head).run(static_cast<T*>(out), lse);
+    Forward<T, Products>(in, columns, head).run(out, lse);
   });
 }
 
 }  // namespace
+}  // namespace pelt::prefix_attention
+
+namespace pelt {
+
+using namespace prefix_attention;
+using Kernels = Cpu<Contract, cpu::Isa::PELT_CPU_ISA>;
 
 template <>
-void forward_on_cpu<cpu::Isa::PELT_CPU_ISA>(const CpuInputs& in, void* out, float* lse) {
-  if (in.is_float32) return forward_all<float, FloatProducts>(in, out, lse);
-  forward_all<bf16, std::conditional_t<kHasPairs, PairProducts, FloatProducts>>(in, out, lse);
+std::string Kernels::why_not(const Call&) {
+  return "";
 }
 
-}  // namespace pelt::prefix_attention
+template <>
+int64_t Kernels::forward_bytes(const Call&) {
+  return 0;
+}
+
+template <>
+void Kernels::forward(const Call& call) {
+  const CpuInputs in(call);
+  if (in.dtype == DType::kF32) return forward_all<float, FloatProducts>(in);
+  forward_all<bf16, std::conditional_t<kHasPairs, PairProducts, FloatProducts>>(in);
+}
+
+}  // namespace pelt

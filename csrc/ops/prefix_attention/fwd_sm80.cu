@@ -103,6 +103,7 @@ __device__ __forceinline__ FragmentA query_operand(const State<C>& state, const 
 template <class C>
 __device__ __forceinline__ void start_rows(const ForwardParams& p, const Head& head,
                                            State<C>& state, int row, bool continues) {
+  const float* own_lse = p.own_lse + head.b * p.in.stride[kV][0] + head.h * p.in.stride[kV][1];
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
@@ -111,16 +112,16 @@ __device__ __forceinline__ void start_rows(const ForwardParams& p, const Head& h
       state.sum[m][half] = 0.0f;
       const int query = row + tile_row(m, half);
       if (!continues || query >= p.in.S) continue;
-      const float lse = p.own_lse[head_index(p.in, head) * p.in.S + query];
+      const float lse = own_lse[query];
       // A row that saw no own column has lse = -inf: its sum stays 0, as if nothing had been done.
       state.maximum[m][half] = lse * kLog2e;
       state.sum[m][half] = lane_index() % 4 == 0 && lse != kMinusInfinity ? 1.0f : 0.0f;
     }
   }
   if (!continues) return;
-  const Strides& strides = p.own_out_strides;
-  const auto* own_out = head_rows<typename C::T>(p.own_out, strides, head.b, head.h);
-  add_rows<C>(state.out, own_out + row * strides.row, strides.row, p.in.S - row);
+  const auto* own_out = head_rows<typename C::T>(p.in, kK, head.b, head.h);
+  const int64_t stride = row_stride(p.in, kK);
+  add_rows<C>(state.out, own_out + row * stride, stride, p.in.S - row);
 }
 
 // Turns scores, times a positive factor, into probabilities up to the factor 2^maximum, and adds
@@ -185,11 +186,11 @@ __device__ __forceinline__ void exponentiate(State<C>& state, float factor,
 // zeros. It comes after the sums, which neither of them changes; dropout's factor for what it keeps
 // is the same everywhere and waits for the end.
 template <int kTilesN>
-__device__ __forceinline__ void weigh_columns(const Inputs& in, const Scoring& scoring,
+__device__ __forceinline__ void weigh_columns(const CudaInputs& in, const Scoring& scoring,
                                               const DropoutRows& rows,
                                               FragmentD (&p)[kTilesM][kTilesN], int row,
                                               int column) {
-  if (in.gate.data != nullptr && column < in.P) {  // behind the prefix there is nothing to gate
+  if (in.has_gate() && column < in.P) {  // behind the prefix there is nothing to gate
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -218,7 +219,7 @@ __device__ __forceinline__ void weigh_columns(const Inputs& in, const Scoring& s
 // One step of a warp: products, scores, probabilities and the second product for kColumnsOfStep
 // columns from `column` on, which are at s_k and s_v. `end` is where the sample's columns end.
 template <class C, int kColumnsOfStep>
-__device__ __forceinline__ void attend(const Inputs& in, const Scoring& scoring,
+__device__ __forceinline__ void attend(const CudaInputs& in, const Scoring& scoring,
                                        const DropoutRows& rows, State<C>& state,
                                        const typename C::T* s_q, const typename C::T* s_k,
                                        const typename C::T* s_v, int row, int column, int end) {
@@ -246,8 +247,9 @@ __device__ __forceinline__ float log_sum_exp(float maximum, float sum) {
 template <class C>
 __device__ __forceinline__ void finish_rows(const ForwardParams& p, const Head& head,
                                             State<C>& state, typename C::T* s_out, int row) {
-  const Inputs& in = p.in;
+  const CudaInputs& in = p.in;
   const int64_t first = head_index(in, head) * in.S + row;  // of lse, and of out's rows
+  float* lse = in.output_as<float>(kLse);
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
@@ -256,7 +258,7 @@ __device__ __forceinline__ void finish_rows(const ForwardParams& p, const Head& 
       const float factor = sum == 0.0f ? 0.0f : in.dropout.keep_scale / sum;
       const int tile = tile_row(m, half);
       if (lane_index() % 4 == 0 && row + tile < in.S) {
-        p.lse[first + tile] = log_sum_exp(state.maximum[m][half], sum);
+        lse[first + tile] = log_sum_exp(state.maximum[m][half], sum);
       }
 #pragma unroll
       for (int n = 0; n < C::kE / 8; ++n) {
@@ -267,7 +269,7 @@ __device__ __forceinline__ void finish_rows(const ForwardParams& p, const Head& 
   }
   // No other warp reads these rows of s.q, so the warp's own order in put_rows suffices.
   put_rows<C>(s_out, state.out, 1.0f);
-  store_rows<C>(static_cast<typename C::T*>(p.out) + first * C::kE, s_out, 0,
+  store_rows<C>(in.output_as<typename C::T>(kOut) + first * C::kE, s_out, 0,
                 row + kWarpRows < in.S ? kWarpRows : in.S - row);
 }
 
@@ -281,7 +283,7 @@ __device__ __forceinline__ void merge_warps(const ForwardParams& p, Shared<C>& s
   static_assert(sizeof(float) * kWarps * (kSize + 2 * kWarpRows) <= offsetof(Shared<C>, scoring),
                 "the results of four warps fit where queries and columns were");
   using T = typename C::T;
-  const Inputs& in = p.in;
+  const CudaInputs& in = p.in;
   // Queries and columns are not needed any more; the barrier after the walk said so.
   float* s_out = reinterpret_cast<float*>(s.q);   // [kWarps, kWarpRows, E]
   float* s_maximum = s_out + kWarps * kSize;      // [kWarps, kWarpRows]
@@ -306,6 +308,7 @@ __device__ __forceinline__ void merge_warps(const ForwardParams& p, Shared<C>& s
   }
   sync_threads();  // all four warps' results are written before any thread reads them
   const int64_t first = head_index(in, head) * in.S + row;
+  float* lse = in.output_as<float>(kLse);
   // A thread takes eight elements of a query, and brings the warps' parts to one maximum.
   for (int i = thread_index(); i < (in.S - row) * C::kVectors; i += kThreads) {
     const int query = i / C::kVectors, e = i % C::kVectors * 8;
@@ -322,8 +325,8 @@ __device__ __forceinline__ void merge_warps(const ForwardParams& p, Shared<C>& s
     }
     const float factor = sum == 0.0f ? 0.0f : in.dropout.keep_scale / sum;
     for (int j = 0; j < 8; ++j) out.v[j] *= factor;
-    store_16(static_cast<T*>(p.out) + (first + query) * C::kE + e, narrow<T>(out));
-    if (e == 0) p.lse[first + query] = log_sum_exp(maximum, sum);
+    store_16(in.output_as<T>(kOut) + (first + query) * C::kE + e, narrow<T>(out));
+    if (e == 0) lse[first + query] = log_sum_exp(maximum, sum);
   }
 }
 
@@ -332,7 +335,7 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
     prefix_attention_fwd_sm80(const __grid_constant__ ForwardParams p) {
   using T = typename C::T;
   auto& s = shared_memory_as<Shared<C>>();
-  const Inputs& in = p.in;
+  const CudaInputs& in = p.in;
   const int row_tiles = (in.S + kRows - 1) / kRows;
   const Head head = head_of(in, block_index_x() / row_tiles);
   // Under a causal mask the last rows see the most columns: their blocks start first, so that no
@@ -343,8 +346,8 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
   const bool splits_columns = in.S - first_row <= kWarpRows;
   const int warp_row = splits_columns ? 0 : warp_index() * kWarpRows, row = first_row + warp_row;
 
-  stage_rows<C, kRows>(s.q, head_rows<T>(in.q, in.q_strides, head.b, head.h), in.q_strides.row,
-                       first_row, in.S);
+  stage_rows<C, kRows>(s.q, head_rows<T>(in, kQ, head.b, head.h), row_stride(in, kQ), first_row,
+                       in.S);
   stage_columns<C, C::kColumns>(s.k[0], s.v[0], in, head, 0);
   cp_async_commit();
   // Written while the copies are under way; the first barrier of the loop shows it to all threads.
@@ -410,15 +413,14 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
 
 }  // namespace
 
-size_t prefix_attention_fwd_sm80_bytes(DType dtype, int64_t E) {
-  return shared_bytes_of<Config, Shared>(dtype, E);
-}
+size_t fwd_sm80_bytes(DType dtype, int64_t E) { return shared_bytes_of<Config, Shared>(dtype, E); }
 
-void launch_prefix_attention_fwd_sm80(const ForwardParams& p, Stream stream) {
+void launch_fwd_sm80(const ForwardParams& p) {
   const int blocks = p.in.B * p.in.H * ((p.in.S + kRows - 1) / kRows);
   run_fitting<Config>("prefix_attention_fwd_sm80", p.in, [&](auto tag, const char* name) {
     using C = typename decltype(tag)::type;
-    launch<prefix_attention_fwd_sm80<C>>(name, shape_with<Shared<C>>(kThreads, blocks), stream, p);
+    launch<prefix_attention_fwd_sm80<C>>(name, shape_with<Shared<C>>(kThreads, blocks), p.in.stream,
+                                         p);
   });
 }
 

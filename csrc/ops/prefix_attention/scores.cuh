@@ -23,14 +23,13 @@ struct Scoring {
 };
 
 template <class T>
-__device__ __forceinline__ Scoring scoring_of(const Inputs& in, const Head& head) {
+__device__ __forceinline__ Scoring scoring_of(const CudaInputs& in, const Head& head) {
   Scoring scoring;
   scoring.gate = gate_of<T>(in, head);
   scoring.own_factor = in.scale * kLog2e;
   scoring.prefix_factor = scoring.gate * scoring.own_factor;
-  scoring.key_mask =
-      in.key_mask == nullptr ? nullptr : in.key_mask + static_cast<int64_t>(head.b) * in.N;
-  scoring.bias = in.bias;
+  scoring.key_mask = in.mask_of(head.b);
+  scoring.bias = in.parameter(kBias);
   scoring.bias_offset = head.b * in.bias_batch_stride + head.h * in.bias_head_stride;
   return scoring;
 }
@@ -39,8 +38,8 @@ __device__ __forceinline__ Scoring scoring_of(const Inputs& in, const Head& head
 // always seen, columns from `end` on never. One register of bits is read before the products, so
 // that no load of the mask waits behind them.
 template <int kCount, class ColumnOf>
-__device__ __forceinline__ uint32_t visible_bits(const Inputs& in, const bool* key_mask, int end,
-                                                 ColumnOf&& column_of) {
+__device__ __forceinline__ uint32_t visible_bits(const CudaInputs& in, const bool* key_mask,
+                                                 int end, ColumnOf&& column_of) {
   if (key_mask == nullptr) return ~uint32_t{0};
   uint32_t bits = 0;
 #pragma unroll
@@ -56,7 +55,7 @@ __device__ __forceinline__ uint32_t visible_bits(const Inputs& in, const bool* k
 // because score_by_rows hides them afterwards. Each row is a branch of its own on purpose: without
 // it the compiler computes all addresses at once, and they take the registers of the accumulators.
 template <class Element, int kTilesM, int kTilesN>
-__device__ __forceinline__ void add_bias_by_rows(const Inputs& in, const Scoring& scoring,
+__device__ __forceinline__ void add_bias_by_rows(const CudaInputs& in, const Scoring& scoring,
                                                  FragmentD (&scores)[kTilesM][kTilesN], int row,
                                                  int column) {
   const Element* bias = static_cast<const Element*>(scoring.bias.data) + scoring.bias_offset;
@@ -88,7 +87,7 @@ __device__ __forceinline__ void add_bias_by_rows(const Inputs& in, const Scoring
 // factor, which costs nothing as part of the exponent's multiply-add; it is positive, so that the
 // row's maximum may be taken before it.
 template <class T, int kTilesM, int kTilesN>
-__device__ __forceinline__ float score_by_rows(const Inputs& in, const Scoring& scoring,
+__device__ __forceinline__ float score_by_rows(const CudaInputs& in, const Scoring& scoring,
                                                float prefix_factor,
                                                FragmentD (&scores)[kTilesM][kTilesN], int row,
                                                int column, int end, uint32_t visible) {
@@ -157,12 +156,12 @@ struct DropoutRows {
   int64_t first;    // the number of the head's row 0
   int64_t columns;  // ceil((P + N) / 4)
 
-  __device__ __forceinline__ static DropoutRows of(const Inputs& in, const Head& head) {
+  __device__ __forceinline__ static DropoutRows of(const CudaInputs& in, const Head& head) {
     return {head_index(in, head) * in.S, (static_cast<int64_t>(in.P) + in.N + 3) / 4};
   }
 
   // Bit w is set if dropout keeps word w of the four columns from `column` on.
-  __device__ __forceinline__ uint32_t kept(const Inputs& in, int row, int column) const {
+  __device__ __forceinline__ uint32_t kept(const CudaInputs& in, int row, int column) const {
     const uint64_t group =
         static_cast<uint64_t>((first + row) * columns + static_cast<int64_t>(column / 4));
     const PhiloxWords words =
@@ -184,8 +183,8 @@ struct DropoutRows {
 // two neighbouring lanes hold the same four columns in the same two rows. Each of them computes the
 // words of one row, and they exchange the bits, so that no word is computed twice.
 template <int kTiles>
-__device__ __forceinline__ uint32_t kept_by_rows(const Inputs& in, const DropoutRows& rows, int row,
-                                                 int column) {
+__device__ __forceinline__ uint32_t kept_by_rows(const CudaInputs& in, const DropoutRows& rows,
+                                                 int row, int column) {
   static_assert(kTiles <= 4, "eight bits for each fragment");
   const int lane = lane_index(), query = row + lane / 4 + 8 * (lane % 2);
   uint32_t bits = 0;
@@ -208,7 +207,7 @@ __device__ __forceinline__ int kept_bit_by_rows(int n, int i) {
 // queries [row, row + 16), two fragments. Here the lanes l, l ^ 4, l ^ 8 and l ^ 12 hold the same
 // two queries in four neighbouring columns, and those 8 further down: four calls of Philox, one for
 // each lane.
-__device__ __forceinline__ uint32_t kept_by_columns(const Inputs& in, const DropoutRows& rows,
+__device__ __forceinline__ uint32_t kept_by_columns(const CudaInputs& in, const DropoutRows& rows,
                                                     int column, int row) {
   const int lane = lane_index(), turn = lane / 4 % 4;  // which of the four calls is the lane's
   uint32_t bits = 0;

@@ -25,12 +25,12 @@ struct Head {
   int g;  // the key-value head that serves h
 };
 
-__device__ __forceinline__ Head head_of(const Inputs& in, int index) {
+__device__ __forceinline__ Head head_of(const CudaInputs& in, int index) {
   const int b = index / in.H, h = index % in.H;
   return {b, h, h / (in.H / in.G)};
 }
 
-__device__ __forceinline__ int64_t head_index(const Inputs& in, const Head& head) {
+__device__ __forceinline__ int64_t head_index(const CudaInputs& in, const Head& head) {
   return static_cast<int64_t>(head.b) * in.H + head.h;
 }
 
@@ -43,16 +43,21 @@ __device__ __forceinline__ float load_parameter(const Parameter& parameter, int6
 
 // The gate of a sample and head; 1 without one.
 template <class T>
-__device__ __forceinline__ float gate_of(const Inputs& in, const Head& head) {
-  if (in.gate.data == nullptr) return 1.0f;
-  return load_parameter<T>(in.gate, in.has_gate_per_head ? head_index(in, head) : head.b);
+__device__ __forceinline__ float gate_of(const CudaInputs& in, const Head& head) {
+  if (!in.has_gate()) return 1.0f;
+  const int64_t i = in.has_gate_per_head() ? head_index(in, head) : head.b;
+  return load_parameter<T>(in.parameter(kGate), i);
 }
 
-// The first row of a head in a tensor with strides.
+// The first row of a head in q, k, v, or in what stands in their places. From a row to the next one
+// it is row_stride elements.
 template <class T>
-__device__ __forceinline__ const T* head_rows(const void* data, const Strides& strides, int b,
-                                              int h) {
-  return static_cast<const T*>(data) + b * strides.batch + h * strides.head;
+__device__ __forceinline__ const T* head_rows(const CudaInputs& in, Input tensor, int b, int h) {
+  return in.input_as<T>(tensor) + b * in.stride[tensor][0] + h * in.stride[tensor][1];
+}
+
+__device__ __forceinline__ int64_t row_stride(const CudaInputs& in, Input tensor) {
+  return in.stride[tensor][2];
 }
 
 // Which of a sample's own columns any query sees, by its mask or length. The others are staged as
@@ -61,10 +66,11 @@ struct ReadColumns {
   int end;
   const bool* mask;  // [N]
 
-  __device__ __forceinline__ explicit ReadColumns(const Inputs& in, int b) {
+  __device__ __forceinline__ explicit ReadColumns(const CudaInputs& in, int b) {
     end = in.N;
-    if (in.lengths != nullptr && in.lengths[b] < end) end = static_cast<int>(in.lengths[b]);
-    mask = in.key_mask == nullptr ? nullptr : in.key_mask + static_cast<int64_t>(b) * in.N;
+    const int64_t* lengths = in.lengths();
+    if (lengths != nullptr && lengths[b] < end) end = static_cast<int>(lengths[b]);
+    mask = in.mask_of(b);
   }
 
   __device__ __forceinline__ bool has(int n) const {
@@ -100,16 +106,18 @@ __device__ __forceinline__ void stage_rows(typename C::T* tile, const typename C
 
 // Which member of a table serves a sample. An index outside of the table cannot be refused without
 // waiting for the device, so it is clamped, and no memory beside the table is read.
-__device__ __forceinline__ int64_t member_of(const Prefix& prefix, int b) {
-  if (prefix.prefix_index == nullptr) return 0;
-  const int64_t member = prefix.prefix_index[b], last = prefix.members - 1;
+__device__ __forceinline__ int64_t member_of(const CudaInputs& in, int prefix, int b) {
+  const int64_t* index = in.index_of(prefix);
+  if (index == nullptr) return 0;
+  const int64_t member = index[b], last = in.A_i[prefix] - 1;
   return member < 0 ? 0 : (member < last ? member : last);
 }
 
-// The offset of a prefix's row for column `column` in its tensor.
-__device__ __forceinline__ int64_t prefix_offset(const Prefix& prefix, const Strides& strides,
+// The offset of a prefix's row for column `column` in its keys (kPrefixK) or values (kPrefixV).
+__device__ __forceinline__ int64_t prefix_offset(const CudaInputs& in, Input tensor, int prefix,
                                                  int64_t member, int g, int column) {
-  return member * strides.batch + g * strides.head + (column - prefix.first) * strides.row;
+  const int64_t (&stride)[3] = in.stride[tensor + prefix];  // of a member, a row and a head
+  return member * stride[0] + (column - in.first[prefix]) * stride[1] + g * stride[2];
 }
 
 // Eight elements of a prefix: 16-bit ones come by an asynchronous copy, float32 masters through
@@ -128,15 +136,16 @@ __device__ __forceinline__ void stage_prefix_8(T* to, const Parameter& from, int
 // prefixes are never copied side by side in global memory.
 template <class C, int kRows>
 __device__ __forceinline__ void stage_columns(typename C::T* s_k, typename C::T* s_v,
-                                              const Inputs& in, const Head& head, int first) {
+                                              const CudaInputs& in, const Head& head, int first) {
   using T = typename C::T;
-  const T* g_k = head_rows<T>(in.k, in.k_strides, head.b, head.g);  // [N, E]
-  const T* g_v = head_rows<T>(in.v, in.v_strides, head.b, head.g);  // [N, E]
+  const T* g_k = head_rows<T>(in, kK, head.b, head.g);  // [N, E]
+  const T* g_v = head_rows<T>(in, kV, head.b, head.g);  // [N, E]
+  const int64_t k_stride = row_stride(in, kK), v_stride = row_stride(in, kV);
   const ReadColumns read(in, head.b);
   if (first >= in.P) {  // a tile of own columns alone: no thread looks for a prefix
     const auto is_there = [&](int n) { return read.has(n); };
-    stage_rows_if<C, kRows>(s_k, g_k, in.k_strides.row, first - in.P, is_there);
-    stage_rows_if<C, kRows>(s_v, g_v, in.v_strides.row, first - in.P, is_there);
+    stage_rows_if<C, kRows>(s_k, g_k, k_stride, first - in.P, is_there);
+    stage_rows_if<C, kRows>(s_v, g_v, v_stride, first - in.P, is_there);
     return;
   }
 #pragma unroll 1
@@ -145,31 +154,30 @@ __device__ __forceinline__ void stage_columns(typename C::T* s_k, typename C::T*
     const int to = row * C::kStride + e;
     if (column < in.P) {
       int segment = 0;
-      while (segment + 1 < in.prefixes && column >= in.prefix[segment + 1].first) ++segment;
-      const Prefix& prefix = in.prefix[segment];
-      const int64_t member = member_of(prefix, head.b);
-      stage_prefix_8(s_k + to, prefix.prefix_k,
-                     prefix_offset(prefix, prefix.k_strides, member, head.g, column) + e);
-      stage_prefix_8(s_v + to, prefix.prefix_v,
-                     prefix_offset(prefix, prefix.v_strides, member, head.g, column) + e);
+      while (segment + 1 < in.prefixes && column >= in.first[segment + 1]) ++segment;
+      const int64_t member = member_of(in, segment, head.b);
+      stage_prefix_8(s_k + to, in.parameter(kPrefixK + segment),
+                     prefix_offset(in, kPrefixK, segment, member, head.g, column) + e);
+      stage_prefix_8(s_v + to, in.parameter(kPrefixV + segment),
+                     prefix_offset(in, kPrefixV, segment, member, head.g, column) + e);
     } else {
       const bool is_there = read.has(column - in.P);
       const int n = is_there ? column - in.P : 0;  // an address that exists, though it is not read
-      cp_async_16(s_k + to, g_k + n * in.k_strides.row + e, is_there);
-      cp_async_16(s_v + to, g_v + n * in.v_strides.row + e, is_there);
+      cp_async_16(s_k + to, g_k + n * k_stride + e, is_there);
+      cp_async_16(s_v + to, g_v + n * v_stride + e, is_there);
     }
   }
 }
 
 // The column behind the last one that any query of sample b sees. Every thread of the block must
 // call it; `scratch` has a word for each warp, and holds nothing afterwards.
-__device__ __forceinline__ int seen_end_of(const Inputs& in, int b, int (&scratch)[kWarps]) {
-  if (in.lengths != nullptr) {
-    const int64_t length = in.lengths[b];
+__device__ __forceinline__ int seen_end_of(const CudaInputs& in, int b, int (&scratch)[kWarps]) {
+  if (in.lengths() != nullptr) {
+    const int64_t length = in.lengths()[b];
     return in.P + static_cast<int>(length < 0 ? 0 : (length < in.N ? length : in.N));
   }
-  if (in.key_mask == nullptr) return in.P + in.N;
-  const bool* mask = in.key_mask + static_cast<int64_t>(b) * in.N;
+  const bool* mask = in.mask_of(b);
+  if (mask == nullptr) return in.P + in.N;
   int end = 0;
   for (int n = thread_index(); n < in.N; n += kThreads) end = mask[n] ? n + 1 : end;
   // The largest of the 128 threads' ends: over the lanes of a warp, then over the warps.
@@ -185,7 +193,7 @@ __device__ __forceinline__ int seen_end_of(const Inputs& in, int b, int (&scratc
 
 // The column behind the last one that a row sees, where `end` is that of its sample. A causal mask
 // is aligned at the bottom right: row i sees own columns up to i + N - S, and every prefix column.
-__device__ __forceinline__ int row_limit(const Inputs& in, int row, int end) {
+__device__ __forceinline__ int row_limit(const CudaInputs& in, int row, int end) {
   if (!in.is_causal) return end;
   const int keys = row + in.N - in.S + 1;
   const int limit = in.P + (keys < 0 ? 0 : keys);

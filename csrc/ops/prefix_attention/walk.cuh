@@ -43,17 +43,17 @@ struct Range {
 };
 
 // The first sample from b on that uses the block's member, or `end`; b itself without a table.
-__device__ __forceinline__ int next_sample(const Inputs& in, const Columns& columns, int b,
+__device__ __forceinline__ int next_sample(const CudaInputs& in, const Columns& columns, int b,
                                            int end) {
   if (columns.prefix < 0) return b;
-  const int64_t* index = in.prefix[columns.prefix].prefix_index;
+  const int64_t* index = in.index_of(columns.prefix);
   if (index == nullptr) return b;
   while (b < end && index[b] != columns.member) ++b;
   return b;
 }
 
 // The tile of queries after this one; its b is range.b_end, or behind it, after the last one.
-__device__ __forceinline__ Walk advanced(const Inputs& in, const Columns& columns,
+__device__ __forceinline__ Walk advanced(const CudaInputs& in, const Columns& columns,
                                          const Range& range, Walk walk) {
   if (++walk.tile < range.tile_end) return walk;
   walk.tile = range.tile_begin;
@@ -67,7 +67,7 @@ __device__ __forceinline__ Walk advanced(const Inputs& in, const Columns& column
 // and may read the results when it returns.
 __device__ __forceinline__ void place_block(const BackwardParams& p, Columns& s_columns,
                                             Range& s_range, Walk& s_walk, int (&scratch)[kWarps]) {
-  const Inputs& in = p.in;
+  const CudaInputs& in = p.in;
   Columns columns;
   Range range;
   Walk walk;
@@ -92,20 +92,19 @@ __device__ __forceinline__ void place_block(const BackwardParams& p, Columns& s_
     int i = 0;
     // A prefix without a gradient has no blocks, and its first_block is that of the next one.
     while (i + 1 < in.prefixes && block >= p.prefix[i + 1].first_block) ++i;
-    const Prefix& prefix = in.prefix[i];
     const PrefixGrad& grad = p.prefix[i];
     block -= grad.first_block;
     const int tile = block % grad.tiles;
     block /= grad.tiles;
     g = block % in.G;
     block /= in.G;
-    columns = {prefix.first / 4 * 4 + tile * kPrefixTile,
-               prefix.first,
-               prefix.first + prefix.length,
+    columns = {in.first[i] / 4 * 4 + tile * kPrefixTile,
+               in.first[i],
+               in.first[i] + in.P_i[i],
                in.P,
                i,
-               block % prefix.members,
-               block / prefix.members,
+               block % in.A_i[i],
+               block / in.A_i[i],
                0};
     // The last chunk may have fewer samples.
     const int b_end = (columns.chunk + 1) * grad.chunk_samples;

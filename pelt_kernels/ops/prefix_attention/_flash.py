@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._contract import Call
+from .._contract import Signature
 
 _aten = torch.ops.aten
 
 
-def why_not(call: Call) -> str:
+def why_not(call: Signature) -> str:
     """Why flash attention cannot see a call's own keys; empty if it can."""
     for name, what in (
         ("bias", "an additive bias"), ("key_mask", "a key mask"), ("lengths", "lengths"),
@@ -38,12 +38,12 @@ def why_not(call: Call) -> str:
     return ""
 
 
-def _is_causal(call: Call) -> bool:
+def _is_causal(call: Signature) -> bool:
     """Whether the causal mask hides anything: a single query, as in decoding, sees every key."""
     return call.attributes["is_causal"] and call.sizes["S"] > 1
 
 
-def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def forward(call: Signature, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The output [B, H, S, E] and log-sum-exp [B, H, S] of own columns alone."""
     causal, scale = _is_causal(call), call.attributes["scale"]
     if call.device.type == "cpu":
@@ -53,7 +53,7 @@ def forward(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor
 
 
 def backward(
-    call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    call: Signature, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v by own columns, from the whole row's output and log-sum-exp."""
     causal, scale = _is_causal(call), call.attributes["scale"]

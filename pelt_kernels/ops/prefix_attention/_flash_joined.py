@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._contract import Call, Value
+from .._contract import Signature, Value
 from .._gate import accumulator
 from ._inputs import Inputs
 from .contract import visible_keys
@@ -31,7 +31,7 @@ _HAS_FLASH = hasattr(_aten, "_scaled_dot_product_flash_attention_for_cpu") and h
 )
 
 
-def why_not(call: Call) -> str:
+def why_not(call: Signature) -> str:
     """Why flash attention cannot serve a call; empty if it can."""
     if call.device.type != "cpu" or not _HAS_FLASH:
         return "this torch has no flash attention here that takes a mask and gives the log-sum-exp"
@@ -43,7 +43,7 @@ def why_not(call: Call) -> str:
     return ""
 
 
-def forward(call: Call, x: Inputs) -> tuple[Tensor, Tensor]:
+def forward(call: Signature, x: Inputs) -> tuple[Tensor, Tensor]:
     """out [B, H, S, E] and log-sum-exp [B, H, S]."""
     keys = _join(call, x.k, prefix_rows(x.prefix_k, x.prefix_index), x.gate)
     values = _join(call, x.v, prefix_rows(x.prefix_v, x.prefix_index), x.gate)
@@ -59,7 +59,7 @@ def forward(call: Call, x: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    call: Call,
+    call: Signature,
     needs: dict[str, bool],
     dout: Tensor,
     out: Tensor,
@@ -111,12 +111,12 @@ def prefix_rows(prefixes: list[Tensor], indices: list[Tensor | None]) -> Tensor 
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _columns(call: Call) -> int:
+def _columns(call: Signature) -> int:
     columns: int = call.sizes["N"] + sum(call.sizes.get("P_i", ()))
     return columns
 
 
-def _is_causal_alone(call: Call) -> bool:
+def _is_causal_alone(call: Signature) -> bool:
     """Whether the causal mask is the one that torch has: of a square, and nothing beside it."""
     sizes, given = call.sizes, call.given
     return (
@@ -131,7 +131,7 @@ def _dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _over_heads(call: Call, rows: Tensor, dim: int) -> Tensor:
+def _over_heads(call: Signature, rows: Tensor, dim: int) -> Tensor:
     """G -> H: each key-value head once for every query head that shares it."""
     heads, groups = call.sizes["H"], call.sizes["G"]
     return rows if heads == groups else rows.repeat_interleave(heads // groups, dim)
@@ -142,7 +142,7 @@ def _over_group(rows: Tensor, dim: int, groups: int) -> Tensor:
     return rows if rows.shape[dim] == groups else rows.unflatten(dim, (groups, -1)).sum(dim + 1)
 
 
-def _join(call: Call, own: Tensor, before: Tensor | None, gate: Tensor | None) -> Tensor:
+def _join(call: Signature, own: Tensor, before: Tensor | None, gate: Tensor | None) -> Tensor:
     """[g · prefix ; own] [B, H, P + N, E]; own itself where it is alone."""
     own = _over_heads(call, own, 1)
     if before is None:
@@ -159,7 +159,7 @@ def _join(call: Call, own: Tensor, before: Tensor | None, gate: Tensor | None) -
     return joined
 
 
-def _mask(call: Call, x: Inputs) -> tuple[Tensor | None, Tensor | None]:
+def _mask(call: Signature, x: Inputs) -> tuple[Tensor | None, Tensor | None]:
     """What is added to scores, [B or 1, H or 1, S or 1, P + N], and which rows see nothing, [B or
     1, H or 1, S or 1]; None where there is none. Those rows get a mask that hides nothing.
     """

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _triton_host
-from .._contract import Call, Value
+from .._contract import Signature
 from .._philox import threshold
 from .._triton_host import Config, power_of_two, signed
 
@@ -63,25 +63,28 @@ class Segment(NamedTuple):
 class Plan:
     """What is the same for every call with these shapes: constants, and tiles that fit."""
 
-    def __init__(self, call: Call, inputs: dict[str, Value]) -> None:
+    def __init__(self, call: Signature) -> None:
         at, sizes, p = call.attributes, call.sizes, call.attributes["dropout_p"]
         self.call = call
         self.b, self.h, self.g, self.s, self.n, self.e = (sizes[letter] for letter in "BHGSNE")
-        lengths = tuple(keys.shape[-3] for keys in inputs["prefix_k"])
+        shapes = [
+            (name, shape) for (name, _), (shape, _) in zip(call.flat_names, call.tensors)
+        ]  # of the tensors that are there
+        prefixes = [shape for name, shape in shapes if name == "prefix_k"]
+        lengths = tuple(shape[-3] for shape in prefixes)
         begins = (0, *itertools.accumulate(lengths))
         self.columns = begins[-1]  # of all prefixes
         self.segments = [
-            Segment(begin, keys.shape[-3], keys.shape[0] if keys.ndim == 4 else 1)
-            for begin, keys in zip(begins, inputs["prefix_k"])
+            Segment(begin, shape[-3], shape[0] if len(shape) == 4 else 1)
+            for begin, shape in zip(begins, prefixes)
         ]
-        gate = inputs["gate"]
         self.has_dropout = p > 0
         self.dropout = (signed(threshold(p))[0] if p else 0, 1.0 / (1.0 - p))
         # Dropout's words lie in groups of four columns: the keys' tiles start at a group's border.
         self.shift = self.columns % 4 if self.has_dropout else 0
         self.block_e = max(16, power_of_two(self.e))
         heads = {"H": self.h, "G": self.g, "E": self.e, "BLOCK_E": self.block_e}
-        gated = {"GATE_PER_HEAD": gate is not None and gate.ndim == 2}
+        gated = {"GATE_PER_HEAD": any(name == "gate" and len(shape) == 2 for name, shape in shapes)}
         dropped = {"HAS_DROPOUT": self.has_dropout}
         keys = {"P": self.columns, "IS_CAUSAL": at["is_causal"], "SHIFT": self.shift}
         keys |= {**heads, **dropped}
@@ -161,15 +164,3 @@ class Plan:
         spans = -(-self.s // span)
         units_per_share = -(-self.b * spans // min(wanted, self.b * spans))
         return -(-self.b * spans // units_per_share), units_per_share, spans, span
-
-
-_plans: dict[int, tuple[Call, Plan]] = {}
-
-
-def plan_of(call: Call, inputs: dict[str, Value]) -> Plan:
-    found = _plans.get(id(call))
-    if found is None or found[0] is not call:
-        if len(_plans) >= 4096:  # as many as the contract keeps calls
-            _plans.clear()
-        found = _plans[id(call)] = (call, Plan(call, inputs))
-    return found[1]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._contract import Call, Contract, Value
+from .._contract import Contract, Signature, Value
 from .._gate import accumulator
 from .._philox import dropout_factor
 from .._product import product
@@ -16,9 +16,9 @@ from .._product import product
 MAX_SEGMENTS = 4
 
 
-def rules(call: Call, values: dict[str, Value]) -> None:
+def rules(signature: Signature, values: dict[str, Value]) -> None:
     """What shapes cannot say: which inputs go together."""
-    name, sizes, given = call.contract.name, call.sizes, call.given
+    name, sizes, given = signature.contract.name, signature.sizes, signature.given
     if sizes["H"] % sizes["G"]:
         raise ValueError(
             f"{name}: expected the query heads H to be a multiple of the key-value heads G, "
@@ -46,9 +46,9 @@ def rules(call: Call, values: dict[str, Value]) -> None:
         raise ValueError(f"{name}: expected key_mask or lengths, got both; leave one out")
 
 
-def output_shapes(call: Call) -> dict[str, Any]:
+def output_shapes(signature: Signature) -> dict[str, Any]:
     """The shapes of the outputs of a call."""
-    b, h, s, e = (call.sizes[letter] for letter in "BHSE")
+    b, h, s, e = (signature.sizes[letter] for letter in "BHSE")
     return {"out": (b, h, s, e), "lse": (b, h, s)}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._contract import Call, Value
+from .._contract import Signature, Value
 from .._gate import accumulator
 from .._philox import dropout_factor
 from . import _flash_joined
@@ -21,12 +21,12 @@ from ._inputs import Inputs
 from .contract import softmax_with_lse, visible_keys
 
 
-def supports(call: Call) -> str:
-    """PyTorch serves every call."""
+def supports(signature: Signature, backend: str, form: str) -> str:
+    """PyTorch serves every signature."""
     return ""
 
 
-def forward(call: Call, seed: int, **inputs: Any) -> tuple[Tensor, Tensor]:
+def forward(call: Signature, seed: int, **inputs: Any) -> tuple[Tensor, Tensor]:
     """out [B, H, S, E] and log-sum-exp [B, H, S]."""
     x = Inputs(**inputs).without_hidden()
     if not _flash_joined.why_not(call):
@@ -43,7 +43,7 @@ def forward(call: Call, seed: int, **inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    call: Call,
+    call: Signature,
     needs: dict[str, bool],
     dout: Tensor,
     out: Tensor,
@@ -103,20 +103,20 @@ def backward(
     return {name: grads[name] for name, need in needs.items() if need}
 
 
-def probabilities(call: Call, x: Inputs) -> tuple[Tensor, Tensor]:
+def probabilities(call: Signature, x: Inputs) -> tuple[Tensor, Tensor]:
     """Before dropout, [B, G, H / G, S, P + N], and their log-sum-exp [B, G, H / G, S]."""
     keys = _joined(x.prefix_k, x.prefix_index)
     scores, _ = _scores(call, x, keys, _by_head(call, x.gate))
     return softmax_with_lse(scores)
 
 
-def _grouped(call: Call, q: Tensor) -> Tensor:
+def _grouped(call: Signature, q: Tensor) -> Tensor:
     """[B, H, S, E] -> [B, G, H / G, S, E]: the query heads that share a key-value head."""
     groups = call.sizes["G"]
     return q.unflatten(1, (groups, call.sizes["H"] // groups))
 
 
-def _by_head(call: Call, gate: Tensor | None) -> Tensor | None:
+def _by_head(call: Signature, gate: Tensor | None) -> Tensor | None:
     """The gate as [B, G or 1, H / G or 1, 1, 1] in the accumulator dtype."""
     if gate is None:
         return None
@@ -137,7 +137,7 @@ def _joined(prefixes: list[Tensor], indices: list[Tensor | None]) -> Tensor:
 
 
 def _scores(
-    call: Call, x: Inputs, keys: Tensor, gate: Tensor | None
+    call: Signature, x: Inputs, keys: Tensor, gate: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Scores [B, G, H / G, S, P + N], -inf where a key is not seen; and the prefix columns' scores
     before the gate.
@@ -179,6 +179,6 @@ def _split_prefix_grad(
     return grads
 
 
-def _dropout(call: Call, p: Tensor, seed: int) -> Tensor:
+def _dropout(call: Signature, p: Tensor, seed: int) -> Tensor:
     rows = p.numel() // max(p.shape[-1], 1)
     return dropout_factor(rows, p.shape[-1], call.attributes["dropout_p"], seed, p).view_as(p)

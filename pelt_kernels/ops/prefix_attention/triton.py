@@ -19,35 +19,41 @@ import torch
 from torch import Tensor
 
 from .. import _native, _triton_host
-from .._contract import Call, Value
+from .._contract import Chosen, Signature, Value
 from .._triton_host import DTYPES, Config, launch_fitting, signed, unavailable
-from ._triton_plan import CANDIDATES, MAX_HEAD, Plan, plan_of
+from ._triton_plan import CANDIDATES, MAX_HEAD, Plan
 
-__all__ = ["CANDIDATES", "backward", "forward", "plan_of", "supports", "tune", "unavailable"]
+__all__ = ["CANDIDATES", "backward", "forward", "plan", "supports", "tune", "unavailable"]
 
 
-def supports(call: Call) -> str:
+def supports(signature: Signature, backend: str, form: str) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    if call.dtype not in DTYPES:
+    sizes = signature.sizes
+    if signature.dtype not in DTYPES:
         return (
             "it takes float32, float16 or bfloat16, and q is"
-            f" {str(call.dtype).removeprefix('torch.')}"
+            f" {str(signature.dtype).removeprefix('torch.')}"
         )
-    if call.sizes["E"] > MAX_HEAD:
-        return f"its registers hold heads of at most {MAX_HEAD}, and E is {call.sizes['E']}"
-    if call.sizes["B"] * call.sizes["H"] * max(call.sizes["S"], call.sizes["N"]) >= 2**31:
+    if sizes["E"] > MAX_HEAD:
+        return f"its registers hold heads of at most {MAX_HEAD}, and E is {sizes['E']}"
+    if sizes["B"] * sizes["H"] * max(sizes["S"], sizes["N"]) >= 2**31:
         return "it counts rows of all heads in 32 bits, and there are 2**31 or more"
-    return unavailable(call.device)
+    return unavailable(signature.device)
 
 
-def forward(call: Call, seed: int, **inputs: Value) -> tuple[Tensor, Tensor]:
+def plan(chosen: Chosen) -> Plan:
+    """What is the same for equal calls."""
+    return Plan(chosen)
+
+
+def forward(chosen: Chosen, seed: int, **inputs: Value) -> tuple[Tensor, Tensor]:
     """out [B, H, S, E] and log-sum-exp [B, H, S]."""
     q = inputs["q"]
-    out = _native.empty(q.shape, call.dtype, call.device)
-    lse = _native.empty(q.shape[:3], torch.float32, call.device)
+    out = _native.empty(q.shape, chosen.dtype, chosen.device)
+    lse = _native.empty(q.shape[:3], torch.float32, chosen.device)
     if out.numel() == 0:
         return out, lse
-    plan, given = plan_of(call, inputs), _Given(inputs)
+    plan, given = chosen.plan, _Given(inputs)
 
     def launch(config: Config) -> None:
         tiles = plan.query_tiles(config)
@@ -56,13 +62,13 @@ def forward(call: Call, seed: int, **inputs: Value) -> tuple[Tensor, Tensor]:
             *_numbers(plan, seed), **plan.constants("forward", config),
         )  # fmt: skip
 
-    with _native.on(call.device):
+    with _native.on(chosen.device):
         launch_fitting(plan.configs, "forward", launch)
     return out, lse
 
 
 def backward(
-    call: Call,
+    chosen: Chosen,
     needs: dict[str, bool],
     dout: Tensor,
     out: Tensor,
@@ -78,15 +84,17 @@ def backward(
             else torch.zeros_like(value)
             for name, value in ((name, inputs[name]) for name, need in needs.items() if need)
         }
-    with _native.on(call.device):
-        return _Backward(call, needs, dout.contiguous(), out.contiguous(), lse, seed, inputs).run()
+    with _native.on(chosen.device):
+        return _Backward(
+            chosen, needs, dout.contiguous(), out.contiguous(), lse, seed, inputs
+        ).run()
 
 
 def tune(
-    call: Call, measure: Callable[[Callable[[], object]], float], **inputs: Value
+    chosen: Chosen, measure: Callable[[Callable[[], object]], float], **inputs: Value
 ) -> dict[str, Config]:
     """See `_triton_host.tune`."""
-    return _triton_host.tune(sys.modules[__name__], call, measure, inputs)
+    return _triton_host.tune(sys.modules[__name__], chosen, measure, inputs)
 
 
 class _Given:
@@ -122,7 +130,7 @@ class _Backward:
 
     def __init__(
         self,
-        call: Call,
+        chosen: Chosen,
         needs: dict[str, bool],
         dout: Tensor,
         out: Tensor,
@@ -131,7 +139,7 @@ class _Backward:
         inputs: dict[str, Value],
     ) -> None:
         self.plan, self.given, self.inputs, self.needs = (
-            plan_of(call, inputs), _Given(inputs), inputs, needs
+            chosen.plan, _Given(inputs), inputs, needs
         )  # fmt: skip
         self.dout, self.out, self.lse, self.seed = dout, out, lse, seed
         self.delta = self._empty(lse.shape)
