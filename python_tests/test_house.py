@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +40,7 @@ def test_a_backend_takes_the_names_of_the_contract(operator, backend):
         pytest.importorskip("triton")
     contract, module = contract_of(operator).CONTRACT, _dispatch.implementation(operator, backend)
     asked = list(inspect.signature(module.supports).parameters)
-    assert asked in (["signature", "backend", "form"], ["call"])
+    assert asked == ["signature", "backend", "form"]
     inputs = {*contract.input_names, *(["seed"] if contract.has_seed else [])}
     wanted = {
         "forward": inputs,
@@ -50,30 +49,12 @@ def test_a_backend_takes_the_names_of_the_contract(operator, backend):
     for name, names in wanted.items():
         parameters = inspect.signature(getattr(module, name)).parameters
         first, *others = parameters.values()
-        assert first.name in ("chosen", "call")
+        assert first.name == "chosen"
         named = {p.name for p in others if p.kind is not inspect.Parameter.VAR_KEYWORD}
         assert named <= names
         assert named == names or any(
             p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
         )
-
-
-@pytest.mark.parametrize(
-    "operator", [o for o in OPERATORS if not (PACKAGE / "ops" / o / "native.py").exists()]
-)
-def test_shape_comments_in_params_equal_the_contract(operator):
-    contract = contract_of(operator).CONTRACT
-    text = (CSRC / "ops" / operator / "params.h").read_text()
-    found = dict(
-        re.findall(r"\b(\w+)(?: = nullptr)?;\s*// (\[[\w, ]*\](?: \| \[[\w, ]*\])*)", text)
-    )
-    for row in contract.input_rows:
-        shapes = " | ".join(f"[{', '.join(shape)}]" for shape in row.shapes)
-        assert found.get(row.name) == shapes, row.name
-        if row.is_differentiable and not row.grad_is_dy:
-            assert found.get(f"d{row.name}", "").startswith(f"[{', '.join(row.shapes[0])}]"), (
-                f"d{row.name}"
-            )
 
 
 def test_every_file_is_laid_out_as_it_should():

@@ -1,5 +1,4 @@
 #include "bindings/bind.h"
-#include "bindings/operator.h"
 #include "ops/gated_adapter/contract.h"
 #include "ops/lora_linear/contract.h"
 #include "ops/masked_weight/contract.h"

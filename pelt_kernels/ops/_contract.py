@@ -112,15 +112,6 @@ class Signature:
         shapes = dict(zip(self.flat_names, self.tensors))
         return len(shapes[name, i][0]) if (name, i) in shapes else -1
 
-    # The names that some operators still have for these.
-    @property
-    def master(self) -> frozenset[str]:
-        return self.masters
-
-    @property
-    def slots(self) -> tuple[tuple[str, int], ...]:
-        return self.flat_names
-
     def __str__(self) -> str:
         sizes = " ".join(f"{k}={v}" for k, v in self.sizes.items())
         return (
@@ -144,9 +135,6 @@ class Chosen(Signature):
     def __init__(self, signature: Signature, backend: str, form: str) -> None:
         vars(self).update(vars(signature))
         self.backend, self.form = backend, form
-
-
-Call = Any  # what some operators still call a Signature and a Chosen
 
 
 @dataclass

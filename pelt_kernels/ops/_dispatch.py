@@ -41,17 +41,17 @@ class Backend:
 
 # In the order in which they are tried.
 BACKENDS: dict[str, Backend] = {
-    "cuda": Backend("cuda", ("cuda",), True, library="_C"),
+    "cuda": Backend("native", ("cuda",), True, library="_C"),
     "triton": Backend("triton", ("cuda", "cpu"), True),
     "cpu": Backend(
-        "cpu",
+        "native",
         ("cpu",),
         True,
         library="_C",
         forms="the instruction sets that it has kernels for and this processor runs",
     ),
-    "cuda_sim": Backend("cuda", ("cpu",), False, library="_C_sim"),
-    "cpu_sim": Backend("cpu", ("cpu",), False, library="_C_sim", forms=""),
+    "cuda_sim": Backend("native", ("cpu",), False, library="_C_sim"),
+    "cpu_sim": Backend("native", ("cpu",), False, library="_C_sim", forms=""),
     "eager": Backend("eager", (), True),
 }
 
@@ -290,18 +290,15 @@ def why_not(name: str, signature: Signature) -> str:
 
 
 def _supports(name: str, signature: Signature, form: str) -> str:
-    supports = implementation(signature.contract.name, name).supports
-    if supports.__code__.co_argcount == 1:
-        return supports(Chosen(signature, name, form))
-    return supports(signature, name, form)
+    return implementation(signature.contract.name, name).supports(signature, name, form)
 
 
 def forms_of(operator: str, backend: str) -> tuple[str, ...]:
     """The ways in which a backend can serve an operator, the usual one first; empty for one way."""
     if not BACKENDS[backend].forms:
         return ()
-    forms = getattr(implementation(operator, backend), "FORMS", ())
-    return forms.get(backend.removesuffix("_sim"), ()) if isinstance(forms, dict) else forms
+    forms: dict[str, tuple[str, ...]] = getattr(implementation(operator, backend), "FORMS", {})
+    return forms.get(backend.removesuffix("_sim"), ())
 
 
 def every_request(operator: str, backend: str) -> list[str]:
@@ -333,20 +330,10 @@ def _serves_device(backend: Backend, signature: Signature) -> bool:
 
 
 @cache
-def file_of(operator: str, backend: str) -> str:
-    """The module in an operator's folder that implements a backend; empty where there is none."""
-    files = (
-        ("native", BACKENDS[backend].file)
-        if BACKENDS[backend].library
-        else (BACKENDS[backend].file,)
-    )
-    folder = f"pelt_kernels.ops.{operator}"
-    return next((f for f in files if importlib.util.find_spec(f"{folder}.{f}") is not None), "")
-
-
 def has_file(operator: str, backend: str) -> bool:
     """Is there an implementation of an operator on a backend?"""
-    return bool(file_of(operator, backend))
+    file = BACKENDS[backend].file
+    return importlib.util.find_spec(f"pelt_kernels.ops.{operator}.{file}") is not None
 
 
 def contract_of(operator: str) -> ModuleType:
@@ -357,7 +344,7 @@ def contract_of(operator: str) -> ModuleType:
 @cache
 def implementation(operator: str, backend: str) -> ModuleType:
     """The module that implements an operator on a backend."""
-    return importlib.import_module(f"pelt_kernels.ops.{operator}.{file_of(operator, backend)}")
+    return importlib.import_module(f"pelt_kernels.ops.{operator}.{BACKENDS[backend].file}")
 
 
 def support_table(operators: list[str]) -> str:

@@ -85,14 +85,6 @@ def cpu_forms(has_tiles: bool = False) -> tuple[str, ...]:
     return (*vectors, TILES) if has_tiles and TILES in found else vectors
 
 
-def why_not_cpu(backend: str, kernel: str) -> str:
-    """Why a backend's module cannot run such CPU kernels as these sources call; empty if it can."""
-    module = library_of(backend)
-    if hasattr(module, kernel) and hasattr(module, "best_cpu_isa"):
-        return ""
-    return "the compiled module is older than this kernel; build it with `make build`"
-
-
 @cache
 def processor() -> str:
     """The kind of this processor, for measurements that hold for others of its kind: who made it

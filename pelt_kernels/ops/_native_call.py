@@ -1,4 +1,4 @@
-"""How a call comes from Python to C++ (csrc/bindings/operator.h): the same for every operator and
+"""How a call comes from Python to C++ (csrc/bindings/bind.h): the same for every operator and
 for both kinds of kernels.
 
 What is the same for equal calls comes once, as a `Plan`; what changes from call to call, addresses

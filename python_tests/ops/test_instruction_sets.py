@@ -140,7 +140,7 @@ def test_the_set_that_was_asked_for_runs(operator, asked, need, monkeypatch):
 
         class Spied(thing):
             def __init__(self, **named):
-                seen.append(named.get("form", named.get("isa")))
+                seen.append(named["form"])
                 super().__init__(**named)
 
         return Spied

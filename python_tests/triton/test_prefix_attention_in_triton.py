@@ -22,9 +22,8 @@ def refusal(dtype=torch.float32, **sizes):
     b, s, e = (sizes.get(letter, 16) for letter in "BSE")
     q, k, v = (torch.empty(b, 2, s, e, dtype=dtype, device="meta") for _ in range(3))
     values = [q, k, v, [], [], [], None, None, None, None]
-    return backend.supports(
-        contract_of("prefix_attention").CONTRACT.bind(values, [False, 1.0, 0.0])
-    )
+    signature = contract_of("prefix_attention").CONTRACT.bind(values, [False, 1.0, 0.0])
+    return backend.supports(signature, "triton", "")
 
 
 def test_refusals_name_the_number():

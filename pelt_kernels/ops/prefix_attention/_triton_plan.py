@@ -63,12 +63,12 @@ class Segment(NamedTuple):
 class Plan:
     """What is the same for every call with these shapes: constants, and tiles that fit."""
 
-    def __init__(self, call: Signature) -> None:
-        at, sizes, p = call.attributes, call.sizes, call.attributes["dropout_p"]
-        self.call = call
+    def __init__(self, signature: Signature) -> None:
+        at, sizes, p = signature.attributes, signature.sizes, signature.attributes["dropout_p"]
+        self.signature = signature
         self.b, self.h, self.g, self.s, self.n, self.e = (sizes[letter] for letter in "BHGSNE")
         shapes = [
-            (name, shape) for (name, _), (shape, _) in zip(call.flat_names, call.tensors)
+            (name, shape) for (name, _), (shape, _) in zip(signature.flat_names, signature.tensors)
         ]  # of the tensors that are there
         prefixes = [shape for name, shape in shapes if name == "prefix_k"]
         lengths = tuple(shape[-3] for shape in prefixes)
@@ -90,7 +90,7 @@ class Plan:
         keys |= {**heads, **dropped}
         block_p = self.block_p(self.columns)
         rows = {**keys, **gated, "BEGINS": begins[:-1], "LENGTHS": lengths, "BLOCK_P": block_p}
-        unit = 1.0 if call.dtype == torch.float32 else math.log2(math.e)
+        unit = 1.0 if signature.dtype == torch.float32 else math.log2(math.e)
         self._own = {
             "forward": {**rows, "UNIT": unit},
             "dq": rows,
@@ -102,7 +102,7 @@ class Plan:
         self.configs = {kernel: self._config(kernel) for kernel in _DEFAULTS}
 
     def block_p(self, columns: int) -> int:
-        is_wide = self.call.dtype == torch.float32 and self.call.device.type != "cpu"
+        is_wide = self.signature.dtype == torch.float32 and self.signature.device.type != "cpu"
         most = _MOST_WIDE_PREFIX_ROWS if is_wide else _MOST_PREFIX_ROWS
         return min(most, max(16, power_of_two(max(1, columns))))
 
@@ -110,18 +110,18 @@ class Plan:
         """The default tile; smaller where that many queries or keys are not there, or where tiles
         of queries are too few for the processors.
         """
-        call = self.call
-        if call.device.type == "cpu":  # the interpreter pays for each program and operation
+        signature = self.signature
+        if signature.device.type == "cpu":  # the interpreter pays for each program and operation
             return Config(64, 64, 4, 1)
-        has_more = self.has_dropout or "bias" in call.given
-        column = 2 if call.dtype == torch.float32 else int(has_more)
+        has_more = self.has_dropout or "bias" in signature.given
+        column = 2 if signature.dtype == torch.float32 else int(has_more)
         config = next(c[column] for limit, c in _DEFAULTS[kernel].items() if self.block_e <= limit)
         queries, keys = (max(16, power_of_two(max(1, n))) for n in (self.s, self.n))
         config = config._replace(
             block_t=min(config.block_t, queries), block_d=min(config.block_d, keys)
         )
         programs = self.b * self.h * self.query_tiles(config)
-        if config.block_t == 128 and programs < 2 * _triton_host.processors(call.device):
+        if config.block_t == 128 and programs < 2 * _triton_host.processors(signature.device):
             config = config._replace(block_t=64)
         if kernel == "forward" and config.block_t <= 64 and column < 2:
             config = config._replace(warps=4)
@@ -158,7 +158,9 @@ class Plan:
         queries of a unit. Enough programs for two on each processor, and no unit smaller than a
         tile.
         """
-        wanted = -(-2 * _triton_host.processors(self.call.device) // (tiles * self.g * members))
+        wanted = -(
+            -2 * _triton_host.processors(self.signature.device) // (tiles * self.g * members)
+        )
         spans = min(self.query_tiles(config), -(-wanted // self.b))
         span = -(-self.query_tiles(config) // spans) * config.block_t
         spans = -(-self.s // span)

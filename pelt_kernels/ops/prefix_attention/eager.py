@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._contract import Signature, Value
+from .._contract import Chosen, Signature, Value
 from .._gate import accumulator
 from .._philox import dropout_factor
 from . import _flash_joined
@@ -26,24 +26,24 @@ def supports(signature: Signature, backend: str, form: str) -> str:
     return ""
 
 
-def forward(call: Signature, seed: int, **inputs: Any) -> tuple[Tensor, Tensor]:
+def forward(chosen: Chosen, seed: int, **inputs: Any) -> tuple[Tensor, Tensor]:
     """out [B, H, S, E] and log-sum-exp [B, H, S]."""
     x = Inputs(**inputs).without_hidden()
-    if not _flash_joined.why_not(call):
-        return _flash_joined.forward(call, x)
-    p, lse = probabilities(call, x)
-    if call.attributes["dropout_p"]:
-        p = p * _dropout(call, p, seed)
+    if not _flash_joined.why_not(chosen):
+        return _flash_joined.forward(chosen, x)
+    p, lse = probabilities(chosen, x)
+    if chosen.attributes["dropout_p"]:
+        p = p * _dropout(chosen, p, seed)
     prefix, dtype = p.shape[-1] - x.k.shape[2], x.q.dtype
     out = p[..., prefix:].to(dtype) @ x.v.unsqueeze(2)
     if prefix:
-        weights = _gated(p[..., :prefix], _by_head(call, x.gate)).to(dtype)
+        weights = _gated(p[..., :prefix], _by_head(chosen, x.gate)).to(dtype)
         out = out + weights @ _joined(x.prefix_v, x.prefix_index).to(dtype)
     return out.reshape(x.q.shape), lse.reshape(x.q.shape[:3])
 
 
 def backward(
-    call: Signature,
+    chosen: Chosen,
     needs: dict[str, bool],
     dout: Tensor,
     out: Tensor,
@@ -53,14 +53,14 @@ def backward(
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
     x = Inputs(**inputs).without_hidden()
-    if not needs["bias"] and not _flash_joined.why_not(call):
-        return _flash_joined.backward(call, needs, dout, out, lse, x)
-    dtype, acc, scale = x.q.dtype, accumulator(x.q.dtype), call.attributes["scale"]
-    g, keys = _by_head(call, x.gate), _joined(x.prefix_k, x.prefix_index)
-    scores, raw = _scores(call, x, keys, g)
+    if not needs["bias"] and not _flash_joined.why_not(chosen):
+        return _flash_joined.backward(chosen, needs, dout, out, lse, x)
+    dtype, acc, scale = x.q.dtype, accumulator(x.q.dtype), chosen.attributes["scale"]
+    g, keys = _by_head(chosen, x.gate), _joined(x.prefix_k, x.prefix_index)
+    scores, raw = _scores(chosen, x, keys, g)
     prefix = scores.shape[-1] - x.k.shape[2]
-    q, d = _grouped(call, x.q), _grouped(call, dout)
-    if _flash_joined.why_not(call):
+    q, d = _grouped(chosen, x.q), _grouped(chosen, dout)
+    if _flash_joined.why_not(chosen):
         lse = lse.reshape(scores.shape[:-1])
     else:  # forward's was that of scores which nothing had rounded
         lse = torch.logsumexp(scores, dim=-1)
@@ -72,8 +72,8 @@ def backward(
         raw_dp = (d @ values.transpose(-1, -2)).to(acc)
         dp = torch.cat([_gated(raw_dp, g), dp], dim=-1)
     dropped = p
-    if call.attributes["dropout_p"]:
-        factor = _dropout(call, p, seed)
+    if chosen.attributes["dropout_p"]:
+        factor = _dropout(chosen, p, seed)
         dropped, dp = p * factor, dp * factor
     delta = (dout.to(acc) * out).sum(-1).reshape(lse.shape)
     ds = p * (dp - delta[..., None])
@@ -103,27 +103,27 @@ def backward(
     return {name: grads[name] for name, need in needs.items() if need}
 
 
-def probabilities(call: Signature, x: Inputs) -> tuple[Tensor, Tensor]:
+def probabilities(signature: Signature, x: Inputs) -> tuple[Tensor, Tensor]:
     """Before dropout, [B, G, H / G, S, P + N], and their log-sum-exp [B, G, H / G, S]."""
     keys = _joined(x.prefix_k, x.prefix_index)
-    scores, _ = _scores(call, x, keys, _by_head(call, x.gate))
+    scores, _ = _scores(signature, x, keys, _by_head(signature, x.gate))
     return softmax_with_lse(scores)
 
 
-def _grouped(call: Signature, q: Tensor) -> Tensor:
+def _grouped(signature: Signature, q: Tensor) -> Tensor:
     """[B, H, S, E] -> [B, G, H / G, S, E]: the query heads that share a key-value head."""
-    groups = call.sizes["G"]
-    return q.unflatten(1, (groups, call.sizes["H"] // groups))
+    groups = signature.sizes["G"]
+    return q.unflatten(1, (groups, signature.sizes["H"] // groups))
 
 
-def _by_head(call: Signature, gate: Tensor | None) -> Tensor | None:
+def _by_head(signature: Signature, gate: Tensor | None) -> Tensor | None:
     """The gate as [B, G or 1, H / G or 1, 1, 1] in the accumulator dtype."""
     if gate is None:
         return None
-    gate = gate.to(accumulator(call.dtype))
+    gate = gate.to(accumulator(signature.dtype))
     if gate.ndim == 1:
         return gate[:, None, None, None, None]
-    return _grouped(call, gate[:, :, None, None])
+    return _grouped(signature, gate[:, :, None, None])
 
 
 def _gated(columns: Tensor, gate: Tensor | None) -> Tensor:
@@ -137,22 +137,22 @@ def _joined(prefixes: list[Tensor], indices: list[Tensor | None]) -> Tensor:
 
 
 def _scores(
-    call: Signature, x: Inputs, keys: Tensor, gate: Tensor | None
+    signature: Signature, x: Inputs, keys: Tensor, gate: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Scores [B, G, H / G, S, P + N], -inf where a key is not seen; and the prefix columns' scores
     before the gate.
     """
-    acc, scale = accumulator(x.q.dtype), call.attributes["scale"]
+    acc, scale = accumulator(x.q.dtype), signature.attributes["scale"]
     # In float16 a product is larger than the largest number long before the score is, so the scale
     # comes first: as a power of 2, which rounds nothing, and what that leaves in float32.
     power = 2.0 ** min(math.frexp(scale)[1] - 1, 0)
-    q, scale = _grouped(call, x.q) * power, scale / power
+    q, scale = _grouped(signature, x.q) * power, scale / power
     scores = scale * (q @ x.k.unsqueeze(2).transpose(-1, -2)).to(acc)
     if x.bias is not None:
         bias = x.bias.to(acc)
-        scores = scores + (bias.unsqueeze(2) if bias.shape[1] == 1 else _grouped(call, bias))
-    is_causal = call.attributes["is_causal"]
-    visible = visible_keys(call.sizes, x.key_mask, x.lengths, is_causal, q.device)
+        scores = scores + (bias.unsqueeze(2) if bias.shape[1] == 1 else _grouped(signature, bias))
+    is_causal = signature.attributes["is_causal"]
+    visible = visible_keys(signature.sizes, x.key_mask, x.lengths, is_causal, q.device)
     if visible is not None:
         scores = scores.masked_fill(~visible.unsqueeze(2), -math.inf)
     if not keys.numel():
@@ -179,6 +179,6 @@ def _split_prefix_grad(
     return grads
 
 
-def _dropout(call: Signature, p: Tensor, seed: int) -> Tensor:
+def _dropout(signature: Signature, p: Tensor, seed: int) -> Tensor:
     rows = p.numel() // max(p.shape[-1], 1)
-    return dropout_factor(rows, p.shape[-1], call.attributes["dropout_p"], seed, p).view_as(p)
+    return dropout_factor(rows, p.shape[-1], signature.attributes["dropout_p"], seed, p).view_as(p)

@@ -243,7 +243,7 @@ class _Backward:
 
 def _numbers(plan: Plan, seed: int) -> tuple[Any, ...]:
     """The scale, and dropout's seed, threshold and factor."""
-    return (plan.call.attributes["scale"], *signed(seed), *plan.dropout)
+    return (plan.signature.attributes["scale"], *signed(seed), *plan.dropout)
 
 
 @cache
