@@ -41,6 +41,8 @@ const char* name_of(Isa isa) {
   return kNames[static_cast<int>(isa)];
 }
 
+// Each instruction set contains the ones before it, so each test includes theirs: a system may
+// switch off what the processor lists.
 bool is_supported(Isa isa) {
 #if defined(PELT_SIM)
   return isa == Isa::kAmx;

@@ -39,13 +39,15 @@ inline Vector exp_of_negative(Vector x) {
   return polynomial(kSeries, f) * power;
 }
 
+// 1 / (1 + exp(-x)), from exp of a negative number on either side of 0: nothing overflows.
 inline Vector sigmoid(Vector x) {
   const Vector e = exp_of_negative(with_sign_of(x, splat(-1.0f)));
   const Vector reciprocal = 1.0f / (1.0f + e);
   return x < 0.0f ? e * reciprocal : reciprocal;
 }
 
-// Near 0 the quotient of exponentials would lose the small number's digits: a polynomial (4e-9).
+// tanh by (1 - e) / (1 + e) with e = exp(-2 |x|). Near 0 that would lose the digits of a small
+// number, so there it is a polynomial (error 4e-9).
 inline Vector tanh_of(Vector x) {
   constexpr float kNear[] = {0.9999999956f, -0.3333325347f, 0.1333095729f,
                              -0.053707068f, 0.02054490535f, -0.005607688718f};
@@ -55,7 +57,8 @@ inline Vector tanh_of(Vector x) {
   return size < 0.63f ? polynomial(kNear, x * x) * x : far;
 }
 
-// A polynomial in x^2 below 1 (1e-9), 1 - exp(-q(|x|)) from 1 to 4 (3e-7 in q), 1 beyond.
+// erf by a polynomial in x^2 below 1 (error 1e-9), by 1 - exp(-q(|x|)) from 1 to 4 (error of q
+// 3e-7), and 1 beyond, where float32 has no other number.
 inline Vector erf_of(Vector x) {
   constexpr float kNear[] = {1.128379166f,    -0.376126269f,     0.1128359746f,  -0.0268543288f,
                              0.005189311943f, -0.0008018854992f, 7.882497111e-5f};

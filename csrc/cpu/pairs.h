@@ -69,7 +69,7 @@ inline void pack_pair(const bf16* first, const bf16* second, int64_t count, bf16
   }
 }
 
-// A row of any type as bfloat16, in `buffer` unless it is that already.
+// A row of any type as bfloat16; copied into `buffer` where it is float32.
 inline const bf16* as_bf16(const bf16* row, int64_t, bf16*) { return row; }
 inline const bf16* as_bf16(const float* row, int64_t count, bf16* buffer) {
   for_vectors(count,
@@ -93,7 +93,7 @@ inline void pack_pair_panel(int64_t depth, int64_t count, bf16* panel, Row&& row
   }
 }
 
-// `count` numbers of a row as words, and zeros behind them.
+// Reads `count` numbers of a row as words of two, with zeros behind them.
 template <class T>
 inline Vector load_pairs(const T* from, int64_t count) {
 #if defined(__AVX512BW__)

@@ -17,7 +17,8 @@
 namespace pelt::cpu {
 namespace {
 
-// Sums take 2 kBlockRows registers of 16, or of 32 with AVX-512 and NEON.
+// Sums take 2 kBlockRows registers of 16, or of 32 with AVX-512 and NEON; what is left holds the
+// panel's two vectors and the broadcast.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kBlockRows = 12;
 #else
@@ -25,7 +26,7 @@ constexpr int kBlockRows = 6;
 #endif
 constexpr int kRowUnit = kBlockRows / 3;  // rows are padded to a multiple of it
 constexpr int kPanel = 2 * kWidth;
-constexpr int64_t kDepth = 256;
+constexpr int64_t kDepth = 256;  // of a stretch of k
 
 constexpr int64_t panel_floats(int64_t depth, int64_t columns) {
   return depth * round_up(columns, kWidth);
@@ -52,6 +53,7 @@ inline __attribute__((always_inline)) void multiply(const float* a, int64_t row_
   }
 }
 
+// The size of a block of sums, as a value that a lambda can take.
 template <int kRows, int kVectors>
 struct BlockTag {
   static constexpr int rows = kRows;
@@ -92,7 +94,7 @@ inline __attribute__((always_inline)) void store_sums(Sums<kRows, kVectors>& sum
     for_sums(sums, [&](int r, int i, Vector& sum) { store(to + r * stride + i, sum); });
     return;
   }
-  Vector values[kRows][kVectors];  // so that the sums need not be in memory
+  Vector values[kRows][kVectors];  // a copy, so that the sums of the path above stay in registers
   for_sums(sums, [&](int r, int i, Vector& sum) { values[r][i / kWidth] = sum; });
   for (int64_t r = 0; r < std::min<int64_t>(kRows, rows); ++r) {
     for_vectors(std::min<int64_t>(kVectors * kWidth, columns), [&](int64_t i, auto part) {

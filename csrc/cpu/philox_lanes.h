@@ -28,6 +28,7 @@ constexpr int kPhiloxWidth = kPhiloxBytes / 8;
 constexpr int kPhiloxChains = 4;  // independent vectors, to fill the multiplier's latency
 constexpr int kPhiloxGroups = kPhiloxWidth * kPhiloxChains;
 
+// The product of the lower halves of each lane, all 64 bits of it.
 inline PhiloxLanes multiply_words(PhiloxLanes a, PhiloxLanes b) {
 #if defined(__AVX512F__)
   // Under a mask of ones, because gcc 12 warns about the plain one's undefined pass-through.
@@ -66,6 +67,7 @@ inline void philox_words(uint64_t group, uint64_t counter_high, uint64_t key, ui
     key0 += 0x9e3779b9u;
     key1 += 0xbb67ae85u;
   }
+  // Words of a counter stand in lanes of four vectors; memory has them side by side.
   for (int j = 0; j < kPhiloxChains; ++j) {
     const PhiloxLanes low = (c0[j] & 0xffffffffu) | (c1[j] << 32);
     const PhiloxLanes high = (c2[j] & 0xffffffffu) | (c3[j] << 32);

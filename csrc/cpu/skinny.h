@@ -15,7 +15,7 @@
 namespace pelt::cpu {
 namespace {
 
-// Of 16 registers, or of 32 with AVX-512 and NEON.
+// How many sums stay in registers: there are 16 of them, or 32 with AVX-512 and NEON.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kMostSums = 24;
 #else
@@ -26,7 +26,7 @@ constexpr int kDotColumns = 4;
 // Rows are an odd number of cache lines apart, or they would compete for a few of its lines.
 constexpr int64_t kStretch = 256;
 constexpr int64_t kStretchStride = kStretch + 16;
-// Of a row that is read where it lies.
+// The same for a row that is read where it lies and not copied.
 constexpr int64_t kDotStretch = 512;
 
 constexpr int64_t padded(int64_t columns) { return round_up(columns, kWidth); }
@@ -64,6 +64,8 @@ inline void with_count(int64_t number, Visit&& visit) {
   visit(Count<kMost>{});
 }
 
+// finish(sums) of one block of A B: each element of A is broadcast once and feeds kVectors
+// multiply-adds.
 template <int kRows, int kVectors, class Finish>
 inline __attribute__((always_inline)) void multiply_block(Left a, Right b, int64_t depth,
                                                           Finish&& finish) {
@@ -126,6 +128,7 @@ inline __attribute__((always_inline)) void add_block(Sums<kRows, kVectors>& sums
   }
 }
 
+// A block of memory = sums.
 template <int kRows, int kVectors, class T>
 inline __attribute__((always_inline)) void store_block(const Sums<kRows, kVectors>& sums, T* to,
                                                        int64_t stride) {
@@ -222,7 +225,8 @@ __attribute__((noinline)) inline void multiply_dots(int64_t rows, int64_t column
                                                 w.data + column * w.stride, w.stride, depth,
                                                 c + row * c_stride + column, c_stride, accumulate);
   };
-  // What is passed by again and again is what fits in the first cache.
+  // The inner loop runs over what fits in the first cache: a few blocks of W, or else all rows of
+  // X.
   constexpr int64_t kFewBlocks = 4;
   if (blocks <= kFewBlocks) {
     for (int64_t row = 0; row < rows; row += kRows) {

@@ -29,6 +29,7 @@ struct Tile {
 };
 thread_local Tile simulated_tiles[8];
 
+// Tiles begin as NaN, so that a kernel that reads one before it wrote it shows.
 struct TileScope {
   TileScope() { std::memset(simulated_tiles, 0xff, sizeof simulated_tiles); }  // all NaN
 };

@@ -36,8 +36,8 @@ using Sums = Vector[kRows][kVectors];
 
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// Minus zero, because only that gives every value back, -0 included: adding zero would be an
-// instruction at every broadcast.
+// One number in every lane. Subtracting zero gives every value back, -0 included, so the compiler
+// drops it; adding zero would turn -0 into 0, and be an instruction at every broadcast.
 inline Vector splat(float value) { return value - Vector{}; }
 
 inline Vector from_bits(Words bits) {
@@ -60,7 +60,7 @@ inline Vector load(const float* from) {
   return v;
 }
 
-// 16-bit numbers as 32-bit words.
+// 16-bit numbers as 32-bit words, zeros in the upper halves.
 inline Words widen(Halves halves) {
 #if defined(__AVX512F__)
   // gcc 12 widens a vector of 512 bits in two parts. Under a mask of ones, because it warns about
@@ -81,7 +81,8 @@ inline Vector load(const bf16* from) { return from_bits(load_halves(from) << 16)
 
 inline void store(float* to, Vector v) { std::memcpy(to, &v, sizeof v); }
 
-// To the nearest, ties to even. A NaN must not be rounded up into infinity.
+// Rounds to the nearest bfloat16, ties to even. A NaN must not be rounded up into infinity, so it
+// becomes one fixed NaN.
 inline Halves to_halves(Vector v) {
 #if defined(__AVX512BF16__)
   return (Halves)_mm512_cvtneps_pbh((__m512)v);
@@ -142,7 +143,8 @@ inline void store_part(T* to, Vector v, int64_t count) {
 
 #endif
 
-// Calls visit(column, loader, storer) for each vector of a row: whole ones, and a last part.
+// Calls visit(column, part) for each vector of a row: whole ones, and a last part. `part` loads and
+// stores: the body is compiled twice, and only the last vector of a row pays for its mask.
 struct Whole {
   template <class T>
   Vector load_from(const T* from) const {
@@ -175,6 +177,7 @@ inline void for_vectors(int64_t columns, Visit&& visit) {
 
 // ---- across lanes ----
 
+// The sum over the lanes, in halves: an order that does not depend on the compiler.
 inline float sum_of(Vector v) {
   float lanes[kWidth];
   store(lanes, v);

@@ -2,8 +2,9 @@
 // to run, so partial sums go to memory and are added in a fixed order by whoever comes last.
 //
 // The pattern on both sides: sync_threads(), then one thread touches the counter, then for a reader
-// sync_threads() again. The acquire or release of that one thread covers the block, because the
-// block barrier orders the other threads' accesses with it.
+// sync_threads() again. The first barrier protects the block's writes, which have to come before
+// the release; the second one its reads, which have to come after the acquire. One thread's acquire
+// or release suffices, because a barrier orders the other threads' accesses with it.
 #pragma once
 
 namespace pelt {
@@ -25,8 +26,8 @@ __device__ __forceinline__ int load_acquire(const int* counter) {
   return value;
 }
 
-// For "the last block to arrive does the rest": releases what the block wrote, and acquires what
-// the blocks with smaller tickets wrote.
+// Returns how many blocks took a ticket before, for "the last block to arrive does the rest": it
+// releases what the block wrote, and acquires what the blocks with smaller tickets wrote.
 __device__ __forceinline__ int take_ticket(int* counter) {
   int before;
   asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;"
@@ -36,13 +37,14 @@ __device__ __forceinline__ int take_ticket(int* counter) {
   return before;
 }
 
-// Counts, in global or in shared memory: the order of additions to an integer does not matter. Says
-// nothing about other memory.
+// Adds to a counter in global or in shared memory: the order of additions to an integer does not
+// matter. It orders no access to other memory.
 __device__ __forceinline__ void atomic_count(int* counter, int amount) {
   atomicAdd(counter, amount);
 }
 
-// Spins. The block that is waited for must be resident: launch cooperatively.
+// Spins until another block has counted up to the value. That block must be resident, so the launch
+// must be cooperative; otherwise it might start only when this one ends.
 __device__ __forceinline__ void wait_until_at_least(const int* counter, int value) {
   while (load_acquire(counter) < value) __nanosleep(64);
 }

@@ -1,19 +1,21 @@
 // Asynchronous copies from global to shared memory (sm_80): issue, commit a group, wait for groups.
-// A wait covers the thread's own copies only; a barrier makes them visible to the others.
+// A wait covers the copies of the calling thread only. So each wait is followed by a barrier,
+// behind which every thread has waited and the whole tile may be read.
 #pragma once
 
 #include "cuda/memory.cuh"
 
 namespace pelt {
 
-// Copies 16 bytes, or writes 16 zero bytes without touching `global` where it is not valid.
-// Goes around L1: a tile is read once by its block.
+// Copies 16 bytes, or writes 16 zero bytes without touching `global` where it is not valid. The
+// copy bypasses L1, because a block reads its tiles once.
 __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool is_valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                "l"(global), "r"(is_valid ? 16 : 0)
                : "memory");
 }
 
+// Closes the group of copies that the thread has started since the last commit; it may be empty.
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

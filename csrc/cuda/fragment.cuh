@@ -31,7 +31,9 @@ __device__ __forceinline__ void multiply_add(FragmentD& d, const FragmentA& a, c
   mma_m16n8k16<T>(d.r, a.r, b.r);
 }
 
-// A from a tile [m, k]: `tile` points at its element (0, 0), rows are `stride` elements apart.
+// Loads A from a tile [m, k]: `tile` points at its element (0, 0), rows are `stride` elements
+// apart. In all of these a lane passes the address of one row of 8 elements; which one follows from
+// the order in which ldmatrix gives its four matrices to the registers of a fragment.
 template <class T>
 __device__ __forceinline__ FragmentA load_a(const T* tile, int stride) {
   FragmentA a;
@@ -40,7 +42,7 @@ __device__ __forceinline__ FragmentA load_a(const T* tile, int stride) {
   return a;
 }
 
-// A from a tile that holds its transpose, [k, m].
+// Loads A from a tile that holds its transpose, [k, m].
 template <class T>
 __device__ __forceinline__ FragmentA load_a_transposed(const T* tile, int stride) {
   FragmentA a;
@@ -49,7 +51,8 @@ __device__ __forceinline__ FragmentA load_a_transposed(const T* tile, int stride
   return a;
 }
 
-// Two neighbouring B, columns 0-7 and 8-15, from a tile [n, k] (a weight as it lies in memory).
+// Loads two neighbouring B, columns 0-7 and 8-15, from a tile [n, k] (a weight as it lies in
+// memory): one ldmatrix for both.
 template <class T>
 __device__ __forceinline__ void load_b_pair(FragmentB (&b)[2], const T* tile, int stride) {
   uint32_t r[4];
@@ -59,7 +62,7 @@ __device__ __forceinline__ void load_b_pair(FragmentB (&b)[2], const T* tile, in
   b[1] = {{r[2], r[3]}};
 }
 
-// One B, columns 0-7.
+// Loads one B, columns 0-7, from a tile [n, k].
 template <class T>
 __device__ __forceinline__ FragmentB load_b(const T* tile, int stride) {
   FragmentB b;
@@ -68,7 +71,7 @@ __device__ __forceinline__ FragmentB load_b(const T* tile, int stride) {
   return b;
 }
 
-// Two from a tile [k, n].
+// Loads two neighbouring B, columns 0-7 and 8-15, from a tile [k, n].
 template <class T>
 __device__ __forceinline__ void load_b_pair_transposed(FragmentB (&b)[2], const T* tile,
                                                        int stride) {

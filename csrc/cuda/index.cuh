@@ -1,4 +1,5 @@
-// Who am I: thread, lane, warp and block. Blocks of the project are one-dimensional.
+// The numbers of the calling thread, its lane, warp and block, and the size of the grid. Blocks of
+// the project are one-dimensional, so a thread has one number.
 #pragma once
 
 namespace pelt {

@@ -1,7 +1,15 @@
 // ldmatrix: 8x8 matrices of 2-byte elements from shared memory into the registers of a warp.
+//
 // The address of row r of matrix m is the one that lane 8 m + r passes. Lane l receives, of each
 // matrix, the elements (l / 4, 2 (l % 4)) and (l / 4, 2 (l % 4) + 1), which is the layout of mma
 // operands; .trans exchanges row and column.
+//
+//   lanes of one matrix   row 0    0  0  1  1  2  2  3  3
+//                         row 1    4  4  5  5  6  6  7  7
+//                         row 7   28 28 29 29 30 30 31 31
+//
+// The eight rows of a matrix are read together, 16 bytes each: without padding or swizzle they
+// would fall into the same banks.
 #pragma once
 
 #include "cuda/memory.cuh"

@@ -1,4 +1,5 @@
-// Dynamic shared memory, 4-byte and 16-byte accesses.
+// Dynamic shared memory, 4-byte and 16-byte accesses. Addresses are aligned to the access, which
+// the simulator checks.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +8,7 @@
 
 namespace pelt {
 
-// The block's dynamic shared memory, seen as a struct of named tiles.
+// The block's dynamic shared memory as a struct of named tiles. Nothing in it is initialised.
 template <class Shared>
 __device__ __forceinline__ Shared& shared_memory_as() {
   static_assert(alignof(Shared) <= 1024, "shared memory is aligned to 1024 bytes");
@@ -20,7 +21,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* address) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(address));
 }
 
-// A pair of 2-byte elements.
+// Reads a pair of 2-byte elements.
 __device__ __forceinline__ uint32_t load_4(const void* address) {
   return *static_cast<const uint32_t*>(address);
 }
@@ -29,11 +30,12 @@ __device__ __forceinline__ void store_4(void* address, uint32_t value) {
   *static_cast<uint32_t*>(address) = value;
 }
 
+// Reads eight 2-byte elements or four floats.
 __device__ __forceinline__ Words4 load_16(const void* address) {
   return *static_cast<const Words4*>(address);
 }
 
-// For inputs that no thread of the grid writes: they may go through the read-only path.
+// The same for inputs that no thread of the grid writes: they may go through the read-only path.
 __device__ __forceinline__ Words4 load_global_16(const void* address) {
   Words4 value;
   asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -16,10 +16,12 @@ struct PhiloxWords {
   uint32_t word[4];
 };
 
+// The upper half of a product of two words: one instruction on a GPU.
 PELT_HOST_DEVICE uint32_t high_product(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
 }
 
+// Ten rounds on the counter, by the constants of Salmon et al. 2011.
 PELT_HOST_DEVICE PhiloxWords philox4x32_10(PhiloxWords counter, uint32_t key0, uint32_t key1) {
   constexpr uint32_t kMultiplier0 = 0xd2511f53u, kMultiplier1 = 0xcd9e8d57u;
   constexpr uint32_t kWeyl0 = 0x9e3779b9u, kWeyl1 = 0xbb67ae85u;
@@ -52,6 +54,7 @@ struct PhiloxKeys {
   }
 };
 
+// The same words from prepared keys.
 PELT_HOST_DEVICE PhiloxWords philox4x32_10(PhiloxWords counter, const PhiloxKeys& keys) {
   constexpr uint32_t kMultiplier0 = 0xd2511f53u, kMultiplier1 = 0xcd9e8d57u;
   uint32_t* c = counter.word;

@@ -5,7 +5,7 @@
 
 namespace pelt {
 
-// Over the kLanes neighbouring lanes (a power of two); every one of them gets the sum.
+// The sum over kLanes neighbouring lanes (a power of two), which every one of them gets.
 template <int kLanes>
 __device__ __forceinline__ float group_sum(float value) {
   static_assert(kLanes > 0 && kLanes <= 32 && (kLanes & (kLanes - 1)) == 0,
@@ -16,8 +16,9 @@ __device__ __forceinline__ float group_sum(float value) {
 
 __device__ __forceinline__ float warp_sum(float value) { return group_sum<32>(value); }
 
-// Mean and squared deviations of a set of values, so that two sets can be merged. A plain sum of
-// squares would lose the variance of values that are far from zero (Chan, Golub and LeVeque 1979).
+// Mean and squared deviations of a set of values, in a form in which two sets can be merged. A
+// plain sum of squares would lose the variance of values that are far from zero (Chan, Golub and
+// LeVeque 1979).
 struct Moments {
   float count = 0.0f;
   float mean = 0.0f;
@@ -30,7 +31,7 @@ struct Moments {
     squares += delta * (value - mean);
   }
 
-  // Of a few values at once: one division instead of one for each.
+  // The moments of a few values at once, with one division instead of one for each.
   template <int kCount>
   PELT_HOST_DEVICE static Moments of(const float (&values)[kCount]) {
     float sum = 0.0f, squares = 0.0f;
@@ -50,12 +51,15 @@ struct Moments {
     count = total;
   }
 
+  // 1 / sqrt(variance + eps), the variance with the divisor `count`, as LayerNorm has it.
   PELT_HOST_DEVICE float reciprocal_deviation(float eps) const {
     return 1.0f / sqrtf(squares / count + eps);
   }
 };
 
-// Symmetric in the two partners up to rounding, so the lower lane's result is taken for both.
+// The moments over kLanes neighbouring lanes, which every one of them gets. Merging is symmetric in
+// the two partners up to rounding only, so both compute what the lower lane computes: all lanes of
+// the group then hold the same bits.
 template <int kLanes>
 __device__ __forceinline__ Moments group_moments(Moments own) {
   for (int mask = 1; mask < kLanes; mask *= 2) {

@@ -1,4 +1,5 @@
-// Eight neighbouring elements of a row in float32: the grain of every load and store of a tile.
+// Eight neighbouring elements of a row in float32. A tile is loaded and stored in such pieces: they
+// are 16 bytes of a 2-byte dtype, the widest access of a thread.
 #pragma once
 
 #include "common/dtype.h"
@@ -10,6 +11,7 @@ struct Float8 {
   float v[8];
 };
 
+// Eight 2-byte elements as floats; exact.
 template <class T>
 __device__ __forceinline__ Float8 widen(const Words4& words) {
   Float8 out;
@@ -21,6 +23,7 @@ __device__ __forceinline__ Float8 widen(const Words4& words) {
   return out;
 }
 
+// Eight floats as 2-byte elements, each rounded to the nearest.
 template <class T>
 __device__ __forceinline__ Words4 narrow(const Float8& values) {
   Words4 out;
@@ -28,7 +31,7 @@ __device__ __forceinline__ Words4 narrow(const Float8& values) {
   return out;
 }
 
-// Eight elements of a 16-byte aligned global row. For inputs only: see load_global_16.
+// Reads eight elements of a 16-byte aligned global row. For inputs only: see load_global_16.
 template <class T>
 __device__ __forceinline__ Float8 load_8(const T* address) {
   if constexpr (sizeof(T) == 4) {

@@ -1,5 +1,5 @@
-// Host bodies of cuda/atomics.cuh. Each access lets other threads run first: blocks that share a
-// counter meet in many orders.
+// Host bodies of cuda/atomics.cuh. Each access lets other threads run first, so that blocks with a
+// common counter are seen in many orders. Fibers of one host thread need no atomic instructions.
 #pragma once
 
 #include "sim/executor.h"
@@ -20,7 +20,7 @@ inline int load_acquire(const int* counter) {
 
 inline int take_ticket(int* counter) { return atomic_add_release(counter, 1); }
 
-// Without a change of threads: nobody learns from a count in what order it was made.
+// Without a change of threads, because a count does not tell in which order it was made.
 inline void atomic_count(int* counter, int amount) { *counter += amount; }
 
 inline void wait_until_at_least(const int* counter, int value) {

@@ -1,4 +1,6 @@
-// Host bodies of cuda/barrier.cuh.
+// Host bodies of cuda/barrier.cuh. They order nothing in memory, which one host thread reads and
+// writes; they change which thread runs. Without a needed barrier a warp runs ahead and reads what
+// is not written yet, so that results differ from seed to seed.
 #pragma once
 
 #include "sim/executor.h"

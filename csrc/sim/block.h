@@ -35,8 +35,8 @@ struct Warp {
 };
 
 struct Barrier {
-  int arrived = 0;
-  int expected = 0;
+  int arrived = 0;   // since the barrier last opened, threads that do not wait included
+  int expected = 0;  // threads at which it opens, as the first one to arrive said
   std::vector<Thread*> waiting;
 };
 

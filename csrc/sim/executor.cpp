@@ -32,6 +32,8 @@ class Random {
   uint64_t state_;
 };
 
+// One launch. The current one and its running fiber are found through these, because a kernel's
+// code has no argument that could carry them.
 class Execution;
 thread_local Execution* t_execution = nullptr;
 thread_local Thread* t_thread = nullptr;
@@ -57,7 +59,7 @@ class Execution {
     }
   }
 
-  // ---- called on the fibers ----
+  // ---- called on the fibers; each may let other fibers run before it returns ----
 
   void make_ready(Thread& thread) {
     thread.waits_at = nullptr;
@@ -73,6 +75,7 @@ class Execution {
 
   void preempt() { t_thread->fiber.suspend(); }
 
+  // A thread that waits in vain is set aside; wake_spinners() asks it again.
   void wait_for_flag(const char* what, const std::function<bool()>& is_met) {
     preempt();
     while (!is_met()) {
@@ -84,6 +87,8 @@ class Execution {
 
   void note_progress() { ++progress_; }
 
+  // The last thread to arrive wakes the others, and lets them run first: code behind a barrier must
+  // not depend on who reached it last.
   void barrier(const char* instruction, int id, int threads, bool waits) {
     Thread& thread = *t_thread;
     check(id >= 0 && id < kNamedBarriers, where(), instruction, ": expected a barrier from 0 to ",
@@ -107,6 +112,8 @@ class Execution {
     }
   }
 
+  // The last lane to arrive executes the instruction for all 32, with operands as they were when
+  // each lane arrived.
   void rendezvous(const char* instruction, void* operands, void (*execute)(Lanes)) {
     Thread& thread = *t_thread;
     Warp& warp = warp_of(thread);
@@ -147,6 +154,8 @@ class Execution {
     for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[draw(i)]);
   }
 
+  // The entry of a fiber. No exception may cross a switch of stacks, so it is carried by hand to
+  // resume(), which throws it on the scheduler's stack.
   static void enter_thread(void* argument) {
     auto* thread = static_cast<Thread*>(argument);
     try {
@@ -161,6 +170,7 @@ class Execution {
     t_execution->note_progress();
   }
 
+  // Makes a block and all its threads, ready to run.
   void bring_to_life(int linear) {
     alive_.push_back(std::make_unique<Block>(shape_.shared_bytes, shape_.threads));
     Block& block = *alive_.back();

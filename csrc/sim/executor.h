@@ -72,7 +72,7 @@ CopyQueue& copy_queue();
 // One of `outcomes` equally likely outcomes, from the seed.
 uint32_t draw(uint32_t outcomes);
 
-// Lets any other thread run first. Called where an access can be seen by other blocks.
+// Lets any other thread run first. Called before each access that other blocks may depend on.
 void preempt();
 
 // Waits until is_met() holds; other threads run meanwhile. `what` is the name in a deadlock report.

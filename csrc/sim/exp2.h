@@ -1,4 +1,4 @@
-// Host body of cuda/exp2.cuh.
+// Host body of cuda/exp2.cuh. The host's 2^x is closer to the true value than the hardware's.
 #pragma once
 
 #include <cmath>

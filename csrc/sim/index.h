@@ -1,4 +1,4 @@
-// Host bodies of cuda/index.cuh.
+// Host bodies of cuda/index.cuh: the numbers of the fiber that runs.
 #pragma once
 
 #include "sim/executor.h"

@@ -1,4 +1,5 @@
-// Host bodies of cuda/memory.cuh.
+// Host bodies of cuda/memory.cuh. They check the alignment that the GPU's instructions need, and
+// copy bytes, because the elements are of another type than the access.
 #pragma once
 
 #include <cstring>

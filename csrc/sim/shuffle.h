@@ -1,4 +1,5 @@
-// Host bodies of cuda/shuffle.cuh.
+// Host bodies of cuda/shuffle.cuh. Each lane leaves its operands where it waits, and the last one
+// to arrive computes the results of all; a lane that is missing is reported as a deadlock.
 #pragma once
 
 #include <cstdint>
