@@ -4,6 +4,9 @@ for both kinds of kernels.
 What is the same for equal calls comes once, as a `Plan`; what changes from call to call, addresses
 above all, comes as flat lists in the contract's order. The C++ side has the order's names from
 generated headers (`cpp_header`).
+
+`supports`, `plan`, `forward` and `backward` are a whole backend where the kernels do all the work:
+an operator's `native.py` takes them as they are, or writes its own around a `Plan`.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ def kernels_of(backend: str) -> str:
     return backend.removesuffix("_sim")
 
 
-def why_not(call: Signature, backend: str, form: str) -> str:
+def supports(call: Signature, backend: str, form: str) -> str:
     """Why the compiled kernels refuse a call, in one sentence; empty if they serve it.
 
     What follows from sizes is decided by the C++ side, which knows its configurations.
@@ -67,6 +70,25 @@ def why_not(call: Signature, backend: str, form: str) -> str:
     if kernels == "cpu" and form == _native.TILES and call.dtype != torch.bfloat16:
         return f"its tiles multiply bfloat16, and {first} is {dtype}"
     return _native_plan(call, backend, form).why_not()
+
+
+def plan(chosen: Chosen) -> Plan:
+    """What is the same for equal calls."""
+    return Plan(chosen)
+
+
+def forward(chosen: Chosen, **inputs: Value) -> Sequence[Any]:
+    """The outputs of a call, in the contract's order."""
+    results: Sequence[Any] = chosen.plan.forward(inputs)
+    return results
+
+
+def backward(chosen: Chosen, needs: dict[str, bool], **values: Value) -> dict[str, Value]:
+    """The gradients that ``needs`` names, by input name, from inputs, saved outputs and the
+    gradients of outputs.
+    """
+    grads: dict[str, Value] = chosen.plan.backward(needs, values)
+    return grads
 
 
 class Plan:

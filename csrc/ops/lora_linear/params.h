@@ -92,7 +92,7 @@ struct WeightsParams {
   Tiling tiling;
   const void* ds = nullptr;
   const float* dlogits = nullptr;
-  Sums sums[kMaxSums];
+  Sums sums[kMaxSums] = {};
   int count = 0;  // of sums
   int tasks = 0;
   int splits = 1;            // parts of the rows that are summed by different blocks

@@ -28,23 +28,15 @@ from torch import Tensor
 
 from .. import _native
 from .._bank import linear, weight_grad
-from .._contract import Chosen, Signature, Value
-from .._native_call import Plan, kernels_of, why_not
+from .._contract import Chosen, Value
+from .._native_call import kernels_of, plan, supports
 from .contract import CONTRACT
+
+__all__ = ["FORMS", "backward", "forward", "plan", "supports"]
 
 FORMS = {"cuda": ("composed", "single"), "cpu": _native.cpu_forms(has_tiles=True)}
 # The inputs whose gradients the kernels write, beside dx.
 _OWN = tuple(row.name for row in CONTRACT.input_rows if row.is_list and row.kind == "parameter")
-
-
-def supports(signature: Signature, backend: str, form: str) -> str:
-    """Why the kernels cannot serve a call; empty if they can."""
-    return why_not(signature, backend, form)
-
-
-def plan(chosen: Chosen) -> Plan:
-    """What is the same for equal calls."""
-    return Plan(chosen)
 
 
 def forward(
@@ -53,14 +45,13 @@ def forward(
     """y [B, S, Dout], the extra gates, the branches' learned gates (or [0] each), and s [B, S, ΣR]
     for backward.
     """
-    plan = chosen.plan
     if _is_single(chosen):
-        outputs, base = plan.outputs(), {"weight": weight.to(x.dtype), "bias": bias}
+        outputs, base = chosen.plan.outputs(), {"weight": weight.to(x.dtype), "bias": bias}
     else:
         y = linear(x, weight.T if chosen.attributes["transposed"] else weight, bias)
-        outputs, base = plan.outputs(y.contiguous()), _NO_BASE
-    if not plan.is_empty:
-        plan.run_forward({**inputs, **base, "x": x}, outputs)
+        outputs, base = chosen.plan.outputs(y.contiguous()), _NO_BASE
+    if not chosen.plan.is_empty:
+        chosen.plan.run_forward({**inputs, **base, "x": x}, outputs)
     return outputs
 
 
@@ -74,16 +65,15 @@ def backward(
     **values: Value,
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
-    plan = chosen.plan
     is_single = _is_single(chosen) and needs["x"]
     grads = _base_grads(chosen, {**needs, "x": needs["x"] and not is_single}, dy, x, weight, bias)
-    grads |= plan.gradients({name: needs[name] for name in _OWN}, values)
+    grads |= chosen.plan.gradients({name: needs[name] for name in _OWN}, values)
     base = _NO_BASE
     if is_single:
         grads["x"] = _native.empty(x.shape, x.dtype, chosen.device)
         base = {"weight": weight.to(x.dtype), "bias": None}
-    if not plan.is_empty:
-        plan.run_backward({**values, **base, "dy": dy, "x": x}, grads)
+    if not chosen.plan.is_empty:
+        chosen.plan.run_backward({**values, **base, "dy": dy, "x": x}, grads)
     return grads
 
 

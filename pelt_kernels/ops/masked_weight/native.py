@@ -11,17 +11,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import _native
-from .._contract import Chosen, Signature, Value
-from .._native_call import Plan, kernels_of, why_not
+from .._contract import Chosen, Value
+from .._native_call import Plan, kernels_of, supports
 from .contract import CONTRACT
+
+__all__ = ["FORMS", "backward", "forward", "plan", "supports"]
 
 FORMS = {"cpu": _native.cpu_forms()}
 _FACTORS = tuple(row.name for row in CONTRACT.input_rows if row.kind == "parameter")
-
-
-def supports(signature: Signature, backend: str, form: str) -> str:
-    """Why the kernels cannot serve a call; empty if they can."""
-    return why_not(signature, backend, form)
 
 
 def plan(chosen: Chosen) -> Plan:

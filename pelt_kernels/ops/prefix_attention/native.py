@@ -21,9 +21,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import _native
+from .. import _native, _native_call
 from .._contract import Chosen, Signature, Value
-from .._native_call import Plan, why_not
+from .._native_call import Plan
 from . import _flash
 
 FORMS = {"cuda": ("single", "composed"), "cpu": _native.cpu_forms(has_tiles=True)}
@@ -31,7 +31,7 @@ FORMS = {"cuda": ("single", "composed"), "cpu": _native.cpu_forms(has_tiles=True
 
 def supports(signature: Signature, backend: str, form: str) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    reason = why_not(signature, backend, form)
+    reason = _native_call.supports(signature, backend, form)
     if reason or form != "composed":
         return reason
     if not sum(signature.sizes.get("P_i", ())):
