@@ -26,7 +26,7 @@ from pelt_kernels.training.metrics import NAMES, score
 
 from . import readme
 from .checkout import commit
-from .rows import write
+from .rows import read, write
 
 EXAMPLES = 1000
 SEEDS = "0,1,2"
@@ -129,13 +129,23 @@ def _random_experts(folder: Path) -> list[float]:
 
 
 def _write(runs: Path, known: Sequence[str], name: str | None) -> None:
-    """The rows that are finished, into the file of their task."""
-    rows = [_row(runs / row) | {"row": row} for row in known if (runs / row / "commit").is_file()]
+    """The rows that are finished, into the file of their task. A row that is there already stays
+    until its method is finished again, if it was measured on as many examples by the same metric.
+    """
+    fresh = {r: _row(runs / r) | {"row": r} for r in known if (runs / r / "commit").is_file()}
     readme.METHODS.parent.mkdir(exist_ok=True)
     path = readme.METHODS if name is None else readme.task_file(name)
-    write(path, rows)
+    measured = {_conditions(row) for row in fresh.values()}
+    stay = [row for row in read(path) if _conditions(row) in measured] if path.is_file() else []
+    rows = {row["row"]: row for row in stay} | fresh
+    write(path, [rows[r] for r in known if r in rows])
     if readme.README.is_file():
         readme.README.write_text(readme.rewritten(readme.README.read_text()))
+
+
+def _conditions(row: dict[str, Any]) -> tuple[int, str]:
+    """What rows of one table have in common."""
+    return row["train_examples"], row["metric"]
 
 
 def _row(folder: Path) -> dict[str, Any]:

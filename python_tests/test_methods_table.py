@@ -10,7 +10,7 @@ import pytest
 from tiny_encoder import tiny_model, toy_files
 
 from benchmarks import methods_table, readme
-from benchmarks.rows import read
+from benchmarks.rows import read, write
 
 __all__ = ["tiny_model", "toy_files"]
 
@@ -41,6 +41,13 @@ def test_rows_are_trained_once_and_stand_beside_each_other(
     for row in ("bitfit", "adamix-lora"):
         (tmp_path / "runs" / row / "run.json").unlink()  # a second training would miss it
     assert methods_table.main(common) == 0 and page.read_text() == first
+    (tmp_path / "runs" / "bitfit" / "commit").unlink()  # as where the folder of old runs is gone
+    methods_table._write(tmp_path / "runs", methods_table.ON_FILES, "toy")
+    assert page.read_text() == first
+    rows[0]["train_examples"] = 500
+    write(tmp_path / "results" / "methods_toy.jsonl", rows)
+    methods_table._write(tmp_path / "runs", methods_table.ON_FILES, "toy")
+    assert [r["row"] for r in read(tmp_path / "results" / "methods_toy.jsonl")] == ["adamix-lora"]
 
 
 def only_tasks(text: str) -> str:
