@@ -50,26 +50,26 @@ def kernels_of(backend: str) -> str:
     return backend.removesuffix("_sim")
 
 
-def supports(call: Signature, backend: str, form: str) -> str:
+def supports(signature: Signature, backend: str, form: str) -> str:
     """Why the compiled kernels refuse a call, in one sentence; empty if they serve it.
 
     What follows from sizes is decided by the C++ side, which knows its configurations.
     """
     kernels = kernels_of(backend)
-    if not hasattr(_native.library_of(backend), f"{call.contract.name}_{kernels}"):
+    if not hasattr(_native.library_of(backend), f"{signature.contract.name}_{kernels}"):
         return (
             "the compiled module was built without its CUDA kernels"
             if kernels == "cuda"
             else "the compiled module is older than this kernel; build it with `make build`"
         )
-    first, dtype = call.contract.input_names[0], str(call.dtype).removeprefix("torch.")
-    if kernels == "cpu" and call.dtype not in _CPU_DTYPES:
+    first, dtype = signature.contract.input_names[0], str(signature.dtype).removeprefix("torch.")
+    if kernels == "cpu" and signature.dtype not in _CPU_DTYPES:
         return f"it takes float32 or bfloat16, and {first} is {dtype}"
-    if call.dtype not in DTYPES:
+    if signature.dtype not in DTYPES:
         return f"it takes float32, float16 or bfloat16, and {first} is {dtype}"
-    if kernels == "cpu" and form == _native.TILES and call.dtype != torch.bfloat16:
+    if kernels == "cpu" and form == _native.TILES and signature.dtype != torch.bfloat16:
         return f"its tiles multiply bfloat16, and {first} is {dtype}"
-    return _native_plan(call, backend, form).why_not()
+    return _native_plan(signature, backend, form).why_not()
 
 
 def plan(chosen: Chosen) -> Plan:
@@ -247,9 +247,9 @@ class Plan:
         return _native.workspace(size, self.device) if size else None
 
 
-def _native_plan(call: Signature, backend: str, form: str) -> Any:
+def _native_plan(signature: Signature, backend: str, form: str) -> Any:
     """The C++ side's description of a call without its tensors."""
-    contract = call.contract
+    contract = signature.contract
     kernels = kernels_of(backend)
     forms = forms_of(contract.name, backend)
     if kernels == "cuda":
@@ -257,17 +257,17 @@ def _native_plan(call: Signature, backend: str, form: str) -> Any:
     first = _first_places(contract.input_rows, contract.longest_list)
     rows = {row.name: row for row in contract.input_rows}
     return getattr(_native.library_of(backend), f"{contract.name}_{kernels}")(
-        dtype=DTYPES[call.dtype],
+        dtype=DTYPES[signature.dtype],
         form=form,
-        sizes=[call.sizes.get(letter) for letter in contract.letters],
+        sizes=[signature.sizes.get(letter) for letter in contract.letters],
         inputs=[
             (first[name] + max(i, 0), _rank(rows[name], shape), dtype == torch.float32)
-            for (name, i), (shape, dtype) in zip(call.flat_names, call.tensors)
+            for (name, i), (shape, dtype) in zip(signature.flat_names, signature.tensors)
             if i < max(contract.longest_list, 1)
         ],
-        outputs=_output_places(call),
+        outputs=_output_places(signature),
         attributes=[
-            _number(row, call.attributes[row.name]) for row in contract.attribute_rows
+            _number(row, signature.attributes[row.name]) for row in contract.attribute_rows
         ],
     )  # fmt: skip
 
@@ -290,9 +290,9 @@ def _first_places(rows: Sequence[Any], longest_list: int) -> dict[str, int]:
     return places
 
 
-def _output_places(call: Signature) -> list[int]:
-    rows, shapes = call.contract.output_rows, call.contract.output_shapes(call)
-    first = _first_places(rows, call.contract.longest_list)
+def _output_places(signature: Signature) -> list[int]:
+    rows, shapes = signature.contract.output_rows, signature.contract.output_shapes(signature)
+    first = _first_places(rows, signature.contract.longest_list)
     return [
         first[row.name] + i
         for row in rows
