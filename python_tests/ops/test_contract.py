@@ -149,8 +149,8 @@ def test_an_equal_call_is_bound_once():
         output_shapes=lambda call: {"y": (call.sizes["T"], call.sizes["D"])},
     )  # fmt: skip
     first = contract.bind((tensor(3, 4), None), (2.0,))
-    assert first.sizes == {"T": 3, "D": 4} and first.given == {"x"} and not first.master
+    assert first.sizes == {"T": 3, "D": 4} and first.given == {"x"} and not first.masters
     assert contract.bind((torch.ones(3, 4), None), (2.0,)) is first
     assert contract.bind((tensor(3, 4), tensor(4)), (2.0,)) is not first
     assert contract.bind((tensor(3, 4), None), (3.0,)).attributes == {"scale": 3.0}
-    assert contract.bind((tensor(3, 4, dtype=torch.bfloat16), tensor(4)), (2.0,)).master == {"w"}
+    assert contract.bind((tensor(3, 4, dtype=torch.bfloat16), tensor(4)), (2.0,)).masters == {"w"}
