@@ -27,6 +27,9 @@ namespace {
 template <class Type>
 struct Config {
   using T = Type;
+  // Blocks of a multiprocessor for which ptxas leaves registers; 0: its own choice, because
+  // two blocks of float32 would spill.
+  static constexpr int kBlocks = sizeof(T) == 2 ? 2 : 0;
 };
 
 struct Shared {
@@ -136,7 +139,7 @@ __device__ __forceinline__ void project(const Call& in, const Factors& f, const 
 
 // Grid: column tiles by bands of rows.
 template <class C>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, C::kBlocks)
     masked_weight_bwd_sm80(const __grid_constant__ BackwardParams p) {
   using T = typename C::T;
   auto& s = shared_memory_as<Shared>();
