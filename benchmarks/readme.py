@@ -181,7 +181,7 @@ def _random_experts(
         f"With one random expert for each module (mean of {' or '.join(sorted(counts))} draws), "
         f"and with the average of the experts, of the seed best on dev: {'; '.join(scores)}."
     )
-    return textwrap.wrap(sentence, 100)
+    return textwrap.wrap(sentence, 100, break_on_hyphens=False)
 
 
 def steps_table(rows: Rows) -> str:
