@@ -12,18 +12,13 @@ from typing import Any
 
 from .. import _native
 from .._contract import Chosen, Value
-from .._native_call import Plan, kernels_of, supports
+from .._native_call import kernels_of, plan, supports
 from .contract import CONTRACT
 
 __all__ = ["FORMS", "backward", "forward", "plan", "supports"]
 
 FORMS = {"cpu": _native.cpu_forms()}
 _FACTORS = tuple(row.name for row in CONTRACT.input_rows if row.kind == "parameter")
-
-
-def plan(chosen: Chosen) -> Plan:
-    """What is the same for equal calls."""
-    return Plan(chosen, reads_views=kernels_of(chosen.backend) == "cpu")
 
 
 def forward(chosen: Chosen, **inputs: Value) -> Sequence[Any]:

@@ -8,14 +8,8 @@ on the run nor on the number of threads.
 from __future__ import annotations
 
 from .. import _native
-from .._contract import Chosen
-from .._native_call import Plan, backward, forward, kernels_of, supports
+from .._native_call import backward, forward, plan, supports
 
 __all__ = ["FORMS", "backward", "forward", "plan", "supports"]
 
 FORMS = {"cpu": _native.cpu_forms()}
-
-
-def plan(chosen: Chosen) -> Plan:
-    """What is the same for equal calls."""
-    return Plan(chosen, reads_views=kernels_of(chosen.backend) == "cpu")
