@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ._gate import accumulator
+from ._values import is_autocast
 
 Group = TypeVar("Group", bound=tuple)
 _INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -161,15 +162,12 @@ def cast_activation(x: Tensor) -> Tensor:
     """x in autocast's dtype where autocast is on for its device, as `torch.nn.functional.linear`
     casts it; float64 and everything else stay as they are. Parameters stay and are read as masters.
     """
-    if not isinstance(x, Tensor):
-        return x
-    device = x.device.type
     if (
-        device != "meta"
-        and torch.is_autocast_enabled(device)
+        isinstance(x, Tensor)
+        and is_autocast(x.device)
         and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
     ):
-        return x.to(torch.get_autocast_dtype(device))
+        return x.to(torch.get_autocast_dtype(x.device.type))
     return x
 
 

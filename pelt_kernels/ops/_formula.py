@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import _dispatch
 from ._contract import Contract, Signature
-from ._values import Value, flatten
+from ._values import Value, flatten, is_autocast
 
 FlatName = tuple[str, int]  # an input's name, and the place in a list or -1
 
@@ -133,9 +133,9 @@ def _reference(
     """The formula, outside of autocast: it chooses its dtypes itself."""
     if contract.has_seed:
         attributes = {**attributes, "seed": seed}
-    device = next(value for value in flatten(values) if value is not None).device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
+    device = next(value for value in flatten(values) if value is not None).device
+    if is_autocast(device):
+        with torch.autocast(device.type, enabled=False):
             return contract.reference(*values, **attributes)
     return contract.reference(*values, **attributes)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import _formula
 from ._contract import Chosen
-from ._values import Value, flatten, unflatten
+from ._values import Value, flatten, is_autocast, unflatten
 
 
 class _Node(torch.autograd.Function):
@@ -112,10 +112,12 @@ def filled(dy: Any, like: Any) -> Any:
 
 
 def run_forward(chosen: Chosen, inputs: dict[str, Value], seed: int) -> Sequence[Any]:
-    """The outputs of a call."""
+    """The outputs of a call, outside of autocast: a backend chooses its dtypes itself, and torch
+    would recast what it keeps in float32.
+    """
     if chosen.contract.has_seed:
         inputs["seed"] = seed
-    if _is_autocast(chosen):
+    if is_autocast(chosen.device):
         with torch.autocast(chosen.device.type, enabled=False):
             return chosen.forward(chosen, **inputs)
     return chosen.forward(chosen, **inputs)
@@ -128,18 +130,10 @@ def run_backward(
     inputs: dict[str, Value],
     seed: int,
 ) -> dict[str, Value]:
-    """The gradients of a call that ``needs`` names."""
+    """The gradients of a call that ``needs`` names, outside of autocast too."""
     if chosen.contract.has_seed:
         inputs["seed"] = seed
-    if _is_autocast(chosen):
+    if is_autocast(chosen.device):
         with torch.autocast(chosen.device.type, enabled=False):
             return chosen.backward(chosen, needs, **named, **inputs)
     return chosen.backward(chosen, needs, **named, **inputs)
-
-
-def _is_autocast(chosen: Chosen) -> bool:
-    """Then a backend runs outside of it: it chooses its dtypes itself, and torch would recast what
-    it keeps in float32.
-    """
-    device = chosen.device.type
-    return device != "meta" and torch.is_autocast_enabled(device)

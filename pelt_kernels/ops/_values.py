@@ -47,6 +47,17 @@ def is_fake(tensor: Tensor) -> bool:
     )
 
 
+def is_autocast(device: torch.device) -> bool:
+    """Is autocast on for tensors there? Usually it is on for no device, which is a faster question:
+    0.1 us, where those for one device take 0.6 us.
+    """
+    return (
+        torch._C._is_any_autocast_enabled()
+        and device.type != "meta"
+        and torch.is_autocast_enabled(device.type)
+    )
+
+
 def own_copy(value: Value) -> Value:
     """A copy of indices on the CPU, in memory of its own."""
     if isinstance(value, (list, tuple)):
