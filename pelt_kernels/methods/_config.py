@@ -107,79 +107,75 @@ def with_part_changes(config: Config, kind: type[MethodConfig], **changes: Any) 
     return config
 
 
-def check_int(config: MethodConfig, name: str, at_least: int, optional: bool = False) -> None:
-    """Raises ValueError unless the field is an int >= at_least (or None where that is allowed)."""
-    value = getattr(config, name)
-    if optional and value is None:
-        return
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+def check(is_right: bool, config: MethodConfig, name: str, words: str) -> None:
+    """Raises ValueError with the field's value, and what was expected of it, unless it is right."""
+    if not is_right:
         raise ValueError(
-            f"{type(config).__name__}: expected {name} as a whole number >= {at_least}"
-            f"{' or None' if optional else ''}, got {value!r:.80}"
+            f"{type(config).__name__}: expected {name} {words}, got {getattr(config, name)!r:.80}"
         )
+
+
+def check_int(config: MethodConfig, name: str, at_least: int, optional: bool = False) -> None:
+    """The field is an int >= at_least (or None where that is allowed)."""
+    value = getattr(config, name)
+    is_whole = isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+    words = f"as a whole number >= {at_least}{' or None' if optional else ''}"
+    check(is_whole or (optional and value is None), config, name, words)
 
 
 def check_number(config: MethodConfig, name: str) -> None:
-    """Raises ValueError unless the field is a finite number."""
+    """The field is a finite number."""
     value = getattr(config, name)
-    if (
-        not isinstance(value, (int, float))
-        or isinstance(value, bool)
-        or not abs(value) <= sys.float_info.max
-    ):
-        raise ValueError(
-            f"{type(config).__name__}: expected {name} as a finite number, got {value!r:.80}"
-        )
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_finite = is_number and abs(value) <= sys.float_info.max
+    check(is_finite, config, name, "as a finite number")
 
 
 def check_dropout(config: MethodConfig, name: str) -> None:
-    """Raises ValueError unless the field is a probability below 1."""
+    """The field is a probability below 1."""
     check_number(config, name)
-    value = getattr(config, name)
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{type(config).__name__}: expected {name} in [0, 1), got {value!r}")
+    check(0.0 <= getattr(config, name) < 1.0, config, name, "in [0, 1)")
 
 
 def check_choice(config: MethodConfig, name: str, choices: tuple[str, ...]) -> None:
-    """Raises ValueError unless the field is one of the choices."""
-    value = getattr(config, name)
-    if value not in choices:
-        raise ValueError(
-            f"{type(config).__name__}: expected {name} to be one of {', '.join(choices)}, got "
-            f"{value!r:.80}"
-        )
+    """The field is one of the choices."""
+    is_known = getattr(config, name) in choices
+    check(is_known, config, name, f"to be one of {', '.join(choices)}")
 
 
 def check_flag(config: MethodConfig, name: str) -> None:
-    """Raises ValueError unless the field is True or False."""
-    value = getattr(config, name)
-    if not isinstance(value, bool):
-        raise ValueError(
-            f"{type(config).__name__}: expected {name} as True or False, got {value!r:.80}"
-        )
+    """The field is True or False."""
+    check(isinstance(getattr(config, name), bool), config, name, "as True or False")
+
+
+def check_parts(config: MethodConfig, kinds: dict[str, type[MethodConfig]]) -> None:
+    """Each field is a config of its kind, or None."""
+    for name, kind in kinds.items():
+        part = getattr(config, name)
+        if part is not None and not isinstance(part, kind):
+            raise ValueError(
+                f"{type(config).__name__}: expected {name} as {kind.__name__} or None, got "
+                f"{type(part).__name__}"
+            )
 
 
 def set_names(config: MethodConfig, name: str, choices: tuple[str, ...]) -> None:
-    """Makes the field a tuple. Raises ValueError unless it lists different ones of the choices."""
+    """The field lists different ones of the choices; makes it a tuple."""
     value = getattr(config, name)
-    if (
-        not isinstance(value, (list, tuple))
-        or not value
-        or any(not isinstance(member, str) or member not in choices for member in value)
-        or len(set(value)) != len(value)
-    ):
-        raise ValueError(
-            f"{type(config).__name__}: expected {name} as a list of different names out of "
-            f"{', '.join(choices)}, got {value!r:.80}"
-        )
+    are_known = (
+        isinstance(value, (list, tuple))
+        and bool(value)
+        and all(isinstance(member, str) and member in choices for member in value)
+        and len(set(value)) == len(value)
+    )
+    words = f"as a list of different names out of {', '.join(choices)}"
+    check(are_known, config, name, words)
     object.__setattr__(config, name, tuple(value))
 
 
 def check_gate(config: MethodConfig) -> None:
     """Checks the two gate fields of a part."""
     gated = config.gated  # type: ignore[attr-defined]
-    if gated is not None and not isinstance(gated, bool):
-        raise ValueError(
-            f"{type(config).__name__}: expected gated as True, False or None, got {gated!r:.80}"
-        )
+    is_flag = gated is None or isinstance(gated, bool)
+    check(is_flag, config, "gated", "as True, False or None")
     check_choice(config, "gate_pooling", GATE_POOLINGS)

@@ -8,6 +8,7 @@ from typing import ClassVar
 from ..ops.gated_adapter.contract import ACTIVATIONS
 from ._config import (
     MethodConfig,
+    check,
     check_choice,
     check_dropout,
     check_flag,
@@ -92,8 +93,7 @@ class AdaMixConfig(MethodConfig):
         for name in ("share_down", "share_up", "identical_start"):
             check_flag(self, name)
         check_number(self, "consistency")
-        if self.consistency < 0:
-            raise ValueError(f"AdaMixConfig: expected consistency >= 0, got {self.consistency}")
+        check(self.consistency >= 0, self, "consistency", ">= 0")
         if self.experts > 1 and self.share_down and self.share_up:
             raise ValueError(
                 f"AdaMixConfig: expected share_down or share_up to be False with {self.experts} "

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ._config import MethodConfig, check_flag
+from ._config import MethodConfig, check_flag, check_parts
 from .adamix import AdaMixConfig
 from .adapter import BottleneckAdapterConfig
 from .lora import LoraConfig
 from .prefix import PrefixTuningConfig
 from .pst import PSTConfig
+from .unipelt import PARTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,20 +45,8 @@ class CompositeConfig(MethodConfig):
     adamix: AdaMixConfig | None = None
 
     def __post_init__(self) -> None:
-        wanted: dict[str, type[MethodConfig]] = {
-            "adapter": BottleneckAdapterConfig,
-            "prefix": PrefixTuningConfig,
-            "lora": LoraConfig,
-            "pst": PSTConfig,
-            "adamix": AdaMixConfig,
-        }
-        for name, kind in wanted.items():
-            part = getattr(self, name)
-            if part is not None and not isinstance(part, kind):
-                raise ValueError(
-                    f"CompositeConfig: expected {name} as {kind.__name__} or None, got "
-                    f"{type(part).__name__}"
-                )
+        wanted = {**PARTS, "pst": PSTConfig, "adamix": AdaMixConfig}
+        check_parts(self, wanted)
         check_flag(self, "bitfit")
         if not self.bitfit and all(getattr(self, name) is None for name in wanted):
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from ._config import (
     MethodConfig,
+    check,
     check_dropout,
     check_gate,
     check_int,
@@ -49,8 +50,7 @@ class LoraConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         check_int(self, "r", 1)
-        if self.r > MAX_RANK:
-            raise ValueError(f"LoraConfig: expected r <= {MAX_RANK}, got {self.r}")
+        check(self.r <= MAX_RANK, self, "r", f"<= {MAX_RANK}")
         check_number(self, "alpha")
         set_names(self, "targets", TARGETS)
         check_dropout(self, "dropout")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ._config import MethodConfig, check_flag, check_int, check_number, set_names
+from ._config import MethodConfig, check, check_flag, check_int, check_number, set_names
 from .lora import TARGETS
 
 
@@ -55,8 +55,7 @@ class PSTConfig(MethodConfig):
     def __post_init__(self) -> None:
         for name in ("sparsity", "beta", "alpha1", "alpha2", "begin", "end"):
             check_number(self, name)
-        if not 0.0 <= self.sparsity < 1.0:
-            raise ValueError(f"PSTConfig: expected sparsity in [0, 1), got {self.sparsity!r}")
+        check(0.0 <= self.sparsity < 1.0, self, "sparsity", "in [0, 1)")
         if not 0.0 <= self.begin < self.end <= 1.0:
             raise ValueError(
                 "PSTConfig: expected 0 <= begin < end <= 1 (shares of the training), got "

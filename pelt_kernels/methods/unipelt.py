@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
-from ._config import GATE_POOLINGS, MethodConfig, check_choice, with_changes
+from ._config import GATE_POOLINGS, MethodConfig, check_choice, check_parts, with_changes
 from .adapter import BottleneckAdapterConfig
 from .lora import LoraConfig
 from .prefix import PrefixTuningConfig
 
+PARTS: dict[str, type[MethodConfig]] = {
+    "adapter": BottleneckAdapterConfig,
+    "prefix": PrefixTuningConfig,
+    "lora": LoraConfig,
+}
 Part = TypeVar("Part", BottleneckAdapterConfig, PrefixTuningConfig, LoraConfig)
 
 
@@ -42,21 +47,11 @@ class UniPELTConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         check_choice(self, "gate_pooling", GATE_POOLINGS)
-        types: dict[str, Any] = {
-            "adapter": BottleneckAdapterConfig,
-            "prefix": PrefixTuningConfig,
-            "lora": LoraConfig,
-        }
-        for name, part_type in types.items():
+        check_parts(self, PARTS)
+        for name in PARTS:
             part = getattr(self, name)
-            if part is None:
-                continue
-            if not isinstance(part, part_type):
-                raise ValueError(
-                    f"UniPELTConfig: expected {name} as {part_type.__name__} or None, got "
-                    f"{type(part).__name__}"
-                )
-            object.__setattr__(self, name, self._resolved(name, part))
+            if part is not None:
+                object.__setattr__(self, name, self._resolved(name, part))
         if self.adapter is None and self.prefix is None and self.lora is None:
             raise ValueError(
                 "UniPELTConfig: expected at least one of adapter, prefix and lora, got none"

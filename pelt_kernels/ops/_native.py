@@ -125,6 +125,13 @@ def empty(shape: tuple[int, ...] | list[int], dtype: torch.dtype, device: torch.
     return out
 
 
+def empty_like(value: Any) -> Any:
+    """Memory for a gradient, or for each of a list; None stays None."""
+    if isinstance(value, (list, tuple)):
+        return [empty_like(v) for v in value]
+    return None if value is None else empty(value.shape, value.dtype, value.device)
+
+
 def set_poison(enabled: bool) -> None:
     """Switches the NaN filling of `empty`; tests turn it on."""
     global _poison

@@ -160,7 +160,7 @@ class Plan:
 
     def gradients(self, needs: dict[str, bool], values: dict[str, Value]) -> dict[str, Value]:
         """The gradients that ``needs`` names, to be filled; zeros where there are no rows."""
-        grads = {name: _empty_like(values[name]) for name, need in needs.items() if need}
+        grads = {name: _native.empty_like(values[name]) for name, need in needs.items() if need}
         if self.is_empty:
             for grad in flatten(grads.values()):
                 if grad is not None:
@@ -314,10 +314,3 @@ def _rows_contiguous(tensor: Tensor) -> Tensor:
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
-def _empty_like(value: Value) -> Value:
-    """Memory for a gradient, or for each of a list."""
-    if isinstance(value, (list, tuple)):
-        return [_empty_like(v) for v in value]
-    return None if value is None else _native.empty(value.shape, value.dtype, value.device)

@@ -189,3 +189,27 @@ def sum_parts(
         out_at = which.to(tl.int64) * SIZE + at
         tl.store(out_ptr + out_at, total.to(out_ptr.dtype.element_ty), mask=ok)
     return block - blocks * members
+
+
+@triton.jit(do_not_specialize=["groups", "shares_in", "shares_out"])
+def sum_kernel(
+    part_in_ptr, part_out_ptr, out_ptrs, index_ptrs, groups, shares_in, shares_out,
+    IS_OUT: tl.constexpr, AT: tl.constexpr, SIZE: tl.constexpr, MEMBERS: tl.constexpr,
+    IS_PER_SAMPLE: tl.constexpr, SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK elements of one of several gradients: the sum of its parts, in their order, out of the
+    one buffer of parts or the other.
+    """
+    block = tl.program_id(0)
+    for i in tl.static_range(len(AT)):
+        if IS_OUT[i]:
+            block = sum_parts(
+                out_ptrs[i], part_out_ptr, index_ptrs[i], MEMBERS[i], block, groups, shares_out,
+                AT[i], SIZE[i], IS_PER_SAMPLE[i], SIZE_OUT, BLOCK,
+            )  # fmt: skip
+        else:
+            block = sum_parts(
+                out_ptrs[i], part_in_ptr, index_ptrs[i], MEMBERS[i], block, groups, shares_in,
+                AT[i], SIZE[i], IS_PER_SAMPLE[i], SIZE_IN, BLOCK,
+            )  # fmt: skip

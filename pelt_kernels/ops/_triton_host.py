@@ -6,18 +6,22 @@ Nothing here reads a tensor, and importing it imports no Triton.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
 from functools import cache, partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
-from ._contract import Chosen, Value
+from . import _dispatch
+from ._contract import Chosen, Signature, Value
 
 _ON = ("1", "true", "on", "yes", "y")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_FORWARD = ("forward", "shrink", "expand")  # the kernels of forward; others are backward's
 
 
 class Config(NamedTuple):
@@ -27,6 +31,32 @@ class Config(NamedTuple):
     block_d: int
     warps: int
     stages: int
+
+
+def kernels_of(package: str) -> Callable[[str], ModuleType]:
+    """What imports an operator's ``_triton_<name>``, and Triton with it, when a call is served."""
+    return cache(lambda name: importlib.import_module(f"{package}._triton_{name}"))
+
+
+def dense(value: Value) -> Any:
+    """An input as kernels take it: contiguous, and a list as a tuple."""
+    if isinstance(value, (list, tuple)):
+        return tuple(dense(v) for v in value)
+    return None if value is None else value.contiguous()
+
+
+def why_not(signature: Signature, *limits: tuple[bool, str]) -> str:
+    """Why a call's kernels cannot serve it: its dtype, the first of their limits that holds, or
+    that no call can be served here; empty if they can.
+    """
+    if signature.dtype not in _DTYPES:
+        first, dtype = signature.contract.input_names[0], signature.dtype
+        return (
+            "it takes float32, float16 or bfloat16, and "
+            f"{first} is {str(dtype).removeprefix('torch.')}"
+        )
+    found = next((sentence for is_beyond, sentence in limits if is_beyond), "")
+    return found or unavailable(signature.device)
 
 
 def unavailable(device: torch.device | str) -> str:
@@ -82,13 +112,9 @@ def launch_fitting(
 
 
 def tune(
-    backend: Any,
-    chosen: Chosen,
-    measure: Callable[[Callable[[], object]], float],
-    inputs: dict[str, Value],
-    forward_kernels: tuple[str, ...] = ("forward",),
+    chosen: Chosen, measure: Callable[[Callable[[], object]], float], **inputs: Value
 ) -> dict[str, Config]:
-    """Times every candidate of a backend's file on inputs of a call, keeps the fastest for this
+    """Times every candidate of an operator's file on inputs of a call, keeps the fastest for this
     process, and returns them by kernel.
 
     ``measure`` takes a function and returns its time, such as `triton.testing.do_bench`. Nothing
@@ -96,6 +122,7 @@ def tune(
     depend on the run. The seed of dropout changes no time, so it is 0.
     """
     contract, configs = chosen.contract, chosen.plan.configs
+    backend: Any = _dispatch.implementation(contract.name, chosen.backend)
     outputs = backend.forward(chosen, seed=0, **inputs)
     named = {row.name: output for row, output in zip(contract.output_rows, outputs)}
     given = {f"d{row.name}": named[row.name] for row in contract.differentiable_rows}
@@ -107,7 +134,7 @@ def tune(
     }
 
     def run(kernel: str) -> object:
-        if kernel in forward_kernels:
+        if kernel in _FORWARD:
             return backend.forward(chosen, seed=0, **inputs)
         return backend.backward(chosen, needs, **given, seed=0, **inputs)
 

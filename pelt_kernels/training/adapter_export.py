@@ -9,12 +9,12 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..methods import parts_of
-from ..models import Matrix, PeltModel, matrices_of, save_exported
+from ..models import Matrix, matrices_of, save_exported
 from ..models.sparse_files import FORMS
-from .base_model import load_classifier, load_tokenizer
+from .base_model import load_tokenizer
 from .config import check_choice
 from .errors import RunError, UsageError, reason
-from .predictor import Card
+from .predictor import Card, load_tuned
 from .storage import replacing, require_writable, share, write_json
 
 FILE = "export.json"
@@ -57,7 +57,7 @@ def export(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"output: {output} is there already; name another folder")
     name = model or card.model
-    tuned = _load(folder, card, name)
+    tuned = load_tuned(folder, card, name)
     if parts_of(tuned.method_config).mixture is not None:
         tuned.merge_experts()
     refusal = tuned.why_not_dense()
@@ -94,14 +94,6 @@ def export(
         raise RunError(f"{output} cannot be written: {reason(error)}") from error
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     return Exported(form, refusal if form == ADAPTER else "", matrices, size)
-
-
-def _load(folder: Path, card: Card, name: str) -> PeltModel:
-    base = load_classifier(name, len(card.labels))
-    try:
-        return PeltModel.from_pretrained(base, folder)
-    except (ValueError, OSError) as error:
-        raise RunError(f"adapter {folder} cannot be used: {reason(error)}") from error
 
 
 def _described(form: str, method: dict[str, Any], matrices: list[Matrix]) -> dict[str, Any]:

@@ -55,6 +55,15 @@ class Card:
         return card
 
 
+def load_tuned(folder: Path, card: Card, name: str) -> PeltModel:
+    """The base model of a name with the adapter in it. Raises RunError where they do not fit."""
+    base = load_classifier(name, len(card.labels))
+    try:
+        return PeltModel.from_pretrained(base, folder)
+    except (ValueError, OSError) as error:
+        raise RunError(f"adapter {folder} cannot be used: {reason(error)}") from error
+
+
 @dataclass(frozen=True)
 class Prediction:
     """The most probable label of a text, and the probability of each."""
@@ -91,11 +100,7 @@ class Predictor:
     def __init__(self, folder: Path, model: str | None = None, device: str = "cpu"):
         self.card = Card.load(folder)
         name = model or self.card.model
-        base = load_classifier(name, len(self.card.labels))
-        try:
-            tuned = PeltModel.from_pretrained(base, folder)
-        except (ValueError, OSError) as error:
-            raise RunError(f"adapter {folder} cannot be used: {reason(error)}") from error
+        tuned = load_tuned(folder, self.card, name)
         self.model: torch.nn.Module = tuned.to(device).eval()
         if parts_of(tuned.method_config).pruning is not None and not tuned.why_not_dense():
             # PST's forward computes the pruned weights again, which for one text takes longer than

@@ -47,8 +47,8 @@ _TYPES = {
 class Recorder:
     """Stands in for a kernel: compiles it for the target where it would be launched."""
 
-    def __init__(self, kernel: JITFunction, target: GPUTarget, done: set[str]) -> None:
-        self.kernel, self.target, self.case, self.done = kernel, target, "", done
+    def __init__(self, name: str, kernel: JITFunction, target: GPUTarget, done: set[str]) -> None:
+        self.name, self.kernel, self.target, self.case, self.done = name, kernel, target, "", done
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return self.compile
@@ -79,7 +79,7 @@ class Recorder:
             else:
                 is_special = not parameter.do_not_specialize
                 signature[name] = specialise(given[name], (i,), is_special)
-        key = repr([self.kernel.__name__, signature, constexprs, options])
+        key = repr([self.name, signature, constexprs, options])
         if key in self.done:
             return
         self.done.add(key)
@@ -87,7 +87,7 @@ class Recorder:
         found = triton.compile(source, target=self.target, options=options)
         line = {
             "case": self.case,
-            "kernel": self.kernel.__name__,
+            "kernel": self.name,
             "shared": found.metadata.shared,
             **(_ptxas(found.asm["ptx"], self.target.arch) if "ptx" in found.asm else {}),
         }
@@ -143,7 +143,7 @@ def main(target: str, operator: str, names: list[str]) -> None:
         module = importlib.import_module(f"{folder}.{path.stem}")
         for name, kernel in list(vars(module).items()):
             if name.startswith(f"_{operator}") and isinstance(kernel, JITFunction):
-                recorders.append(Recorder(kernel, gpu, done))
+                recorders.append(Recorder(name, kernel, gpu, done))
                 setattr(module, name, recorders[-1])
     cases = (CASES | SMALL_CASES)[operator]
     for name in names or cases:

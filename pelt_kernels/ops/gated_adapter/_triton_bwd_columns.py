@@ -7,7 +7,7 @@ See _triton_bwd_rows.py for the formulas and the schedule of all four kernels.
 import triton
 import triton.language as tl
 
-from .._triton import activate, member, product, sum_parts, vector
+from .._triton import activate, member, product, sum_kernel, vector
 from ._triton_bwd_rows import (
     POST_DOT,
     POST_HAT_DOT,
@@ -22,6 +22,9 @@ from ._triton_bwd_rows import (
     dropped_chunk,
 )
 from ._triton_fwd import row_gate, scale_number, up_chunk
+
+# Launched after the one below: the sums of the shares' parts.
+_gated_adapter_bwd_sum_kernel = sum_kernel
 
 
 @triton.jit(
@@ -209,52 +212,3 @@ def _gated_adapter_bwd_columns_kernel(
             tl.store(part_ptr + SCALE, tl.sum(dscale, axis=0))
         if GATE_BIAS >= 0:
             tl.store(part_ptr + GATE_BIAS, tl.sum(dgate_bias, axis=0))
-
-
-@triton.jit(do_not_specialize=["groups", "shares", "M", "M_up"])
-def _gated_adapter_bwd_sum_kernel(
-    part_ptr, down_index_ptr, up_index_ptr,
-    w_down_ptr, w_up_ptr, b_down_ptr, b_up_ptr, pre_weight_ptr, pre_bias_ptr, post_weight_ptr,
-    post_bias_ptr, gate_weight_ptr, scale_ptr, gate_bias_ptr,
-    groups, shares, M, M_up,
-    D: tl.constexpr, R: tl.constexpr, DOWN_PER_SAMPLE: tl.constexpr, UP_PER_SAMPLE: tl.constexpr,
-    PART_SIZE: tl.constexpr, W_DOWN: tl.constexpr, W_UP: tl.constexpr, B_DOWN: tl.constexpr,
-    B_UP: tl.constexpr, PRE_WEIGHT: tl.constexpr, PRE_BIAS: tl.constexpr,
-    POST_WEIGHT: tl.constexpr, POST_BIAS: tl.constexpr, GATE_WEIGHT: tl.constexpr,
-    SCALE: tl.constexpr, GATE_BIAS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """BLOCK elements of one parameter's gradient: the sum of the parts, in their order."""
-    block = tl.program_id(0)
-    if W_DOWN >= 0:
-        block = sum_parts(w_down_ptr, part_ptr, down_index_ptr, M, block, groups, shares,
-                           W_DOWN, R * D, DOWN_PER_SAMPLE, PART_SIZE, BLOCK)  # fmt: skip
-    if W_UP >= 0:
-        block = sum_parts(w_up_ptr, part_ptr, up_index_ptr, M_up, block, groups, shares,
-                           W_UP, D * R, UP_PER_SAMPLE, PART_SIZE, BLOCK)  # fmt: skip
-    if B_DOWN >= 0:
-        block = sum_parts(b_down_ptr, part_ptr, down_index_ptr, M, block, groups, shares,
-                           B_DOWN, R, DOWN_PER_SAMPLE, PART_SIZE, BLOCK)  # fmt: skip
-    if B_UP >= 0:
-        block = sum_parts(b_up_ptr, part_ptr, up_index_ptr, M_up, block, groups, shares,
-                           B_UP, D, UP_PER_SAMPLE, PART_SIZE, BLOCK)  # fmt: skip
-    if PRE_WEIGHT >= 0:
-        block = sum_parts(pre_weight_ptr, part_ptr, None, 1, block, groups, shares,
-                           PRE_WEIGHT, D, False, PART_SIZE, BLOCK)  # fmt: skip
-    if PRE_BIAS >= 0:
-        block = sum_parts(pre_bias_ptr, part_ptr, None, 1, block, groups, shares,
-                           PRE_BIAS, D, False, PART_SIZE, BLOCK)  # fmt: skip
-    if POST_WEIGHT >= 0:
-        block = sum_parts(post_weight_ptr, part_ptr, None, 1, block, groups, shares,
-                           POST_WEIGHT, D, False, PART_SIZE, BLOCK)  # fmt: skip
-    if POST_BIAS >= 0:
-        block = sum_parts(post_bias_ptr, part_ptr, None, 1, block, groups, shares,
-                           POST_BIAS, D, False, PART_SIZE, BLOCK)  # fmt: skip
-    if GATE_WEIGHT >= 0:
-        block = sum_parts(gate_weight_ptr, part_ptr, None, 1, block, groups, shares,
-                           GATE_WEIGHT, D, False, PART_SIZE, BLOCK)  # fmt: skip
-    if SCALE >= 0:
-        block = sum_parts(scale_ptr, part_ptr, None, 1, block, groups, shares,
-                           SCALE, 1, False, PART_SIZE, BLOCK)  # fmt: skip
-    if GATE_BIAS >= 0:
-        sum_parts(gate_bias_ptr, part_ptr, None, 1, block, groups, shares,
-                   GATE_BIAS, 1, False, PART_SIZE, BLOCK)  # fmt: skip

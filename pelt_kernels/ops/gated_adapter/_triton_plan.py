@@ -54,18 +54,12 @@ PARTS = {
 }
 
 
-def part_sizes(signature: Signature) -> dict[str, int]:
-    d, r = signature.sizes["D"], signature.sizes["R"]
-    sizes = dict.fromkeys(PARTS, d)
-    return {**sizes, "w_down": r * d, "w_up": d * r, "b_down": r, "scale": 1, "gate_bias": 1}
-
-
-def layout_of(signature: Signature, grads: dict[str, Value]) -> dict[str, int]:
+def layout_of(part_sizes: dict[str, int], grads: dict[str, Value]) -> dict[str, int]:
     """Where each wanted gradient lies in a part, -1 for the others, and the size of a part. Starts
     are multiples of 16 bytes.
     """
     layout, end = {}, 0
-    for name, size in part_sizes(signature).items():
+    for name, size in part_sizes.items():
         layout[PARTS[name]] = end if name in grads else -1
         end += -(-size // 4) * 4 if name in grads else 0
     return {**layout, "PART_SIZE": end}
@@ -116,6 +110,10 @@ class Plan:
             "UP_PER_SAMPLE": up_per_sample,
             "BLOCK_R": max(16, power_of_two(r)),
         }
+        self.part_sizes = {
+            **dict.fromkeys(PARTS, d),
+            "w_down": r * d, "w_up": d * r, "b_down": r, "scale": 1, "gate_bias": 1,
+        }  # fmt: skip
         # Rows whose tiles share weights; forward's tiles of a pooled gate share a sentence as well.
         is_per_sample = down_per_sample or up_per_sample
         self.shared_groups: int = b if is_per_sample else 1

@@ -12,6 +12,8 @@ output over the up projection's.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
 
@@ -27,50 +29,30 @@ def supports(signature: Signature, backend: str, form: str) -> str:
     return ""
 
 
-def forward(
-    chosen: Chosen,
-    x: Tensor,
-    w_down: Tensor,
-    b_down: Tensor | None,
-    w_up: Tensor,
-    b_up: Tensor | None,
-    down_index: Tensor | None,
-    up_index: Tensor | None,
-    pre_norm_weight: Tensor | None,
-    pre_norm_bias: Tensor | None,
-    post_norm_weight: Tensor | None,
-    post_norm_bias: Tensor | None,
-    scale: Tensor | None,
-    gate: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    mask: Tensor | None,
-    residual: Tensor | None,
-    seed: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(chosen: Chosen, seed: int, **inputs: Value) -> tuple[Tensor, Tensor, Tensor]:
     """y [B, S, D], the learned gate's value (or [0]), and h [B, S, R] for backward."""
-    at = chosen.attributes
+    t, x, at = SimpleNamespace(**inputs), inputs["x"], chosen.attributes
     z = x
-    if pre_norm_weight is not None and pre_norm_bias is not None:
-        z = layer_norm(x, pre_norm_weight, pre_norm_bias, at["pre_norm_eps"])
-    h = linear(z, member(w_down, down_index, 2), member(b_down, down_index, 1))
+    if t.pre_norm_weight is not None:
+        z = layer_norm(x, t.pre_norm_weight, t.pre_norm_bias, at["pre_norm_eps"])
+    h = linear(z, member(t.w_down, t.down_index, 2), member(t.b_down, t.down_index, 1))
     u = linear(
-        ACTIVATIONS[at["activation"]](h), member(w_up, up_index, 2), member(b_up, up_index, 1)
+        ACTIVATIONS[at["activation"]](h),
+        member(t.w_up, t.up_index, 2),
+        member(t.b_up, t.up_index, 1),
     )
-    if post_norm_weight is not None and post_norm_bias is not None:
-        u = layer_norm(u, post_norm_weight, post_norm_bias, at["post_norm_eps"])
+    if t.post_norm_weight is not None:
+        u = layer_norm(u, t.post_norm_weight, t.post_norm_bias, at["post_norm_eps"])
     if at["dropout_p"]:
         u = u.mul_(_dropout(chosen, seed, u))
-    if gate_weight is None or gate_bias is None:
-        gate_value = x.new_empty(0, dtype=accumulator(x.dtype))
-    else:
-        gates = quick_row_gates(x, gate_weight, gate_bias)
-        gate = gate_value = pool(gates, at["pooling"], mask)
+    gate, gate_value = t.gate, x.new_empty(0, dtype=accumulator(x.dtype))
+    if t.gate_weight is not None:
+        gates = quick_row_gates(x, t.gate_weight, t.gate_bias)
+        gate = gate_value = pool(gates, at["pooling"], t.mask)
     if gate is not None and at["skip_below"] > NEVER_SKIP:
         u = u.masked_fill_(over_rows(gate) < at["skip_below"], 0.0)
-    if at["residual_from"] == "input":
-        residual = x
-    return _added(residual, u, _factor(chosen, scale, gate)), gate_value, h
+    residual = x if at["residual_from"] == "input" else t.residual
+    return _added(residual, u, _factor(chosen, t.scale, gate)), gate_value, h
 
 
 def backward(
@@ -79,72 +61,57 @@ def backward(
     dy: Tensor,
     gate_value: Tensor,
     h: Tensor,
-    x: Tensor,
-    w_down: Tensor,
-    b_down: Tensor | None,
-    w_up: Tensor,
-    b_up: Tensor | None,
-    down_index: Tensor | None,
-    up_index: Tensor | None,
-    pre_norm_weight: Tensor | None,
-    pre_norm_bias: Tensor | None,
-    post_norm_weight: Tensor | None,
-    post_norm_bias: Tensor | None,
-    scale: Tensor | None,
-    gate: Tensor | None,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    mask: Tensor | None,
-    residual: Tensor | None,
     seed: int,
+    **inputs: Value,
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
+    t, x = SimpleNamespace(**inputs), inputs["x"]
     at, acc = chosen.attributes, accumulator(x.dtype)
-    value = gate if gate_weight is None else gate_value
-    factor = _factor(chosen, scale, value)
+    value = t.gate if t.gate_weight is None else gate_value
+    factor = _factor(chosen, t.scale, value)
     a = ACTIVATIONS[at["activation"]](h)
     dropped = dy * _dropout(chosen, seed, dy) if at["dropout_p"] else dy
-    up_rows = (member(w_up, up_index, 2), member(b_up, up_index, 1))
+    up_rows = (member(t.w_up, t.up_index, 2), member(t.b_up, t.up_index, 1))
     # What the output was multiplied by: where its gradient is asked for, it is <dy', output>.
-    has_dot = gate_weight is not None or needs["gate"] or needs["scale"]
-    dot_of = (scale if value is None else value) if has_dot else None
+    has_dot = t.gate_weight is not None or needs["gate"] or needs["scale"]
+    dot_of = (t.scale if value is None else value) if has_dot else None
     grads: dict[str, Value] = {}
     dot: Tensor | None
-    if post_norm_weight is not None and post_norm_bias is not None:
-        post_norm = (post_norm_weight, post_norm_bias, at["post_norm_eps"])
+    if t.post_norm_weight is not None:
+        post_norm = (t.post_norm_weight, t.post_norm_bias, at["post_norm_eps"])
         da, dot = _up_backward_normed(needs, grads, dropped, a, up_rows, post_norm, factor, dot_of)
     else:
         da, dot = _up_backward(needs, grads, dropped, a, up_rows, factor, dot_of)
-    for name, bank in (("w_up", w_up), ("b_up", b_up)):
+    for name, bank in (("w_up", t.w_up), ("b_up", t.b_up)):
         if bank is not None and needs[name]:
-            grads[name] = member_grad(grads[name], bank, up_index)
+            grads[name] = member_grad(grads[name], bank, t.up_index)
 
     dlogit: Tensor | None = None
     if value is not None and dot is not None:
         if dot.ndim > value.ndim:
             dot = dot.sum(1)
         dgate = _times(dot, at["scale_value"])
-        if scale is not None:
-            dgate = dgate * scale.to(acc)
-        if gate_weight is not None and gate_bias is not None:
-            gates = quick_row_gates(x, gate_weight, gate_bias)
-            dlogit = pool_backward(dgate, gates, at["pooling"], mask)
-            grads["gate_bias"] = cast(dlogit.sum().view(1), gate_bias.dtype)
+        if t.scale is not None:
+            dgate = dgate * t.scale.to(acc)
+        if t.gate_weight is not None:
+            gates = quick_row_gates(x, t.gate_weight, t.gate_bias)
+            dlogit = pool_backward(dgate, gates, at["pooling"], t.mask)
+            grads["gate_bias"] = cast(dlogit.sum().view(1), t.gate_bias.dtype)
         else:
             grads["gate"] = dgate.to(value.dtype)
-        dot = dot if scale is None else dot * value
-    if scale is not None and dot is not None:
-        grads["scale"] = (dot.sum() * at["scale_value"]).to(scale.dtype)
+        dot = dot if t.scale is None else dot * value
+    if t.scale is not None and dot is not None:
+        grads["scale"] = (dot.sum() * at["scale_value"]).to(t.scale.dtype)
 
     dh = _activation_backward(at["activation"], da, h)
-    down = member(w_down, down_index, 2)
-    if b_down is not None and needs["b_down"]:
-        sums = bias_grad(dh, down.ndim == 3, b_down.dtype)  # which adds in float32 all the same
-        grads["b_down"] = member_grad(sums, b_down, down_index)
-    pre_norm = (pre_norm_weight, pre_norm_bias, at["pre_norm_eps"])
-    dx, dw_down = _down_backward(needs, grads, x, dh, down, pre_norm, dlogit, gate_weight)
+    down = member(t.w_down, t.down_index, 2)
+    if t.b_down is not None and needs["b_down"]:
+        sums = bias_grad(dh, down.ndim == 3, t.b_down.dtype)  # which adds in float32 all the same
+        grads["b_down"] = member_grad(sums, t.b_down, t.down_index)
+    pre_norm = (t.pre_norm_weight, t.pre_norm_bias, at["pre_norm_eps"])
+    dx, dw_down = _down_backward(needs, grads, x, dh, down, pre_norm, dlogit, t.gate_weight)
     if dw_down is not None:
-        grads["w_down"] = member_grad(dw_down, w_down, down_index)
+        grads["w_down"] = member_grad(dw_down, t.w_down, t.down_index)
     grads["x"] = dx.add_(dy) if dx is not None and at["residual_from"] == "input" else dx
     return {name: grads[name] for name, need in needs.items() if need}
 

@@ -9,26 +9,24 @@ is first imported.
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Callable
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _native, _triton_host
+from .. import _native
 from .._contract import Chosen, Signature, Value
 from .._triton_host import (
-    DTYPES,
     Config,
+    dense,
+    kernels_of,
     options_of,
     signed,
+    tune,
     unavailable,
+    why_not,
 )
-from ._triton_plan import CANDIDATES, PARTS, Plan, layout_of, part_sizes, shares_of
+from ._triton_plan import CANDIDATES, PARTS, Plan, layout_of, shares_of
 from .contract import CONTRACT
 
 __all__ = ["CANDIDATES", "backward", "forward", "plan", "supports", "tune", "unavailable"]
@@ -41,24 +39,13 @@ _RESIDUAL, _GATE_WEIGHT, _GATE_BIAS = (
 
 def supports(signature: Signature, backend: str, form: str) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    if signature.dtype not in DTYPES:
-        return (
-            "it takes float32, float16 or bfloat16, and x is"
-            f" {str(signature.dtype).removeprefix('torch.')}"
-        )
-    if signature.sizes["R"] > _MAX_RANK:
-        return (
-            f"its registers hold the sums for a bottleneck of at most {_MAX_RANK}, and R is"
-            f" {signature.sizes['R']}"
-        )
-    if signature.sizes["B"] * signature.sizes["S"] >= 2**31:
-        return "it counts rows in 32 bits, and there are 2**31 or more"
-    return unavailable(signature.device)
+    b, s, r = (signature.sizes[letter] for letter in "BSR")
+    ranks = f"its registers hold the sums for a bottleneck of at most {_MAX_RANK}, and R is {r}"
+    rows = "it counts rows in 32 bits, and there are 2**31 or more"
+    return why_not(signature, (r > _MAX_RANK, ranks), (b * s >= 2**31, rows))
 
 
-def plan(chosen: Chosen) -> Plan:
-    """What is the same for equal calls."""
-    return Plan(chosen)
+plan = Plan
 
 
 def forward(chosen: Chosen, seed: int, **inputs: Value) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,7 +57,7 @@ def forward(chosen: Chosen, seed: int, **inputs: Value) -> tuple[Tensor, Tensor,
     if y.numel() == 0:
         return y, gate_value.zero_(), h
     plan = chosen.plan
-    given = [_contiguous(inputs[name]) for name in CONTRACT.input_names]
+    given = [dense(inputs[name]) for name in CONTRACT.input_names]
     if chosen.attributes["residual_from"] == "input":
         given[_RESIDUAL] = given[0]
     ungated = given.copy()  # for a launch that finds the rows' gates in memory
@@ -112,23 +99,12 @@ def backward(
     **inputs: Value,
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
-    grads: dict[str, Value] = {}
-    for name, need in needs.items():
-        if need:
-            like = inputs[name]
-            grads[name] = _native.empty(like.shape, like.dtype, like.device)
+    grads = {name: _native.empty_like(inputs[name]) for name, need in needs.items() if need}
     if dy.numel() == 0:
         return {name: grad.zero_() for name, grad in grads.items()}
     with _native.on(chosen.device):
         _Backward(chosen, inputs, grads, dy.contiguous(), gate_value, h.contiguous(), seed).run()
     return grads
-
-
-def tune(
-    chosen: Chosen, measure: Callable[[Callable[[], object]], float], **inputs: Value
-) -> dict[str, Config]:
-    """See `_triton_host.tune`."""
-    return _triton_host.tune(sys.modules[__name__], chosen, measure, inputs)
 
 
 class _Backward:
@@ -145,7 +121,7 @@ class _Backward:
         seed: int,
     ) -> None:
         self.chosen, self.plan, self.grads = chosen, chosen.plan, grads
-        self.given = {name: _contiguous(inputs[name]) for name in CONTRACT.input_names}
+        self.given = {name: dense(inputs[name]) for name in CONTRACT.input_names}
         self.gate = gate_value if self.plan.is_learned else self.given["gate"]
         self.dy, self.h = dy, h
         self.dropout = (*signed(seed), *self.plan.dropout)
@@ -196,7 +172,7 @@ class _Backward:
         self.shares, rows_per_share = shares_of(chosen, plan, config, chunks)
         wanted = tuple(self.grads)
         if wanted not in plan.layouts:
-            plan.layouts[wanted] = layout_of(chosen, self.grads)
+            plan.layouts[wanted] = layout_of(plan.part_sizes, self.grads)
         self.layout = plan.layouts[wanted]
         part_count = plan.shared_groups * self.shares
         self.parts = _native.empty(
@@ -213,33 +189,24 @@ class _Backward:
         )  # fmt: skip
 
     def _sum(self) -> None:
-        plan, chosen, sizes = self.plan, self.chosen, self.chosen.sizes
-        members = {"w_down": sizes.get("M", 1), "w_up": sizes.get("M_up", 1)}
-        members |= {"b_down": members["w_down"], "b_up": members["w_up"]}
-        block = 4096 if chosen.device.type == "cpu" else 256
-        elements = part_sizes(chosen)
-        blocks = sum(
-            -(-elements[name] // block) * members.get(name, 1)
-            for name in PARTS
-            if name in self.grads
-        )
-        own = ("D", "R", "DOWN_PER_SAMPLE", "UP_PER_SAMPLE")
+        plan, sizes = self.plan, self.chosen.sizes
+        down = (self.given["down_index"], sizes.get("M", 1), plan.constants["DOWN_PER_SAMPLE"])
+        up = (self.given["up_index"], sizes.get("M_up", 1), plan.constants["UP_PER_SAMPLE"])
+        banks = {"w_down": down, "b_down": down, "w_up": up, "b_up": up}
+        names = [name for name in PARTS if name in self.grads]
+        indices, members, per_sample = zip(*(banks.get(name, (None, 1, False)) for name in names))
+        block = 4096 if self.chosen.device.type == "cpu" else 256
+        elements = tuple(plan.part_sizes[name] for name in names)
+        blocks = sum(-(-size // block) * count for size, count in zip(elements, members))
         _kernels("bwd_columns")._gated_adapter_bwd_sum_kernel[(blocks,)](
-            self.parts, self.given["down_index"], self.given["up_index"],
-            *(self.grads.get(name) for name in PARTS),
-            plan.shared_groups, self.shares, members["w_down"], members["w_up"],
-            **self.layout, **{name: plan.constants[name] for name in own}, BLOCK=block,
+            self.parts, None, tuple(self.grads[name] for name in names), indices,
+            plan.shared_groups, self.shares, 1, IS_OUT=(False,) * len(names),
+            AT=tuple(self.layout[PARTS[name]] for name in names), SIZE=elements,
+            MEMBERS=members, IS_PER_SAMPLE=per_sample,
+            SIZE_IN=self.layout["PART_SIZE"], SIZE_OUT=0, BLOCK=block,
         )  # fmt: skip
 
 
 _ROWS_INPUTS = CONTRACT.input_names[: CONTRACT.input_names.index("gate")]
 _COLUMNS_INPUTS = tuple(name for name in _ROWS_INPUTS if name not in ("b_down", "post_norm_bias"))
-
-
-def _contiguous(value: Value) -> Value:
-    return value if value is None else value.contiguous()
-
-
-@cache
-def _kernels(name: str) -> ModuleType:
-    return importlib.import_module(f"{__package__}._triton_{name}")
+_kernels = kernels_of(__package__)

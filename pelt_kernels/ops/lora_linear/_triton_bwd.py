@@ -17,7 +17,7 @@ columns of dy. Shares are summed by "sum" in their order: no atomics, the same b
 import triton
 import triton.language as tl
 
-from .._triton import keep_mask, product, sum_parts, vector
+from .._triton import keep_mask, product, sum_kernel, vector
 from ._triton_fwd import (
     alone,
     has_any,
@@ -27,6 +27,9 @@ from ._triton_fwd import (
     reached,
     slot_factors,
 )
+
+# Launched last: the sums of the shares' parts.
+_lora_linear_bwd_sum_kernel = sum_kernel
 
 
 @triton.jit(do_not_specialize=["N", "S", "tiles", "T"])
@@ -302,25 +305,3 @@ def _lora_linear_bwd_columns_out_kernel(
                 ok = ((col >= 0) & (col < SIZES[i]))[:, None] & ((r >= 0) & (r < RANKS[i]))[None, :]
                 b_at = part_ptr + B_AT[i] + col[:, None] * RANKS[i] + r[None, :]
                 tl.store(b_at, db, mask=ok)
-
-
-@triton.jit(do_not_specialize=["groups", "shares_in", "shares_out"])
-def _lora_linear_bwd_sum_kernel(
-    part_in_ptr, part_out_ptr, out_ptrs, index_ptrs, groups, shares_in, shares_out,
-    IS_OUT: tl.constexpr, AT: tl.constexpr, SIZE: tl.constexpr, MEMBERS: tl.constexpr,
-    IS_PER_SAMPLE: tl.constexpr, SIZE_IN: tl.constexpr, SIZE_OUT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """BLOCK elements of one parameter's gradient: the sum of its parts, in their order."""
-    block = tl.program_id(0)
-    for i in tl.static_range(len(AT)):
-        if IS_OUT[i]:
-            block = sum_parts(
-                out_ptrs[i], part_out_ptr, index_ptrs[i], MEMBERS[i], block, groups, shares_out,
-                AT[i], SIZE[i], IS_PER_SAMPLE[i], SIZE_OUT, BLOCK,
-            )  # fmt: skip
-        else:
-            block = sum_parts(
-                out_ptrs[i], part_in_ptr, index_ptrs[i], MEMBERS[i], block, groups, shares_in,
-                AT[i], SIZE[i], IS_PER_SAMPLE[i], SIZE_IN, BLOCK,
-            )  # fmt: skip

@@ -11,6 +11,7 @@ and learned gates) is side by side in one product for dx and one for the gradien
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -28,45 +29,32 @@ def supports(signature: Signature, backend: str, form: str) -> str:
 
 
 def forward(
-    chosen: Chosen,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: list[Tensor],
-    b: list[Tensor],
-    a_index: list[Tensor | None],
-    b_index: list[Tensor | None],
-    gate: list[Tensor | None],
-    gate_weight: list[Tensor | None],
-    gate_bias: list[Tensor | None],
-    extra_weight: list[Tensor],
-    extra_bias: list[Tensor],
-    mask: Tensor | None,
-    seed: int,
+    chosen: Chosen, seed: int, **inputs: Value
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     """y [B, S, Dout], the extra gates, the branches' learned gates (or [0] each), and s [B, S, ΣR]
     for backward.
     """
+    t, x = SimpleNamespace(**inputs), inputs["x"]
     at, acc = chosen.attributes, accumulator(x.dtype)
-    y = linear(x, weight.T if at["transposed"] else weight, bias)
+    y = linear(x, t.weight.T if at["transposed"] else t.weight, t.bias)
     dropped = _dropped(chosen, x, seed)
     values: list[Tensor] = []
     parts: list[Tensor] = []
     for i, offset in enumerate(at["offsets"]):
-        parts.append(linear(dropped, member(a[i], a_index[i], 2), None))
-        g, value = gate[i], x.new_empty(0, dtype=acc)
-        w, c = gate_weight[i], gate_bias[i]
+        parts.append(linear(dropped, member(t.a[i], t.a_index[i], 2), None))
+        g, value = t.gate[i], x.new_empty(0, dtype=acc)
+        w, c = t.gate_weight[i], t.gate_bias[i]
         if w is not None and c is not None:
-            g = value = pool(quick_row_gates(x, w, c), at["poolings"][i], mask)
+            g = value = pool(quick_row_gates(x, w, c), at["poolings"][i], t.mask)
         values.append(value)
-        up = cast(member(b[i], b_index[i], 2), x.dtype)
+        up = cast(member(t.b[i], t.b_index[i], 2), x.dtype)
         columns = y[..., offset : offset + up.shape[-2]]
         _add_product(columns, _times(parts[-1], _factor(chosen, i, g)), up.transpose(-1, -2))
     s = parts[0] if len(parts) == 1 else torch.cat([x.new_empty(*x.shape[:2], 0), *parts], dim=-1)
     poolings = at["extra_poolings"]
     extras = [
-        pool(quick_row_gates(x, w, c), p, mask)
-        for w, c, p in zip(extra_weight, extra_bias, poolings)
+        pool(quick_row_gates(x, w, c), p, t.mask)
+        for w, c, p in zip(t.extra_weight, t.extra_bias, poolings)
     ]
     return y, extras, values, s
 
@@ -78,25 +66,14 @@ def backward(
     dextra_gates: list[Tensor],
     gate_values: list[Tensor],
     s: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: list[Tensor],
-    b: list[Tensor],
-    a_index: list[Tensor | None],
-    b_index: list[Tensor | None],
-    gate: list[Tensor | None],
-    gate_weight: list[Tensor | None],
-    gate_bias: list[Tensor | None],
-    extra_weight: list[Tensor],
-    extra_bias: list[Tensor],
-    mask: Tensor | None,
     seed: int,
+    **inputs: Value,
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
+    t, x = SimpleNamespace(**inputs), inputs["x"]
     at, acc = chosen.attributes, accumulator(x.dtype)
     grads: dict[str, Value] = {
-        name: [None] * len(a) for name in ("a", "b", "gate", "gate_weight", "gate_bias")
+        name: [None] * len(t.a) for name in ("a", "b", "gate", "gate_weight", "gate_bias")
     }
     grads |= {"extra_weight": [], "extra_bias": []}
     of_x: list[_Narrow] = []  # what reads x as it is: gates, and branches without dropout
@@ -104,29 +81,29 @@ def backward(
     dropped = _dropped(chosen, x, seed)
     parts = s.split(list(chosen.sizes.get("R_i", ())), dim=-1)
     for i, offset in enumerate(at["offsets"]):
-        up, down = member(b[i], b_index[i], 2), member(a[i], a_index[i], 2)
+        up, down = member(t.b[i], t.b_index[i], 2), member(t.a[i], t.a_index[i], 2)
         d = dy[..., offset : offset + up.shape[-2]]
-        w, c = gate_weight[i], gate_bias[i]
-        value = gate[i] if w is None else gate_values[i]
+        w, c = t.gate_weight[i], t.gate_bias[i]
+        value = t.gate[i] if w is None else gate_values[i]
         factor = _factor(chosen, i, value)
         raw = d @ cast(up, x.dtype)
         if needs["b"]:
             each = weight_grad(d, _times(parts[i], factor), up.ndim == 3)
-            grads["b"][i] = member_grad(each, b[i], b_index[i])
+            grads["b"][i] = member_grad(each, t.b[i], t.b_index[i])
         of_dropped.append(_Narrow("a", i, _times(raw, factor), down))
         if value is None:
             continue
         dgate = (raw.to(acc) * parts[i]).sum(-1 if value.ndim == 2 else (1, 2)) * at["scales"][i]
         if w is not None and c is not None:
-            dlogit = pool_backward(dgate, quick_row_gates(x, w, c), at["poolings"][i], mask)
+            dlogit = pool_backward(dgate, quick_row_gates(x, w, c), at["poolings"][i], t.mask)
             of_x.append(_Narrow("gate_weight", i, dlogit[..., None], w[None]))
             grads["gate_bias"][i] = dlogit.sum().reshape(1).to(c.dtype)
         else:
             grads["gate"][i] = dgate.to(value.dtype)
-    extras = zip(dextra_gates, extra_weight, extra_bias, at["extra_poolings"])
+    extras = zip(dextra_gates, t.extra_weight, t.extra_bias, at["extra_poolings"])
     for i, (dgate, w, c, pooling) in enumerate(extras):
-        dlogit = pool_backward(dgate, quick_row_gates(x, w, c), pooling, mask)
-        hidden = mask if pooling == "masked_mean" else None
+        dlogit = pool_backward(dgate, quick_row_gates(x, w, c), pooling, t.mask)
+        hidden = t.mask if pooling == "masked_mean" else None
         of_x.append(_Narrow("extra_weight", i, dlogit[..., None], w[None], hidden))
         grads["extra_weight"].append(None)
         grads["extra_bias"].append(dlogit.sum().reshape(1).to(c.dtype))
@@ -135,13 +112,13 @@ def backward(
     if of_dropped is not of_x:
         _row_gradients(grads, needs, dropped, of_dropped)
     if needs["a"]:
-        grads["a"] = [member_grad(*each) for each in zip(grads["a"], a, a_index)]
-    for name, rows in (("gate_weight", gate_weight), ("extra_weight", extra_weight)):
+        grads["a"] = [member_grad(*each) for each in zip(grads["a"], t.a, t.a_index)]
+    for name, rows in (("gate_weight", t.gate_weight), ("extra_weight", t.extra_weight)):
         if needs[name]:
             pairs = zip(grads[name], rows)
             grads[name] = [None if w is None else grad[0].to(w.dtype) for grad, w in pairs]
     if needs["x"]:
-        dx = grads["x"] = dy @ cast(weight.T if at["transposed"] else weight, x.dtype)
+        dx = grads["x"] = dy @ cast(t.weight.T if at["transposed"] else t.weight, x.dtype)
         _add_products(dx, of_x)
         if of_dropped is not of_x:
             ddropped = torch.zeros_like(dx)
@@ -149,9 +126,11 @@ def backward(
             dx.addcmul_(ddropped, _factor_of_dropout(chosen, x, seed))
     if needs["weight"]:
         dweight = weight_grad(dy, x, False)
-        grads["weight"] = (dweight.T if at["transposed"] else dweight).to(weight.dtype).contiguous()
-    if bias is not None and needs["bias"]:
-        grads["bias"] = dy.sum(dim=(0, 1), dtype=acc).to(bias.dtype)
+        grads["weight"] = (
+            (dweight.T if at["transposed"] else dweight).to(t.weight.dtype).contiguous()
+        )
+    if t.bias is not None and needs["bias"]:
+        grads["bias"] = dy.sum(dim=(0, 1), dtype=acc).to(t.bias.dtype)
     return {name: grads[name] for name, need in needs.items() if need}
 
 

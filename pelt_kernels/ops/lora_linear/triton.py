@@ -8,24 +8,21 @@ in Triton's interpreter, which is for tests.
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Callable
-from functools import cache
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from .. import _native, _triton_host
+from .. import _native
 from .._bank import linear, weight_grad
 from .._contract import Chosen, Signature, Value
 from .._triton_host import (
-    DTYPES,
     Config,
+    dense,
+    kernels_of,
     launch_fitting,
     signed,
+    tune,
     unavailable,
+    why_not,
 )
 from ._triton_plan import CANDIDATES, MAX_WIDTH, Layout, Plan
 from .contract import CONTRACT
@@ -35,27 +32,18 @@ __all__ = ["CANDIDATES", "backward", "forward", "plan", "supports", "tune", "una
 
 def supports(signature: Signature, backend: str, form: str) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    if signature.dtype not in DTYPES:
-        return (
-            "it takes float32, float16 or bfloat16, and x is"
-            f" {str(signature.dtype).removeprefix('torch.')}"
-        )
     width = sum(signature.sizes.get("R_i", ()))
-    if width > MAX_WIDTH:
-        return f"its registers hold ranks that add up to at most {MAX_WIDTH}, and they are {width}"
+    ranks = f"its registers hold ranks that add up to at most {MAX_WIDTH}, and they are {width}"
     gates = len(signature.attributes["extra_poolings"]) + sum(
         n == "gate_weight" for n, _ in signature.flat_names
     )
-    if gates > 16:
-        return f"it evaluates at most 16 learned gates in one read of x, and there are {gates}"
-    if signature.sizes["B"] * signature.sizes["S"] >= 2**31:
-        return "it counts rows in 32 bits, and there are 2**31 or more"
-    return unavailable(signature.device)
+    many = f"it evaluates at most 16 learned gates in one read of x, and there are {gates}"
+    rows = "it counts rows in 32 bits, and there are 2**31 or more"
+    is_long = signature.sizes["B"] * signature.sizes["S"] >= 2**31
+    return why_not(signature, (width > MAX_WIDTH, ranks), (gates > 16, many), (is_long, rows))
 
 
-def plan(chosen: Chosen) -> Plan:
-    """What is the same for equal calls."""
-    return Plan(chosen)
+plan = Plan
 
 
 def forward(
@@ -110,13 +98,6 @@ def backward(
                 plan, needs, grads, dy.contiguous(), dextra_gates, gate_values, s, seed, inputs
             ).run()
     return {name: grads[name] for name, need in needs.items() if need}
-
-
-def tune(
-    chosen: Chosen, measure: Callable[[Callable[[], object]], float], **inputs: Value
-) -> dict[str, Config]:
-    """See `_triton_host.tune`."""
-    return _triton_host.tune(sys.modules[__name__], chosen, measure, inputs, ("shrink", "expand"))
 
 
 def _by_torch(
@@ -206,10 +187,7 @@ class _Backward:
         self.layout: Layout = plan.once(self.wanted, lambda: Layout(plan, needs))
         for name in SUMMED:
             if needs[name]:
-                grads[name] = [
-                    None if t is None else _native.empty(t.shape, t.dtype, t.device)
-                    for t in inputs[name]
-                ]
+                grads[name] = _native.empty_like(inputs[name])
         self.gate_grads = grads.get("gate") or [None] * plan.branches
         self.row_gates: Tensor | None = None
         self.dots: Tensor | None = None
@@ -328,11 +306,12 @@ class _Backward:
 POOL_BLOCK = 256  # rows of a sentence at a time: one number, so that no length compiles again
 SUMMED = ("a", "b", "gate", "gate_weight", "gate_bias", "extra_weight", "extra_bias")
 SMALL = (*SUMMED, "a_index", "b_index", "mask")
+_kernels = kernels_of(__package__)
 
 
 def _given(inputs: dict[str, Value]) -> dict[str, Value]:
     """The small inputs as kernels take them: contiguous, and a list as a tuple."""
-    return {name: _dense(inputs[name]) for name in SMALL}
+    return {name: dense(inputs[name]) for name in SMALL}
 
 
 def _learned(given: dict[str, Value]) -> tuple[Value, Value]:
@@ -351,16 +330,5 @@ def _factors(given: dict[str, Value], values: list[Tensor]) -> tuple[Tensor | No
     )
 
 
-def _dense(value: Value) -> Value:
-    if isinstance(value, (list, tuple)):
-        return tuple(None if t is None else t.contiguous() for t in value)
-    return None if value is None else value.contiguous()
-
-
 def _zeros(value: Value) -> Value:
     return None if value is None else torch.zeros_like(value)
-
-
-@cache
-def _kernels(name: str) -> ModuleType:
-    return importlib.import_module(f"{__package__}._triton_{name}")

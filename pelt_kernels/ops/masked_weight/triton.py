@@ -7,9 +7,6 @@ which is for tests.
 
 from __future__ import annotations
 
-import importlib
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +14,14 @@ from torch import Tensor
 
 from .. import _native, _triton_host
 from .._contract import Chosen, Signature, Value
-from .._triton_host import DTYPES, Config, options_of, power_of_two, unavailable
+from .._triton_host import (
+    Config,
+    kernels_of,
+    options_of,
+    power_of_two,
+    unavailable,
+    why_not,
+)
 
 __all__ = ["backward", "forward", "supports", "unavailable"]
 
@@ -31,22 +35,12 @@ _FACTORS = ("u", "v", "a", "b", "row", "col")
 def supports(signature: Signature, backend: str, form: str) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
     sizes = signature.sizes
-    if signature.dtype not in DTYPES:
-        return (
-            "it takes float32, float16 or bfloat16, and w0 is"
-            f" {str(signature.dtype).removeprefix('torch.')}"
-        )
-    if max(sizes["R"], sizes["R2"]) > MAX_RANK:
-        return (
-            f"its registers hold factors of at most {MAX_RANK} ranks, and they have"
-            f" R={sizes['R']} and R2={sizes['R2']}"
-        )
-    if sizes["Dout"] * sizes["Din"] >= 2**31:
-        return (
-            "it counts entries in 32 bits, so Dout Din must be below 2**31, and it is"
-            f" {sizes['Dout'] * sizes['Din']}"
-        )
-    return unavailable(signature.device)
+    r, r2, entries = sizes["R"], sizes["R2"], sizes["Dout"] * sizes["Din"]
+    ranks = (
+        f"its registers hold factors of at most {MAX_RANK} ranks, and they have R={r} and R2={r2}"
+    )
+    large = f"it counts entries in 32 bits, so Dout Din must be below 2**31, and it is {entries}"
+    return why_not(signature, (max(r, r2) > MAX_RANK, ranks), (entries >= 2**31, large))
 
 
 def forward(chosen: Chosen, **inputs: Value) -> tuple[Tensor, Tensor]:
@@ -87,11 +81,7 @@ def backward(
     chosen: Chosen, needs: dict[str, bool], dy: Tensor, mask: Tensor, **inputs: Value
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
-    grads: dict[str, Value] = {
-        name: _native.empty(inputs[name].shape, inputs[name].dtype, chosen.device)
-        for name, need in needs.items()
-        if need
-    }
+    grads = {name: _native.empty_like(inputs[name]) for name, need in needs.items() if need}
     rows, columns, at = chosen.sizes["Dout"], chosen.sizes["Din"], chosen.attributes
     if not dy.numel():
         return {name: grad.zero_() for name, grad in grads.items()}
@@ -167,6 +157,4 @@ def _block(chosen: Chosen) -> int:
     return 1024 if chosen.device.type == "cpu" else 2048
 
 
-@cache
-def _kernels(name: str) -> ModuleType:
-    return importlib.import_module(f"{__package__}._triton_{name}")
+_kernels = kernels_of(__package__)

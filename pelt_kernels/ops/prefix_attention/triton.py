@@ -8,42 +8,38 @@ served, never before. On CPU tensors the kernels run in Triton's interpreter, wh
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Callable
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _native, _triton_host
+from .. import _native
 from .._contract import Chosen, Signature, Value
-from .._triton_host import DTYPES, Config, launch_fitting, signed, unavailable
+from .._triton_host import (
+    Config,
+    dense,
+    kernels_of,
+    launch_fitting,
+    signed,
+    tune,
+    unavailable,
+    why_not,
+)
 from ._triton_plan import CANDIDATES, MAX_HEAD, Plan
+from .contract import CONTRACT
 
 __all__ = ["CANDIDATES", "backward", "forward", "plan", "supports", "tune", "unavailable"]
 
 
 def supports(signature: Signature, backend: str, form: str) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    sizes = signature.sizes
-    if signature.dtype not in DTYPES:
-        return (
-            "it takes float32, float16 or bfloat16, and q is"
-            f" {str(signature.dtype).removeprefix('torch.')}"
-        )
-    if sizes["E"] > MAX_HEAD:
-        return f"its registers hold heads of at most {MAX_HEAD}, and E is {sizes['E']}"
-    if sizes["B"] * sizes["H"] * max(sizes["S"], sizes["N"]) >= 2**31:
-        return "it counts rows of all heads in 32 bits, and there are 2**31 or more"
-    return unavailable(signature.device)
+    b, h, s, n, e = (signature.sizes[letter] for letter in "BHSNE")
+    heads = f"its registers hold heads of at most {MAX_HEAD}, and E is {e}"
+    rows = "it counts rows of all heads in 32 bits, and there are 2**31 or more"
+    return why_not(signature, (e > MAX_HEAD, heads), (b * h * max(s, n) >= 2**31, rows))
 
 
-def plan(chosen: Chosen) -> Plan:
-    """What is the same for equal calls."""
-    return Plan(chosen)
+plan = Plan
 
 
 def forward(chosen: Chosen, seed: int, **inputs: Value) -> tuple[Tensor, Tensor]:
@@ -90,13 +86,6 @@ def backward(
         ).run()
 
 
-def tune(
-    chosen: Chosen, measure: Callable[[Callable[[], object]], float], **inputs: Value
-) -> dict[str, Config]:
-    """See `_triton_host.tune`."""
-    return _triton_host.tune(sys.modules[__name__], chosen, measure, inputs)
-
-
 class _Given:
     """The inputs as kernels take them: which are there, contiguous, and their strides."""
 
@@ -105,19 +94,13 @@ class _Given:
             t if t.stride(-1) == 1 else t.contiguous()
             for t in (inputs["q"], inputs["k"], inputs["v"])
         )
-        self.prefix_k, self.prefix_v, self.index = (
-            tuple(None if t is None else t.contiguous() for t in inputs[name])
-            for name in ("prefix_k", "prefix_v", "prefix_index")
-        )
-        self.gate, self.mask, self.lengths, self.bias = (
-            None if inputs[name] is None else inputs[name].contiguous()
-            for name in ("gate", "key_mask", "lengths", "bias")
-        )
-        self.hidden = (self.mask, self.lengths, self.bias)
+        # The others in the contract's order, which is the kernels'.
+        others = [dense(inputs[name]) for name in CONTRACT.input_names[3:]]
+        self.prefix_k, self.prefix_v, self.index, self.gate, *hidden = others
+        self.bias = hidden[-1]
+        self.hidden = tuple(hidden)  # key mask, lengths, bias
         self.qkv = (self.q, self.k, self.v)
-        self.rows = (
-            *self.qkv, self.prefix_k, self.prefix_v, self.index, self.gate, *self.hidden
-        )  # fmt: skip
+        self.rows = (*self.qkv, *others)
         self.strides = (*self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3], 0, 0, 0)
         if self.bias is not None:
             batch, heads, s, n = self.bias.shape
@@ -246,6 +229,4 @@ def _numbers(plan: Plan, seed: int) -> tuple[Any, ...]:
     return (plan.signature.attributes["scale"], *signed(seed), *plan.dropout)
 
 
-@cache
-def _kernels(name: str) -> ModuleType:
-    return importlib.import_module(f"{__package__}._triton_{name}")
+_kernels = kernels_of(__package__)

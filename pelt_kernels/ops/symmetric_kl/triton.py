@@ -7,33 +7,32 @@ which is for tests.
 
 from __future__ import annotations
 
-import importlib
-from functools import cache
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from .. import _native
 from .._contract import Chosen, Signature, Value
-from .._triton_host import DTYPES, Config, options_of, power_of_two, unavailable
+from .._triton_host import (
+    Config,
+    dense,
+    kernels_of,
+    options_of,
+    power_of_two,
+    unavailable,
+    why_not,
+)
 
 __all__ = ["backward", "forward", "supports", "unavailable"]
 
 
 def supports(signature: Signature, backend: str, form: str) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    if signature.dtype not in DTYPES:
-        return (
-            "it takes float32, float16 or bfloat16, and z1 is"
-            f" {str(signature.dtype).removeprefix('torch.')}"
-        )
-    if signature.sizes["T"] >= 2**30 or signature.sizes["C"] >= 2**30:
-        return (
-            "it counts rows and columns in 32 bits, so T and C must be below 2**30, and they are"
-            f" {signature.sizes['T']} and {signature.sizes['C']}"
-        )
-    return unavailable(signature.device)
+    t, c = signature.sizes["T"], signature.sizes["C"]
+    large = (
+        "it counts rows and columns in 32 bits, so T and C must be below 2**30, and they are "
+        f"{t} and {c}"
+    )
+    return why_not(signature, (max(t, c) >= 2**30, large))
 
 
 def forward(chosen: Chosen, z1: Tensor, z2: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -43,7 +42,7 @@ def forward(chosen: Chosen, z1: Tensor, z2: Tensor, mask: Tensor | None) -> tupl
     lse = _native.empty((2, t), torch.float32, chosen.device)
     if not t:
         return loss.zero_(), lse
-    z1, z2, mask = z1.contiguous(), z2.contiguous(), _dense(mask)
+    z1, z2, mask = dense((z1, z2, mask))
     values = _native.empty((t,), torch.float32, chosen.device)
     count = _native.empty((), torch.float32, chosen.device)
     config = _config(c)
@@ -66,14 +65,11 @@ def backward(
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names: ±0.5 (p1 - p2) / count."""
     t, c = chosen.sizes["T"], chosen.sizes["C"]
-    grads: dict[str, Value] = {
-        name: _native.empty(z1.shape, chosen.dtype, chosen.device)
-        for name in ("z1", "z2")
-        if needs[name]
-    }
+    likes = {"z1": z1, "z2": z2}
+    grads = {name: _native.empty_like(like) for name, like in likes.items() if needs[name]}
     if not t:
         return grads
-    z1, z2, mask = z1.contiguous(), z2.contiguous(), _dense(mask)
+    z1, z2, mask = dense((z1, z2, mask))
     count = _native.empty((), torch.float32, chosen.device)
     config = _config(c)
     tiles = -(-t // config.block_t) * -(-c // config.block_d)
@@ -97,10 +93,4 @@ def _whole(rows: int) -> dict[str, int]:
     return {"BLOCK": min(1024, max(32, power_of_two(rows))), "enable_fp_fusion": True}
 
 
-def _dense(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.contiguous()
-
-
-@cache
-def _kernels(name: str) -> ModuleType:
-    return importlib.import_module(f"{__package__}._triton_{name}")
+_kernels = kernels_of(__package__)
