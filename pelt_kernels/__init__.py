@@ -42,20 +42,6 @@ if TYPE_CHECKING:
         use_backend,
     )
 
-_LAYERS = {
-    "ops": (
-        "LearnedGate", "LoraBranch", "Norm", "Prefix", "explain", "gated_adapter", "lora_linear",
-        "masked_weight", "prefix_attention", "symmetric_kl", "use_backend",
-    ),
-    "methods": (
-        "METHODS", "AdaMixConfig", "BitFitConfig", "BottleneckAdapterConfig", "CompositeConfig",
-        "FullConfig", "HeadConfig", "LoraConfig", "PSTConfig", "PrefixTuningConfig",
-        "UniPELTConfig", "config_from_dict", "make_config",
-    ),
-    "models": ("PeltModel", "get_pelt_model"),
-}  # fmt: skip
-_LAYER_OF = {name: layer for layer, names in _LAYERS.items() for name in names}
-
 __all__ = [
     "METHODS",
     "AdaMixConfig",
@@ -88,11 +74,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAYER_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_LAYER_OF[name]}", __name__), name)
-    globals()[name] = value  # the next look-up does not come here
-    return value
+    if name in __all__:
+        for layer in ("ops", "methods", "models"):  # each of which loads those before it anyway
+            found = import_module(f".{layer}", __name__)
+            if hasattr(found, name):
+                globals()[name] = getattr(found, name)  # the next look-up does not come here
+                return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

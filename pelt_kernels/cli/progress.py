@@ -14,8 +14,10 @@ from transformers import TrainerCallback
 
 
 @contextmanager
-def progress_bars(console: Console) -> Iterator[Bars]:
-    """Bars for runs, one below the other; removed however the block ends."""
+def progress_bars(console: Console) -> Iterator[Callable[[str], list[TrainerCallback]]]:
+    """What makes the bar of a run by its title, one below the other; removed however the block
+    ends.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -25,7 +27,7 @@ def progress_bars(console: Console) -> Iterator[Bars]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield Bars(progress, console)
+        yield lambda title: [RunProgress(progress, console, title)]
 
 
 @contextmanager
@@ -45,27 +47,15 @@ def counting(console: Console, title: str, total: int | None) -> Iterator[Callab
         yield lambda count: progress.advance(bar, count)
 
 
-class Bars:
-    """Makes the callback for each run."""
-
-    def __init__(self, progress: Progress, console: Console):
-        self.progress = progress
-        self.console = console
-
-    def for_run(self, title: str) -> list[TrainerCallback]:
-        return [RunProgress(self, title)]
-
-
 class RunProgress(TrainerCallback):
     """Follows one run."""
 
-    def __init__(self, bars: Bars, title: str):
-        self.bars = bars
-        self.title = title
+    def __init__(self, progress: Progress, console: Console, title: str):
+        self.progress, self.console, self.title = progress, console, title
         self.loss = ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar = self.bars.progress.add_task(
+        self.bar = self.progress.add_task(
             self.title, total=state.max_steps, completed=state.global_step, loss=""
         )
         self.start, self.first_step = time.monotonic(), state.global_step
@@ -73,17 +63,17 @@ class RunProgress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs and "loss" in logs:
             self.loss = f"loss {logs['loss']:.3f}"
-            self.bars.progress.update(self.bar, loss=self.loss)
+            self.progress.update(self.bar, loss=self.loss)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bars.progress.update(self.bar, completed=state.global_step)
+        self.progress.update(self.bar, completed=state.global_step)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any
     ) -> None:
         if metrics:
             metric = args.metric_for_best_model
-            self.bars.console.print(
+            self.console.print(
                 f"{self.title}: step {state.global_step}/{state.max_steps}  {self.loss}  dev "
                 f"{metric} {metrics[f'eval_{metric}']:.3f}  {self._left(state)}",
                 soft_wrap=True,
@@ -96,4 +86,4 @@ class RunProgress(TrainerCallback):
         return f"at most {minutes}:{seconds:02} left"
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bars.progress.remove_task(self.bar)  # a run that stopped early would stay unfinished
+        self.progress.remove_task(self.bar)  # a run that stopped early would stay unfinished

@@ -125,11 +125,7 @@ def _run_experiment(
         console.print(sentence, markup=False, soft_wrap=True)
 
     with stoppable(say) as stop, progress_bars(console) as bars:
-        watchers = Watchers(
-            say=say,
-            progress=bars.for_run,
-            stop=stop,
-        )
+        watchers = Watchers(say=say, progress=bars, stop=stop)
         metrics = train_experiment(
             config, folder, resume=resume, overwrite=overwrite, watchers=watchers
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
@@ -10,12 +10,6 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ..methods import Parts
 from ..nn import spare_unselected
-
-
-class HasProgress(Protocol):
-    """What is told how far the training is, as a `PeltModel`."""
-
-    def set_progress(self, progress: float) -> None: ...
 
 
 class LastStep(TrainerCallback):
@@ -31,7 +25,7 @@ class SparsitySchedule(LastStep):
     counts only at its final sparsity.
     """
 
-    def __init__(self, model: HasProgress) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -172,6 +172,40 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def candidates(*sides: tuple[int, int]) -> tuple[Config, ...]:
+    """What `tune` tries: tiles of these sides, with each of the usual schedules."""
+    return tuple(
+        Config(block_t, block_d, warps, stages)
+        for block_t, block_d in sides
+        for warps in (4, 8)
+        for stages in (2, 3)
+    )
+
+
+def with_fewer_rows(
+    config: Config, rows: int, programs: Callable[[Config], int], least: int
+) -> Config:
+    """The config with half the rows, and so on down to 16, where that many are not there, or where
+    it leaves less than so many programs.
+    """
+    while config.block_t > 16 and (config.block_t >= 2 * rows or programs(config) < least):
+        config = config._replace(block_t=config.block_t // 2)
+    return config
+
+
+def shares_of(
+    rows: int, config: Config, owners: int, per_processor: int, device: torch.device
+) -> tuple[int, int]:
+    """Into how many shares the rows of a group are cut, and how many rows each has: enough programs
+    for so many on each processor, with ``owners`` of them on a share, and no share smaller than a
+    tile.
+    """
+    tiles = -(-rows // config.block_t)
+    wanted = -(-per_processor * processors(device) // owners)
+    tiles_per_share = -(-tiles // min(tiles, wanted))
+    return -(-tiles // tiles_per_share), tiles_per_share * config.block_t
+
+
 def power_of_two(number: int) -> int:
     """The smallest power of two that is not less."""
     return 1 << (number - 1).bit_length()

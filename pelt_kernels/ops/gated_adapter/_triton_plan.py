@@ -12,7 +12,14 @@ import torch
 from .. import _triton_host
 from .._contract import Signature, Value
 from .._philox import threshold
-from .._triton_host import Config, launch_fitting, power_of_two, signed
+from .._triton_host import (
+    Config,
+    candidates,
+    launch_fitting,
+    power_of_two,
+    signed,
+    with_fewer_rows,
+)
 from .contract import NEVER_SKIP
 
 # For each kernel and each bottleneck up to the number: 16-bit and float32 activations. Not timed:
@@ -29,12 +36,7 @@ _COLUMNS = {
     128: (Config(32, 64, 8, 2), Config(16, 32, 8, 1)),
     256: (Config(16, 32, 8, 1), Config(16, 16, 16, 1)),
 }
-CANDIDATES = tuple(
-    Config(block_t, block_d, warps, stages)
-    for block_t, block_d in ((16, 64), (32, 32), (32, 64), (64, 64), (32, 128), (128, 64))
-    for warps in (4, 8)
-    for stages in (2, 3)
-)
+CANDIDATES = candidates((16, 64), (32, 32), (32, 64), (64, 64), (32, 128), (128, 64))
 _DEFAULTS = {"forward": _ROWS, "rows": _ROWS, "columns": _COLUMNS}
 
 
@@ -63,16 +65,6 @@ def layout_of(part_sizes: dict[str, int], grads: dict[str, Value]) -> dict[str, 
         layout[PARTS[name]] = end if name in grads else -1
         end += -(-size // 4) * 4 if name in grads else 0
     return {**layout, "PART_SIZE": end}
-
-
-def shares_of(signature: Signature, plan: Plan, config: Config, chunks: int) -> tuple[int, int]:
-    """Into how many shares the rows of a group are cut, and how many rows each has: enough programs
-    for two on each processor, and no share smaller than a tile.
-    """
-    tiles = -(-plan.shared_rows // config.block_t)
-    wanted = -(-2 * _triton_host.processors(signature.device) // (chunks * plan.shared_groups))
-    tiles_per_share = -(-tiles // min(tiles, wanted))
-    return -(-tiles // tiles_per_share), tiles_per_share * config.block_t
 
 
 class Plan:
@@ -141,12 +133,6 @@ def _config(signature: Signature, kernel: str, groups: int, rows: int) -> Config
     config = next(c[is_wide] for limit, c in _DEFAULTS[kernel].items() if r <= limit)
     if signature.device.type == "cpu":  # the interpreter pays for each program and operation
         return config._replace(block_t=64, block_d=64 if signature.sizes["D"] < 512 else 256)
-    while config.block_t > 16 and (
-        config.block_t >= 2 * rows
-        or (
-            kernel != "columns"
-            and groups * -(-rows // config.block_t) < _triton_host.processors(signature.device)
-        )
-    ):
-        config = config._replace(block_t=config.block_t // 2)
-    return config
+    # The columns' kernel has more programs than tiles of rows.
+    least = 0 if kernel == "columns" else _triton_host.processors(signature.device)
+    return with_fewer_rows(config, rows, lambda c: groups * -(-rows // c.block_t), least)

@@ -21,12 +21,13 @@ from .._triton_host import (
     dense,
     kernels_of,
     options_of,
+    shares_of,
     signed,
     tune,
     unavailable,
     why_not,
 )
-from ._triton_plan import CANDIDATES, PARTS, Plan, layout_of, shares_of
+from ._triton_plan import CANDIDATES, PARTS, Plan, layout_of
 from .contract import CONTRACT
 
 __all__ = ["CANDIDATES", "backward", "forward", "plan", "supports", "tune", "unavailable"]
@@ -169,7 +170,9 @@ class _Backward:
     def _columns(self, config: Config) -> None:
         plan, given, chosen = self.plan, self.given, self.chosen
         chunks = -(-chosen.sizes["D"] // config.block_d)
-        self.shares, rows_per_share = shares_of(chosen, plan, config, chunks)
+        self.shares, rows_per_share = shares_of(
+            plan.shared_rows, config, chunks * plan.shared_groups, 2, chosen.device
+        )
         wanted = tuple(self.grads)
         if wanted not in plan.layouts:
             plan.layouts[wanted] = layout_of(plan.part_sizes, self.grads)

@@ -14,7 +14,15 @@ import torch
 from .. import _triton_host
 from .._contract import Signature
 from .._philox import threshold
-from .._triton_host import Config, options_of, power_of_two, signed
+from .._triton_host import (
+    Config,
+    candidates,
+    options_of,
+    power_of_two,
+    shares_of,
+    signed,
+    with_fewer_rows,
+)
 
 # For each kernel and each padded width of all ranks up to the number: 16-bit and float32
 # activations. Not timed: chosen for the most bytes in flight whose accumulators stay in registers
@@ -43,12 +51,7 @@ _DEFAULTS = {
     "columns_in": _COLUMNS,
     "columns_out": _COLUMNS,
 }
-CANDIDATES = tuple(
-    Config(block_t, block_d, warps, stages)
-    for block_t, block_d in ((16, 64), (32, 32), (32, 64), (64, 64), (32, 128), (64, 128))
-    for warps in (4, 8)
-    for stages in (2, 3)
-)
+CANDIDATES = candidates((16, 64), (32, 32), (32, 64), (64, 64), (32, 128), (64, 128))
 MAX_WIDTH = 256  # of all ranks: above, the accumulators of the parameters' gradients spill
 
 
@@ -133,15 +136,8 @@ class Plan:
         if self.branches > 1:  # each one's parameters take memory in every stage
             config = config._replace(stages=2 if self.branches == 2 else 1)
         is_split = kernel not in ("shrink", "rows")  # has more programs than tiles of rows
-        while config.block_t > 16 and (
-            config.block_t >= 2 * self.rows
-            or (
-                not is_split
-                and self.groups * self.tiles(config) < _triton_host.processors(signature.device)
-            )
-        ):
-            config = config._replace(block_t=config.block_t // 2)
-        return config
+        least = 0 if is_split else _triton_host.processors(signature.device)
+        return with_fewer_rows(config, self.rows, lambda c: self.groups * self.tiles(c), least)
 
     def members(self, name: str, place: int) -> int:
         """How many members the bank of a branch's factor has; 1 for what is no bank."""
@@ -196,13 +192,8 @@ class Plan:
         )
 
     def shares(self, config: Config, chunks: int) -> tuple[int, int]:
-        """Into how many shares the rows of a group are cut, and how many rows each has: enough
-        programs for four on each processor, and no share smaller than a tile.
-        """
-        tiles = self.tiles(config)
-        wanted = -(-4 * _triton_host.processors(self.signature.device) // (chunks * self.groups))
-        tiles_per_share = -(-tiles // min(tiles, wanted))
-        return -(-tiles // tiles_per_share), tiles_per_share * config.block_t
+        """How the rows of a group are cut, for four programs on each processor."""
+        return shares_of(self.rows, config, chunks * self.groups, 4, self.signature.device)
 
 
 class Part(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 from .. import _triton_host
 from .._contract import Signature
 from .._philox import threshold
-from .._triton_host import Config, power_of_two, signed
+from .._triton_host import Config, candidates, power_of_two, signed
 
 MAX_HEAD = 128
 # For each kernel and each padded head size up to the number: 16-bit activations, those with a bias
@@ -41,12 +41,7 @@ _DEFAULTS = {
     "dkv": _COLUMNS,
     "prefix": _COLUMNS,
 }
-CANDIDATES = tuple(
-    Config(queries, keys, warps, stages)
-    for queries, keys in ((32, 64), (64, 32), (64, 64), (128, 32), (128, 64), (128, 128))
-    for warps in (4, 8)
-    for stages in (2, 3)
-)
+CANDIDATES = candidates((32, 64), (64, 32), (64, 64), (128, 32), (128, 64), (128, 128))
 # Of a tile: prefixes are short, and a tile's padding is computed too. Products of float32 take
 # ordinary registers for their operands.
 _MOST_PREFIX_ROWS, _MOST_WIDE_PREFIX_ROWS = 64, 16
