@@ -50,17 +50,11 @@ struct OnCpu {
   static std::string why_not(const Call& call) {
     return with_kernels(call, [&](auto kernels) { return kernels.why_not(call); });
   }
-  static int64_t forward_bytes(const Call& call) {
-    return with_kernels(call, [&](auto kernels) { return kernels.forward_bytes(call); });
+  static void forward(const Call& call, Arena& arena) {
+    with_kernels(call, [&](auto kernels) { kernels.forward(call, arena); });
   }
-  static int64_t backward_bytes(const Call& call) {
-    return with_kernels(call, [&](auto kernels) { return kernels.backward_bytes(call); });
-  }
-  static void forward(const Call& call) {
-    with_kernels(call, [&](auto kernels) { kernels.forward(call); });
-  }
-  static void backward(const Call& call) {
-    with_kernels(call, [&](auto kernels) { kernels.backward(call); });
+  static void backward(const Call& call, Arena& arena) {
+    with_kernels(call, [&](auto kernels) { kernels.backward(call, arena); });
   }
 
   static int number_of(const std::string& form) { return static_cast<int>(cpu::isa_by_name(form)); }
@@ -156,28 +150,31 @@ class Plan {
   int64_t workspace_bytes(bool is_backward, const std::vector<bool>& wanted, Address run_on) const {
     Call call = call_;
     Kernels::run_on(call, run_on);
-    if (!is_backward) return Kernels::forward_bytes(call);
     for (size_t i = 0; i < wanted.size(); ++i) {
       if (wanted[i]) call.grad[input_places_.at(i)] = &there_;
     }
-    return Kernels::backward_bytes(call);
+    Arena arena{nullptr, /*only_counts=*/true};
+    is_backward ? Kernels::backward(call, arena) : Kernels::forward(call, arena);
+    return arena.used;
   }
 
   void forward(const py::list& inputs, const py::object& strides, const py::list& outputs,
                Address workspace, uint64_t seed, Address run_on) const {
-    const Call call = with_tensors(inputs, strides, outputs, workspace, seed, run_on);
+    const Call call = with_tensors(inputs, strides, outputs, seed, run_on);
+    Arena arena{at<char>(workspace)};
     py::gil_scoped_release release;
-    Kernels::forward(call);
+    Kernels::forward(call, arena);
   }
 
   void backward(const py::list& inputs, const py::object& strides, const py::list& outputs,
                 const py::list& doutputs, const py::list& grads, Address workspace, uint64_t seed,
                 Address run_on) const {
-    Call call = with_tensors(inputs, strides, outputs, workspace, seed, run_on);
+    Call call = with_tensors(inputs, strides, outputs, seed, run_on);
     place(doutputs, output_places_, call.doutput);
     place(grads, input_places_, call.grad);
+    Arena arena{at<char>(workspace)};
     py::gil_scoped_release release;
-    Kernels::backward(call);
+    Kernels::backward(call, arena);
   }
 
  private:
@@ -194,7 +191,7 @@ class Plan {
   }
 
   Call with_tensors(const py::list& inputs, const py::object& strides, const py::list& outputs,
-                    Address workspace, uint64_t seed, Address run_on) const {
+                    uint64_t seed, Address run_on) const {
     Call call = call_;
     place(inputs, input_places_, call.input);
     place(outputs, output_places_, call.output);
@@ -208,7 +205,6 @@ class Plan {
         }
       }
     }
-    call.workspace = at(workspace);
     if constexpr (Contract::kHasSeed) call.dropout.seed = seed;
     Kernels::run_on(call, run_on);
     return call;

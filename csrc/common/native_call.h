@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <string>
 
+#include "common/arena.h"
 #include "common/dtype.h"
 #include "common/parameter.h"
 #include "cuda/philox.cuh"
@@ -50,7 +51,6 @@ struct CallTensors {
   const void* doutput[kOutputs] = {};  // the gradients of outputs
   void* grad[kInputs] = {};            // those of inputs, in the input's dtype; null: not wanted
 
-  void* workspace = nullptr;
   void* stream = nullptr;  // of CUDA kernels
   int threads = 1;         // for CPU kernels
 
@@ -96,13 +96,10 @@ struct Cuda {
   // Why the kernels refuse a call, with numbers; empty if they serve it. Sizes may be of any size.
   static std::string why_not(const NativeCall<Contract, int64_t>& call);
 
-  // Bytes of device memory that a launch needs beside its inputs and outputs. Tensors are there or
-  // not, and gradients wanted or not, but none may be read.
-  static int64_t forward_bytes(const Call& call);
-  static int64_t backward_bytes(const Call& call);
-
-  static void forward(const Call& call);
-  static void backward(const Call& call);
+  // Each takes its workspace from the arena and launches. Where the arena only counts, tensors are
+  // there or not and gradients wanted or not, but none may be read, and nothing is launched.
+  static void forward(const Call& call, Arena& arena);
+  static void backward(const Call& call, Arena& arena);
 };
 
 }  // namespace pelt

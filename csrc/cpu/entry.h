@@ -1,6 +1,4 @@
-// The way into a direction of an operator on the CPU: a struct made of the call, which puts its
-// arrays into a workspace with place(arena), returning how many bytes they take, and computes with
-// run<T>() on activations of type T.
+// The ways into an operator's CPU kernels, chosen by what activations are.
 //
 // Compiled once for each instruction set (see cpu/isa.h), so everything is in an unnamed namespace.
 #pragma once
@@ -11,20 +9,24 @@
 namespace pelt::cpu {
 namespace {
 
-template <class Direction, class Call>
-inline int64_t bytes_of(const Call& call) {
-  return Direction(call).place(Arena{});
+// Calls run(T{}) with the type of activations.
+template <class Run>
+inline void with_type(DType dtype, Run&& run) {
+  if (dtype == DType::kF32) {
+    run(float{});
+  } else {
+    run(bf16{});
+  }
 }
 
+// A direction of an operator: a struct made of the call, which takes its arrays with place(arena)
+// and computes with run<T>() on activations of type T.
 template <class Direction, class Call>
-inline void run(const Call& call) {
+inline void run(const Call& call, Arena& arena) {
   Direction direction(call);
-  direction.place(Arena{static_cast<char*>(call.workspace)});
-  if (call.dtype == DType::kF32) {
-    direction.template run<float>();
-  } else {
-    direction.template run<bf16>();
-  }
+  direction.place(arena);
+  if (arena.only_counts) return;
+  with_type(call.dtype, [&](auto zero) { direction.template run<decltype(zero)>(); });
 }
 
 }  // namespace

@@ -14,13 +14,9 @@ struct Cpu {
   // Why the kernels refuse a call, with numbers; empty if they serve it.
   static std::string why_not(const Call& call);
 
-  // Bytes of memory that a call needs beside its inputs and outputs. Tensors are there or not, and
-  // gradients wanted or not, but none may be read.
-  static int64_t forward_bytes(const Call& call);
-  static int64_t backward_bytes(const Call& call);
-
-  static void forward(const Call& call);
-  static void backward(const Call& call);
+  // As those of the CUDA kernels.
+  static void forward(const Call& call, Arena& arena);
+  static void backward(const Call& call, Arena& arena);
 };
 
 }  // namespace pelt

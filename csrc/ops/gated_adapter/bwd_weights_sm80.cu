@@ -434,12 +434,8 @@ void launch_bwd_weights_sm80(const BackwardParams& p) {
       },
       [&](auto tag) {
         using C = typename decltype(tag)::type;
-        LaunchShape shape;
-        shape.blocks_x = p.column_tiles;
-        shape.blocks_y = p.rank_tiles * p.splits;
-        shape.blocks_z = p.members + 1;
-        shape.threads = kThreads;
-        shape.shared_bytes = sizeof(Shared<C>);
+        const LaunchShape shape{p.column_tiles, p.rank_tiles * p.splits, p.members + 1, kThreads,
+                                sizeof(Shared<C>)};
         launch<gated_adapter_bwd_weights_sm80<C>>("gated_adapter_bwd_weights_sm80", shape,
                                                   p.in.stream, p);
       });

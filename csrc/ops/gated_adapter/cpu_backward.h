@@ -76,7 +76,7 @@ struct BackwardMemory {
   int64_t width() const { return padded_width(call); }
   int64_t stride() const { return rank_stride(call); }
 
-  int64_t place(Arena arena) {
+  void place(Arena& arena) {
     // Products read whole blocks of rows, also behind the last one.
     const int64_t rows = rows_of(call), some = rows + kRowUnit;
     parameters.place(call, arena);
@@ -113,7 +113,6 @@ struct BackwardMemory {
         (round_up(call.R + 2, kPairBlockRows) + round_up(call.R, kRowUnit)) * (kColumnsAtOnce + 1);
     scratch_floats = round_up(std::max(of_rows, of_weights) + 64, 16);
     scratch = arena.take(scratch_floats * call.threads);
-    return arena.used;
   }
 
   // Of a row of a tile: what the product with W_up reads, and its result with what else is [R].

@@ -103,13 +103,8 @@ using namespace gated_adapter;
 using Kernels = Cpu<Contract, cpu::Isa::PELT_CPU_ISA>;
 
 template <>
-int64_t Kernels::backward_bytes(const Call& call) {
-  return cpu::bytes_of<Backward>(call);
-}
-
-template <>
-void Kernels::backward(const Call& call) {
-  cpu::run<Backward>(call);
+void Kernels::backward(const Call& call, Arena& arena) {
+  cpu::run<Backward>(call, arena);
 }
 
 }  // namespace pelt

@@ -53,8 +53,7 @@ struct Forward {
   // A post-norm has to see a row before it scales it, and dropout draws for whole rows.
   bool needs_rows_whole() const { return has_post_norm(call) || has_dropout(call); }
 
-  // The arrays in their places; how many bytes they take.
-  int64_t place(Arena arena) {
+  void place(Arena& arena) {
     parameters.place(call, arena);
     down = {kWDown, true, call.D, call.R};
     up = {kWUp, true, call.R, call.D};
@@ -67,7 +66,6 @@ struct Forward {
                              (needs_rows_whole() ? padded_width(call) : 0));
     scratch_floats = round_up(scratch_floats, 16);  // threads share no cache line
     scratch = arena.take(scratch_floats * call.threads);
-    return arena.used;
   }
 
   // Of a row of the tile's x and h; a pair of bfloat16 takes one.
@@ -438,13 +436,8 @@ std::string Kernels::why_not(const Call& call) {
 }
 
 template <>
-int64_t Kernels::forward_bytes(const Call& call) {
-  return cpu::bytes_of<Forward>(call);
-}
-
-template <>
-void Kernels::forward(const Call& call) {
-  cpu::run<Forward>(call);
+void Kernels::forward(const Call& call, Arena& arena) {
+  cpu::run<Forward>(call, arena);
 }
 
 }  // namespace pelt

@@ -124,31 +124,17 @@ std::string Cuda<Contract>::why_not(const NativeCall<Contract, int64_t>& call) {
 }
 
 template <>
-int64_t Cuda<Contract>::forward_bytes(const Call& call) {
-  Arena arena;
-  forward_params(call, arena);
-  return arena.used;
-}
-
-template <>
-void Cuda<Contract>::forward(const Call& call) {
-  Arena arena{static_cast<char*>(call.workspace)};
+void Cuda<Contract>::forward(const Call& call, Arena& arena) {
   const ForwardParams p = forward_params(call, arena);
+  if (arena.only_counts) return;
   if (p.arrivals != nullptr) zero_async(p.arrivals, sizeof(int) * call.B, call.stream);
   launch_fwd_sm80(p);
 }
 
 template <>
-int64_t Cuda<Contract>::backward_bytes(const Call& call) {
-  Arena arena;
-  backward_params(call, arena);
-  return arena.used;
-}
-
-template <>
-void Cuda<Contract>::backward(const Call& call) {
-  Arena arena{static_cast<char*>(call.workspace)};
+void Cuda<Contract>::backward(const Call& call, Arena& arena) {
   const BackwardParams p = backward_params(call, arena);
+  if (arena.only_counts) return;
   zero_async(p.arrivals, sizeof(int) * static_cast<size_t>(counters_of(p)), call.stream);
   launch_bwd_rows_sm80(p);
   if (wants_parameters(call)) launch_bwd_weights_sm80(p);

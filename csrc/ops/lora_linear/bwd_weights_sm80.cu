@@ -350,11 +350,7 @@ int64_t partial_floats_of(const WeightsParams& p) {
 void launch_weights_sm80(const WeightsParams& p, Stream stream) {
   run_config(Configs{}, p.in.dtype, rank_block_of(p.in), [&](auto tag) {
     using C = typename decltype(tag)::type;
-    LaunchShape shape;
-    shape.threads = kThreads;
-    shape.shared_bytes = sizeof(Shared<C>);
-    shape.blocks_x = p.tasks;
-    shape.blocks_y = p.splits;
+    const LaunchShape shape{p.tasks, p.splits, 1, kThreads, sizeof(Shared<C>)};
     launch<lora_linear_bwd_weights_sm80<C>>("lora_linear_bwd_weights_sm80", shape, stream, p);
   });
 }

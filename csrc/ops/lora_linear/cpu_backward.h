@@ -68,8 +68,8 @@ struct BackwardMemory {
     return floats;
   }
 
-  // Cuts the workspace into its arrays; returns its size, also without memory.
-  int64_t place(Arena arena) {
+  // Cuts the workspace into its arrays.
+  void place(Arena& arena) {
     const int64_t rows = rows_of(call);
     if (by_pairs) {
       pair_weights.place(call, columns, arena);
@@ -106,7 +106,6 @@ struct BackwardMemory {
     if (by_pairs) scratch_floats = PairMemory(*this, nullptr).bytes / 4;
     scratch_floats = round_up(scratch_floats, 16);
     scratch = arena.take(scratch_floats * threads);
-    return arena.used;
   }
 
   // Of the tiles of a chunk, at most.

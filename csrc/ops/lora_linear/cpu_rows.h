@@ -7,10 +7,9 @@
 #include <algorithm>
 #include <cmath>
 
-#include "common/arena.h"
 #include "common/parallel.h"
 #include "cpu/pairs.h"
-#include "cpu/philox_lanes.h"
+#include "cpu/rows.h"
 #include "cpu/skinny.h"
 #include "ops/lora_linear/linear.h"
 
@@ -28,43 +27,10 @@ using Branch = Linear::Branch;
 using Gate = Linear::Gate;
 
 inline int64_t rows_of(const Linear& call) { return call.B * call.S; }
-inline bool has_dropout(const Linear& call) { return call.dropout.threshold != 0; }
+inline bool has_dropout(const Linear& call) { return call.dropout.is_active(); }
 
 // Whether products take bfloat16 as it is, on tiles.
 inline bool uses_pairs(const Linear& call) { return kHasPairs && call.dtype == DType::kBF16; }
-
-// ---- parameters ----
-
-// Calls visit(pointer) with the parameter's own element type.
-template <class T, class Visit>
-inline void with_data(const Parameter& p, Visit&& visit) {
-  if (p.is_float32) {
-    visit(static_cast<const float*>(p.data));
-  } else {
-    visit(static_cast<const T*>(p.data));
-  }
-}
-
-template <class T, class Visit>
-inline void with_grad(const ParameterGrad& p, Visit&& visit) {
-  if (p.is_float32) {
-    visit(static_cast<float*>(p.data));
-  } else {
-    visit(static_cast<T*>(p.data));
-  }
-}
-
-template <class T>
-inline float element(const Parameter& p, int64_t i) {
-  float value = 0.0f;
-  with_data<T>(p, [&](const auto* from) { value = load_part(from + i, 1)[0]; });
-  return value;
-}
-
-template <class T>
-inline void write_element(const ParameterGrad& p, int64_t i, float value) {
-  with_grad<T>(p, [&](auto* to) { store_part(to + i, splat(value), 1); });
-}
 
 // to [columns padded] = a row in float32.
 template <class T>
@@ -72,24 +38,11 @@ inline void read_row(const T* from, int64_t columns, float* to) {
   for_vectors(columns, [&](int64_t i, auto part) { store(to + i, part.load_from(from + i)); });
 }
 
-// The members of a bank that a call reads. They are copied into slots: slot 0 holds the one of the
-// batch, or slot i member i. How many slots there are is known before any index may be read.
-struct Bank {
-  const int64_t* index = nullptr;  // [] | [B]; null: a single factor
-  bool is_per_sample = false;
-  int64_t slots = 1;
-
-  int64_t first_member() const { return index && !is_per_sample ? index[0] : 0; }
-  int64_t slot_of(int64_t sentence) const { return is_per_sample ? index[sentence] : 0; }
-};
-
 inline Bank a_bank(const Branch& branch) {
-  const bool is_per_sample = branch.has_a_index_per_sample;
-  return {branch.a_index, is_per_sample, is_per_sample ? branch.M : 1};
+  return make_bank(branch.a_index, branch.has_a_index_per_sample, branch.M);
 }
 inline Bank b_bank(const Branch& branch) {
-  const bool is_per_sample = branch.has_b_index_per_sample;
-  return {branch.b_index, is_per_sample, is_per_sample ? branch.N : 1};
+  return make_bank(branch.b_index, branch.has_b_index_per_sample, branch.N);
 }
 
 // ---- columns: what x is multiplied by ----
@@ -216,16 +169,8 @@ inline Right stretch_of(const void* from, int64_t width, const Tile& tile, int64
 // What dropout multiplies a stretch of a row of x by: 0 or 1 / (1 - p); `begin` is a multiple of 4.
 inline void read_dropout_row(const Linear& call, int64_t row, int64_t begin, int64_t count,
                              float* to) {
-  // A draw gives four words; kPhiloxGroups of them are made at a time, in vectors.
-  alignas(64) uint32_t words[4 * kPhiloxGroups];
-  const int64_t group = row * ((call.Din + 3) / 4) + begin / 4;
-  for (int64_t done = 0; done < count; done += 4 * kPhiloxGroups) {
-    philox_words(static_cast<uint64_t>(group + done / 4), 0, call.dropout.seed, words);
-    const int64_t here = std::min<int64_t>(4 * kPhiloxGroups, padded(count) - done);
-    for (int64_t i = 0; i < here; ++i) {
-      to[done + i] = words[i] >= call.dropout.threshold ? call.dropout.keep_scale : 0.0f;
-    }
-  }
+  for_dropout_factors(call.dropout, row, call.Din, begin, padded(count),
+                      [=](int64_t i, float factor) { to[i] = factor; });
 }
 
 inline void read_dropout(const Linear& call, const Tile& tile, int64_t begin, int64_t count,
@@ -245,12 +190,6 @@ inline void multiply_stretch(const Tile& tile, int64_t count, const float* facto
 }
 
 // ---- gates ----
-
-// One for each row, not for each element: float64 costs nothing, and a sentence's sum of gates or
-// of their gradients keeps its digits.
-inline float sigmoid_of(float x) {
-  return static_cast<float>(1.0 / (1.0 + std::exp(-static_cast<double>(x))));
-}
 
 // Four sums at a time, so that an addition need not wait for the one before.
 template <class T, class W>
@@ -275,7 +214,7 @@ inline float factor_of(const Linear& call, const Branch& branch, int64_t row) {
     return branch.scale * gate.value[is_pooled(gate) ? row / call.S : row];
   }
   if (branch.gate.data == nullptr) return branch.scale;
-  return branch.scale * element<T>(branch.gate, branch.has_gate_per_row ? row : row / call.S);
+  return branch.scale * element_of<T>(branch.gate, branch.has_gate_per_row ? row : row / call.S);
 }
 
 // [rows, stride]: scale g s of a branch, whose ranks begin at column `first` of s.

@@ -59,14 +59,14 @@ struct Weights {
         for (int i = group.first_branch; i < group.end_branch; ++i) {
           const Branch& branch = call.branch[i];
           const int64_t first = (a_bank(branch).first_member() + slot) * branch.R;
-          with_data<T>(branch.a, [&](const auto* a) {
+          with_elements<T>(branch.a, [&](const auto* a) {
             for (int64_t r = 0; r < branch.R; ++r, to += stride) {
               read_row(a + (first + r) * call.Din, call.Din, to);
             }
           });
         }
         for (int j = 0; group.has_gates && j < call.gates; ++j, to += stride) {
-          with_data<T>(call.gate[j].weight, [&](const auto* w) { read_row(w, call.Din, to); });
+          with_elements<T>(call.gate[j].weight, [&](const auto* w) { read_row(w, call.Din, to); });
         }
       }
     }
@@ -74,7 +74,7 @@ struct Weights {
       const Branch& branch = call.branch[i];
       const Bank bank = b_bank(branch);
       const int64_t distance = row_distance(branch.size), floats = branch.size * branch.R;
-      with_data<T>(branch.b, [&](const auto* b) {
+      with_elements<T>(branch.b, [&](const auto* b) {
         for (int64_t slot = 0; slot < bank.slots; ++slot) {
           read_transposed(b + (bank.first_member() + slot) * floats, branch.size, branch.R,
                           up[i] + slot * branch.R * distance, distance);
@@ -129,7 +129,7 @@ inline float logit_of_pair(const Linear& call, const Gate& gate, int64_t row, co
   float logit = sums[0] + sums[1];
   if (std::isnan(logit)) {
     const bf16* x = static_cast<const bf16*>(call.x) + row * call.Din;
-    with_data<bf16>(gate.weight, [&](const auto* w) { logit = dot_of(x, w, call.Din); });
+    with_elements<bf16>(gate.weight, [&](const auto* w) { logit = dot_of(x, w, call.Din); });
   }
   return logit;
 }
@@ -237,14 +237,14 @@ struct PairWeights {
       for (int i = group.first_branch; i < group.end_branch; ++i) {
         const Branch& branch = call.branch[i];
         const int64_t numbers = branch.R * call.Din;
-        with_data<bf16>(branch.a, [&](const auto* a) {
+        with_elements<bf16>(branch.a, [&](const auto* a) {
           round_row(a + (a_bank(branch).first_member() + slot) * numbers, numbers, to);
         });
         to += numbers;
       }
       // A gate's weight takes two rows: its nearest bfloat16, and what that leaves out.
       for (int j = 0; group.has_gates && j < call.gates; ++j, to += 2 * call.Din) {
-        with_data<bf16>(call.gate[j].weight, [&](const auto* w) {
+        with_elements<bf16>(call.gate[j].weight, [&](const auto* w) {
           for_vectors(call.Din, [&](int64_t i, auto part) {
             split(part.load_from(w + i), part, to + i, to + call.Din + i);
           });

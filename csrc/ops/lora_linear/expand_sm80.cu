@@ -198,12 +198,9 @@ using Configs = TypeList<Config<bf16, 16>, Config<bf16, 64>, Config<f16, 16>, Co
 template <class Run>
 void run_for_ranks(const Linear& in, const Tiling& tiling, int columns, int ranks, Run&& run) {
   run_config(Configs{}, in.dtype, block_of(ranks), [&](auto tag) {
-    LaunchShape shape;
-    shape.threads = kThreads;
-    shape.shared_bytes = sizeof(Shared<typename decltype(tag)::type>);
-    shape.blocks_x = tiling.tiles;
-    shape.blocks_y = (columns + kChunk - 1) / kChunk;
-    run(tag, shape);
+    constexpr size_t kBytes = sizeof(Shared<typename decltype(tag)::type>);
+    const int blocks_y = (columns + kChunk - 1) / kChunk;
+    run(tag, LaunchShape{tiling.tiles, blocks_y, 1, kThreads, kBytes});
   });
 }
 

@@ -21,6 +21,7 @@
 // nearest one, for both parts of the weight.
 #include <vector>
 
+#include "cpu/entry.h"
 #include "cpu/kernels.h"
 #include "ops/lora_linear/cpu_backward_pairs.h"
 
@@ -34,6 +35,7 @@ struct Backward : PairsBackward {
 
   template <class T>
   void run() {
+    if (call.branches + call.gates == 0) return;  // dx is the base product
     if (by_pairs) {
       pair_weights.read(call, columns);
     } else {
@@ -195,7 +197,7 @@ struct Backward : PairsBackward {
         const int64_t column = columns.of_gates + columns.gate_width * j;
         // An extra gate's is given, a branch's was summed in gate_backward.
         const float* dvalue_of = gate.dvalue != nullptr ? gate.dvalue : dvalue[j];
-        const float bias = element<T>(gate.bias, 0);
+        const float bias = element_of<T>(gate.bias, 0);
         for (int64_t r = 0; r < tile.rows; ++r) {
           const int64_t row = tile.row + r, sentence = row / call.S;
           double dlogit = 0.0;  // of a row that does not count: it has no part in the gate
@@ -348,7 +350,7 @@ struct Backward : PairsBackward {
     for (int which = 0; which < 2; ++which) {
       const ParameterGrad& p = which == 0 ? branch.da : branch.db;
       if (p.data == nullptr || !is_partial[which]) continue;
-      with_grad<T>(p, [&](auto* grad) {
+      with_elements<T>(p, [&](auto* grad) {
         std::memset(grad, 0, static_cast<size_t>(floats[which]) * sizeof *grad);
       });
     }
@@ -358,7 +360,7 @@ struct Backward : PairsBackward {
   template <class T>
   void write_row(const ParameterGrad& p, int64_t first, const float* sums, int64_t distance,
                  int64_t parts) {
-    with_grad<T>(p, [&](auto* grad) {
+    with_elements<T>(p, [&](auto* grad) {
       for_vectors(call.Din, [&](int64_t d, auto part) {
         // On tiles a gate has two rows of sums, of both numbers of its dlogit.
         Vector sum = {};
@@ -408,7 +410,7 @@ struct Backward : PairsBackward {
   void mend_masked_gate(int j) {
     const Gate& gate = call.gate[j];
     bool is_finite = true;
-    with_grad<T>(gate.dweight, [&](const auto* grad) {
+    with_elements<T>(gate.dweight, [&](const auto* grad) {
       for (int64_t d = 0; d < call.Din; ++d) is_finite &= std::isfinite(to_float(grad[d]));
     });
     if (is_finite) return;
@@ -427,7 +429,7 @@ struct Backward : PairsBackward {
         }
       });
     }
-    with_grad<T>(gate.dweight, [&](auto* grad) {
+    with_elements<T>(gate.dweight, [&](auto* grad) {
       for_vectors(call.Din,
                   [&](int64_t d, auto part) { part.store_to(grad + d, load(sums.data() + d)); });
     });
@@ -450,7 +452,7 @@ struct Backward : PairsBackward {
     const int64_t end = std::min(begin + kColumnsAtOnce, branch.size);
     const float* sums = up_sums[i] + slot * up_floats(branch);
     const int64_t distance = bank.slots * up_floats(branch);
-    with_grad<T>(branch.db, [&](auto* grad) {
+    with_elements<T>(branch.db, [&](auto* grad) {
       auto* to = grad + (bank.first_member() + slot) * branch.size * branch.R;
       // A square of kWidth columns by kWidth ranks at a time, turned in registers.
       for (int64_t column = begin; column < end; column += kWidth) {
@@ -479,22 +481,11 @@ struct Backward : PairsBackward {
 namespace pelt {
 
 using namespace lora_linear;
+using Kernels = Cpu<Contract, cpu::Isa::PELT_CPU_ISA>;
 
 template <>
-int64_t Cpu<Contract, cpu::Isa::PELT_CPU_ISA>::backward_bytes(const Call& call) {
-  return Backward(call).place(Arena{});
-}
-
-template <>
-void Cpu<Contract, cpu::Isa::PELT_CPU_ISA>::backward(const Call& call) {
-  Backward backward(call);
-  if (backward.call.branches + backward.call.gates == 0) return;  // dx is the base product
-  backward.place(Arena{static_cast<char*>(call.workspace)});
-  if (call.dtype == DType::kF32) {
-    backward.run<float>();
-  } else {
-    backward.run<bf16>();
-  }
+void Kernels::backward(const Call& call, Arena& arena) {
+  cpu::run<Backward>(call, arena);
 }
 
 }  // namespace pelt

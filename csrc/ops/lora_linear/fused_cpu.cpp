@@ -19,6 +19,7 @@
 // memory, uses the same numbers. Each row is computed alone and every sum has one order, so bits
 // depend neither on tiles nor on threads.
 #include "common/check.h"
+#include "cpu/entry.h"
 #include "cpu/kernels.h"
 #include "ops/lora_linear/cpu_weights.h"
 
@@ -53,8 +54,8 @@ struct Forward {
         ranks(call.ranks),
         by_pairs(uses_pairs(call)) {}
 
-  // Cuts the workspace into its arrays; returns its size, also without memory.
-  int64_t place(Arena arena) {
+  // Cuts the workspace into its arrays.
+  void place(Arena& arena) {
     if (by_pairs) {
       pair_weights.place(call, columns, arena);
     } else {
@@ -63,7 +64,6 @@ struct Forward {
     gates = arena.take(call.gates * rows_of(call));
     scratch_floats = round_up(tiles.tile_rows * floats_of_row(), 16);
     scratch = arena.take(scratch_floats * threads);
-    return arena.used;
   }
 
   // A stretch of x (or a branch's scaled s, which is no wider), dropout's factors, all columns;
@@ -79,6 +79,7 @@ struct Forward {
 
   template <class T>
   void run() {
+    if (call.branches + call.gates == 0) return;  // y is the base product
     // Once a call, before the rows: they are a few columns beside x.
     if (by_pairs) {
       pair_weights.read(call, columns);
@@ -124,7 +125,7 @@ struct Forward {
     // Pooled gates keep their rows' values apart until the sentence is complete.
     for (int j = 0; j < call.gates; ++j) {
       const Gate& gate = call.gate[j];
-      const float bias = element<T>(gate.bias, 0);
+      const float bias = element_of<T>(gate.bias, 0);
       float* values = is_pooled(gate) ? gates + j * rows_of(call) : gate.value;
       for (int64_t r = 0; r < tile.rows; ++r) {
         // On tiles a logit is the sum of two columns' products.
@@ -280,9 +281,10 @@ struct Forward {
 namespace pelt {
 
 using namespace lora_linear;
+using Kernels = Cpu<Contract, cpu::Isa::PELT_CPU_ISA>;
 
 template <>
-std::string Cpu<Contract, cpu::Isa::PELT_CPU_ISA>::why_not(const Call& call) {
+std::string Kernels::why_not(const Call& call) {
   const int branches = call.R_i.count, gates = gate_count(call);
   if (branches > kMaxBranches || gates > kMaxGates) {
     return sentence("it takes at most ", kMaxBranches, " branches and ", kMaxGates,
@@ -302,20 +304,8 @@ std::string Cpu<Contract, cpu::Isa::PELT_CPU_ISA>::why_not(const Call& call) {
 }
 
 template <>
-int64_t Cpu<Contract, cpu::Isa::PELT_CPU_ISA>::forward_bytes(const Call& call) {
-  return Forward(call).place(Arena{});
-}
-
-template <>
-void Cpu<Contract, cpu::Isa::PELT_CPU_ISA>::forward(const Call& call) {
-  Forward forward(call);
-  if (forward.call.branches + forward.call.gates == 0) return;  // y is the base product
-  forward.place(Arena{static_cast<char*>(call.workspace)});
-  if (call.dtype == DType::kF32) {
-    forward.run<float>();
-  } else {
-    forward.run<bf16>();
-  }
+void Kernels::forward(const Call& call, Arena& arena) {
+  cpu::run<Forward>(call, arena);
 }
 
 }  // namespace pelt

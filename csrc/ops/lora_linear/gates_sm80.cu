@@ -108,10 +108,7 @@ __global__ void __launch_bounds__(kThreads)
 // Threads work on rows, whatever T is: it is the type of the inputs' gates only.
 template <class T>
 void launch_typed(const GatesParams& p, Stream stream) {
-  LaunchShape shape;
-  shape.threads = kThreads;
-  shape.shared_bytes = sizeof(Shared);
-  shape.blocks_x = p.in.B;
+  const LaunchShape shape{p.in.B, 1, 1, kThreads, sizeof(Shared)};
   launch<lora_linear_gates_sm80<T>>("lora_linear_gates_sm80", shape, stream, p);
 }
 

@@ -245,43 +245,28 @@ std::string Cuda<Contract>::why_not(const NativeCall<Contract, int64_t>& call) {
 }
 
 template <>
-int64_t Cuda<Contract>::forward_bytes(const Call& call) {
-  Arena arena;
-  shrink_forward(Linear::of(call), arena);
-  return arena.used;
-}
-
-template <>
-void Cuda<Contract>::forward(const Call& call) {
+void Cuda<Contract>::forward(const Call& call, Arena& arena) {
   const Linear in = Linear::of(call);
+  const ShrinkParams shrink = shrink_forward(in, arena);
+  if (arena.only_counts) return;
   if (call.form == kSingle) {
     launch_single_fwd_sm80(single_forward(in, call), call.transposed, call.stream);
     return;
   }
   if (in.branches + in.gates == 0) return;  // y is the base product
-  Arena arena{static_cast<char*>(call.workspace)};
-  const ShrinkParams shrink = shrink_forward(in, arena);
   if (shrink.tickets != nullptr) zero_async(shrink.tickets, sizeof(int) * in.B, call.stream);
   launch_shrink_sm80(shrink, call.stream);
   if (in.branches > 0) launch_expand_sm80({in, make_tiling(in, kWideRows)}, call.stream);
 }
 
 template <>
-int64_t Cuda<Contract>::backward_bytes(const Call& call) {
-  Arena arena;
+void Cuda<Contract>::backward(const Call& call, Arena& arena) {
   const Linear in = Linear::of(call);
-  weights_of(in, scratch_of(in, arena), arena);
-  return arena.used;
-}
-
-template <>
-void Cuda<Contract>::backward(const Call& call) {
-  const Linear in = Linear::of(call);
-  const bool is_single = is_single_backward(call);
-  if (in.branches + in.gates == 0 && !is_single) return;  // dx is the base product
-  Arena arena{static_cast<char*>(call.workspace)};
   const Scratch scratch = scratch_of(in, arena);
   const WeightsParams weights = weights_of(in, scratch, arena);
+  if (arena.only_counts) return;
+  const bool is_single = is_single_backward(call);
+  if (in.branches + in.gates == 0 && !is_single) return;  // dx is the base product
   const Tiling narrow = make_tiling(in, kNarrowRows), wide = make_tiling(in, kWideRows);
 
   if (in.gates > 0) {

@@ -73,11 +73,8 @@ int rank_block_of(const Linear& in) {
 void launch_rows_sm80(const RowsParams& p, Stream stream) {
   run_config(NarrowConfigs{}, p.in.dtype, rank_block_of(p.in), [&](auto tag) {
     using C = typename decltype(tag)::type;
-    LaunchShape shape;
-    shape.threads = kThreads;
-    shape.shared_bytes = sizeof(NarrowShared<C>);
-    shape.blocks_x = p.tiling.tiles;
-    shape.blocks_y = 0;  // one for each rank block, counted as the kernel counts them
+    // blocks_y: one for each rank block, counted as the kernel counts them
+    LaunchShape shape{p.tiling.tiles, 0, 1, kThreads, sizeof(NarrowShared<C>)};
     for (int i = 0; i < p.in.branches; ++i) {
       shape.blocks_y += (p.in.branch[i].R + C::kRanks - 1) / C::kRanks;
     }

@@ -155,11 +155,8 @@ void launch_shrink_sm80(const ShrinkParams& params, Stream stream) {
   const int skipped = p.is_for_backward() ? p.gate_column / columns : 0;
   run_config(NarrowConfigs{}, p.in.dtype, columns, [&](auto tag) {
     using C = typename decltype(tag)::type;
-    LaunchShape shape;
-    shape.threads = kThreads;
-    shape.shared_bytes = sizeof(NarrowShared<C>);
-    shape.blocks_x = p.tiling.tiles;
-    shape.blocks_y = (end + columns - 1) / columns - skipped;
+    const int blocks_y = (end + columns - 1) / columns - skipped;
+    const LaunchShape shape{p.tiling.tiles, blocks_y, 1, kThreads, sizeof(NarrowShared<C>)};
     launch<lora_linear_shrink_sm80<C>>("lora_linear_shrink_sm80", shape, stream, p);
   });
 }

@@ -349,11 +349,8 @@ void run_single(Configs configs, const SingleParams& p, bool has_rows_of_n, int 
       },
       [&](auto tag) {
         using C = typename decltype(tag)::type;
-        LaunchShape shape;
-        shape.threads = C::kThreads;
-        shape.shared_bytes = sizeof(SingleShared<C>);
-        shape.blocks_x = p.tiling.tiles * p.column_tiles;
-        run(tag, shape);
+        const int blocks = p.tiling.tiles * p.column_tiles;
+        run(tag, LaunchShape{blocks, 1, 1, C::kThreads, sizeof(SingleShared<C>)});
       });
   check(is_found, "lora_linear: no configuration of the single launch for ", name_of(p.in.dtype),
         ", ", p.tile_columns, " columns and ", ranks,

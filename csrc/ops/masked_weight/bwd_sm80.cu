@@ -227,19 +227,15 @@ using Configs = TypeList<Config<float>, Config<bf16>, Config<f16>>;
 
 template <class C>
 void launch_config(const BackwardParams& p) {
-  LaunchShape shape;
-  shape.blocks_x = p.column_tiles * p.row_bands;
-  shape.threads = kThreads;
-  shape.shared_bytes = sizeof(Shared);
+  const LaunchShape shape{p.column_tiles * p.row_bands, 1, 1, kThreads, sizeof(Shared)};
   launch<masked_weight_bwd_sm80<C>>("masked_weight_bwd_sm80", shape, p.in.stream, p);
   const int64_t sums = (static_cast<int64_t>(p.in.Dout) + p.in.Din) * (p.in.R + p.in.R2 + 1);
   const int64_t wanted = (sums + kThreads - 1) / kThreads;
   // Eight blocks of 256 threads fill a multiprocessor; more elements come in turns.
-  LaunchShape small;
-  small.threads = kThreads;
-  small.blocks_x =
+  const int blocks =
       wanted < 8 * multiprocessors() ? static_cast<int>(wanted) : 8 * multiprocessors();
-  launch<masked_weight_bwd_sums_sm80<C>>("masked_weight_bwd_sums_sm80", small, p.in.stream, p);
+  launch<masked_weight_bwd_sums_sm80<C>>("masked_weight_bwd_sums_sm80", {blocks, 1, 1, kThreads},
+                                         p.in.stream, p);
 }
 
 }  // namespace

@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <limits>
 
-#include "common/arena.h"
 #include "common/parallel.h"
+#include "cpu/entry.h"
 #include "cpu/kernels.h"
 #include "cpu/math.h"
 #include "cpu/panels.h"

@@ -47,15 +47,13 @@ struct Memory {
   float* sums;            // [parts, R + R2 + 1, width]
   char* each;             // each thread's own
   int64_t each_bytes;
-  int64_t bytes;
 
-  Memory(const Call& in, void* base) {
+  Memory(const Call& in, Arena& arena) {
     bands = (in.Dout + kRows - 1) / kRows;
     parts = std::min(bands, kMaxParts);
     width = round_up(in.Din, kTileColumns);
     ranks = round_up(in.R, kWidth);
     ranks2 = round_up(in.R2, kWidth);
-    Arena arena{static_cast<char*>(base)};
     v = arena.take<float>(panel_floats(in.R, in.Din));
     v_t = arena.take<float>(panel_floats(in.Din, in.R));
     b_t = arena.take<float>(panel_floats(in.Din, in.R2));
@@ -64,7 +62,6 @@ struct Memory {
     cut(in, one);
     each_bytes = one.used;
     each = arena.take<char>(each_bytes * in.threads);
-    bytes = arena.used;
   }
 
   Tile cut(const Call& in, Arena& arena) const {
@@ -232,8 +229,7 @@ void add_parts(const Call& in, const Memory& memory) {
 }
 
 template <class T>
-void backward_all(const Call& in) {
-  const Memory memory(in, in.workspace);
+void backward_all(const Call& in, const Memory& memory) {
   prefer_huge_pages(in.grad[kW0], in.Dout * in.Din * static_cast<int64_t>(sizeof(T)));
   pack_factor(factor_of(in, kV), in.R, in, memory.v);
   for (int64_t i = 0; i < in.R; i += kPanel) {
@@ -263,15 +259,12 @@ namespace pelt {
 using namespace masked_weight;
 using Kernels = Cpu<Contract, cpu::Isa::PELT_CPU_ISA>;
 
-template <>
-int64_t Kernels::backward_bytes(const Call& in) {
-  return Memory(in, nullptr).bytes;
-}
-
 // All factors' gradients are wanted, in float32.
 template <>
-void Kernels::backward(const Call& in) {
-  in.dtype == DType::kF32 ? backward_all<float>(in) : backward_all<bf16>(in);
+void Kernels::backward(const Call& in, Arena& arena) {
+  const Memory memory(in, arena);
+  if (arena.only_counts) return;
+  cpu::with_type(in.dtype, [&](auto zero) { backward_all<decltype(zero)>(in, memory); });
 }
 
 }  // namespace pelt

@@ -70,14 +70,12 @@ struct Memory {
   uint64_t* sample;   // [sample_size]
   char* each;         // each thread's own
   int64_t each_bytes;
-  int64_t bytes;
 
-  Memory(const Call& in, void* base) {
+  Memory(const Call& in, Arena& arena) {
     tiles = (in.Dout + kRows - 1) / kRows;
     entries = in.Dout * in.Din;
     room = entries / 16 + kSmall;
     sample_size = entries <= kSmall ? 0 : tiles * kSampledPanels * kRows * kPanel;
-    Arena arena{static_cast<char*>(base)};
     v = arena.take<float>(panel_floats(in.R, in.Din));
     b = arena.take<float>(panel_floats(in.R2, in.Din));
     col = arena.take<float>(round_up(in.Din, kWidth));
@@ -90,7 +88,6 @@ struct Memory {
     cut(in, one);
     each_bytes = one.used;
     each = arena.take<char>(each_bytes * in.threads);
-    bytes = arena.used;
   }
 
   static Tile cut(const Call& in, Arena& arena) {
@@ -391,8 +388,7 @@ void write_by_threshold(const Call& in, const Memory& memory, const Threshold& t
 }
 
 template <class T>
-void forward_all(const Call& in) {
-  const Memory memory(in, in.workspace);
+void forward_all(const Call& in, const Memory& memory) {
   T* y = in.output_as<T>(kY);
   bool* mask = in.output_as<bool>(kMask);
   prefer_huge_pages(y, memory.entries * static_cast<int64_t>(sizeof(T)));
@@ -435,13 +431,10 @@ std::string Kernels::why_not(const Call& in) {
 }
 
 template <>
-int64_t Kernels::forward_bytes(const Call& in) {
-  return Memory(in, nullptr).bytes;
-}
-
-template <>
-void Kernels::forward(const Call& in) {
-  in.dtype == DType::kF32 ? forward_all<float>(in) : forward_all<bf16>(in);
+void Kernels::forward(const Call& in, Arena& arena) {
+  const Memory memory(in, arena);
+  if (arena.only_counts) return;
+  cpu::with_type(in.dtype, [&](auto zero) { forward_all<decltype(zero)>(in, memory); });
 }
 
 }  // namespace pelt

@@ -360,11 +360,7 @@ int forward_blocks_sm80(const Call& call) {
 void launch_forward_sm80(const ForwardParams& p, int blocks) {
   with_config(p.in.dtype, [&](auto tag) {
     using C = typename decltype(tag)::type;
-    LaunchShape shape;
-    shape.blocks_x = blocks;
-    shape.threads = kThreads;
-    shape.shared_bytes = sizeof(Shared);
-    shape.is_cooperative = true;
+    const LaunchShape shape{blocks, 1, 1, kThreads, sizeof(Shared), /*is_cooperative=*/true};
     launch<masked_weight_fwd_sm80<C>>("masked_weight_fwd_sm80", shape, p.in.stream, p);
   });
 }

@@ -52,32 +52,18 @@ std::string Cuda<Contract>::why_not(const NativeCall<Contract, int64_t>& call) {
 }
 
 template <>
-int64_t Cuda<Contract>::forward_bytes(const Call& call) {
-  Arena arena;
-  forward_params(call, forward_blocks_sm80(call), arena);
-  return arena.used;
-}
-
-template <>
-void Cuda<Contract>::forward(const Call& call) {
-  Arena arena{static_cast<char*>(call.workspace)};
+void Cuda<Contract>::forward(const Call& call, Arena& arena) {
   const int blocks = forward_blocks_sm80(call);
   const ForwardParams p = forward_params(call, blocks, arena);
+  if (arena.only_counts) return;
   zero_async(p.counts, sizeof(int) * kZeroed, call.stream);
   launch_forward_sm80(p, blocks);
 }
 
 template <>
-int64_t Cuda<Contract>::backward_bytes(const Call& call) {
-  Arena arena;
-  backward_params(call, arena);
-  return arena.used;
-}
-
-template <>
-void Cuda<Contract>::backward(const Call& call) {
-  Arena arena{static_cast<char*>(call.workspace)};
-  launch_backward_sm80(backward_params(call, arena));
+void Cuda<Contract>::backward(const Call& call, Arena& arena) {
+  const BackwardParams p = backward_params(call, arena);
+  if (!arena.only_counts) launch_backward_sm80(p);
 }
 
 }  // namespace pelt

@@ -177,7 +177,7 @@ void launch_bwd_bias_sm80(const BackwardParams& p) {
   const int column_tiles = (in.P % 4 + in.N + kColumns - 1) / kColumns;
   run_fitting<Config>("prefix_attention_bwd_bias_sm80", in, [&](auto tag, const char* name) {
     using C = typename decltype(tag)::type;
-    const LaunchShape shape = shape_with<Shared<C>>(kThreads, members * row_tiles, column_tiles);
+    const LaunchShape shape{members * row_tiles, column_tiles, 1, kThreads, sizeof(Shared<C>)};
     launch<prefix_attention_bwd_bias_sm80<C>>(name, shape, in.stream, p);
   });
 }

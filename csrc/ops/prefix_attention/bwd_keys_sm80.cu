@@ -470,8 +470,8 @@ void launch_bwd_keys_sm80(const BackwardParams& p) {
   const int blocks = p.prefix_blocks + p.in.B * p.in.G * p.own_tiles;
   run_fitting<Config>("prefix_attention_bwd_keys_sm80", p.in, [&](auto tag, const char* name) {
     using C = typename decltype(tag)::type;
-    launch<prefix_attention_bwd_keys_sm80<C>>(name, shape_with<Shared<C>>(kThreads, blocks),
-                                              p.in.stream, p);
+    const LaunchShape shape{blocks, 1, 1, kThreads, sizeof(Shared<C>)};
+    launch<prefix_attention_bwd_keys_sm80<C>>(name, shape, p.in.stream, p);
   });
 }
 

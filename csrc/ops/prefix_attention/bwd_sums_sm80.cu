@@ -94,10 +94,8 @@ void launch_bwd_sums_sm80(const BackwardParams& p) {
   if (sums.count == 0) return;
   constexpr int64_t kMaxBlocks = 1024;  // several for each multiprocessor of the largest GPU
   const int64_t blocks = (sums.largest + kSumThreads - 1) / kSumThreads;
-  LaunchShape shape;
-  shape.threads = kSumThreads;
-  shape.blocks_x = static_cast<int>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
-  shape.blocks_y = sums.count;
+  const int blocks_x = static_cast<int>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
+  const LaunchShape shape{blocks_x, sums.count, 1, kSumThreads};
   run_first_fit(
       Configs{},
       [&](auto tag) { return DTypeOf<typename decltype(tag)::type::T>::value == in.dtype; },

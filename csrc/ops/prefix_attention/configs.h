@@ -46,15 +46,4 @@ void run_fitting(const char* kernel, const CudaInputs& in, Run&& run) {
         ", got ", name_of(in.dtype), " and E=", in.E);
 }
 
-// A grid whose blocks hold one Shared each.
-template <class Shared>
-LaunchShape shape_with(int threads, int blocks_x, int blocks_y = 1) {
-  LaunchShape shape;
-  shape.threads = threads;
-  shape.shared_bytes = sizeof(Shared);
-  shape.blocks_x = blocks_x;
-  shape.blocks_y = blocks_y;
-  return shape;
-}
-
 }  // namespace pelt::prefix_attention

@@ -10,13 +10,13 @@
 #include <type_traits>
 #include <vector>
 
-#include "common/arena.h"
 #include "common/parallel.h"
+#include "cpu/entry.h"
 #include "cpu/kernels.h"
 #include "cpu/math.h"
 #include "cpu/pairs.h"
 #include "cpu/panels.h"
-#include "cpu/philox_lanes.h"
+#include "cpu/rows.h"
 #include "ops/prefix_attention/inputs.h"
 
 namespace pelt::prefix_attention {
@@ -97,6 +97,10 @@ struct PairProducts {
     multiply_pairs_into({a, stride}, b, depth, rows, columns, c, ldc, accumulate);
   }
 };
+
+template <class T>
+using ProductsOf =
+    std::conditional_t<kHasPairs && std::is_same_v<T, bf16>, PairProducts, FloatProducts>;
 
 // ---- rows ----
 
@@ -187,7 +191,8 @@ class Head {
  public:
   Head(const CpuInputs& in, const Columns& columns, int64_t b, int64_t h)
       : in_(in), columns_(columns), b_(b), h_(h), g_(h / (in.H / in.G)) {
-    if (in.has_gate()) gate_ = element(kGate, in.has_gate_per_head() ? b * in.H + h : b);
+    if (!in.has_gate()) return;
+    gate_ = element_of<T>(in.parameter(kGate), in.has_gate_per_head() ? b * in.H + h : b);
   }
 
   int64_t b() const { return b_; }
@@ -203,11 +208,8 @@ class Head {
     const int64_t (&stride)[3] = in_.stride[i];  // of a member, a row and a head
     const int64_t offset =
         (index ? index[b_] : 0) * stride[0] + column.row * stride[1] + g_ * stride[2];
-    if (in_.is_float32[i]) {
-      read_row(in_.input_as<float>(i) + offset, in_.E, width, factor, to);
-    } else {
-      read_row(in_.input_as<bf16>(i) + offset, in_.E, width, factor, to);
-    }
+    with_elements<T>(in_.parameter(i),
+                     [&](const auto* from) { read_row(from + offset, in_.E, width, factor, to); });
   }
 
   // Keys (kK) or values (kV) of a block of columns, with the gate: [columns, width].
@@ -237,11 +239,12 @@ class Head {
   void add_bias(int64_t s, const Block& block, float* scores) const {
     if (!in_.has_bias()) return;
     const int64_t offset = b_ * in_.bias_batch_stride + h_ * in_.bias_head_stride + s * in_.N;
-    if (in_.is_float32[kBias]) {
-      add_bias_row(in_.input_as<float>(kBias) + offset, block, scores);
-    } else {
-      add_bias_row(in_.input_as<bf16>(kBias) + offset, block, scores);
-    }
+    const Column* columns = columns_.list.data();
+    with_elements<T>(in_.parameter(kBias), [&](const auto* bias) {
+      for (int64_t c = std::max(block.begin, columns_.prefix); c < block.end; ++c) {
+        scores[c - block.begin] += to_float(bias[offset + columns[c].row]);
+      }
+    });
   }
 
   // Query s's row of out, dout, dq and lse.
@@ -265,19 +268,6 @@ class Head {
   }
 
  private:
-  float element(Input tensor, int64_t i) const {
-    if (in_.is_float32[tensor]) return in_.input_as<float>(tensor)[i];
-    return to_float(in_.input_as<bf16>(tensor)[i]);
-  }
-
-  template <class From>
-  void add_bias_row(const From* bias, const Block& block, float* scores) const {
-    const Column* columns = columns_.list.data();
-    for (int64_t c = std::max(block.begin, columns_.prefix); c < block.end; ++c) {
-      scores[c - block.begin] += to_float(bias[columns[c].row]);
-    }
-  }
-
   // The first row of a head of q, k or v.
   const T* head_rows(Input tensor, int64_t h) const {
     const int64_t (&stride)[3] = in_.stride[tensor];

@@ -328,11 +328,11 @@ struct Backward : Blocks<T, Products> {
   }
 };
 
-template <class T, class Products>
+template <class T>
 void backward_group(const CpuInputs& in, const PartialSums& sums, int64_t b, int64_t g,
                     int64_t chunk) {
   const Columns columns(in, b);
-  Backward<T, Products> backward(in, sums, columns);
+  Backward<T, ProductsOf<T>> backward(in, sums, columns);
   const int64_t heads = in.H / in.G, width = backward.out_width;
   for (int64_t h = g * heads; h < (g + 1) * heads; ++h) {
     backward.run(Head<T>(in, columns, b, h), chunk);
@@ -345,14 +345,14 @@ void backward_group(const CpuInputs& in, const PartialSums& sums, int64_t b, int
   }
 }
 
-template <class T, class Products>
+template <class T>
 void backward_all(const CpuInputs& in, const PartialSums& sums) {
   sums.clear(in);
   parallel_for(sums.chunks * in.G, in.threads, [&](int64_t unit) {
     const TileScope scope;
     const int64_t chunk = unit / in.G, g = unit % in.G;
     const int64_t begin = chunk * in.B / sums.chunks, end = (chunk + 1) * in.B / sums.chunks;
-    for (int64_t b = begin; b < end; ++b) backward_group<T, Products>(in, sums, b, g, chunk);
+    for (int64_t b = begin; b < end; ++b) backward_group<T>(in, sums, b, g, chunk);
   });
   sums.add_up(in);
 }
@@ -366,19 +366,11 @@ using namespace prefix_attention;
 using Kernels = Cpu<Contract, cpu::Isa::PELT_CPU_ISA>;
 
 template <>
-int64_t Kernels::backward_bytes(const Call& call) {
-  Arena arena;
-  PartialSums(CpuInputs(call), arena);
-  return arena.used;
-}
-
-template <>
-void Kernels::backward(const Call& call) {
+void Kernels::backward(const Call& call, Arena& arena) {
   const CpuInputs in(call);
-  Arena arena{static_cast<char*>(call.workspace)};
   const PartialSums sums(in, arena);
-  if (in.dtype == DType::kF32) return backward_all<float, FloatProducts>(in, sums);
-  backward_all<bf16, std::conditional_t<kHasPairs, PairProducts, FloatProducts>>(in, sums);
+  if (arena.only_counts) return;
+  with_type(call.dtype, [&](auto zero) { backward_all<decltype(zero)>(in, sums); });
 }
 
 }  // namespace pelt

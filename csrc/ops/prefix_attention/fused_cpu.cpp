@@ -105,7 +105,7 @@ struct Forward : Blocks<T, Products> {
   }
 };
 
-template <class T, class Products>
+template <class T>
 void forward_all(const CpuInputs& in) {
   T* out = in.output_as<T>(kOut);
   float* lse = in.output_as<float>(kLse);
@@ -114,7 +114,7 @@ void forward_all(const CpuInputs& in) {
     const int64_t b = unit / in.H;
     const Columns columns(in, b);
     const Head<T> head(in, columns, b, unit % in.H);
-    Forward<T, Products>(in, columns, head).run(out, lse);
+    Forward<T, ProductsOf<T>>(in, columns, head).run(out, lse);
   });
 }
 
@@ -132,15 +132,9 @@ std::string Kernels::why_not(const Call&) {
 }
 
 template <>
-int64_t Kernels::forward_bytes(const Call&) {
-  return 0;
-}
-
-template <>
-void Kernels::forward(const Call& call) {
-  const CpuInputs in(call);
-  if (in.dtype == DType::kF32) return forward_all<float, FloatProducts>(in);
-  forward_all<bf16, std::conditional_t<kHasPairs, PairProducts, FloatProducts>>(in);
+void Kernels::forward(const Call& call, Arena& arena) {
+  if (arena.only_counts) return;
+  with_type(call.dtype, [&](auto zero) { forward_all<decltype(zero)>(CpuInputs(call)); });
 }
 
 }  // namespace pelt

@@ -419,8 +419,8 @@ void launch_fwd_sm80(const ForwardParams& p) {
   const int blocks = p.in.B * p.in.H * ((p.in.S + kRows - 1) / kRows);
   run_fitting<Config>("prefix_attention_fwd_sm80", p.in, [&](auto tag, const char* name) {
     using C = typename decltype(tag)::type;
-    launch<prefix_attention_fwd_sm80<C>>(name, shape_with<Shared<C>>(kThreads, blocks), p.in.stream,
-                                         p);
+    const LaunchShape shape{blocks, 1, 1, kThreads, sizeof(Shared<C>)};
+    launch<prefix_attention_fwd_sm80<C>>(name, shape, p.in.stream, p);
   });
 }
 

@@ -92,12 +92,8 @@ std::string Cuda<Contract>::why_not(const NativeCall<Contract, int64_t>& call) {
 }
 
 template <>
-int64_t Cuda<Contract>::forward_bytes(const Call&) {
-  return 0;
-}
-
-template <>
-void Cuda<Contract>::forward(const Call& call) {
+void Cuda<Contract>::forward(const Call& call, Arena& arena) {
+  if (arena.only_counts) return;
   ForwardParams p{inputs_of(call)};
   if (call.form == kComposed) {
     p.own_out = call.input[kK];
@@ -107,16 +103,9 @@ void Cuda<Contract>::forward(const Call& call) {
 }
 
 template <>
-int64_t Cuda<Contract>::backward_bytes(const Call& call) {
-  Arena arena;
-  backward_params(call, arena);
-  return arena.used;
-}
-
-template <>
-void Cuda<Contract>::backward(const Call& call) {
-  Arena arena{static_cast<char*>(call.workspace)};
+void Cuda<Contract>::backward(const Call& call, Arena& arena) {
   const BackwardParams p = backward_params(call, arena);
+  if (arena.only_counts) return;
   launch_bwd_queries_sm80(p);
   if (p.prefix_blocks > 0 || p.own_tiles > 0) launch_bwd_keys_sm80(p);
   if (call.grad[kBias] != nullptr) launch_bwd_bias_sm80(p);

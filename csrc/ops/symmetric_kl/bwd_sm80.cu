@@ -49,9 +49,6 @@ __global__ void __launch_bounds__(kThreads) symmetric_kl_bwd_sm80(const __grid_c
   }
 }
 
-using Configs = TypeList<Config<float, 1>, Config<float, kWarps>, Config<bf16, 1>,
-                         Config<bf16, kWarps>, Config<f16, 1>, Config<f16, kWarps>>;
-
 }  // namespace
 
 void launch_backward_sm80(const Call& call) {
@@ -59,10 +56,7 @@ void launch_backward_sm80(const Call& call) {
       Configs{}, [&](auto tag) { return decltype(tag)::type::fits(call); },
       [&](auto tag) {
         using C = typename decltype(tag)::type;
-        LaunchShape shape;
-        shape.blocks_x = blocks_of<C>(call);
-        shape.threads = kThreads;
-        shape.shared_bytes = sizeof(Shared);
+        const LaunchShape shape{blocks_of<C>(call), 1, 1, kThreads, sizeof(Shared)};
         launch<symmetric_kl_bwd_sm80<C>>("symmetric_kl_bwd_sm80", shape, call.stream, call);
       });
 }

@@ -22,6 +22,7 @@
 #include <limits>
 
 #include "common/parallel.h"
+#include "cpu/entry.h"
 #include "cpu/kernels.h"
 #include "cpu/math.h"
 #include "cpu/pages.h"
@@ -332,32 +333,22 @@ std::string Kernels::why_not(const Call&) {
 }
 
 template <>
-int64_t Kernels::forward_bytes(const Call& in) {
-  return in.T * static_cast<int64_t>(sizeof(float));
-}
-
-template <>
-void Kernels::forward(const Call& in) {
-  auto* rows = static_cast<float*>(in.workspace);  // [T], each row's value
+void Kernels::forward(const Call& in, Arena& arena) {
+  auto* rows = arena.take(in.T);  // each one's value
+  if (arena.only_counts) return;
   auto *lse = in.output_as<float>(kLse), *loss = in.output_as<float>(kLoss);
-  in.dtype == DType::kF32 ? forward_all<float>(in, rows, lse, loss)
-                          : forward_all<bf16>(in, rows, lse, loss);
+  cpu::with_type(in.dtype, [&](auto zero) { forward_all<decltype(zero)>(in, rows, lse, loss); });
 }
 
 template <>
-int64_t Kernels::backward_bytes(const Call&) {
-  return 0;
-}
-
-template <>
-void Kernels::backward(const Call& in) {
+void Kernels::backward(const Call& in, Arena& arena) {
+  if (arena.only_counts) return;
   const float dloss = *in.doutput_as<float>(kLoss);
   const auto* lse = in.output_as<float>(kLse);
-  if (in.dtype == DType::kF32) {
-    backward_all(in, dloss, lse, in.grad_as<float>(kZ1), in.grad_as<float>(kZ2));
-  } else {
-    backward_all(in, dloss, lse, in.grad_as<bf16>(kZ1), in.grad_as<bf16>(kZ2));
-  }
+  cpu::with_type(in.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    backward_all(in, dloss, lse, in.grad_as<T>(kZ1), in.grad_as<T>(kZ2));
+  });
 }
 
 }  // namespace pelt

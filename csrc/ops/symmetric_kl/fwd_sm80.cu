@@ -176,9 +176,6 @@ __global__ void __launch_bounds__(kThreads)
   finish(p, s);
 }
 
-using Configs = TypeList<Config<float, 1>, Config<float, kWarps>, Config<bf16, 1>,
-                         Config<bf16, kWarps>, Config<f16, 1>, Config<f16, kWarps>>;
-
 }  // namespace
 
 void launch_forward_sm80(const ForwardParams& p) {
@@ -186,10 +183,7 @@ void launch_forward_sm80(const ForwardParams& p) {
       Configs{}, [&](auto tag) { return decltype(tag)::type::fits(p.in); },
       [&](auto tag) {
         using C = typename decltype(tag)::type;
-        LaunchShape shape;
-        shape.blocks_x = blocks_of<C>(p.in);
-        shape.threads = kThreads;
-        shape.shared_bytes = sizeof(Shared);
+        const LaunchShape shape{blocks_of<C>(p.in), 1, 1, kThreads, sizeof(Shared)};
         launch<symmetric_kl_fwd_sm80<C>>("symmetric_kl_fwd_sm80", shape, p.in.stream, p);
       });
 }

@@ -3,19 +3,6 @@
 #include "common/check.h"
 #include "ops/symmetric_kl/params.h"
 
-namespace pelt::symmetric_kl {
-namespace {
-
-ForwardParams forward_params(const Call& call, Arena& arena) {
-  ForwardParams p{call};
-  p.ticket = arena.take<int>(1);
-  p.rows = arena.take<float>(call.T);
-  return p;
-}
-
-}  // namespace
-}  // namespace pelt::symmetric_kl
-
 namespace pelt {
 
 using namespace symmetric_kl;
@@ -31,28 +18,18 @@ std::string Cuda<Contract>::why_not(const NativeCall<Contract, int64_t>& call) {
 }
 
 template <>
-int64_t Cuda<Contract>::forward_bytes(const Call& call) {
-  Arena arena;
-  forward_params(call, arena);
-  return arena.used;
-}
-
-template <>
-void Cuda<Contract>::forward(const Call& call) {
-  Arena arena{static_cast<char*>(call.workspace)};
-  const ForwardParams p = forward_params(call, arena);
+void Cuda<Contract>::forward(const Call& call, Arena& arena) {
+  ForwardParams p{call};
+  p.ticket = arena.take<int>(1);
+  p.rows = arena.take<float>(call.T);
+  if (arena.only_counts) return;
   zero_async(p.ticket, sizeof(int), call.stream);
   launch_forward_sm80(p);
 }
 
 template <>
-int64_t Cuda<Contract>::backward_bytes(const Call&) {
-  return 0;
-}
-
-template <>
-void Cuda<Contract>::backward(const Call& call) {
-  launch_backward_sm80(call);
+void Cuda<Contract>::backward(const Call& call, Arena& arena) {
+  if (!arena.only_counts) launch_backward_sm80(call);
 }
 
 }  // namespace pelt

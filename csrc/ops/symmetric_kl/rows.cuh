@@ -4,6 +4,7 @@
 // time where every row starts at a 16-byte border, otherwise one.
 #pragma once
 
+#include "common/type_list.h"
 #include "cuda/device.cuh"
 #include "ops/symmetric_kl/params.h"
 
@@ -26,6 +27,9 @@ struct Config {
     return DTypeOf<T>::value == in.dtype && (kRowWarps == kWarps) == (in.C >= kLongRow);
   }
 };
+
+using Configs = TypeList<Config<float, 1>, Config<float, kWarps>, Config<bf16, 1>,
+                         Config<bf16, kWarps>, Config<f16, 1>, Config<f16, kWarps>>;
 
 // What a lane reads of a row at a time.
 template <int kCount>
