@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .._bank import linear, weight_grad
+from .._bank import linear
 from .._contract import Chosen, Value
 from .._native_call import kernels_of, plan, supports
+from ._base import base_grads
 from .contract import CONTRACT
 
 __all__ = ["FORMS", "backward", "forward", "plan", "supports"]
@@ -56,24 +57,20 @@ def forward(
 
 
 def backward(
-    chosen: Chosen,
-    needs: dict[str, bool],
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    **values: Value,
+    chosen: Chosen, needs: dict[str, bool], dy: Tensor, **values: Value
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
-    is_single = _is_single(chosen) and needs["x"]
-    grads = _base_grads(chosen, {**needs, "x": needs["x"] and not is_single}, dy, x, weight, bias)
+    x, is_single = values["x"], _is_single(chosen) and needs["x"]
+    dtype = dy.dtype if kernels_of(chosen.backend) == "cuda" else _product_dtype(dy.dtype)
+    by_torch = {**needs, "x": needs["x"] and not is_single}
+    grads = base_grads(chosen, by_torch, dy, values, dtype)
     grads |= chosen.plan.gradients({name: needs[name] for name in _OWN}, values)
     base = _NO_BASE
     if is_single:
         grads["x"] = _native.empty(x.shape, x.dtype, chosen.device)
-        base = {"weight": weight.to(x.dtype), "bias": None}
+        base = {"weight": values["weight"].to(x.dtype), "bias": None}
     if not chosen.plan.is_empty:
-        chosen.plan.run_backward({**values, **base, "dy": dy, "x": x}, grads)
+        chosen.plan.run_backward({**values, **base, "dy": dy}, grads)
     return grads
 
 
@@ -84,32 +81,6 @@ _NO_BASE: dict[str, Value] = {"weight": None, "bias": None}
 def _is_single(chosen: Chosen) -> bool:
     """Do the kernels multiply by the base weight? Without rows there is nothing to launch."""
     return chosen.form == "single" and not chosen.plan.is_empty
-
-
-def _base_grads(
-    chosen: Chosen,
-    needs: dict[str, bool],
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-) -> dict[str, Value]:
-    """The gradients of the base product: dx for the kernels to add to, and the weight's and the
-    bias's where they are not frozen.
-    """
-    grads: dict[str, Value] = {}
-    is_transposed = chosen.attributes["transposed"]
-    dtype = dy.dtype if kernels_of(chosen.backend) == "cuda" else _product_dtype(dy.dtype)
-    wide = dy.to(dtype)
-    if needs["x"]:
-        base = (weight.T if is_transposed else weight).to(dtype)
-        grads["x"] = (wide @ base).to(dy.dtype).contiguous()
-    if needs["weight"]:
-        rows, columns = (x.to(dtype), wide) if is_transposed else (wide, x.to(dtype))
-        grads["weight"] = weight_grad(rows, columns, False).to(weight.dtype).contiguous()
-    if bias is not None and needs["bias"]:
-        grads["bias"] = dy.sum(dim=(0, 1), dtype=torch.float32).to(bias.dtype)
-    return grads
 
 
 @cache

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .._bank import linear, weight_grad
+from .._bank import linear
 from .._contract import Chosen, Signature, Value
 from .._triton_host import (
     Config,
@@ -24,6 +24,7 @@ from .._triton_host import (
     unavailable,
     why_not,
 )
+from ._base import base_grads
 from ._triton_plan import CANDIDATES, MAX_WIDTH, Layout, Plan
 from .contract import CONTRACT
 
@@ -87,7 +88,7 @@ def backward(
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
     with _native.on(chosen.device):
-        grads = _by_torch(chosen, needs, dy, inputs)
+        grads = base_grads(chosen, needs, dy, inputs, dy.dtype)
         if dy.shape[0] * dy.shape[1] == 0:
             for name in set(needs) - set(grads):
                 if needs[name]:
@@ -98,23 +99,6 @@ def backward(
                 plan, needs, grads, dy.contiguous(), dextra_gates, gate_values, s, seed, inputs
             ).run()
     return {name: grads[name] for name, need in needs.items() if need}
-
-
-def _by_torch(
-    chosen: Chosen, needs: dict[str, bool], dy: Tensor, inputs: dict[str, Value]
-) -> dict[str, Value]:
-    """What the frozen layer alone has: the gradients of x (to be completed), weight and bias."""
-    x, weight, bias = inputs["x"], inputs["weight"], inputs["bias"]
-    is_transposed = chosen.attributes["transposed"]
-    grads: dict[str, Value] = {}
-    if needs["x"]:
-        grads["x"] = (dy @ (weight.T if is_transposed else weight).to(x.dtype)).contiguous()
-    if needs["weight"]:
-        rows, columns = (x, dy) if is_transposed else (dy, x)
-        grads["weight"] = weight_grad(rows, columns, False).to(weight.dtype)
-    if needs["bias"]:
-        grads["bias"] = dy.sum(dim=(0, 1), dtype=torch.float32).to(bias.dtype)
-    return grads
 
 
 def _shrink(

@@ -6,6 +6,8 @@ Backward makes W again from the factors and keeps the mask, one byte an entry.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
 
@@ -18,59 +20,36 @@ def supports(signature: Signature, backend: str, form: str) -> str:
     return ""
 
 
-def forward(
-    chosen: Chosen,
-    w0: Tensor,
-    u: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    row: Tensor,
-    col: Tensor,
-) -> tuple[Tensor, Tensor]:
+def forward(chosen: Chosen, **inputs: Value) -> tuple[Tensor, Tensor]:
     """y [Dout, Din], and the mask [Dout, Din] for backward."""
-    at, acc = chosen.attributes, accumulator(w0.dtype)
-    w = _updated(chosen, w0, u, v)
-    scores = w.abs().addmm_(a.to(acc), b.to(acc), alpha=at["alpha1"])
-    scores += at["alpha2"] * (row.to(acc)[:, None] + col.to(acc)[None, :])
+    t = SimpleNamespace(**inputs)
+    at, acc = chosen.attributes, accumulator(t.w0.dtype)
+    w = _updated(chosen, t.w0, t.u, t.v)
+    scores = w.abs().addmm_(t.a.to(acc), t.b.to(acc), alpha=at["alpha1"])
+    scores += at["alpha2"] * (t.row.to(acc)[:, None] + t.col.to(acc)[None, :])
     mask = _highest(scores, at["keep"])
-    return torch.where(mask, w, 0.0).to(w0.dtype), mask
+    return torch.where(mask, w, 0.0).to(t.w0.dtype), mask
 
 
 def backward(
-    chosen: Chosen,
-    needs: dict[str, bool],
-    dy: Tensor,
-    mask: Tensor,
-    w0: Tensor,
-    u: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor,
-    row: Tensor,
-    col: Tensor,
+    chosen: Chosen, needs: dict[str, bool], dy: Tensor, mask: Tensor, **inputs: Value
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
-    at, acc = chosen.attributes, accumulator(w0.dtype)
-    g, w = dy.to(acc), _updated(chosen, w0, u, v)
+    t = SimpleNamespace(**inputs)
+    at, acc = chosen.attributes, accumulator(t.w0.dtype)
+    g, w = dy.to(acc), _updated(chosen, t.w0, t.u, t.v)
     dscores = g * w
     dw = w.abs_().add_(mask).mul_(g)
-    grads: dict[str, Value] = {}
-    if needs["w0"]:
-        grads["w0"] = dw.to(w0.dtype)
-    if needs["u"]:
-        grads["u"] = (at["beta"] * (dw @ v.to(acc).T)).to(u.dtype)
-    if needs["v"]:
-        grads["v"] = (at["beta"] * (u.to(acc).T @ dw)).to(v.dtype)
-    if needs["a"]:
-        grads["a"] = (at["alpha1"] * (dscores @ b.to(acc).T)).to(a.dtype)
-    if needs["b"]:
-        grads["b"] = (at["alpha1"] * (a.to(acc).T @ dscores)).to(b.dtype)
-    if needs["row"]:
-        grads["row"] = (at["alpha2"] * dscores.sum(1)).to(row.dtype)
-    if needs["col"]:
-        grads["col"] = (at["alpha2"] * dscores.sum(0)).to(col.dtype)
-    return grads
+    formulas = {
+        "w0": lambda: dw,
+        "u": lambda: at["beta"] * (dw @ t.v.to(acc).T),
+        "v": lambda: at["beta"] * (t.u.to(acc).T @ dw),
+        "a": lambda: at["alpha1"] * (dscores @ t.b.to(acc).T),
+        "b": lambda: at["alpha1"] * (t.a.to(acc).T @ dscores),
+        "row": lambda: at["alpha2"] * dscores.sum(1),
+        "col": lambda: at["alpha2"] * dscores.sum(0),
+    }
+    return {n: formulas[n]().to(inputs[n].dtype) for n, need in needs.items() if need}
 
 
 def _updated(chosen: Chosen, w0: Tensor, u: Tensor, v: Tensor) -> Tensor:
