@@ -40,6 +40,7 @@ struct CallTensors {
 
   DType dtype = DType::kF32;  // of activations
   int form = 0;               // which of the backend's forms; of CPU kernels the cpu::Isa
+  int threads = 1;            // for CPU kernels
 
   const void* input[kInputs] = {};  // null: not there
   bool is_float32[kInputs] = {};    // which a parameter may be beside 16-bit activations
@@ -52,7 +53,6 @@ struct CallTensors {
   void* grad[kInputs] = {};            // those of inputs, in the input's dtype; null: not wanted
 
   void* stream = nullptr;  // of CUDA kernels
-  int threads = 1;         // for CPU kernels
 
   PELT_HOST_DEVICE Parameter parameter(int i) const { return {input[i], is_float32[i]}; }
   PELT_HOST_DEVICE ParameterGrad parameter_grad(int i) const { return {grad[i], is_float32[i]}; }
@@ -77,13 +77,18 @@ struct CallTensors {
 
 // `Int` counts sizes: in 32 bits in CUDA kernels. Trivially copyable, so that it may be a part of a
 // kernel's parameter.
+//
+// The order of the bases matters: nvcc 13.0 places a base behind one that ends in padding at an
+// offset of its own, other than the host compiler's and not aligned, so that kernels would read
+// other members than the launcher wrote. So pointers come first and end in one, and what may end in
+// padding is followed by nothing that needs a larger alignment.
 template <class Contract, class Int>
-struct NativeCall : Contract::template Sizes<Int>, Contract::Attributes, CallTensors<Contract> {
+struct NativeCall : CallTensors<Contract>, Contract::Attributes, Contract::template Sizes<Int> {
   NativeCall() = default;
 
   template <class Wide>
   explicit NativeCall(const NativeCall<Contract, Wide>& wide)
-      : Contract::Attributes(wide), CallTensors<Contract>(wide) {
+      : CallTensors<Contract>(wide), Contract::Attributes(wide) {
     Contract::for_each_size([](auto& to, const auto& from) { to = from; }, *this, wide);
   }
 };
