@@ -6,6 +6,11 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
+#include "cuda/index.cuh"
+#include "cuda/ldmatrix.cuh"
+#include "cuda/mma.cuh"
+
 namespace pelt {
 
 constexpr int kTilePad = 8;

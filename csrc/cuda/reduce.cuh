@@ -2,6 +2,8 @@
 #pragma once
 
 #include "common/dtype.h"
+#include "cuda/index.cuh"
+#include "cuda/shuffle.cuh"
 
 namespace pelt {
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/dtype.h"
+#include "cuda/memory.cuh"
 #include "cuda/words.h"
 
 namespace pelt {

@@ -266,9 +266,11 @@ __device__ __forceinline__ void derive_hidden(const BackwardParams& p, Shared<C>
   if (r < rows.count) {
     row_scalar(p, kFactor)[rows.first + r] = has_post_norm(in) ? 1.0f : s.rows.factor[r];
     row_scalar(p, kDot)[rows.first + r] = s.dot[r];
-    row_scalar(p, kLogit)[rows.first + r] = s.rows.logit[r];
-    row_scalar(p, kMean)[rows.first + r] = s.rows.mean[r];
-    row_scalar(p, kRstd)[rows.first + r] = s.rows.rstd[r];
+    if (has_learned_gate(in)) row_scalar(p, kLogit)[rows.first + r] = s.rows.logit[r];
+    if (has_pre_norm(in) || has_learned_gate(in)) {
+      row_scalar(p, kMean)[rows.first + r] = s.rows.mean[r];
+      row_scalar(p, kRstd)[rows.first + r] = s.rows.rstd[r];
+    }
   }
 }
 

@@ -238,11 +238,21 @@ __device__ __forceinline__ void store_hidden(const Call& in, Shared<C>& s, const
   sync_threads();  // all of it has been read before activate_hidden changes it
 }
 
+// Rows and ranks that do not exist become zeros.
 template <class C>
 __device__ __forceinline__ void load_hidden(const Call& in, Shared<C>& s, const TileRows& rows,
                                             const void* memory) {
   using T = typename C::T;
   const T* g_hidden = static_cast<const T*>(memory);
+  const int ranks = rank_blocks_of<C>(in) * C::kRankBlock;
+  if (rows.count < kBlockT || in.R < ranks) {
+    for (int i = thread_index(); i < kBlockT * ranks; i += kThreads) {
+      const int row = i / ranks, rank = i % ranks;
+      if (row >= rows.count || rank >= in.R) {
+        s.hidden[row * C::kHiddenStride + rank] = round_to<T>(0.0f);
+      }
+    }
+  }
   for_each_hidden<C>(
       in, rows, [&](int at, int64_t from) { store_16(s.hidden + at, load_16(g_hidden + from)); },
       [&](int at, int64_t from) { s.hidden[at] = g_hidden[from]; });

@@ -214,6 +214,7 @@ __device__ __forceinline__ void find_digit(const ForwardParams& p, Shared& s, in
     int sum = 0;
     for (int j = 0; j < kSumsEach; ++j) sum += s.sums[lane_index() * kSumsEach + j];
     const int up_to_here = sum_up_to_lane(sum);
+    sync_warp();  // every lane has read `stay`, whose place the new digit takes
     // One lane alone: the sums grow from lane to lane, and `stay` lies in the range of one.
     if (up_to_here - sum < stay && stay <= up_to_here) {
       int left = stay - (up_to_here - sum);

@@ -106,10 +106,13 @@ __device__ __forceinline__ void stage_keys(Shared<C>& s, const CudaInputs& in, i
     const int to = row * C::kStride + e;
     const bool is_there = column >= columns.begin && column < columns.end;
     if (columns.prefix < 0 || !is_there) {
-      const bool is_read = is_there && read.has(column - in.P);
-      const int n = is_read ? column - in.P : 0;  // an address that exists, though it is not read
-      cp_async_16(s_k + to, g_k + n * row_stride(in, kK) + e, is_read);
-      cp_async_16(s_v + to, g_v + n * row_stride(in, kV) + e, is_read);
+      const int n = column - in.P;
+      const bool is_read = is_there && read.has(n);
+      // An address that is not read still has to lie at a 16-byte border, as the tensor itself does.
+      cp_async_16(s_k + to, is_read ? g_k + n * row_stride(in, kK) + e : in.input_as<T>(kK),
+                  is_read);
+      cp_async_16(s_v + to, is_read ? g_v + n * row_stride(in, kV) + e : in.input_as<T>(kV),
+                  is_read);
     } else {
       const int prefix = columns.prefix;
       stage_prefix_8(s_k + to, in.parameter(kPrefixK + prefix),

@@ -161,10 +161,11 @@ __device__ __forceinline__ void stage_columns(typename C::T* s_k, typename C::T*
       stage_prefix_8(s_v + to, in.parameter(kPrefixV + segment),
                      prefix_offset(in, kPrefixV, segment, member, head.g, column) + e);
     } else {
-      const bool is_there = read.has(column - in.P);
-      const int n = is_there ? column - in.P : 0;  // an address that exists, though it is not read
-      cp_async_16(s_k + to, g_k + n * k_stride + e, is_there);
-      cp_async_16(s_v + to, g_v + n * v_stride + e, is_there);
+      const int n = column - in.P;
+      const bool is_there = read.has(n);
+      // An address that is not read still has to lie at a 16-byte border, as the tensor itself does.
+      cp_async_16(s_k + to, is_there ? g_k + n * k_stride + e : in.input_as<T>(kK), is_there);
+      cp_async_16(s_v + to, is_there ? g_v + n * v_stride + e : in.input_as<T>(kV), is_there);
     }
   }
 }
