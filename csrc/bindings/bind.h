@@ -1,5 +1,5 @@
-// The Python module, `_C` with the CPU and the CUDA kernels or `_C_sim` with the CUDA kernels on the
-// simulator and the CPU kernels on simulated tiles: how a call of any operator comes from Python.
+// The Python modules, `_C` with the CPU and the CUDA kernels and `_C_sim` with the CUDA kernels on
+// the simulator and the CPU kernels on simulated tiles: how a call of any operator comes from Python.
 //
 // What is the same for equal calls comes once, as a plan; what changes from call to call, addresses
 // above all, as flat lists in the contract's order (pelt_kernels/ops/_native_call.py). This folder
@@ -19,10 +19,6 @@
 #include "common/check.h"
 #include "cpu/kernels.h"
 
-#if defined(PELT_SIM) || defined(PELT_WITH_CUDA)
-#define PELT_HAS_CUDA_KERNELS 1
-#endif
-
 namespace pelt::bindings {
 
 namespace py = pybind11;
@@ -36,6 +32,8 @@ T* at(Address address) {
 
 // The functions that belong to no operator.
 void bind_cpu(py::module_& m);
+
+void bind_operators(py::module_& m);
 
 // The CPU kernels of an operator for the instruction set that is the call's form.
 template <class Contract>
@@ -239,7 +237,7 @@ void bind_plan(py::module_& m, const std::string& name) {
 template <class Contract>
 void bind_operator(py::module_& m, const std::string& name) {
   bind_plan<Contract, OnCpu<Contract>>(m, name + "_cpu");
-#if defined(PELT_HAS_CUDA_KERNELS)
+#if defined(PELT_WITH_CUDA)
   bind_plan<Contract, OnCuda<Contract>>(m, name + "_cuda");
 #endif
 }

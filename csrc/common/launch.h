@@ -1,24 +1,20 @@
-// Starting a kernel: the only place that does. On the GPU it opts in to large shared memory, takes
-// the caller's stream and checks the error; in the simulator it runs the kernel on the executor.
+// Starting a kernel: the only place that does. It opts in to large shared memory, takes the caller's
+// stream and checks the error. The simulator's module links a CUDA runtime of its own (csrc/sim), so
+// that the same text runs there.
 #pragma once
+
+#include <cuda_runtime.h>
 
 #include <atomic>
 #include <cstddef>
-#include <cstring>
 #include <string>
 #include <type_traits>
 
 #include "common/check.h"
 
-#if defined(PELT_SIM)
-#include "sim/executor.h"
-#else
-#include <cuda_runtime.h>
-#endif
-
 namespace pelt {
 
-using Stream = void*;  // a cudaStream_t; unused in the simulator
+using Stream = void*;  // a cudaStream_t
 
 struct LaunchShape {
   int blocks_x = 1;
@@ -28,34 +24,6 @@ struct LaunchShape {
   size_t shared_bytes = 0;
   bool is_cooperative = false;  // all blocks resident: they may wait for each other's flags
 };
-
-#if defined(PELT_SIM)
-
-// What the largest GPU of the target family offers, so that the same configurations fit.
-inline size_t max_shared_bytes() { return 227 * 1024; }
-
-// Few, and odd: persistent kernels take several rounds, and tiles fall unevenly on blocks.
-template <auto kKernel>
-int resident_blocks(int /*threads*/, size_t /*shared_bytes*/) {
-  return 3;
-}
-
-inline int multiprocessors() { return 3; }
-
-inline void zero_async(void* memory, size_t bytes, Stream /*stream*/) { memset(memory, 0, bytes); }
-
-template <auto kKernel, class Params>
-void launch(const std::string& name, const LaunchShape& shape, Stream /*stream*/,
-            const Params& params) {
-  sim::GridShape grid;
-  grid.blocks = {shape.blocks_x, shape.blocks_y, shape.blocks_z};
-  grid.threads = shape.threads;
-  grid.shared_bytes = shape.shared_bytes;
-  grid.is_cooperative = shape.is_cooperative;
-  sim::run(name, grid, [&] { kKernel(params); });
-}
-
-#else
 
 inline void check_cuda(cudaError_t status, const std::string& what) {
   check(status == cudaSuccess, what, ": ", cudaGetErrorName(status), " (", static_cast<int>(status),
@@ -139,7 +107,5 @@ void launch(const std::string& name, const LaunchShape& shape, Stream stream,
                       shape.blocks_z, " blocks of ", shape.threads, " threads with ",
                       shape.shared_bytes, " bytes of shared memory"));
 }
-
-#endif
 
 }  // namespace pelt

@@ -44,7 +44,7 @@ const char* name_of(Isa isa) {
 // Each instruction set contains the ones before it, so each test includes theirs: a system may
 // switch off what the processor lists.
 bool is_supported(Isa isa) {
-#if defined(PELT_SIM)
+#if defined(PELT_SIMULATED_TILES)
   return isa == Isa::kAmx;
 #else
   if (isa == Isa::kBaseline) return true;

@@ -41,7 +41,7 @@ struct IsaTag {
 // Calls visit(IsaTag<isa>{}).
 template <class Visit>
 auto with_isa(Isa isa, Visit&& visit) {
-#if defined(PELT_SIM)
+#if defined(PELT_SIMULATED_TILES)
   (void)isa;
   return visit(IsaTag<Isa::kAmx>{});
 #else

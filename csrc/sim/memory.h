@@ -1,50 +1,92 @@
-// Host bodies of cuda/memory.cuh. They check the alignment that the GPU's instructions need, and
-// copy bytes, because the elements are of another type than the access.
+// Memory as kernels see it: which bytes there are, which are written, and who touched them last.
 #pragma once
 
-#include <cstring>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
 
-#include "cuda/words.h"
-#include "sim/executor.h"
+#include "sim/clocks.h"
 
-namespace pelt {
+namespace pelt::sim {
 
-template <class Shared>
-inline Shared& shared_memory_as() {
-  static_assert(alignof(Shared) <= 1024, "shared memory is aligned to 1024 bytes");
-  sim::check_in_shared("shared_memory_as", sim::shared_memory().base, sizeof(Shared));
-  return *reinterpret_cast<Shared*>(sim::shared_memory().base);
-}
+// What a check found; the machine adds kernel, line, block, warp and lane.
+struct Finding {
+  std::string text;
+  Stamp other{};  // the access that it disagrees with, if any
+};
 
-inline uint32_t load_4(const void* address) {
-  sim::check_aligned("load_4", address, 4);
-  uint32_t value;
-  memcpy(&value, address, sizeof(value));
-  return value;
-}
+struct Access {
+  Stamp stamp;
+  uint32_t lane = 0;
+  const Clock* clock = nullptr;
+  bool is_strong = false;
+  bool is_read_only = false;
+};
 
-inline void store_4(void* address, uint32_t value) {
-  sim::check_aligned("store_4", address, 4);
-  memcpy(address, &value, sizeof(value));
-}
+// Tells about the instruction of an earlier access.
+struct CodeFacts {
+  virtual bool is_strong(uint32_t code) const = 0;
+  virtual bool is_read_only(uint32_t code) const = 0;
 
-inline Words4 load_16(const void* address) {
-  sim::check_aligned("load_16", address, 16);
-  Words4 value;
-  memcpy(&value, address, sizeof(value));
-  return value;
-}
+ protected:
+  ~CodeFacts() = default;
+};
 
-inline Words4 load_global_16(const void* address) {
-  sim::check_aligned("load_global_16", address, 16);
-  Words4 value;
-  memcpy(&value, address, sizeof(value));
-  return value;
-}
+// The last accesses to each cell of a range. A cell is four bytes, or as few as the narrowest
+// access that was seen: elements of two bytes in one word may belong to different threads.
+class Shadow {
+ public:
+  void start(uint64_t address, size_t bytes, bool is_written);
+  void mark_written(uint64_t address, size_t bytes);
+  // A new launch: everything that was written is ordered before it.
+  void forget_accesses();
 
-inline void store_16(void* address, const Words4& value) {
-  sim::check_aligned("store_16", address, 16);
-  memcpy(address, &value, sizeof(value));
-}
+  // Each returns false with a finding at the first cell that the access must not touch.
+  bool read(uint64_t address, size_t bytes, const Access& access, const CodeFacts& facts,
+            Finding* finding);
+  bool write(uint64_t address, size_t bytes, const Access& access, const CodeFacts& facts,
+             Finding* finding);
+  // Without a check: what was written before is written by somebody else now.
+  void set_writer(uint64_t address, size_t bytes, Stamp stamp);
 
-}  // namespace pelt
+ private:
+  struct Cell {
+    Stamp write;
+    Stamp read, other_read;  // by the warp that read last, and by another one before it
+  };
+  void refine(uint64_t address, size_t bytes);
+  size_t index_of(uint64_t address) const { return (address - begin_) >> shift_; }
+  static void note_read(Cell& cell, const Access& access);
+
+  uint64_t begin_ = 0;
+  int shift_ = 2;
+  std::vector<Cell> cells_;
+};
+
+// A range of global memory.
+struct Range {
+  uint64_t begin = 0;
+  uint64_t end = 0;
+  Shadow shadow;
+};
+
+class GlobalMemory {
+ public:
+  void give(uint64_t address, size_t bytes, bool is_written);
+  void mark_written(uint64_t address, size_t bytes);
+  void take_back() { ranges_.clear(); }
+  void start_launch();
+  // The range that holds all the bytes, or null. Keeps the last answer, which is mostly the next.
+  Range* find(uint64_t address, size_t bytes);
+  // "which lies 12 bytes behind ..." for a message.
+  std::string describe(uint64_t address) const;
+
+ private:
+  std::vector<Range> ranges_;  // by address, apart from each other
+  size_t last_ = 0;
+};
+
+GlobalMemory& global_memory();
+
+}  // namespace pelt::sim

@@ -1,5 +1,5 @@
-"""The only door to the compiled modules: `_C` (CPU and CUDA kernels) and `_C_sim` (CUDA kernels on
-the host).
+"""The only door to the compiled modules: `_C` (CPU and CUDA kernels) and `_C_sim` (CUDA kernels'
+PTX on the host).
 
 Everything here works, and says what is missing, when neither was built.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -38,7 +38,8 @@ def why_not(name: str) -> str:
     return (
         ""
         if module is not None
-        else f"the compiled module {name} is not there ({error}); build it with `make build`"
+        else f"the compiled module {name} is not there ({error}); build it with "
+        f"`make build{name.removeprefix('_C').replace('_', '-')}`"
     )
 
 
@@ -150,13 +151,14 @@ def dense(value: Any) -> Any:
 
 def readable_rows(tensor: Tensor) -> Tensor:
     """The tensor as CUDA kernels read it through its strides: the last one is 1 and rows start at
-    16-byte borders; copied if they do not.
+    16-byte borders, also in a dimension of size 1, because a kernel names the address of the row
+    behind the last one without reading it. Copied if they do not.
     """
     *steps, last = tensor.stride()
     vector = 16 // tensor.element_size()
     if last == 1 and tensor.data_ptr() % 16 == 0:
-        for step, size in zip(steps, tensor.shape):
-            if step % vector and size > 1:
+        for step in steps:
+            if step % vector:
                 break
         else:
             return tensor
@@ -168,6 +170,34 @@ def workspace(size: int, device: torch.device) -> Tensor | None:
     test, like `empty`.
     """
     return empty(((size + 3) // 4,), torch.float32, device) if size else None
+
+
+def on_lent_memory(
+    run: Callable[..., None], written: Iterable[Tensor | None], unwritten: Iterable[Tensor | None]
+) -> Callable[..., None]:
+    """The function such that the simulator's kernels may touch these tensors while it runs, and no
+    other memory: what is ``written`` they may read at once, the rest where they have written it.
+    """
+    spans = {address: (address, size, False) for address, size in map(_span, unwritten)}
+    spans |= {address: (address, size, True) for address, size in map(_span, written)}
+    simulator = library("_C_sim")
+
+    def run_on_lent_memory(*arguments: Any) -> None:
+        try:
+            simulator.give_memory([span for span in spans.values() if span[1]])
+            run(*arguments)
+        finally:
+            simulator.take_back_memory()
+
+    return run_on_lent_memory
+
+
+def _span(tensor: Tensor | None) -> tuple[int, int]:
+    """The address and the bytes from a tensor's first element to its last."""
+    if tensor is None or tensor.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride()))
+    return tensor.data_ptr(), (last + 1) * tensor.element_size()
 
 
 @contextmanager

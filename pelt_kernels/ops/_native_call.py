@@ -103,6 +103,7 @@ class Plan:
         contract, kernels = chosen.contract, kernels_of(chosen.backend)
         self.native = _native_plan(chosen, chosen.backend, chosen.form)
         self.device, self._is_on_gpu = chosen.device, chosen.device.type == "cuda"
+        self._is_simulated = chosen.backend == "cuda_sim"
         self.is_empty = 0 in chosen.tensors[0][0]  # no row: then no kernel runs
         self._flat_names = chosen.flat_names
         # Of each input's tensor also how it is made readable for the kernels.
@@ -167,37 +168,53 @@ class Plan:
                     grad.zero_()
         return grads
 
-    def run_forward(self, inputs: dict[str, Value], outputs: Sequence[Any]) -> None:
-        """Fills the outputs."""
+    def run_forward(
+        self, inputs: dict[str, Value], outputs: Sequence[Any], added_to: Sequence[Tensor] = ()
+    ) -> None:
+        """Fills the outputs; ``added_to`` are those of them that hold what the kernels add to."""
         flat = flatten(outputs) if self._has_lists else outputs
         if self._is_on_gpu:
             with _native.on(self.device) as stream:
-                self._run_forward(inputs, flat, stream)
+                self._run_forward(inputs, flat, added_to, stream)
         else:
-            self._run_forward(inputs, flat, torch.get_num_threads())
+            self._run_forward(inputs, flat, added_to, torch.get_num_threads())
 
-    def run_backward(self, values: dict[str, Value], grads: dict[str, Value]) -> None:
-        """Fills the gradients."""
+    def run_backward(
+        self, values: dict[str, Value], grads: dict[str, Value], added_to: Sequence[Tensor] = ()
+    ) -> None:
+        """Fills the gradients; ``added_to`` are those of them that hold what the kernels add to."""
         if self._is_on_gpu:
             with _native.on(self.device) as stream:
-                self._run_backward(values, grads, stream)
+                self._run_backward(values, grads, added_to, stream)
         else:
-            self._run_backward(values, grads, torch.get_num_threads())
+            self._run_backward(values, grads, added_to, torch.get_num_threads())
 
     # `run_on`: a GPU's stream, as an address, or on how many threads of a CPU.
 
     def _run_forward(
-        self, inputs: dict[str, Value], outputs: Sequence[Tensor], run_on: int
+        self,
+        inputs: dict[str, Value],
+        outputs: Sequence[Tensor],
+        added_to: Sequence[Tensor],
+        run_on: int,
     ) -> None:
         tensors = self._readable(inputs)
-        workspace = self._workspace(False, (), run_on)
-        self.native.forward(
+        workspace, run = self._workspace(False, (), run_on), self.native.forward
+        if self._is_simulated:
+            run = _native.on_lent_memory(run, [*tensors, *added_to], [*outputs, workspace])
+        run(
             _addresses(tensors), self._strides(tensors), [out.data_ptr() for out in outputs],
             0 if workspace is None else workspace.data_ptr(),
             inputs.get("seed", 0) & _SIXTY_FOUR_BITS, run_on,
         )  # fmt: skip
 
-    def _run_backward(self, values: dict[str, Value], grads: dict[str, Value], run_on: int) -> None:
+    def _run_backward(
+        self,
+        values: dict[str, Value],
+        grads: dict[str, Value],
+        added_to: Sequence[Tensor],
+        run_on: int,
+    ) -> None:
         tensors = self._readable(values)
         saved = self._dense_tensors(self._saved, values)
         dys = self._dense_tensors(self._gradients, values)
@@ -205,8 +222,13 @@ class Plan:
             0 if name not in grads else _native.pointer(grads[name] if i < 0 else grads[name][i])
             for name, i in self._flat_names
         ]
-        workspace = self._workspace(True, tuple([address != 0 for address in to]), run_on)
-        self.native.backward(
+        wanted = tuple([address != 0 for address in to])
+        workspace, run = self._workspace(True, wanted, run_on), self.native.backward
+        if self._is_simulated:
+            run = _native.on_lent_memory(
+                run, [*tensors, *saved, *dys, *added_to], [*flatten(grads.values()), workspace]
+            )
+        run(
             _addresses(tensors), self._strides(tensors), _addresses(saved), _addresses(dys), to,
             0 if workspace is None else workspace.data_ptr(),
             values.get("seed", 0) & _SIXTY_FOUR_BITS, run_on,

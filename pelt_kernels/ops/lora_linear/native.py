@@ -48,11 +48,13 @@ def forward(
     """
     if _is_single(chosen):
         outputs, base = chosen.plan.outputs(), {"weight": weight.to(x.dtype), "bias": bias}
+        added_to = []
     else:
-        y = linear(x, weight.T if chosen.attributes["transposed"] else weight, bias)
-        outputs, base = chosen.plan.outputs(y.contiguous()), _NO_BASE
+        y = linear(x, weight.T if chosen.attributes["transposed"] else weight, bias).contiguous()
+        outputs, base = chosen.plan.outputs(y), _NO_BASE
+        added_to = [y]
     if not chosen.plan.is_empty:
-        chosen.plan.run_forward({**inputs, **base, "x": x}, outputs)
+        chosen.plan.run_forward({**inputs, **base, "x": x}, outputs, added_to)
     return outputs
 
 
@@ -65,12 +67,12 @@ def backward(
     by_torch = {**needs, "x": needs["x"] and not is_single}
     grads = base_grads(chosen, by_torch, dy, values, dtype)
     grads |= chosen.plan.gradients({name: needs[name] for name in _OWN}, values)
-    base = _NO_BASE
+    base, added_to = _NO_BASE, [grads["x"]] if "x" in grads else []
     if is_single:
         grads["x"] = _native.empty(x.shape, x.dtype, chosen.device)
         base = {"weight": values["weight"].to(x.dtype), "bias": None}
     if not chosen.plan.is_empty:
-        chosen.plan.run_backward({**values, **base, "dy": dy}, grads)
+        chosen.plan.run_backward({**values, **base, "dy": dy}, grads, added_to)
     return grads
 
 

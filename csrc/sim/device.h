@@ -1,0 +1,44 @@
+// The GPUs that the simulator can stand for: what of them a launch depends on.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+namespace pelt::sim {
+
+// Few, and odd: persistent kernels take several rounds, and tiles fall unevenly on blocks. Where
+// launches are counted there are as many as the device has.
+constexpr int kMultiprocessors = 3;
+constexpr int kBlocksPerMultiprocessor = 1;
+
+// Shared memory that a kernel may use without asking for more.
+constexpr size_t kSharedBytesUnasked = 48 * 1024;
+
+struct Device {
+  const char* name;
+  int capability;  // 10 times the major number, and the minor one
+  size_t shared_bytes_per_block;
+  size_t shared_bytes_per_multiprocessor;
+  int multiprocessors;
+  int threads_per_multiprocessor;
+  int blocks_per_multiprocessor;
+};
+
+constexpr Device kDevices[] = {
+    {"A100", 80, 163 * 1024, 164 * 1024, 108, 2048, 32},
+    {"H100", 90, 227 * 1024, 228 * 1024, 132, 2048, 32},
+    {"H200", 90, 227 * 1024, 228 * 1024, 132, 2048, 32},
+    {"RTX 3090", 86, 99 * 1024, 100 * 1024, 82, 1536, 16},
+    {"RTX 4090", 89, 99 * 1024, 100 * 1024, 128, 1536, 24},
+    {"L4", 89, 99 * 1024, 100 * 1024, 58, 1536, 24},
+    {"T4", 75, 64 * 1024, 64 * 1024, 40, 1024, 16},
+};
+constexpr int kDeviceCount = sizeof(kDevices) / sizeof(kDevices[0]);
+
+// The place in kDevices of the one that kernels run on; at first H100.
+int current_device();
+
+// Throws Error where no device has this name.
+void set_device(const std::string& name);
+
+}  // namespace pelt::sim
