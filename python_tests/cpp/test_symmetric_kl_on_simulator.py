@@ -43,6 +43,13 @@ def test_rows_around_a_blocks_turn(rows):
     _agrees(Case("rows", {"T": rows, "C": 5}, "mask"))
 
 
+def test_long_rows_that_a_block_takes_one_after_the_other():
+    """A block has one row of this length at a time, and there are fewer blocks than rows: what it
+    keeps of a row in shared memory has to be read before the next row's.
+    """
+    _agrees(Case("turns", {"T": 60, "C": 1030}, "mask"))
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1000.0])
 @pytest.mark.parametrize("classes", [300, 2000])
 def test_logits_of_any_size(scale, classes):
