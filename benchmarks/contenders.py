@@ -68,6 +68,20 @@ def _forward(function: Callable[..., Any], values: list[Any]) -> Function:
 
 def _forward_backward(operator: str, function: Callable[..., Any], values: list[Any]) -> Function:
     contract = contract_of(operator).CONTRACT
+    inputs, leaves = trainable(operator, values)
+    dys: list[Tensor] = []
+
+    def call() -> None:
+        outputs = differentiable(contract, function(inputs))
+        if len(dys) != len(outputs):
+            dys[:] = [torch.randn_like(output) for output in outputs]
+        torch.autograd.grad(outputs, leaves, dys, allow_unused=True)
+
+    return call
+
+
+def trainable(operator: str, values: list[Any]) -> tuple[list[Any], list[Tensor]]:
+    """The inputs, and those of their tensors that ask for a gradient: all that is not frozen."""
     leaves: list[Tensor] = []
 
     def leaf(name: str, value: Tensor | None) -> Tensor | None:
@@ -80,22 +94,19 @@ def _forward_backward(operator: str, function: Callable[..., Any], values: list[
 
     inputs = [
         [leaf(row.name, v) for v in value] if row.is_list else leaf(row.name, value)
-        for row, value in zip(contract.input_rows, values)
+        for row, value in zip(contract_of(operator).CONTRACT.input_rows, values)
     ]
-    dys: list[Tensor] = []
+    return inputs, leaves
 
-    def call() -> None:
-        outputs = [
-            tensor
-            for row, output in zip(contract.public_rows, function(inputs))
-            if row.is_differentiable
-            for tensor in (output if row.is_list else [output])
-        ]
-        if len(dys) != len(outputs):
-            dys[:] = [torch.randn_like(output) for output in outputs]
-        torch.autograd.grad(outputs, leaves, dys, allow_unused=True)
 
-    return call
+def differentiable(contract: Any, outputs: Sequence[Any]) -> list[Tensor]:
+    """The tensors among a call's outputs from which gradients come."""
+    return [
+        tensor
+        for row, output in zip(contract.public_rows, outputs)
+        if row.is_differentiable
+        for tensor in (output if row.is_list else [output])
+    ]
 
 
 def baselines_of(operator: str, case: Case) -> list[str]:

@@ -117,6 +117,14 @@ ON_GPU = {
         _lora(8192, 1024, 16),
     ],
 }
+# Small enough for a test to count what kernels do, and large enough for their loops to go round.
+COUNTED = {
+    "gated_adapter": _adapter(128, 512, 48),
+    "prefix_attention": _attention(1, 128, 64, 30),
+    "lora_linear": _lora(128, 512, 8, "lora"),
+    "masked_weight": _masked(128, 512),
+    "symmetric_kl": _sized("symmetric_kl", "tokens", "T64-C2000", True, T=64, C=2000),
+}
 SWEEPS = {
     "gated_adapter": {
         "T": [_adapter(2**n, 768, 48) for n in range(7, 13)],
