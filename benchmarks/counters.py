@@ -7,7 +7,7 @@ wavefronts, and the least time that these take the pipes of a GPU.
     python -m benchmarks.counters --record
 
 These are counts of PTX and a lower bound, not a measurement. Without ``--case`` the operator's
-benchmark shapes are counted but for those that would take too long, which are named. ``--record``
+quick benchmark shapes are counted but for those that take too long, which are named. ``--record``
 writes the small table that the tests hold every operator's kernels to.
 """
 
@@ -25,7 +25,7 @@ from pelt_kernels.ops import OPERATORS, _native
 from pelt_kernels.ops import _dispatch as dispatch
 from pelt_kernels.ops._dispatch import contract_of
 
-from . import pipes, roofline, shapes
+from . import counters_report, pipes, roofline, shapes
 from .checkout import ROOT, commit
 from .contenders import SEED, differentiable, trainable
 from .from_tests import Case, cases, parity
@@ -172,43 +172,59 @@ def recorded_of(operator: str) -> Rows:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0, or 2 for a wrong request."""
-    from . import counters_report
-
     options = _parse(arguments)
     if options.record:
         write(RECORDED, record())
         return 0
-    known = {case.id: case for case in shapes.cases_of(options.op, "cuda")}
-    chosen, left_out = list(known.values()), []
-    if options.case:
-        if options.case not in known:
-            print(f"benchmarks.counters: --case: expected one of {', '.join(known)}, got "
-                  f"'{options.case}'", file=sys.stderr)  # fmt: skip
-            return 2
-        chosen = [known[options.case]]
-    else:
-        left_out = [case.id for case in chosen if takes_too_long(options.op, case, options.dtype)]
-        chosen = [case for case in chosen if case.id not in left_out]
-    directions = [options.direction] if options.direction else list(DIRECTIONS)
     gpus = options.gpus.split(",")
+    try:
+        chosen, left_out = _chosen(options, gpus)
+    except ValueError as error:
+        print(f"benchmarks.counters: {error}", file=sys.stderr)
+        return 2
+    directions = [options.direction] if options.direction else list(DIRECTIONS)
     rows = read(options.json) if options.json and options.json.is_file() else []
     for case in chosen:
         request = options.request or request_of(options.op, case, options.dtype)
-        if not request:
-            print(f"{options.op} {case.id} {options.dtype}: no kernel serves it")
-            continue
-        if refusal := parity.why_refused(options.op, request, case, options.dtype):
+        refusal = parity.why_refused(options.op, request, case, options.dtype) if request else ""
+        if refusal or not request:
             print(f"{options.op} {case.id} {options.dtype}: not by {request}: {refusal}")
             continue
         found, by_gpu = counted(options.op, case, options.dtype, request, gpus, directions)
         counters_report.show(found, by_gpu, gpus, is_short=not options.case)
-        rows += found
+        rows = [row for row in rows if _key(row) not in map(_key, found)] + found
         if options.json:
             write(options.json, rows)
     if left_out:
-        print(f"left out, because they take too long (--case counts them): {', '.join(left_out)}")
+        print(f"left out, --case counts them: {', '.join(left_out)}")
     print(counters_report.WHAT)
     return 0
+
+
+def _chosen(options: argparse.Namespace, gpus: Sequence[str]) -> tuple[list[Case], list[str]]:
+    """The cases to count, and the names of the others. Raises ValueError for a wrong request."""
+    known = {case.id: case for case in shapes.cases_of(options.op, "cuda")}
+    for given, option, names in (
+        ([options.case] if options.case else [], "--case", list(known)),
+        (gpus, "--gpus", list(GPUS)),
+        ([options.request] if options.request else [], "--request",
+         dispatch.every_request(options.op, "cuda_sim")),
+    ):  # fmt: skip
+        for name in given:
+            if name not in names:
+                raise ValueError(f"{option}: expected one of {', '.join(names)}, got '{name}'")
+    if options.case:
+        return [known[options.case]], []
+    chosen = [
+        case
+        for case in shapes.cases_of(options.op, "cpu")
+        if case.is_quick and not takes_too_long(options.op, case, options.dtype)
+    ]
+    return chosen, [name for name in known if name not in {case.id for case in chosen}]
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("op", "case", "dtype", "direction", "request"))
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -219,7 +235,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--direction", choices=DIRECTIONS, help="default both")
     parser.add_argument("--request", help="a form of the backend cuda_sim")
     parser.add_argument("--gpus", default=",".join(GPUS), help="with commas; default all known")
-    parser.add_argument("--json", type=Path, help="file to which rows are added")
+    parser.add_argument(
+        "--json", type=Path, help="file to which rows are added, or in which they are replaced"
+    )
     parser.add_argument("--record", action="store_true", help="what the tests hold kernels to")
     return parser.parse_args(arguments)
 

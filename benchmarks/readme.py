@@ -1,5 +1,5 @@
 """Rewrites the generated tables of README.md and of benchmarks/results/README.md: what each backend
-supports, how fast it is, what each method reaches.
+supports, how fast it is, what its CUDA kernels issue, what each method reaches.
 
     python -m benchmarks.readme
 
@@ -18,13 +18,14 @@ from pelt_kernels.methods import PRESETS
 from pelt_kernels.models import FAMILIES
 from pelt_kernels.ops import OPERATORS, support_table
 
-from . import operator_tables
+from . import counters_report, operator_tables
 from .checkout import ROOT
 from .rows import Rows, read
 
 README = ROOT / "README.md"
 METHODS = ROOT / "benchmarks" / "results" / "methods.jsonl"
 STEPS = ROOT / "benchmarks" / "results" / "train_step.jsonl"
+COUNTERS = ROOT / "benchmarks" / "results" / "counters.jsonl"
 RESULTS = METHODS.with_name("README.md")
 METRIC_NAMES = {"accuracy": "accuracy", "f1": "F1", "matthews": "Matthews"}
 
@@ -232,6 +233,8 @@ def results_rewritten(text: str) -> str:
     """benchmarks/results/README.md as it should be."""
     if STEPS.is_file():
         text = with_block(text, "steps table", steps_table(read(STEPS)))
+    if COUNTERS.is_file():
+        text = with_block(text, "counters table", counters_report.counters_table(read(COUNTERS)))
     return with_block(text, "every row", operator_tables.full(operator_rows()))
 
 
