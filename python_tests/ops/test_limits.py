@@ -310,6 +310,25 @@ def test_what_is_read_follows_the_formula(shown, backend, need):
         parity.check(operator, backend, case, precision, draw)
 
 
+@pytest.mark.parametrize("backend", able("prefix_attention", _case("prefix_attention", "prefix")))
+def test_a_key_at_infinity_that_gets_no_probability(backend, need):
+    """Every query has the score -inf with it: its gradients are numbers, also where a tile of queries
+    is filled up with zeros, whose product with infinity is none.
+    """
+    case = _case("prefix_attention", "prefix")
+    for precision in _served("prefix_attention", backend, case, need):
+
+        def draw(n, precision=precision):
+            inputs = _named(
+                "prefix_attention", inputs_of("prefix_attention", case, precision, draw=n)
+            )
+            inputs["q"] = -inputs["q"].abs() - 0.125
+            inputs["k"][:, :, 2, 3] = INF
+            return list(inputs.values())
+
+        parity.check("prefix_attention", backend, case, precision, draw)
+
+
 # ---- classes that do not exist ----
 
 

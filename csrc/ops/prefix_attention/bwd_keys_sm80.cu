@@ -271,7 +271,9 @@ __device__ __forceinline__ void differentiate(const CudaInputs& in, const Head& 
       const float lse = s_lse[query], delta = s_delta[query];
 #pragma unroll
       for (int m = 0; m < kTilesM; ++m) {
-        const float probability = exp2_approx(scores[m][n].r[i] - lse);
+        // A query that does not exist is a row of zeros, whose product with an infinite key is NaN;
+        // its lse is +inf.
+        const float probability = lse == INFINITY ? 0.0f : exp2_approx(scores[m][n].r[i] - lse);
         // What multiplies the probability before the value: the gate, and dropout's factor or 0.
         float factor = gate;
         if (in.dropout.is_active()) {
