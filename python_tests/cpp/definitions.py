@@ -60,8 +60,8 @@ def decoded(kind: str, bits: int) -> Any:
 
 
 def encoded(kind: str, value: Any, width: int) -> int:
-    """A value as a register of so many bits holds it: an integer is cut to its type's width, and then
-    extended to the register's.
+    """A value as a register of so many bits holds it: an integer is cut to its type's width, and
+    then extended to the register's.
     """
     if kind not in FORMATS:
         return int(decoded(kind, int(value))) & ((1 << width) - 1)

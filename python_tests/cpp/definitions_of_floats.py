@@ -17,8 +17,8 @@ LEAST_NORMAL = 2.0**-126
 
 @dataclass(frozen=True)
 class Near:
-    """A result of the approximate functions: to one unit in the last place, which is within what PTX
-    promises of each. Those with .ftz give 0 for what is below the normal range.
+    """A result of the approximate functions: to one unit in the last place, which is within what
+    PTX promises of each. Those with .ftz give 0 for what is below the normal range.
     """
 
     exact: float

@@ -1,5 +1,5 @@
-"""Faults of prefix_attention's kernels: each barrier and each wait, and a wrong operand in each statement
-of inline assembly that they use.
+"""Faults of prefix_attention's kernels: each barrier and each wait, and a wrong operand in each
+statement of inline assembly that they use.
 """
 
 from __future__ import annotations
@@ -263,7 +263,8 @@ PREFIX_ATTENTION = [
 ]
 
 # One wrong operand in each statement of inline assembly that the kernels use.
-MMA = r"^(mma\S+) \{(.*?), (.*?), (.*?), (.*?)\}, \{(.*?), (.*?), (.*?), (.*?)\}, \{(.*?), (.*?)\}, \{(.*?), (.*?), (.*?), (.*?)\};"
+FOUR = r"\{(.*?), (.*?), (.*?), (.*?)\}"
+MMA = rf"^(mma\S+) {FOUR}, {FOUR}, \{{(.*?), (.*?)\}}, {FOUR};"
 MATRICES = r"^(ldmatrix\.sync\.aligned\.m8n8\.x4)(\.trans|)(\.shared\.b16 \{.*?\}), \[(.*?)\];"
 ASYNC = r"^(cp\.async\.cg\.shared\.global) \[(.*?)\], \[(.*?)\], 16, (.*?);"
 

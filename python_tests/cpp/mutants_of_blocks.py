@@ -1,4 +1,4 @@
-"""Faults of masked_weight's and symmetric_kl's kernels: each barrier, each order of memory, and operands."""
+"""Faults of masked_weight's and symmetric_kl's kernels: barriers, orders of memory, operands."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ MASKED_FORWARD = [
         MASKED + "atomic_count(&s.counts[key >> 21], 1)",
         RACE,
         r"^atom\.shared\.add\.u32 %r\d+, (\[.*?\]), ([%\w]+);",
-        r"{ .reg .b32 %mutant; ld.shared.u32 %mutant, \1; add.u32 %mutant, %mutant, \2; st.shared.u32 \1, %mutant; }",
+        r"{ .reg .b32 %m; ld.shared.u32 %m, \1; add.u32 %m, %m, \2; st.shared.u32 \1, %m; }",
     ),
     masked(
         "count of two",

@@ -1,5 +1,5 @@
-"""Plants a fault in the PTX of a shipped kernel: an edit of the instructions that come from one line
-of its source.
+"""Plants a fault in the PTX of a shipped kernel: an edit of the instructions that come from one
+line of its source.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def with_sources(kernel: str, files: dict[str, str]) -> Iterator[tuple[str, tupl
 def mutated(mutant: Mutant) -> str:
     """A module with the changed kernel alone."""
     ptx, entry = simulator().ptx_of(mutant.kernel)
-    head = ptx[: re.search(r"^[^\n]*\.entry ", ptx, re.MULTILINE).start()]  # type: ignore[union-attr]
+    head = ptx[: ptx.rindex("\n", 0, ptx.index(".entry ")) + 1]
     begin = ptx.rindex("\n", 0, ptx.index(f".entry {entry}")) + 1
     end = ptx.index("\n}\n", begin) + 3
     place = line_of(mutant.place) if mutant.place else None

@@ -19,8 +19,8 @@ def simulator() -> Any:
 
 
 def kernel(body: str, addresses: int = 2, threads: int = LANES, more_bytes: int = 0) -> str:
-    """A module with the kernel `test`, whose parameter is a struct of addresses and more bytes behind
-    them. %q0, %q1 and so on hold the addresses, %r0 the thread's index.
+    """A module with the kernel `test`, whose parameter is a struct of addresses and more bytes
+    behind them. %q0, %q1 and so on hold the addresses, %r0 the thread's index.
     """
     loads = "\n".join(f"ld.param.u64 %q{n}, [given+{8 * n}];" for n in range(addresses))
     return f"""

@@ -72,7 +72,7 @@ def draw(kind: str, source: random.Random) -> int:
 
 
 def register_bits(name: str, kind: str, is_destination: bool) -> int:
-    """Of the register in which an operand stands. Conversions extend what they give to all of it."""
+    """Of the register in which an operand stands. Conversions extend their result to all of it."""
     if is_destination and name.startswith("cvt.") and kind in ("s8", "u8", "s16", "u16"):
         return 32
     return max(bits_of_type(kind), 16)

@@ -1,4 +1,4 @@
-"""How the simulator's machine loads, stores, copies and counts: widths, extension, vectors, spaces."""
+"""How the simulator's machine loads, stores, copies and counts: widths, vectors, spaces."""
 
 from __future__ import annotations
 

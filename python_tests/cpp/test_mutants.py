@@ -1,6 +1,6 @@
-"""Faults planted in the shipped kernels are caught: by the simulator's checks, or because the numbers
-come out wrong. One line of a kernel is changed at a time: a barrier or a wait is left out, an order of
-memory is weakened, an operand is another one.
+"""Faults planted in the shipped kernels are caught: by the simulator's checks, or because the
+numbers come out wrong. One line of a kernel is changed at a time: a barrier or a wait is left out,
+an order of memory is weakened, an operand is another one.
 """
 
 from __future__ import annotations

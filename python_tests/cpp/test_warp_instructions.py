@@ -17,8 +17,8 @@ RANDOM = np.random.default_rng
 
 
 def words_of(body: str, count: int, *inputs: np.ndarray, threads: int = LANES, shared: int = 0):
-    """The words [count, threads] that a kernel stores at %q9 + 4 * threads * i; %q8 is the address of
-    the thread's word in the first input, %q0 the input's.
+    """The words [count, threads] that a kernel stores at %q9 + 4 * threads * i; %q8 is the address
+    of the thread's word in the first input, %q0 the input's.
     """
     found = np.zeros((count, threads), np.uint32)
     output = len(inputs)
@@ -67,7 +67,7 @@ def rounded_to(dtype: str, values: np.ndarray) -> np.ndarray:
 
 
 def product(dtype: str, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
-    """A [16, 16] B [16, 8] + C [16, 8] by one mma, through the fragments that csrc/cuda/mma.cuh draws."""
+    """A [16, 16] B [16, 8] + C [16, 8] by one mma, in the fragments of csrc/cuda/mma.cuh."""
     given = np.zeros((10, LANES), np.uint32)
     of_a, of_b = halves(dtype, a), halves(dtype, b)
     of_c = c.astype(np.float32).view(np.uint32)
@@ -217,7 +217,7 @@ def test_vote(mode: str) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_loops_that_end_apart_meet_again(seed: int) -> None:
-    """Each lane adds up 0 .. lane % 7 in an outer loop of lane % 3 + 1 turns; behind it all 32 vote."""
+    """Each lane adds up 0 .. lane % 7, in an outer loop of lane % 3 + 1 turns; then all 32 vote."""
     simulator().set_seed(seed)
     body = f"""
         rem.u32 %r1, %r0, 7;
