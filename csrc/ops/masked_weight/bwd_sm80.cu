@@ -24,12 +24,13 @@
 namespace pelt::masked_weight {
 namespace {
 
+// Blocks of a multiprocessor for which ptxas leaves registers, of the two kernels: by its own choice
+// it makes room for more of them, and spills.
+constexpr int kBlocks = 2, kSumBlocks = 5;
+
 template <class Type>
 struct Config {
   using T = Type;
-  // Blocks of a multiprocessor for which ptxas leaves registers; 0: its own choice, because
-  // two blocks of float32 would spill.
-  static constexpr int kBlocks = sizeof(T) == 2 ? 2 : 0;
 };
 
 struct Shared {
@@ -139,7 +140,7 @@ __device__ __forceinline__ void project(const Call& in, const Factors& f, const 
 
 // Grid: column tiles by bands of rows.
 template <class C>
-__global__ void __launch_bounds__(kThreads, C::kBlocks)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     masked_weight_bwd_sm80(const __grid_constant__ BackwardParams p) {
   using T = typename C::T;
   auto& s = shared_memory_as<Shared>();
@@ -184,7 +185,7 @@ __device__ __forceinline__ float sum_of_parts(const float* partial, int64_t size
 // A thread adds up one element of one gradient: du, dv, da with drow, db with dcol, one behind the
 // other. Scales fall on the sums, once.
 template <class C>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kSumBlocks)
     masked_weight_bwd_sums_sm80(const __grid_constant__ BackwardParams p) {
   using T = typename C::T;
   const Call& in = p.in;
