@@ -178,8 +178,12 @@ def on_lent_memory(
     """The function such that the simulator's kernels may touch these tensors while it runs, and no
     other memory: what is ``written`` they may read at once, the rest where they have written it.
     """
-    spans = {address: (address, size, False) for address, size in map(_span, unwritten)}
-    spans |= {address: (address, size, True) for address, size in map(_span, written)}
+    spans: dict[int, tuple[int, int, bool]] = {}
+    for is_written, tensors in ((False, unwritten), (True, written)):
+        for address, size in map(_span, tensors):
+            # A tensor and a view of its beginning are one span.
+            size = max(size, spans.get(address, (0, 0))[1])
+            spans[address] = (address, size, is_written)
     simulator = library("_C_sim")
 
     def run_on_lent_memory(*arguments: Any) -> None:

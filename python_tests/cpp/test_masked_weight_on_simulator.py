@@ -68,3 +68,10 @@ def test_several_bands_and_rank_chunks(ranks):
     attributes = {"keep": 9000, "beta": 0.7, "alpha1": 0.5, "alpha2": 2.0}
     case = Case(f"bands {ranks}", sizes, attributes=attributes)
     check_in_every_order("masked_weight", "cuda_sim", case, "float32")
+
+
+def test_an_input_may_be_a_view_of_another():
+    weight, ones = torch.randn(64, 64), torch.ones(64, 4)
+    inputs = (weight, ones, ones.T, ones, ones.T, weight[0], weight[0], 100)
+    found, expected = (masked_weight(*inputs, backend=name) for name in ("cuda_sim", "eager"))
+    torch.testing.assert_close(found, expected)
