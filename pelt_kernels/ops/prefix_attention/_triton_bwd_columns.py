@@ -45,7 +45,8 @@ def _dkv_tiles(
             dots, (first + rows)[None, :], j[:, None], mask_ptr, bias_ptr, bias_stride, S, N,
             length, scale, IS_CAUSAL, CHECK, 1.0,
         )  # fmt: skip
-        p = probability(scores, lse[None, :], q)
+        # A row that does not exist is zeros, whose product with an infinite key is NaN.
+        p = tl.where(row_ok[None, :], probability(scores, lse[None, :], q), 0.0)
         dp = product(v, tl.trans(dout), tl.zeros([BLOCK_N, BLOCK_S], tl.float32))
         dropped = p
         if HAS_DROPOUT:
@@ -143,7 +144,7 @@ def _prefix_tiles(
         lse = row_lse(lse_ptr + first, rows, row_ok)
         delta = tl.load(delta_ptr + first + rows, mask=row_ok, other=0.0)
         dots = product(k, tl.trans(q), tl.zeros([BLOCK_P, BLOCK_S], tl.float32))
-        p = probability(dots * (gate * scale), lse[None, :], q)
+        p = tl.where(row_ok[None, :], probability(dots * (gate * scale), lse[None, :], q), 0.0)
         dp = product(v, tl.trans(dout), tl.zeros([BLOCK_P, BLOCK_S], tl.float32)) * gate
         dropped = p
         if HAS_DROPOUT:
