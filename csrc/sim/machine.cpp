@@ -89,10 +89,9 @@ void Machine::start_block(int linear) {
                  linear / request_.blocks.x / request_.blocks.y};
   block.first_warp = static_cast<uint32_t>(linear) * warps_per_block_;
   const size_t bytes = program_.static_shared_bytes + request_.shared_bytes;
-  block.shared.resize(bytes);
   // Any number may stand in memory that nobody has written: sometimes a NaN, sometimes 0.
   const bool is_zero = random_.below(4) == 0;
-  memset(block.shared.data(), is_zero ? 0 : 0xff, bytes);
+  block.shared.assign(bytes, is_zero ? 0 : 0xff);
   block.shadow.start(0, bytes, false);
   block.barriers.assign(kBarriers, Barrier(block.first_warp));
   for (uint32_t w = 0; w < warps_per_block_; ++w) {
