@@ -1,7 +1,7 @@
 """Builds the compiled modules with CMake; everything else is in pyproject.toml.
 
 PELT_KERNELS_CUDA=1 builds the CUDA kernels as a release holds them, 0 leaves them out; by default
-nvcc and a GPU decide, and they are built for that GPU.
+nvcc and a GPU decide.
 ``build_ext --inplace --sim`` also builds `_C_sim` for the tests, which no wheel holds.
 """
 
@@ -25,15 +25,12 @@ def cuda() -> list[str]:
     if asked not in ("0", "1", "auto"):
         sys.exit(f"setup.py: expected PELT_KERNELS_CUDA to be 0, 1 or auto, got '{asked}'")
     if asked != "auto":
-        return [
-            "-UPELT_KERNELS_CUDA_ARCHS",
-            f"-DPELT_KERNELS_CUDA={'on' if asked == '1' else 'off'}",
-        ]
+        return [f"-DPELT_KERNELS_CUDA={'on' if asked == '1' else 'off'}"]
     nvcc = shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()
     missing = ["nvcc"] * (not nvcc) + ["GPU"] * (not Path("/dev/nvidiactl").exists())
     found = f"no {' and no '.join(missing)}, no CUDA kernels" if missing else "CUDA kernels too"
     print(f"pelt_kernels: {found} (PELT_KERNELS_CUDA=0 or 1 decides)", file=sys.stderr)
-    return [f"-DPELT_KERNELS_CUDA={'off' if missing else 'on'}", "-DPELT_KERNELS_CUDA_ARCHS=native"]
+    return [f"-DPELT_KERNELS_CUDA={'off' if missing else 'on'}"]
 
 
 class CMakeBuild(build_ext):

@@ -60,7 +60,7 @@ def test_no_kernel_spills_or_has_a_stack(module):
 
 
 def test_it_holds_the_architectures_of_a_release(module):
-    assert {"sm_80", "sm_90a"} <= set(re.findall(r"sm_\d+a?", _dump(module, "--list-elf")))
+    assert {"sm_80", "sm_90"} <= set(re.findall(r"sm_\d+", _dump(module, "--list-elf")))
     assert re.search(r"sm_80|compute_80", _dump(module, "--list-ptx"))
 
 
