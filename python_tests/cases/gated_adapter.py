@@ -80,6 +80,26 @@ CASES = [
         {"skip_below": 0.5},
         is_inference=True,
     ),
+    # Widths of whole chunks and ranks of whole vectors have kernels of their own.
+    Case(
+        "dropout_rank_64",
+        {"B": 2, "S": 40, "D": 128, "R": 64},
+        "b_down, b_up, gate",
+        {"dropout_p": 0.3, "activation": "gelu"},
+    ),
+    Case(
+        "token_gate_rank_40",
+        {"B": 2, "S": 33, "D": 192, "R": 40},
+        "b_down, b_up, gate_weight, gate_bias",
+        {"pooling": "token", "residual_from": "none", "dropout_p": 0.1},
+    ),
+    Case(
+        "gate_per_row_rank_32",
+        {"B": 3, "S": 50, "D": 64, "R": 32},
+        "b_up, scale, gate per row, residual",
+        {"activation": "silu", "residual_from": "tensor"},
+    ),
+    Case("no_bias_rank_96", {"B": 1, "S": 70, "D": 128, "R": 96}, "scale"),
     Case("one_row", {"B": 1, "S": 1, "D": 64, "R": 16}, UNIPELT, POOLED),
     Case("no_rows", {"B": 0, "S": 5, "D": 64, "R": 16}, "b_down, b_up"),
     Case("rank_1", {"B": 2, "S": 31, "D": 64, "R": 1}, "b_down, b_up"),

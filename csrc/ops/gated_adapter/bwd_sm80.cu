@@ -77,18 +77,18 @@ __device__ __forceinline__ void settle_factors(const BackwardParams& p, Shared<C
   if (r < kBlockT) {
     const bool is_there = r < rows.count;
     s.rows.factor[r] =
-        is_there ? scale_of<T>(p.in) *
-                       gate_of_row<T>(p.in, p.in.output_as<float>(kGateValue), rows.first + r)
+        is_there ? scale_of<T>(p.in) * gate_of_row<T, typename C::Options>(
+                                           p.in, p.in.output_as<float>(kGateValue), rows.first + r)
                  : 0.0f;
   }
   sync_threads();  // the factors are there, and what measure_rows has written
 }
 
 // Eight elements of dy after dropout.
-template <class T>
+template <class C, class T = typename C::T>
 __device__ __forceinline__ Float8 load_dropped(const BackwardParams& p, int64_t row, int column) {
   Float8 values = load_8(p.in.doutput_as<T>(kY) + row * p.in.D + column);
-  if (p.in.dropout.is_active()) {
+  if (C::Options::has_dropout(p.in)) {
     const Float8 factors = dropout_of_row(p.in, row, column);
     for (int e = 0; e < 8; ++e) values.v[e] *= factors.v[e];
   }
@@ -127,7 +127,7 @@ __device__ __forceinline__ void derive_output(const BackwardParams& p, Shared<C>
   float sum[4] = {}, dot_hat[4] = {}, dot[4] = {};
   project_to_columns<kUp, C>(in, s, in.parameter(kWUp), member, [&](int first, const auto& sums) {
     for_each_8(out, rows, first, in.D, sums, [&](int turn, int row, int column, const Float8& u) {
-      const Float8 dy = load_dropped<T>(p, rows.first + row, column);
+      const Float8 dy = load_dropped<C>(p, rows.first + row, column);
       const Float8 hat = normed_output<C>(p, s, member, row, column, u);
       const Float8 weight = load_parameter_8<T>(in.parameter(kPostNormWeight), column);
       const Float8 bias = load_parameter_8<T>(in.parameter(kPostNormBias), column);
@@ -152,7 +152,7 @@ __device__ __forceinline__ void derive_output(const BackwardParams& p, Shared<C>
   project_to_columns<kUp, C>(in, s, in.parameter(kWUp), member, [&](int first, const auto& sums) {
     ColumnSums columns;
     for_each_8(out, rows, first, in.D, sums, [&](int turn, int row, int column, const Float8& u) {
-      const Float8 dy = load_dropped<T>(p, rows.first + row, column);
+      const Float8 dy = load_dropped<C>(p, rows.first + row, column);
       const Float8 hat = normed_output<C>(p, s, member, row, column, u);
       const Float8 weight = load_parameter_8<T>(in.parameter(kPostNormWeight), column);
       const float factor = s.rows.factor[row];  // scale g
@@ -167,7 +167,7 @@ __device__ __forceinline__ void derive_output(const BackwardParams& p, Shared<C>
       }
       store_16(static_cast<T*>(p.du) + (rows.first + row) * in.D + column, narrow<T>(du));
     });
-    columns.leave(norm_sums(p, tile, has_pre_norm(in) ? 1 : 0), in.D, first);
+    columns.leave(norm_sums(p, tile, C::Options::has_pre_norm(in) ? 1 : 0), in.D, first);
   });
 }
 
@@ -177,8 +177,10 @@ __device__ __forceinline__ void stage_dy(const BackwardParams& p, const TileRows
                                          typename C::T* tile, int first) {
   using T = typename C::T;
   const Call& in = p.in;
-  const T* source = static_cast<const T*>(has_post_norm(in) ? p.du : in.doutput[kY]);  // [B * S, D]
-  const bool drops = in.dropout.is_active() && !has_post_norm(in);  // du has passed through it
+  const T* source =
+      static_cast<const T*>(C::Options::has_post_norm(in) ? p.du : in.doutput[kY]);  // [B * S, D]
+  const bool drops =
+      C::Options::has_dropout(in) && !C::Options::has_post_norm(in);  // du has passed through it
   for (int i = thread_index(); i < kBlockT * kVectors; i += kThreads) {
     const int row = i / kVectors, column = i % kVectors * 8;
     const bool is_there = row < rows.count && first + column < in.D;
@@ -190,7 +192,7 @@ __device__ __forceinline__ void stage_dy(const BackwardParams& p, const TileRows
       const Float8 none = {};
       // What has to be computed comes through registers.
       store_16(to,
-               narrow<T>(is_there ? load_dropped<T>(p, rows.first + row, first + column) : none));
+               narrow<T>(is_there ? load_dropped<C>(p, rows.first + row, first + column) : none));
     }
   }
 }
@@ -214,7 +216,7 @@ __device__ __forceinline__ void put_hidden_gradient(const BackwardParams& p, Sha
         const Float2 pair = unpack<T>(load_4(at));  // of h, whose place dh takes
         const float h[2] = {pair.low, pair.high};
         // With a post-norm v comes from du, which has the factor.
-        const float factor = has_post_norm(p.in) ? 1.0f : s.rows.factor[row];
+        const float factor = C::Options::has_post_norm(p.in) ? 1.0f : s.rows.factor[row];
         float dh[2] = {0.0f, 0.0f};  // also where no h was loaded
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
@@ -237,16 +239,16 @@ __device__ __forceinline__ void derive_hidden(const BackwardParams& p, Shared<C>
                                               const TileRows& rows, int tile) {
   using T = typename C::T;
   const Call& in = p.in;
-  if (has_pre_norm(in) || has_learned_gate(in)) {
+  if (C::Options::has_pre_norm(in) || C::Options::has_learned_gate(in)) {
     // Computed again from x: forward keeps neither statistics nor logits.
-    measure_rows<T>(in, rows, s.rows, has_learned_gate(in));
+    measure_rows<typename C::Options, T>(in, rows, s.rows, C::Options::has_learned_gate(in));
   }
   settle_factors<C>(p, s, rows);
-  if (has_post_norm(in)) derive_output<C>(p, s, rows, tile);
+  if (C::Options::has_post_norm(in)) derive_output<C>(p, s, rows, tile);
 
   load_hidden<C>(in, s, rows, p.in.output[kH]);
   const int64_t member = up_member_of(in, rows);
-  const bool has_bias_row = in.input[kBUp] != nullptr && !has_post_norm(in);
+  const bool has_bias_row = in.input[kBUp] != nullptr && !C::Options::has_post_norm(in);
   float dot[2] = {0.0f, 0.0f};  // of rows FragmentD::row(0) and row(2), this lane's ranks
   const FragmentD bias_dot = project_to_ranks<kUp, C>(
       in, s, in.parameter(kWUp), member, ExtraRow{in.parameter(kBUp), member * in.D, has_bias_row},
@@ -254,7 +256,7 @@ __device__ __forceinline__ void derive_hidden(const BackwardParams& p, Shared<C>
       [&](int rank, const auto& v) { put_hidden_gradient<C>(p, s, rows, rank, v, dot); });
   for (int half = 0; half < 2; ++half) {
     const float whole = group_sum<4>(dot[half]);  // four lanes share a row
-    if (FragmentD::column(0) == 0 && !has_post_norm(in)) {
+    if (FragmentD::column(0) == 0 && !C::Options::has_post_norm(in)) {
       // bias_dot is dy' . b_up, in the lanes that hold column 0.
       s.dot[warp_index() * 16 + FragmentD::row(2 * half)] = whole + bias_dot.r[2 * half];
     }
@@ -264,10 +266,11 @@ __device__ __forceinline__ void derive_hidden(const BackwardParams& p, Shared<C>
   // For the second launch, and for reload_tile.
   const int r = thread_index();
   if (r < rows.count) {
-    row_scalar(p, kFactor)[rows.first + r] = has_post_norm(in) ? 1.0f : s.rows.factor[r];
+    row_scalar(p, kFactor)[rows.first + r] =
+        C::Options::has_post_norm(in) ? 1.0f : s.rows.factor[r];
     row_scalar(p, kDot)[rows.first + r] = s.dot[r];
-    if (has_learned_gate(in)) row_scalar(p, kLogit)[rows.first + r] = s.rows.logit[r];
-    if (has_pre_norm(in) || has_learned_gate(in)) {
+    if (C::Options::has_learned_gate(in)) row_scalar(p, kLogit)[rows.first + r] = s.rows.logit[r];
+    if (C::Options::has_pre_norm(in) || C::Options::has_learned_gate(in)) {
       row_scalar(p, kMean)[rows.first + r] = s.rows.mean[r];
       row_scalar(p, kRstd)[rows.first + r] = s.rows.rstd[r];
     }
@@ -310,7 +313,7 @@ __device__ __forceinline__ void derive_logits(const BackwardParams& p, Shared<C>
     const int64_t row = rows.first + r;
     const float gate = sigmoid(s.rows.logit[r]);
     float share = s.dot[r];  // the gradient of the row's gate, without scale
-    if (has_pooled_gate(p.in)) {
+    if (C::Options::has_pooled_gate(p.in)) {
       // The sentence's gate, the mean over its rows that count, has the sum of all dots.
       share = counts(p.in, row) ? s.pooled[0] / s.pooled[1] : 0.0f;
     }
@@ -340,7 +343,7 @@ __device__ __forceinline__ void derive_input(const BackwardParams& p, Shared<C>&
   // The sums that a pre-norm's gradient takes from each row of dz = dh W_down: of dz w and of dz w
   // hat(x). This lane's share, for its rows lane / 8 + 4 turn.
   float sum[4] = {}, dot_hat[4] = {};
-  if (has_pre_norm(in)) {
+  if (C::Options::has_pre_norm(in)) {
     project_to_columns<kDown, C>(
         in, s, in.parameter(kWDown), member, [&](int first, const auto& sums) {
           ColumnSums columns;
@@ -368,7 +371,7 @@ __device__ __forceinline__ void derive_input(const BackwardParams& p, Shared<C>&
       in, s, in.parameter(kWDown), member, [&](int first, const auto& sums) {
         for_each_8(out, rows, first, in.D, sums, [&](int turn, int row, int column, Float8 dx) {
           const int64_t at = (rows.first + row) * in.D + column;
-          if (has_pre_norm(in)) {
+          if (C::Options::has_pre_norm(in)) {
             const Float8 hat = normed_input<C>(in, s, at, row);
             const Float8 weight = load_parameter_8<T>(in.parameter(kPreNormWeight), column);
             for (int e = 0; e < 8; ++e) {
@@ -377,7 +380,7 @@ __device__ __forceinline__ void derive_input(const BackwardParams& p, Shared<C>&
               dx.v[e] = s.rows.rstd[row] * (dx.v[e] * weight.v[e] - mean);
             }
           }
-          if (has_learned_gate(in)) {
+          if (C::Options::has_learned_gate(in)) {
             const Float8 weight = load_parameter_8<T>(in.parameter(kGateWeight), column);
             // The gate sees x before the norm.
             for (int e = 0; e < 8; ++e) dx.v[e] += s.dlogit[row] * weight.v[e];
@@ -396,7 +399,7 @@ __device__ __forceinline__ void derive_input(const BackwardParams& p, Shared<C>&
 template <class C>
 __device__ __forceinline__ void finish_tile(const BackwardParams& p, Shared<C>& s,
                                             const TileRows& rows, int tile) {
-  if (has_learned_gate(p.in)) derive_logits<C>(p, s, rows);
+  if (C::Options::has_learned_gate(p.in)) derive_logits<C>(p, s, rows);
   derive_input<C>(p, s, rows, tile);
   sync_threads();  // the next tile may replace what is known of the rows, and dh
 }
@@ -416,14 +419,14 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
       const TileRows rows = rows_of_tile<kBlockT>(tiling, tile);
       derive_hidden<C>(p, s, rows, tile);
       // dlogit needs the dots of the whole sentence.
-      if (has_pooled_gate(p.in)) {
+      if (C::Options::has_pooled_gate(p.in)) {
         publish_dots<C>(p, s, rows, tile);
       } else {
         finish_tile<C>(p, s, rows, tile);
       }
       sync_threads();  // the next tile may replace the dots that publish_dots reads
     }
-    if (!has_pooled_gate(p.in)) continue;
+    if (!C::Options::has_pooled_gate(p.in)) continue;
     // dx of the wave's tiles, each when its sentence's dots are known.
     const bool has_several = end - wave > grid_blocks_x();  // tiles for some block
     for (int tile = wave + block_index_x(); tile < end; tile += grid_blocks_x()) {
@@ -442,7 +445,7 @@ using Configs = ConfigsOf<Config>;
 
 void launch_bwd_rows_sm80(const BackwardParams& p) {
   const bool found = run_first_fit(
-      Configs{}, [&](auto tag) { return fits<typename decltype(tag)::type>(p.in.dtype, p.in.R); },
+      Configs{}, [&](auto tag) { return serves<typename decltype(tag)::type>(p.in); },
       [&](auto tag) {
         using C = typename decltype(tag)::type;
         launch_over_tiles<gated_adapter_bwd_sm80<C>>("gated_adapter_bwd_sm80", p,

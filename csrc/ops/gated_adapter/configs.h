@@ -6,21 +6,29 @@
 
 #include "common/dtype.h"
 #include "common/type_list.h"
-#include "ops/gated_adapter/params.h"
+#include "ops/gated_adapter/options.h"
 
 namespace pelt::gated_adapter {
 
 // Of the kernels with both products: dtype; ranks whose sums are in registers at a time; ranks that
-// fit in shared memory.
-template <template <class, int, int> class Config>
-using ConfigsOf = TypeList<Config<bf16, 16, 16>, Config<bf16, 48, 48>, Config<bf16, 64, 64>,
-                           Config<bf16, 128, 128>, Config<bf16, 128, 512>, Config<f16, 16, 16>,
-                           Config<f16, 48, 48>, Config<f16, 64, 64>, Config<f16, 128, 128>,
-                           Config<f16, 128, 512>>;
+// fit in shared memory; options. The first that fits a call serves it.
+template <template <class, int, int, class> class Config>
+using ConfigsOf =
+    TypeList<Config<bf16, 16, 16, Usual>, Config<bf16, 48, 48, Plain>, Config<bf16, 48, 48, Usual>,
+             Config<bf16, 64, 64, Plain>, Config<bf16, 64, 64, Usual>,
+             Config<bf16, 128, 128, Usual>, Config<bf16, 64, 64, General>,
+             Config<bf16, 128, 512, General>, Config<f16, 16, 16, Usual>,
+             Config<f16, 64, 64, Usual>, Config<f16, 128, 128, Usual>, Config<f16, 64, 64, General>,
+             Config<f16, 128, 512, General>>;
 
 template <class C>
 constexpr bool fits(DType dtype, int64_t R) {
   return DTypeOf<typename C::T>::value == dtype && R <= C::kRanks;
+}
+
+template <class C>
+bool serves(const Call& in) {
+  return fits<C>(in.dtype, in.R) && C::Options::serve(in);
 }
 
 // Of the weights' gradients: dtype and the ranks of a tile, one of these two.

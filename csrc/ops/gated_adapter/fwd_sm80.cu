@@ -62,7 +62,7 @@ __device__ __forceinline__ void project_down(const Call& in, Shared<C>& s, const
   const int64_t member = down_member_of(in, rows);
   const FragmentD logits = project_to_ranks<kDown, C>(
       in, s, in.parameter(kWDown), member, ExtraRow{in.parameter(kGateWeight), 0, has_gate_row},
-      [&](T* tile, int first) { stage_x(tile, in, rows, s.rows, first); },
+      [&](T* tile, int first) { stage_x<typename C::Options>(tile, in, rows, s.rows, first); },
       [&](int rank, const FragmentD(&sums)[C::kRankTiles]) {
         put_hidden<C>(in, s, member, rank, sums);
       });
@@ -88,14 +88,14 @@ __device__ __forceinline__ void store_y_8(const ForwardParams& p, const Shared<C
     const Float8 bias = load_parameter_8<T>(in.parameter(kBUp), member * in.D + column);
     for (int e = 0; e < 8; ++e) u.v[e] += bias.v[e];
   }
-  if (has_post_norm(in)) {
+  if (C::Options::has_post_norm(in)) {
     const Float8 weight = load_parameter_8<T>(in.parameter(kPostNormWeight), column);
     const Float8 bias = load_parameter_8<T>(in.parameter(kPostNormBias), column);
     for (int e = 0; e < 8; ++e) {
       u.v[e] = (u.v[e] - s.out_mean[row]) * s.out_rstd[row] * weight.v[e] + bias.v[e];
     }
   }
-  if (in.dropout.is_active()) {
+  if (C::Options::has_dropout(in)) {
     // Drawn from the element's index: backward draws the same factors again.
     const Float8 factors = dropout_of_row(in, rows.first + row, column);
     for (int e = 0; e < 8; ++e) u.v[e] *= factors.v[e];
@@ -108,7 +108,7 @@ __device__ __forceinline__ void store_y_8(const ForwardParams& p, const Shared<C
   }
   // A row that is skipped is not made of u, whatever it holds.
   const float factor = s.rows.factor[row];
-  const bool is_skipped = has_skip(in) && factor == 0.0f;
+  const bool is_skipped = C::Options::has_skip(in) && factor == 0.0f;
   for (int e = 0; e < 8; ++e) u.v[e] = residual.v[e] + (is_skipped ? 0.0f : factor * u.v[e]);
   store_16(p.in.output_as<T>(kY) + at, narrow<T>(u));
 }
@@ -180,15 +180,16 @@ __device__ __forceinline__ void settle_factors(const ForwardParams& p, Shared<C>
     bool is_any_live = false;
     for (int r = lane_index(); r < kBlockT; r += 32) {
       float gate = 0.0f;
-      if (r < rows.count && has_pooled_gate(in)) {
+      if (r < rows.count && C::Options::has_pooled_gate(in)) {
         gate = s.pooled[0] / s.pooled[1];  // one for the sentence, which await_gate has found
-      } else if (r < rows.count && has_learned_gate(in)) {
+      } else if (r < rows.count && C::Options::has_learned_gate(in)) {
         gate = sigmoid(s.rows.logit[r]);  // each row's own, kept for backward
         p.in.output_as<float>(kGateValue)[rows.first + r] = gate;
       } else if (r < rows.count) {
-        gate = gate_of_row<T>(in, nullptr, rows.first + r);  // a given one, or 1
+        gate =
+            gate_of_row<T, typename C::Options>(in, nullptr, rows.first + r);  // a given one, or 1
       }
-      const bool is_skipped = has_skip(in) && gate < in.skip_below;
+      const bool is_skipped = C::Options::has_skip(in) && gate < in.skip_below;
       is_any_live |= r < rows.count && !is_skipped;
       s.rows.factor[r] = is_skipped ? 0.0f : scale * gate;
     }
@@ -216,14 +217,15 @@ __device__ __forceinline__ void finish_tile(const ForwardParams& p, Shared<C>& s
     if (hidden == Hidden::kIsInMemory) load_hidden<C>(p.in, s, rows, p.in.output[kH]);
     if (hidden == Hidden::kIsNotComputed) {
       // Again: with a pooled gate another tile's statistics may have taken their place.
-      if (has_pre_norm(p.in)) measure_rows<typename C::T>(p.in, rows, s.rows, false);
+      if (C::Options::has_pre_norm(p.in))
+        measure_rows<typename C::Options, typename C::T>(p.in, rows, s.rows, false);
       sync_threads();  // the statistics are there
       project_down<C>(p.in, s, rows, /*has_gate_row=*/false);
       store_hidden<C>(p.in, s, rows, p.in.output[kH]);
     }
     activate_hidden<C>(p.in, s);
     // A post-norm's statistics cost the up projection once more.
-    if (has_post_norm(p.in)) measure_output<C>(p.in, s, rows);
+    if (C::Options::has_post_norm(p.in)) measure_output<C>(p.in, s, rows);
     store_y<C>(p, s, rows);
   }
   sync_threads();  // the next tile may replace the factors and hidden
@@ -234,12 +236,12 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
     gated_adapter_fwd_sm80(const __grid_constant__ ForwardParams p) {
   auto& s = shared_memory_as<Shared<C>>();
   const Tiling& tiling = p.tiling;
-  const bool is_learned = has_learned_gate(p.in);
-  const bool is_pooled = has_pooled_gate(p.in);
+  const bool is_learned = C::Options::has_learned_gate(p.in);
+  const bool is_pooled = C::Options::has_pooled_gate(p.in);
   // A gate that decides whether to project at all must be known before; and beside a pre-norm the
   // tile in shared memory is not x.
-  const bool projects_late = has_skip(p.in);
-  const bool has_gate_row = is_learned && !projects_late && !has_pre_norm(p.in);
+  const bool projects_late = C::Options::has_skip(p.in);
+  const bool has_gate_row = is_learned && !projects_late && !C::Options::has_pre_norm(p.in);
   const bool wants_logit = is_learned && !has_gate_row;
   clear_extra_rows<C>(s);
   sync_threads();  // no copy of an extra row may come before the zeros
@@ -249,8 +251,8 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
     // Down projections, and without a pooled gate the rest of each tile too.
     for (int tile = wave + block_index_x(); tile < end; tile += grid_blocks_x()) {
       const TileRows rows = rows_of_tile<kBlockT>(tiling, tile);
-      if (has_pre_norm(p.in) || wants_logit) {
-        measure_rows<typename C::T>(p.in, rows, s.rows, wants_logit);
+      if (C::Options::has_pre_norm(p.in) || wants_logit) {
+        measure_rows<typename C::Options, typename C::T>(p.in, rows, s.rows, wants_logit);
         sync_threads();  // statistics and logits are there
       }
       if (!projects_late) {
@@ -285,7 +287,7 @@ using Configs = ConfigsOf<Config>;
 
 void launch_fwd_sm80(const ForwardParams& p) {
   const bool found = run_first_fit(
-      Configs{}, [&](auto tag) { return fits<typename decltype(tag)::type>(p.in.dtype, p.in.R); },
+      Configs{}, [&](auto tag) { return serves<typename decltype(tag)::type>(p.in); },
       [&](auto tag) {
         using C = typename decltype(tag)::type;
         launch_over_tiles<gated_adapter_fwd_sm80<C>>("gated_adapter_fwd_sm80", p,

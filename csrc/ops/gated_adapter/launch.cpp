@@ -14,7 +14,7 @@ namespace pelt::gated_adapter {
 namespace {
 
 // Of a configuration what why_not asks for.
-template <class T_, int, int kRanks_>
+template <class T_, int, int kRanks_, class>
 struct Capacity {
   using T = T_;
   static constexpr int kRanks = kRanks_;

@@ -16,9 +16,10 @@ namespace pelt::gated_adapter {
 
 constexpr int kStages = 3;  // buffers of the ring: one in use, two on the way
 
-template <class T_, int kRankBlock_, int kRanks_>
+template <class T_, int kRankBlock_, int kRanks_, class Options_>
 struct Config {
   using T = T_;
+  using Options = Options_;
   static constexpr int kRankBlock = kRankBlock_;     // ranks whose sums are in registers at a time
   static constexpr int kRanks = kRanks_;             // ranks that fit in shared memory
   static constexpr int kRankTiles = kRankBlock / 8;  // of 8 columns, as mma_m16n8k16 has them
@@ -60,6 +61,7 @@ struct Shared {
 
 template <class C>
 __device__ __forceinline__ int rank_blocks_of(const Call& in) {
+  if constexpr (C::kRanks == C::kRankBlock) return 1;
   return (in.R + C::kRankBlock - 1) / C::kRankBlock;
 }
 
@@ -84,20 +86,37 @@ __device__ __forceinline__ void clear_extra_rows(Shared<C>& s) {
 // W_down lies as [R, D], W_up as [D, R]; a tile keeps the order of memory.
 enum Weight { kDown, kUp };
 
+// A tile of a 16-bit weight whose rows and their ends lie at 16-byte borders; zeros beyond `rows` and
+// `columns`.
+template <class T, int kRows, int kColumns>
+__device__ __forceinline__ void stage_vectors(T* tile, int stride, const void* weight,
+                                              const Rectangle& from) {
+  constexpr int kVectorsPerRow = kColumns / 8;
+  for (int i = thread_index(); i < kRows * kVectorsPerRow; i += kThreads) {
+    const int row = i / kVectorsPerRow, column = i % kVectorsPerRow * 8;
+    const bool is_there = row < from.rows && column < from.columns;
+    const int64_t at = is_there ? from.offset + row * from.leading + column : 0;
+    cp_async_16(tile + row * stride + column, static_cast<const T*>(weight) + at, is_there);
+  }
+}
+
 template <Weight kWeight, class C>
 __device__ __forceinline__ void stage_weight_tile(const Call& in, Shared<C>& s,
                                                   const Parameter& weight, int64_t member,
                                                   int first, int rank, int buffer) {
   using T = typename C::T;
-  const int64_t start = member * in.R * in.D;
-  if constexpr (kWeight == kDown) {
-    stage<T, C::kRankBlock, kChunk>(
-        s.weight[buffer], kChunkStride, weight,
-        {start + static_cast<int64_t>(rank) * in.D + first, in.D, in.R - rank, in.D - first});
+  constexpr int kRows = kWeight == kDown ? C::kRankBlock : kChunk;
+  constexpr int kColumns = kWeight == kDown ? kChunk : C::kRankBlock;
+  constexpr int kStride = kWeight == kDown ? kChunkStride : C::kUpStride;
+  const int leading = kWeight == kDown ? in.D : in.R;
+  const int row = kWeight == kDown ? rank : first, column = kWeight == kDown ? first : rank;
+  const int rows = kWeight == kDown ? in.R : in.D;
+  const int64_t offset = member * in.R * in.D + static_cast<int64_t>(row) * leading + column;
+  const Rectangle from{offset, leading, rows - row, leading - column};
+  if constexpr (C::Options::kIsListed) {
+    stage_vectors<T, kRows, kColumns>(s.weight[buffer], kStride, weight.data, from);
   } else {
-    stage<T, kChunk, C::kRankBlock>(
-        s.weight[buffer], C::kUpStride, weight,
-        {start + static_cast<int64_t>(first) * in.R + rank, in.R, in.D - first, in.R - rank});
+    stage<T, kRows, kColumns>(s.weight[buffer], kStride, weight, from);
   }
 }
 
@@ -215,7 +234,7 @@ template <class C, class Copy8, class Copy1>
 __device__ __forceinline__ void for_each_hidden(const Call& in, const TileRows& rows,
                                                 Copy8&& copy_8, Copy1&& copy_1) {
   const int64_t first = rows.first * in.R;
-  if (in.R % 8 == 0) {
+  if (C::Options::kIsListed || in.R % 8 == 0) {
     const int vectors = in.R / 8;
     for (int i = thread_index(); i < rows.count * vectors; i += kThreads) {
       copy_8(i / vectors * C::kHiddenStride + i % vectors * 8, first + static_cast<int64_t>(i) * 8);
@@ -266,6 +285,7 @@ __device__ __forceinline__ void activate_hidden(const Call& in, Shared<C>& s) {
   const int pairs = rank_blocks_of<C>(in) * C::kRankBlock / 2;
   with_activation(in.activation, [&](auto phi) {
     constexpr Activation kPhi = decltype(phi)::value;
+#pragma unroll 1  // once for each tile and six activations: what it costs is code
     for (int i = thread_index(); i < kBlockT * pairs; i += kThreads) {
       const int column = i % pairs * 2;  // two neighbours are one 32-bit access
       T* at = &s.hidden[i / pairs * C::kHiddenStride + column];

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/rows.cuh"
-#include "ops/gated_adapter/params.h"
+#include "ops/gated_adapter/options.h"
 
 namespace pelt::gated_adapter {
 
@@ -29,7 +29,7 @@ struct RowState {
 // Mean and deviation of x for a pre-norm, and the gate's logit where it is no extra row of the down
 // projection: the one extra read of x. A warp takes a row, so that its loads are coalesced. The
 // caller has a barrier behind it.
-template <class T>
+template <class Options, class T>
 __device__ __forceinline__ void measure_rows(const Call& in, const TileRows& rows, RowState& state,
                                              bool wants_logit) {
   const T* g_x = in.input_as<T>(kX);  // [B * S, D]
@@ -39,7 +39,7 @@ __device__ __forceinline__ void measure_rows(const Call& in, const TileRows& row
     if (r < rows.count) {
       for (int d = lane_index() * 8; d < in.D; d += 32 * 8) {
         const Float8 x = load_8(g_x + (rows.first + r) * in.D + d);
-        if (has_pre_norm(in)) moments.merge(Moments::of(x.v));
+        if (Options::has_pre_norm(in)) moments.merge(Moments::of(x.v));
         if (!wants_logit) continue;
         const Float8 w = load_parameter_8<T>(in.parameter(kGateWeight), d);
         // Rounded as in the product that computes the logit elsewhere: forward and backward have
@@ -60,7 +60,7 @@ __device__ __forceinline__ void measure_rows(const Call& in, const TileRows& row
 
 // A chunk of pre_norm(x) [kBlockT, kChunk] from column `first` on; rows that are not there are
 // zero.
-template <class T>
+template <class Options, class T>
 __device__ __forceinline__ void stage_x(T* tile, const Call& in, const TileRows& rows,
                                         const RowState& state, int first) {
   const T* g_x = in.input_as<T>(kX);  // [B * S, D]
@@ -69,7 +69,7 @@ __device__ __forceinline__ void stage_x(T* tile, const Call& in, const TileRows&
     const bool is_there = row < rows.count && first + column < in.D;
     const T* from = g_x + (is_there ? (rows.first + row) * in.D + first + column : 0);
     T* to = tile + row * kChunkStride + column;
-    if (!has_pre_norm(in)) {
+    if (!Options::has_pre_norm(in)) {
       cp_async_16(to, from, is_there);
       continue;
     }
@@ -95,9 +95,9 @@ __device__ __forceinline__ float scale_of(const Call& in) {
 }
 
 // The gate of a row that was given, or that forward has computed; 1 without one.
-template <class T>
+template <class T, class Options = General>
 __device__ __forceinline__ float gate_of_row(const Call& in, const float* gate_value, int64_t row) {
-  if (has_learned_gate(in)) {
+  if (Options::has_learned_gate(in)) {
     return gate_value[in.pooling == Pooling::kToken ? row : row / in.S];
   }
   if (in.input[kGate] == nullptr) return 1.0f;
