@@ -65,12 +65,14 @@ struct Layouts {
       put("gated_adapter: ForwardParams", forward, in, arrivals, gate_partial, tiling, wave_tiles);
     }
     const auto& backward = at_memory<BackwardParams>();
-    const auto& [in, dh, du, row_scalars, norm_partial, arrivals, gate_partial, tickets,
-                 weight_partial, tiling, wave_tiles, members, column_tiles, rank_tiles, splits] =
-        backward;
-    put("gated_adapter: BackwardParams", backward, in, dh, du, row_scalars, norm_partial, arrivals,
-        gate_partial, tickets, weight_partial, tiling, wave_tiles, members, column_tiles,
-        rank_tiles, splits);
+    const auto& [in, dh, a, du, factor_parts, dlogit_parts, row_scalars, tile_sums, norm_partial,
+                 norm_slots, arrivals, gate_partial, tickets, weight_partial, tiling, wave_tiles,
+                 rank_stride, weight_tiling, members, column_tiles, rank_tiles, splits,
+                 layer_blocks] = backward;
+    put("gated_adapter: BackwardParams", backward, in, dh, a, du, factor_parts, dlogit_parts,
+        row_scalars, tile_sums, norm_partial, norm_slots, arrivals, gate_partial, tickets,
+        weight_partial, tiling, wave_tiles, rank_stride, weight_tiling, members, column_tiles,
+        rank_tiles, splits, layer_blocks);
   }
 
   PELT_HOST_DEVICE void put_lora_linear() const {

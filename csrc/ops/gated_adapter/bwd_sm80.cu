@@ -18,11 +18,12 @@
 // deviation, for the two sums of the norm's gradient, for du), du goes to memory, and from there on
 // it takes the place of scale g dy'. A pre-norm needs two sums of each row of dh W_down before the
 // first element of dx, so that product is done twice. The norms' own gradients are sums over rows:
-// each warp leaves the sum over its 16 rows, the second launch adds them up in order.
+// each block leaves the sum over its tiles, the second launch adds them up in order.
 //
 // Tiles, ring and shared memory are forward's (products.cuh). Read: dy, h, and x for a learned gate
 // or a pre-norm; written: dx, dh.
 #include "common/check.h"
+#include "ops/gated_adapter/parts.cuh"
 #include "ops/gated_adapter/products.cuh"
 
 namespace pelt::gated_adapter {
@@ -39,33 +40,39 @@ struct ColumnSums {
   Float8 weight = {};  // of what a norm's weight gets
   Float8 bias = {};
 
-  // Adds the four lanes that share the columns and leaves the sums in memory: [2, D]. Lanes that
-  // share them are kVectors apart.
-  __device__ __forceinline__ void leave(float* partial, int D, int first) {
-    const int column = first + lane_index() % kVectors * 8;
+  // Adds the four lanes that share the columns, kVectors apart, and leaves the warp's sums in its
+  // part of shared memory, [2, kChunk].
+  __device__ __forceinline__ void leave(float* out) {
+    sync_warp();  // `out` is free: all lanes have read the products
+    const int column = lane_index() % kVectors * 8;
     for (int e = 0; e < 8; ++e) {
       for (int mask = kVectors; mask < 32; mask *= 2) {
         weight.v[e] += shfl_xor(weight.v[e], mask);
         bias.v[e] += shfl_xor(bias.v[e], mask);
       }
-      // Memory of its own for each warp: the order of the sum over warps stays the same.
-      if (lane_index() < kVectors && column < D) {
-        partial[column + e] = weight.v[e];
-        partial[D + column + e] = bias.v[e];
+      if (lane_index() < kVectors) {
+        out[column + e] = weight.v[e];
+        out[kChunk + column + e] = bias.v[e];
       }
     }
   }
 };
 
-// Where a warp leaves its sums for a norm; `norm` counts the norms that are there.
-__device__ __forceinline__ float* norm_sums(const BackwardParams& p, int tile, int norm) {
-  const int64_t warp = static_cast<int64_t>(tile) * kWarps + warp_index();
-  return p.norm_partial + (warp * norms_of(p.in) + norm) * 2 * p.in.D;
-}
-
-// [B * S]
-__device__ __forceinline__ float* row_scalar(const BackwardParams& p, RowScalar which) {
-  return p.row_scalars + which * rows_of(p.in);
+// Adds the warps' sums of a chunk of columns to the block's own in memory, which it has for each
+// norm; `norm` counts those that are there. The order of the sum over a block's tiles is theirs.
+template <class C>
+__device__ __forceinline__ void leave_columns(const BackwardParams& p, Shared<C>& s, int tile,
+                                              int norm, int first, ColumnSums& sums) {
+  static_assert(2 * kChunk == kThreads, "a thread adds one element");
+  sums.leave(s.out[warp_index()]);
+  sync_threads();  // all four warps' sums are there; the next step's barrier frees `out` again
+  const int i = thread_index(), vector = i / kChunk, column = first + i % kChunk;
+  if (column >= p.in.D) return;
+  const float sum = (s.out[0][i] + s.out[1][i]) + (s.out[2][i] + s.out[3][i]);
+  const int64_t slot = static_cast<int64_t>(block_index_x()) * norms_of(p.in) + norm;
+  float* to = p.norm_partial + (2 * slot + vector) * p.in.D + column;
+  const bool is_first = tile == block_index_x();  // of the block's tiles
+  *to = is_first ? sum : *to + sum;
 }
 
 // factor = scale g of each row; 0 of rows that are not there.
@@ -167,7 +174,7 @@ __device__ __forceinline__ void derive_output(const BackwardParams& p, Shared<C>
       }
       store_16(static_cast<T*>(p.du) + (rows.first + row) * in.D + column, narrow<T>(du));
     });
-    columns.leave(norm_sums(p, tile, C::Options::has_pre_norm(in) ? 1 : 0), in.D, first);
+    leave_columns<C>(p, s, tile, C::Options::has_pre_norm(in) ? 1 : 0, first, columns);
   });
 }
 
@@ -197,7 +204,8 @@ __device__ __forceinline__ void stage_dy(const BackwardParams& p, const TileRows
   }
 }
 
-// From the sums v of one rank block: dh in the place of h, and this block's share of the dots.
+// From the sums v of one rank block: dh in the place of h and in memory, a for the second launch,
+// and this block's share of the dots.
 template <class C>
 __device__ __forceinline__ void put_hidden_gradient(const BackwardParams& p, Shared<C>& s,
                                                     const TileRows& rows, int rank,
@@ -217,20 +225,41 @@ __device__ __forceinline__ void put_hidden_gradient(const BackwardParams& p, Sha
         const float h[2] = {pair.low, pair.high};
         // With a post-norm v comes from du, which has the factor.
         const float factor = C::Options::has_post_norm(p.in) ? 1.0f : s.rows.factor[row];
-        float dh[2] = {0.0f, 0.0f};  // also where no h was loaded
+        float dh[2] = {0.0f, 0.0f}, a[2] = {0.0f, 0.0f};  // also where no h was loaded
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           // Rows and ranks that do not exist stay zero, or the next product would add them up.
           if (row >= rows.count || column + e >= p.in.R) continue;
           const float gradient = v[n].r[2 * half + e];
-          // phi(h) rounded as forward's product took it, so that the dot is that of its u.
-          dot[half] += gradient * to_float(round_to<T>(activate(kPhi, h[e])));
+          const float phi_h = activate(kPhi, h[e]);
+          // Rounded as forward's product took it, so that the dot is that of its u.
+          dot[half] += gradient * to_float(round_to<T>(phi_h));
+          a[e] = factor * phi_h;
           dh[e] = factor * through_activation(kPhi, gradient, h[e]);
         }
         store_4(at, pack<T>(dh[0], dh[1]));
+        if (row >= rows.count || column >= p.rank_stride) continue;
+        const int64_t to = (rows.first + row) * p.rank_stride + column;
+        store_4(static_cast<T*>(p.dh) + to, pack<T>(dh[0], dh[1]));
+        if (p.a != nullptr) store_4(static_cast<T*>(p.a) + to, pack<T>(a[0], a[1]));
       }
     }
   });
+}
+
+// What the tile adds to the gradient of scale: y changes by dot times gate with it. By the first
+// warp; the others go on.
+template <class C>
+__device__ __forceinline__ void leave_gated_dot(const BackwardParams& p, const Shared<C>& s,
+                                                const TileRows& rows, int tile) {
+  if (warp_index() != 0) return;
+  float sum = 0.0f;
+  for (int r = lane_index(); r < rows.count; r += 32) {
+    sum += s.dot[r] * gate_of_row<typename C::T, typename C::Options>(
+                          p.in, p.in.output_as<float>(kGateValue), rows.first + r);
+  }
+  sum = warp_sum(sum);
+  if (lane_index() == 0) *tile_sum(p, kGatedDot, tile) = sum;
 }
 
 // s.hidden = dh, and the row's scalars, in shared and in global memory.
@@ -262,19 +291,22 @@ __device__ __forceinline__ void derive_hidden(const BackwardParams& p, Shared<C>
     }
   }
   sync_threads();  // the dots are there; dh is since the product's own barrier
-  store_hidden<C>(in, s, rows, p.dh);
   // For the second launch, and for reload_tile.
   const int r = thread_index();
   if (r < rows.count) {
-    row_scalar(p, kFactor)[rows.first + r] =
-        C::Options::has_post_norm(in) ? 1.0f : s.rows.factor[r];
-    row_scalar(p, kDot)[rows.first + r] = s.dot[r];
-    if (C::Options::has_learned_gate(in)) row_scalar(p, kLogit)[rows.first + r] = s.rows.logit[r];
+    *row_scalar(p, kDot, rows.first + r) = s.dot[r];
+    if (C::Options::has_learned_gate(in)) *row_scalar(p, kLogit, rows.first + r) = s.rows.logit[r];
     if (C::Options::has_pre_norm(in) || C::Options::has_learned_gate(in)) {
-      row_scalar(p, kMean)[rows.first + r] = s.rows.mean[r];
-      row_scalar(p, kRstd)[rows.first + r] = s.rows.rstd[r];
+      *row_scalar(p, kMean, rows.first + r) = s.rows.mean[r];
+      *row_scalar(p, kRstd, rows.first + r) = s.rows.rstd[r];
     }
   }
+  if (p.a != nullptr && r < rows.count) {
+    const float factor = C::Options::has_post_norm(in) ? 1.0f : s.rows.factor[r];
+    store_16(static_cast<T*>(p.factor_parts) + (rows.first + r) * kPartsStride,
+             split_into_parts<T>(factor));
+  }
+  if (in.grad[kScale] != nullptr) leave_gated_dot<C>(p, s, rows, tile);
 }
 
 // The tile's share of what its sentence's gate gets, by the first warp; the others go on.
@@ -295,19 +327,31 @@ __device__ __forceinline__ void publish_dots(const BackwardParams& p, const Shar
 template <class C>
 __device__ __forceinline__ void reload_tile(const BackwardParams& p, Shared<C>& s,
                                             const TileRows& rows) {
+  using T = typename C::T;
   const int r = thread_index();
   if (r < rows.count) {
-    s.rows.logit[r] = row_scalar(p, kLogit)[rows.first + r];
-    s.rows.mean[r] = row_scalar(p, kMean)[rows.first + r];
-    s.rows.rstd[r] = row_scalar(p, kRstd)[rows.first + r];
+    s.rows.logit[r] = *row_scalar(p, kLogit, rows.first + r);
+    s.rows.mean[r] = *row_scalar(p, kMean, rows.first + r);
+    s.rows.rstd[r] = *row_scalar(p, kRstd, rows.first + r);
   }
-  load_hidden<C>(p.in, s, rows, p.dh);
+  const T* g_dh = static_cast<const T*>(p.dh);
+  const int vectors = rank_blocks_of<C>(p.in) * C::kRankBlock / 8;
+  for (int i = thread_index(); i < kBlockT * vectors; i += kThreads) {
+    const int row = i / vectors, rank = i % vectors * 8;
+    Words4 words = {};
+    if (row < rows.count && rank < p.rank_stride) {
+      words = load_16(g_dh + (rows.first + row) * p.rank_stride + rank);
+    }
+    store_16(s.hidden + row * C::kHiddenStride + rank, words);
+  }
+  sync_threads();  // the tile is there
 }
 
 // dlogit = d loss / d logit of each row, for a learned gate.
 template <class C>
 __device__ __forceinline__ void derive_logits(const BackwardParams& p, Shared<C>& s,
-                                              const TileRows& rows) {
+                                              const TileRows& rows, int tile) {
+  using T = typename C::T;
   const int r = thread_index();
   if (r < rows.count) {
     const int64_t row = rows.first + r;
@@ -318,9 +362,19 @@ __device__ __forceinline__ void derive_logits(const BackwardParams& p, Shared<C>
       share = counts(p.in, row) ? s.pooled[0] / s.pooled[1] : 0.0f;
     }
     s.dlogit[r] = scale_of<typename C::T>(p.in) * share * gate * (1.0f - gate);
-    row_scalar(p, kDLogit)[row] = s.dlogit[r];
+    *row_scalar(p, kDLogit, row) = s.dlogit[r];
+    if (p.a != nullptr) {
+      store_16(static_cast<T*>(p.dlogit_parts) + row * kPartsStride,
+               split_into_parts<T>(s.dlogit[r]));
+    }
   }
-  sync_threads();  // dlogit is there
+  sync_threads();           // dlogit is there
+  if (warp_index() == 0) {  // the tile's share of what the gate's bias gets
+    float sum = 0.0f;
+    for (int i = lane_index(); i < rows.count; i += 32) sum += s.dlogit[i];
+    sum = warp_sum(sum);
+    if (lane_index() == 0) *tile_sum(p, kDLogitSum, tile) = sum;
+  }
 }
 
 // Eight elements of (x - mean) / deviation.
@@ -359,7 +413,7 @@ __device__ __forceinline__ void derive_input(const BackwardParams& p, Shared<C>&
                   columns.bias.v[e] += dz.v[e];
                 }
               });
-          columns.leave(norm_sums(p, tile, 0), in.D, first);  // the first norm that is there
+          leave_columns<C>(p, s, tile, /*norm=*/0, first, columns);
         });
     for (int turn = 0; turn < 4; ++turn) {  // kVectors neighbouring lanes share a row
       sum[turn] = group_sum<kVectors>(sum[turn]);
@@ -399,9 +453,22 @@ __device__ __forceinline__ void derive_input(const BackwardParams& p, Shared<C>&
 template <class C>
 __device__ __forceinline__ void finish_tile(const BackwardParams& p, Shared<C>& s,
                                             const TileRows& rows, int tile) {
-  if (C::Options::has_learned_gate(p.in)) derive_logits<C>(p, s, rows);
+  if (C::Options::has_learned_gate(p.in)) derive_logits<C>(p, s, rows, tile);
   derive_input<C>(p, s, rows, tile);
   sync_threads();  // the next tile may replace what is known of the rows, and dh
+}
+
+// The second launch's counters start from zero, and it learns how many blocks have left sums of the
+// norms: those that have a tile.
+__device__ __forceinline__ void prepare_second_launch(const BackwardParams& p) {
+  const int64_t first = static_cast<int64_t>(block_index_x()) * kThreads + thread_index();
+  const int64_t threads = static_cast<int64_t>(grid_blocks_x()) * kThreads;
+  if (p.tickets != nullptr) {
+    for (int64_t i = first; i < weight_tiles_of(p); i += threads) p.tickets[i] = 0;
+  }
+  if (first == 0) {
+    *p.norm_slots = grid_blocks_x() < p.wave_tiles ? grid_blocks_x() : p.wave_tiles;
+  }
 }
 
 template <class C>
@@ -409,6 +476,7 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
     gated_adapter_bwd_sm80(const __grid_constant__ BackwardParams p) {
   auto& s = shared_memory_as<Shared<C>>();
   const Tiling& tiling = p.tiling;
+  prepare_second_launch(p);
   clear_extra_rows<C>(s);
   sync_threads();  // no copy of an extra row may come before the zeros
 

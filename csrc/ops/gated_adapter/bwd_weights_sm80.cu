@@ -1,352 +1,410 @@
 // gated_adapter, backward, second of two launches: the sums over rows.
 //
-//   dW_down = dhᵀ pre_norm(x)   [R, D]       db_down = sum of dh        dw_gate = sum of dlogit x
-//   dW_upᵀ  = phi(h)ᵀ du        [R, D]       db_up   = sum of du        du = scale g dropout(dy)
+//   dW_downᵀ = pre_norm(x)ᵀ dh   [D, R]       db_down = sum of dh        dw_gate = sum of dlogit x
+//   dW_up    = dropout(dy)ᵀ a    [D, R]       db_up   = sum of scale g dropout(dy)
 //
-// A block owns a tile of both weights' gradients, a block of ranks by 64 columns, and a part of the
-// rows (a split); it goes over them 64 at a time:
+// a = scale g phi(h) and dh come from the first launch in 16 bits, with rows that start at 16-byte
+// borders; with a post-norm du stands for dy, and a is phi(h). A block owns a tile of both weights'
+// gradients, 64 columns by a block of ranks, and a part of the rows (a split), 64 at a time:
 //
-//        dh, phi(h) [64, ranks]  x  x, du [64, 64]   -->  two tiles [ranks, 64] in registers
+//        xᵀ, dyᵀ [64, 64]  x  dh, a [64, ranks]   -->  two tiles [64, ranks] in registers
+//
+// Two warps multiply x by dh and two dy by a, each of them 32 columns by all ranks of the block, so
+// that a fragment of one side serves many of the other. A ring of three stages is filled by
+// cp.async. dw_gate and db_up are sums of the same rows: the numbers that weight them, dlogit and
+// scale g, are one more operand of eight columns, in parts (parts.cuh).
 //
 // x and dy are read a second time here, because a sum over rows cannot start before a row's dh, and
-// two tiles of a block's partial sums do not fit beside forward's shared memory. The vectors [D]
-// and [R] are added up by the threads that bring the rows in, in float32.
+// two tiles of a block's partial sums do not fit beside forward's shared memory. Each of their
+// elements is read by one block for each 64 ranks.
 //
-// Blocks leave their partial sums in memory; the one that draws the last ticket of a tile adds the
-// splits in their order, so the result does not depend on which block that was. With banks, a block
-// works for one member and passes over the rows of others; members that nobody used get zeros.
-// One more layer of blocks adds up what is left: gradients of the norms, of scale and of a given
+// Splits leave their partial sums in memory; the block that draws the last ticket of a tile adds
+// them in their order, so the result does not depend on which block that was. With banks, a block
+// works for one member and passes over the rows of others; members that nobody used get zeros. The
+// first blocks of the grid add up what is left: gradients of the norms, of scale and of a given
 // gate.
 //
-// Shared memory per block, rank block 16, 64: 26, 38 KB.
+// Shared memory per block, rank block 16, 48, 64: 74, 98, 111 KB.
 #include "common/check.h"
-#include "ops/gated_adapter/configs.h"
-#include "ops/gated_adapter/tiles.cuh"
+#include "ops/gated_adapter/weight_stages.cuh"
 
 namespace pelt::gated_adapter {
 namespace {
 
-template <class T_, int kRankBlock_>
-struct Config {
-  using T = T_;
-  static constexpr int kRankBlock = kRankBlock_;
-  static constexpr int kRankStride = kRankBlock + kTilePad;  // elements from row to row of dh
-  static constexpr int kRankVectors = kRankBlock / 8;        // of 16 bytes in a row
-  // The warps stand side by side over a tile [ranks, 64]: a warp has 16 ranks, the rows of an mma,
-  // and a part of the columns.
-  static constexpr int kWarpsOverRanks = kRankBlock / 16;
-  static constexpr int kWarpColumns = kChunk / (kWarps / kWarpsOverRanks);
-  static constexpr int kTileFloats = kRankBlock * kChunk;
-  static constexpr int kPartialFloats = partial_floats(kRankBlock);
-  static_assert(kWarps % kWarpsOverRanks == 0, "the warps divide the tile evenly");
-  static_assert(kWarpColumns % 16 == 0, "fragments of B come in pairs of 8 columns");
-};
+constexpr int kWarpColumns = 32;         // of a tile, for each of the two warps of a weight
+constexpr int kOutColumns = kChunk + 4;  // floats from rank to rank of the tile that goes out
+static_assert(kWarps / 2 * kWarpColumns == kChunk, "two warps have the columns of a tile");
 
 template <class C>
 struct Shared {
-  using T = typename C::T;
-  alignas(16) T x[kBlockT * kChunkStride];         // pre_norm(x), [rows, columns]
-  alignas(16) T du[kBlockT * kChunkStride];        // [rows, columns]
-  alignas(16) T dh[kBlockT * C::kRankStride];      // [rows, ranks]
-  alignas(16) T a[kBlockT * C::kRankStride];       // phi(h), [rows, ranks]
-  float sums[kWarps][2 * kChunk + C::kRankBlock];  // a warp's share of db_up, dw_gate, db_down
-  float scalar[kWarps];                            // a warp's share of a sum over all rows
-  int is_last;                                     // the block that adds the splits
+  union {
+    Stage<C> stage[kStages];
+    struct {                                                // behind the last stage
+      alignas(16) float down[C::kRankBlock * kOutColumns];  // [ranks, columns]
+      alignas(16) float up[kChunk * C::kRankStride];        // [columns, ranks]
+    } out;
+  };
+  float parts[2 * kChunk][4];                  // sums of dw_gate's and of db_up's parts
+  float sums[kWarps][kChunk + C::kRankBlock];  // a warp's share of dw_gate and db_down
+  float scalar[kWarps];                        // a warp's share of a sum
+  int is_last;                                 // the block that adds the splits
 };
 
-// The tile of the gradients and the part of the rows that a block works on.
-struct Work {
-  int column;  // the first one
-  int rank;
-  int member;
-  int split;
-  int64_t tile;  // its number among all tiles of the gradients
-};
-
-// Which of the sums a tile of rows belongs to.
-struct Wanted {
-  bool down;
-  bool up;
-  bool gate;
-};
-
-// This thread's shares of the vectors' gradients: its eight columns, its eight ranks.
-struct VectorSums {
-  Float8 db_up = {};
-  Float8 dw_gate = {};
-  Float8 db_down = {};
-};
-
-__device__ __forceinline__ float read_scalar(const BackwardParams& p, RowScalar which,
-                                             int64_t row) {
-  return p.row_scalars[which * rows_of(p.in) + row];
-}
-
-// x and du, [64, 64] from column `work.column` on; absent rows and columns are zero.
+// Neighbouring blocks have neighbouring columns of the same rows: together they read whole rows.
 template <class C>
-__device__ __forceinline__ void bring_columns(const BackwardParams& p, Shared<C>& s,
-                                              const TileRows& rows, const Work& work,
-                                              const Wanted& wanted, VectorSums& sums) {
-  using T = typename C::T;
-  const Call& in = p.in;
-  const int column = work.column + thread_index() % kVectors * 8;
-  for (int r = thread_index() / kVectors; r < kBlockT; r += kThreads / kVectors) {
-    // What the tile of rows has no part in is staged as zeros too: a NaN there stays there.
-    Float8 x = {}, du = {};
-    const int64_t row = rows.first + r, at = row * in.D + column;
-    const bool is_there = r < rows.count && column < in.D;
-    if (is_there && (wanted.down || wanted.gate)) x = load_8(in.input_as<T>(kX) + at);
-    if (is_there && wanted.gate) {  // the gate sees x before the norm
-      const float dlogit = read_scalar(p, kDLogit, row);
-      // In float32: a pooled gate's dlogit is small enough to vanish in float16.
-      for (int e = 0; e < 8; ++e) sums.dw_gate.v[e] += dlogit * x.v[e];
-    }
-    if (is_there && wanted.down && has_pre_norm(in)) {
-      // Normed again, as the down projection took it.
-      const float mean = read_scalar(p, kMean, row), rstd = read_scalar(p, kRstd, row);
-      const Float8 weight = load_parameter_8<T>(in.parameter(kPreNormWeight), column);
-      const Float8 bias = load_parameter_8<T>(in.parameter(kPreNormBias), column);
-      for (int e = 0; e < 8; ++e) x.v[e] = (x.v[e] - mean) * rstd * weight.v[e] + bias.v[e];
-    }
-    if (is_there && wanted.up) {
-      du = load_8(static_cast<const T*>(has_post_norm(in) ? p.du : in.doutput[kY]) + at);
-      const bool drops = in.dropout.is_active() && !has_post_norm(in);
-      const Float8 factors = drops ? dropout_of_row(in, row, column) : Float8{};
-      const float factor = read_scalar(p, kFactor, row);  // scale g
-      for (int e = 0; e < 8; ++e) {
-        du.v[e] *= drops ? factor * factors.v[e] : factor;
-        sums.db_up.v[e] += du.v[e];  // before du is rounded for the product
-      }
-    }
-    store_16(&s.x[r * kChunkStride + column - work.column], narrow<T>(x));
-    store_16(&s.du[r * kChunkStride + column - work.column], narrow<T>(du));
-  }
+__device__ __forceinline__ Work find_work(const BackwardParams& p) {
+  Work work;
+  int block = block_index_x() - p.layer_blocks;
+  const int column_tile = block % p.column_tiles;
+  block /= p.column_tiles;
+  const int rank_tile = block % p.rank_tiles;
+  block /= p.rank_tiles;
+  work.split = block % p.splits;
+  work.member = block / p.splits;
+  work.column = column_tile * kChunk;
+  work.rank = rank_tile * C::kRankBlock;
+  work.tile =
+      (static_cast<int64_t>(work.member) * p.rank_tiles + rank_tile) * p.column_tiles + column_tile;
+  return work;
 }
 
-// Eight neighbouring ranks of a row of [B * S, R]; those that do not exist are zero.
-template <class T>
-__device__ __forceinline__ Float8 load_ranks(const void* source, int R, int64_t row, int rank) {
-  const T* from = static_cast<const T*>(source) + row * R + rank;
-  Float8 values = {};
-  if (R % 8 == 0) {  // rows start at 16-byte borders
-    if (rank < R) values = load_8(from);
-  } else {
-    for (int e = 0; e < 8; ++e) {
-      if (rank + e < R) values.v[e] = to_float(from[e]);
-    }
-  }
-  return values;
-}
-
-// dh and phi(h), [64, ranks] from rank `work.rank` on.
+// A warp's part of a tile of a weight's gradient, [columns, ranks].
 template <class C>
-__device__ __forceinline__ void bring_ranks(const BackwardParams& p, Shared<C>& s,
-                                            const TileRows& rows, const Work& work,
-                                            const Wanted& wanted, VectorSums& sums) {
-  using T = typename C::T;
-  const int offset = thread_index() % C::kRankVectors * 8;  // of this thread's eight ranks
-  for (int r = thread_index() / C::kRankVectors; r < kBlockT; r += kThreads / C::kRankVectors) {
-    Float8 dh = {}, a = {};
-    if (r < rows.count && wanted.down) {
-      dh = load_ranks<T>(p.dh, p.in.R, rows.first + r, work.rank + offset);
-      for (int e = 0; e < 8; ++e) sums.db_down.v[e] += dh.v[e];
-    }
-    if (r < rows.count && wanted.up) {
-      a = load_ranks<T>(p.in.output[kH], p.in.R, rows.first + r, work.rank + offset);
-      for (int e = 0; e < 8; ++e) {
-        a.v[e] = work.rank + offset + e < p.in.R ? activate(p.in.activation, a.v[e]) : 0.0f;
-      }
-    }
-    store_16(&s.dh[r * C::kRankStride + offset], narrow<T>(dh));
-    store_16(&s.a[r * C::kRankStride + offset], narrow<T>(a));
-  }
-}
+using WarpSums = FragmentD[kWarpColumns / 16][C::kRankTiles];
 
-// sums [ranks, columns] += ranksᵀ columns, over the 64 rows of the tiles. The rows are the depth of
-// the product, so both fragments are loaded transposed.
+// Of its parts of dlogit or of the factor, [columns, parts].
+using PartSums = FragmentD[kWarpColumns / 16];
+
+// The weight that a warp works for, and the first of its columns of the tile.
+__device__ __forceinline__ int weight_of_warp() { return warp_index() / 2; }
+__device__ __forceinline__ int column_of_warp() { return warp_index() % 2 * kWarpColumns; }
+
+// sums += columnsᵀ ranks over the rows of a stage, and likewise parts, of dlogit or of the factor.
+// The rows are the depth of the product, so all fragments are loaded transposed.
 template <class C>
-__device__ __forceinline__ void accumulate(FragmentD (&sums)[C::kWarpColumns / 8],
-                                           const typename C::T* ranks,
-                                           const typename C::T* columns) {
+__device__ __forceinline__ void multiply(const Stage<C>& stage, bool has_ranks, bool has_parts,
+                                         WarpSums<C>& sums, PartSums& parts) {
   using T = typename C::T;
-  const int rank = warp_index() % C::kWarpsOverRanks * 16;  // the warp's part of the tile
-  const int column = warp_index() / C::kWarpsOverRanks * C::kWarpColumns;
-  for (int k = 0; k < kBlockT; k += 16) {
-    const FragmentA a = load_a_transposed(ranks + k * C::kRankStride + rank, C::kRankStride);
-    for (int n = 0; n < C::kWarpColumns / 8; n += 2) {
+  const T* columns = stage.columns[weight_of_warp()] + column_of_warp();
+  const T* ranks = stage.ranks[weight_of_warp()];
+#pragma unroll
+  for (int k = 0; k < kWeightRows; k += 16) {
+    FragmentA a[kWarpColumns / 16];
+#pragma unroll
+    for (int m = 0; m < kWarpColumns / 16; ++m) {
+      a[m] = load_a_transposed(columns + k * kChunkStride + 16 * m, kChunkStride);
+    }
+    if (has_parts) {
+      FragmentB b;
+      ldmatrix_x2_trans(b.r, ranks + (k + lane_index() % 16) * C::kRankStride + C::kRankBlock);
+#pragma unroll
+      for (int m = 0; m < kWarpColumns / 16; ++m) multiply_add<T>(parts[m], a[m], b);
+    }
+    if (!has_ranks) continue;
+#pragma unroll
+    for (int n = 0; n < C::kRankTiles; n += 2) {
       FragmentB b[2];
-      load_b_pair_transposed(b, columns + k * kChunkStride + column + 8 * n, kChunkStride);
-      multiply_add<T>(sums[n], a, b[0]);
-      multiply_add<T>(sums[n + 1], a, b[1]);
+      load_b_pair_transposed(b, ranks + k * C::kRankStride + 8 * n, C::kRankStride);
+#pragma unroll
+      for (int m = 0; m < kWarpColumns / 16; ++m) {
+        multiply_add<T>(sums[m][n], a[m], b[0]);
+        multiply_add<T>(sums[m][n + 1], a[m], b[1]);
+      }
     }
   }
 }
 
-// A warp's part of a tile [ranks, 64] of partial sums.
+// What a block has summed: a warp its part of a tile, a thread its share of the vectors.
 template <class C>
-__device__ __forceinline__ void leave_tile(float* partial,
-                                           const FragmentD (&sums)[C::kWarpColumns / 8]) {
-  const int rank = warp_index() % C::kWarpsOverRanks * 16;  // as in accumulate
-  const int column = warp_index() / C::kWarpsOverRanks * C::kWarpColumns;
-  for (int n = 0; n < C::kWarpColumns / 8; ++n) {
-    for (int i = 0; i < 4; ++i) {
-      partial[(rank + FragmentD::row(i)) * kChunk + column + 8 * n + FragmentD::column(i)] =
-          sums[n].r[i];
+struct BlockSums {
+  WarpSums<C> tile;
+  PartSums parts;  // of dw_gate or of db_up
+  VectorSums vectors;
+};
+
+// The sums over the split's part of the rows.
+template <class C>
+__device__ __forceinline__ void sum_rows(const BackwardParams& p, Shared<C>& s, const Work& work,
+                                         int wanted, int of_all, BlockSums<C>& sums) {
+  // The splits differ by one tile of rows at most.
+  const int64_t tiles = p.weight_tiling.tiles;
+  const int begin = static_cast<int>(tiles * work.split / p.splits);
+  const int end = static_cast<int>(tiles * (work.split + 1) / p.splits);
+  const Places<C> places = places_of<C>(p, work);
+  auto find = [&](int tile) { return find_step(p, work, wanted, of_all, tile, end); };
+  const bool is_whole =
+      work.column + kChunk <= p.in.D && work.rank + C::kRankBlock <= p.rank_stride;
+  // A group is committed also where there is no tile: the wait below counts groups.
+  auto bring_to = [&](int buffer, const Step& step) {
+    if (step.tile < end && step.count == kWeightRows && is_whole) {
+      bring<C, true>(p, s.stage[buffer], places, step);
+    } else if (step.tile < end) {
+      bring<C, false>(p, s.stage[buffer], places, step);
     }
+    cp_async_commit();
+  };
+  const bool is_up = weight_of_warp() == kUp;
+  // With a pre-norm the product does not see the gate's x.
+  constexpr int kGateOfProduct = C::kIsPlain ? kGateRow : 0;
+  static_assert(kStages == 3, "one step is multiplied, two are on the way");
+  Step step = {begin - 1, 0, 0, 0}, next = step;  // nothing: the first two turns only bring
+  for (int buffer = 0; step.tile < end; buffer = buffer == kStages - 1 ? 0 : buffer + 1) {
+    Stage<C>& stage = s.stage[buffer];
+    cp_async_wait<kStages - 2>();  // this thread's copies of the step have landed
+    if (!C::kIsPlain) {
+      settle_x<C>(p, stage, places, step, sums.vectors);
+      settle_dy<C>(p, stage, places, step);
+    }
+    settle_dh<C>(stage, places, step, sums.vectors);
+    // The whole stage is there and settled, and everybody has multiplied the step before, whose
+    // buffer is filled anew.
+    sync_threads();
+    const Step last = find(next.tile + 1);
+    bring_to(buffer == 0 ? kStages - 1 : buffer - 1, last);
+    const bool has_ranks = (step.sums & (is_up ? kUpTile : kDownTile)) != 0;
+    const bool has_parts = (step.sums & (is_up ? kUpBias : kGateOfProduct)) != 0;
+    if (has_ranks || has_parts) multiply<C>(stage, has_ranks, has_parts, sums.tile, sums.parts);
+    step = next;
+    next = last;
   }
 }
 
 // Adds the threads' shares of a vector, eight elements to each of kGroups neighbouring threads,
 // over the warp; the sums of the block's four warps are added in shared memory later.
 template <int kGroups>
-__device__ __forceinline__ void leave_vector(float* warp_sums, Float8 values) {
+__device__ __forceinline__ void leave_vector(float* warp_sums, int elements, Float8 values) {
   for (int e = 0; e < 8; ++e) {
     // Lanes with the same eight elements are kGroups apart.
     for (int mask = kGroups; mask < 32; mask *= 2) values.v[e] += shfl_xor(values.v[e], mask);
-    if (lane_index() < kGroups) warp_sums[lane_index() * 8 + e] = values.v[e];
+    if (lane_index() < kGroups && lane_index() * 8 < elements) {
+      warp_sums[lane_index() * 8 + e] = values.v[e];
+    }
   }
 }
 
-// Draws a ticket; true for the last block of a tile, to which all partial sums are then visible.
+// A thread's share of what the block has summed of the vectors, for memory: an element of db_up or
+// dw_gate, and one of db_down.
+struct VectorShare {
+  float column;
+  float rank;
+};
+
 template <class C>
-__device__ __forceinline__ bool is_last_split(const BackwardParams& p, Shared<C>& s,
-                                              const Work& work) {
-  sync_threads();  // the whole block has written its partial sums before they are announced
-  if (thread_index() == 0) s.is_last = take_ticket(p.tickets + work.tile) == p.splits - 1;
-  sync_threads();  // is_last is there, and with it what the other blocks wrote
-  return s.is_last != 0;
+__device__ __forceinline__ VectorShare share_vectors(Shared<C>& s, const BlockSums<C>& sums) {
+  // The parts' sums are where a warp's first two lanes of four have columns 0 to 3.
+  if (FragmentD::column(0) < kParts) {
+#pragma unroll
+    for (int m = 0; m < kWarpColumns / 16; ++m) {
+      for (int i = 0; i < 4; ++i) {
+        const int column = column_of_warp() + 16 * m + FragmentD::row(i);
+        s.parts[weight_of_warp() * kChunk + column][FragmentD::column(i)] = sums.parts[m].r[i];
+      }
+    }
+  }
+  float* warp_sums = s.sums[warp_index()];
+  if (!C::kIsPlain) leave_vector<kVectors>(warp_sums, kChunk, sums.vectors.dw_gate);
+  leave_vector<C::kRankLanes>(warp_sums + kChunk, C::kRankBlock, sums.vectors.db_down);
+  sync_threads();  // all four warps' sums are there
+  auto total = [&](int i) { return (s.sums[0][i] + s.sums[1][i]) + (s.sums[2][i] + s.sums[3][i]); };
+  static_assert(2 * kChunk == kThreads, "a thread has one element of dw_gate and db_up");
+  const int i = thread_index();
+  const float parts[kParts] = {s.parts[i][0], s.parts[i][1], s.parts[i][2]};
+  VectorShare share = {join_parts<typename C::T>(parts), 0.0f};
+  if (!C::kIsPlain && i < kChunk) share.column = total(i);
+  if (i < C::kRankBlock) share.rank = total(kChunk + i);
+  return share;
 }
 
-// Adds the splits in their order and writes the gradients.
+// Four sums of a fragment, moved as floats: as bits, the loop over rows would carry them so.
+struct alignas(16) Float4 {
+  float v[4];
+};
+
+// Leaves the block's sums among those of the other splits and draws a ticket; true for the last
+// block of a tile, which then has the sums of all splits, added in their order. A thread finds in
+// memory what the same thread of another block has left.
 template <class C>
-__device__ __forceinline__ void write_gradients(const BackwardParams& p, const Work& work) {
+__device__ __forceinline__ bool add_splits(const BackwardParams& p, Shared<C>& s, const Work& work,
+                                           WarpSums<C>& sums, VectorShare& vectors) {
+  // [splits, kPartialFloats]
+  float* tile = p.weight_partial + work.tile * p.splits * C::kPartialFloats;
+  float* own = tile + static_cast<int64_t>(work.split) * C::kPartialFloats;
+  constexpr int kVectorsBegin = 2 * C::kTileFloats;
+  const int i = thread_index();
+#pragma unroll
+  for (int m = 0; m < kWarpColumns / 16; ++m) {
+#pragma unroll
+    for (int n = 0; n < C::kRankTiles; ++n) {
+      const float (&r)[4] = sums[m][n].r;
+      reinterpret_cast<Float4*>(own)[(m * C::kRankTiles + n) * kThreads + i] = {
+          {r[0], r[1], r[2], r[3]}};
+    }
+  }
+  own[kVectorsBegin + i] = vectors.column;
+  if (i < C::kRankBlock) own[kVectorsBegin + kThreads + i] = vectors.rank;
+  sync_threads();  // the whole block has written its partial sums before they are announced
+  if (i == 0) s.is_last = take_ticket(p.tickets + work.tile) == p.splits - 1;
+  sync_threads();  // is_last is there, and with it what the other blocks wrote
+  if (s.is_last == 0) return false;
+
+  // The block's own sums are in memory with the others.
+#pragma unroll
+  for (int m = 0; m < kWarpColumns / 16; ++m) {
+#pragma unroll
+    for (int n = 0; n < C::kRankTiles; ++n) sums[m][n] = FragmentD{};
+  }
+  vectors = {};
+  for (int split = 0; split < p.splits; ++split) {
+    const float* from = tile + static_cast<int64_t>(split) * C::kPartialFloats;
+#pragma unroll
+    for (int m = 0; m < kWarpColumns / 16; ++m) {
+#pragma unroll
+      for (int n = 0; n < C::kRankTiles; ++n) {
+        const Float4 r =
+            reinterpret_cast<const Float4*>(from)[(m * C::kRankTiles + n) * kThreads + i];
+        for (int e = 0; e < 4; ++e) sums[m][n].r[e] += r.v[e];
+      }
+    }
+    vectors.column += from[kVectorsBegin + i];
+    if (i < C::kRankBlock) vectors.rank += from[kVectorsBegin + kThreads + i];
+  }
+  return true;
+}
+
+// Eight neighbouring elements of a gradient that is wanted; i is a multiple of 8.
+template <class T>
+__device__ __forceinline__ void store_grad_8(const ParameterGrad& grad, int64_t i,
+                                             const Float8& values) {
+  if (grad.is_float32) {
+    float* to = static_cast<float*>(grad.data) + i;
+    for (int half = 0; half < 2; ++half) {
+      Words4 words;
+      for (int e = 0; e < 4; ++e) words.word[e] = bits_of(values.v[4 * half + e]);
+      store_16(to + 4 * half, words);
+    }
+  } else {
+    store_16(static_cast<T*>(grad.data) + i, narrow<T>(values));
+  }
+}
+
+// Writes the gradients. The tiles pass through shared memory, so that neighbouring threads write
+// neighbouring elements, whichever way a weight lies.
+template <class C>
+__device__ __forceinline__ void write_gradients(const BackwardParams& p, Shared<C>& s,
+                                                const Work& work, int wanted,
+                                                const WarpSums<C>& sums,
+                                                const VectorShare& vectors) {
   using T = typename C::T;
   const Call& in = p.in;
-  // [splits, kPartialFloats]
-  const float* partial = p.weight_partial + work.tile * p.splits * C::kPartialFloats;
-  auto total = [&](int i) {
-    float sum = 0.0f;
-#pragma unroll 8  // the loads of a group are under way together; the order of the sum stays
-    for (int split = 0; split < p.splits; ++split) {
-      sum += partial[static_cast<int64_t>(split) * C::kPartialFloats + i];
+  const bool is_up = weight_of_warp() == kUp;
+  sync_threads();  // the tiles lie in the place of the last stage, which has been multiplied
+#pragma unroll
+  for (int m = 0; m < kWarpColumns / 16; ++m) {
+#pragma unroll
+    for (int n = 0; n < C::kRankTiles; ++n) {
+      for (int i = 0; i < 4; ++i) {
+        const int column = column_of_warp() + 16 * m + FragmentD::row(i);
+        const int rank = 8 * n + FragmentD::column(i);
+        float* to = is_up ? &s.out.up[column * C::kRankStride + rank]
+                          : &s.out.down[rank * kOutColumns + column];
+        *to = sums[m][n].r[i];
+      }
     }
-    return sum;
-  };
+  }
+  sync_threads();  // both tiles are there
   const int64_t R = in.R, D = in.D;
   // The banks may have different sizes; the grid has as many members as the larger one.
   const bool has_down = work.member < in.M, has_up = work.member < in.M_up;
-  for (int i = thread_index(); i < C::kTileFloats; i += kThreads) {
-    const int64_t r = work.rank + i / kChunk, d = work.column + i % kChunk;
-    if (p.in.grad[kWDown] != nullptr && has_down && r < R && d < D) {
-      store_grad<T>(p.in.parameter_grad(kWDown), (work.member * R + r) * D + d, total(i));
-    }
-    // W_up lies as [D, R]: neighbouring threads take neighbouring ranks.
-    const int up_r = i % C::kRankBlock, up_d = i / C::kRankBlock;
-    if (p.in.grad[kWUp] != nullptr && has_up && work.rank + up_r < R && work.column + up_d < D) {
-      store_grad<T>(p.in.parameter_grad(kWUp),
-                    (work.member * D + work.column + up_d) * R + work.rank + up_r,
-                    total(C::kTileFloats + up_r * kChunk + up_d));
+  if ((wanted & kDownTile) && has_down) {  // lies as [R, D]
+    for (int i = thread_index(); i < C::kRankBlock * kVectors; i += kThreads) {
+      const int rank = i / kVectors, offset = i % kVectors * 8;
+      if (work.rank + rank >= R || work.column + offset >= D) continue;
+      Float8 values;
+      for (int e = 0; e < 8; ++e) values.v[e] = s.out.down[rank * kOutColumns + offset + e];
+      store_grad_8<T>(in.parameter_grad(kWDown),
+                      (work.member * R + work.rank + rank) * D + work.column + offset, values);
     }
   }
-  const int vectors = 2 * C::kTileFloats;  // where the vectors begin
-  const int i = thread_index();
-  // A vector belongs to the first tile of its row, or column, of tiles.
-  if (i < kChunk && work.column + i < D && work.rank == 0) {
-    if (p.in.grad[kBUp] != nullptr && has_up) {
-      store_grad<T>(p.in.parameter_grad(kBUp), work.member * D + work.column + i,
-                    total(vectors + i));
-    }
-    if (p.in.grad[kGateWeight] != nullptr && work.member == 0) {
-      store_grad<T>(p.in.parameter_grad(kGateWeight), work.column + i, total(vectors + kChunk + i));
+  if ((wanted & kUpTile) && has_up) {  // lies as [D, R], its rows at any border
+    for (int i = thread_index(); i < kChunk * C::kRankVectors; i += kThreads) {
+      const int column = i / C::kRankVectors, offset = i % C::kRankVectors * 8;
+      if (work.column + column >= D) continue;
+      const int64_t at = (work.member * D + work.column + column) * R + work.rank + offset;
+      Float8 values;
+      for (int e = 0; e < 8; ++e) values.v[e] = s.out.up[column * C::kRankStride + offset + e];
+      if (R % 8 == 0) {
+        if (work.rank + offset < R) store_grad_8<T>(in.parameter_grad(kWUp), at, values);
+        continue;
+      }
+      for (int e = 0; e < 8; ++e) {
+        if (work.rank + offset + e < R) store_grad<T>(in.parameter_grad(kWUp), at + e, values.v[e]);
+      }
     }
   }
-  if (i < C::kRankBlock && work.rank + i < R && work.column == 0) {
-    if (p.in.grad[kBDown] != nullptr && has_down) {
-      store_grad<T>(p.in.parameter_grad(kBDown), work.member * R + work.rank + i,
-                    total(vectors + 2 * kChunk + i));
-    }
+  const int i = thread_index(), column = work.column + i % kChunk;
+  if (i < kChunk && column < D && (wanted & kGateRow)) {
+    store_grad<T>(in.parameter_grad(kGateWeight), column, vectors.column);
+  }
+  if (i >= kChunk && column < D && (wanted & kUpBias) && has_up) {
+    store_grad<T>(in.parameter_grad(kBUp), work.member * D + column, vectors.column);
+  }
+  if (i < C::kRankBlock && work.rank + i < R && (wanted & kDownBias) && has_down) {
+    store_grad<T>(in.parameter_grad(kBDown), work.member * R + work.rank + i, vectors.rank);
   }
 }
 
-// The tile's sums over this block's part of the rows.
+// A block's tile of the weights' gradients, for its split of the rows.
 template <class C>
-__device__ __forceinline__ void sum_rows(const BackwardParams& p, Shared<C>& s, const Work& work) {
-  const Call& in = p.in;
-  FragmentD down[C::kWarpColumns / 8], up[C::kWarpColumns / 8];  // dW_down, dW_up transposed
-  VectorSums vectors;
-  const int tiles = p.tiling.tiles;
-  // The splits differ by one tile at most.
-  const int begin = static_cast<int>(static_cast<int64_t>(tiles) * work.split / p.splits);
-  const int end = static_cast<int>(static_cast<int64_t>(tiles) * (work.split + 1) / p.splits);
-  for (int tile = begin; tile < end; ++tile) {
-    const TileRows rows = rows_of_tile<kBlockT>(p.tiling, tile);
-    Wanted wanted;
-    wanted.down = down_member_of(in, rows) == work.member;
-    wanted.up = up_member_of(in, rows) == work.member;
-    wanted.gate = has_learned_gate(in) && work.member == 0 && work.rank == 0;
-    if (!wanted.down && !wanted.up && !wanted.gate) continue;  // another member's sentence
-    bring_columns<C>(p, s, rows, work, wanted, vectors);
-    bring_ranks<C>(p, s, rows, work, wanted, vectors);
-    sync_threads();  // the four tiles are there
-    if (wanted.down) accumulate<C>(down, s.dh, s.x);
-    if (wanted.up) accumulate<C>(up, s.a, s.du);
-    sync_threads();  // they have been read, the next rows may replace them
-  }
-  float* partial = p.weight_partial + (work.tile * p.splits + work.split) * C::kPartialFloats;
-  // Written also by a split without rows for this member: the sum over splits reads all.
-  leave_tile<C>(partial, down);
-  leave_tile<C>(partial + C::kTileFloats, up);
-  float* warp_sums = s.sums[warp_index()];
-  leave_vector<kVectors>(warp_sums, vectors.db_up);
-  leave_vector<kVectors>(warp_sums + kChunk, vectors.dw_gate);
-  leave_vector<C::kRankVectors>(warp_sums + 2 * kChunk, vectors.db_down);
-  sync_threads();  // all four warps' sums are there
-  for (int i = thread_index(); i < 2 * kChunk + C::kRankBlock; i += kThreads) {
-    float sum = 0.0f;
-    for (int warp = 0; warp < kWarps; ++warp) sum += s.sums[warp][i];
-    partial[2 * C::kTileFloats + i] = sum;
-  }
+__device__ __forceinline__ void sum_tile(const BackwardParams& p, Shared<C>& s) {
+  const Work work = find_work<C>(p);
+  const int wanted = wanted_of(p, work), of_all = wanted_of_all(p.in, work, wanted);
+  BlockSums<C> sums;
+  // A member that serves no row gets zeros, which one block has without the others.
+  const bool is_used = has_weights_per_sample(p.in) || of_all != 0;
+  if (!is_used && work.split > 0) return;
+  if (is_used) sum_rows<C>(p, s, work, wanted, of_all, sums);
+  VectorShare share = share_vectors<C>(s, sums);
+  // Nobody waits: whoever comes last to a tile does the rest.
+  if (is_used && p.splits > 1 && !add_splits<C>(p, s, work, sums.tile, share)) return;
+  write_gradients<C>(p, s, work, wanted, sums.tile, share);
 }
 
-// Gradients of the norms: the sums that the warps of the first launch left, in their order. Two
+// Gradients of the norms: the sums that the blocks of the first launch left, in their order. Two
 // halves of the block take every second one.
 template <class C>
 __device__ __forceinline__ void reduce_norms(const BackwardParams& p, Shared<C>& s, int column) {
-  using T = typename C::T;
-  const ParameterGrad grads[2][2] = {
-      {p.in.parameter_grad(kPreNormWeight), p.in.parameter_grad(kPreNormBias)},
-      {p.in.parameter_grad(kPostNormWeight), p.in.parameter_grad(kPostNormBias)}};
-  const bool is_there[2] = {has_pre_norm(p.in), has_post_norm(p.in)};
-  const int norms = norms_of(p.in);
-  const int warps = p.tiling.tiles * kWarps;  // that have left sums
-  const int64_t D = p.in.D, d = column + thread_index() % kChunk;
-  const int half = thread_index() / kChunk;  // of the block: 64 columns, every second warp's sums
-  int norm = 0;  // among those that are there, as the first launch counted them
-  for (int which = 0; which < 2; ++which) {
-    if (!is_there[which]) continue;
-    for (int vector = 0; vector < 2; ++vector) {
-      float sum = 0.0f;
-      for (int warp = half; warp < warps && d < D; warp += 2) {
-        sum += p.norm_partial[((static_cast<int64_t>(warp) * norms + norm) * 2 + vector) * D + d];
-      }
-      s.sums[half][thread_index() % kChunk] = sum;
-      sync_threads();  // both halves are there
-      if (half == 0 && d < D && grads[which][vector].data != nullptr) {
-        store_grad<T>(grads[which][vector], d,
-                      s.sums[0][thread_index()] + s.sums[1][thread_index()]);
-      }
-      sync_threads();  // they have been read, the next vector may replace them
+  const Call& in = p.in;
+  const int norms = norms_of(in);
+  const int slots = *p.norm_slots;  // one for each block of the first launch
+  const int64_t D = in.D, d = column + thread_index() % kChunk;
+  const int half = thread_index() / kChunk;  // of the block: 64 columns, every second slot
+  // In the order in which the first launch left them: weight and bias of each norm that is there.
+  for (int vector = 0; vector < 2 * norms; ++vector) {
+    const bool is_pre = vector < 2 && has_pre_norm(in), is_weight = vector % 2 == 0;
+    const float* from = p.norm_partial + (2 * half * norms + vector) * D + d;
+    float sum = 0.0f;
+#pragma unroll 4  // the loads of a group are under way together; the order of the sum stays
+    for (int slot = half; slot < slots && d < D; slot += 2, from += 4 * norms * D) sum += *from;
+    s.sums[half][thread_index() % kChunk] = sum;
+    sync_threads();  // both halves are there
+    const ParameterGrad grad = is_pre
+                                   ? in.parameter_grad(is_weight ? kPreNormWeight : kPreNormBias)
+                                   : in.parameter_grad(is_weight ? kPostNormWeight : kPostNormBias);
+    if (half == 0 && d < D) {
+      store_grad<typename C::T>(grad, d, s.sums[0][thread_index()] + s.sums[1][thread_index()]);
     }
-    ++norm;
+    sync_threads();  // they have been read, the next vector may replace them
   }
 }
 
-// A value of each row, summed over all rows by the whole block.
-template <class C, class ValueOfRow>
-__device__ __forceinline__ float block_sum(Shared<C>& s, int64_t rows, ValueOfRow&& value) {
+// One of the sums that tiles of the first launch left, over all of them, by the whole block.
+template <class C>
+__device__ __forceinline__ float sum_tiles(Shared<C>& s, const BackwardParams& p, TileSum which) {
   float sum = 0.0f;
   // Always by one block of kThreads: the order of the sum depends on nothing.
-  for (int64_t row = thread_index(); row < rows; row += kThreads) sum += value(row);
+  for (int tile = thread_index(); tile < p.tiling.tiles; tile += kThreads) {
+    sum += *tile_sum(p, which, tile);
+  }
   sum = warp_sum(sum);
   if (lane_index() == 0) s.scalar[warp_index()] = sum;
   sync_threads();  // all four warps' sums are there
@@ -360,26 +418,21 @@ template <class C>
 __device__ __forceinline__ void reduce_scalars(const BackwardParams& p, Shared<C>& s) {
   using T = typename C::T;
   const Call& in = p.in;
-  const int64_t rows = rows_of(in);
-  const int block = block_index_x(), blocks = grid_blocks_x();
-  // y changes by dot times gate with scale, by dot times scale with the gate.
-  if (block == 0 && p.in.grad[kScale] != nullptr) {
-    const float sum = block_sum<C>(s, rows, [&](int64_t row) {
-      return read_scalar(p, kDot, row) * gate_of_row<T>(in, p.in.output_as<float>(kGateValue), row);
-    });
-    if (thread_index() == 0) store_grad<T>(p.in.parameter_grad(kScale), 0, in.scale_value * sum);
+  const int block = block_index_x(), blocks = p.layer_blocks;
+  if (block == 0 && in.grad[kScale] != nullptr) {
+    const float sum = sum_tiles<C>(s, p, kGatedDot);
+    if (thread_index() == 0) store_grad<T>(in.parameter_grad(kScale), 0, in.scale_value * sum);
   }
-  if (block == 0 && p.in.grad[kGateBias] != nullptr) {
-    const float sum =
-        block_sum<C>(s, rows, [&](int64_t row) { return read_scalar(p, kDLogit, row); });
-    if (thread_index() == 0) store_grad<T>(p.in.parameter_grad(kGateBias), 0, sum);
+  if (block == 0 && in.grad[kGateBias] != nullptr) {
+    const float sum = sum_tiles<C>(s, p, kDLogitSum);
+    if (thread_index() == 0) store_grad<T>(in.parameter_grad(kGateBias), 0, sum);
   }
-  if (p.in.grad[kGate] == nullptr) return;
+  if (in.grad[kGate] == nullptr) return;
   const float scale = scale_of<T>(in);
   if (has_gate_per_row(in)) {  // nothing to add: the blocks share the rows
-    const int64_t step = static_cast<int64_t>(blocks) * kThreads;
+    const int64_t rows = rows_of(in), step = static_cast<int64_t>(blocks) * kThreads;
     for (int64_t row = block * kThreads + thread_index(); row < rows; row += step) {
-      store_grad<T>(p.in.parameter_grad(kGate), row, scale * read_scalar(p, kDot, row));
+      store_grad<T>(in.parameter_grad(kGate), row, scale * *row_scalar(p, kDot, row));
     }
     return;
   }
@@ -387,38 +440,26 @@ __device__ __forceinline__ void reduce_scalars(const BackwardParams& p, Shared<C
   for (int b = block * kWarps + warp_index(); b < in.B; b += blocks * kWarps) {
     float sum = 0.0f;
     for (int t = lane_index(); t < in.S; t += 32) {
-      sum += read_scalar(p, kDot, static_cast<int64_t>(b) * in.S + t);
+      sum += *row_scalar(p, kDot, static_cast<int64_t>(b) * in.S + t);
     }
     sum = warp_sum(sum);
-    if (lane_index() == 0) store_grad<T>(p.in.parameter_grad(kGate), b, scale * sum);
+    if (lane_index() == 0) store_grad<T>(in.parameter_grad(kGate), b, scale * sum);
   }
 }
 
-// Grid: column tiles; rank tiles by splits; members, and one more layer for the norms and scalars.
+// Grid: the layer of the norms and scalars, which is little work and starts first; then the tiles of
+// the weights' gradients, for each member and split.
 template <class C>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, C::kMinBlocks)
     gated_adapter_bwd_weights_sm80(const __grid_constant__ BackwardParams p) {
   auto& s = shared_memory_as<Shared<C>>();
-  // Blocks of one split are neighbours: they read the same rows at about the same time.
-  const int rank_tiles = grid_blocks_y() / p.splits;
-  const int rank_tile = block_index_y() % rank_tiles;
-  Work work;
-  work.column = block_index_x() * kChunk;
-  work.rank = rank_tile * C::kRankBlock;
-  work.member = block_index_z();
-  work.split = block_index_y() / rank_tiles;
-  work.tile = (static_cast<int64_t>(work.member) * grid_blocks_x() + block_index_x()) * rank_tiles +
-              rank_tile;
-  if (work.member == grid_blocks_z() - 1) {
-    if (block_index_y() == 0) {  // there are no ranks here
-      reduce_norms<C>(p, s, work.column);
-      reduce_scalars<C>(p, s);
-    }
-  } else {
-    // Nobody waits: whoever comes last to a tile does the rest.
-    sum_rows<C>(p, s, work);
-    if (is_last_split<C>(p, s, work)) write_gradients<C>(p, work);
+  if (block_index_x() >= p.layer_blocks) {
+    sum_tile<C>(p, s);
+    return;
   }
+  // Fewer blocks than columns mean that there are no norms.
+  if (norms_of(p.in) > 0) reduce_norms<C>(p, s, block_index_x() * kChunk);
+  reduce_scalars<C>(p, s);
 }
 
 using Configs = WeightConfigsOf<Config>;
@@ -426,16 +467,20 @@ using Configs = WeightConfigsOf<Config>;
 }  // namespace
 
 void launch_bwd_weights_sm80(const BackwardParams& p) {
+  const bool is_plain = !has_pre_norm(p.in) && (!p.in.dropout.is_active() || has_post_norm(p.in));
   const bool found = run_first_fit(
       Configs{},
       [&](auto tag) {
         using C = typename decltype(tag)::type;
-        return DTypeOf<typename C::T>::value == p.in.dtype && C::kRankBlock == weight_ranks(p.in.R);
+        return DTypeOf<typename C::T>::value == p.in.dtype &&
+               C::kRankBlock == weight_ranks(p.in.dtype, p.in.R) && C::kIsPlain == is_plain;
       },
       [&](auto tag) {
         using C = typename decltype(tag)::type;
-        const LaunchShape shape{p.column_tiles, p.rank_tiles * p.splits, p.members + 1, kThreads,
-                                sizeof(Shared<C>)};
+        LaunchShape shape;
+        shape.blocks_x = p.layer_blocks + static_cast<int>(weight_tiles_of(p)) * p.splits;
+        shape.threads = kThreads;
+        shape.shared_bytes = sizeof(Shared<C>);
         launch<gated_adapter_bwd_weights_sm80<C>>("gated_adapter_bwd_weights_sm80", shape,
                                                   p.in.stream, p);
       });

@@ -31,13 +31,21 @@ bool serves(const Call& in) {
   return fits<C>(in.dtype, in.R) && C::Options::serve(in);
 }
 
-// Of the weights' gradients: dtype and the ranks of a tile, one of these two.
-constexpr int kNarrow = 16, kWide = 64;
-template <template <class, int> class Config>
+// Of the weights' gradients: dtype; the ranks of a tile; whether x and dy are multiplied as they lie
+// in memory, with neither dropout nor a pre-norm between.
+template <template <class, int, bool> class Config>
 using WeightConfigsOf =
-    TypeList<Config<bf16, kNarrow>, Config<bf16, kWide>, Config<f16, kNarrow>, Config<f16, kWide>>;
+    TypeList<Config<bf16, 16, true>, Config<bf16, 48, true>, Config<bf16, 64, true>,
+             Config<f16, 16, true>, Config<f16, 64, true>, Config<bf16, 16, false>,
+             Config<bf16, 48, false>, Config<bf16, 64, false>, Config<f16, 16, false>,
+             Config<f16, 64, false>>;
 
-constexpr int weight_ranks(int64_t R) { return R <= kNarrow ? kNarrow : kWide; }
+// The fewest tiles, and of these the smallest that is listed.
+constexpr int weight_ranks(DType dtype, int64_t R) {
+  if (R <= 16) return 16;
+  const int64_t tiles = (R + 63) / 64;
+  return dtype == DType::kBF16 && R <= 48 * tiles ? 48 : 64;
+}
 
 // Floats that a block leaves of a tile: the gradients of both weights [ranks, columns], then db_up
 // and dw_gate [columns], db_down [ranks].

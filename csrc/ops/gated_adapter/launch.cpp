@@ -6,6 +6,8 @@
 //              bwd_weights    x, dy, h and those -> the gradients of parameters
 //
 // There is one family of kernels, for sm_80 and everything after it.
+#include <algorithm>
+
 #include "common/arena.h"
 #include "common/check.h"
 #include "ops/gated_adapter/configs.h"
@@ -44,12 +46,28 @@ ForwardParams forward_params(const Call& call, Arena& arena) {
   return p;
 }
 
-int64_t weight_tiles_of(const BackwardParams& p) {
-  return static_cast<int64_t>(p.members) * p.column_tiles * p.rank_tiles;
+// Without it the second kernel has nothing to do: a frozen adapter, of which dx was all.
+bool wants_parameters(const Call& call) {
+  for (int i = 0; i < kInputs; ++i) {
+    if (i != kX && call.grad[i] != nullptr) return true;
+  }
+  return false;
 }
 
-// Counters that start from zero: a pooled gate's arrivals, and the tickets behind them.
-int64_t counters_of(const BackwardParams& p) { return p.in.B + weight_tiles_of(p); }
+// How the sums over rows are cut. All blocks of the second kernel are to be at work at once, one for
+// each multiprocessor, whose ring holds enough to keep memory busy; and what a split leaves and the
+// last one reads again, 16 R D bytes, has to stay small beside the 4 D of each row that it reads.
+int splits_of(const BackwardParams& p) {
+  // Without an index for each sample only one member of a bank has rows.
+  const bool shares_members = !has_weights_per_sample(p.in);
+  const int64_t busy_tiles = weight_tiles_of(p) / (shares_members ? p.members : 1);
+  const int64_t rows_of_split = 8 * static_cast<int64_t>(p.in.R);
+  const int64_t for_device = multiprocessors() / busy_tiles;
+  const int64_t for_rows = (rows_of(p.in) + rows_of_split / 2) / rows_of_split;
+  const int64_t tiles = p.weight_tiling.tiles;
+  const int64_t splits = std::min(std::min(for_device, for_rows), tiles);
+  return static_cast<int>(std::max(splits, int64_t{1}));
+}
 
 // The cut of rows and of the weights' gradients into tiles, and the pieces of backward's workspace
 // in their places.
@@ -57,34 +75,40 @@ BackwardParams backward_params(const Call& call, Arena& arena) {
   BackwardParams p;
   p.in = call;
   const int64_t rows = rows_of(call);
-  const int ranks = weight_ranks(call.R);
+  const int ranks = weight_ranks(call.dtype, call.R);
   p.tiling = tiling_of(call);
+  p.rank_stride = (call.R + 7) / 8 * 8;
+  const int64_t groups = has_weights_per_sample(call) ? call.B : 1;
+  p.weight_tiling = cut_rows(groups, rows / groups, kWeightRows);
   p.members = call.M > call.M_up ? call.M : call.M_up;
   p.column_tiles = (call.D + kChunk - 1) / kChunk;
   p.rank_tiles = (call.R + ranks - 1) / ranks;
-  // Two blocks for each multiprocessor: more splits would mean more partial sums to write and to
-  // add.
-  const int wanted = 2 * multiprocessors() / (p.column_tiles * p.rank_tiles * p.members);
-  p.splits = wanted < 1 ? 1 : wanted > p.tiling.tiles ? p.tiling.tiles : wanted;
+  p.splits = splits_of(p);
+  const bool has_scalars = call.grad[kScale] || call.grad[kGateBias] || call.grad[kGate];
+  const bool needs_all = norms_of(call) > 0 || call.grad[kGate];
+  p.layer_blocks = needs_all ? p.column_tiles : has_scalars ? 1 : 0;
 
-  p.arrivals = arena.take<int>(counters_of(p));
-  p.tickets = p.arrivals + call.B;
-  p.gate_partial = arena.take<float>(2 * static_cast<int64_t>(p.tiling.tiles));
-  p.row_scalars = arena.take<float>(kRowScalars * rows);
-  p.norm_partial = arena.take<float>(static_cast<int64_t>(p.tiling.tiles) * kWarps *
-                                     norms_of(call) * 2 * call.D);
-  p.weight_partial = arena.take<float>(weight_tiles_of(p) * p.splits * partial_floats(ranks));
-  p.dh = arena.take<uint16_t>(rows * call.R);
-  p.du = arena.take<uint16_t>(has_post_norm(call) ? rows * call.D : 0);
-  return p;
-}
-
-// Without it the second kernel has nothing to do: a frozen adapter, of which dx was all.
-bool wants_parameters(const Call& call) {
-  for (int i = 0; i < kInputs; ++i) {
-    if (i != kX && call.grad[i] != nullptr) return true;
+  if (has_pooled_gate(call)) {
+    p.arrivals = arena.take<int>(call.B);
+    p.gate_partial = arena.take<float>(2 * static_cast<int64_t>(p.tiling.tiles));
   }
-  return false;
+  p.row_scalars = arena.take<float>(kRowScalars * rows);
+  p.tile_sums = arena.take<float>(static_cast<int64_t>(kTileSums) * p.tiling.tiles);
+  p.norm_slots = arena.take<int>(1);
+  // A block has a tile at least.
+  p.norm_partial =
+      arena.take<float>(static_cast<int64_t>(p.tiling.tiles) * norms_of(call) * 2 * call.D);
+  p.dh = arena.take<uint16_t>(rows * p.rank_stride);
+  p.du = arena.take<uint16_t>(has_post_norm(call) ? rows * call.D : 0);
+  if (!wants_parameters(call)) return p;
+  p.a = arena.take<uint16_t>(rows * p.rank_stride);
+  p.factor_parts = arena.take<uint16_t>(rows * kPartsStride);
+  p.dlogit_parts = arena.take<uint16_t>(has_learned_gate(call) ? rows * kPartsStride : 0);
+  if (p.splits > 1) {
+    p.tickets = arena.take<int>(weight_tiles_of(p));
+    p.weight_partial = arena.take<float>(weight_tiles_of(p) * p.splits * partial_floats(ranks));
+  }
+  return p;
 }
 
 }  // namespace
@@ -113,12 +137,22 @@ std::string Cuda<Contract>::why_not(const NativeCall<Contract, int64_t>& call) {
                     ", and R=", call.R, " is not");
   }
   // Tiles and columns are counted in 32 bits; elements are in 64.
-  constexpr int64_t kMaxRows = int64_t{1} << 31;
+  constexpr int64_t kMaxRows = int64_t{1} << 30;  // two numbers of each tile have one index
   constexpr int64_t kMaxColumns = int64_t{1} << 24;
   if (rows_of(call) >= kMaxRows || call.D > kMaxColumns) {
     return sentence("its tiles are counted in 32 bits, so B S must be below ", kMaxRows,
                     " and D at most ", kMaxColumns, ", and they are ", rows_of(call), " and ",
                     call.D);
+  }
+  // Backward's blocks are counted in one dimension; there are splits only while they are few.
+  const int64_t members = std::max(call.M, call.M_up);
+  const int64_t blocks =
+      (members + 1) * ((call.D + kChunk - 1) / kChunk) *
+      ((call.R + weight_ranks(call.dtype, call.R) - 1) / weight_ranks(call.dtype, call.R));
+  if (blocks >= kMaxRows) {
+    return sentence(
+        "its blocks are counted in 32 bits, so a bank's tiles of 64 columns must be below ",
+        kMaxRows, ", and those of ", members, " members are ", blocks);
   }
   return "";
 }
@@ -135,7 +169,7 @@ template <>
 void Cuda<Contract>::backward(const Call& call, Arena& arena) {
   const BackwardParams p = backward_params(call, arena);
   if (arena.only_counts) return;
-  zero_async(p.arrivals, sizeof(int) * static_cast<size_t>(counters_of(p)), call.stream);
+  if (p.arrivals != nullptr) zero_async(p.arrivals, sizeof(int) * call.B, call.stream);
   launch_bwd_rows_sm80(p);
   if (wants_parameters(call)) launch_bwd_weights_sm80(p);
 }

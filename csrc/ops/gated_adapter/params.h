@@ -12,7 +12,9 @@ using namespace pelt::rows;
 
 using Call = CallOf<int>;
 
-constexpr int kBlockT = 64;  // rows of a tile: 16 for each of 4 warps
+constexpr int kBlockT = 64;      // rows of a tile: 16 for each of 4 warps
+constexpr int kWeightRows = 64;  // rows that the weights' gradients take at a time
+constexpr int kPartsStride = 8;  // elements from row to row of numbers in parts: 16 bytes
 
 struct ForwardParams {
   Call in;
@@ -30,28 +32,39 @@ struct BackwardParams {
   Call in;
 
   // The first leaves for the second:
-  void* dh = nullptr;             // [B, S, R]
-  void* du = nullptr;             // [B, S, D]: d loss / d (W_up phi(h) + b_up), with a post-norm
+  void* dh = nullptr;  // [B, S, rank_stride]
+  void* a = nullptr;   // [B, S, rank_stride]: factor phi(h); null: nobody wants it
+  void* du = nullptr;  // [B, S, D]: d loss / d (W_up phi(h) + b_up), with a post-norm
+  // [B, S, kPartsStride], see parts.cuh: the factor of dy after dropout, which is scale g, or 1 with
+  // a post-norm, where du is in memory; and kDLogit.
+  void* factor_parts = nullptr;
+  void* dlogit_parts = nullptr;
   float* row_scalars = nullptr;   // [kRowScalars, B * S]
-  float* norm_partial = nullptr;  // [tiles, warps, norms, 2, D]: a warp's sums, of weight and bias
+  float* tile_sums = nullptr;     // [kTileSums, tiles]
+  float* norm_partial = nullptr;  // [norm_slots, norms, 2, D]: a block's sums, of weight and bias
+  int* norm_slots = nullptr;      // the number of blocks that have left such sums
   // Blocks of the first leave for each other, with a pooled gate:
   int* arrivals = nullptr;        // [B]: tiles of a sentence whose partial sum is there
   float* gate_partial = nullptr;  // [tiles, 2]: a tile's sum of dots and number of counted rows
   // Blocks of the second leave for each other:
-  int* tickets = nullptr;           // [weight tiles]
+  int* tickets = nullptr;           // [weight tiles]; null: there are no splits
   float* weight_partial = nullptr;  // [weight tiles, splits, partial_floats]
 
   Tiling tiling;
-  int wave_tiles = 0;    // of the first kernel, see wave_of
+  int wave_tiles = 0;   // of the first kernel, see wave_of
+  int rank_stride = 0;  // R, up to a whole number of 16-byte vectors; ranks beyond R are zero
+
+  // Of the second kernel:
+  Tiling weight_tiling;  // in tiles of kWeightRows; groups only where weights differ by sample
   int members = 1;       // of the larger bank
-  int column_tiles = 0;  // weight tiles are members by column tiles by rank tiles
+  int column_tiles = 0;  // weight tiles are members by rank tiles by column tiles
   int rank_tiles = 0;
-  int splits = 1;  // parts of the rows that are summed by different blocks
+  int splits = 1;        // parts of the rows that are summed by different blocks
+  int layer_blocks = 0;  // that add up what is not of weights
 };
 
 // What the first backward kernel leaves for the second of each row.
 enum RowScalar {
-  kFactor,  // of dy after dropout: scale g; 1 with a post-norm, where du is in memory
   kDot,     // dy . dropout(post_norm(u)), which the gradients of gate and scale are sums of
   kLogit,   // of a learned gate: w . x + b
   kDLogit,  // and its gradient
@@ -59,6 +72,26 @@ enum RowScalar {
   kRstd,
   kRowScalars
 };
+
+// What it leaves of each tile.
+enum TileSum {
+  kGatedDot,   // the sum over rows of gate dot: the gradient of scale
+  kDLogitSum,  // of dlogit: that of the gate's bias
+  kTileSums
+};
+
+// Elements of the arrays above.
+PELT_HOST_DEVICE float* row_scalar(const BackwardParams& p, RowScalar which, int64_t row) {
+  return p.row_scalars + which * rows_of(p.in) + row;
+}
+
+PELT_HOST_DEVICE float* tile_sum(const BackwardParams& p, TileSum which, int tile) {
+  return p.tile_sums + static_cast<int64_t>(which) * p.tiling.tiles + tile;
+}
+
+PELT_HOST_DEVICE int64_t weight_tiles_of(const BackwardParams& p) {
+  return static_cast<int64_t>(p.members) * p.rank_tiles * p.column_tiles;
+}
 
 PELT_HOST_DEVICE int norms_of(const Call& in) {
   return (has_pre_norm(in) ? 1 : 0) + (has_post_norm(in) ? 1 : 0);
