@@ -15,6 +15,15 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
                : "memory");
 }
 
+// The same to a 32-bit address of shared memory and a constant number of bytes behind it. `bytes` is
+// 16, or 0 for zeros.
+template <int kBytes>
+__device__ __forceinline__ void cp_async_16_at(uint32_t shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0 + %1], [%2], 16, %3;" ::"r"(shared), "n"(kBytes),
+               "l"(global), "r"(bytes)
+               : "memory");
+}
+
 // Closes the group of copies that the thread has started since the last commit; it may be empty.
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");

@@ -4,6 +4,7 @@
 #include "cuda/activation.cuh"
 #include "cuda/atomics.cuh"
 #include "cuda/barrier.cuh"
+#include "cuda/constants.cuh"
 #include "cuda/cp_async.cuh"
 #include "cuda/exp2.cuh"
 #include "cuda/fragment.cuh"

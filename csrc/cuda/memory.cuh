@@ -48,4 +48,11 @@ __device__ __forceinline__ void store_16(void* address, const Words4& value) {
   *static_cast<Words4*>(address) = value;
 }
 
+// The same to a 32-bit address of shared memory.
+__device__ __forceinline__ void store_shared_16(uint32_t address, const Words4& value) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.word[0]),
+               "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3])
+               : "memory");
+}
+
 }  // namespace pelt

@@ -47,22 +47,22 @@ __device__ __forceinline__ int lane_offset_of_b_pair_transposed(int k, int n) {
   return lane_offset_of_a<kColumns>(k, n);
 }
 
-// Loads A from the lane's own address, as lane_offset_of_a gives it.
-template <class T>
-__device__ __forceinline__ FragmentA load_a_at(const T* of_lane) {
+// Loads A from kBytes behind the lane's own address in shared memory.
+template <int kBytes>
+__device__ __forceinline__ FragmentA load_a_at(uint32_t of_lane) {
   FragmentA a;
-  ldmatrix_x4(a.r, of_lane);
+  ldmatrix_x4_at<kBytes>(a.r, of_lane);
   return a;
 }
 
-// Loads two neighbouring B from the lane's own address.
-template <bool kIsTransposed, class T>
-__device__ __forceinline__ void load_b_pair_at(FragmentB (&b)[2], const T* of_lane) {
+// Loads two neighbouring B from kBytes behind the lane's own address in shared memory.
+template <bool kIsTransposed, int kBytes>
+__device__ __forceinline__ void load_b_pair_at(FragmentB (&b)[2], uint32_t of_lane) {
   uint32_t r[4];
   if constexpr (kIsTransposed) {
-    ldmatrix_x4_trans(r, of_lane);
+    ldmatrix_x4_trans_at<kBytes>(r, of_lane);
   } else {
-    ldmatrix_x4(r, of_lane);
+    ldmatrix_x4_at<kBytes>(r, of_lane);
   }
   b[0] = {{r[0], r[1]}};
   b[1] = {{r[2], r[3]}};

@@ -132,7 +132,7 @@ std::string why_not_single(const Linear& in) {
   }
   constexpr int64_t kMaxTiles = int64_t{1} << 31;
   const int widest = in.Din > in.Dout ? in.Din : in.Dout;
-  const int64_t tiles = static_cast<int64_t>(make_tiling(in, kSingleRows).tiles) *
+  const int64_t tiles = static_cast<int64_t>(make_tiling(in, single_rows(kSingleColumns)).tiles) *
                         ((widest + kSingleColumns - 1) / kSingleColumns);
   if (tiles >= kMaxTiles) {
     return sentence("its tiles are counted in 32 bits, and there are ", tiles);
@@ -142,33 +142,51 @@ std::string why_not_single(const Linear& in) {
 
 // ---- the single launch ----
 
-// to = from W over rows that are cut as the branches ask. `wide_ranks` are those that a block of
-// wide tiles would need.
-template <class Params>
+// The columns of a block's tile. A tile costs its products, of W and of P; the launch lasts as long
+// as the multiprocessor with the most tiles works. Wide tiles spend the least on P, small ones leave
+// no multiprocessor without work where rows and columns are few. `ranks_of(columns)` are those that
+// a block needs.
+template <class RanksOf>
+int choose_columns(const Linear& in, int columns, RanksOf&& ranks_of) {
+  int best = kSingleColumns;
+  double least = 0.0;
+  // In this order: of equal ones the first is taken.
+  for (int tile : {kSingleColumns, kSingleWideColumns, kSingleSmallColumns}) {
+    const bool is_usual = tile == kSingleColumns;
+    if (!is_usual && ranks_of(tile) > kSlot) continue;
+    if (!is_usual && single_shared_bytes(kSlot, tile) > max_shared_bytes()) continue;
+    const int64_t tiles = static_cast<int64_t>(make_tiling(in, single_rows(tile)).tiles) *
+                          ((columns + tile - 1) / tile);
+    const int64_t most = (tiles + multiprocessors() - 1) / multiprocessors();
+    // A small tile's warps load twice as many fragments for a product, as shared memory's rate tells.
+    const double of_loads = tile == kSingleSmallColumns ? 1.3 : 1.0;
+    const int ranks = ranks_of(tile) <= kSlot ? kSlot : kSingleRanks;
+    const double cost = of_loads * most * single_rows(tile) * (tile + ranks);
+    if (is_usual || cost < least) best = tile, least = cost;
+  }
+  return best;
+}
+
+// to = from W over rows that are cut as the branches ask.
+template <class Params, class RanksOf>
 Params product_of(const Linear& in, const void* from, int depth, const void* weight, void* to,
-                  int columns, int wide_ranks) {
+                  int columns, RanksOf&& ranks_of) {
   Params p;
   p.in = in;
-  p.tiling = make_tiling(in, kSingleRows);
   p.from = from, p.depth = depth;
   p.weight = weight;
   p.to = to, p.columns = columns;
-  // A warp of a wide tile reads half as much shared memory for each product; but two rounds of
-  // tiles are needed for it to keep every multiprocessor busy.
-  const int wide_tiles = (columns + kSingleWideColumns - 1) / kSingleWideColumns;
-  const bool is_wide = static_cast<int64_t>(p.tiling.tiles) * wide_tiles >= 2 * multiprocessors() &&
-                       wide_ranks <= kSlot &&
-                       single_shared_bytes(kSlot, kSingleWideColumns) <= max_shared_bytes();
-  p.tile_columns = is_wide ? kSingleWideColumns : kSingleColumns;
-  p.column_tiles = is_wide ? wide_tiles : (columns + kSingleColumns - 1) / kSingleColumns;
+  p.tile_columns = choose_columns(in, columns, ranks_of);
+  p.column_tiles = (columns + p.tile_columns - 1) / p.tile_columns;
+  p.tiling = make_tiling(in, single_rows(p.tile_columns));
   p.keys = PhiloxKeys::of(in.dropout.seed);
   return p;
 }
 
 SingleForwardParams single_forward(const Linear& in, const Call& call) {
-  auto single =
-      product_of<SingleForwardParams>(in, in.x, in.Din, call.input[kWeight], in.y, in.Dout,
-                                      single_forward_ranks(in, kSingleWideColumns));
+  auto single = product_of<SingleForwardParams>(
+      in, in.x, in.Din, call.input[kWeight], in.y, in.Dout,
+      [&](int tile_columns) { return single_forward_ranks(in, tile_columns); });
   single.bias = call.parameter(kBias);
   return single;
 }
@@ -178,7 +196,7 @@ bool is_single_backward(const Call& call) { return call.form == kSingle && call.
 
 SingleBackwardParams single_backward(const Linear& in, const Call& call) {
   return product_of<SingleBackwardParams>(in, in.dy, in.Dout, call.input[kWeight], in.dx, in.Din,
-                                          single_backward_ranks(in));
+                                          [&](int) { return single_backward_ranks(in); });
 }
 
 // ---- the launches of the composed form, with their pieces of the workspace ----
@@ -289,7 +307,7 @@ void Cuda<Contract>::backward(const Call& call, Arena& arena) {
                       call.stream);
   }
   if (in.dx != nullptr && (!is_single || in.gates > 0)) {
-    SpreadParams spread{in, wide, scratch.ds, scratch.dlogits};
+    SpreadParams spread{in, wide, scratch.ds, scratch.dlogits, PhiloxKeys::of(in.dropout.seed)};
     // The single launch has written the branches' part of dx.
     if (is_single) spread.in.branches = spread.in.ranks = 0;
     launch_spread_sm80(spread, call.stream);

@@ -1,4 +1,4 @@
-// The product whose result is narrow: [32 rows, K] x [K, ranks] -> [32, ranks], ranks 16 or 64.
+// The product whose result is narrow: [32 rows, K] x [K, ranks] -> [32, ranks], ranks 16, 32 or 64.
 //
 //        x, dy [32, K] in chunks of 64     x    A [ranks, K] or B [K, ranks] in chunks of 64
 //
@@ -9,7 +9,7 @@
 #pragma once
 
 #include "common/type_list.h"
-#include "ops/lora_linear/tiles.cuh"
+#include "ops/lora_linear/copies.cuh"
 
 namespace pelt::lora_linear {
 
@@ -32,67 +32,83 @@ struct NarrowConfig {
 };
 
 template <class C>
-struct NarrowShared {
+struct NarrowStage {
   using T = typename C::T;
-  struct Ring {
-    alignas(16) T x[kStages][kNarrowRows * kChunkStride];
-    alignas(16) T factor[kStages][C::kFactorElements];
-  };
+  alignas(16) T x[kNarrowRows * kChunkStride];
+  alignas(16) T factor[C::kFactorElements];
+
+  static constexpr int kFactor =
+      sizeof(T) * kNarrowRows * kChunkStride;  // where it begins, in bytes
+};
+
+template <class C>
+struct NarrowShared {
   // The warps' sums take the ring's place when the last chunk has been multiplied.
   union {
-    Ring ring;
+    alignas(16) NarrowStage<C> ring[kStages];
     alignas(16) float sums[kWarps][kNarrowRows * C::kSumStride];
   };
   Source source[C::kRanks];  // of A's rows and the gates' weights; unused with B
   int is_last;
 };
 
-using NarrowConfigs = TypeList<NarrowConfig<bf16, 16>, NarrowConfig<bf16, 64>,
-                               NarrowConfig<f16, 16>, NarrowConfig<f16, 64>>;
-
 // How the factor lies in memory: A as [ranks, K], B as [K, ranks].
 enum class Factor { kRowsOfA, kRowsOfB };
 
-// s.sums[0] = the product. stage_chunk(stage, first column of the reduction) brings both operands.
-template <Factor kFactor, class C, class StageChunk>
-__device__ __forceinline__ void multiply_narrow(NarrowShared<C>& s, int depth,
-                                                StageChunk&& stage_chunk) {
+// s.sums[0] = the product. Both operands of the next chunk come by copies.fetch(stage), which asks
+// for them, and copies.put(stage), which stores what fetch has left in registers, if anything; a
+// stage is its distance from the ring's first in bytes.
+template <Factor kFactor, class C, class Copies>
+__device__ __forceinline__ void multiply_narrow(NarrowShared<C>& s, int depth, Copies& copies) {
+  using T = typename C::T;
+  constexpr int kStage = sizeof(NarrowStage<C>);
   const int chunks = (depth + kChunk - 1) / kChunk;
   // A group is committed also where there is no chunk left, so that "all but the newest
   // kStages - 2 groups" below always means this turn's chunk.
-  auto bring = [&](int chunk) {
-    if (chunk < chunks) stage_chunk(chunk % kStages, chunk * kChunk);
+  for (int chunk = 0; chunk < kStages - 1; ++chunk) {
+    if (chunk < chunks) {
+      copies.fetch(chunk * kStage);
+      copies.put(chunk * kStage);
+    }
     cp_async_commit();
-  };
-  for (int chunk = 0; chunk < kStages - 1; ++chunk) bring(chunk);
-  FragmentD sums[2][C::kTiles];     // rows 0-15 and 16-31
-  const int k = warp_index() * 16;  // the warp's columns of every chunk
+  }
+  FragmentD sums[2][C::kTiles];  // rows 0-15 and 16-31
+  // Where a lane reads its fragments in the first stage; the warp has 16 columns of every chunk.
+  const int lane = lane_index(), k = warp_index() * 16;
+  const uint32_t ring = shared_address(s.ring);
+  const uint32_t x = ring + sizeof(T) * (lane % 16 * kChunkStride + lane / 16 * 8 + k);
+  // The mma wants B with its k index running along a register: A's rows lie so, B's rows are
+  // transposed on the way into registers.
+  constexpr bool kIsTransposed = kFactor == Factor::kRowsOfB;
+  constexpr int kPairBytes = sizeof(T) * 16 * (kIsTransposed ? 1 : kChunkStride);
+  const int of_factor = kIsTransposed
+                            ? (k + lane % 16) * C::kRankStride + lane / 16 * 8
+                            : (lane % 8 + lane / 16 * 8) * kChunkStride + lane / 8 % 2 * 8 + k;
+  const uint32_t factor = ring + NarrowStage<C>::kFactor + sizeof(T) * of_factor;
+  uint32_t stage = 0, newest = (kStages - 1) * kStage;
   for (int chunk = 0; chunk < chunks; ++chunk) {
     // This thread's copies of the chunk are there; the barrier makes every thread's visible. It
     // also says that all warps have read the buffer of the chunk before, which is filled anew.
     cp_async_wait<kStages - 2>();
     sync_threads();
-    bring(chunk + kStages - 1);
-    const auto* x = s.ring.x[chunk % kStages];
-    const auto* factor = s.ring.factor[chunk % kStages];
-    const FragmentA low = load_a(x + k, kChunkStride);
-    const FragmentA high = load_a(x + 16 * kChunkStride + k, kChunkStride);
-#pragma unroll
-    for (int n = 0; n < C::kTiles; n += 2) {
+    const bool has_next = chunk + kStages - 1 < chunks;
+    if (has_next) copies.fetch(newest);
+    cp_async_commit();
+    const FragmentA low = load_a_at<0>(x + stage);
+    const FragmentA high = load_a_at<sizeof(T) * 16 * kChunkStride>(x + stage);
+    for_constants<C::kTiles / 2>([&](auto pair) {
+      constexpr int i = decltype(pair)::value;
       FragmentB b[2];
-      // The mma wants B with its k index running along a register: A's rows lie so, B's rows are
-      // transposed on the way into registers.
-      if constexpr (kFactor == Factor::kRowsOfA) {
-        load_b_pair(b, factor + 8 * n * kChunkStride + k, kChunkStride);
-      } else {
-        load_b_pair_transposed(b, factor + k * C::kRankStride + 8 * n, C::kRankStride);
-      }
+      load_b_pair_at<kIsTransposed, i * kPairBytes>(b, factor + stage);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        multiply_add<typename C::T>(sums[0][n + i], low, b[i]);
-        multiply_add<typename C::T>(sums[1][n + i], high, b[i]);
+      for (int half = 0; half < 2; ++half) {
+        multiply_add<T>(sums[0][2 * i + half], low, b[half]);
+        multiply_add<T>(sums[1][2 * i + half], high, b[half]);
       }
-    }
+    });
+    if (has_next) copies.put(newest);
+    newest = stage;
+    stage = stage == (kStages - 1) * kStage ? 0 : stage + kStage;
   }
   // The sums are written where the ring was: no copy may be under way and no warp may still read.
   cp_async_wait<0>();

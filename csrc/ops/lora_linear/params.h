@@ -73,6 +73,7 @@ struct SpreadParams {
   Tiling tiling;
   const void* ds = nullptr;
   const float* dlogits = nullptr;
+  PhiloxKeys keys;  // of in.dropout
 };
 
 // A sum over rows of one matrix times another: dA of a branch, dB, or dw of some gates.

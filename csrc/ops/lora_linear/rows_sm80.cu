@@ -12,6 +12,74 @@
 namespace pelt::lora_linear {
 namespace {
 
+// The operands' chunks: dy and rows of B. Where the branch's columns of dy or its ranks are not whole
+// vectors at 16-byte borders, both are staged element by element.
+template <class C>
+struct OperandCopies {
+  using T = typename C::T;
+  static constexpr int kAcross = C::kRanks / 8, kStep = kThreads / kAcross;  // rows of B a turn
+  static constexpr int kTurns = kChunk / kStep;
+
+  const Linear& in;
+  const Branch& branch;
+  const TileRows& rows;
+  NarrowShared<C>& s;
+  int64_t start;  // of the member's B, at the block's first rank
+  int rank;
+  bool is_whole;
+  int column = 0;  // of the branch: the next chunk's first
+  RowCopies<T> dy;
+  FactorCopies<T, kTurns, kStep * C::kRankStride * sizeof(T), kStep> factor;
+
+  __device__ __forceinline__ OperandCopies(const RowsParams& p, const Branch& branch,
+                                           const TileRows& rows, int rank, NarrowShared<C>& s)
+      : in(p.in),
+        branch(branch),
+        rows(rows),
+        s(s),
+        start(member_of_b(branch, rows.group) * branch.size * branch.R + rank),
+        rank(rank),
+        is_whole(branch.offset % 8 == 0 && branch.size % 8 == 0 && branch.R % 8 == 0),
+        dy(static_cast<const T*>(p.in.dy) + rows.first * p.in.Dout + branch.offset, p.in.Dout,
+           rows.count, branch.size, shared_address(s.ring)) {
+    const int row = thread_index() / kAcross, own_rank = thread_index() % kAcross * 8;
+    factor.left = branch.size - row;
+    factor.to = shared_address(s.ring) + NarrowStage<C>::kFactor +
+                sizeof(T) * (row * C::kRankStride + own_rank);
+    const Parameter b = rank + own_rank < branch.R ? branch.b : Parameter{};
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const int64_t at = start + static_cast<int64_t>(row + turn * kStep) * branch.R + own_rank;
+      factor.set(turn, b, at, kChunk * branch.R, p.in.dy);
+    }
+  }
+
+  __device__ __forceinline__ void fetch(uint32_t stage) {
+    if (is_whole) {
+      dy.bring(stage);
+      factor.fetch(stage);
+      return;
+    }
+    NarrowStage<C>& to = s.ring[stage / sizeof(NarrowStage<C>)];
+    stage_elements(to);
+    column += kChunk;
+  }
+
+  __device__ __forceinline__ void put(uint32_t stage) const {
+    if (is_whole) factor.put(stage);
+  }
+
+ private:
+  __device__ __forceinline__ void stage_elements(NarrowStage<C>& to) const {
+    stage<T, kNarrowRows, kChunk>(
+        to.x, kChunkStride, Parameter{in.dy, false},
+        {rows.first * in.Dout + branch.offset + column, in.Dout, rows.count, branch.size - column});
+    stage<T, kChunk, C::kRanks>(to.factor, C::kRankStride, branch.b,
+                                {start + static_cast<int64_t>(column) * branch.R, branch.R,
+                                 branch.size - column, branch.R - rank});
+  }
+};
+
 // Grid: tiles of rows; rank blocks of all branches.
 template <class C>
 __global__ void __launch_bounds__(kThreads)
@@ -27,18 +95,10 @@ __global__ void __launch_bounds__(kThreads)
   }
   const Branch& branch = in.branch[which];
   const int rank = block * C::kRanks;
-  const int64_t member = member_of_b(branch, rows.group);
-  const int64_t start = member * branch.size * branch.R + rank;
   // The reduction runs over the branch's own columns of dy. Columns beside them in the last chunk
   // come as zeros, so that a NaN there stays out.
-  multiply_narrow<Factor::kRowsOfB, C>(s, branch.size, [&](int stage_number, int column) {
-    stage<T, kNarrowRows, kChunk>(
-        s.ring.x[stage_number], kChunkStride, Parameter{p.in.dy, false},
-        {rows.first * in.Dout + branch.offset + column, in.Dout, rows.count, branch.size - column});
-    stage<T, kChunk, C::kRanks>(s.ring.factor[stage_number], C::kRankStride, branch.b,
-                                {start + static_cast<int64_t>(column) * branch.R, branch.R,
-                                 branch.size - column, branch.R - rank});
-  });
+  OperandCopies<C> copies(p, branch, rows, rank, s);
+  multiply_narrow<Factor::kRowsOfB>(s, branch.size, copies);
   // Four neighbouring threads take a row: every fourth rank each.
   static_assert(kThreads == 4 * kNarrowRows, "each row has four threads");
   const int row = thread_index() / 4;
@@ -61,6 +121,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+using Configs = TypeList<NarrowConfig<bf16, 16>, NarrowConfig<bf16, 64>, NarrowConfig<f16, 16>,
+                         NarrowConfig<f16, 64>>;
+
 }  // namespace
 
 // One number for all branches, that of the largest: the same configuration serves the launch.
@@ -71,7 +134,7 @@ int rank_block_of(const Linear& in) {
 }
 
 void launch_rows_sm80(const RowsParams& p, Stream stream) {
-  run_config(NarrowConfigs{}, p.in.dtype, rank_block_of(p.in), [&](auto tag) {
+  run_config(Configs{}, p.in.dtype, rank_block_of(p.in), [&](auto tag) {
     using C = typename decltype(tag)::type;
     // blocks_y: one for each rank block, counted as the kernel counts them
     LaunchShape shape{p.tiling.tiles, 0, 1, kThreads, sizeof(NarrowShared<C>)};

@@ -3,7 +3,7 @@
 //   s = dropout(x) [A_0; A_1; ...]^T    [B * S, ΣR]
 //   g = sigmoid(x [w_0; w_1; ...]^T + b), pooled over the sentence
 //
-// A block takes 32 rows of x and 16 or 64 columns of [A; w] (see narrow.cuh), so where the ranks
+// A block takes 32 rows of x and 16, 32 or 64 columns of [A; w] (see narrow.cuh), so where the ranks
 // and gates are no more than that x is read once. The gates' columns do not straddle two blocks;
 // beside dropout they have a block of their own, because they see x as it is.
 //
@@ -11,7 +11,7 @@
 // last ticket adds the tiles in their order and divides. No block waits for another, so the launch
 // is an ordinary one. Backward launches this kernel again for the rows' gates alone.
 //
-// Shared memory per block, columns 16, 64: 38, 70 KB.
+// Shared memory per block, columns 16, 32, 64: 38, 49, 70 KB.
 #include "ops/lora_linear/narrow.cuh"
 
 namespace pelt::lora_linear {
@@ -32,6 +32,70 @@ __device__ __forceinline__ void find_sources(const ShrinkParams& p, NarrowShared
     s.source[i] = source;
   }
 }
+
+// The operands' chunks: x, or dropout(x), and the sources' rows.
+template <class C>
+struct ShrinkCopies {
+  using T = typename C::T;
+  using Rows = RowCopies<T>;
+  static constexpr int kStep = kThreads / kVectors;  // rows of the factor a turn
+  static constexpr int kTurns = C::kRanks / kStep;
+
+  const Linear& in;
+  Rows x;
+  FactorCopies<T, kTurns, kStep * kChunkStride * sizeof(T), 0> factor;
+  bool is_dropped;
+  int64_t row;                // of x, of the thread's first vector
+  Words4 held[Rows::kTurns];  // of x, to be dropped
+
+  __device__ __forceinline__ ShrinkCopies(const ShrinkParams& p, const NarrowShared<C>& s,
+                                          const TileRows& rows, bool is_dropped)
+      : in(p.in),
+        x(static_cast<const T*>(p.in.x) + rows.first * p.in.Din, p.in.Din, rows.count, p.in.Din,
+          shared_address(s.ring)),
+        is_dropped(is_dropped) {
+    const int own = thread_index() / kVectors, column = thread_index() % kVectors * 8;
+    row = rows.first + own;
+    factor.left = p.in.Din - column;
+    factor.to = shared_address(s.ring) + NarrowStage<C>::kFactor +
+                sizeof(T) * (own * kChunkStride + column);
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const Source& source = s.source[own + turn * kStep];
+      factor.set(turn, source.row, source.offset + column, kChunk, p.in.x);
+    }
+  }
+
+  __device__ __forceinline__ void fetch(uint32_t stage) {
+    factor.fetch(stage);
+    if (!is_dropped) {
+      x.bring(stage);
+      return;
+    }
+#pragma unroll
+    for (int turn = 0; turn < Rows::kTurns; ++turn) {
+      held[turn] = x.left > 0 ? load_global_16(x.from[turn]) : Words4{};
+      x.from[turn] += kChunk;
+    }
+    x.left -= kChunk;
+  }
+
+  // Dropped before the product and rounded like any x: backward drops and rounds in the same way.
+  __device__ __forceinline__ void put(uint32_t stage) const {
+    factor.put(stage);
+    if (!is_dropped) return;
+    // The vector of the chunk that fetch() has just passed.
+    const int column = in.Din - x.left - kChunk;
+#pragma unroll
+    for (int turn = 0; turn < Rows::kTurns; ++turn) {
+      Float8 values = widen<T>(held[turn]);
+      const int64_t element = (row + turn * Rows::kStep) * in.Din + column;
+      const Float8 factors = dropout_of(in.dropout, element);
+      for (int e = 0; e < 8; ++e) values.v[e] *= factors.v[e];
+      store_shared_16(x.to + stage + turn * Rows::kStepBytes, narrow<T>(values));
+    }
+  }
+};
 
 // s is rounded here: backward reads it from memory, so forward's second launch does, too.
 template <class C>
@@ -111,7 +175,6 @@ __device__ __forceinline__ void pool_gates(const ShrinkParams& p, NarrowShared<C
 template <class C>
 __global__ void __launch_bounds__(kThreads)
     lora_linear_shrink_sm80(const __grid_constant__ ShrinkParams p) {
-  using T = typename C::T;
   auto& s = shared_memory_as<NarrowShared<C>>();
   const TileRows rows = rows_of_tile<kNarrowRows>(p.tiling, block_index_x());
   // Where only gates are wanted, in backward, the blocks of ranks before theirs are not launched.
@@ -120,12 +183,10 @@ __global__ void __launch_bounds__(kThreads)
   // Blocks of ranks see dropout(x), the gates' block behind them x.
   const bool is_dropped = p.in.dropout.is_active() && first < p.gate_column;
   find_sources(p, s, rows, first);
-  // The table is read by all threads when they stage the first chunk.
+  // All threads look up where their rows of the factor lie.
   sync_threads();
-  multiply_narrow<Factor::kRowsOfA, C>(s, p.in.Din, [&](int stage, int column) {
-    stage_x<T, kNarrowRows>(s.ring.x[stage], p.in, rows, column, is_dropped);
-    stage_sources<T, C::kRanks>(s.ring.factor[stage], p.in, s.source, column);
-  });
+  ShrinkCopies<C> copies(p, s, rows, is_dropped);
+  multiply_narrow<Factor::kRowsOfA>(s, p.in.Din, copies);
   if (!p.is_for_backward() && first < p.in.ranks) store_s(p, s, rows, first);
   // Only the block that holds the gates' columns goes on.
   if (p.in.gates == 0 || first != p.gate_column / C::kRanks * C::kRanks) return;
@@ -137,10 +198,24 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
+namespace {
+
+// Columns of a block for so many. 32 beside the sizes of other launches: a branch of 16 ranks and its
+// gate are usual.
+constexpr int shrink_block_of(int columns) {
+  return columns > 16 && columns <= 32 ? 32 : block_of(columns);
+}
+
+using ShrinkConfigs =
+    TypeList<NarrowConfig<bf16, 16>, NarrowConfig<bf16, 32>, NarrowConfig<bf16, 64>,
+             NarrowConfig<f16, 16>, NarrowConfig<f16, 32>, NarrowConfig<f16, 64>>;
+
+}  // namespace
+
 // The gates stand beside the ranks where one block has room for both, and otherwise, or where
 // dropout makes x another for the ranks, at the beginning of the next block.
 int gate_column_of(const Linear& in) {
-  const int block = in.dropout.is_active() ? 64 : block_of(in.ranks + in.gates);
+  const int block = in.dropout.is_active() ? 64 : shrink_block_of(in.ranks + in.gates);
   const bool straddles = in.ranks % block + in.gates > block;
   const bool is_apart = in.gates > 0 && (straddles || in.dropout.is_active());
   return is_apart ? (in.ranks + block - 1) / block * block : in.ranks;
@@ -149,11 +224,11 @@ int gate_column_of(const Linear& in) {
 void launch_shrink_sm80(const ShrinkParams& params, Stream stream) {
   ShrinkParams p = params;
   p.gate_column = gate_column_of(p.in);
-  const int columns = block_of(p.gate_column + p.in.gates);
+  const int columns = shrink_block_of(p.gate_column + p.in.gates);
   // Behind the last column that holds something.
   const int end = p.in.gates > 0 ? p.gate_column + p.in.gates : p.in.ranks;
   const int skipped = p.is_for_backward() ? p.gate_column / columns : 0;
-  run_config(NarrowConfigs{}, p.in.dtype, columns, [&](auto tag) {
+  run_config(ShrinkConfigs{}, p.in.dtype, columns, [&](auto tag) {
     using C = typename decltype(tag)::type;
     const int blocks_y = (end + columns - 1) / columns - skipped;
     const LaunchShape shape{p.tiling.tiles, blocks_y, 1, kThreads, sizeof(NarrowShared<C>)};

@@ -5,26 +5,27 @@
 // The first block of columns also stores ds, which the sums for A wait for, and each row's
 // <dy B, s>, of which the gates' gradients are sums.
 //
-// Shared memory per block, ranks 16, 64: 107, 139 KB; 256 columns: 159 KB.
+// Shared memory per block, ranks 16, 64: 73, 99 KB; 256, 64 columns: 109, 57 KB.
 #include "ops/lora_linear/single.cuh"
 
 namespace pelt::lora_linear {
 namespace {
 
-// Each row's <dy B_i, s_i>. What is in shared memory is dy B. A row has two lanes, which take the
-// branches in turn.
+// Each row's <dy B_i, s_i>. What is in shared memory is dy B. A row has one lane, or two, which take
+// the branches in turn.
 template <class C>
 __device__ __forceinline__ void store_dots(const SingleBackwardParams& p, const SingleShared<C>& s,
                                            const SingleWarp<C>& warp, const float* sums) {
   using T = typename C::T;
   const Linear& in = p.in;
-  const int row = lane_index() % 16;
+  constexpr int kLanes = 32 / C::kOwnRows;  // of a row
+  const int row = lane_index() % C::kOwnRows;
   const int64_t global_row = s.rows.first + warp.own_row + row;
   if (warp.own_row + row >= s.rows.count) return;
   int slots = 0;  // of the branches before this one: where its ranks begin
   for (int i = 0; i < in.branches; ++i) {
     const Branch& branch = in.branch[i];
-    if (i % 2 == lane_index() / 16) {
+    if (i % kLanes == lane_index() / C::kOwnRows) {
       const T* of_row = static_cast<const T*>(p.in.s) + global_row * in.ranks + branch.first;
       float dot = 0.0f;
       // Before the gate is applied: the dot is the gradient of scale g itself.
@@ -48,7 +49,7 @@ __device__ __forceinline__ void finish_ranks(const SingleBackwardParams& p, Sing
   const float* sums = spread_sums<C>(s, warp, registers);
   // All blocks of a row's columns know its ds; the first one stores what others launches read.
   if (s.first == 0 && p.dots != nullptr) store_dots<C>(p, s, warp, sums);
-  for (int i = lane_index(); i < 16 * C::kRanks / 8; i += 32) {
+  for (int i = lane_index(); i < C::kOwnRows * C::kRanks / 8; i += 32) {
     // A lane has eight neighbouring ranks of a row, which are of one branch: a slot has sixteen.
     const int row = i / (C::kRanks / 8), vector = i % (C::kRanks / 8);
     if (vector * 8 / kSlot >= s.slots) continue;
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
   const SingleWarp<C> warp;
   if (s.slots > 0) {
     finish_ranks<C>(p, s, warp, sums);
-    // The product with A reads the ranks of 64 rows, of which other warps have written 48.
+    // The product with A reads the ranks of the warp's rows, of which other warps have written some.
     sync_threads();
     multiply_up<C>(p, s, warp, sums);
   }

@@ -5,7 +5,7 @@
 // Learned gates of single tokens are further columns beside the ranks: a row's gate is known when
 // its ranks are. s is stored by the first block of columns that a branch reaches, gates likewise.
 //
-// Shared memory per block, ranks 16, 64: 109, 140 KB; 256 columns: 163 KB.
+// Shared memory per block, ranks 16, 64: 75, 100 KB; 256, 64 columns: 113, 58 KB.
 #include "ops/lora_linear/single.cuh"
 
 namespace pelt::lora_linear {
@@ -24,8 +24,8 @@ __device__ __forceinline__ void activate_gates(const SingleForwardParams& p,
                                                const SingleShared<C>& s, const SingleWarp<C>& warp,
                                                float* sums) {
   using T = typename C::T;
-  for (int i = lane_index(); i < 16 * p.in.gates; i += 32) {
-    const int row = i % 16, g = i / 16;
+  for (int i = lane_index(); i < C::kOwnRows * p.in.gates; i += 32) {
+    const int row = i % C::kOwnRows, g = i / C::kOwnRows;
     const Gate& gate = p.in.gate[g];
     // The logit stands behind the ranks of its row: the same product made both.
     float& at = sums[row * C::kSumStride + s.gate_column + g];
@@ -52,7 +52,7 @@ __device__ __forceinline__ void finish_ranks(const SingleForwardParams& p, Singl
   if (needs_gates(in, s.first, s.first + C::kColumns)) activate_gates<C>(p, s, warp, sums);
   // Fragments of x were dropped but not scaled (fragment_dropout.cuh).
   const float kept_scale = in.dropout.is_active() ? in.dropout.keep_scale : 1.0f;
-  for (int i = lane_index(); i < 16 * C::kRanks / 8; i += 32) {
+  for (int i = lane_index(); i < C::kOwnRows * C::kRanks / 8; i += 32) {
     // A lane has eight neighbouring ranks of a row, which are of one branch: a slot has sixteen.
     const int row = i / (C::kRanks / 8), vector = i % (C::kRanks / 8);
     if (vector * 8 / kSlot >= s.slots) continue;
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
   const SingleWarp<C> warp;
   if (s.used > 0) {
     finish_ranks<C>(p, s, warp, sums);
-    // The product with B reads the ranks of 64 rows, of which other warps have written 48.
+    // The product with B reads the ranks of the warp's rows, of which other warps have written some.
     sync_threads();
     multiply_up<C>(p, s, warp, sums);
   }
@@ -112,10 +112,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
 
 // The same for both dtypes and, but for the larger Q of forward, both directions.
 size_t single_shared_bytes(int ranks, int columns) {
-  if (columns > kSingleColumns)
-    return sizeof(SingleShared<SingleConfig<bf16, true, true, 16, 256>>);
-  return ranks <= 16 ? sizeof(SingleShared<SingleConfig<bf16, true, true, 16, 128>>)
-                     : sizeof(SingleShared<SingleConfig<bf16, true, true, 64, 128>>);
+  if (columns == kSingleSmallColumns)
+    return sizeof(SingleShared<SingleConfig<bf16, true, true, 16, kSingleSmallColumns>>);
+  if (columns == kSingleWideColumns)
+    return sizeof(SingleShared<SingleConfig<bf16, true, true, 16, kSingleWideColumns>>);
+  return ranks <= 16 ? sizeof(SingleShared<SingleConfig<bf16, true, true, 16, kSingleColumns>>)
+                     : sizeof(SingleShared<SingleConfig<bf16, true, true, 64, kSingleColumns>>);
 }
 
 void launch_single_fwd_sm80(const SingleForwardParams& p, bool is_transposed, Stream stream) {

@@ -5,6 +5,10 @@
 // that lie whole at 16-byte borders come by asynchronous copies. The others, of float32 factors and
 // of odd ranks, pass through registers in two steps, fetch and put, with a chunk's products between
 // them, so that no thread waits for a load from global memory.
+//
+// A thread copies the same places of every chunk, so its addresses are made once and move on by
+// constants. Rows past the end of `from` or W repeat the last one instead of being zeros: what is
+// made of them is not stored. Past the end of the depth zeros are needed, in both.
 #pragma once
 
 #include "ops/lora_linear/single_config.cuh"
@@ -24,21 +28,28 @@ struct SingleSlot {
   int size;
 };
 
+// A stage of the ring: a chunk's operands.
+template <class C>
+struct SingleStage {
+  using T = typename C::T;
+  alignas(128) T from[C::kRows * C::kDepth];
+  alignas(128) T weight[C::kColumns * C::kDepth];
+  alignas(128) T down[C::kRanks * C::kDepth];
+
+  static constexpr int kWeight = sizeof(T) * C::kRows * C::kDepth;  // where they begin, in bytes
+  static constexpr int kDown = kWeight + sizeof(T) * C::kColumns * C::kDepth;
+};
+
 template <class C>
 struct SingleShared {
   using T = typename C::T;
-  struct Ring {
-    alignas(128) T from[C::kStages][C::kRows * C::kDepth];
-    alignas(128) T weight[C::kStages][C::kColumns * C::kDepth];
-    alignas(128) T down[C::kStages][C::kRanks * C::kDepth];
-  };
   struct Tail {
     alignas(16) float sums[C::kRows * C::kSumStride];
     alignas(16) T ranks[C::kRows * C::kRankStride];
   };
   // One after the other: the ring while `from` is read, then sums and ranks, then the result.
   union {
-    Ring ring;
+    alignas(1024) SingleStage<C> ring[C::kStages];
     Tail tail;
     alignas(16) T out[C::kRows * C::kOutStride];
   };
@@ -174,74 +185,177 @@ __device__ __forceinline__ void put(const Held& held, T* tile) {
   if (held.place >= 0) store_16(tile + held.place, narrow<T>(held.values));
 }
 
-// Asks for kRows x kLength elements of a matrix that begin at (row, column); beyond `rows` and
-// `columns` there is nothing.
-template <class C, int kRows, int kLength>
-__device__ __forceinline__ void bring(typename C::T* tile, const void* matrix, int64_t row,
-                                      int column, int rows, int columns) {
+// A thread's share of the chunks of `from` and W.
+template <class C>
+struct BaseCopies {
   using T = typename C::T;
-  constexpr int kVectors = kLength / 8, kStep = C::kThreads / kVectors;
-  // The swizzle repeats after 8 rows, so that one address and a stride serve all turns.
-  static_assert(kStep % 8 == 0, "a thread's vectors keep their places from turn to turn");
-  // Addresses are made anew for each chunk: kept in registers they would crowd out the sums.
-  const int thread = opaque(thread_index());
-  const int own_row = thread / kVectors, vector = thread % kVectors;
-  const int own_column = column + 8 * vector;
-  const T* from = static_cast<const T*>(matrix) + (row + own_row) * columns + own_column;
-  T* to = tile + swizzled<kLength>(own_row, vector);
-  const int left = own_column < columns ? rows - own_row : 0;
-#pragma unroll
-  for (int turn = 0; turn < kRows / kStep; ++turn) {
-    cp_async_16(to + turn * kStep * kLength, from + static_cast<int64_t>(turn * kStep) * columns,
-                turn * kStep < left);
-  }
-}
+  // Where rows of the depth are copied: of `from`, and of W if it lies as [N, K]. The swizzle repeats
+  // after 8 rows, so that one place and a stride serve all turns.
+  static constexpr int kVectors = C::kDepth / 8, kStep = C::kThreads / kVectors;
+  static constexpr int kTurns = C::kRows / kStep;
+  static constexpr int kStepBytes = kStep * C::kDepth * sizeof(T);
+  // Where rows of N are copied: of W if it lies as [K, N].
+  static constexpr int kVectorsOfN = C::kColumns / 8, kStepOfN = C::kThreads / kVectorsOfN;
+  static constexpr int kStepBytesOfN = kStepOfN * C::kColumns * sizeof(T);
+  static constexpr int kTurnsOfW = C::kHasRowsOfN ? C::kColumns / kStep : C::kDepth / kStepOfN;
+  static_assert(kStep % 8 == 0 && kStepOfN % 8 == 0, "a thread's vectors keep their places");
 
-// Asks for a chunk of `from` and of the weight.
-template <class C>
-__device__ __forceinline__ void bring_base(const SingleParams& p, SingleShared<C>& s, int chunk) {
-  const int stage = chunk % C::kStages, depth = chunk * C::kDepth;
-  bring<C, C::kRows, C::kDepth>(s.ring.from[stage], p.from, s.rows.first, depth, s.rows.count,
-                                p.depth);
-  if constexpr (C::kHasRowsOfN) {
-    bring<C, C::kColumns, C::kDepth>(s.ring.weight[stage], p.weight, s.first, depth,
-                                     p.columns - s.first, p.depth);
-  } else {
-    bring<C, C::kDepth, C::kColumns>(s.ring.weight[stage], p.weight, depth, s.first,
-                                     p.depth - depth, p.columns);
-  }
-}
+  const T* from[kTurns];                            // what the next chunk needs
+  const T* weight[C::kHasRowsOfN ? kTurnsOfW : 1];  // likewise; of [K, N] rows follow each other
+  int64_t weight_step = 0;                          // from one of those rows to the next
+  int left;                                         // elements of the depth, from the thread's on
+  int weight_left = 0;                              // rows of [K, N], likewise
+  uint32_t to;                                      // of the first vector of rows of the depth
+  uint32_t weight_to;                               // of the first vector of rows of N
 
-// Asks for a chunk of P: in forward rows of A along the depth, in backward rows of B across it.
-template <class C>
-__device__ __forceinline__ void fetch_down(const SingleParams& p, SingleShared<C>& s, int chunk,
-                                           Held (&held)[C::kHeld]) {
-  constexpr int kLength = C::kIsForward ? C::kDepth : C::kRanks;
-  auto* tile = s.ring.down[chunk % C::kStages];
-  const int thread = opaque(thread_index());
+  __device__ __forceinline__ BaseCopies(const SingleParams& p, const SingleShared<C>& s) {
+    const int row = thread_index() / kVectors, at = thread_index() % kVectors * 8;
+    left = p.depth - at;
+    const uint32_t ring = shared_address(s.ring);
+    to = ring + sizeof(T) * swizzled<C::kDepth>(row, at / 8);
+    // A thread whose first vector lies past the end of the depth reads nothing, anywhere.
+    const int column = left > 0 ? at : 0;
+    const T* first = static_cast<const T*>(p.from) + s.rows.first * p.depth + column;
 #pragma unroll
-  for (int turn = 0; turn < C::kHeld; ++turn) {
-    held[turn].place = -1;
-    const int i = thread + turn * C::kThreads;
-    const int row = i / (kLength / 8), vector = i % (kLength / 8);
-    const int rank = C::kIsForward ? row : 8 * vector;
+    for (int turn = 0; turn < kTurns; ++turn) {
+      from[turn] =
+          first + static_cast<int64_t>(no_more(row + turn * kStep, s.rows.count)) * p.depth;
+    }
+    const T* w = static_cast<const T*>(p.weight);
+    if constexpr (C::kHasRowsOfN) {
+#pragma unroll
+      for (int turn = 0; turn < kTurnsOfW; ++turn) {
+        const int n = no_more(s.first + row + turn * kStep, p.columns);
+        weight[turn] = w + static_cast<int64_t>(n) * p.depth + column;
+      }
+      weight_to = to + SingleStage<C>::kWeight;
+    } else {
+      const int k = thread_index() / kVectorsOfN, vector = thread_index() % kVectorsOfN;
+      // Columns come in whole vectors: their number is a multiple of 8 (see why_not).
+      const int n = s.first + 8 * vector < p.columns ? s.first + 8 * vector : 0;
+      weight[0] = w + static_cast<int64_t>(k) * p.columns + n;
+      weight_step = static_cast<int64_t>(kStepOfN) * p.columns;
+      weight_left = p.depth - k;
+      weight_to = ring + SingleStage<C>::kWeight + sizeof(T) * swizzled<C::kColumns>(k, vector);
+    }
+  }
+
+  // Asks for the next chunk. `stage`: where, in bytes from the ring's first.
+  __device__ __forceinline__ void bring(uint32_t stage) {
+    const int bytes = left > 0 ? 16 : 0;
+    left -= C::kDepth;
+    for_constants<kTurns>([&](auto turn) {
+      constexpr int i = decltype(turn)::value;
+      cp_async_16_at<i * kStepBytes>(to + stage, from[i], bytes);
+      from[i] += C::kDepth;
+    });
+    if constexpr (C::kHasRowsOfN) {
+      for_constants<kTurnsOfW>([&](auto turn) {
+        constexpr int i = decltype(turn)::value;
+        cp_async_16_at<SingleStage<C>::kWeight + i * kStepBytes>(to + stage, weight[i], bytes);
+        weight[i] += C::kDepth;
+      });
+    } else {
+      for_constants<kTurnsOfW>([&](auto turn) {
+        constexpr int i = decltype(turn)::value;
+        cp_async_16_at<i * kStepBytesOfN>(weight_to + stage, weight[0],
+                                          weight_left > i * kStepOfN ? 16 : 0);
+        weight[0] += weight_step;
+      });
+      weight_left -= C::kDepth;
+    }
+  }
+
+ private:
+  // A row that is there.
+  __device__ __forceinline__ static int no_more(int row, int rows) {
+    return row < rows ? row : rows - 1;
+  }
+};
+
+// A thread's share of the chunks of P, one vector: of a row of A along the depth in forward, of a
+// row of B across it in backward. Ranks that are not there come as zeros.
+template <class C>
+struct DownCopies {
+  using T = typename C::T;
+  static constexpr int kVectors = (C::kIsForward ? C::kDepth : C::kRanks) / 8;  // in a row
+
+  const char* from = nullptr;  // what the next chunk needs
+  int step = 0;                // bytes from chunk to chunk
+  int count = 0;               // of the eight elements those that are there
+  int row = 0;                 // what is left of the depth; in backward the row of B
+  int rows = 0;                // of B
+  bool is_ours = false;        // has the thread a vector at all
+  bool is_direct = true;       // does it come by an asynchronous copy
+  bool is_whole = true;        // at a 16-byte border, as rows of A are
+  bool is_float32 = false;
+  uint32_t to = 0;
+  Float8 held;  // between fetch and put
+
+  __device__ __forceinline__ DownCopies(const SingleParams& p, const SingleShared<C>& s) {
+    const int across = thread_index() / kVectors, vector = thread_index() % kVectors;
+    to = shared_address(s.ring) + SingleStage<C>::kDown +
+         sizeof(T) * swizzled<8 * kVectors>(across, vector);
+    // An address that is never read still has to be one of global memory.
+    from = static_cast<const char*>(p.from);
+    const int rank = C::kIsForward ? across : 8 * vector;
     // Slots that no branch fills are neither read nor multiplied.
-    if (i >= C::kDownVectors || rank >= s.used * kSlot) continue;
-    const int depth = chunk * C::kDepth;
-    const Eight from = C::kIsForward ? eight_of_a(p.in, s, row, depth + 8 * vector)
-                                     : eight_of_b(s, depth + row, vector);
-    fetch<typename C::T, C::kIsForward>(held[turn], tile, swizzled<kLength>(row, vector), p.in,
-                                        from);
+    is_ours = thread_index() < C::kRanks * C::kDepth / 8 && rank < s.used * kSlot;
+    if (!is_ours) return;
+    Parameter source;
+    int64_t at, stride;
+    if constexpr (C::kIsForward) {
+      source = s.source[rank].row, at = s.source[rank].offset + 8 * vector, stride = 1;
+      count = source.data != nullptr ? 8 : 0;
+      row = p.depth - 8 * vector;
+    } else {
+      const SingleSlot& slot = s.slot[rank / kSlot];
+      const int left = slot.R - slot.rank - rank % kSlot;
+      count = slot.branch < 0 || left < 0 ? 0 : left < 8 ? left : 8;
+      row = across - slot.offset, rows = slot.size;
+      source = slot.factor, stride = slot.R;
+      at = slot.start + static_cast<int64_t>(row) * slot.R + slot.rank + rank % kSlot;
+      is_whole = count == 8 && slot.R % 8 == 0;
+    }
+    if (count == 0) return;
+    is_float32 = source.is_float32;
+    is_direct = is_whole && !is_float32;
+    const int size = is_float32 ? sizeof(float) : sizeof(T);
+    from = static_cast<const char*>(source.data) + at * size;
+    step = static_cast<int>(C::kDepth * stride * size);
   }
-}
 
-// Stores what fetch_down left in registers.
-template <class C>
-__device__ __forceinline__ void put_down(SingleShared<C>& s, int chunk,
-                                         const Held (&held)[C::kHeld]) {
+  // Asks for the next chunk's vector, or leaves it in registers for put().
+  __device__ __forceinline__ void fetch(uint32_t stage) {
+    if (!is_ours) return;
+    const bool is_there =
+        C::kIsForward ? row > 0 : static_cast<unsigned>(row) < static_cast<unsigned>(rows);
+    row += C::kIsForward ? -C::kDepth : C::kDepth;
+    if (is_direct) {
+      cp_async_16_at<0>(to + stage, from, is_there && count > 0 ? 16 : 0);
+    } else {
+      held = is_there ? load_some() : Float8{};
+    }
+    from += step;
+  }
+
+  // Stores what fetch() left in registers.
+  __device__ __forceinline__ void put(uint32_t stage) const {
+    if (is_ours && !is_direct) store_shared_16(to + stage, narrow<T>(held));
+  }
+
+ private:
+  __device__ __forceinline__ Float8 load_some() const {
+    const Parameter source{from, is_float32};
+    if (is_whole) return load_parameter_8<T>(source, 0);
+    Float8 values = {};
 #pragma unroll
-  for (int turn = 0; turn < C::kHeld; ++turn) put(held[turn], s.ring.down[chunk % C::kStages]);
-}
+    for (int e = 0; e < 8; ++e) {
+      if (e < count) values.v[e] = load_parameter<T>(source, e);
+    }
+    return values;
+  }
+};
 
 // Asks for Q. Once for a block and before the loop, so its registers are stored at once.
 template <class C>

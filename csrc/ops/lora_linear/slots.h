@@ -6,10 +6,15 @@
 
 namespace pelt::lora_linear {
 
-constexpr int kSlot = 16;            // columns of a branch's ranks that stand together
-constexpr int kSingleRows = 128;     // of a block's tile
-constexpr int kSingleColumns = 128;  // of a block's tile; or, with ranks for one slot,
+constexpr int kSlot = 16;  // columns of a branch's ranks that stand together
+// Columns of a block's tile: as a rule 128; or, with ranks for one slot, more or fewer.
+constexpr int kSingleSmallColumns = 64;
+constexpr int kSingleColumns = 128;
 constexpr int kSingleWideColumns = 256;
+
+// Rows of a tile with so many columns.
+constexpr int single_rows(int columns) { return columns == kSingleSmallColumns ? 64 : 128; }
+
 constexpr int kSingleRanks = 64;  // that a block has room for, slots and gates together
 
 struct RankColumns {

@@ -61,6 +61,32 @@ __device__ __forceinline__ void stage_x(T* tile, const Linear& in, const TileRow
   }
 }
 
+// As rows::stage, for a tile whose rows are kStride elements apart. Where all elements lie whole at
+// 16-byte borders, as a rule, a thread makes one address and moves on from row to row.
+template <class T, int kRows, int kColumns, int kStride>
+__device__ __forceinline__ void stage_rows(T* tile, const Parameter& source,
+                                           const Rectangle& from) {
+  constexpr int kAcross = kColumns / 8, kStep = kThreads / kAcross;
+  static_assert(kRows % kStep == 0, "every thread has as many vectors");
+  const bool is_whole = from.leading % 8 == 0 && from.offset % 8 == 0 && from.columns % 8 == 0;
+  if (!is_whole || source.is_float32) {
+    stage<T, kRows, kColumns>(tile, kStride, source, from);
+    return;
+  }
+  const int row = thread_index() / kAcross, column = thread_index() % kAcross * 8;
+  const T* address = static_cast<const T*>(source.data) + from.offset +
+                     static_cast<int64_t>(row) * from.leading + column;
+  const uint32_t to = shared_address(tile + row * kStride + column);
+  const int first = row - from.begin;
+  const unsigned rows = column < from.columns ? from.rows - from.begin : 0;
+  for_constants<kRows / kStep>([&](auto turn) {
+    constexpr int kRow = decltype(turn)::value * kStep;
+    const bool is_there = static_cast<unsigned>(first + kRow) < rows;
+    cp_async_16_at<kRow * kStride* static_cast<int>(sizeof(T))>(to, address, is_there ? 16 : 0);
+    address += static_cast<int64_t>(kStep) * from.leading;
+  });
+}
+
 // Where a row of A or of the gates' weights lies, so that a thread finds it without a search.
 struct Source {
   Parameter row;  // [Din]; null: nothing, zeros
@@ -79,15 +105,18 @@ __device__ __forceinline__ Source rank_row(const Linear& in, int column, int gro
   return {};
 }
 
-// kRows rows in shared memory from a table of them, columns [first, first + kChunk).
-template <class T, int kRows>
+// kRows rows in shared memory from a table of them, columns [first, first + kColumns).
+template <class T, int kRows, int kColumns, int kStride>
 __device__ __forceinline__ void stage_sources(T* tile, const Linear& in, const Source* sources,
                                               int first) {
-  for (int i = thread_index(); i < kRows * kVectors; i += kThreads) {
-    const int row = i / kVectors, column = first + i % kVectors * 8;
+  constexpr int kAcross = kColumns / 8;
+#pragma unroll
+  for (int turn = 0; turn < kRows * kAcross / kThreads; ++turn) {
+    const int i = thread_index() + turn * kThreads;
+    const int row = i / kAcross, column = first + i % kAcross * 8;
     const Source& source = sources[row];
     const bool is_there = source.row.data != nullptr && column < in.Din;
-    T* to = tile + row * kChunkStride + i % kVectors * 8;
+    T* to = tile + row * kStride + i % kAcross * 8;
     if (!source.row.is_float32) {
       // An address that is never read still has to be one of global memory.
       const T* from = is_there ? static_cast<const T*>(source.row.data) + source.offset + column
