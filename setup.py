@@ -1,11 +1,13 @@
 """Builds the compiled modules with CMake; everything else is in pyproject.toml.
 
 PELT_KERNELS_CUDA=1 builds the CUDA kernels as a release holds them, 0 leaves them out; by default
-nvcc and a GPU decide.
+nvcc and a GPU decide. PELT_KERNELS_CUDA=90 builds them for that compute capability alone, which is
+sooner done; of several there are semicolons between.
 ``build_ext --inplace --sim`` also builds `_C_sim` for the tests, which no wheel holds.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,15 +24,21 @@ PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH",
 
 def cuda() -> list[str]:
     asked = os.environ.get("PELT_KERNELS_CUDA", "auto")
+    if re.fullmatch(r"\d\d+(;\d\d+)*", asked):
+        return ["-DPELT_KERNELS_CUDA=on", f"-DPELT_KERNELS_CUDA_ARCHS={asked}"]
     if asked not in ("0", "1", "auto"):
-        sys.exit(f"setup.py: expected PELT_KERNELS_CUDA to be 0, 1 or auto, got '{asked}'")
+        sys.exit(
+            "setup.py: expected PELT_KERNELS_CUDA to be 0, 1, auto or compute capabilities (80;90),"
+            f" got '{asked}'"
+        )
+    every = "-UPELT_KERNELS_CUDA_ARCHS"  # which an earlier build may have set
     if asked != "auto":
-        return [f"-DPELT_KERNELS_CUDA={'on' if asked == '1' else 'off'}"]
+        return [every, f"-DPELT_KERNELS_CUDA={'on' if asked == '1' else 'off'}"]
     nvcc = shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()
     missing = ["nvcc"] * (not nvcc) + ["GPU"] * (not Path("/dev/nvidiactl").exists())
     found = f"no {' and no '.join(missing)}, no CUDA kernels" if missing else "CUDA kernels too"
     print(f"pelt_kernels: {found} (PELT_KERNELS_CUDA=0 or 1 decides)", file=sys.stderr)
-    return [f"-DPELT_KERNELS_CUDA={'off' if missing else 'on'}"]
+    return [every, f"-DPELT_KERNELS_CUDA={'off' if missing else 'on'}"]
 
 
 class CMakeBuild(build_ext):

@@ -14,10 +14,16 @@ from pelt_kernels.ops._dispatch import contract_of
 
 from . import shapes
 from .from_tests import Case, cases, parity
-from .timing import Function
+from .timing import FLUSHED, Function, OnSets
 
 SEED: int = parity.SEED  # of dropout
 COMPILED = "torch.compile"  # of the reference
+MOST_SETS = 16
+
+
+def inputs_of(operator: str, case: Case, dtype: str, device: str, draw: int = 0) -> list[Any]:
+    """What is timed, and before that held to the closeness rule."""
+    return parity.inputs_of(operator, case, dtype, device, draw, drawn_on=device)
 
 
 def contenders(
@@ -47,37 +53,54 @@ def contenders(
         functions[request] = lambda values, request=request: parity.operator_of(operator)(
             values, attributes, SEED, request or None
         )
-    values = parity.inputs_of(operator, case, dtype, device)
-    forward = {name: _forward(function, values) for name, function in functions.items()}
+    sets = _sets(inputs_of(operator, case, dtype, device), device)
+    forward = {name: _forward(function, sets) for name, function in functions.items()}
     calls = {"forward": forward}
     if not case.is_inference:
         calls["forward+backward"] = {
-            name: _forward_backward(operator, function, values)
+            name: _forward_backward(operator, function, sets)
             for name, function in functions.items()
         }
     return calls
 
 
-def _forward(function: Callable[..., Any], values: list[Any]) -> Function:
-    def call() -> None:
+def _sets(values: list[Any], device: str) -> list[list[Any]]:
+    """The values, on a GPU as often again as together they are much larger than its cache."""
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, list):
+            return [copy(v) for v in value]
+        return None if value is None else value.clone()
+
+    if device == "cpu":
+        return [values]
+    tensors = [v for value in values for v in (value if isinstance(value, list) else [value])]
+    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    count = min(max(FLUSHED // max(size, 1), 1), MOST_SETS)
+    return [values, *([copy(value) for value in values] for _ in range(count - 1))]
+
+
+def _forward(function: Callable[..., Any], sets: list[list[Any]]) -> Function:
+    def call(values: list[Any]) -> None:
         with torch.no_grad():
             function(values)
 
-    return call
+    return OnSets(call, sets)
 
 
-def _forward_backward(operator: str, function: Callable[..., Any], values: list[Any]) -> Function:
+def _forward_backward(
+    operator: str, function: Callable[..., Any], sets: list[list[Any]]
+) -> Function:
     contract = contract_of(operator).CONTRACT
-    inputs, leaves = trainable(operator, values)
-    dys: list[Tensor] = []
 
-    def call() -> None:
+    def call(of: tuple[list[Any], list[Tensor], list[Tensor]]) -> None:
+        inputs, leaves, dys = of
         outputs = differentiable(contract, function(inputs))
         if len(dys) != len(outputs):
             dys[:] = [torch.randn_like(output) for output in outputs]
         torch.autograd.grad(outputs, leaves, dys, allow_unused=True)
 
-    return call
+    return OnSets(call, [(*trainable(operator, values), []) for values in sets])
 
 
 def trainable(operator: str, values: list[Any]) -> tuple[list[Any], list[Tensor]]:

@@ -151,9 +151,15 @@ def request_of(operator: str, case: Case, dtype: str) -> str:
 
 
 def takes_too_long(operator: str, case: Case, dtype: str) -> bool:
-    """By what kernels issued so far, about 8 for 16 bytes and 10 for each product."""
-    work = roofline.work(operator, case, parity.PRECISIONS[dtype][0])
-    return sum(work.bytes) / 2 + 10 * sum(work.flops) / pipes.FLOPS_OF_MMA > LONGEST
+    """By the estimate of what kernels issue."""
+    return estimate(roofline.work(operator, case, parity.PRECISIONS[dtype][0])) > LONGEST
+
+
+def estimate(work: roofline.Work) -> float:
+    """Warp instructions, by what kernels issued so far: about 8 for 16 bytes and 10 for each
+    product.
+    """
+    return sum(work.bytes) / 2 + 10 * sum(work.flops) / pipes.FLOPS_OF_MMA
 
 
 def record() -> Rows:

@@ -2,7 +2,7 @@
 the dispatch chooses.
 
     python -m benchmarks.run --device cuda --cases full --json FILE
-    python -m benchmarks.forms FILE
+    python -m benchmarks.forms FILE [--table FILE]
 
 Rows of the same operator, hardware, dtype, direction, sizes and options are replaced, others stay.
 A GPU goes by its name. A processor goes by its kind, which is known only on it: rows of the CPU are
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0, or 2 where the file has nothing to choose between or cannot be used here."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("rows", type=Path, help="what benchmarks.run wrote with --json")
+    parser.add_argument("--table", type=Path, help="instead of the package's, which it starts from")
     options = parser.parse_args(arguments)
     try:
         measured = forms_in(read(options.rows))
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    write(FILE, merged(read(FILE), measured))
+    write(options.table or FILE, merged(read(FILE), measured))
     for row in measured:
         print(row["op"], row["dtype"], row["direction"], row["sizes"], row["us"])
     return 0

@@ -1,7 +1,7 @@
 """The host time of an operator: microseconds around a backend's own work, at a size where that work
 takes next to no time.
 
-    python -m benchmarks.host_overhead [--json FILE]
+    python -m benchmarks.host_overhead [--rounds 40] [--json FILE]
 
 A probe replaces a backend's forward and backward and notes when it is entered and left, so the rows
 hold for every backend:
@@ -110,7 +110,7 @@ def calls(needs_grad: bool) -> dict[str, Callable[[], Any]]:
     }
 
 
-def _median_us(once: Callable[[], tuple[int, ...]]) -> list[float]:
+def _median_us(once: Callable[[], tuple[int, ...]], count: int) -> list[float]:
     """What ``once`` measures, in us: the least of the rounds' medians, which other work on the
     machine disturbed least.
     """
@@ -118,12 +118,12 @@ def _median_us(once: Callable[[], tuple[int, ...]]) -> list[float]:
         once()
     rounds = [
         [statistics.median(column) for column in zip(*(once() for _ in range(REPEATS)))]
-        for _ in range(ROUNDS)
+        for _ in range(count)
     ]
     return [min(column) / 1e3 for column in zip(*rounds)]
 
 
-def measure(operator: str) -> dict[str, float]:
+def measure(operator: str, rounds: int = ROUNDS) -> dict[str, float]:
     """The operator's row."""
     probe, row = Probe(), {}
     probe.install(operator)
@@ -138,7 +138,7 @@ def measure(operator: str) -> dict[str, float]:
                 return probe.entered - start, end - start - (probe.left - probe.entered)
 
             with torch.set_grad_enabled(needs_grad):
-                row[f"entry{suffix}_us"], row[f"around{suffix}_us"] = _median_us(once)
+                row[f"entry{suffix}_us"], row[f"around{suffix}_us"] = _median_us(once, rounds)
 
         def once_backward() -> tuple[int]:
             result = call()
@@ -148,7 +148,7 @@ def measure(operator: str) -> dict[str, float]:
             y.backward(dy)
             return (probe.entered_backward - start,)
 
-        row["backward_us"] = _median_us(once_backward)[0]
+        row["backward_us"] = _median_us(once_backward, rounds)[0]
     finally:
         probe.uninstall(operator)
     return row
@@ -158,9 +158,10 @@ def main() -> None:
     """Prints one row for each operator, and writes them with ``--json``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="the least of so many counts")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [{"operator": operator, **measure(operator)} for operator in OPERATORS]
+    rows = [{"operator": operator, **measure(operator, options.rounds)} for operator in OPERATORS]
     print(
         f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, torch "
         f"{torch.__version__}"

@@ -121,16 +121,16 @@ def measure_again() -> None:
 
 
 @cache
-def work(operator: str, case: Case, dtype: torch.dtype) -> Work:
+def work(operator: str, case: Case, dtype: torch.dtype, device: str = "cpu") -> Work:
     """Each input read once, each result written once, and the operator's own products.
 
     Backward reads what forward read, the gradients of its outputs and what forward saved for it,
     and writes the gradients of the inputs that are trained. Of a bank only the members that are
     picked count, of rows behind a mask only those it lets through, and a gradient that is the
-    output's gradient itself is nothing to write.
+    output's gradient itself is nothing to write. ``device`` is where the inputs are drawn.
     """
     contract = contract_of(operator).CONTRACT
-    values = cases.make_inputs(contract, case, dtype)
+    values = cases.make_inputs(contract, case, dtype, device, drawn_on=device)
     inputs = dict(zip(contract.input_names, values))
     call = contract.bind(values, cases.make_attributes(contract, case))
     item = dtype.itemsize

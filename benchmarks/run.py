@@ -2,15 +2,18 @@
 torch.compile of it.
 
     python -m benchmarks.run --op gated_adapter --device cpu [--cases quick|full|NAME,NAME]
-                             [--backends cpu,eager] [--dtypes float32,bfloat16] [--threads N]
-                             [--seconds S] [--no-compile] [--json FILE|DIR] [--plot DIR]
+                             [--backends cpu,eager] [--without triton,torch.compile]
+                             [--dtypes float32,bfloat16] [--threads N] [--seconds S]
+                             [--json FILE|DIR] [--resume] [--plot DIR]
     python -m benchmarks.run --check [--op ...] [--backend eager] [--dtypes ...] [--seconds S]
 
 A backend is held to the closeness rule on a case before it is timed on it; one that fails gets no
-row, and the command ends with 1. Contenders take turns in one process. ``forward`` runs without
-gradients; ``forward+backward`` makes the gradients of x and of everything that is trained.
-``--plot`` measures the sweeps too and draws how time grows with each size. ``--json`` with a folder
-names the file after the processor. ``--check`` is described in `benchmarks.check`.
+row, and the command ends with 1. A case for which there is too little memory is one that failed.
+Contenders take turns in one process. ``forward`` runs without gradients; ``forward+backward`` makes
+the gradients of x and of everything that is trained. ``--plot`` measures the sweeps too and draws
+how time grows with each size. ``--json`` with a folder names the file after the processor; the file
+is written after each case, and with ``--resume`` only what it does not hold yet is measured and
+added. ``--check`` is described in `benchmarks.check`.
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ from . import check, plots, roofline, shapes, timing
 from .checkout import commit
 from .contenders import COMPILED, SEED, baselines_of, contenders
 from .from_tests import Case, parity
-from .rows import Rows, write
+from .hold import hold
+from .rows import Rows, read, write
 
 DTYPES = {"cpu": "float32,bfloat16", "cuda": "bfloat16"}
 BACKENDS_HELP = (
@@ -66,68 +70,124 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if options.check:
         return check.run(cases, options)
-    for operator in operators:
-        for dtype in options.dtypes.split(","):
-            for case in cases[operator]:
-                measured = measure(operator, case, dtype, options, failures)
-                rows += measured
-                _print(measured)
-                if options.json:
-                    write(options.json, rows)
+    earlier = read(options.json) if options.resume and options.json.is_file() else []
     points = {}
-    if options.plot:
-        points = {operator: _sweep(operator, options, failures) for operator in operators}
-    roofline.measure_again()
+    try:
+        for operator in operators:
+            for dtype in options.dtypes.split(","):
+                for case in cases[operator]:
+                    measured = measure(operator, case, dtype, options, failures, earlier)
+                    rows += measured
+                    _print(measured)
+                    if options.json:
+                        write(options.json, earlier + rows)
+        if options.plot:
+            points = {operator: _sweep(operator, options, failures) for operator in operators}
+        roofline.measure_again()
+    except KeyboardInterrupt:
+        failures.append("interrupted, so what was not measured yet is missing")
     for measured in (rows, *points.values()):
         _set_limits(measured, options.device)
     if options.json:
-        write(options.json, rows)
+        write(options.json, earlier + rows)
     for operator, swept in points.items():
         if swept:
             print(plots.draw_sweeps(operator, swept, options.plot))
     for failure in failures:
-        print(f"not close enough, so not timed: {failure}", file=sys.stderr)
+        print(f"failed: {failure}", file=sys.stderr)
     return 1 if failures else 0
 
 
 def measure(
-    operator: str, case: Case, dtype: str, options: argparse.Namespace, failures: list[str]
+    operator: str,
+    case: Case,
+    dtype: str,
+    options: argparse.Namespace,
+    failures: list[str],
+    earlier: Rows = [],  # noqa: B006  nothing is added to it
 ) -> Rows:
-    """The rows of one case: each backend that serves it against each baseline."""
+    """The rows of one case: each backend that serves it and has none yet against each baseline."""
+    done = {
+        row["backend"]
+        for row in earlier
+        if (row["op"], row["case"], row["dtype"]) == (operator, case.id, dtype)
+    }
     able = []
-    requests = list(options.backends or backends_of(operator, options.device))
     defaults = {
         direction: default_of(operator, case, dtype, options.device, direction)
         for direction in DIRECTIONS.values()
     }
-    for default in defaults.values():  # what users get is always measured
-        if not options.backends and not {default, dispatch.backend_of(default)} & set(requests):
-            requests.append(default)
-    for name in requests:
+    for name in _requests(operator, defaults, options):
+        if name in done:
+            continue
         if refusal := parity.why_refused(operator, name, case, dtype):
             print(f"{operator:16} {case.id:22} {dtype:9} not by {name}: {refusal}")
             continue
         try:
-            parity.check(operator, name, case, dtype)
+            hold(operator, name, case, dtype, options.device)
             able.append(name)
-        except AssertionError as error:
-            failures.append(f"{operator} {case.id} {dtype} {name}: {error}")
+        except (AssertionError, RuntimeError) as error:
+            failures.append(_failure(operator, case, dtype, name, error))
     parity.expected.cache_clear()
     rows: Rows = []
-    if not able:
-        return rows
+    try:
+        if able:
+            rows = _timed(operator, case, dtype, options, able, defaults)
+    except RuntimeError as error:
+        failures.append(_failure(operator, case, dtype, ", ".join(able), error))
+    torch.compiler.reset()
+    gc.collect()
+    if options.device == "cuda":
+        torch.cuda.empty_cache()
+    return rows
+
+
+def _requests(operator: str, defaults: dict[str, str], options: argparse.Namespace) -> list[str]:
+    """What is to be measured of an operator; what users get by default always is."""
+    if options.backends:
+        return list(options.backends)
+    requests = backends_of(operator, options.device)
+    for default in defaults.values():
+        if not {default, dispatch.backend_of(default)} & set(requests):
+            requests.append(default)
+    return [r for r in requests if not {r, dispatch.backend_of(r)} & set(options.without)]
+
+
+def _failure(operator: str, case: Case, dtype: str, name: str, error: Exception) -> str:
+    """Said at once, because a run may be cut, and kept for the end."""
+    told = f"{operator} {case.id} {dtype} {name}: {type(error).__name__}: {error}".splitlines()[0]
+    print(f"failed: {told}", flush=True)
+    return told
+
+
+def _timed(
+    operator: str,
+    case: Case,
+    dtype: str,
+    options: argparse.Namespace,
+    able: list[str],
+    defaults: dict[str, str],
+) -> Rows:
+    """The rows of the backends that are close enough."""
+    rows: Rows = []
     checked_out = commit()
     sizes = dict(parity.call_of(operator, case, dtype, options.device).sizes)
-    least = roofline.work(operator, case, parity.PRECISIONS[dtype][0])
+    least = roofline.work(operator, case, parity.PRECISIONS[dtype][0], options.device)
     against = [name for name in baselines_of(operator, case) if name not in options.without]
     calls = contenders(operator, case, dtype, options.device, able, against)
-    for at, (direction, functions) in enumerate(calls.items()):
+    for at, direction in enumerate(list(calls)):
+        functions = calls.pop(direction)
         moved = sum(least.bytes[: at + 1])
         default = defaults[direction]
         served = default if default in able else dispatch.backend_of(default)
-        samples = timing.interleaved(functions, options.device, options.seconds)
+        _leave_out_what_does_not_fit(functions, able)
+        ways: dict[str, str] = {}
+        samples = timing.interleaved(functions, options.device, options.seconds, ways)
         us = {name: 1e6 * timing.median(seconds) for name, seconds in samples.items()}
         peak = {name: timing.peak_bytes(call, options.device) for name, call in functions.items()}
+        host = {}
+        if options.device == "cuda":
+            host = {name: 1e6 * timing.host_seconds(call) for name, call in functions.items()}
         for backend in able:
             rows += [{
                 "op": operator, "case": case.id, "sizes": sizes, "dtype": dtype,
@@ -137,13 +197,23 @@ def measure(
                 "speedup": us[baseline] / us[backend], "spread": timing.spread(samples[backend]),
                 "bytes": moved, "gbps": moved / us[backend] / 1e3,
                 "peak_bytes": peak[backend], "baseline_peak_bytes": peak[baseline],
+                "timed_by": ways[backend], "baseline_timed_by": ways[baseline],
+                "host_us": host.get(backend), "baseline_host_us": host.get(baseline),
                 "hardware": _machine(options.device), "kind": kind_of(options.device),
                 "torch": torch.__version__, "commit": checked_out,
             } for baseline in functions if baseline != backend]  # fmt: skip
     _set_limits(rows, options.device)
-    torch.compiler.reset()
-    gc.collect()
     return rows
+
+
+def _leave_out_what_does_not_fit(functions: dict[str, timing.Function], able: list[str]) -> None:
+    """Of what backends are timed against, those that this machine has no memory for."""
+    for name in [name for name in functions if name not in able]:
+        try:
+            functions[name]()
+        except torch.OutOfMemoryError as error:
+            del functions[name]
+            print(f"left out {name}: {error}".splitlines()[0], flush=True)
 
 
 def backends_of(operator: str, device: str) -> list[str]:
@@ -165,7 +235,8 @@ def backends_of(operator: str, device: str) -> list[str]:
 
 def _sweep(operator: str, options: argparse.Namespace, failures: list[str]) -> Rows:
     """A row for each point of the sweeps, with the letter that grows and its value."""
-    without = argparse.Namespace(**{**vars(options), "without": (COMPILED, "reference")})
+    left_out = (*options.without, COMPILED, "reference")
+    without = argparse.Namespace(**{**vars(options), "without": left_out})
     points: Rows = []
     for letter, cases in shapes.SWEEPS.get(operator, {}).items():
         for case in cases:
@@ -206,7 +277,8 @@ def _set_limits(rows: Rows, device: str) -> None:
         every = [*shapes.cases_of(row["op"], device), *shapes.swept(row["op"])]
         case = next(case for case in every if case.id == row["case"])
         dtype = parity.PRECISIONS[row["dtype"]][0]
-        forward, both = roofline.least_seconds(roofline.work(row["op"], case, dtype), dtype, device)
+        work = roofline.work(row["op"], case, dtype, device)
+        forward, both = roofline.least_seconds(work, dtype, device)
         row["limit_us"] = 1e6 * (forward if row["direction"] == "forward" else both)
 
 
@@ -239,13 +311,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtypes", help="of the activations, with commas")
     parser.add_argument("--threads", type=int, help="of the CPU; all of them by default")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each contender and case")
-    parser.add_argument("--no-compile", dest="without", action="store_const", const=(COMPILED,),
-                        default=(), help="leave out torch.compile, slow to start")  # fmt: skip
+    parser.add_argument("--without", default="", help="backends and baselines to leave out")
+    parser.add_argument("--no-compile", action="store_true",
+                        help="leave out torch.compile, slow to start")  # fmt: skip
     parser.add_argument("--json", type=Path, help="file for the rows, or a folder")
+    parser.add_argument("--resume", action="store_true", help="measure what --json has no row of")
     parser.add_argument("--plot", type=Path, help="folder for the plots of the sweeps")
     options = parser.parse_args(arguments)
     options.dtypes = options.dtypes or DTYPES.get(options.device, "float32")
     options.backends = options.backends.split(",") if options.backends else []
+    options.without = (*options.without.split(","), *[COMPILED] * options.no_compile)
     if options.json and options.json.is_dir():
         options.json = file_in(options.json, options.device)
     return options
@@ -271,6 +346,8 @@ def _check(options: argparse.Namespace) -> tuple[list[str], dict[str, list[Case]
     ):
         if folder and not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise UsageError(f"{option}: expected a folder that can be written to, got '{folder}'")
+    if options.resume and not options.json:
+        raise UsageError("--resume: expected --json with the file to add to")
     if options.check and (options.json or options.plot):
         raise UsageError("--check: writes no rows and draws nothing; leave --json and --plot out")
     for name in options.backends:
@@ -283,6 +360,8 @@ def _check(options: argparse.Namespace) -> tuple[list[str], dict[str, list[Case]
 
 def _chosen(operator: str, options: argparse.Namespace) -> list[Case]:
     every = shapes.cases_of(operator, options.device)
+    if options.device == "cuda":  # where a run may be cut, the large ones are lost and not the rest
+        every.sort(key=lambda case: shapes.entries(operator, case))
     if options.cases in ("quick", "full"):
         return [case for case in every if case.is_quick or options.cases == "full"]
     named = {case.id: case for case in every}

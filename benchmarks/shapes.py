@@ -9,6 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
+
+from pelt_kernels.ops._dispatch import contract_of
+
 from .from_tests import Case, cases
 
 # Inputs that a method keeps frozen, so that their gradients are not computed.
@@ -154,7 +158,14 @@ def cases_of(operator: str, device: str) -> list[Case]:
     """What is measured of an operator on a kind of device."""
     own = [case for case in cases.cases_of(operator) if case.is_quick]
     more = ON_GPU.get(operator, []) if device == "cuda" else []
-    return CASES.get(operator, own) + more
+    return [*CASES.get(operator, own), *more]
+
+
+def entries(operator: str, case: Case) -> int:
+    """How many numbers the inputs are."""
+    values = cases.make_blanks(contract_of(operator).CONTRACT, case, torch.float32, "meta")
+    tensors = [t for value in values for t in (value if isinstance(value, list) else [value])]
+    return sum(t.numel() for t in tensors if t is not None)
 
 
 def flops(operator: str, case: Case, seen: float = 1.0) -> tuple[float, float]:

@@ -2,63 +2,161 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import ceil
+from typing import Any, NamedTuple
 
 import torch
 
 ROUNDS = (5, 400)  # at least and at most
-SAMPLE = 2e-4  # seconds; shorter calls are timed several at once, on a CPU
-Function = Callable[[], Any]
+SAMPLE = 2e-4  # seconds; shorter calls are timed several at once
+FLUSHED = 256 << 20  # bytes read before each sample: several times a GPU's second-level cache
+SLEEP = 4_000_000  # cycles, two milliseconds: what a host needs to enqueue a training step's layer
+Function = Callable[..., Any]
+
+
+class OnSets:
+    """A function of a set of inputs, as a call without arguments; there are several such sets, with
+    the same values at other addresses, and the call on the n-th is ``self(n)``.
+    """
+
+    def __init__(self, function: Function, sets: Sequence[Any]) -> None:
+        self.function, self.sets = function, sets
+
+    def __call__(self, n: int = 0) -> None:
+        self.function(self.sets[n])
+
+
+class Sampler(NamedTuple):
+    """Measures one call's seconds; ``way`` says how."""
+
+    seconds: Callable[[], float]
+    way: str
 
 
 def interleaved(
-    contenders: dict[str, Function], device: str, seconds: float
+    contenders: dict[str, Function],
+    device: str,
+    seconds: float,
+    ways: dict[str, str] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of one call, for each contender one sample per round.
 
-    It goes round until the contenders have used ``seconds`` each, on average. On a GPU a call is
-    timed by events, after a write that empties the cache and gives the host time to run ahead: what
-    counts is the device's time, and `benchmarks.host_overhead` measures the host's.
+    It goes round until the contenders have used ``seconds`` each, on average. On a GPU the device's
+    time counts, see `_on_gpu`; `host_seconds` measures the host's. ``ways`` is told how each
+    contender was timed.
     """
-    sample = _on_gpu() if device == "cuda" else _on_cpu
-    estimates = {}
-    for name, function in contenders.items():
-        function()
-        estimates[name] = min(sample(function, 1) for _ in range(3))
-    round_seconds = sum(max(SAMPLE, estimate) for estimate in estimates.values())
+    prepare = _on_gpu() if device == "cuda" else _on_cpu
+    samplers = {name: prepare(function) for name, function in contenders.items()}
+    if ways is not None:
+        ways.update((name, sampler.way) for name, sampler in samplers.items())
+    round_seconds = sum(
+        max(SAMPLE, min(sampler.seconds() for _ in range(3))) for sampler in samplers.values()
+    )
     rounds = round(seconds * len(contenders) / round_seconds)
     rounds = min(max(rounds, ROUNDS[0]), ROUNDS[1])
-    calls = {name: max(1, round(SAMPLE / estimate)) for name, estimate in estimates.items()}
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
-        for name, function in contenders.items():
-            samples[name].append(sample(function, calls[name]))
+        for name, sampler in samplers.items():
+            samples[name].append(sampler.seconds())
     return samples
 
 
-def _on_cpu(function: Function, calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        function()
-    return (time.perf_counter() - start) / calls
+def _on_cpu(function: Function) -> Sampler:
+    def seconds(calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return (time.perf_counter() - start) / calls
+
+    function()
+    calls = max(1, round(SAMPLE / min(seconds(1) for _ in range(3))))
+    return Sampler(lambda: seconds(calls), "clock")
 
 
-def _on_gpu() -> Callable[[Function, int], float]:
-    cache = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+def _on_gpu() -> Callable[[Function], Sampler]:
+    """A sample is the replay of a CUDA graph of the call, so that the time between launches is the
+    device's and not the host's; of a short call the graph holds several, each on inputs of its own.
+    A call that cannot be captured is timed behind a kernel that sleeps until the host has enqueued
+    all of it. Before each sample memory is read that fills the cache, so that no input lies there,
+    and nothing that would still have to be written back.
+    """
+    filler = torch.ones(FLUSHED // 4, device="cuda")
+    total = torch.empty((), device="cuda")
 
-    def sample(function: Function, calls: int) -> float:
+    def timed(enqueue: Callable[[], Any], sleeps: bool) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        cache.zero_()
+        torch.sum(filler, dim=0, out=total)
+        if sleeps:
+            torch.cuda._sleep(SLEEP)
         start.record()
-        function()
+        enqueue()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 
-    return sample
+    def prepare(function: Function) -> Sampler:
+        function()
+        alone = Sampler(lambda: timed(function, sleeps=True), "stream")
+        estimate = min(alone.seconds() for _ in range(3))
+        several = isinstance(function, OnSets)
+        calls = min(len(function.sets), ceil(SAMPLE / estimate)) if several else 1
+        graph = _captured([partial(function, n) for n in range(calls)] if several else [function])
+        if graph is None:
+            return alone
+        return Sampler(lambda: timed(graph.replay, sleeps=False) / calls, "graph")
+
+    return prepare
+
+
+def _captured(calls: Sequence[Function]) -> torch.cuda.CUDAGraph | None:
+    """A graph of the calls; None where one waits for the device or its memory is not to be had."""
+    before, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(before)
+    graph = torch.cuda.CUDAGraph()
+    mode = torch.cuda.get_sync_debug_mode()
+    gc.collect()
+    gc.disable()  # what it frees during the capture may be an event or memory of the device
+    try:
+        torch.cuda.set_stream(side)
+        # A wait found here is an exception; found during the capture it would break the generators.
+        torch.cuda.set_sync_debug_mode("error")
+        for call in calls:
+            call()
+        torch.cuda.set_sync_debug_mode(mode)
+        torch.cuda.synchronize()
+        graph.capture_begin()
+        try:
+            for call in calls:
+                call()
+        finally:
+            graph.capture_end()
+    except RuntimeError:
+        return None
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+        gc.enable()
+        torch.cuda.synchronize()
+        torch.cuda.set_stream(before)
+    graph.replay()
+    return graph
+
+
+def host_seconds(function: Function, repeats: int = 5) -> float:
+    """What a call takes the host on a GPU: until it returns, while the device sleeps."""
+    laps = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        torch.cuda._sleep(SLEEP)
+        start = time.perf_counter()
+        function()
+        laps.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return min(laps)
 
 
 def median(samples: list[float]) -> float:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 def baseline_error(baseline: Tensor, truth: Tensor) -> float:
     """max|baseline - truth| over the finite true values."""
-    baseline, truth = _exact(baseline), _exact(truth)
+    truth = _exact(truth)
+    baseline = _exact(baseline, truth.device)
     finite = truth.isfinite() & baseline.isfinite()
     return (baseline - truth)[finite].abs().max().item() if finite.any() else 0.0
 
@@ -43,7 +44,8 @@ def assert_close(
         f"{what}: expected shape {list(truth.shape)}, got {list(found.shape)}"
     )
     assert found.dtype == baseline.dtype, f"{what}: expected {baseline.dtype}, got {found.dtype}"
-    found, exact = _exact(found), _exact(truth)
+    exact = _exact(truth)
+    found = _exact(found, exact.device)
     assert torch.equal(found.isnan(), exact.isnan()), f"{what}: {int(found.isnan().sum())} NaN"
     infinite = exact.isinf()
     assert torch.equal(found[infinite], exact[infinite]), f"{what}: infinities in the wrong places"
@@ -60,5 +62,5 @@ def assert_close(
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-def _exact(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float64)
+def _exact(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    return tensor.detach().to(device or tensor.device, torch.float64)

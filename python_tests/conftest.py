@@ -33,6 +33,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="a _C built with the CUDA kernels, whose machine code is to be checked",
     )
     parser.addoption(
+        "--without-poison",
+        action="store_true",
+        help="leave memory for results as it is, for tools that find reads of what nothing wrote",
+    )
+    parser.addoption(
         "--simulator-seeds",
         default=1,
         type=int,
@@ -124,9 +129,9 @@ def required_backends(config: pytest.Config) -> set[str]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def poisoned_memory():
+def poisoned_memory(request: pytest.FixtureRequest):
     """Kernels get NaN where they have to write, so that an element left out shows."""
-    native.set_poison(True)
+    native.set_poison(not request.config.getoption("--without-poison"))
     yield
     native.set_poison(False)
 

@@ -10,7 +10,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
-from cases import Case, cases_of, make_attributes, make_blanks, make_inputs, module_of
+from cases import Case, cases_of, make_attributes, make_blanks, make_inputs, module_of, normal
 from closeness import assert_close
 from torch import Tensor
 
@@ -71,11 +71,16 @@ def device_of(backend: str) -> str:
 
 
 def inputs_of(
-    operator: str, case: Case, precision: str, device: str = "cpu", draw: int = 0
+    operator: str,
+    case: Case,
+    precision: str,
+    device: str = "cpu",
+    draw: int = 0,
+    drawn_on: str = "cpu",
 ) -> list[Any]:
     """The case's inputs in the contract's order."""
     dtype, master = PRECISIONS[precision]
-    return make_inputs(contract_of(operator).CONTRACT, case, dtype, device, draw, master)
+    return make_inputs(contract_of(operator).CONTRACT, case, dtype, device, draw, master, drawn_on)
 
 
 def why_unavailable(operator: str, backend: str) -> str:
@@ -170,11 +175,9 @@ def evaluate(
         if row.is_differentiable:
             differentiable += elements.values()
     if needs_grad:
-        generator = torch.Generator().manual_seed(99)
-        dys = [
-            torch.randn(y.shape, generator=generator, dtype=torch.float64).to(_dy_dtype(y)).to(y)
-            for y in differentiable
-        ]
+        # On the device, where one that is large is not drawn for longer than it is used.
+        generator = torch.Generator(differentiable[0].device).manual_seed(99)
+        dys = [normal(y.shape, generator).to(_dy_dtype(y)).to(y) for y in differentiable]
         grads = torch.autograd.grad(differentiable, list(leaves.values()), dys, allow_unused=True)
         for (name, value), grad in zip(leaves.items(), grads):
             results[name] = torch.zeros_like(value) if grad is None else grad
@@ -202,15 +205,17 @@ def expected(
     return by_reference(operator, case, inputs_of(operator, case, precision, device, draw))
 
 
-def by_reference(operator: str, case: Case, values: Sequence[Any]) -> tuple[Results, Results]:
+def by_reference(
+    operator: str, case: Case, values: Sequence[Any], true: torch.dtype = torch.float64
+) -> tuple[Results, Results]:
     """Baseline and truth of any inputs."""
 
-    def double(value: Any) -> Any:
+    def exact(value: Any) -> Any:
         if isinstance(value, list):
-            return [double(v) for v in value]
-        return value.double() if value is not None and value.is_floating_point() else value
+            return [exact(v) for v in value]
+        return value.to(true) if value is not None and value.is_floating_point() else value
 
-    truth = _with_reference(operator, case, [double(value) for value in values])
+    truth = _with_reference(operator, case, [exact(value) for value in values])
     return _with_reference(operator, case, values), truth
 
 
@@ -238,13 +243,15 @@ def check(
     precision: str,
     draw: Callable[[int], Sequence[Any]] | None = None,
     second: str = "",
+    true: torch.dtype = torch.float64,
 ) -> Results:
     """What `run` returns; AssertionError where an output or a gradient is too far. The one place
     where a case is held to the closeness rule: where its baseline is right by chance, as it is for
     a single sum, other draws of the inputs are asked.
 
     ``draw(n)`` gives the inputs of the n-th draw, where they are not the case's own. ``second`` is a
-    backend whose errors are a baseline too.
+    backend whose errors are a baseline too. ``true`` is the truth's dtype; float32 takes half of the
+    memory, is the truth of 16-bit kernels only, and asks for ``draw``.
     """
     device = device_of(backend)
 
@@ -256,7 +263,7 @@ def check(
     def pair(n: int) -> tuple[Results, Results]:
         if draw is None:
             return expected(operator, case, precision, device, n)
-        return by_reference(operator, case, drawn(n))
+        return by_reference(operator, case, drawn(n), true)
 
     @cache
     def by_second(n: int) -> Results:

@@ -1,0 +1,276 @@
+"""Runs everything that only a GPU can tell, stage after stage, until the time is over.
+
+    benchmarks/gpu_check.sh [FOLDER] [--seconds 540] [--stages NAME,NAME] [--device cpu]
+
+The stages (benchmarks/gpu_stages.py) stand in the order of their value. What fails does not stop
+the next one, but for what all others need; what there is no time for is named as cut. After each
+stage FOLDER holds the rows that were measured, all logs in log.txt, and summary.txt. Run again with
+the same FOLDER, it goes on: stages that passed are skipped, then those are run that were cut, and
+last those that failed; what failed and is not reached again stays failed.
+
+Ends with 0 if all stages passed, 1 if one failed, 3 if none failed and some were cut, 2 for a wrong
+request. Needs python3 with torch, transformers, pybind11, cmake, ninja, pytest and matplotlib, nvcc
+and compute-sanitizer, and no network; triton and pytest-xdist are used where they are. PELT_COMMIT
+names the commit where there is no repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .checkout import ROOT, commit
+from .gpu_stages import Stage, plan
+
+SECONDS = 540.0
+RESERVE = 5.0  # for writing, out of what there is in all
+GRACE = 10.0  # from the interrupt, on which reports are printed, to the end by force
+OK, FAILED, CUT = "ok", "failed", "cut"
+TAIL = 12  # lines of each log that are shown
+
+
+class Result(NamedTuple):
+    """How a stage ended."""
+
+    state: str
+    note: str = ""
+    seconds: float = 0.0
+
+
+class Check:
+    """What is done and how much time there is."""
+
+    def __init__(self, stages: Sequence[Stage], folder: Path, seconds: float) -> None:
+        self.stages, self.folder = stages, folder
+        self.end = time.monotonic() + seconds - RESERVE
+        self.results: dict[str, Result] = {}
+        self.sources, self.commit = _fingerprint(), commit()
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        state = folder / "state.json"
+        if state.is_file():
+            earlier = json.loads(state.read_text())
+            if earlier["sources"] != self.sources:
+                raise ValueError(f"{folder} holds results of other sources; name another folder")
+            self.results = {name: Result(*row) for name, row in earlier["stages"].items()}
+
+    def run(self, names: Sequence[str]) -> None:
+        """Runs what is not done of these stages."""
+        chosen = [s for s in self.stages if s.name in names and not self._is_done(s)]
+        # What others need comes first in any case, and what failed before last.
+        chosen.sort(key=lambda s: not s.is_needed and self._state(s) == FAILED)
+        groups: list[list[Stage]] = []
+        for stage in chosen:
+            if groups and stage.group and groups[-1][0].group == stage.group:
+                groups[-1].append(stage)
+            else:
+                groups.append([stage])
+        broken = ""
+        for group in groups:
+            if broken:
+                self._put_off(group, f"not begun, because {broken} did not pass")
+            elif self._left() < (least := max(stage.least for stage in group)):
+                left = max(0, round(self._left()))
+                self._put_off(group, f"not begun, {left} s were left of the {least} it needs")
+            else:
+                self._run(group)
+            broken = broken or next(
+                (s.name for s in group if s.is_needed and self._state(s) != OK), ""
+            )
+
+    def _left(self) -> float:
+        return self.end - time.monotonic()
+
+    def _state(self, stage: Stage) -> str:
+        return self.results.get(stage.name, Result("")).state
+
+    def _is_done(self, stage: Stage) -> bool:
+        makes = not stage.makes or any(ROOT.glob(stage.makes))
+        return self._state(stage) == OK and makes
+
+    def _put_off(self, group: Sequence[Stage], note: str) -> None:
+        """What failed before and is not begun again stays failed."""
+        for stage in group:
+            if self._state(stage) != FAILED:
+                self.results[stage.name] = Result(CUT, note)
+            print(f"== {stage.name}: {note}", flush=True)
+        self.write()
+
+    def _run(self, group: Sequence[Stage]) -> None:
+        """Side by side, each to its limit or to the end of all time."""
+        started = time.monotonic()
+        processes = {}
+        waiting = list(group)
+        try:
+            for stage in group:
+                with self._log(stage).open("wb") as log:
+                    processes[stage.name] = subprocess.Popen(
+                        stage.command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT,
+                        env={**os.environ, **stage.environment}, start_new_session=True,
+                    )  # fmt: skip
+            while waiting:
+                for stage in list(waiting):
+                    process = processes[stage.name]
+                    limit = min(stage.most, self.end - GRACE - started)
+                    is_over = time.monotonic() > started + limit
+                    if process.poll() is None and not is_over:
+                        continue
+                    waiting.remove(stage)
+                    was_cut = process.poll() is None
+                    if was_cut:
+                        _end(process)
+                    self._finish(stage, process, started, limit if was_cut else None)
+                time.sleep(0.05)
+        except KeyboardInterrupt:
+            for stage in waiting:
+                self.results[stage.name] = Result(CUT, "interrupted", time.monotonic() - started)
+            raise
+        finally:
+            for process in processes.values():  # and what a stage has left running
+                _signal(process, signal.SIGKILL)
+
+    def _log(self, stage: Stage) -> Path:
+        return self.folder / "logs" / f"{stage.name}.log"
+
+    def _finish(
+        self, stage: Stage, process: subprocess.Popen[bytes], started: float, limit: float | None
+    ) -> None:
+        seconds = time.monotonic() - started
+        text = self._log(stage).read_text(errors="replace")
+        sign = re.search(stage.sign_of_failure, text, re.M) if stage.sign_of_failure else None
+        if sign:
+            result = Result(FAILED, f"'{sign[0].strip()}' in its log", seconds)
+        elif limit is not None:
+            result = Result(CUT, f"at its limit of {limit:.0f} s", seconds)
+        elif process.returncode:
+            result = Result(FAILED, f"ended with {process.returncode}", seconds)
+        else:
+            result = Result(OK, "", seconds)
+        self.results[stage.name] = result
+        print(f"== {stage.name}: {_told(result)}")
+        print("\n".join(text.splitlines()[-TAIL:]), flush=True)
+        with (self.folder / "log.txt").open("a") as log:
+            log.write(f"==== {stage.name}: {_told(result)}\n$ {' '.join(stage.command)}\n{text}\n")
+        self.write()
+
+    def write(self) -> None:
+        """The state, for the next run, and the summary, for people."""
+        state = {"sources": self.sources, "stages": {n: list(r) for n, r in self.results.items()}}
+        for name, text in (
+            ("state.json", json.dumps(state)), ("summary.txt", self.summary())
+        ):  # fmt: skip
+            part = self.folder / f"{name}.part"
+            part.write_text(text)
+            part.replace(self.folder / name)
+
+    def summary(self) -> str:
+        """A line for each stage of the plan, in its order."""
+        rows = [
+            f"{stage.name:26} {_told(self.results.get(stage.name, Result(CUT, 'not begun')))}"
+            for stage in self.stages
+        ]
+        counts = {
+            state: sum(self._state(stage) == state for stage in self.stages)
+            for state in (OK, FAILED)
+        }
+        rest = len(self.stages) - sum(counts.values())
+        rows.append(
+            f"commit {self.commit}: {counts[OK]} passed, {counts[FAILED]} failed, {rest} cut"
+        )
+        return "\n".join(rows) + "\n"
+
+    def code(self) -> int:
+        """What the command ends with."""
+        states = {self._state(stage) for stage in self.stages}
+        if FAILED in states:
+            return 1
+        return 0 if states <= {OK} else 3
+
+
+def _told(result: Result) -> str:
+    took = f", {result.seconds:.0f} s" if result.seconds else ""
+    return f"{result.state}{took}{': ' * bool(result.note)}{result.note}"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """An interrupt, on which tests and benchmarks print what they have, and then force."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        _signal(process, number)
+        try:
+            process.wait(GRACE)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    """To the process and its children, if there are any still."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def _fingerprint() -> str:
+    """Of all that is built and run, so that what passed is known to have been the same."""
+    paths = [ROOT / "setup.py", ROOT / "CMakeLists.txt"]
+    paths += [path for folder in ("csrc", "pelt_kernels") for path in (ROOT / folder).rglob("*.*")]
+    found = hashlib.sha256()
+    for path in sorted(paths):
+        if path.suffix in (".py", ".txt", ".h", ".cuh", ".cu", ".cpp"):
+            found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()
+
+
+def main(arguments: Sequence[str] | None = None, stages: Sequence[Stage] | None = None) -> int:
+    """``stages`` instead of the plan's."""
+    options = _parse(arguments)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    folder = options.folder.resolve()
+    os.environ["PELT_COMMIT"] = commit()
+    stages = plan(options.device, folder, options.jobs) if stages is None else stages
+    names = [stage.name for stage in stages]
+    chosen = options.stages.split(",") if options.stages else names
+    try:
+        if unknown := [name for name in chosen if name not in names]:
+            raise ValueError(f"--stages: expected some of {', '.join(names)}, got '{unknown[0]}'")
+        check = Check(stages, folder, options.seconds)
+    except ValueError as error:
+        print(f"benchmarks.gpu_check: {error}", file=sys.stderr)
+        return 2
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell left them to be ignored
+        signal.signal(number, _interrupt)
+    try:
+        check.run(chosen)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    check.write()
+    print(f"== summary after {time.monotonic() - check.end + options.seconds - RESERVE:.0f} s")
+    print(check.summary(), end="")
+    return check.code()
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("build/gpu_check"))
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="workers of the tests")
+    parser.add_argument("--stages", help="these only, with commas")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
