@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,64 +100,82 @@ class Check:
         return self._state(stage) == OK and makes
 
     def _put_off(self, group: Sequence[Stage], note: str) -> None:
-        """What failed before and is not begun again stays failed."""
         for stage in group:
-            if self._state(stage) != FAILED:
-                self.results[stage.name] = Result(CUT, note)
+            self._set(stage, Result(CUT, note))
             print(f"== {stage.name}: {note}", flush=True)
         self.write()
 
     def _run(self, group: Sequence[Stage]) -> None:
-        """Side by side, each to its limit or to the end of all time."""
+        """Side by side, each to its limit or to the end of all time. At its limit a stage is
+        interrupted, on which tests and benchmarks print what they have, and then killed.
+        """
         started = time.monotonic()
-        processes = {}
+        ends = {s.name: min(started + s.most, self.end - GRACE) for s in group}
+        processes: dict[str, subprocess.Popen[bytes]] = {}
+        interrupted: set[str] = set()
         waiting = list(group)
         try:
             for stage in group:
-                with self._log(stage).open("wb") as log:
-                    processes[stage.name] = subprocess.Popen(
-                        stage.command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT,
-                        env={**os.environ, **stage.environment}, start_new_session=True,
-                    )  # fmt: skip
+                processes[stage.name] = self._begin(stage)
             while waiting:
-                for stage in list(waiting):
-                    process = processes[stage.name]
-                    limit = min(stage.most, self.end - GRACE - started)
-                    is_over = time.monotonic() > started + limit
-                    if process.poll() is None and not is_over:
-                        continue
-                    waiting.remove(stage)
-                    was_cut = process.poll() is None
-                    if was_cut:
-                        _end(process)
-                    self._finish(stage, process, started, limit if was_cut else None)
                 time.sleep(0.05)
+                now = time.monotonic()
+                for stage in list(waiting):
+                    process, end = processes[stage.name], ends[stage.name]
+                    if process.poll() is not None:
+                        waiting.remove(stage)
+                        limit = end - started if stage.name in interrupted else None
+                        self._finish(stage, process.returncode, now - started, limit)
+                    elif now > end + GRACE:
+                        _signal(process, signal.SIGKILL)
+                    elif now > end and stage.name not in interrupted:
+                        interrupted.add(stage.name)
+                        _signal(process, signal.SIGINT)
         except KeyboardInterrupt:
             for stage in waiting:
-                self.results[stage.name] = Result(CUT, "interrupted", time.monotonic() - started)
+                self._set(stage, Result(CUT, "interrupted", time.monotonic() - started))
             raise
         finally:
             for process in processes.values():  # and what a stage has left running
                 _signal(process, signal.SIGKILL)
 
+    def _begin(self, stage: Stage) -> subprocess.Popen[bytes]:
+        """A command that cannot be begun is one that fails, with the reason in its log."""
+        why = "" if shutil.which(stage.command[0]) else f"{stage.command[0]}: not found"
+        command = ("sh", "-c", 'echo "$0"; exit 127', why) if why else stage.command
+        with self._log(stage).open("wb") as log:
+            return subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env={**os.environ, **stage.environment},
+                start_new_session=True,
+            )
+
+    def _set(self, stage: Stage, result: Result) -> None:
+        """What failed in an earlier run and is cut now stays failed."""
+        if result.state == CUT and self._state(stage) == FAILED:
+            result = Result(FAILED, f"before; now {result.note}", result.seconds)
+        self.results[stage.name] = result
+
     def _log(self, stage: Stage) -> Path:
         return self.folder / "logs" / f"{stage.name}.log"
 
-    def _finish(
-        self, stage: Stage, process: subprocess.Popen[bytes], started: float, limit: float | None
-    ) -> None:
-        seconds = time.monotonic() - started
+    def _finish(self, stage: Stage, code: int, seconds: float, limit: float | None) -> None:
+        """``limit`` is where the stage was cut, or None."""
         text = self._log(stage).read_text(errors="replace")
         sign = re.search(stage.sign_of_failure, text, re.M) if stage.sign_of_failure else None
         if sign:
             result = Result(FAILED, f"'{sign[0].strip()}' in its log", seconds)
         elif limit is not None:
             result = Result(CUT, f"at its limit of {limit:.0f} s", seconds)
-        elif process.returncode:
-            result = Result(FAILED, f"ended with {process.returncode}", seconds)
+        elif code:
+            result = Result(FAILED, f"ended with {code}", seconds)
         else:
             result = Result(OK, "", seconds)
-        self.results[stage.name] = result
+        self._set(stage, result)
+        result = self.results[stage.name]
         print(f"== {stage.name}: {_told(result)}")
         print("\n".join(text.splitlines()[-TAIL:]), flush=True)
         with (self.folder / "log.txt").open("a") as log:
@@ -166,9 +185,8 @@ class Check:
     def write(self) -> None:
         """The state, for the next run, and the summary, for people."""
         state = {"sources": self.sources, "stages": {n: list(r) for n, r in self.results.items()}}
-        for name, text in (
-            ("state.json", json.dumps(state)), ("summary.txt", self.summary())
-        ):  # fmt: skip
+        texts = {"state.json": json.dumps(state), "summary.txt": self.summary()}
+        for name, text in texts.items():
             part = self.folder / f"{name}.part"
             part.write_text(text)
             part.replace(self.folder / name)
@@ -179,14 +197,10 @@ class Check:
             f"{stage.name:26} {_told(self.results.get(stage.name, Result(CUT, 'not begun')))}"
             for stage in self.stages
         ]
-        counts = {
-            state: sum(self._state(stage) == state for stage in self.stages)
-            for state in (OK, FAILED)
-        }
-        rest = len(self.stages) - sum(counts.values())
-        rows.append(
-            f"commit {self.commit}: {counts[OK]} passed, {counts[FAILED]} failed, {rest} cut"
-        )
+        states = [self._state(stage) for stage in self.stages]
+        passed, failed = states.count(OK), states.count(FAILED)
+        rest = len(states) - passed - failed
+        rows.append(f"commit {self.commit}: {passed} passed, {failed} failed, {rest} cut")
         return "\n".join(rows) + "\n"
 
     def code(self) -> int:
@@ -200,17 +214,6 @@ class Check:
 def _told(result: Result) -> str:
     took = f", {result.seconds:.0f} s" if result.seconds else ""
     return f"{result.state}{took}{': ' * bool(result.note)}{result.note}"
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """An interrupt, on which tests and benchmarks print what they have, and then force."""
-    for number in (signal.SIGINT, signal.SIGKILL):
-        _signal(process, number)
-        try:
-            process.wait(GRACE)
-            return
-        except subprocess.TimeoutExpired:
-            continue
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:

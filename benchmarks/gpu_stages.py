@@ -44,7 +44,7 @@ class Stage:
 def plan(device: str, folder: Path, jobs: int) -> list[Stage]:
     """All stages for a device; ``folder`` gets their rows."""
     of_device = _On(device, folder, jobs)
-    return [
+    stages = [
         of_device.machine(),
         of_device.build(),
         of_device.parity(),
@@ -55,9 +55,11 @@ def plan(device: str, folder: Path, jobs: int) -> list[Stage]:
         of_device.compiled(),
         of_device.steps(),
         of_device.host(),
-        of_device.parity_of_triton(),
-        *(of_device.speed(operator, "triton") for operator in OPERATORS),
     ]
+    if importlib.util.find_spec("triton"):
+        stages.append(of_device.parity_of_triton())
+        stages += [of_device.speed(operator, "triton") for operator in OPERATORS]
+    return stages
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class _On:
 
     def parity(self) -> Stage:
         if self.device == "cuda":
-            chosen = ("-k", "cuda and not cuda_sim", "--require-backend=cuda")
+            chosen = ("-k", "cuda and not cuda_sim and not triton", "--require-backend=cuda")
         else:
             chosen = ("-m", "quick", "-k", "cuda_sim and symmetric_kl")
         return self._tests("parity", 200, *chosen, group="tests")

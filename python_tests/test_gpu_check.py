@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -96,7 +97,7 @@ def test_what_others_need_stops_them_when_it_fails(check):
 
 
 def test_a_stage_at_its_limit_is_cut_and_its_report_kept(check, grace, tmp_path):
-    slow = shell("slow", "trap 'echo report; exit 2' INT; echo begun; sleep 20 & wait", most=0.5)
+    slow = shell("slow", "trap 'echo report; exit 2' INT; echo begun; sleep 20 & wait", most=0.4)
     code, stages = check(slow, shell("after", "true"))
     assert code == 3
     assert stages == {"slow": ("cut", "at its limit of 0 s"), "after": ("ok", "")}
@@ -159,6 +160,29 @@ def test_what_failed_and_is_not_reached_again_stays_failed(check):
     assert check(shell("bad", "exit 1"))[0] == 1
     code, stages = check(shell("bad", "true", least=1e6))
     assert code == 1 and stages["bad"][0] == "failed"
+
+
+def test_what_failed_and_is_cut_now_stays_failed(check, grace):
+    assert check(shell("bad", "exit 1"))[0] == 1
+    code, stages = check(shell("bad", "sleep 20", most=0.2))
+    assert code == 1 and stages["bad"] == ("failed", "before; now at its limit of 0 s")
+
+
+def test_a_command_that_is_not_there_fails_and_stops_nothing(check, tmp_path):
+    code, stages = check(Stage("tool", ("no-such-tool", "-x"), 5, 0), shell("after", "true"))
+    assert code == 1
+    assert stages == {"tool": ("failed", "ended with 127"), "after": ("ok", "")}
+    assert "no-such-tool: not found" in (tmp_path / "log.txt").read_text()
+
+
+def test_a_whole_group_is_interrupted_at_once(check, grace):
+    stubborn = "trap '' INT; while :; do sleep 0.1; done"
+    begun = time.monotonic()
+    code, stages = check(
+        *(shell(name, stubborn, most=0.3, group="all") for name in ("a", "b", "c", "d"))
+    )
+    assert code == 3 and {state for state, _ in stages.values()} == {"cut"}
+    assert time.monotonic() - begun < 0.3 + 3 * gpu_check.GRACE + 2
 
 
 def test_a_stage_without_its_files_is_not_done(check, tmp_path):
