@@ -1,8 +1,7 @@
 """Builds the compiled modules with CMake; everything else is in pyproject.toml.
 
-PELT_KERNELS_CUDA=1 builds the CUDA kernels as a release holds them, 0 leaves them out; by default
-nvcc and a GPU decide. PELT_KERNELS_CUDA=90 builds them for that compute capability alone, which is
-sooner done; of several there are semicolons between.
+PELT_KERNELS_CUDA=1 builds the CUDA kernels as a release holds them, "80;90" for these compute
+capabilities alone, 0 none; by default nvcc and this machine's GPUs decide (cmake/gpus.cmake).
 ``build_ext --inplace --sim`` also builds `_C_sim` for the tests, which no wheel holds.
 """
 
@@ -23,22 +22,13 @@ PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH",
 
 
 def cuda() -> list[str]:
-    asked = os.environ.get("PELT_KERNELS_CUDA", "auto")
+    asked = os.environ.get("PELT_KERNELS_CUDA") or "auto"
+    words = {"0": "off", "1": "on", "auto": "auto"}
+    if asked in words:  # and what an earlier build was for is forgotten
+        return ["-UPELT_KERNELS_CUDA_ARCHS", f"-DPELT_KERNELS_CUDA={words[asked]}"]
     if re.fullmatch(r"\d\d+(;\d\d+)*", asked):
         return ["-DPELT_KERNELS_CUDA=on", f"-DPELT_KERNELS_CUDA_ARCHS={asked}"]
-    if asked not in ("0", "1", "auto"):
-        sys.exit(
-            "setup.py: expected PELT_KERNELS_CUDA to be 0, 1, auto or compute capabilities (80;90),"
-            f" got '{asked}'"
-        )
-    every = "-UPELT_KERNELS_CUDA_ARCHS"  # which an earlier build may have set
-    if asked != "auto":
-        return [every, f"-DPELT_KERNELS_CUDA={'on' if asked == '1' else 'off'}"]
-    nvcc = shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()
-    missing = ["nvcc"] * (not nvcc) + ["GPU"] * (not Path("/dev/nvidiactl").exists())
-    found = f"no {' and no '.join(missing)}, no CUDA kernels" if missing else "CUDA kernels too"
-    print(f"pelt_kernels: {found} (PELT_KERNELS_CUDA=0 or 1 decides)", file=sys.stderr)
-    return [every, f"-DPELT_KERNELS_CUDA={'off' if missing else 'on'}"]
+    sys.exit(f"setup.py: expected PELT_KERNELS_CUDA to be 0, 1, auto or 80;90, got '{asked}'")
 
 
 class CMakeBuild(build_ext):

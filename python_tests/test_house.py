@@ -40,7 +40,7 @@ def test_a_backend_takes_the_names_of_the_contract(operator, backend):
         pytest.importorskip("triton")
     contract, module = contract_of(operator).CONTRACT, _dispatch.implementation(operator, backend)
     asked = list(inspect.signature(module.supports).parameters)
-    assert asked == ["signature", "backend", "form"]
+    assert asked == ["signature", "backend", "form", "needs_grad"]
     inputs = {*contract.input_names, *(["seed"] if contract.has_seed else [])}
     wanted = {
         "forward": inputs,

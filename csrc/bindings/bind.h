@@ -18,6 +18,9 @@
 
 #include "common/check.h"
 #include "cpu/kernels.h"
+#if defined(PELT_WITH_CUDA)
+#include "common/launch.h"
+#endif
 
 namespace pelt::bindings {
 
@@ -55,18 +58,36 @@ struct OnCpu {
     with_kernels(call, [&](auto kernels) { kernels.backward(call, arena); });
   }
 
+  // There are no launches to rehearse.
+  static void rehearse(const Call& /*call*/, bool /*is_backward*/) {}
+
   static int number_of(const std::string& form) { return static_cast<int>(cpu::isa_by_name(form)); }
   static void run_on(Call& call, Address threads) { call.threads = static_cast<int>(threads); }
 };
 
+#if defined(PELT_WITH_CUDA)
 template <class Contract>
 struct OnCuda : Cuda<Contract> {
+  using Call = typename Cuda<Contract>::Call;
+
+  static std::string why_not(const NativeCall<Contract, int64_t>& call) {
+    const std::string reason = why_not_device();
+    return reason.empty() ? Cuda<Contract>::why_not(call) : reason;
+  }
+
+  // Throws Error where a launch would be refused. The workspace is there, and nothing touches it.
+  static void rehearse(const Call& call, bool is_backward) {
+    const Rehearsal rehearsal;
+    char memory = 0;
+    Arena arena{&memory};
+    is_backward ? Cuda<Contract>::backward(call, arena) : Cuda<Contract>::forward(call, arena);
+  }
+
   // Its number among the operator's forms.
   static int number_of(const std::string& form) { return form.empty() ? 0 : std::stoi(form); }
-  static void run_on(typename Cuda<Contract>::Call& call, Address stream) {
-    call.stream = at(stream);
-  }
+  static void run_on(Call& call, Address stream) { call.stream = at(stream); }
 };
+#endif
 
 // ---- values of a plan; None leaves what is there ----
 
@@ -142,15 +163,30 @@ class Plan {
     call_ = narrow(wide_);
   }
 
-  std::string why_not() const { return Kernels::why_not(wide_); }
+  // Why the kernels refuse the call on the current device. `wanted` are the sets of gradients that
+  // backward may be asked for, in the order of the inputs; without `is_launched` there is no row, so
+  // that nothing would be launched.
+  std::string why_not(bool is_launched, const std::vector<std::vector<bool>>& wanted) const {
+    const std::string reason = Kernels::why_not(wide_);
+    if (!reason.empty() || !is_launched) return reason;
+    Call call = call_;
+    for (int place : output_places_) {
+      call.output[place] = &there_;
+      call.doutput[place] = &there_;
+    }
+    try {
+      Kernels::rehearse(call, /*is_backward=*/false);
+      for (const std::vector<bool>& set : wanted) Kernels::rehearse(wanting(call, set), true);
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return "";
+  }
 
   // Which gradients are wanted is told in the order of the inputs.
   int64_t workspace_bytes(bool is_backward, const std::vector<bool>& wanted, Address run_on) const {
-    Call call = call_;
+    Call call = wanting(call_, wanted);
     Kernels::run_on(call, run_on);
-    for (size_t i = 0; i < wanted.size(); ++i) {
-      if (wanted[i]) call.grad[input_places_.at(i)] = &there_;
-    }
     Arena arena{nullptr, /*only_counts=*/true};
     is_backward ? Kernels::backward(call, arena) : Kernels::forward(call, arena);
     return arena.used;
@@ -179,6 +215,13 @@ class Plan {
   // What a tensor that is there points to while there are no tensors.
   static constexpr char kThere = 0;
   mutable char there_ = 0;
+
+  Call wanting(Call call, const std::vector<bool>& wanted) const {
+    for (size_t i = 0; i < wanted.size(); ++i) {
+      if (wanted[i]) call.grad[input_places_.at(i)] = &there_;
+    }
+    return call;
+  }
 
   static Call narrow(const WideCall& wide) {
     if constexpr (std::is_same_v<Call, WideCall>) {
@@ -223,7 +266,8 @@ void bind_plan(py::module_& m, const std::string& name) {
                     const py::list&>(),
            py::kw_only(), py::arg("dtype"), py::arg("form"), py::arg("sizes"), py::arg("inputs"),
            py::arg("outputs"), py::arg("attributes"))
-      .def("why_not", &P::why_not)
+      .def("why_not", &P::why_not, py::arg("is_launched") = false,
+           py::arg("wanted") = std::vector<std::vector<bool>>{})
       .def("workspace_bytes", &P::workspace_bytes, py::arg("is_backward"), py::arg("wanted"),
            py::arg("run_on"))
       .def("forward", &P::forward, py::arg("inputs"), py::arg("strides"), py::arg("outputs"),

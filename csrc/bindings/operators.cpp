@@ -15,6 +15,7 @@ py::dict build_info() {
   info["compiler"] = __VERSION__;
 #if defined(PELT_WITH_CUDA)
   info["cuda"] = true;
+  info["cuda_capabilities"] = image_capabilities();
 #else
   info["cuda"] = false;
 #endif

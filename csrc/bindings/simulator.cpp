@@ -120,8 +120,16 @@ PYBIND11_MODULE(_C_sim, m) {
   m.def("set_seed", &sim::set_seed, py::arg("seed"),
         "Seeds the order of threads, warps and blocks. A sound kernel's results do not depend on "
         "it.");
-  m.def("set_device", &sim::set_device, py::arg("name"),
-        "Lets kernels run within the limits of this GPU, by default H100.");
+  m.def(
+      "set_device",
+      [](const std::string& name, int driver, size_t shared_bytes, bool has_image) {
+        sim::set_device(name, {driver, shared_bytes, has_image});
+      },
+      py::arg("name"), py::kw_only(), py::arg("driver") = 0, py::arg("shared_bytes") = 0,
+      py::arg("has_image") = true,
+      "Lets kernels run within the limits of this GPU, by default H100. For tests it may have a "
+      "`driver` for another CUDA (12040 is 12.4), less shared memory for a block, and no image of "
+      "the kernels in this module.");
   m.def("start_counting", &sim::start_counting, py::arg("without_checks") = false,
         "Counts what this thread's launches do; without checks they run several times faster.");
   m.def("stop_counting", &stop_counting,

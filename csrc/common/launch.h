@@ -5,12 +5,15 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
-#include <string>
+#include <cstdint>
 #include <type_traits>
 
 #include "common/check.h"
+#include "common/device.h"
+#include "common/type_list.h"
 
 namespace pelt {
 
@@ -25,71 +28,95 @@ struct LaunchShape {
   bool is_cooperative = false;  // all blocks resident: they may wait for each other's flags
 };
 
-inline void check_cuda(cudaError_t status, const std::string& what) {
-  check(status == cudaSuccess, what, ": ", cudaGetErrorName(status), " (", static_cast<int>(status),
-        "): ", cudaGetErrorString(status));
-}
+// Whether this thread only finds out what launches need, and launches nothing (see Rehearsal).
+inline thread_local bool t_is_rehearsal = false;
 
-inline int current_device() {
-  int device = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  return device;
-}
+// While there is one, what launches on this thread: each kernel is loaded, and what a launch would be
+// refused for is thrown as an Error. So a backend says before anything runs which calls it cannot
+// serve on this GPU, from the same code that launches.
+struct Rehearsal {
+  Rehearsal() { t_is_rehearsal = true; }
+  ~Rehearsal() { t_is_rehearsal = false; }
+};
 
-inline size_t max_shared_bytes() {
-  int bytes = 0;
-  check_cuda(
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, current_device()),
-      "cudaDevAttrMaxSharedMemoryPerBlockOptin");
-  return static_cast<size_t>(bytes);
-}
-
-// More than 48 KB of shared memory has to be asked for, once per kernel and device; the answer is
-// kept, because asking costs about as much host time as the launch.
+// Throws Error where a block takes more shared memory than the device has. More than 48 KB have to
+// be asked for, once per kernel and device; the answer is kept, because asking costs about as much
+// host time as the launch.
 template <auto kKernel>
-void opt_in_shared(const std::string& name, size_t bytes) {
-  constexpr int kMaxDevices = 64;
+void opt_in_shared(const char* name, size_t bytes) {
   static std::atomic<size_t> granted[kMaxDevices];
-  const int device = current_device();
-  check(device < kMaxDevices, name, ": expected a device below ", kMaxDevices, ", got ", device);
-  if (granted[device].load(std::memory_order_relaxed) >= bytes) return;
+  std::atomic<size_t>& here = granted[current_device()];
+  if (here.load(std::memory_order_relaxed) >= bytes) return;
+  check(bytes <= max_shared_bytes(), "a block of ", name, " takes ", bytes,
+        " bytes of shared memory, and ", device().name, " has ", max_shared_bytes());
   check_cuda(
       cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel),
                            cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-      sentence(name, ": asking for ", bytes, " bytes of shared memory"));
-  granted[device].store(bytes, std::memory_order_relaxed);
+      name, ": asking for ", bytes, " bytes of shared memory");
+  here.store(bytes, std::memory_order_relaxed);
 }
 
-inline int multiprocessors() {
-  int count = 0;
-  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, current_device()),
-             "cudaDevAttrMultiProcessorCount");
-  return count;
+// Of the configurations that serve a call, runs the first whose shared memory this GPU has; where it
+// has that of none, the one that takes least, whose launch then tells how much is missing. False if
+// none serves the call.
+template <template <class> class Shared, class... Types, class Fits, class Run>
+bool run_first_fit_here(TypeList<Types...> configs, Fits&& fits, Run&& run) {
+  size_t most = 0;
+  const auto note = [&](auto tag) {
+    const size_t bytes = sizeof(Shared<typename decltype(tag)::type>);
+    if (fits(tag) && (most == 0 || bytes < most)) most = bytes;
+  };
+  (note(TypeTag<Types>{}), ...);
+  most = std::max(most, max_shared_bytes());
+  return run_first_fit(
+      configs,
+      [&](auto tag) { return fits(tag) && sizeof(Shared<typename decltype(tag)::type>) <= most; },
+      run);
 }
 
-// How many blocks of this kernel the whole device holds at once.
+// How many blocks of this kernel the whole device holds at once. The last answer is kept for each
+// device; a kernel's blocks as a rule have one size.
 template <auto kKernel>
-int resident_blocks(int threads, size_t shared_bytes) {
-  opt_in_shared<kKernel>("resident_blocks", shared_bytes);
-  int per_multiprocessor = 0;
-  check_cuda(
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-          &per_multiprocessor, reinterpret_cast<const void*>(kKernel), threads, shared_bytes),
-      "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-  return per_multiprocessor * multiprocessors();
+int resident_blocks(const char* name, int threads, size_t shared_bytes) {
+  static std::atomic<uint64_t> kept[kMaxDevices];
+  constexpr int kBits = 8;  // of the answer for a multiprocessor, behind what was asked
+  const uint64_t asked = (static_cast<uint64_t>(threads) << 32 | shared_bytes) << kBits;
+  std::atomic<uint64_t>& here = kept[current_device()];
+  uint64_t answer = here.load(std::memory_order_relaxed);
+  if (answer >> kBits != asked >> kBits) {
+    opt_in_shared<kKernel>(name, shared_bytes);
+    int blocks = 0;
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+                   &blocks, reinterpret_cast<const void*>(kKernel), threads, shared_bytes),
+               name, ": cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    answer = asked | static_cast<uint64_t>(blocks);
+    here.store(answer, std::memory_order_relaxed);
+  }
+  return static_cast<int>(answer & ((1 << kBits) - 1)) * multiprocessors();
 }
 
 inline void zero_async(void* memory, size_t bytes, Stream stream) {
+  if (t_is_rehearsal) return;
   check_cuda(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)),
              "cudaMemsetAsync");
 }
 
+template <auto kKernel>
+void rehearse(const char* name, const LaunchShape& shape) {
+  constexpr int kMostYz = 65535;
+  check(shape.blocks_y <= kMostYz && shape.blocks_z <= kMostYz, name, " would take ",
+        shape.blocks_x, " x ", shape.blocks_y, " x ", shape.blocks_z,
+        " blocks, and the second and third number are at most ", kMostYz);
+  check_cuda(load_kernel(reinterpret_cast<const void*>(kKernel)), name, ": loading it");
+  opt_in_shared<kKernel>(name, shape.shared_bytes);
+}
+
 // The launch is by cudaLaunchKernelExC, which unlike <<< >>> can be cooperative.
 template <auto kKernel, class Params>
-void launch(const std::string& name, const LaunchShape& shape, Stream stream,
-            const Params& params) {
+void launch(const char* name, const LaunchShape& shape, Stream stream, const Params& params) {
   static_assert(std::is_trivially_copyable_v<Params>, "kernel parameters are copied as bytes");
   static_assert(sizeof(Params) <= 4096, "kernel parameters are limited to 4096 bytes");
+  if (t_is_rehearsal) return rehearse<kKernel>(name, shape);
   if (shape.shared_bytes > 48 * 1024) opt_in_shared<kKernel>(name, shape.shared_bytes);
   cudaLaunchAttribute cooperative;
   cooperative.id = cudaLaunchAttributeCooperative;
@@ -102,10 +129,10 @@ void launch(const std::string& name, const LaunchShape& shape, Stream stream,
   config.attrs = &cooperative;
   config.numAttrs = shape.is_cooperative ? 1 : 0;
   void* arguments[] = {const_cast<Params*>(&params)};
-  check_cuda(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kKernel), arguments),
-             sentence(name, ": launching ", shape.blocks_x, " x ", shape.blocks_y, " x ",
-                      shape.blocks_z, " blocks of ", shape.threads, " threads with ",
-                      shape.shared_bytes, " bytes of shared memory"));
+  check_cuda(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kKernel), arguments), name,
+             ": launching ", shape.blocks_x, " x ", shape.blocks_y, " x ", shape.blocks_z,
+             " blocks of ", shape.threads, " threads with ", shape.shared_bytes,
+             " bytes of shared memory");
 }
 
 }  // namespace pelt

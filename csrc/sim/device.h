@@ -1,6 +1,8 @@
 // The GPUs that the simulator can stand for: what of them a launch depends on.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <cstddef>
 #include <string>
 
@@ -22,6 +24,9 @@ struct Device {
   int multiprocessors;
   int threads_per_multiprocessor;
   int blocks_per_multiprocessor;
+  // Of the machine that it is in.
+  int driver = CUDART_VERSION;  // the newest CUDA that its driver serves, 12040 for 12.4
+  bool has_image = true;        // the module was built for it
 };
 
 constexpr Device kDevices[] = {
@@ -33,12 +38,24 @@ constexpr Device kDevices[] = {
     {"L4", 89, 99 * 1024, 100 * 1024, 58, 1536, 24},
     {"T4", 75, 64 * 1024, 64 * 1024, 40, 1024, 16},
 };
-constexpr int kDeviceCount = sizeof(kDevices) / sizeof(kDevices[0]);
 
-// The place in kDevices of the one that kernels run on; at first H100.
+// The one that kernels run on; at first H100.
+const Device& device();
+
+// Its number, another one for each device and machine that was set. It is another one, too, for
+// launches that are counted, which have all of the device (see kMultiprocessors).
 int current_device();
 
+constexpr int kMostDevices = 64;
+
+// What is changed of a device for a test; 0: nothing.
+struct Changes {
+  int driver = 0;
+  size_t shared_bytes_per_block = 0;
+  bool has_image = true;
+};
+
 // Throws Error where no device has this name.
-void set_device(const std::string& name);
+void set_device(const std::string& name, const Changes& changes = {});
 
 }  // namespace pelt::sim

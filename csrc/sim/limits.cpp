@@ -40,24 +40,23 @@ Refusal check_resident(const std::string& kernel, const KernelHeader& header,
 
 Refusal check_parameters(const std::string& kernel, const KernelHeader& header) {
   constexpr size_t kMostBytes = 4096;
-  if (header.parameters != 1 || header.parameter_bytes > kMostBytes) {
+  const size_t count = header.parameters.size();
+  if (count != 1 || header.parameter_bytes > kMostBytes) {
     return refuse(cudaErrorInvalidValue, "kernel ", kernel, ": expected one parameter of at most ",
-                  kMostBytes, " bytes, and it has ", header.parameters, " of ",
-                  header.parameter_bytes, " bytes");
+                  kMostBytes, " bytes, and it has ", count, " of ", header.parameter_bytes,
+                  " bytes");
   }
   return {};
 }
 
 }  // namespace
 
-int multiprocessors() {
-  return is_counting() ? kDevices[current_device()].multiprocessors : kMultiprocessors;
-}
+int multiprocessors() { return is_counting() ? device().multiprocessors : kMultiprocessors; }
 
 int blocks_per_multiprocessor(const KernelHeader& header, int threads, size_t shared_bytes) {
   if (!is_counting()) return kBlocksPerMultiprocessor;
   constexpr size_t kReserved = 1024;  // of shared memory, for each block
-  const Device& device = kDevices[current_device()];
+  const Device& device = sim::device();
   const auto by_shared =
       static_cast<int>(device.shared_bytes_per_multiprocessor / (shared_bytes + kReserved));
   const int blocks = std::min(
@@ -66,13 +65,24 @@ int blocks_per_multiprocessor(const KernelHeader& header, int threads, size_t sh
   return promised > 0 ? std::min(blocks, promised) : blocks;
 }
 
-Refusal check_block(const KernelHeader& header, const std::string& kernel, int64_t threads,
-                    size_t shared_bytes, size_t granted) {
-  const Device& device = kDevices[current_device()];
+Refusal check_image(const KernelHeader& header, const std::string& kernel) {
+  const Device& device = sim::device();
   if (header.capability > device.capability) {
     return refuse(cudaErrorNoKernelImageForDevice, "kernel ", kernel, " is made for sm_",
                   header.capability, ", and ", device.name, " is sm_", device.capability);
   }
+  if (!device.has_image) {
+    return refuse(cudaErrorNoKernelImageForDevice, "kernel ", kernel, " is not made for ",
+                  device.name);
+  }
+  return {};
+}
+
+Refusal check_block(const KernelHeader& header, const std::string& kernel, int64_t threads,
+                    size_t shared_bytes, size_t granted) {
+  const Refusal refusal = check_image(header, kernel);
+  if (refusal.status != cudaSuccess) return refusal;
+  const Device& device = sim::device();
   if (threads < 1 || threads > 1024) {
     return refuse(cudaErrorInvalidConfiguration, "kernel ", kernel,
                   ": expected 1 to 1024 threads in a block, got ", threads);

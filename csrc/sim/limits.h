@@ -27,7 +27,10 @@ struct Refusal {
   std::string text;
 };
 
-// On the current device. `granted` bytes of shared memory were asked for.
+// Whether the kernel's code runs on the current device.
+Refusal check_image(const KernelHeader& header, const std::string& kernel);
+
+// The same, with a block. `granted` bytes of shared memory were asked for.
 Refusal check_block(const KernelHeader& header, const std::string& kernel, int64_t threads,
                     size_t shared_bytes, size_t granted);
 

@@ -6,7 +6,6 @@
 // for the lanes that the instruction names.
 #pragma once
 
-#include <map>
 #include <memory>
 #include <unordered_map>
 #include <vector>

@@ -112,15 +112,15 @@ void read_parameters(Words& words, KernelHeader& header) {
     }
     if (alignment == 0) alignment = bytes;
     check(alignment > 0, "PTX: expected the type of parameter '", word, "'");
+    const size_t offset = (header.parameter_bytes + alignment - 1) / alignment * alignment;
+    header.parameters.push_back({std::string(word), offset});
     word = words.next();  // what follows the name
     if (word == "[") {
       bytes *= static_cast<size_t>(words.number());
       words.next();
       word = words.next();
     }
-    header.parameter_bytes = (header.parameter_bytes + alignment - 1) / alignment * alignment;
-    header.parameter_bytes += bytes;
-    ++header.parameters;
+    header.parameter_bytes = offset + bytes;
     if (word != ",") break;
   }
 }

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace pelt::sim {
 
@@ -18,10 +19,15 @@ struct Module {
 // Reads what nvcc hands to __cudaRegisterFatBinary.
 Module read_fat_binary(const void* wrapper);
 
+struct KernelParameter {
+  std::string name;
+  size_t offset;  // they lie one behind the other
+};
+
 // What the text of a module says of one kernel, before its instructions.
 struct KernelHeader {
   int capability = 0;  // of `.target sm_80`: 80
-  int parameters = 0;
+  std::vector<KernelParameter> parameters;
   size_t parameter_bytes = 0;
   int most_threads = 1024;            // of `.maxntid` and `.reqntid`
   int blocks_per_multiprocessor = 0;  // that `.minnctapersm` promises; 0: none are

@@ -40,6 +40,11 @@ Parser::Parser(std::string_view ptx, const std::string& entry) {
   check(at != std::string_view::npos, "simulator: the module has no kernel ", program_.kernel);
   line_ = static_cast<uint32_t>(std::count(ptx.begin(), ptx.begin() + static_cast<long>(at), '\n'));
   rest_ = ptx.substr(at);
+  const KernelHeader header = read_header(ptx, entry);
+  for (const KernelParameter& parameter : header.parameters) {
+    symbols_[parameter.name] = kParamWindow + parameter.offset;
+  }
+  program_.param_bytes = header.parameter_bytes;
 }
 
 // The table of files stands behind the last kernel, before what debuggers read.
@@ -72,10 +77,7 @@ Program Parser::run() {
     line = trim(line.substr(0, line.find("//")));
     try {
       if (!in_body) {
-        if (line == "{")
-          in_body = true;
-        else
-          head_line(line);
+        in_body = line == "{";  // the head was read by read_header
       } else if (line == "}" && open_scopes_ == 0) {
         resolve_branches();
         return std::move(program_);
@@ -88,37 +90,6 @@ Program Parser::run() {
     }
   }
   fail("simulator: kernel ", program_.kernel, ": its PTX has no end");
-}
-
-// Parameters, which lie one behind the other.
-void Parser::head_line(std::string_view line) {
-  const size_t at = line.find(".param");
-  if (at == std::string_view::npos) return;
-  if (line.back() == ',' || line.back() == ')') line.remove_suffix(1);
-  int64_t alignment = 0, size = 0;
-  std::string_view rest = trim(line.substr(at + 6));
-  while (starts_with(rest, ".")) {
-    const size_t end = rest.find_first_of(" \t");
-    const std::string_view word = rest.substr(0, end);
-    rest = trim(rest.substr(end));
-    if (word == ".align") {
-      const size_t after = rest.find_first_of(" \t");
-      alignment = number(rest.substr(0, after));
-      rest = trim(rest.substr(after));
-    } else {
-      size = element_bytes_of(word.substr(1));
-    }
-  }
-  const size_t bracket = rest.find('[');
-  if (bracket != std::string_view::npos) {
-    size *= number(rest.substr(bracket + 1, rest.find(']') - bracket - 1));
-    rest = rest.substr(0, bracket);
-  }
-  if (alignment == 0) alignment = size;
-  const int64_t offset =
-      (static_cast<int64_t>(program_.param_bytes) + alignment - 1) / alignment * alignment;
-  symbols_[std::string(trim(rest))] = kParamWindow + static_cast<uint64_t>(offset);
-  program_.param_bytes = static_cast<size_t>(offset + size);
 }
 
 void Parser::body_line(std::string_view line) {

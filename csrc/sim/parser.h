@@ -22,7 +22,6 @@ class Parser {
 
  private:
   void read_files();
-  void head_line(std::string_view line);
   void body_line(std::string_view line);
   void statement(std::string_view text);
   void declare(std::string_view text);

@@ -26,7 +26,7 @@ struct Kernel {
   const Module* module;
   std::string entry;
   std::optional<KernelHeader> header;             // read at the first launch
-  std::array<size_t, kDeviceCount> shared_bytes;  // that were asked for, on each device
+  std::array<size_t, kMostDevices> shared_bytes;  // that were asked for, on each device
   std::string_view replacement;                   // of the module's text, if not empty
 
   const KernelHeader& read() {
@@ -73,9 +73,19 @@ cudaError_t caught(cudaError_t status, Run&& run) {
   }
 }
 
+// What calls meet first. A driver serves all versions with its major number.
+cudaError_t check_driver() {
+  const int driver = device().driver;
+  if (driver / 1000 >= CUDART_VERSION / 1000) return cudaSuccess;
+  return refuse(cudaErrorInsufficientDriver, "expected a driver for CUDA ", CUDART_VERSION / 1000,
+                ", got one for CUDA ", driver / 1000);
+}
+
 // Calls use(kernel) for the kernel of a host function.
 template <class Use>
 cudaError_t with_kernel(const void* function, Use&& use) {
+  const cudaError_t status = check_driver();
+  if (status != cudaSuccess) return status;
   std::lock_guard<std::mutex> lock(registry().mutex);
   const auto found = registry().kernels.find(function);
   if (found == registry().kernels.end()) {
@@ -148,6 +158,7 @@ constexpr ErrorName kErrorNames[] = {
     {cudaSuccess, "cudaSuccess"},
     {cudaErrorInvalidValue, "cudaErrorInvalidValue"},
     {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration"},
+    {cudaErrorInsufficientDriver, "cudaErrorInsufficientDriver"},
     {cudaErrorInvalidDeviceFunction, "cudaErrorInvalidDeviceFunction"},
     {cudaErrorInvalidDevice, "cudaErrorInvalidDevice"},
     {cudaErrorInvalidKernelImage, "cudaErrorInvalidKernelImage"},
@@ -223,36 +234,52 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStr
 
 // ---- what launchers call ----
 
-cudaError_t cudaGetDevice(int* device) {
-  *device = current_device();
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = device().driver;
   return cudaSuccess;
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device < 0 || device >= kDeviceCount) {
-    return refuse(cudaErrorInvalidDevice, "expected a device from 0 to ", kDeviceCount - 1,
-                  ", got ", device);
+cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDevice(int* index) {
+  *index = current_device();
+  return check_driver();
+}
+
+// Of the current device only, which is what launchers ask about.
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int index) {
+  if (index != current_device()) {
+    return refuse(cudaErrorInvalidDevice, "expected the current device, ", current_device(),
+                  ", got ", index);
   }
-  const Device& of = kDevices[device];
-  switch (attribute) {
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = static_cast<int>(of.shared_bytes_per_block);
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      *value = static_cast<int>(of.shared_bytes_per_multiprocessor);
-      return cudaSuccess;
-    case cudaDevAttrMultiProcessorCount:
-      *value = multiprocessors();
-      return cudaSuccess;
-    default:
-      return refuse(cudaErrorInvalidValue, "the simulator does not know device attribute ",
-                    static_cast<int>(attribute));
-  }
+  const Device& of = device();
+  *properties = {};
+  std::strncpy(properties->name, of.name, sizeof(properties->name) - 1);
+  properties->major = of.capability / 10, properties->minor = of.capability % 10;
+  properties->sharedMemPerBlockOptin = of.shared_bytes_per_block;
+  properties->multiProcessorCount = multiprocessors();
+  return check_driver();
+}
+
+// Nothing is captured here.
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* /*mode*/) {
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
+  return with_kernel(function, [&](Kernel& kernel) {
+    *attributes = {};
+    attributes->maxThreadsPerBlock = kernel.read().most_threads;
+    return refuse(check_image(kernel.read(), kernel.name()));
+  });
 }
 
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
   return with_kernel(function, [&](Kernel& kernel) {
-    const Device& device = kDevices[current_device()];
+    const Device& device = pelt::sim::device();
     if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) {
       return refuse(cudaErrorInvalidValue, "the simulator does not know function attribute ",
                     static_cast<int>(attribute));

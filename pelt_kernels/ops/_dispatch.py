@@ -1,11 +1,11 @@
 """Which backend serves a call: the table of backends, the choice, and the means to ask why.
 
 A backend is one file in an operator's folder with three functions, `supports(signature, backend,
-form)`, `forward(chosen, ...)` and `backward(chosen, ...)`; what is the same for equal calls it may
-make once in a fourth, `plan(chosen)`, and finds it as `chosen.plan`. A file that is not there is a
-cell that does not exist. A backend with several ways to serve a call names them in `FORMS` and
-finds the chosen one in `chosen.form`; a request for one is written ``backend:form``. On a CPU the
-forms are instruction sets.
+form, needs_grad)`, `forward(chosen, ...)` and `backward(chosen, ...)`; what is the same for equal
+calls it may make once in a fourth, `plan(chosen)`, and finds it as `chosen.plan`. A file that is
+not there is a cell that does not exist. A backend with several ways to serve a call names them in
+`FORMS` and finds the chosen one in `chosen.form`; a request for one is written ``backend:form``. On
+a CPU the forms are instruction sets.
 """
 
 from __future__ import annotations
@@ -161,8 +161,9 @@ def select(signature: Signature, request: str, needs_grad: bool = True) -> Chose
     """What serves a call: the backend asked for, or the first able one that was not measured slower
     than eager. Raises BackendError.
 
-    ``needs_grad`` False: no backward will follow, so forward's measurements decide. Beside that it
-    reads the signature only, so forward and backward of one call always agree.
+    ``needs_grad`` False: no backward will follow, so forward alone has to be able, and forward's
+    measurements decide. Beside that it reads the signature only, so forward and backward of one
+    call always agree.
     """
     chosen = signature.chosen[needs_grad].get(request)
     if chosen is None:
@@ -182,9 +183,13 @@ def select(signature: Signature, request: str, needs_grad: bool = True) -> Chose
 def _select(signature: Signature, request: str, needs_grad: bool) -> Choice:
     check_name(request, f"{signature.contract.name}: expected backend as")
     if request:
-        reason = why_not(request, signature)
+        reason = why_not(request, signature, needs_grad)
         if reason:
-            able = [name for name in BACKENDS if name != request and not why_not(name, signature)]
+            able = [
+                name
+                for name in BACKENDS
+                if name != request and not why_not(name, signature, needs_grad)
+            ]
             raise BackendError(
                 f"{signature.contract.name}: backend '{request}' was asked for but {reason}.  "
                 f"Able: {', '.join(able)}."
@@ -192,11 +197,15 @@ def _select(signature: Signature, request: str, needs_grad: bool) -> Choice:
         return _choose_form(signature, request, request, {}, needs_grad)[0]
     refusals: dict[str, str] = {}
     for name, backend in BACKENDS.items():
-        if not backend.is_automatic or not _serves_device(backend, signature):
+        if not backend.is_automatic:
             continue
         if name == "triton" and signature.device.type == "cpu":
             continue  # its interpreter is for tests, on request
-        reason = why_not(name, signature)
+        if not _serves_device(backend, signature):
+            if name == "cuda":  # which is what somebody would look for
+                refusals[name] = why_not(name, signature)
+            continue
+        reason = why_not(name, signature, needs_grad)
         if not reason:
             choice, reason = _choose_form(signature, name, "", refusals, needs_grad)
             if not reason:
@@ -221,7 +230,7 @@ def _choose_form(
     row = _forms.nearest(signature, requests, needs_grad)
     for found, reason in _forms.ranked(signature, requests, row):
         form = found.partition(":")[2]
-        refusal = _supports(backend, signature, form)
+        refusal = _supports(backend, signature, form, needs_grad)
         if not refusal:
             choice = replace(choice, form=form, form_reason=reason)
             return choice, _forms.why_slower(found, row) or _forms.why_unproven(backend, signature)
@@ -263,12 +272,16 @@ def _record(choice: Choice) -> None:
             choices[f"{choice} {choice.requested}"] = choice
 
 
-def why_not(name: str, signature: Signature) -> str:
-    """Why a backend, or one form of it, cannot serve a call, in one sentence; empty if it can."""
+def why_not(name: str, signature: Signature, needs_grad: bool = True) -> str:
+    """Why a backend, or one form of it, cannot serve a call, in one sentence; empty if it can. With
+    ``needs_grad`` backward is a part of the call.
+    """
     name, _, form = name.partition(":")
     backend = BACKENDS[name]
     if not _serves_device(backend, signature):
-        return f"it serves {' and '.join(backend.devices)} tensors, not {signature.device.type}"
+        reason = f"it serves {' and '.join(backend.devices)} tensors, not {signature.device.type}"
+        no_gpu = _native.why_no_gpu() if backend.devices == ("cuda",) else ""
+        return f"{reason} ({no_gpu})" if no_gpu else reason
     if not has_file(signature.contract.name, name):
         return "it has no such operator yet"
     if backend.library:
@@ -282,15 +295,17 @@ def why_not(name: str, signature: Signature) -> str:
         forms = (form,)
     refusals: dict[str, None] = {}
     for form in forms:
-        refusal = _supports(name, signature, form)
+        refusal = _supports(name, signature, form, needs_grad)
         if not refusal:
             return ""
         refusals[refusal] = None
     return "; ".join(refusals)
 
 
-def _supports(name: str, signature: Signature, form: str) -> str:
-    return implementation(signature.contract.name, name).supports(signature, name, form)
+def _supports(name: str, signature: Signature, form: str, needs_grad: bool) -> str:
+    module = implementation(signature.contract.name, name)
+    reason: str = module.supports(signature, name, form, needs_grad)
+    return reason
 
 
 def forms_of(operator: str, backend: str) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -60,6 +61,18 @@ def build_info() -> dict[str, Any]:
     """Compiler, flags and architectures of `_C`; empty if it was not built."""
     module, _ = _load("_C")
     return dict(module.build_info()) if module is not None else {}
+
+
+@cache
+def why_no_gpu() -> str:
+    """Why no tensor can be on a GPU here; empty if one can. No driver is asked: a process that has
+    asked one cannot be forked any more.
+    """
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg"))):
+        return "this machine has no driver of NVIDIA's: neither /dev/nvidiactl nor /dev/dxg"
+    return ""
 
 
 @cache

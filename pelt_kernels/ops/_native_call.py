@@ -50,10 +50,12 @@ def kernels_of(backend: str) -> str:
     return backend.removesuffix("_sim")
 
 
-def supports(signature: Signature, backend: str, form: str) -> str:
+def supports(signature: Signature, backend: str, form: str, needs_grad: bool = True) -> str:
     """Why the compiled kernels refuse a call, in one sentence; empty if they serve it.
 
-    What follows from sizes is decided by the C++ side, which knows its configurations.
+    What follows from sizes and from the GPU is decided by the C++ side, which knows its
+    configurations; forward is refused, too, where backward would be and ``needs_grad`` says that it
+    follows.
     """
     kernels = kernels_of(backend)
     if not hasattr(_native.library_of(backend), f"{signature.contract.name}_{kernels}"):
@@ -69,7 +71,21 @@ def supports(signature: Signature, backend: str, form: str) -> str:
         return f"it takes float32, float16 or bfloat16, and {first} is {dtype}"
     if kernels == "cpu" and form == _native.TILES and signature.dtype != torch.bfloat16:
         return f"its tiles multiply bfloat16, and {first} is {dtype}"
-    return _native_plan(signature, backend, form).why_not()
+    native = _native_plan(signature, backend, form)
+    if kernels == "cpu":
+        return str(native.why_not())
+    has_rows = 0 not in signature.tensors[0][0]  # without them no kernel runs
+    with _native.on(signature.device):
+        return str(native.why_not(has_rows, _wanted(signature) if needs_grad else []))
+
+
+def _wanted(signature: Signature) -> list[list[bool]]:
+    """The sets of gradients on which it depends what backward launches: all of them, and all but
+    the first input's, which no layer below may need.
+    """
+    rows = {row.name: row for row in signature.contract.input_rows}
+    wanted = [rows[name].is_differentiable for name, _ in signature.flat_names]
+    return [chosen for chosen in (wanted, [False, *wanted[1:]]) if any(chosen)]
 
 
 def plan(chosen: Chosen) -> Plan:

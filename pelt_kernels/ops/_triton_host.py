@@ -45,6 +45,26 @@ def dense(value: Value) -> Any:
     return None if value is None else value.contiguous()
 
 
+def within_bounds(chosen: Chosen, inputs: dict[str, Value]) -> dict[str, Value]:
+    """The inputs with indices clamped to their banks, and lengths to what they count: on a GPU
+    nobody can refuse what is outside without waiting for it, and a kernel would read beside the
+    bank. The CUDA kernels clamp where they read.
+    """
+    if not chosen.has_index or chosen.device.type == "cpu":  # where they were checked
+        return inputs
+    return inputs | {
+        row.name: _clamped(inputs[row.name], chosen.sizes[row.bound], row.includes_bound)
+        for row in chosen.contract.input_rows
+        if row.bound in chosen.sizes
+    }
+
+
+def _clamped(index: Value, bound: Any, includes_bound: bool) -> Value:
+    if isinstance(index, (list, tuple)):
+        return [_clamped(i, b, includes_bound) for i, b in zip(index, bound)]
+    return None if index is None else index.clamp(0, bound - 1 + includes_bound)
+
+
 def why_not(signature: Signature, *limits: tuple[bool, str]) -> str:
     """Why a call's kernels cannot serve it: its dtype, the first of their limits that holds, or
     that no call can be served here; empty if they can.

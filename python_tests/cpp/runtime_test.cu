@@ -91,14 +91,41 @@ void on(const std::string& device, const std::function<void()>& run) {
 
 void print_device() {
   std::printf("%d: %zu bytes, %d multiprocessors, %d and %d resident\n", current_device(),
-              max_shared_bytes(), multiprocessors(), resident_blocks<unbounded>(256, 0),
-              resident_blocks<unbounded>(256, max_shared_bytes()));
+              max_shared_bytes(), multiprocessors(),
+              resident_blocks<unbounded>("unbounded", 256, 0),
+              resident_blocks<unbounded>("unbounded", 256, max_shared_bytes()));
 }
 
 void clear() {
   int words[3] = {1, 2, 3};
   zero_async(words, 2 * sizeof(int), nullptr);
   std::printf("%d %d %d\n", words[0], words[1], words[2]);
+}
+
+// A block of each takes so many KB.
+template <int kKilobytes>
+struct Config {};
+template <class C>
+struct Shared;
+template <int kKilobytes>
+struct Shared<Config<kKilobytes>> {
+  char bytes[kKilobytes * 1024];
+};
+
+// Runs the first of several configurations that fits; all but the first serve the call.
+void first_fit() {
+  using Configs = TypeList<Config<32>, Config<200>, Config<120>, Config<64>, Config<56>>;
+  run_first_fit_here<Shared>(
+      Configs{}, [](auto tag) { return sizeof(Shared<typename decltype(tag)::type>) > 32 * 1024; },
+      [](auto tag) {
+        launch_with<unbounded>(block(32, sizeof(Shared<typename decltype(tag)::type>)));
+      });
+}
+
+void rehearsed(const std::function<void()>& run) {
+  const Rehearsal rehearsal;
+  run();
+  std::printf("nothing ran");
 }
 
 #define CASE(name, ...) {#name, [] { __VA_ARGS__; }}
@@ -122,6 +149,16 @@ const std::map<std::string, std::function<void()>> kCases = {
     CASE(too_old, on("T4", [] { launch_with<unbounded>(block(32)); })),
     CASE(small_shared, on("RTX 4090", [] { launch_with<unbounded>(block(32, 120 * 1024)); })),
     CASE(unknown_device, sim::set_device("H1000")),
+    CASE(fit_H100, first_fit()),
+    CASE(fit_A100, on("A100", first_fit)),
+    CASE(fit_L4, on("L4", first_fit)),
+    CASE(fit_nothing, sim::set_device("L4", {0, 40 * 1024, true}); first_fit()),
+    CASE(rehearsal, rehearsed(first_fit)),
+    CASE(rehearsed_shared,
+         on("L4", [] { rehearsed([] { launch_with<unbounded>(block(32, 120 * 1024)); }); })),
+    CASE(rehearsed_grid, rehearsed([] { launch_with<unbounded>(grid(1, 65536)); })),
+    CASE(old_driver, sim::set_device("L4", {12040, 0, true}); launch_with<unbounded>(block(32))),
+    CASE(no_image, sim::set_device("L4", {0, 0, false}); launch_with<unbounded>(block(32))),
     CASE(clear, clear()),
 };
 

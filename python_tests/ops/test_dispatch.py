@@ -269,3 +269,16 @@ def test_the_support_table_lists_files():
     assert cells == {
         name: "yes" if _dispatch.has_file("gated_adapter", name) else "–" for name in BACKENDS
     }
+
+
+def test_a_choice_for_the_cpu_tells_why_no_gpu_was_taken(monkeypatch):
+    call(rows=1019)
+    assert only_choice().refusals["cuda"].startswith("it serves cuda tensors, not cpu")
+    _native.why_no_gpu.cache_clear()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert _native.why_no_gpu() == f"torch {torch.__version__} is built without CUDA"
+    _native.why_no_gpu.cache_clear()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr("os.path.exists", lambda path: False)
+    assert _native.why_no_gpu().endswith("neither /dev/nvidiactl nor /dev/dxg")
+    _native.why_no_gpu.cache_clear()

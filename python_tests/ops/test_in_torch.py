@@ -198,7 +198,7 @@ def test_an_operator_with_one_output_goes_through_torch_too(monkeypatch):
         output_shapes=lambda signature: {"y": (signature.sizes["T"],)},
     )
     backend = SimpleNamespace(
-        supports=lambda signature, backend, form: "",
+        supports=lambda signature, backend, form, needs_grad: "",
         forward=lambda chosen, x: (2 * x,),
         backward=lambda chosen, needs, dy, x: {"x": 2 * dy},
     )

@@ -4,6 +4,8 @@ written into an index meanwhile.
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from parity import SEED, contract_of, inputs_of, operator_of, why_unavailable
 
 from pelt_kernels.ops import LoraBranch, Prefix, gated_adapter, lora_linear, prefix_attention
 from pelt_kernels.ops._register import pack
+from pelt_kernels.ops._triton_host import within_bounds
 
 FAR = 10**9
 # A case with an index of each operator, and the index's name.
@@ -135,3 +138,57 @@ def test_operators_called_by_hand_check_too(operator, case_id, name, backend, ne
             backward(values, {**named, key: less})
     with pytest.raises(ValueError, match=rf"^{operator}: expected .* elements of needs"):
         backward(values, needs=[True])
+
+
+def everywhere(index, value):
+    """An index, or each of a list, with this value in the place of its own."""
+    if isinstance(index, list):
+        return [everywhere(i, value) for i in index]
+    return None if index is None else torch.full_like(index, value)
+
+
+@pytest.mark.backend("cuda_sim")
+@pytest.mark.parametrize("far", [-FAR * FAR, -1, FAR * FAR])
+@pytest.mark.parametrize(("operator", "case_id", "name"), INDEXED)
+def test_kernels_of_a_gpu_stay_inside_the_bank(operator, case_id, name, far, monkeypatch):
+    """On a GPU nobody checks an index: it is clamped where it is read. The simulator refuses any read
+    beside the bank.
+    """
+    case, contract = case_of(operator, case_id), contract_of(operator).CONTRACT
+    values = inputs_of(operator, case, "bfloat16")
+    place, attributes = contract.input_names.index(name), make_attributes(contract, case)
+    row = contract.input_rows[place]
+    sizes = contract.bind(values, attributes).sizes[row.bound]
+    last = (max(sizes) if isinstance(sizes, tuple) else sizes) - 1 + row.includes_bound
+    monkeypatch.setattr(type(contract), "check_indices", lambda *args: None)
+
+    def run(index):
+        inputs = [*values[:place], everywhere(values[place], index), *values[place + 1 :]]
+        inputs = [
+            v.clone().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v
+            for v in inputs
+        ]
+        y, *_ = operator_of(operator)(inputs, attributes, SEED, "cuda_sim")
+        y.float().square().sum().backward()
+        return [y, *(v.grad for v in inputs if torch.is_tensor(v) and v.requires_grad)]
+
+    for found, expected in zip(run(far), run(0 if far < 0 else last), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("far", [-FAR, FAR])
+@pytest.mark.parametrize(("operator", "case_id", "name"), INDEXED)
+def test_triton_gets_indices_inside_the_bank(operator, case_id, name, far):
+    case, contract = case_of(operator, case_id), contract_of(operator).CONTRACT
+    inputs = dict(zip(contract.input_names, inputs_of(operator, case, "float32")))
+    signature = contract.bind(list(inputs.values()), make_attributes(contract, case))
+    assert within_bounds(signature, inputs) is inputs
+    on_gpu = copy.copy(signature)
+    on_gpu.device = torch.device("cuda")
+    found = within_bounds(on_gpu, inputs | {name: everywhere(inputs[name], far)})[name]
+    row = contract.input_rows[contract.input_names.index(name)]
+    found, bound = (
+        value if row.is_list else [value] for value in (found, signature.sizes[row.bound])
+    )
+    for index, size in zip(found, bound):
+        assert index is None or index.eq(0 if far < 0 else size - 1 + row.includes_bound).all()

@@ -105,7 +105,7 @@ def test_tiles_multiply_bfloat16_only(operator, need):
     case = case_of(operator, CASES[operator])
     found = {
         precision: _dispatch._supports(
-            "cpu_sim", call_of(operator, case, precision, "cpu"), native.TILES
+            "cpu_sim", call_of(operator, case, precision, "cpu"), native.TILES, True
         )
         for precision in ("float32", "bfloat16", "bfloat16-master")
     }

@@ -286,7 +286,7 @@ using Configs = ConfigsOf<Config>;
 }  // namespace
 
 void launch_fwd_sm80(const ForwardParams& p) {
-  const bool found = run_first_fit(
+  const bool found = run_first_fit_here<Shared>(
       Configs{}, [&](auto tag) { return serves<typename decltype(tag)::type>(p.in); },
       [&](auto tag) {
         using C = typename decltype(tag)::type;

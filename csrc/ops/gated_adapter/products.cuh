@@ -336,7 +336,7 @@ void launch_over_tiles(const char* name, Params p, size_t shared_bytes) {
   LaunchShape shape;
   shape.threads = kThreads;
   shape.shared_bytes = shared_bytes;
-  const int resident = resident_blocks<kKernel>(kThreads, shape.shared_bytes);
+  const int resident = resident_blocks<kKernel>(name, kThreads, shape.shared_bytes);
   shape.blocks_x = p.tiling.tiles < resident ? p.tiling.tiles : resident;
   shape.is_cooperative = has_pooled_gate(p.in);
   p.wave_tiles = shape.is_cooperative ? wave_of(p.tiling, shape.blocks_x) : p.tiling.tiles;

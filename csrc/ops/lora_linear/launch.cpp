@@ -126,10 +126,6 @@ std::string why_not_single(const Linear& in) {
                       end, " of ", in.Dout);
     }
   }
-  const size_t bytes = single_shared_bytes(ranks, kSingleColumns), most = max_shared_bytes();
-  if (bytes > most) {
-    return sentence("a block needs ", bytes, " bytes of shared memory, and this GPU has ", most);
-  }
   constexpr int64_t kMaxTiles = int64_t{1} << 31;
   const int widest = in.Din > in.Dout ? in.Din : in.Dout;
   const int64_t tiles = static_cast<int64_t>(make_tiling(in, single_rows(kSingleColumns)).tiles) *

@@ -390,7 +390,7 @@ __device__ __forceinline__ void store_out(const SingleParams& p, SingleShared<C>
 // Calls run(tag, shape) for the first configuration that fits: the one with the fewest ranks.
 template <class Configs, class Run>
 void run_single(Configs configs, const SingleParams& p, bool has_rows_of_n, int ranks, Run&& run) {
-  const bool is_found = run_first_fit(
+  const bool is_found = run_first_fit_here<SingleShared>(
       configs,
       [&](auto tag) {
         using C = typename decltype(tag)::type;

@@ -337,7 +337,8 @@ template <class C>
 int blocks_of(const Call& in) {
   const int64_t tiles = static_cast<int64_t>((in.Din + kTileColumns - 1) / kTileColumns) *
                         ((in.Dout + kTileRows - 1) / kTileRows);
-  const int resident = resident_blocks<masked_weight_fwd_sm80<C>>(kThreads, sizeof(Shared));
+  const int resident = resident_blocks<masked_weight_fwd_sm80<C>>("masked_weight_fwd_sm80",
+                                                                  kThreads, sizeof(Shared));
   return tiles < resident ? static_cast<int>(tiles) : resident;
 }
 

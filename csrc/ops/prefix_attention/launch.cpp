@@ -65,15 +65,8 @@ std::string Cuda<Contract>::why_not(const NativeCall<Contract, int64_t>& call) {
   if (call.dtype == DType::kF32) {
     return "its matrix products take float16 or bfloat16 activations, and q is float32";
   }
-  // Forward and backward are served by the same backend, so every kernel has to fit.
-  const DType dtype = call.dtype;
-  const int64_t E = call.E;
-  const size_t bytes = std::max({fwd_sm80_bytes(dtype, E), bwd_queries_sm80_bytes(dtype, E),
-                                 bwd_keys_sm80_bytes(dtype, E), bwd_bias_sm80_bytes(dtype, E)});
-  if (bytes == 0) return sentence("head size ", E, " is not one of ", kHeadSizes);
-  if (const size_t most = max_shared_bytes(); bytes > most) {
-    return sentence("at head size ", E, " a block of its kernels takes ", bytes,
-                    " bytes of shared memory, and this GPU offers ", most);
+  if (fwd_sm80_bytes(call.dtype, call.E) == 0) {
+    return sentence("head size ", call.E, " is not one of ", kHeadSizes);
   }
   // Rows, columns and tiles are counted in 32 bits; elements are in 64.
   constexpr int64_t kMaxRows = int64_t{1} << 31;

@@ -67,9 +67,8 @@ struct ReadColumns {
   const bool* mask;  // [N]
 
   __device__ __forceinline__ explicit ReadColumns(const CudaInputs& in, int b) {
-    end = in.N;
-    const int64_t* lengths = in.lengths();
-    if (lengths != nullptr && lengths[b] < end) end = static_cast<int>(lengths[b]);
+    const int64_t length = in.lengths() == nullptr ? in.N : in.lengths()[b];
+    end = static_cast<int>(length < 0 ? 0 : (length < in.N ? length : in.N));
     mask = in.mask_of(b);
   }
 

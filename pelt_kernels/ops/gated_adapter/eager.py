@@ -24,7 +24,7 @@ from .._philox import dropout_factor
 from .contract import ACTIVATIONS, NEVER_SKIP, layer_norm
 
 
-def supports(signature: Signature, backend: str, form: str) -> str:
+def supports(signature: Signature, backend: str, form: str, needs_grad: bool = True) -> str:
     """PyTorch serves every signature."""
     return ""
 

@@ -26,6 +26,7 @@ from .._triton_host import (
     tune,
     unavailable,
     why_not,
+    within_bounds,
 )
 from ._triton_plan import CANDIDATES, PARTS, Plan, layout_of
 from .contract import CONTRACT
@@ -38,7 +39,7 @@ _RESIDUAL, _GATE_WEIGHT, _GATE_BIAS = (
 )
 
 
-def supports(signature: Signature, backend: str, form: str) -> str:
+def supports(signature: Signature, backend: str, form: str, needs_grad: bool = True) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
     b, s, r = (signature.sizes[letter] for letter in "BSR")
     ranks = f"its registers hold the sums for a bottleneck of at most {_MAX_RANK}, and R is {r}"
@@ -58,6 +59,7 @@ def forward(chosen: Chosen, seed: int, **inputs: Value) -> tuple[Tensor, Tensor,
     if y.numel() == 0:
         return y, gate_value.zero_(), h
     plan = chosen.plan
+    inputs = within_bounds(chosen, inputs)
     given = [dense(inputs[name]) for name in CONTRACT.input_names]
     if chosen.attributes["residual_from"] == "input":
         given[_RESIDUAL] = given[0]
@@ -100,6 +102,7 @@ def backward(
     **inputs: Value,
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
+    inputs = within_bounds(chosen, inputs)
     grads = {name: _native.empty_like(inputs[name]) for name, need in needs.items() if need}
     if dy.numel() == 0:
         return {name: grad.zero_() for name, grad in grads.items()}

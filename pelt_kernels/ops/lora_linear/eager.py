@@ -23,7 +23,7 @@ from .._gate import accumulator, cast, counted, over_rows, pool, pool_backward, 
 from .._philox import dropout_factor
 
 
-def supports(signature: Signature, backend: str, form: str) -> str:
+def supports(signature: Signature, backend: str, form: str, needs_grad: bool = True) -> str:
     """PyTorch serves every signature."""
     return ""
 

@@ -23,6 +23,7 @@ from .._triton_host import (
     tune,
     unavailable,
     why_not,
+    within_bounds,
 )
 from ._base import base_grads
 from ._triton_plan import CANDIDATES, MAX_WIDTH, Layout, Plan
@@ -31,7 +32,7 @@ from .contract import CONTRACT
 __all__ = ["CANDIDATES", "backward", "forward", "plan", "supports", "tune", "unavailable"]
 
 
-def supports(signature: Signature, backend: str, form: str) -> str:
+def supports(signature: Signature, backend: str, form: str, needs_grad: bool = True) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
     width = sum(signature.sizes.get("R_i", ()))
     ranks = f"its registers hold ranks that add up to at most {MAX_WIDTH}, and they are {width}"
@@ -57,6 +58,7 @@ def forward(
     extras = [_native.empty(n, torch.float32, chosen.device) for n in shapes["extra_gates"]]
     values = [_native.empty(n, torch.float32, chosen.device) for n in shapes["gate_values"]]
     s = _native.empty(shapes["s"], chosen.dtype, chosen.device)
+    inputs = within_bounds(chosen, inputs)
     x = inputs["x"].contiguous()
     with _native.on(chosen.device):
         base = inputs["weight"].T if chosen.attributes["transposed"] else inputs["weight"]
@@ -87,6 +89,7 @@ def backward(
     **inputs: Value,
 ) -> dict[str, Value]:
     """The gradients that ``needs`` names, by input name."""
+    inputs = within_bounds(chosen, inputs)
     with _native.on(chosen.device):
         grads = base_grads(chosen, needs, dy, inputs, dy.dtype)
         if dy.shape[0] * dy.shape[1] == 0:

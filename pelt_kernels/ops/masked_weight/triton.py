@@ -32,7 +32,7 @@ _FUSED = {"enable_fp_fusion": True}  # as options_of says
 _FACTORS = ("u", "v", "a", "b", "row", "col")
 
 
-def supports(signature: Signature, backend: str, form: str) -> str:
+def supports(signature: Signature, backend: str, form: str, needs_grad: bool = True) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
     sizes = signature.sizes
     r, r2, entries = sizes["R"], sizes["R2"], sizes["Dout"] * sizes["Din"]

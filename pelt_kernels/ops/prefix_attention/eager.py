@@ -21,7 +21,7 @@ from ._inputs import Inputs
 from .contract import softmax_with_lse, visible_keys
 
 
-def supports(signature: Signature, backend: str, form: str) -> str:
+def supports(signature: Signature, backend: str, form: str, needs_grad: bool = True) -> str:
     """PyTorch serves every signature."""
     return ""
 

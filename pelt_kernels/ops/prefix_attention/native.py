@@ -29,9 +29,9 @@ from . import _flash
 FORMS = {"cuda": ("single", "composed"), "cpu": _native.cpu_forms(has_tiles=True)}
 
 
-def supports(signature: Signature, backend: str, form: str) -> str:
+def supports(signature: Signature, backend: str, form: str, needs_grad: bool = True) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    reason = _native_call.supports(signature, backend, form)
+    reason = _native_call.supports(signature, backend, form, needs_grad)
     if reason or form != "composed":
         return reason
     if not sum(signature.sizes.get("P_i", ())):

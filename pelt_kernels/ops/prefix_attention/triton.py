@@ -24,6 +24,7 @@ from .._triton_host import (
     tune,
     unavailable,
     why_not,
+    within_bounds,
 )
 from ._triton_plan import CANDIDATES, MAX_HEAD, Plan
 from .contract import CONTRACT
@@ -31,7 +32,7 @@ from .contract import CONTRACT
 __all__ = ["CANDIDATES", "backward", "forward", "plan", "supports", "tune", "unavailable"]
 
 
-def supports(signature: Signature, backend: str, form: str) -> str:
+def supports(signature: Signature, backend: str, form: str, needs_grad: bool = True) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
     b, h, s, n, e = (signature.sizes[letter] for letter in "BHSNE")
     heads = f"its registers hold heads of at most {MAX_HEAD}, and E is {e}"
@@ -49,7 +50,7 @@ def forward(chosen: Chosen, seed: int, **inputs: Value) -> tuple[Tensor, Tensor]
     lse = _native.empty(q.shape[:3], torch.float32, chosen.device)
     if out.numel() == 0:
         return out, lse
-    plan, given = chosen.plan, _Given(inputs)
+    plan, given = chosen.plan, _Given(within_bounds(chosen, inputs))
 
     def launch(config: Config) -> None:
         tiles = plan.query_tiles(config)
@@ -122,7 +123,7 @@ class _Backward:
         inputs: dict[str, Value],
     ) -> None:
         self.plan, self.given, self.inputs, self.needs = (
-            chosen.plan, _Given(inputs), inputs, needs
+            chosen.plan, _Given(within_bounds(chosen, inputs)), inputs, needs
         )  # fmt: skip
         self.dout, self.out, self.lse, self.seed = dout, out, lse, seed
         self.delta = self._empty(lse.shape)

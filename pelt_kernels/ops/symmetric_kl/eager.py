@@ -9,7 +9,7 @@ from .._contract import Chosen, Signature, Value
 from .._gate import accumulator
 
 
-def supports(signature: Signature, backend: str, form: str) -> str:
+def supports(signature: Signature, backend: str, form: str, needs_grad: bool = True) -> str:
     """PyTorch serves every signature."""
     return ""
 

@@ -25,7 +25,7 @@ from .._triton_host import (
 __all__ = ["backward", "forward", "supports", "unavailable"]
 
 
-def supports(signature: Signature, backend: str, form: str) -> str:
+def supports(signature: Signature, backend: str, form: str, needs_grad: bool = True) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
     t, c = signature.sizes["T"], signature.sizes["C"]
     large = (

@@ -1,0 +1,83 @@
+# What `PELT_KERNELS_CUDA=auto` builds for: this machine's GPUs, where nvcc and one of compute
+# capability 8.0 or later are there. A GPU that is older, a container without one, or an nvidia-smi
+# that fails is told in one line and is no error.
+#
+# As a script it tells what it finds: cmake -DPELT_KERNELS_CUDA=auto -DNVCC=nvcc -P cmake/gpus.cmake
+
+# "80;90", or "" and why.
+function(gpus_of_this_machine archs reason)
+  set(${archs} "" PARENT_SCOPE)
+  find_program(NVIDIA_SMI nvidia-smi)
+  if(NOT NVIDIA_SMI)
+    set(${reason} "nvidia-smi is not there" PARENT_SCOPE)
+    return()
+  endif()
+  execute_process(COMMAND ${NVIDIA_SMI} --query-gpu=compute_cap --format=csv,noheader TIMEOUT 60
+                  OUTPUT_VARIABLE said ERROR_VARIABLE said RESULT_VARIABLE status)
+  string(REGEX REPLACE "[\n;]+" ", " shown "${said}")
+  string(REGEX REPLACE "(, | )+$" "" shown "${shown}")
+  string(REGEX MATCHALL "[0-9]+\\.[0-9]" capabilities "${said}")
+  if(NOT status EQUAL 0 OR NOT capabilities)
+    set(${reason} "nvidia-smi tells no compute capability (${status}: ${shown})" PARENT_SCOPE)
+    return()
+  endif()
+  list(REMOVE_DUPLICATES capabilities)
+  set(found "")
+  foreach(capability IN LISTS capabilities)
+    string(REPLACE "." "" number ${capability})
+    if(number GREATER_EQUAL 80)
+      list(APPEND found ${number})
+    endif()
+  endforeach()
+  if(NOT found)
+    set(${reason} "the kernels need compute capability 8.0, and this machine's GPUs have ${shown}"
+        PARENT_SCOPE)
+  endif()
+  set(${archs} "${found}" PARENT_SCOPE)
+endfunction()
+
+# A GPU that is newer than nvcc gets machine code from its driver, which compiles the PTX that is
+# there in any case; so one name that nvcc knows suffices.
+function(without_unknown archs nvcc)
+  execute_process(COMMAND ${nvcc} --list-gpu-arch OUTPUT_VARIABLE known)
+  set(kept "")
+  foreach(arch IN LISTS ${archs})
+    if(known MATCHES "compute_${arch}[^0-9]")
+      list(APPEND kept ${arch})
+    else()
+      message(NOTICE "pelt_kernels: ${nvcc} does not know sm_${arch}, which gets PTX only")
+    endif()
+  endforeach()
+  if(NOT kept)
+    set(kept 80)
+  endif()
+  set(${archs} "${kept}" PARENT_SCOPE)
+endfunction()
+
+# The architectures that _C is built for; empty without CUDA kernels.
+function(cuda_archs archs)
+  set(found "")
+  if(PELT_KERNELS_CUDA STREQUAL "on")
+    set(found "${PELT_KERNELS_CUDA_ARCHS}")
+  elseif(PELT_KERNELS_CUDA STREQUAL "auto")
+    gpus_of_this_machine(found reason)
+    if(NOT NVCC)
+      set(found "")
+      set(reason "nvcc is not there")
+    endif()
+    if(NOT found)
+      message(NOTICE "pelt_kernels: no CUDA kernels: ${reason} (PELT_KERNELS_CUDA=1 builds them)")
+    endif()
+  endif()
+  if(found AND NVCC)
+    without_unknown(found ${NVCC})
+    message(NOTICE "pelt_kernels: CUDA kernels for ${found}")
+  endif()
+  set(${archs} "${found}" PARENT_SCOPE)
+endfunction()
+
+if(CMAKE_SCRIPT_MODE_FILE STREQUAL CMAKE_CURRENT_LIST_FILE)
+  cmake_minimum_required(VERSION 3.24)
+  cuda_archs(archs)
+  message("'${archs}'")
+endif()
