@@ -164,10 +164,6 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 }  // namespace
 
-size_t bwd_bias_sm80_bytes(DType dtype, int64_t E) {
-  return shared_bytes_of<Config, Shared>(dtype, E);
-}
-
 void launch_bwd_bias_sm80(const BackwardParams& p) {
   const CudaInputs& in = p.in;
   if (in.N == 0) return;

@@ -276,10 +276,6 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
 
 }  // namespace
 
-size_t bwd_queries_sm80_bytes(DType dtype, int64_t E) {
-  return shared_bytes_of<Config, Shared>(dtype, E);
-}
-
 void launch_bwd_queries_sm80(const BackwardParams& p) {
   const int blocks = p.in.B * p.in.H * p.row_tiles;
   run_fitting<Config>("prefix_attention_bwd_queries_sm80", p.in, [&](auto tag, const char* name) {

@@ -2,7 +2,6 @@
 // head sizes. The launchers and why_not read the same list.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "common/check.h"
@@ -27,15 +26,6 @@ bool find_config(DType dtype, int64_t E, Run&& run) {
     return DTypeOf<typename C::T>::value == dtype && E == C::kE;
   };
   return run_first_fit(ConfigsOf<Config>{}, fits, run);
-}
-
-// Shared memory of a block of the kernel, for why_not; 0 where no configuration fits.
-template <template <class, int> class Config, template <class> class Shared>
-size_t shared_bytes_of(DType dtype, int64_t E) {
-  size_t bytes = 0;
-  find_config<Config>(dtype, E,
-                      [&](auto tag) { bytes = sizeof(Shared<typename decltype(tag)::type>); });
-  return bytes;
 }
 
 // Calls run(TypeTag<Config>, kernel) for the configuration that why_not has promised.

@@ -413,8 +413,6 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
 
 }  // namespace
 
-size_t fwd_sm80_bytes(DType dtype, int64_t E) { return shared_bytes_of<Config, Shared>(dtype, E); }
-
 void launch_fwd_sm80(const ForwardParams& p) {
   const int blocks = p.in.B * p.in.H * ((p.in.S + kRows - 1) / kRows);
   run_fitting<Config>("prefix_attention_fwd_sm80", p.in, [&](auto tag, const char* name) {

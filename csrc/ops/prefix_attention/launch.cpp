@@ -8,6 +8,13 @@
 namespace pelt::prefix_attention {
 namespace {
 
+// Of a configuration what why_not asks for.
+template <class T_, int kE_>
+struct Capacity {
+  using T = T_;
+  static constexpr int kE = kE_;
+};
+
 int tiles_of(int64_t size, int tile) { return static_cast<int>((size + tile - 1) / tile); }
 
 // In the composed form the places of K and V hold what another attention has made of them.
@@ -65,7 +72,7 @@ std::string Cuda<Contract>::why_not(const NativeCall<Contract, int64_t>& call) {
   if (call.dtype == DType::kF32) {
     return "its matrix products take float16 or bfloat16 activations, and q is float32";
   }
-  if (fwd_sm80_bytes(call.dtype, call.E) == 0) {
+  if (!find_config<Capacity>(call.dtype, call.E, [](auto) {})) {
     return sentence("head size ", call.E, " is not one of ", kHeadSizes);
   }
   // Rows, columns and tiles are counted in 32 bits; elements are in 64.

@@ -4,7 +4,6 @@
 // workspace.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "common/launch.h"
@@ -52,13 +51,7 @@ struct BackwardParams {
   int own_tiles = 0;      // of columns of K, if their gradients are wanted
 };
 
-// What each kernel's file offers; launch.cpp chooses. The bytes are the shared memory of a block, 0
-// where the kernel has no configuration.
-size_t fwd_sm80_bytes(DType dtype, int64_t E);
-size_t bwd_queries_sm80_bytes(DType dtype, int64_t E);
-size_t bwd_keys_sm80_bytes(DType dtype, int64_t E);
-size_t bwd_bias_sm80_bytes(DType dtype, int64_t E);
-
+// What each kernel's file offers; launch.cpp chooses.
 void launch_fwd_sm80(const ForwardParams& params);
 void launch_bwd_queries_sm80(const BackwardParams& params);
 void launch_bwd_keys_sm80(const BackwardParams& params);
