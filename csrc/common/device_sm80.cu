@@ -1,11 +1,17 @@
 // Whether this module's kernels run on a GPU. All of them are compiled for the same architectures, so
 // that one which does nothing answers for all.
+#include <sstream>
+#include <string>
+
 #include "common/device.h"
 
-// For which compute capabilities there is machine code; the simulator's module has PTX of this one.
+// For which compute capabilities there is machine code, as 80_90, because nvcc takes a definition with
+// commas for several. The simulator's module has PTX of this one.
 #if !defined(PELT_CUDA_ARCHS)
 #define PELT_CUDA_ARCHS 80
 #endif
+#define PELT_TEXT_OF(tokens) #tokens
+#define PELT_TEXT(macro) PELT_TEXT_OF(macro)
 
 namespace pelt {
 
@@ -44,9 +50,10 @@ std::string why_not_image() {
 }  // namespace
 
 std::string image_capabilities() {
+  std::istringstream archs(PELT_TEXT(PELT_CUDA_ARCHS));
   std::string names;
-  for (const int number : {PELT_CUDA_ARCHS}) {
-    names += sentence(names.empty() ? "" : ", ", capability_name(number));
+  for (std::string arch; std::getline(archs, arch, '_');) {
+    names += sentence(names.empty() ? "" : ", ", capability_name(std::stoi(arch)));
   }
   return names;
 }
