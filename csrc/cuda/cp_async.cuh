@@ -24,6 +24,15 @@ __device__ __forceinline__ void cp_async_16_at(uint32_t shared, const void* glob
                : "memory");
 }
 
+// The same where all of it is valid: one instruction of the machine. A validity that is known only at
+// run time costs one more as a bool, and four as a number of bytes.
+template <int kBytes>
+__device__ __forceinline__ void cp_async_16_at(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0 + %1], [%2], 16;" ::"r"(shared), "n"(kBytes),
+               "l"(global)
+               : "memory");
+}
+
 // Closes the group of copies that the thread has started since the last commit; it may be empty.
 __device__ __forceinline__ void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");

@@ -56,6 +56,13 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&result)[4], const v
 // part of the instruction: loops that read many fragments keep one address for all of them.
 
 template <int kBytes>
+__device__ __forceinline__ void ldmatrix_x2_at(uint32_t (&result)[2], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2 + %3];"
+               : "=r"(result[0]), "=r"(result[1])
+               : "r"(row), "n"(kBytes));
+}
+
+template <int kBytes>
 __device__ __forceinline__ void ldmatrix_x4_at(uint32_t (&result)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])

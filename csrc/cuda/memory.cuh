@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
 #include "cuda/words.h"
 
 namespace pelt {
@@ -51,6 +52,40 @@ __device__ __forceinline__ void store_16(void* address, const Words4& value) {
 // The same to a 32-bit address of shared memory.
 __device__ __forceinline__ void store_shared_16(uint32_t address, const Words4& value) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.word[0]),
+               "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3])
+               : "memory");
+}
+
+// Accesses to a 32-bit address of shared memory and a constant number of bytes behind it.
+template <int kBytes>
+__device__ __forceinline__ void store_shared_4_at(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.u32 [%0 + %1], %2;" ::"r"(address), "n"(kBytes), "r"(value) : "memory");
+}
+
+template <int kBytes>
+__device__ __forceinline__ Words4 load_shared_16_at(uint32_t address) {
+  Words4 value;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
+               : "=r"(value.word[0]), "=r"(value.word[1]), "=r"(value.word[2]), "=r"(value.word[3])
+               : "r"(address), "n"(kBytes)
+               : "memory");
+  return value;
+}
+
+template <int kBytes>
+__device__ __forceinline__ Float2 load_shared_pair_at(uint32_t address) {
+  Float2 value;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2 + %3];"
+               : "=f"(value.low), "=f"(value.high)
+               : "r"(address), "n"(kBytes)
+               : "memory");
+  return value;
+}
+
+// Writes what nobody reads soon: it is the first to leave the caches, so that it displaces nothing
+// that is read again.
+__device__ __forceinline__ void store_global_16_streaming(void* address, const Words4& value) {
+  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(value.word[0]),
                "r"(value.word[1]), "r"(value.word[2]), "r"(value.word[3])
                : "memory");
 }

@@ -182,18 +182,18 @@ __device__ __forceinline__ void leave_sums(float* partial, int* arrivals, const 
   atomic_add_release(arrivals + rows.group, 1);
 }
 
-// Waits for all tiles of the group and adds what they left, in their order, into `total`, in shared
-// memory. Called by the whole block.
-__device__ __forceinline__ void await_sums(const Tiling& tiling, const float* partial,
+// Waits for all tiles of the group and adds what they left, `sums` of them for each group, in their
+// order, into `total`, in shared memory. Called by the whole block.
+__device__ __forceinline__ void await_sums(const Tiling& tiling, int sums, const float* partial,
                                            const int* arrivals, const TileRows& rows,
                                            float (&total)[2]) {
-  const int tiles = tiling.tiles_per_group;
-  if (thread_index() == 0) wait_until_at_least(arrivals + rows.group, tiles);
+  if (thread_index() == 0) wait_until_at_least(arrivals + rows.group, tiling.tiles_per_group);
   sync_threads();  // the partial sums that thread 0 has waited for are visible to the block
   if (warp_index() == 0) {
     float sum = 0.0f, count = 0.0f;
-    const float* first = partial + 2 * static_cast<int64_t>(rows.group) * tiles;
-    for (int i = lane_index(); i < tiles; i += 32) {
+    const float* first = partial + 2 * static_cast<int64_t>(rows.group) * sums;
+#pragma unroll 1
+    for (int i = lane_index(); i < sums; i += 32) {
       sum += first[2 * i];
       count += first[2 * i + 1];
     }

@@ -115,7 +115,7 @@ void Parser::access(const Words& words) {
   static const std::vector<std::string_view> kKnown = {
       "ld",      "st",  "atom",     "red", "global",  "shared",  "param", "nc",  "v2",
       "v4",      "add", "acquire",  "min", "acq_rel", "relaxed", "gpu",   "sys", "cta",
-      "release", "max", "volatile", "and", "or",      "exch",    "cas"};
+      "release", "max", "volatile", "and", "or",      "exch",    "cas",   "cs"};
   for (size_t n = 0; n + 1 < words.modifiers.size(); ++n) {
     check(std::find(kKnown.begin(), kKnown.end(), words.modifiers[n]) != kKnown.end(),
           "the simulator does not know the instruction ", words.name);

@@ -59,20 +59,28 @@ struct Layouts {
                  dropout, skip_below] = attributes;
     put("gated_adapter: attributes", call, attributes, activation, pooling, residual_from,
         scale_value, pre_norm_eps, post_norm_eps, dropout, skip_below);
+    const auto& round = at_memory<RoundParams>();
+    {
+      const auto& [weight] = round;
+      const auto& [from, to, count] = weight[0];
+      put("gated_adapter: RoundParams", round, weight, from, to, count);
+    }
     const auto& forward = at_memory<ForwardParams>();
     {
-      const auto& [in, arrivals, gate_partial, tiling, wave_tiles] = forward;
-      put("gated_adapter: ForwardParams", forward, in, arrivals, gate_partial, tiling, wave_tiles);
+      const auto& [in, w_down, w_up, arrivals, gate_partial, gate_sums, residual_shift, tiling,
+                   wave_tiles] = forward;
+      put("gated_adapter: ForwardParams", forward, in, w_down, w_up, arrivals, gate_partial,
+          gate_sums, residual_shift, tiling, wave_tiles);
     }
     const auto& backward = at_memory<BackwardParams>();
-    const auto& [in, dh, a, du, factor_parts, dlogit_parts, row_scalars, tile_sums, norm_partial,
-                 norm_slots, arrivals, gate_partial, tickets, weight_partial, tiling, wave_tiles,
-                 rank_stride, weight_tiling, members, column_tiles, rank_tiles, splits,
+    const auto& [in, w_down, w_up, dh, a, du, factor_parts, dlogit_parts, row_scalars, tile_sums,
+                 norm_partial, norm_slots, arrivals, gate_partial, tickets, weight_partial, tiling,
+                 wave_tiles, rank_stride, weight_tiling, members, column_tiles, rank_tiles, splits,
                  layer_blocks] = backward;
-    put("gated_adapter: BackwardParams", backward, in, dh, a, du, factor_parts, dlogit_parts,
-        row_scalars, tile_sums, norm_partial, norm_slots, arrivals, gate_partial, tickets,
-        weight_partial, tiling, wave_tiles, rank_stride, weight_tiling, members, column_tiles,
-        rank_tiles, splits, layer_blocks);
+    put("gated_adapter: BackwardParams", backward, in, w_down, w_up, dh, a, du, factor_parts,
+        dlogit_parts, row_scalars, tile_sums, norm_partial, norm_slots, arrivals, gate_partial,
+        tickets, weight_partial, tiling, wave_tiles, rank_stride, weight_tiling, members,
+        column_tiles, rank_tiles, splits, layer_blocks);
   }
 
   PELT_HOST_DEVICE void put_lora_linear() const {

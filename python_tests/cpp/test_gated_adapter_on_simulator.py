@@ -26,6 +26,14 @@ LONG = [
         f"{UNIPELT}, {NORMS}",
         {**POOLED, "dropout_p": 0.1},
     ),
+    # The same where chunks and ranks are whole, which other kernels serve.
+    Case("long_chunks", {"B": 2, "S": 300, "D": 128, "R": 64}, UNIPELT, POOLED),
+    Case(
+        "long_rank_128",
+        {"B": 1, "S": 250, "D": 192, "R": 128},
+        "b_down, b_up, gate per row",
+        {"dropout_p": 0.1},
+    ),
     Case("sentences_in_waves", {"B": 7, "S": 70, "D": 64, "R": 48}, UNIPELT, POOLED),
     Case(
         "long_skipped",
@@ -95,7 +103,7 @@ def test_a_gradient_does_not_depend_on_which_others_are_asked(asked: str, simula
         assert torch.equal(grad, whole[name]), name
 
 
-@pytest.mark.parametrize("case", [LONG[0], LONG[2], LONG[3]], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [LONG[0], LONG[2], LONG[4], LONG[5]], ids=lambda case: case.id)
 def test_a_sentence_does_not_see_the_others(case: Case, simulator) -> None:
     values = make_inputs(CONTRACT, case, torch.bfloat16)
     batched = {"x", "mask", "residual"}

@@ -82,7 +82,7 @@ def test_load_extends_into_the_register(space: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "f32"])
-@pytest.mark.parametrize("space", ["global", "shared", "generic"])
+@pytest.mark.parametrize("space", ["global", "global.cs", "shared", "generic"])
 def test_store_cuts_the_register(space: str, kind: str) -> None:
     """The low bytes of the register go to memory, and the neighbours stay."""
     given, found = memory(2)
@@ -101,7 +101,7 @@ def test_store_cuts_the_register(space: str, kind: str) -> None:
                 for n, name in enumerate(names)
             )
             source = "{" + ", ".join(names) + "}" if vector > 1 else names[0]
-            base = {"shared": "%r1", "generic": "%q9", "global": "%q9"}[space]
+            base = "%r1" if space == "shared" else "%q9"
             prefix = {"generic": "st"}.get(space, f"st.{space}")
             form = f".v{vector}" if vector > 1 else ""
             body += f"{loads}{prefix}{form}.{kind} [{base}+{at}], {source};\n"

@@ -126,13 +126,13 @@ __device__ __forceinline__ void derive_output(const BackwardParams& p, Shared<C>
   // phi(h) takes the place of h; derive_hidden loads h again.
   load_hidden<C>(in, s, rows, p.in.output[kH]);
   activate_hidden<C>(in, s);
-  measure_output<C>(in, s, rows);
+  measure_output<C>(in, s, rows, p.w_up);
   float* out = s.out[warp_index()];
 
   // The sums that the norm's gradient takes from each row: of dy' w, of dy' w hat(u), and of dy' b
   // for the row's dot. This lane's share, for its rows lane / 8 + 4 turn.
   float sum[4] = {}, dot_hat[4] = {}, dot[4] = {};
-  project_to_columns<kUp, C>(in, s, in.parameter(kWUp), member, [&](int first, const auto& sums) {
+  project_to_columns<kUp, C>(in, s, p.w_up, member, [&](int first, const auto& sums) {
     for_each_8(out, rows, first, in.D, sums, [&](int turn, int row, int column, const Float8& u) {
       const Float8 dy = load_dropped<C>(p, rows.first + row, column);
       const Float8 hat = normed_output<C>(p, s, member, row, column, u);
@@ -156,7 +156,7 @@ __device__ __forceinline__ void derive_output(const BackwardParams& p, Shared<C>
 
   // du = factor / deviation (dy' w - (sum + hat(u) dot_hat) / D), and the sums over rows of factor
   // dy' hat(u) and factor dy' for the norm's own gradients.
-  project_to_columns<kUp, C>(in, s, in.parameter(kWUp), member, [&](int first, const auto& sums) {
+  project_to_columns<kUp, C>(in, s, p.w_up, member, [&](int first, const auto& sums) {
     ColumnSums columns;
     for_each_8(out, rows, first, in.D, sums, [&](int turn, int row, int column, const Float8& u) {
       const Float8 dy = load_dropped<C>(p, rows.first + row, column);
@@ -280,7 +280,7 @@ __device__ __forceinline__ void derive_hidden(const BackwardParams& p, Shared<C>
   const bool has_bias_row = in.input[kBUp] != nullptr && !C::Options::has_post_norm(in);
   float dot[2] = {0.0f, 0.0f};  // of rows FragmentD::row(0) and row(2), this lane's ranks
   const FragmentD bias_dot = project_to_ranks<kUp, C>(
-      in, s, in.parameter(kWUp), member, ExtraRow{in.parameter(kBUp), member * in.D, has_bias_row},
+      in, s, p.w_up, member, ExtraRow{in.parameter(kBUp), member * in.D, has_bias_row},
       [&](T* to, int first) { stage_dy<C>(p, rows, to, first); },
       [&](int rank, const auto& v) { put_hidden_gradient<C>(p, s, rows, rank, v, dot); });
   for (int half = 0; half < 2; ++half) {
@@ -398,55 +398,53 @@ __device__ __forceinline__ void derive_input(const BackwardParams& p, Shared<C>&
   // hat(x). This lane's share, for its rows lane / 8 + 4 turn.
   float sum[4] = {}, dot_hat[4] = {};
   if (C::Options::has_pre_norm(in)) {
-    project_to_columns<kDown, C>(
-        in, s, in.parameter(kWDown), member, [&](int first, const auto& sums) {
-          ColumnSums columns;
-          for_each_8(
-              out, rows, first, in.D, sums, [&](int turn, int row, int column, const Float8& dz) {
-                const Float8 hat = normed_input<C>(in, s, (rows.first + row) * in.D + column, row);
-                const Float8 weight = load_parameter_8<T>(in.parameter(kPreNormWeight), column);
-                for (int e = 0; e < 8; ++e) {
-                  sum[turn] += dz.v[e] * weight.v[e];
-                  dot_hat[turn] += dz.v[e] * weight.v[e] * hat.v[e];
-                  // The norm's own gradients are the sums over rows of dz hat(x) and dz, without w.
-                  columns.weight.v[e] += dz.v[e] * hat.v[e];
-                  columns.bias.v[e] += dz.v[e];
-                }
-              });
-          leave_columns<C>(p, s, tile, /*norm=*/0, first, columns);
-        });
+    project_to_columns<kDown, C>(in, s, p.w_down, member, [&](int first, const auto& sums) {
+      ColumnSums columns;
+      for_each_8(
+          out, rows, first, in.D, sums, [&](int turn, int row, int column, const Float8& dz) {
+            const Float8 hat = normed_input<C>(in, s, (rows.first + row) * in.D + column, row);
+            const Float8 weight = load_parameter_8<T>(in.parameter(kPreNormWeight), column);
+            for (int e = 0; e < 8; ++e) {
+              sum[turn] += dz.v[e] * weight.v[e];
+              dot_hat[turn] += dz.v[e] * weight.v[e] * hat.v[e];
+              // The norm's own gradients are the sums over rows of dz hat(x) and dz, without w.
+              columns.weight.v[e] += dz.v[e] * hat.v[e];
+              columns.bias.v[e] += dz.v[e];
+            }
+          });
+      leave_columns<C>(p, s, tile, /*norm=*/0, first, columns);
+    });
     for (int turn = 0; turn < 4; ++turn) {  // kVectors neighbouring lanes share a row
       sum[turn] = group_sum<kVectors>(sum[turn]);
       dot_hat[turn] = group_sum<kVectors>(dot_hat[turn]);
     }
   }
   if (in.grad[kX] == nullptr) return;  // nobody asked for dx: the norm's sums were all
-  project_to_columns<kDown, C>(
-      in, s, in.parameter(kWDown), member, [&](int first, const auto& sums) {
-        for_each_8(out, rows, first, in.D, sums, [&](int turn, int row, int column, Float8 dx) {
-          const int64_t at = (rows.first + row) * in.D + column;
-          if (C::Options::has_pre_norm(in)) {
-            const Float8 hat = normed_input<C>(in, s, at, row);
-            const Float8 weight = load_parameter_8<T>(in.parameter(kPreNormWeight), column);
-            for (int e = 0; e < 8; ++e) {
-              // dx = (dz w - (sum + hat(x) dot_hat) / D) / deviation
-              const float mean = (sum[turn] + hat.v[e] * dot_hat[turn]) / static_cast<float>(in.D);
-              dx.v[e] = s.rows.rstd[row] * (dx.v[e] * weight.v[e] - mean);
-            }
-          }
-          if (C::Options::has_learned_gate(in)) {
-            const Float8 weight = load_parameter_8<T>(in.parameter(kGateWeight), column);
-            // The gate sees x before the norm.
-            for (int e = 0; e < 8; ++e) dx.v[e] += s.dlogit[row] * weight.v[e];
-          }
-          // x reached y as the residual too; another residual gets dy itself, outside of the kernels.
-          if (in.residual_from == ResidualFrom::kInput) {
-            const Float8 dy = load_8(p.in.doutput_as<T>(kY) + at);
-            for (int e = 0; e < 8; ++e) dx.v[e] += dy.v[e];
-          }
-          store_16(p.in.grad_as<T>(kX) + at, narrow<T>(dx));
-        });
-      });
+  project_to_columns<kDown, C>(in, s, p.w_down, member, [&](int first, const auto& sums) {
+    for_each_8(out, rows, first, in.D, sums, [&](int turn, int row, int column, Float8 dx) {
+      const int64_t at = (rows.first + row) * in.D + column;
+      if (C::Options::has_pre_norm(in)) {
+        const Float8 hat = normed_input<C>(in, s, at, row);
+        const Float8 weight = load_parameter_8<T>(in.parameter(kPreNormWeight), column);
+        for (int e = 0; e < 8; ++e) {
+          // dx = (dz w - (sum + hat(x) dot_hat) / D) / deviation
+          const float mean = (sum[turn] + hat.v[e] * dot_hat[turn]) / static_cast<float>(in.D);
+          dx.v[e] = s.rows.rstd[row] * (dx.v[e] * weight.v[e] - mean);
+        }
+      }
+      if (C::Options::has_learned_gate(in)) {
+        const Float8 weight = load_parameter_8<T>(in.parameter(kGateWeight), column);
+        // The gate sees x before the norm.
+        for (int e = 0; e < 8; ++e) dx.v[e] += s.dlogit[row] * weight.v[e];
+      }
+      // x reached y as the residual too; another residual gets dy itself, outside of the kernels.
+      if (in.residual_from == ResidualFrom::kInput) {
+        const Float8 dy = load_8(p.in.doutput_as<T>(kY) + at);
+        for (int e = 0; e < 8; ++e) dx.v[e] += dy.v[e];
+      }
+      store_16(p.in.grad_as<T>(kX) + at, narrow<T>(dx));
+    });
+  });
 }
 
 // dlogit and dx of a tile whose dh and dots, or sentence's dots, are there.
@@ -499,7 +497,7 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
     const bool has_several = end - wave > grid_blocks_x();  // tiles for some block
     for (int tile = wave + block_index_x(); tile < end; tile += grid_blocks_x()) {
       const TileRows rows = rows_of_tile<kBlockT>(tiling, tile);
-      await_sums(tiling, p.gate_partial, p.arrivals, rows, s.pooled);
+      await_sums(tiling, tiling.tiles_per_group, p.gate_partial, p.arrivals, rows, s.pooled);
       // With one tile a block, its dh and rows are still in shared memory.
       if (has_several) reload_tile<C>(p, s, rows);
       finish_tile<C>(p, s, rows, tile);
@@ -516,7 +514,7 @@ void launch_bwd_rows_sm80(const BackwardParams& p) {
       Configs{}, [&](auto tag) { return serves<typename decltype(tag)::type>(p.in); },
       [&](auto tag) {
         using C = typename decltype(tag)::type;
-        launch_over_tiles<gated_adapter_bwd_sm80<C>>("gated_adapter_bwd_sm80", p,
+        launch_over_tiles<gated_adapter_bwd_sm80<C>>("gated_adapter_bwd_sm80", p, kThreads,
                                                      sizeof(Shared<C>));
       });
   check(found, "gated_adapter_bwd_sm80: expected a call that why_not serves, got ",

@@ -1,300 +1,318 @@
 // gated_adapter, forward, one launch:
-//   h = W_down pre_norm(x) + b_down,  y = residual + scale g dropout(post_norm(W_up phi(h) + b_up))
+//   h = W_down x + b_down,  y = residual + scale g dropout(W_up phi(h) + b_up)
 //
-// A block of 4 warps takes kBlockT = 64 rows, a warp 16 of them:
+// for the calls that methods make (options.h); fwd_general_sm80.cu serves the others. A block takes a
+// tile of 64, 32 or 16 rows:
 //
-//        x [64, D]  in chunks of 64 columns         W_up in chunks of 64 rows
-//        |##|  |  |  |  |  |  --> h [64, R] -->  |  |  |##|  |  |  |  y [64, D]
+//        x [rows, D]  in chunks of 64 columns         W_up in chunks of 64 rows
+//        |##|  |  |  |  |  |  --> h [rows, R] -->  |  |  |  |  |  |##|  y [rows, D]
 //        W_down in chunks of 64 columns
 //
-// A ring of three buffers holds the chunks that cp.async brings. Ranks above the rank block (128)
-// take several turns over x, which comes from L2 then. h is rounded to the activation's type before
-// phi sees it, so that backward, which reads it from memory, uses the same numbers.
+// The chunks of both products pass through one ring (stream.cuh), the residual's among them: the
+// second product finds it in shared memory, and leaves y in its place, from where it goes out in
+// 16-byte pieces. h is rounded to the activation's type before phi sees it, so that backward, which
+// reads it from memory, uses the same numbers.
 //
 // The learned gate is one more row of W_down: its logit costs one mma for each 16 columns. A gate
 // pooled over the sentence needs all of its tiles before it can scale anything: each tile leaves
 // its partial sum and counts itself in the sentence's counter, then waits for the others and adds
 // the partial sums in their order. The launch is cooperative and blocks take whole sentences
 // together (a wave), first all down projections, then all up projections, so no block waits for a
-// tile that is not being worked on. x is read once from memory, and once more from L2 when it is
-// also the residual.
-//
-// Shared memory per block, R <= 16, 48, 64, 128, 512: 44, 60, 68, 103, 151 KiB.
+// tile that is not being worked on.
 //
 // Why so: T rows are 2 D bytes in and out for 4 D R operations, which is memory-bound below R =
-// 180. The schedule keeps x moving (two chunks in flight for each of several blocks on a
-// multiprocessor) and touches it once; nothing of size [T, D] exists between x and y.
+// 180. A tall tile reads the weights less often from the second-level cache: 2 R / 64 times the
+// bytes of x. Where there are fewer such tiles than multiprocessors, lower ones keep more of these
+// busy. x is read once from memory, and once more from the second-level cache when it is also the
+// residual; nothing of size [T, D] exists between x and y.
 #include "common/check.h"
-#include "ops/gated_adapter/products.cuh"
+#include "ops/gated_adapter/stream.cuh"
+#include "ops/gated_adapter/tiles.cuh"
 
 namespace pelt::gated_adapter {
 namespace {
 
-// h + b_down of one rank block, from the warps' registers to shared memory, rounded to the
-// activation's type there.
+// The vectors [D] and [R] that every tile of a bank's member takes, in float32, and the gate's weight
+// as the product takes it. The caller has a barrier behind it.
 template <class C>
-__device__ __forceinline__ void put_hidden(const Call& in, Shared<C>& s, int64_t member, int rank,
-                                           const FragmentD (&sums)[C::kRankTiles]) {
+__device__ __forceinline__ void load_columns(const Call& in, StreamShared<C>& s,
+                                             int64_t down_member, int64_t up_member) {
   using T = typename C::T;
-  for (int n = 0; n < C::kRankTiles; ++n) {
-    for (int half = 0; half < 2; ++half) {  // a lane has two neighbours of each of two rows
-      const int row = warp_index() * 16 + FragmentD::row(2 * half);
-      const int column = rank + 8 * n + FragmentD::column(0);
-      float value[2];
-      for (int e = 0; e < 2; ++e) {
-        // Ranks beyond R are sums over the zeros that were staged for them.
-        const bool has_bias = in.input[kBDown] != nullptr && column + e < in.R;
-        const float bias =
-            has_bias ? load_rounded<T>(in.parameter(kBDown), member * in.R + column + e) : 0.0f;
-        value[e] = sums[n].r[2 * half + e] + bias;
+  for (int d = 8 * thread_index(); d < in.D; d += 8 * C::kThreads) {
+    Float8 bias = {};
+    if (in.input[kBUp] != nullptr) {
+      bias = load_parameter_8<T>(in.parameter(kBUp), up_member * in.D + d);
+    }
+    for (int e = 0; e < 8; ++e) s.columns[d + e] = bias.v[e];
+    if (has_learned_gate(in)) {
+      const Float8 weight = load_parameter_8<T>(in.parameter(kGateWeight), d);
+      store_16(reinterpret_cast<T*>(s.columns + in.D) + d, narrow<T>(weight));
+    }
+  }
+  for (int r = thread_index(); r < C::kRanks; r += C::kThreads) {
+    const bool has_bias = in.input[kBDown] != nullptr && r < in.R;
+    s.b_down[r] = has_bias ? load_rounded<T>(in.parameter(kBDown), down_member * in.R + r) : 0.0f;
+  }
+  if (thread_index() < kChunk / 2) store_4(s.zeros + 2 * thread_index(), 0);
+}
+
+// h + b_down of the warps' registers to shared memory, rounded; the logits too.
+template <class C>
+__device__ __forceinline__ void put_hidden(const Call& in, StreamShared<C>& s,
+                                           const RankSums<C>& sums) {
+  using T = typename C::T;
+  if (half_of_columns<C>() == 0) {
+#pragma unroll
+    for (int n = 0; n < C::kRankTiles; ++n) {
+      const int rank = first_rank<C>() + 8 * n + FragmentD::column(0);
+      const float bias[2] = {s.b_down[rank], s.b_down[rank + 1]};
+#pragma unroll
+      for (int half = 0; half < 2 * C::kRowTiles; ++half) {  // two neighbours of each of two rows
+        const int row = first_row<C>() + half / 2 * 16 + FragmentD::row(half % 2 * 2);
+        const float* sum = sums.of[half / 2][n].r + half % 2 * 2;
+        store_4(&s.hidden[row * C::kRankStride + rank],
+                pack<T>(sum[0] + bias[0], sum[1] + bias[1]));
       }
-      // Both go as one 32-bit access: column is even.
-      store_4(&s.hidden[row * C::kHiddenStride + column], pack<T>(value[0], value[1]));
+    }
+    if (has_learned_gate(in) && first_rank<C>() == 0 && FragmentD::column(0) == 0) {
+      const float bias = load_parameter<T>(in.parameter(kGateBias), 0);
+      for (int half = 0; half < 2 * C::kRowTiles; ++half) {
+        const int row = first_row<C>() + half / 2 * 16 + FragmentD::row(half % 2 * 2);
+        // r[0] and r[2] are the two rows of the lane; r[1] and r[3] belong to a row of zeros.
+        const float own = sums.logits[half / 2].r[half % 2 * 2];
+        s.logit[row] = own + (C::kHalves == 2 ? s.half_logit[row] : 0.0f) + bias;
+      }
     }
   }
+  sync_threads();  // h and the logits are there
 }
 
-// hidden = W_down pre_norm(x) + b_down; and the gate's logits, where its weight is an extra row.
+// phi(h) in the place of h, which goes to memory after the first product, or comes from there where
+// another tile of the block has taken its place since.
 template <class C>
-__device__ __forceinline__ void project_down(const Call& in, Shared<C>& s, const TileRows& rows,
-                                             bool has_gate_row) {
+__device__ __forceinline__ void activate_hidden(const Call& in, StreamShared<C>& s,
+                                                const TileRows& rows, bool has_down) {
   using T = typename C::T;
-  const int64_t member = down_member_of(in, rows);
-  const FragmentD logits = project_to_ranks<kDown, C>(
-      in, s, in.parameter(kWDown), member, ExtraRow{in.parameter(kGateWeight), 0, has_gate_row},
-      [&](T* tile, int first) { stage_x<typename C::Options>(tile, in, rows, s.rows, first); },
-      [&](int rank, const FragmentD(&sums)[C::kRankTiles]) {
-        put_hidden<C>(in, s, member, rank, sums);
-      });
-  if (has_gate_row && FragmentD::column(0) == 0) {  // the lanes that hold column 0
-    const float bias = load_parameter<T>(in.parameter(kGateBias), 0);
-    // r[0] and r[2] are the two rows of the lane; r[1] and r[3] belong to a row of zeros.
-    s.rows.logit[warp_index() * 16 + FragmentD::row(0)] = logits.r[0] + bias;
-    s.rows.logit[warp_index() * 16 + FragmentD::row(2)] = logits.r[2] + bias;
-  }
-  sync_threads();  // the logits are there; hidden is since the product's own barrier
-}
-
-// Eight neighbouring elements of residual + scale g dropout(post_norm(u)).
-template <class C>
-__device__ __forceinline__ void store_y_8(const ForwardParams& p, const Shared<C>& s,
-                                          const TileRows& rows, int64_t member, int row, int column,
-                                          Float8 u) {
-  using T = typename C::T;
-  const Call& in = p.in;
-  const int64_t at = (rows.first + row) * in.D + column;
-  // u is float32 from the product's sums to the one rounding at the end.
-  if (in.input[kBUp] != nullptr) {
-    const Float8 bias = load_parameter_8<T>(in.parameter(kBUp), member * in.D + column);
-    for (int e = 0; e < 8; ++e) u.v[e] += bias.v[e];
-  }
-  if (C::Options::has_post_norm(in)) {
-    const Float8 weight = load_parameter_8<T>(in.parameter(kPostNormWeight), column);
-    const Float8 bias = load_parameter_8<T>(in.parameter(kPostNormBias), column);
-    for (int e = 0; e < 8; ++e) {
-      u.v[e] = (u.v[e] - s.out_mean[row]) * s.out_rstd[row] * weight.v[e] + bias.v[e];
-    }
-  }
-  if (C::Options::has_dropout(in)) {
-    // Drawn from the element's index: backward draws the same factors again.
-    const Float8 factors = dropout_of_row(in, rows.first + row, column);
-    for (int e = 0; e < 8; ++e) u.v[e] *= factors.v[e];
-  }
-  Float8 residual = {};
-  if (in.residual_from != ResidualFrom::kNone) {
-    const bool is_x = in.residual_from == ResidualFrom::kInput;
-    const void* from = is_x ? in.input[kX] : in.input[kResidual];
-    residual = load_8(static_cast<const T*>(from) + at);
-  }
-  // A row that is skipped is not made of u, whatever it holds.
-  const float factor = s.rows.factor[row];
-  const bool is_skipped = C::Options::has_skip(in) && factor == 0.0f;
-  for (int e = 0; e < 8; ++e) u.v[e] = residual.v[e] + (is_skipped ? 0.0f : factor * u.v[e]);
-  store_16(p.in.output_as<T>(kY) + at, narrow<T>(u));
-}
-
-template <class C>
-__device__ __forceinline__ void store_y(const ForwardParams& p, Shared<C>& s,
-                                        const TileRows& rows) {
-  const int64_t member = up_member_of(p.in, rows);
-  project_to_columns<kUp, C>(p.in, s, p.in.parameter(kWUp), member,
-                             [&](int first, const auto& sums) {
-                               for_each_8(s.out[warp_index()], rows, first, p.in.D, sums,
-                                          [&](int, int row, int column, const Float8& u) {
-                                            store_y_8<C>(p, s, rows, member, row, column, u);
-                                          });
-                             });
-}
-
-// y = residual for a tile all of whose gates are below the threshold: no product is computed.
-template <class C>
-__device__ __forceinline__ void copy_residual(const ForwardParams& p, const TileRows& rows) {
-  using T = typename C::T;
-  const Call& in = p.in;
-  const bool is_x = in.residual_from == ResidualFrom::kInput;
-  const void* from = is_x ? in.input[kX] : in.input[kResidual];
-  // The rows of a tile lie one behind the other, so they are one stretch of memory.
-  for (int i = thread_index(); i < rows.count * (in.D / 8); i += kThreads) {
-    const int64_t at = rows.first * in.D + static_cast<int64_t>(i) * 8;
+  constexpr int kRankVectors = C::kRanks / 8;
+  T* g_hidden = in.output_as<T>(kH) + rows.first * in.R;
+#pragma unroll 1
+  for (int i = thread_index(); i < C::kTileRows * kRankVectors; i += C::kThreads) {
+    const int row = i / kRankVectors, rank = i % kRankVectors * 8;
+    T* at = s.hidden + row * C::kRankStride + rank;
+    T* g_at = g_hidden + row * in.R + rank;
+    const bool is_there = row < rows.count && rank < in.R;
     Words4 words = {};
-    if (in.residual_from != ResidualFrom::kNone) {
-      words = load_global_16(static_cast<const T*>(from) + at);
+    if (has_down) {
+      words = load_16(at);
+      if (is_there) store_16(g_at, words);
+    } else if (is_there) {
+      words = load_16(g_at);
     }
-    store_16(p.in.output_as<T>(kY) + at, words);
-  }
-}
-
-// The tile's share of its sentence's gate, by the first warp; the others go on.
-template <class C>
-__device__ __forceinline__ void publish_gate(const ForwardParams& p, const Shared<C>& s,
-                                             const TileRows& rows, int tile) {
-  if (warp_index() != 0) return;
-  float sum = 0.0f, count = 0.0f;  // of the gates, of the rows that count
-  for (int r = lane_index(); r < rows.count; r += 32) {
-    const bool is_counted = counts(p.in, rows.first + r);
-    // Padding adds 0, not 0 times what may be NaN.
-    sum += is_counted ? sigmoid(s.rows.logit[r]) : 0.0f;
-    count += is_counted ? 1.0f : 0.0f;
-  }
-  leave_sums(p.gate_partial, p.arrivals, rows, tile, sum, count);
-}
-
-template <class C>
-__device__ __forceinline__ void await_gate(const ForwardParams& p, Shared<C>& s,
-                                           const TileRows& rows) {
-  await_sums(p.tiling, p.gate_partial, p.arrivals, rows, s.pooled);
-  // One block of the sentence's writes what all of them have found.
-  if (rows.index_in_group == 0 && thread_index() == 0) {
-    p.in.output_as<float>(kGateValue)[rows.group] = s.pooled[0] / s.pooled[1];
-  }
-}
-
-// factor = scale g of each row, and whether the tile has a row that is not skipped.
-template <class C>
-__device__ __forceinline__ void settle_factors(const ForwardParams& p, Shared<C>& s,
-                                               const TileRows& rows) {
-  using T = typename C::T;
-  const Call& in = p.in;
-  if (warp_index() == 0) {  // two rows for each lane
-    const float scale = scale_of<T>(in);
-    bool is_any_live = false;
-    for (int r = lane_index(); r < kBlockT; r += 32) {
-      float gate = 0.0f;
-      if (r < rows.count && C::Options::has_pooled_gate(in)) {
-        gate = s.pooled[0] / s.pooled[1];  // one for the sentence, which await_gate has found
-      } else if (r < rows.count && C::Options::has_learned_gate(in)) {
-        gate = sigmoid(s.rows.logit[r]);  // each row's own, kept for backward
-        p.in.output_as<float>(kGateValue)[rows.first + r] = gate;
-      } else if (r < rows.count) {
-        gate =
-            gate_of_row<T, typename C::Options>(in, nullptr, rows.first + r);  // a given one, or 1
+    with_activation(in.activation, [&](auto phi) {
+      constexpr Activation kPhi = decltype(phi)::value;
+      if constexpr (kPhi == Activation::kRelu) {
+        Float8 h = widen<T>(words);
+        for (int e = 0; e < 8; ++e) h.v[e] = activate(kPhi, h.v[e]);
+        store_16(at, narrow<T>(h));
+      } else {
+        if (!has_down) store_16(at, words);
+#pragma unroll 1  // once for each tile, and long: what counts is the size of the code
+        for (int e = 0; e < 8; e += 2) {
+          const Float2 h = unpack<T>(load_4(at + e));
+          store_4(at + e, pack<T>(activate(kPhi, h.low), activate(kPhi, h.high)));
+        }
       }
-      const bool is_skipped = C::Options::has_skip(in) && gate < in.skip_below;
-      is_any_live |= r < rows.count && !is_skipped;
-      s.rows.factor[r] = is_skipped ? 0.0f : scale * gate;
-    }
-    is_any_live = vote_any(is_any_live);
-    if (lane_index() == 0) s.has_live_rows = is_any_live ? 1 : 0;
+    });
   }
-  sync_threads();  // the factors are there, and the whole block takes the same branch
+  sync_threads();  // the product that follows reads what other threads wrote
 }
 
-// Where a tile's h is before its up projection.
-enum class Hidden {
-  kIsThere,       // in shared memory: this tile was projected down just now
-  kIsInMemory,    // another tile of the block has taken its place: a wave of several tiles a block
-  kIsNotComputed  // with skip_below, where the gates had to come first
+// scale g of this lane's rows: [m][h] is that of row 16 m + FragmentD::row(2 h) of the warp.
+template <class C>
+struct Factors {
+  float of[C::kRowTiles][2];
 };
 
 template <class C>
-__device__ __forceinline__ void finish_tile(const ForwardParams& p, Shared<C>& s,
-                                            const TileRows& rows, Hidden hidden) {
-  settle_factors<C>(p, s, rows);
-  if (s.has_live_rows == 0) {
-    copy_residual<C>(p, rows);
-  } else {
-    // h comes back rounded as it left, so that both ways give the same bits.
-    if (hidden == Hidden::kIsInMemory) load_hidden<C>(p.in, s, rows, p.in.output[kH]);
-    if (hidden == Hidden::kIsNotComputed) {
-      // Again: with a pooled gate another tile's statistics may have taken their place.
-      if (C::Options::has_pre_norm(p.in))
-        measure_rows<typename C::Options, typename C::T>(p.in, rows, s.rows, false);
-      sync_threads();  // the statistics are there
-      project_down<C>(p.in, s, rows, /*has_gate_row=*/false);
-      store_hidden<C>(p.in, s, rows, p.in.output[kH]);
+__device__ __forceinline__ Factors<C> factors_of(const ForwardParams& p, const StreamShared<C>& s,
+                                                 const TileRows& rows) {
+  using T = typename C::T;
+  const Call& in = p.in;
+  const float scale = scale_of<T>(in);
+  const bool is_pooled = has_pooled_gate(in), is_learned = has_learned_gate(in);
+  const bool is_given = !is_learned && in.input[kGate] != nullptr;
+  const float of_all = is_pooled ? s.pooled[0] / s.pooled[1] : 1.0f;  // of the sentence
+  Factors<C> factors;
+#pragma unroll
+  for (int i = 0; i < 2 * C::kRowTiles; ++i) factors.of[i / 2][i % 2] = scale * of_all;
+  if (is_pooled || !(is_learned || is_given)) return factors;
+#pragma unroll 1  // the code of one row is enough
+  for (int half = 0; half < 2 * C::kRowTiles; ++half) {
+    const int row = first_row<C>() + half / 2 * 16 + FragmentD::row(half % 2 * 2);
+    float gate = 0.0f;
+    if (row < rows.count && is_given) {
+      gate = gate_of_row<T, Plain>(in, nullptr, rows.first + row);
+    } else if (row < rows.count) {
+      gate = sigmoid(s.logit[row]);  // each row's own, kept for backward
+      if (first_column<C>() == 0 && FragmentD::column(0) == 0) {
+        in.output_as<float>(kGateValue)[rows.first + row] = gate;
+      }
     }
-    activate_hidden<C>(p.in, s);
-    // A post-norm's statistics cost the up projection once more.
-    if (C::Options::has_post_norm(p.in)) measure_output<C>(p.in, s, rows);
-    store_y<C>(p, s, rows);
+#pragma unroll
+    for (int i = 0; i < 2 * C::kRowTiles; ++i) {  // registers have no index
+      if (i == half) factors.of[i / 2][i % 2] = scale * gate;
+    }
   }
-  sync_threads();  // the next tile may replace the factors and hidden
+  return factors;
+}
+
+// Which of a warp's outputs are kept: bit 4 (kColumnTiles m + n) + i is that of element i of its tile
+// [m][n]. Four neighbouring columns are one Philox block, and two neighbouring lanes have two of them
+// each, of two rows: each lane draws for one of the rows.
+template <class C>
+__device__ __forceinline__ uint32_t draw_kept(const Call& in, const TileRows& rows, int first) {
+  const bool is_odd = lane_index() % 2 == 1;
+  const int row = first_row<C>() + FragmentD::row(is_odd ? 2 : 0);
+  const int column = first + first_column<C>() + lane_index() % 4 / 2 * 4;
+  uint32_t kept = 0;
+#pragma unroll 1  // a tile at a time: the code of one Philox is enough
+  for (int i = 0; i < C::kRowTiles * C::kColumnTiles; ++i) {
+    const int64_t row_of_i = rows.first + row + i / C::kColumnTiles * 16;
+    const uint64_t block =
+        static_cast<uint64_t>(row_of_i * in.D + column + i % C::kColumnTiles * 8) / 4;
+    const PhiloxWords words = philox4x32_10(
+        {{static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), 0, 0}},
+        static_cast<uint32_t>(in.dropout.seed), static_cast<uint32_t>(in.dropout.seed >> 32));
+    uint32_t own = 0;
+    for (int e = 0; e < 4; ++e) own |= (words.word[e] >= in.dropout.threshold ? 1u : 0u) << e;
+    const uint32_t others = shfl_xor(own, 1);
+    const uint32_t upper = is_odd ? others : own, lower = is_odd ? own : others;  // rows
+    const int shift = is_odd ? 2 : 0;                                             // columns
+    kept |= ((upper >> shift & 3) | (lower >> shift & 3) << 2) << 4 * i;
+  }
+  return kept;
+}
+
+// y = residual + scale g dropout(u), with phi(h) in s.hidden.
+template <class C>
+__device__ __forceinline__ void project_up(const ForwardParams& p, Stream<C>& stream,
+                                           StreamShared<C>& s, const TileRows& rows) {
+  using T = typename C::T;
+  const Call& in = p.in;
+  constexpr int kRowBytes = C::kRowStride * sizeof(T);
+  const int lane = lane_index();
+  const Factors<C> factors = factors_of<C>(p, s, rows);
+  // Where the lane's fragments are in the slot, its rows of an ldmatrix, and its 16-byte pieces, of
+  // which eight neighbouring lanes have a column: the banks of eight rows differ.
+  const uint32_t of_pair = (first_row<C>() + FragmentD::row(0)) * kRowBytes +
+                           (first_column<C>() + FragmentD::column(0)) * sizeof(T);
+  const uint32_t of_rows =
+      (first_row<C>() + lane % 16) * kRowBytes + (first_column<C>() + lane / 16 * 8) * sizeof(T);
+  const int row = first_row<C>() + lane % 8 + lane / 16 * 8;
+  const int column = first_column<C>() + lane / 8 % 2 * 8;
+  const uint32_t of_vector = row * kRowBytes + column * sizeof(T);
+  T* g_y = in.output_as<T>(kY) + (rows.first + row) * in.D + column;
+  const uint32_t bias = shared_address(s.columns + first_column<C>() + FragmentD::column(0));
+
+  stream_to_columns<C>(
+      stream, s, in.D,
+      [&](int first, ColumnSums<C>& u) {
+        for_constants<C::kColumnTiles>([&](auto n) {
+          constexpr int kTile = decltype(n)::value;
+          const Float2 pair = load_shared_pair_at<kTile * 32>(bias + first * 4);
+          for (int m = 0; m < C::kRowTiles; ++m) {
+            u[m][kTile] = {{pair.low, pair.high, pair.low, pair.high}};
+          }
+        });
+      },
+      [&](int first, uint32_t slot, ColumnSums<C>& u) {
+        FragmentA residual[C::kRowTiles] = {};
+        if (stream.has_residual) {
+          for_constants<C::kRowTiles>([&](auto m) {
+            constexpr int kTile = decltype(m)::value;
+            ldmatrix_x4_at<kTile * 16 * kRowBytes>(residual[kTile].r, slot + of_rows);
+          });
+        }
+        sync_warp();  // all lanes have what they read of the residual, whose place y takes
+        if (in.dropout.is_active()) {
+          const uint32_t kept = draw_kept<C>(in, rows, first);
+#pragma unroll
+          for (int i = 0; i < 4 * C::kRowTiles * C::kColumnTiles; ++i) {
+            u[i / 8][i / 4 % 2].r[i % 4] *= kept >> i & 1 ? in.dropout.keep_scale : 0.0f;
+          }
+        }
+        // u is float32 from the product's sums to the one rounding at the end.
+        for_constants<4 * C::kRowTiles>([&](auto i) {  // pairs of neighbours of this lane
+          constexpr int m = decltype(i)::value / 4, n = decltype(i)::value / 2 % 2;
+          constexpr int h = decltype(i)::value % 2;
+          const Float2 x = unpack<T>(residual[m].r[2 * n + h]);
+          const float* own = u[m][n].r + 2 * h;
+          store_shared_4_at<(16 * m + 8 * h) * kRowBytes + 16 * n>(
+              slot + of_pair,
+              pack<T>(x.low + factors.of[m][h] * own[0], x.high + factors.of[m][h] * own[1]));
+        });
+        sync_warp();  // a lane reads what others wrote
+        for_constants<C::kRowTiles>([&](auto m) {
+          constexpr int kRow = decltype(m)::value * 16;
+          const Words4 y = load_shared_16_at<kRow * kRowBytes>(slot + of_vector);
+          if (row + kRow < rows.count) {
+            store_global_16_streaming(g_y + first + static_cast<int64_t>(kRow) * in.D, y);
+          }
+        });
+      });
+}
+
+// is_first: of the block's tiles. has_down, has_up: which of the products this pass computes.
+template <class C>
+__device__ __forceinline__ void run_tile(const ForwardParams& p, StreamShared<C>& s, int tile,
+                                         bool is_first, bool has_down, bool has_up) {
+  using T = typename C::T;
+  const Call& in = p.in;
+  const TileRows rows = rows_of_tile<C::kTileRows>(p.tiling, tile);
+  const int64_t down_member = down_member_of(in, rows), up_member = up_member_of(in, rows);
+  Stream<C> stream(p, s, rows, down_member, up_member, has_down, has_up);
+  if (is_first || has_weights_per_sample(in)) load_columns<C>(in, s, down_member, up_member);
+  if (has_down) {
+    RankSums<C> sums;
+    const T* gate_weight =
+        has_learned_gate(in) ? reinterpret_cast<const T*>(s.columns + in.D) : nullptr;
+    stream_to_ranks<C>(stream, s, in.D / kChunk, gate_weight, sums);
+    add_halves<C>(stream, s, sums);
+    put_hidden<C>(in, s, sums);
+  }
+  activate_hidden<C>(in, s, rows, has_down);
+  if (has_pooled_gate(in)) {
+    if (has_down) publish_gate(p, s.logit, rows);
+    if (has_up) await_gate(p, rows, s.pooled);
+  }
+  if (has_up) project_up<C>(p, stream, s, rows);
+  sync_threads();  // the next tile may replace what is in shared memory
 }
 
 template <class C>
-__global__ void __launch_bounds__(kThreads, C::kMinBlocks)
+__global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
     gated_adapter_fwd_sm80(const __grid_constant__ ForwardParams p) {
-  auto& s = shared_memory_as<Shared<C>>();
-  const Tiling& tiling = p.tiling;
-  const bool is_learned = C::Options::has_learned_gate(p.in);
-  const bool is_pooled = C::Options::has_pooled_gate(p.in);
-  // A gate that decides whether to project at all must be known before; and beside a pre-norm the
-  // tile in shared memory is not x.
-  const bool projects_late = C::Options::has_skip(p.in);
-  const bool has_gate_row = is_learned && !projects_late && !C::Options::has_pre_norm(p.in);
-  const bool wants_logit = is_learned && !has_gate_row;
-  clear_extra_rows<C>(s);
-  sync_threads();  // no copy of an extra row may come before the zeros
-
-  for (int wave = 0; wave < tiling.tiles; wave += p.wave_tiles) {
-    const int end = wave + p.wave_tiles < tiling.tiles ? wave + p.wave_tiles : tiling.tiles;
-    // Down projections, and without a pooled gate the rest of each tile too.
-    for (int tile = wave + block_index_x(); tile < end; tile += grid_blocks_x()) {
-      const TileRows rows = rows_of_tile<kBlockT>(tiling, tile);
-      if (C::Options::has_pre_norm(p.in) || wants_logit) {
-        measure_rows<typename C::Options, typename C::T>(p.in, rows, s.rows, wants_logit);
-        sync_threads();  // statistics and logits are there
-      }
-      if (!projects_late) {
-        // For backward, and for the second loop where the block has several tiles.
-        project_down<C>(p.in, s, rows, has_gate_row);
-        store_hidden<C>(p.in, s, rows, p.in.output[kH]);
-      }
-      if (is_pooled) {
-        publish_gate<C>(p, s, rows, tile);
-      } else {
-        finish_tile<C>(p, s, rows, projects_late ? Hidden::kIsNotComputed : Hidden::kIsThere);
-      }
-      sync_threads();  // the next tile may replace the logits that publish_gate reads
-    }
-    if (!is_pooled) continue;
-    // The up projections of the wave, each when its sentence's gate is known.
-    const bool has_several = end - wave > grid_blocks_x();  // tiles for some block
-    for (int tile = wave + block_index_x(); tile < end; tile += grid_blocks_x()) {
-      const TileRows rows = rows_of_tile<kBlockT>(tiling, tile);
-      await_gate<C>(p, s, rows);
-      // With one tile a block, what the first loop left in shared memory is still this tile's.
-      finish_tile<C>(p, s, rows,
-                     projects_late ? Hidden::kIsNotComputed
-                                   : (has_several ? Hidden::kIsInMemory : Hidden::kIsThere));
-    }
-  }
+  auto& s = shared_memory_as<StreamShared<C>>();
+  bool is_first = true;
+  for_each_pass(p, has_pooled_gate(p.in), [&](int tile, bool has_down, bool has_up) {
+    run_tile<C>(p, s, tile, is_first, has_down, has_up);
+    is_first = false;
+  });
 }
 
-using Configs = ConfigsOf<Config>;
+using Configs = StreamConfigs;
 
 }  // namespace
 
 void launch_fwd_sm80(const ForwardParams& p) {
-  const bool found = run_first_fit_here<Shared>(
-      Configs{}, [&](auto tag) { return serves<typename decltype(tag)::type>(p.in); },
+  const bool found = run_first_fit(
+      Configs{}, [&](auto tag) { return serves_forward<typename decltype(tag)::type>(p.in); },
       [&](auto tag) {
         using C = typename decltype(tag)::type;
-        launch_over_tiles<gated_adapter_fwd_sm80<C>>("gated_adapter_fwd_sm80", p,
-                                                     sizeof(Shared<C>));
+        launch_over_tiles<gated_adapter_fwd_sm80<C>>("gated_adapter_fwd_sm80", p, C::kThreads,
+                                                     stream_bytes<C>(p.in));
       });
-  check(found, "gated_adapter_fwd_sm80: expected a call that why_not serves, got ",
-        name_of(p.in.dtype), " and R=", p.in.R);
+  if (!found) launch_fwd_general_sm80(p);
 }
 
 }  // namespace pelt::gated_adapter

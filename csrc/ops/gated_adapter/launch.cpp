@@ -1,6 +1,7 @@
 // What the host does around the kernels: it says which calls they serve, cuts rows into tiles, lays
 // out the workspace and puts the launches in order.
 //
+//   both       round          weights in float32 -> the same in the activation's type
 //   forward    fwd            x -> h, gate_value, y
 //   backward   bwd_rows       x, dy, h -> dx, and in the workspace dh, du, each row's scalars
 //              bwd_weights    x, dy, h and those -> the gradients of parameters
@@ -29,19 +30,43 @@ constexpr int largest_rank(TypeList<Configs...>) {
   return largest;
 }
 
-Tiling tiling_of(const Call& in) {
-  const int64_t groups = has_pooled_gate(in) || has_weights_per_sample(in) ? in.B : 1;
-  return cut_rows(groups, rows_of(in) / groups, kBlockT);
+// Forward's tiles are as tall as the kernel that serves the call has them.
+int forward_rows(const Call& in) {
+  int rows = kBlockT;
+  run_first_fit(
+      StreamConfigs{}, [&](auto tag) { return serves_forward<typename decltype(tag)::type>(in); },
+      [&](auto tag) { rows = decltype(tag)::type::kTileRows; });
+  return rows;
+}
+
+// A weight as the kernels' products take it: the call's own, or a place for it rounded, which
+// `round` gets to fill.
+const void* in_activation_type(const Call& call, Input which, int members, Arena& arena,
+                               RoundParams::Weight& round) {
+  if (!call.is_float32[which]) return call.input[which];
+  round.from = call.input_as<float>(which);
+  round.count = static_cast<int64_t>(members) * call.R * call.D;
+  round.to = arena.take<uint16_t>(round.count);
+  return round.to;
 }
 
 // The cut into tiles, and the pieces of forward's workspace in their places.
-ForwardParams forward_params(const Call& call, Arena& arena) {
+ForwardParams forward_params(const Call& call, Arena& arena, RoundParams& round) {
   ForwardParams p;
   p.in = call;
-  p.tiling = tiling_of(call);
+  p.w_down = in_activation_type(call, kWDown, call.M, arena, round.weight[0]);
+  p.w_up = in_activation_type(call, kWUp, call.M_up, arena, round.weight[1]);
+  p.tiling = tiling_of(call, forward_rows(call));
+  if (call.residual_from == ResidualFrom::kTensor) {
+    // Both lie at 16-byte borders. The bytes are counted as numbers: the tensors are two.
+    p.residual_shift = (static_cast<int64_t>(reinterpret_cast<uintptr_t>(call.input[kResidual])) -
+                        static_cast<int64_t>(reinterpret_cast<uintptr_t>(call.input[kX]))) /
+                       static_cast<int64_t>(sizeof(uint16_t));
+  }
   if (has_pooled_gate(call)) {
     p.arrivals = arena.take<int>(call.B);
-    p.gate_partial = arena.take<float>(2 * static_cast<int64_t>(p.tiling.tiles));
+    p.gate_sums = static_cast<int>((p.tiling.group_rows + kGateRows - 1) / kGateRows);
+    p.gate_partial = arena.take<float>(2 * static_cast<int64_t>(call.B) * p.gate_sums);
   }
   return p;
 }
@@ -69,14 +94,22 @@ int splits_of(const BackwardParams& p) {
   return static_cast<int>(std::max(splits, int64_t{1}));
 }
 
+void round_weights(const RoundParams& round, const Call& call) {
+  if (round.weight[0].count + round.weight[1].count > 0) {
+    launch_round_sm80(round, call.dtype, call.stream);
+  }
+}
+
 // The cut of rows and of the weights' gradients into tiles, and the pieces of backward's workspace
 // in their places.
-BackwardParams backward_params(const Call& call, Arena& arena) {
+BackwardParams backward_params(const Call& call, Arena& arena, RoundParams& round) {
   BackwardParams p;
   p.in = call;
+  p.w_down = in_activation_type(call, kWDown, call.M, arena, round.weight[0]);
+  p.w_up = in_activation_type(call, kWUp, call.M_up, arena, round.weight[1]);
   const int64_t rows = rows_of(call);
   const int ranks = weight_ranks(call.dtype, call.R);
-  p.tiling = tiling_of(call);
+  p.tiling = tiling_of(call, kBlockT);
   p.rank_stride = (call.R + 7) / 8 * 8;
   const int64_t groups = has_weights_per_sample(call) ? call.B : 1;
   p.weight_tiling = cut_rows(groups, rows / groups, kWeightRows);
@@ -159,16 +192,20 @@ std::string Cuda<Contract>::why_not(const NativeCall<Contract, int64_t>& call) {
 
 template <>
 void Cuda<Contract>::forward(const Call& call, Arena& arena) {
-  const ForwardParams p = forward_params(call, arena);
+  RoundParams round;
+  const ForwardParams p = forward_params(call, arena, round);
   if (arena.only_counts) return;
+  round_weights(round, call);
   if (p.arrivals != nullptr) zero_async(p.arrivals, sizeof(int) * call.B, call.stream);
   launch_fwd_sm80(p);
 }
 
 template <>
 void Cuda<Contract>::backward(const Call& call, Arena& arena) {
-  const BackwardParams p = backward_params(call, arena);
+  RoundParams round;
+  const BackwardParams p = backward_params(call, arena, round);
   if (arena.only_counts) return;
+  round_weights(round, call);
   if (p.arrivals != nullptr) zero_async(p.arrivals, sizeof(int) * call.B, call.stream);
   launch_bwd_rows_sm80(p);
   if (wants_parameters(call)) launch_bwd_weights_sm80(p);

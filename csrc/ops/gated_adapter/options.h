@@ -14,8 +14,8 @@ PELT_HOST_DEVICE bool decide(bool at_run_time) {
   return kChoice == Choice::kEither && at_run_time;
 }
 
-// kUsual_: a learned gate, dropout of the adapter's output. kRest_: norms, skipped rows, weights in
-// float32, ranks that are no multiple of 8, and widths that are no multiple of a chunk.
+// kUsual_: a learned gate, dropout of the adapter's output. kRest_: norms, skipped rows, ranks that
+// are no multiple of 8, and widths that are no multiple of a chunk.
 template <Choice kUsual_, Choice kRest_>
 struct Options {
   static constexpr bool kIsListed = kRest_ == Choice::kNo;
@@ -46,8 +46,7 @@ struct Options {
     if (kUsual_ == Choice::kNo && has_usual) return false;
     const bool has_rest = gated_adapter::has_pre_norm(in) || gated_adapter::has_post_norm(in) ||
                           gated_adapter::has_skip(in);
-    const bool has_masters = in.is_float32[kWDown] || in.is_float32[kWUp];
-    return !has_rest && !has_masters && in.R % 8 == 0 && in.D % kChunk == 0;
+    return !has_rest && in.R % 8 == 0 && in.D % kChunk == 0;
   }
 };
 

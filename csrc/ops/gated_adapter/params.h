@@ -16,12 +16,29 @@ constexpr int kBlockT = 64;      // rows of a tile: 16 for each of 4 warps
 constexpr int kWeightRows = 64;  // rows that the weights' gradients take at a time
 constexpr int kPartsStride = 8;  // elements from row to row of numbers in parts: 16 bytes
 
+// Weights in float32 that the launches behind it take in the activation's type.
+struct RoundParams {
+  struct Weight {
+    const float* from = nullptr;
+    void* to = nullptr;
+    int64_t count = 0;  // elements, a multiple of 8; 0: nothing to do
+  };
+  Weight weight[2];
+};
+
+constexpr int kGateRows = 16;  // of a sentence, whose gates forward adds up together
+
 struct ForwardParams {
   Call in;
+  const void* w_down = nullptr;  // in the activation's type: the call's, or rounded
+  const void* w_up = nullptr;
 
   // With a pooled gate:
   int* arrivals = nullptr;        // [B]: tiles of a sentence whose partial sum is there
-  float* gate_partial = nullptr;  // [tiles, 2]: a tile's sum of gates and number of counted rows
+  float* gate_partial = nullptr;  // [B, gate_sums, 2]: sum of gates and number of counted rows
+  int gate_sums = 0;              // of a sentence
+
+  int64_t residual_shift = 0;  // from an element of x to that of the residual, in elements
 
   Tiling tiling;
   int wave_tiles = 0;  // see wave_of
@@ -30,6 +47,8 @@ struct ForwardParams {
 // For both backward kernels.
 struct BackwardParams {
   Call in;
+  const void* w_down = nullptr;  // as in forward
+  const void* w_up = nullptr;
 
   // The first leaves for the second:
   void* dh = nullptr;  // [B, S, rank_stride]
@@ -98,7 +117,9 @@ PELT_HOST_DEVICE int norms_of(const Call& in) {
 }
 
 // The launches; launch.cpp puts them in order.
+void launch_round_sm80(const RoundParams& params, DType dtype, Stream stream);
 void launch_fwd_sm80(const ForwardParams& params);
+void launch_fwd_general_sm80(const ForwardParams& params);
 void launch_bwd_rows_sm80(const BackwardParams& params);
 void launch_bwd_weights_sm80(const BackwardParams& params);
 

@@ -101,9 +101,8 @@ __device__ __forceinline__ void stage_vectors(T* tile, int stride, const void* w
 }
 
 template <Weight kWeight, class C>
-__device__ __forceinline__ void stage_weight_tile(const Call& in, Shared<C>& s,
-                                                  const Parameter& weight, int64_t member,
-                                                  int first, int rank, int buffer) {
+__device__ __forceinline__ void stage_weight_tile(const Call& in, Shared<C>& s, const void* weight,
+                                                  int64_t member, int first, int rank, int buffer) {
   using T = typename C::T;
   constexpr int kRows = kWeight == kDown ? C::kRankBlock : kChunk;
   constexpr int kColumns = kWeight == kDown ? kChunk : C::kRankBlock;
@@ -114,9 +113,9 @@ __device__ __forceinline__ void stage_weight_tile(const Call& in, Shared<C>& s,
   const int64_t offset = member * in.R * in.D + static_cast<int64_t>(row) * leading + column;
   const Rectangle from{offset, leading, rows - row, leading - column};
   if constexpr (C::Options::kIsListed) {
-    stage_vectors<T, kRows, kColumns>(s.weight[buffer], kStride, weight.data, from);
+    stage_vectors<T, kRows, kColumns>(s.weight[buffer], kStride, weight, from);
   } else {
-    stage<T, kRows, kColumns>(s.weight[buffer], kStride, weight, from);
+    stage<T, kRows, kColumns>(s.weight[buffer], kStride, {weight, /*is_float32=*/false}, from);
   }
 }
 
@@ -127,7 +126,7 @@ __device__ __forceinline__ void stage_weight_tile(const Call& in, Shared<C>& s,
 // asked for two steps earlier and lie in the ring's buffer `step % kStages`.
 template <Weight kWeight, class C, class StageRows, class Finish>
 __device__ __forceinline__ FragmentD project_to_ranks(const Call& in, Shared<C>& s,
-                                                      const Parameter& weight, int64_t member,
+                                                      const void* weight, int64_t member,
                                                       const ExtraRow& extra, StageRows&& stage_rows,
                                                       Finish&& finish) {
   using T = typename C::T;
@@ -183,9 +182,8 @@ __device__ __forceinline__ FragmentD project_to_ranks(const Call& in, Shared<C>&
 
 // For each chunk of 64 columns: visit(first column, sums of this warp's [16, 64]), from s.hidden.
 template <Weight kWeight, class C, class Visit>
-__device__ __forceinline__ void project_to_columns(const Call& in, Shared<C>& s,
-                                                   const Parameter& weight, int64_t member,
-                                                   Visit&& visit) {
+__device__ __forceinline__ void project_to_columns(const Call& in, Shared<C>& s, const void* weight,
+                                                   int64_t member, Visit&& visit) {
   using T = typename C::T;
   const int rank_blocks = rank_blocks_of<C>(in);
   const int steps = (in.D + kChunk - 1) / kChunk * rank_blocks;
@@ -298,9 +296,11 @@ __device__ __forceinline__ void activate_hidden(const Call& in, Shared<C>& s) {
 }
 
 // Mean and deviation of each row of u = W_up phi(h) + b_up: the post-norm needs a whole row before
-// it can scale its first element, so the up projection is done twice.
+// it can scale its first element, so the up projection is done twice. The statistics are there
+// behind the next barrier, the first one of the product that takes them.
 template <class C>
-__device__ __forceinline__ void measure_output(const Call& in, Shared<C>& s, const TileRows& rows) {
+__device__ __forceinline__ void measure_output(const Call& in, Shared<C>& s, const TileRows& rows,
+                                               const void* w_up) {
   using T = typename C::T;
   const int64_t member = up_member_of(in, rows);
   Moments moments[2];  // of rows FragmentD::row(0) and row(2), this lane's columns
@@ -317,7 +317,7 @@ __device__ __forceinline__ void measure_output(const Call& in, Shared<C>& s, con
       }
     }
   };
-  project_to_columns<kUp, C>(in, s, in.parameter(kWUp), member, measure);
+  project_to_columns<kUp, C>(in, s, w_up, member, measure);
   for (int half = 0; half < 2; ++half) {
     const Moments all = group_moments<4>(moments[half]);  // four lanes share a row
     if (FragmentD::column(0) != 0) continue;
@@ -325,22 +325,6 @@ __device__ __forceinline__ void measure_output(const Call& in, Shared<C>& s, con
     s.out_mean[row] = all.mean;
     s.out_rstd[row] = all.reciprocal_deviation(in.post_norm_eps);
   }
-  sync_threads();  // the statistics are there
-}
-
-// Launches a kernel whose blocks take the tiles of p.tiling in turn, wave by wave: as many blocks as
-// the device holds at once. With a pooled gate they wait for each other, so the launch is
-// cooperative.
-template <auto kKernel, class Params>
-void launch_over_tiles(const char* name, Params p, size_t shared_bytes) {
-  LaunchShape shape;
-  shape.threads = kThreads;
-  shape.shared_bytes = shared_bytes;
-  const int resident = resident_blocks<kKernel>(name, kThreads, shape.shared_bytes);
-  shape.blocks_x = p.tiling.tiles < resident ? p.tiling.tiles : resident;
-  shape.is_cooperative = has_pooled_gate(p.in);
-  p.wave_tiles = shape.is_cooperative ? wave_of(p.tiling, shape.blocks_x) : p.tiling.tiles;
-  launch<kKernel>(name, shape, p.in.stream, p);
 }
 
 }  // namespace pelt::gated_adapter

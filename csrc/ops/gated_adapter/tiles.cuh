@@ -94,14 +94,19 @@ __device__ __forceinline__ float scale_of(const Call& in) {
          (in.input[kScale] == nullptr ? 1.0f : load_parameter<T>(in.parameter(kScale), 0));
 }
 
+// why_not lets rows be counted in 32 bits, in which a division is short.
+__device__ __forceinline__ int sample_of(const Call& in, int64_t row) {
+  return static_cast<int>(row) / in.S;
+}
+
 // The gate of a row that was given, or that forward has computed; 1 without one.
 template <class T, class Options = General>
 __device__ __forceinline__ float gate_of_row(const Call& in, const float* gate_value, int64_t row) {
   if (Options::has_learned_gate(in)) {
-    return gate_value[in.pooling == Pooling::kToken ? row : row / in.S];
+    return gate_value[in.pooling == Pooling::kToken ? row : sample_of(in, row)];
   }
   if (in.input[kGate] == nullptr) return 1.0f;
-  return load_parameter<T>(in.parameter(kGate), has_gate_per_row(in) ? row : row / in.S);
+  return load_parameter<T>(in.parameter(kGate), has_gate_per_row(in) ? row : sample_of(in, row));
 }
 
 // Does a row count in its sentence's pooled gate.
@@ -112,6 +117,77 @@ __device__ __forceinline__ bool counts(const Call& in, int64_t row) {
 // The dropout factors of eight neighbouring elements of row `row` from column `column` on.
 __device__ __forceinline__ Float8 dropout_of_row(const Call& in, int64_t row, int column) {
   return dropout_of(in.dropout, row * in.D + column);
+}
+
+// run(tile, has_first, has_second) for the tiles of the calling block, wave by wave. With a pooled
+// gate the second part of a tile waits for the first one of all tiles of its sentence: where a block
+// has several tiles in a wave it passes twice over them, otherwise both parts are one call.
+template <class Params, class Run>
+__device__ __forceinline__ void for_each_pass(const Params& p, bool is_pooled, Run&& run) {
+  const int tiles = p.tiling.tiles;
+#pragma unroll 1
+  for (int wave = 0; wave < tiles; wave += p.wave_tiles) {
+    const int end = wave + p.wave_tiles < tiles ? wave + p.wave_tiles : tiles;
+    const int passes = is_pooled && end - wave > grid_blocks_x() ? 2 : 1;
+#pragma unroll 1
+    for (int pass = 0; pass < passes; ++pass) {
+#pragma unroll 1
+      for (int tile = wave + block_index_x(); tile < end; tile += grid_blocks_x()) {
+        run(tile, pass == 0, pass == passes - 1);
+      }
+    }
+  }
+}
+
+// ---- a pooled gate, in forward ----
+
+// The tile's share of its sentence's gate, by the first warp; the others go on. A sum is over 16 rows
+// whatever the tile's height is: that depends on how many sentences there are, and a sentence's gate
+// does not.
+__device__ __forceinline__ void publish_gate(const ForwardParams& p, const float* logits,
+                                             const TileRows& rows) {
+  if (warp_index() != 0) return;
+  const int64_t in_group = rows.first - rows.group * p.tiling.group_rows;
+  const int64_t at = static_cast<int64_t>(rows.group) * p.gate_sums + in_group / kGateRows;
+  float* partial = p.gate_partial + 2 * at;
+#pragma unroll 1  // twice at most: what it costs is code
+  for (int first = 0; first < rows.count; first += 32) {
+    const int r = first + lane_index();
+    const bool is_counted = r < rows.count && counts(p.in, rows.first + r);
+    // Padding adds 0, not 0 times what may be NaN.
+    const float sum = group_sum<kGateRows>(is_counted ? sigmoid(logits[r]) : 0.0f);
+    const float count = group_sum<kGateRows>(is_counted ? 1.0f : 0.0f);
+    if (r < rows.count && r % kGateRows == 0) {
+      partial[r / kGateRows * 2] = sum;
+      partial[r / kGateRows * 2 + 1] = count;
+    }
+  }
+  sync_warp();  // the first lane's release covers what the others have left
+  if (lane_index() == 0) atomic_add_release(p.arrivals + rows.group, 1);
+}
+
+__device__ __forceinline__ void await_gate(const ForwardParams& p, const TileRows& rows,
+                                           float (&pooled)[2]) {
+  await_sums(p.tiling, p.gate_sums, p.gate_partial, p.arrivals, rows, pooled);
+  // One block of the sentence's writes what all of them have found.
+  if (rows.index_in_group == 0 && thread_index() == 0) {
+    p.in.output_as<float>(kGateValue)[rows.group] = pooled[0] / pooled[1];
+  }
+}
+
+// Launches a kernel whose blocks take the tiles of p.tiling in turn, wave by wave: as many blocks as
+// the device holds at once. With a pooled gate they wait for each other, so the launch is
+// cooperative.
+template <auto kKernel, class Params>
+void launch_over_tiles(const char* name, Params p, int threads, size_t shared_bytes) {
+  LaunchShape shape;
+  shape.threads = threads;
+  shape.shared_bytes = shared_bytes;
+  const int resident = resident_blocks<kKernel>(name, threads, shape.shared_bytes);
+  shape.blocks_x = p.tiling.tiles < resident ? p.tiling.tiles : resident;
+  shape.is_cooperative = has_pooled_gate(p.in);
+  p.wave_tiles = shape.is_cooperative ? wave_of(p.tiling, shape.blocks_x) : p.tiling.tiles;
+  launch<kKernel>(name, shape, p.in.stream, p);
 }
 
 }  // namespace pelt::gated_adapter
