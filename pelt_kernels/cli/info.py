@@ -19,11 +19,13 @@ def info(
 ) -> None:
     """Show versions, the machine, which backends can serve each operator and why others cannot."""
     with errors_in_one_line(debug):
+        from ..ops._native import build_info
         from ..training.report import hardware, versions
 
         out = results()
         facts = Table(show_header=False, title="pelt-kernels")
-        for name, value in (versions() | hardware()).items():
+        built = {"cuda_kernels_for": build_info().get("cuda_capabilities")}
+        for name, value in (versions() | hardware() | built).items():
             shown = ", ".join(value) if isinstance(value, list) else value
             facts.add_row(name.replace("_", " "), str(shown or "none"))
         out.print(facts)
@@ -39,13 +41,16 @@ def info(
 
 
 def _probes() -> dict[str, Callable[[str], Any]]:
-    """A small call of each operator with the backend by name, on the GPU if there is one."""
+    """A small call of each operator with the backend by name, on the GPU if there is one, and then
+    in the dtype of its matrix products.
+    """
     import torch
 
     from ..ops import gated_adapter, lora_linear, masked_weight, prefix_attention, symmetric_kl
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    x = torch.zeros(1, 16, 64, device=device)
+    has_gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if has_gpu else ("cpu", torch.float32)
+    x = torch.zeros(1, 16, 64, device=device, dtype=dtype)
     down, up = x.new_zeros(16, 64), x.new_zeros(64, 16)
     q, weight = x.new_zeros(1, 2, 16, 32), x.new_zeros(64, 64)
     return {

@@ -184,7 +184,15 @@ def test_pairs_are_read_from_tabs_options_and_files(
 def test_info_names_versions_backends_and_the_adapter(run: Run, trained: Path) -> None:
     done = run("info", "--adapter", trained / "adapter")
     assert done.code == 0, done.err
-    for word in ("torch", "gated_adapter", "prefix_attention", "lora_linear", "eager", "yes"):
+    for word in (
+        "torch",
+        "gated_adapter",
+        "prefix_attention",
+        "lora_linear",
+        "eager",
+        "yes",
+        "cuda kernels for",
+    ):
         assert word in done.out
     for isa in native.cpu_forms()[:1]:
         assert f"yes, {isa}" in done.out
