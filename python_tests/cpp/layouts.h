@@ -149,8 +149,9 @@ struct Layouts {
       put("masked_weight: ForwardParams", forward, in, counts, arrivals, equal, keys);
     }
     const auto& backward = at_memory<BackwardParams>();
-    const auto& [in, du, dv, da, db, column_tiles, row_bands] = backward;
-    put("masked_weight: BackwardParams", backward, in, du, dv, da, db, column_tiles, row_bands);
+    const auto& [in, du, dv, da, db, column_tiles, row_bands, band_rows] = backward;
+    put("masked_weight: BackwardParams", backward, in, du, dv, da, db, column_tiles, row_bands,
+        band_rows);
   }
 
   PELT_HOST_DEVICE void put_prefix_attention() const {

@@ -11,7 +11,7 @@ from parity import check_in_every_order
 
 from pelt_kernels.ops import BackendError, masked_weight
 from pelt_kernels.ops import _native as native
-from pelt_kernels.ops.masked_weight.contract import highest
+from pelt_kernels.ops.masked_weight.contract import highest, reference
 
 pytestmark = pytest.mark.backend("cuda_sim")
 
@@ -59,6 +59,26 @@ def test_the_mask_is_that_of_a_stable_sort(name, keep):
             backend="cuda_sim",
         )
         assert torch.equal(y.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def test_nearly_equal_scores_round_as_in_the_formula():
+    """Coarse factors make many scores that differ by a rounding, and ranks of 1 products of one."""
+    random = torch.Generator().manual_seed(0)
+    shapes = ((ROWS, COLUMNS), *[(ROWS, 1), (1, COLUMNS)] * 2, (ROWS,), (COLUMNS,))
+    inputs = [torch.randint(1, 9, shape, generator=random) / 10 for shape in shapes]
+    w0, u, v, a, b, row, col = inputs
+    scales = {"beta": 0.3, "alpha1": -0.7, "alpha2": 0.9}
+    factors = {name: torch.tensor(scale) for name, scale in scales.items()}
+    w = w0 + factors["beta"] * (u @ v)
+    score = w.abs() + factors["alpha1"] * (a @ b)
+    exact = (factors["alpha2"].double() * (row[:, None] + col).double() + score.double()).float()
+    differ = 0
+    for keep in range(1000, ROWS * COLUMNS, 1500):
+        (expected,) = reference(*inputs, keep=keep, **scales)
+        differ += int((expected != torch.where(highest(exact, keep), w, 0.0)).sum())
+        for backend in ("cuda_sim", "eager"):
+            assert torch.equal(masked_weight(*inputs, keep, backend=backend, **scales), expected)
+    assert differ  # what a fused operation would make of the last sum
 
 
 @pytest.mark.parametrize("ranks", [(8, 16), (1, 15), (35, 16)])

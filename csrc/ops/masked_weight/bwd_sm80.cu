@@ -4,7 +4,8 @@
 //   dw0 = dW;  du = beta dW vᵀ;  dv = beta uᵀ dW
 //   da = alpha1 dscore bᵀ;  db = alpha1 aᵀ dscore;  drow, dcol = alpha2 sums of dscore
 //
-// First, a block takes 128 rows by 128 columns, 32 rows at a time. It makes W again from the
+// First, a block takes 128 rows by 128 columns, 32 rows at a time; or fewer rows, where the matrix
+// has too few for every multiprocessor. It makes W again from the
 // factors, puts dW and dscore into shared memory, and multiplies them there with both factors,
 // kRankChunk ranks at a time:
 //
@@ -149,8 +150,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int band = block_index_x() / p.column_tiles;
   const int64_t rows = in.Dout, columns = in.Din;
   // The band's tiles one after the other add to the same dv and db; each has its own du and da.
-  for (int turn = 0; turn < kBandRows / kTileRows; ++turn) {
-    const Place at = {band * kBandRows + turn * kTileRows, column_tile * kTileColumns};
+  for (int turn = 0; turn < p.band_rows / kTileRows; ++turn) {
+    const Place at = {band * p.band_rows + turn * kTileRows, column_tile * kTileColumns};
     if (at.row >= in.Dout) break;
     derive_scores<C>(p, at, s);
     project<T>(in, {in.parameter(kU), in.parameter(kV), in.R, false}, at, s.dw, s.factors,

@@ -116,8 +116,8 @@ __device__ __forceinline__ void score_tiles(const ForwardParams& p, Shared& s) {
     }
     // y is W everywhere for now: what stays is known when every key has been counted.
     for_elements(in, at, [&](int i, int j, int64_t index) {
-      const float score =
-          fabsf(w[i][j]) + in.alpha1 * product[i][j] + in.alpha2 * (row[i] + col[j]);
+      const float with_product = add_scaled(fabsf(w[i][j]), in.alpha1, product[i][j]);
+      const float score = add_scaled(with_product, in.alpha2, row[i] + col[j]);
       const uint32_t key = key_of(score);
       in.output_as<T>(kY)[index] = round_to<T>(w[i][j]);
       p.keys[index] = key;

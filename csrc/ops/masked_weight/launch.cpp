@@ -20,7 +20,12 @@ ForwardParams forward_params(const Call& call, int blocks, Arena& arena) {
 BackwardParams backward_params(const Call& call, Arena& arena) {
   BackwardParams p{call};
   p.column_tiles = (call.Din + kTileColumns - 1) / kTileColumns;
-  p.row_bands = (call.Dout + kBandRows - 1) / kBandRows;
+  auto bands_of = [&](int rows) { return (call.Dout + rows - 1) / rows; };
+  while (p.band_rows > kTileRows &&
+         static_cast<int64_t>(p.column_tiles) * bands_of(p.band_rows) < multiprocessors()) {
+    p.band_rows /= 2;
+  }
+  p.row_bands = bands_of(p.band_rows);
   const int64_t rows = call.Dout, columns = call.Din, ranks2 = call.R2 + 1;
   p.du_partial = arena.take<float>(p.column_tiles * rows * call.R);
   p.dv_partial = arena.take<float>(p.row_bands * columns * call.R);

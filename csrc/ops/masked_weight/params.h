@@ -16,7 +16,9 @@ using Call = NativeCall<Contract, int>;
 constexpr int kWarps = 8;  // of a block
 constexpr int kTileRows = 32;
 constexpr int kTileColumns = 128;
-constexpr int kBandRows = 4 * kTileRows;  // that a block of backward takes one after the other
+// Rows that a block of backward takes one tile after the other: so many, or fewer where the blocks
+// would leave multiprocessors without work.
+constexpr int kMostBandRows = 4 * kTileRows;
 
 PELT_HOST_DEVICE int64_t entries_of(const Call& in) {
   return static_cast<int64_t>(in.Dout) * in.Din;
@@ -44,6 +46,7 @@ struct BackwardParams {
   float* db_partial = nullptr;  // [row bands, R2 + 1, Din]
   int column_tiles = 0;
   int row_bands = 0;
+  int band_rows = kMostBandRows;
 };
 
 // One for each architecture's files; launch.cpp chooses. Forward's grid is resident as a whole.

@@ -25,7 +25,7 @@ def forward(chosen: Chosen, **inputs: Value) -> tuple[Tensor, Tensor]:
     t = SimpleNamespace(**inputs)
     at, acc = chosen.attributes, accumulator(t.w0.dtype)
     w = _updated(chosen, t.w0, t.u, t.v)
-    scores = w.abs().addmm_(t.a.to(acc), t.b.to(acc), alpha=at["alpha1"])
+    scores = _scaled_product(t.a, t.b, at["alpha1"], acc).add_(w.abs())
     scores += at["alpha2"] * (t.row.to(acc)[:, None] + t.col.to(acc)[None, :])
     mask = _highest(scores, at["keep"])
     return torch.where(mask, w, 0.0).to(t.w0.dtype), mask
@@ -55,7 +55,15 @@ def backward(
 def _updated(chosen: Chosen, w0: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """W = w0 + beta u v, always a new tensor."""
     acc = accumulator(w0.dtype)
-    return torch.addmm(w0.to(acc), u.to(acc), v.to(acc), beta=1.0, alpha=chosen.attributes["beta"])
+    return _scaled_product(u, v, chosen.attributes["beta"], acc).add_(w0.to(acc))
+
+
+def _scaled_product(left: Tensor, right: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """factor · left right, a new tensor. Rounded before it is added to anything, as in the formula:
+    addmm rounds once, and where two scores are nearly equal makes another mask.
+    """
+    product = left.to(dtype) @ right.to(dtype)
+    return product if factor == 1.0 else product.mul_(factor)
 
 
 def _highest(scores: Tensor, keep: int) -> Tensor:

@@ -29,6 +29,8 @@ MAX_RANK = 32
 _TILE = Config(32, 64, 4, 1)
 _DIGITS, _BINS = 3, 2048
 _FUSED = {"enable_fp_fusion": True}  # as options_of says
+# Of scores: rounded as the formula has it, or nearly equal ones would make another mask.
+_NOT_FUSED = {"enable_fp_fusion": False}
 _FACTORS = ("u", "v", "a", "b", "row", "col")
 
 
@@ -62,7 +64,7 @@ def forward(chosen: Chosen, **inputs: Value) -> tuple[Tensor, Tensor]:
         kernels._masked_weight_score_kernel[(_tiles(rows, columns),)](
             *given.values(), y, keys, counts,
             rows, columns, at["beta"], at["alpha1"], at["alpha2"],
-            **_options(chosen),
+            **{**_options(chosen), **_NOT_FUSED},
         )  # fmt: skip
         for digit in range(1, _DIGITS):
             kernels._masked_weight_count_kernel[(blocks,)](
