@@ -162,14 +162,14 @@ class RowTiles {
     rows_of_columns = work.column + vector < width ? kRows : 0;
     columns = static_cast<const T*>(is_down ? in.x : in.dy) + static_cast<int64_t>(row) * leading +
               offset + work.column + vector;
-    columns_to = shared_address(s.tile[0].columns + row * kChunkStride + vector);
+    columns_to = kept_address(shared_address(s.tile[0].columns + row * kChunkStride + vector));
     has_whole_ranks = in.ranks % 8 == 0 && branch.first % 8 == 0 && branch.R % 8 == 0;
     const int rank = thread_index() % kRankVectors * 8;
     rank_row = thread_index() / kRankVectors;
     rows_of_ranks = work.rank + rank < branch.R ? kRows : 0;
     ranks = static_cast<const T*>(is_down ? p.ds : in.s) +
             static_cast<int64_t>(rank_row) * in.ranks + branch.first + work.rank + rank;
-    ranks_to = shared_address(s.tile[0].ranks + rank_row * C::kRankStride + rank);
+    ranks_to = kept_address(shared_address(s.tile[0].ranks + rank_row * C::kRankStride + rank));
   }
 
   // Asks for a tile of rows.
@@ -202,7 +202,7 @@ class RowTiles {
  private:
   __device__ __forceinline__ void fetch_columns(const TileRows& rows, int buffer) {
     if (is_dropped) {
-      stage_x<T, kRows>(s.tile[buffer].columns, p.in, rows, work.column, true);
+      stage_dropped_x<T, kRows>(s.tile[buffer].columns, p.in, rows, work.column);
       return;
     }
     if (!has_whole_columns) {  // of dy: x has whole rows
@@ -298,10 +298,10 @@ __device__ __forceinline__ void sum_factor(const WeightsParams& p, Shared<C>& s,
   const int rank = warp_index() % C::kWarpsOverRanks * 16;
   const int column = warp_index() / C::kWarpsOverRanks * C::kWarpColumns;
   const int lane = lane_index();
-  const uint32_t of_ranks = shared_address(
-      s.tile[0].ranks + (lane % 8 + lane / 16 * 8) * C::kRankStride + lane / 8 % 2 * 8 + rank);
-  const uint32_t of_columns =
-      shared_address(s.tile[0].columns + lane % 16 * kChunkStride + lane / 16 * 8 + column);
+  const uint32_t of_ranks = kept_address(shared_address(
+      s.tile[0].ranks + (lane % 8 + lane / 16 * 8) * C::kRankStride + lane / 8 % 2 * 8 + rank));
+  const uint32_t of_columns = kept_address(
+      shared_address(s.tile[0].columns + lane % 16 * kChunkStride + lane / 16 * 8 + column));
   int buffer = 0, newest = kBuffers - 1;
   for (; under_way > 0; --under_way) {
     // This turn's tile is there for all threads, and all have multiplied the one before, whose

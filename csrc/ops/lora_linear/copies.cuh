@@ -23,7 +23,7 @@ struct RowCopies {
                                        uint32_t tile) {
     const int row = thread_index() / kVectors, column = thread_index() % kVectors * 8;
     left = columns - column;
-    to = tile + sizeof(T) * (row * kChunkStride + column);
+    to = kept_address(tile + sizeof(T) * (row * kChunkStride + column));
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
       const int there = row + turn * kStep < rows ? row + turn * kStep : rows - 1;

@@ -56,24 +56,46 @@ using TileSums = FragmentD[C::kTiles];  // of a warp, [16, kColumns]
 
 // sums += ranks times the factor, for what is in shared memory, in columns [begin, end) of the
 // block's. kIsTransposed: the factor lies as [ranks, columns], which is A in backward.
+template <bool kIsTransposed, bool kIsWhole, class C>
+__device__ __forceinline__ void multiply_columns_of(TileSums<C>& sums, const Shared<C>& s,
+                                                    int begin, int end) {
+  using T = typename C::T;
+  constexpr int kBytes = sizeof(T), kFactorStride = kIsTransposed ? C::kStride : C::kRankStride;
+  const int lane = lane_index();
+  // The warp's 16 rows and 16 ranks; all of the block's columns meet them.
+  const uint32_t ranks =
+      shared_address(s.ranks + (warp_index() * 16 + lane % 16) * C::kRankStride + lane / 16 * 8);
+  const int row = kIsTransposed ? lane % 16 : lane % 8 + lane / 16 * 8;
+  const int column = kIsTransposed ? lane / 16 * 8 : lane / 8 % 2 * 8;
+  const uint32_t factor = shared_address(s.factor + row * kFactorStride + column);
+  for_constants<C::kRanks / 16>([&](auto step) {
+    constexpr int k = 16 * decltype(step)::value;
+    const FragmentA a = load_a_at<kBytes * k>(ranks);
+    for_constants<C::kTiles / 2>([&](auto pair) {
+      constexpr int n = 2 * decltype(pair)::value;
+      constexpr int kAt = kIsTransposed ? k * kFactorStride + 8 * n : 8 * n * kFactorStride + k;
+      FragmentB b[2];
+      load_b_pair_at<kIsTransposed, kBytes * kAt>(b, factor);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if constexpr (kIsWhole) {
+          multiply_add<T>(sums[n + half], a, b[half]);
+        } else {
+          multiply_columns<T>(sums[n + half], a, b[half], 8 * (n + half), begin, end);
+        }
+      }
+    });
+  });
+}
+
 template <bool kIsTransposed, class C>
 __device__ __forceinline__ void multiply_ranks(TileSums<C>& sums, const Shared<C>& s, int begin = 0,
                                                int end = C::kColumns) {
-#pragma unroll
-  for (int k = 0; k < C::kRanks; k += 16) {
-    // The warp's 16 rows and 16 ranks; all of the block's columns meet them.
-    const FragmentA a = load_a(s.ranks + warp_index() * 16 * C::kRankStride + k, C::kRankStride);
-#pragma unroll
-    for (int n = 0; n < C::kTiles; n += 2) {
-      FragmentB b[2];
-      if constexpr (kIsTransposed) {
-        load_b_pair_transposed(b, s.factor + k * C::kStride + 8 * n, C::kStride);
-      } else {
-        load_b_pair(b, s.factor + 8 * n * C::kRankStride + k, C::kRankStride);
-      }
-      multiply_columns<typename C::T>(sums[n], a, b[0], 8 * n, begin, end);
-      multiply_columns<typename C::T>(sums[n + 1], a, b[1], 8 * n + 8, begin, end);
-    }
+  // As a rule all of the block's columns are the branch's: no question for each eight of them.
+  if (begin <= 0 && end >= C::kColumns) {
+    multiply_columns_of<kIsTransposed, true, C>(sums, s, begin, end);
+  } else {
+    multiply_columns_of<kIsTransposed, false, C>(sums, s, begin, end);
   }
 }
 
@@ -90,18 +112,21 @@ __device__ __forceinline__ void bring_base(Shared<C>& s, const void* base, const
 // sums += the base product, whose tile is in shared memory.
 template <class C>
 __device__ __forceinline__ void add_base(TileSums<C>& sums, const Shared<C>& s) {
-  const auto* rows = s.base + warp_index() * 16 * C::kStride;
-#pragma unroll
-  for (int n = 0; n < C::kTiles; n += 2) {
+  using T = typename C::T;
+  const int lane = lane_index();
+  const uint32_t own =
+      shared_address(s.base + (warp_index() * 16 + lane % 16) * C::kStride + lane / 16 * 8);
+  for_constants<C::kTiles / 2>([&](auto constant) {
+    constexpr int n = 2 * decltype(constant)::value;
     // As a fragment of A, whose registers are those of two neighbouring fragments of sums.
-    const FragmentA pairs = load_a(rows + 8 * n, C::kStride);
+    const FragmentA pairs = load_a_at<static_cast<int>(sizeof(T)) * 8 * n>(own);
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      const Float2 pair = unpack<typename C::T>(pairs.r[r]);
+      const Float2 pair = unpack<T>(pairs.r[r]);
       sums[n + r / 2].r[r % 2 * 2] += pair.low;
       sums[n + r / 2].r[r % 2 * 2 + 1] += pair.high;
     }
-  }
+  });
 }
 
 // Rounds the sums and stores them. A warp writes its own rows alone.

@@ -76,7 +76,8 @@ __device__ __forceinline__ void multiply_narrow(NarrowShared<C>& s, int depth, C
   // Where a lane reads its fragments in the first stage; the warp has 16 columns of every chunk.
   const int lane = lane_index(), k = warp_index() * 16;
   const uint32_t ring = shared_address(s.ring);
-  const uint32_t x = ring + sizeof(T) * (lane % 16 * kChunkStride + lane / 16 * 8 + k);
+  const uint32_t x =
+      kept_address(ring + sizeof(T) * (lane % 16 * kChunkStride + lane / 16 * 8 + k));
   // The mma wants B with its k index running along a register: A's rows lie so, B's rows are
   // transposed on the way into registers.
   constexpr bool kIsTransposed = kFactor == Factor::kRowsOfB;
@@ -84,7 +85,7 @@ __device__ __forceinline__ void multiply_narrow(NarrowShared<C>& s, int depth, C
   const int of_factor = kIsTransposed
                             ? (k + lane % 16) * C::kRankStride + lane / 16 * 8
                             : (lane % 8 + lane / 16 * 8) * kChunkStride + lane / 8 % 2 * 8 + k;
-  const uint32_t factor = ring + NarrowStage<C>::kFactor + sizeof(T) * of_factor;
+  const uint32_t factor = kept_address(ring + NarrowStage<C>::kFactor + sizeof(T) * of_factor);
   uint32_t stage = 0, newest = (kStages - 1) * kStage;
   for (int chunk = 0; chunk < chunks; ++chunk) {
     // This thread's copies of the chunk are there; the barrier makes every thread's visible. It
@@ -126,9 +127,19 @@ __device__ __forceinline__ void multiply_narrow(NarrowShared<C>& s, int depth, C
   }
   // All four warps' sums are there to be added.
   sync_threads();
-  for (int i = thread_index(); i < kNarrowRows * C::kRanks; i += kThreads) {
-    const int at = i / C::kRanks * C::kSumStride + i % C::kRanks;
-    s.sums[0][at] = (s.sums[0][at] + s.sums[1][at]) + (s.sums[2][at] + s.sums[3][at]);
+  constexpr int kQuads = C::kRanks / 4;
+#pragma unroll
+  for (int turn = 0; turn < kNarrowRows * kQuads / kThreads; ++turn) {
+    const int i = thread_index() + turn * kThreads;
+    const int at = i / kQuads * C::kSumStride + i % kQuads * 4;
+    Words4 part[kWarps], sum;
+    for (int warp = 0; warp < kWarps; ++warp) part[warp] = load_16(s.sums[warp] + at);
+    for (int e = 0; e < 4; ++e) {
+      float of[kWarps];
+      for (int warp = 0; warp < kWarps; ++warp) of[warp] = float_from_bits(part[warp].word[e]);
+      sum.word[e] = bits_of((of[0] + of[1]) + (of[2] + of[3]));
+    }
+    store_16(s.sums[0] + at, sum);
   }
   // Callers read elements that other threads have added.
   sync_threads();

@@ -102,12 +102,19 @@ template <class C>
 __device__ __forceinline__ void store_s(const ShrinkParams& p, const NarrowShared<C>& s,
                                         const TileRows& rows, int first) {
   using T = typename C::T;
-  for (int i = thread_index(); i < kNarrowRows * C::kRanks; i += kThreads) {
-    const int row = i / C::kRanks, column = i % C::kRanks;
+  constexpr int kAcross = C::kRanks / 8;
+  for (int i = thread_index(); i < kNarrowRows * kAcross; i += kThreads) {
+    const int row = i / kAcross, column = i % kAcross * 8;
     // Behind the ranks the block may hold gates, which are not part of s.
-    if (row >= rows.count || first + column >= p.in.ranks) continue;
-    static_cast<T*>(p.in.s)[(rows.first + row) * p.in.ranks + first + column] =
-        round_to<T>(s.sums[0][row * C::kSumStride + column]);
+    const int left = p.in.ranks - first - column;
+    if (row >= rows.count || left <= 0) continue;
+    Float8 values;
+    // Gates behind the ranks are not even read: activate_gates writes them.
+    for (int e = 0; e < 8; ++e) {
+      values.v[e] = e < left ? s.sums[0][row * C::kSumStride + column + e] : 0.0f;
+    }
+    store_ranks<T>(p.in.s, (rows.first + row) * p.in.ranks + first + column, left < 8 ? left : 8,
+                   values);
   }
 }
 

@@ -71,15 +71,16 @@ struct LaneAddresses {
     const uint32_t ring = shared_address(s.ring);
 #pragma unroll
     for (int g = 0; g < C::kAcross; ++g) {
-      from[g] = ring + sizeof(T) * lane_offset_of_a<C::kDepth>(warp.row_of_group(g), 0);
+      from[g] =
+          kept_address(ring + sizeof(T) * lane_offset_of_a<C::kDepth>(warp.row_of_group(g), 0));
     }
     const int of_weight = C::kHasRowsOfN
                               ? lane_offset_of_b_pair<C::kDepth>(warp.column, 0)
                               : lane_offset_of_b_pair_transposed<C::kColumns>(0, warp.column);
-    weight = ring + SingleStage<C>::kWeight + sizeof(T) * of_weight;
+    weight = kept_address(ring + SingleStage<C>::kWeight + sizeof(T) * of_weight);
     const int of_down = C::kIsForward ? lane_offset_of_b_pair<C::kDepth>(0, 0)
                                       : lane_offset_of_b_pair_transposed<C::kRanks>(0, 0);
-    down = ring + SingleStage<C>::kDown + sizeof(T) * of_down;
+    down = kept_address(ring + SingleStage<C>::kDown + sizeof(T) * of_down);
   }
 };
 
@@ -271,22 +272,6 @@ __device__ __forceinline__ float* spread_sums(SingleShared<C>& s, const SingleWa
   // A lane reads sums that other lanes of the warp have written.
   sync_warp();
   return out;
-}
-
-// Up to eight neighbouring elements of a row of s or ds.
-template <class T>
-__device__ __forceinline__ void store_ranks(void* memory, int64_t at, int count,
-                                            const Float8& values) {
-  T* to = static_cast<T*>(memory) + at;
-  // A sum of ranks that is no multiple of 8 leaves rows off the 16-byte borders.
-  if (count == 8 && at % 8 == 0) {
-    store_16(to, narrow<T>(values));
-    return;
-  }
-#pragma unroll
-  for (int e = 0; e < 8; ++e) {
-    if (e < count) to[e] = round_to<T>(values.v[e]);
-  }
 }
 
 // sums.out += ranks Qt, for what is in shared memory. The caller has had all warps finish their own

@@ -212,7 +212,7 @@ struct BaseCopies {
     const int row = thread_index() / kVectors, at = thread_index() % kVectors * 8;
     left = p.depth - at;
     const uint32_t ring = shared_address(s.ring);
-    to = ring + sizeof(T) * swizzled<C::kDepth>(row, at / 8);
+    to = kept_address(ring + sizeof(T) * swizzled<C::kDepth>(row, at / 8));
     // A thread whose first vector lies past the end of the depth reads nothing, anywhere.
     const int column = left > 0 ? at : 0;
     const T* first = static_cast<const T*>(p.from) + s.rows.first * p.depth + column;
@@ -236,7 +236,8 @@ struct BaseCopies {
       weight[0] = w + static_cast<int64_t>(k) * p.columns + n;
       weight_step = static_cast<int64_t>(kStepOfN) * p.columns;
       weight_left = p.depth - k;
-      weight_to = ring + SingleStage<C>::kWeight + sizeof(T) * swizzled<C::kColumns>(k, vector);
+      weight_to = kept_address(ring + SingleStage<C>::kWeight +
+                               sizeof(T) * swizzled<C::kColumns>(k, vector));
     }
   }
 
@@ -294,8 +295,8 @@ struct DownCopies {
 
   __device__ __forceinline__ DownCopies(const SingleParams& p, const SingleShared<C>& s) {
     const int across = thread_index() / kVectors, vector = thread_index() % kVectors;
-    to = shared_address(s.ring) + SingleStage<C>::kDown +
-         sizeof(T) * swizzled<8 * kVectors>(across, vector);
+    to = kept_address(shared_address(s.ring) + SingleStage<C>::kDown +
+                      sizeof(T) * swizzled<8 * kVectors>(across, vector));
     // An address that is never read still has to be one of global memory.
     from = static_cast<const char*>(p.from);
     const int rank = C::kIsForward ? across : 8 * vector;

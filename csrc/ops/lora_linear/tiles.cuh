@@ -28,6 +28,12 @@ void run_config(Configs configs, DType dtype, int ranks, Run&& run) {
         " ranks, which why_not should have refused");
 }
 
+// An address that is made once and kept: what it is made of is unknown from here on. The optimiser
+// likes to take the last steps of such a sum into the loop.
+__device__ __forceinline__ uint32_t kept_address(uint32_t address) {
+  return static_cast<uint32_t>(opaque(static_cast<int>(address)));
+}
+
 __device__ __forceinline__ int64_t member_of_a(const Branch& branch, int group) {
   return member_of(branch.a_index, branch.has_a_index_per_sample, group, branch.M);
 }
@@ -36,28 +42,21 @@ __device__ __forceinline__ int64_t member_of_b(const Branch& branch, int group) 
   return member_of(branch.b_index, branch.has_b_index_per_sample, group, branch.N);
 }
 
-// A chunk of x, or of dropout(x), from column `first` on; rows that are not there are zero.
+// A chunk of dropout(x), from column `first` on; rows that are not there are zero. Dropped before the
+// product and rounded like any x: forward and backward drop and round in the same way.
 template <class T, int kRows>
-__device__ __forceinline__ void stage_x(T* tile, const Linear& in, const TileRows& rows, int first,
-                                        bool is_dropped) {
+__device__ __forceinline__ void stage_dropped_x(T* tile, const Linear& in, const TileRows& rows,
+                                                int first) {
   for (int i = thread_index(); i < kRows * kVectors; i += kThreads) {
     const int row = i / kVectors, column = first + i % kVectors * 8;
-    const bool is_there = row < rows.count && column < in.Din;
-    const T* from =
-        static_cast<const T*>(in.x) + (is_there ? (rows.first + row) * in.Din + column : 0);
-    T* to = tile + row * kChunkStride + i % kVectors * 8;
-    if (!is_dropped) {
-      cp_async_16(to, from, is_there);
-      continue;
-    }
-    // Dropped before the product and rounded like any x: backward drops and rounds in the same way.
     Float8 x = {};
-    if (is_there) {
-      x = load_8(from);
-      const Float8 factors = dropout_of(in.dropout, (rows.first + row) * in.Din + column);
+    if (row < rows.count && column < in.Din) {
+      const int64_t element = (rows.first + row) * in.Din + column;
+      x = load_8(static_cast<const T*>(in.x) + element);
+      const Float8 factors = dropout_of(in.dropout, element);
       for (int e = 0; e < 8; ++e) x.v[e] *= factors.v[e];
     }
-    store_16(to, narrow<T>(x));
+    store_16(tile + row * kChunkStride + i % kVectors * 8, narrow<T>(x));
   }
 }
 
@@ -178,6 +177,22 @@ __device__ __forceinline__ void stage_scaled(T* tile, int stride, const Linear& 
       }
     }
     store_16(tile + row * stride + offset, narrow<T>(values));
+  }
+}
+
+// Up to eight neighbouring elements of a row of s or ds.
+template <class T>
+__device__ __forceinline__ void store_ranks(void* memory, int64_t at, int count,
+                                            const Float8& values) {
+  T* to = static_cast<T*>(memory) + at;
+  // A sum of ranks that is no multiple of 8 leaves rows off the 16-byte borders.
+  if (count == 8 && at % 8 == 0) {
+    store_16(to, narrow<T>(values));
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    if (e < count) to[e] = round_to<T>(values.v[e]);
   }
 }
 
