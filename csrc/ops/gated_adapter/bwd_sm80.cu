@@ -1,524 +1,458 @@
-// gated_adapter, backward, first of two launches: what belongs to rows. With dy' = dropout(dy) and
-// u = W_up phi(h) + b_up:
+// gated_adapter, backward, first of two launches, for the calls that methods make (options.h);
+// bwd_general_sm80.cu serves the others. What belongs to rows, with dy' = dropout(dy):
 //
-//   v   = dy' W_up                            [T, R]   one read of dy
+//   v   = dy' W_up                            [T, R]
 //   dot = v . phi(h) + dy' . b_up             [T]      equals dy' . u, without computing u
 //   dh  = scale g v phi'(h)                   [T, R]   to memory, for the second launch
-//   dx  = dh W_down + dlogit w_gate + dy      [T, D]   through the pre-norm, if there is one
+//   dx  = dh W_down + dlogit w_gate + dy      [T, D]
 //
 // dlogit comes from the dots: those of the row (token), or of the whole sentence (pooled); then
 // tiles wait for their sentence as in forward. b_up is one more column of W_up, so its share of the
 // dot costs one mma for each 16 columns.
 //
-//        dy' [64, D]  in chunks of 64 columns       W_down in chunks of 64 columns
-//        |##|  |  |  |  |  |  --> dh [64, R] -->  |  |  |##|  |  |  |  dx [64, D]
-//        W_up in chunks of 64 rows
+//     x [rows, D]  -->  logits;    dy' [rows, D]  -->  dh [rows, R]  -->  dx [rows, D]
+//                                  W_up, chunks of 64 rows           W_down, of 64 columns
 //
-// With a post-norm u is needed after all: it is computed three times from h (for the row's mean and
-// deviation, for the two sums of the norm's gradient, for du), du goes to memory, and from there on
-// it takes the place of scale g dy'. A pre-norm needs two sums of each row of dh W_down before the
-// first element of dx, so that product is done twice. The norms' own gradients are sums over rows:
-// each block leaves the sum over its tiles, the second launch adds them up in order.
+// A block takes a tile of 64, 32 or 16 rows. The chunks of all three passes over the columns come
+// through one ring of shared memory (backward_ring.cuh). A pooled gate's logits are computed again,
+// since forward keeps none of single rows: a pass over x of its own, so that other calls do not pay
+// for a place of x in the ring. dx starts from dy, which lies in the slot, leaves through the same
+// place, and is written as what nobody reads soon.
 //
-// Tiles, ring and shared memory are forward's (products.cuh). Read: dy, h, and x for a learned gate
-// or a pre-norm; written: dx, dh.
+// Read: dy, h, and x for a pooled gate; written: dx, dh, and scale g phi(h).
 #include "common/check.h"
-#include "ops/gated_adapter/parts.cuh"
-#include "ops/gated_adapter/products.cuh"
+#include "ops/gated_adapter/backward_ring.cuh"
+#include "ops/gated_adapter/backward_rows.cuh"
 
 namespace pelt::gated_adapter {
 namespace {
 
-// da phi'(h). Where relu has no slope it lets nothing through, not even a NaN.
-__device__ __forceinline__ float through_activation(Activation phi, float da, float h) {
-  if (phi == Activation::kRelu) return h <= 0.0f ? 0.0f : da;
-  return da * activation_derivative(phi, h);
+// Where the calling thread's warp stands in the tile.
+template <class C>
+__device__ __forceinline__ int row_of_warp() {
+  return warp_index() / C::kSplit * 16;
+}
+template <class C>
+__device__ __forceinline__ int rank_of_warp() {
+  return warp_index() % C::kSplit * C::kRankTiles * 8;
+}
+template <class C>
+__device__ __forceinline__ int column_of_warp() {
+  return warp_index() % C::kSplit * C::kColumnTiles * 8;
 }
 
-// The sums over a warp's 16 rows of two quantities, for this lane's eight columns.
-struct ColumnSums {
-  Float8 weight = {};  // of what a norm's weight gets
-  Float8 bias = {};
+// The vectors [D] that are rows of products, as these take them; the first step's barrier is behind.
+template <class C>
+__device__ __forceinline__ void load_columns(const Call& in, BackwardShared<C>& s,
+                                             int64_t up_member) {
+  using T = typename C::T;
+  for (int d = 8 * thread_index(); d < in.D; d += 8 * C::kThreads) {
+    if (in.input[kBUp] != nullptr) {
+      const Float8 bias = load_parameter_8<T>(in.parameter(kBUp), up_member * in.D + d);
+      store_16(s.columns + d, narrow<T>(bias));
+    }
+    if (has_learned_gate(in)) {
+      const Float8 weight = load_parameter_8<T>(in.parameter(kGateWeight), d);
+      store_16(s.columns + in.D + d, narrow<T>(weight));
+    }
+  }
+  if (thread_index() < kChunk / 2) store_4(s.zeros + 2 * thread_index(), 0);
+}
 
-  // Adds the four lanes that share the columns, kVectors apart, and leaves the warp's sums in its
-  // part of shared memory, [2, kChunk].
-  __device__ __forceinline__ void leave(float* out) {
-    sync_warp();  // `out` is free: all lanes have read the products
-    const int column = lane_index() % kVectors * 8;
-    for (int e = 0; e < 8; ++e) {
-      for (int mask = kVectors; mask < 32; mask *= 2) {
-        weight.v[e] += shfl_xor(weight.v[e], mask);
-        bias.v[e] += shfl_xor(bias.v[e], mask);
+// A vector [D] in shared memory as one row of eight of an operand, chunk after chunk; the other rows
+// are zeros. Its products are in column 0 of what they are added to.
+template <class C>
+struct VectorRow {
+  using T = typename C::T;
+  uint32_t at;  // of this lane
+  uint32_t step;
+
+  __device__ __forceinline__ VectorRow(const BackwardShared<C>& s, const T* vector) {
+    const int lane = lane_index();
+    const bool is_zero = lane % 8 != 0;
+    at = shared_address(is_zero ? s.zeros : vector) + lane / 8 % 2 * 16;
+    step = is_zero ? 0 : kChunk * sizeof(T);
+  }
+
+  // Of the chunk of rows at `of_a`, this lane's place in it for a fragment A.
+  __device__ __forceinline__ void multiply(uint32_t of_a, FragmentD& sums) {
+    for_constants<kChunk / 16>([&](auto k) {
+      constexpr int kColumn = decltype(k)::value * 32;  // bytes
+      FragmentA a;
+      FragmentB b;
+      ldmatrix_x4_at<kColumn>(a.r, of_a);
+      ldmatrix_x2_at<kColumn>(b.r, at);
+      multiply_add<T>(sums, a, b);
+    });
+    at += step;
+  }
+};
+
+// This lane's place in a chunk of rows, for a fragment A.
+template <class C>
+__device__ __forceinline__ uint32_t place_of_a() {
+  const int lane = lane_index();
+  return (row_of_warp<C>() + lane % 16) * C::kRowStride * sizeof(typename C::T) + lane / 16 * 16;
+}
+
+// s.logit, by the first of the warps that share rows.
+template <class C>
+__device__ __forceinline__ void compute_logits(const Call& in, Ring<C>& ring,
+                                               BackwardShared<C>& s) {
+  using T = typename C::T;
+  FragmentD logits;
+  VectorRow<C> weight(s, s.columns + in.D);
+  const uint32_t of_a = place_of_a<C>();
+#pragma unroll 1
+  for (int chunk = 0; chunk < ring.chunks; ++chunk) {
+    const uint32_t slot = ring.template next<Ring<C>::kLogits>(chunk);
+    if (rank_of_warp<C>() == 0) weight.multiply(slot + of_a, logits);
+  }
+  if (rank_of_warp<C>() == 0 && FragmentD::column(0) == 0) {
+    const float bias = load_parameter<T>(in.parameter(kGateBias), 0);
+    s.logit[row_of_warp<C>() + FragmentD::row(0)] = logits.r[0] + bias;
+    s.logit[row_of_warp<C>() + FragmentD::row(2)] = logits.r[2] + bias;
+  }
+}
+
+// Dropout of the vectors of a chunk of dy that this thread has copied.
+template <class C>
+__device__ __forceinline__ void drop_chunk(const Call& in, BackwardShared<C>& s,
+                                           const TileRows& rows, uint32_t offset, int first) {
+  using T = typename C::T;
+  using Source = RowsCopy<C>;
+  const int column = Source::lane() * 8;
+  T* chunk = reinterpret_cast<T*>(reinterpret_cast<char*>(s.slots) + offset);
+#pragma unroll 1
+  for (int i = 0; i < Source::kPasses; ++i) {
+    const int row = Source::row() + i * Source::kRowsOfPass;
+    if (row >= rows.count) break;  // what is not there is zero
+    T* at = chunk + row * C::kRowStride + column;
+    Float8 dy = widen<T>(load_16(at));
+    const Float8 factors = dropout_of_row(in, rows.first + row, first + column);
+    for (int e = 0; e < 8; ++e) dy.v[e] *= factors.v[e];
+    store_16(at, narrow<T>(dy));
+  }
+}
+
+// This warp's [16, its ranks] of v = dy' W_up, and dy' . b_up in column 0 of `bias_dot`.
+template <class C>
+__device__ __forceinline__ void project_dy(const Call& in, Ring<C>& ring, BackwardShared<C>& s,
+                                           const TileRows& rows, FragmentD (&v)[C::kRankTiles],
+                                           FragmentD& bias_dot) {
+  using T = typename C::T;
+  constexpr int kRankBytes = C::kRankStride * sizeof(T);
+  const uint32_t of_a = place_of_a<C>();
+  // The weight lies with its ranks beside each other, and is read transposed.
+  const uint32_t of_second = lane_index() / 16 * 8 * sizeof(T);
+  const uint32_t of_b = Ring<C>::kWeightOffset + lane_index() % 16 * kRankBytes +
+                        rank_of_warp<C>() * sizeof(T) + of_second;
+  VectorRow<C> bias(s, s.columns);
+  const bool has_bias = in.input[kBUp] != nullptr && rank_of_warp<C>() == 0;
+  const bool drops = in.dropout.is_active();
+#pragma unroll 1
+  for (int chunk = 0; chunk < ring.chunks; ++chunk) {
+    const uint32_t slot = ring.template next<Ring<C>::kUp>(chunk, [&](uint32_t at) {
+      if (drops) drop_chunk<C>(in, s, rows, at - ring.first, chunk * kChunk);
+    });
+    const uint32_t at_a = slot + of_a, at_b = slot + of_b;
+    for_constants<kChunk / 16>([&](auto k) {
+      constexpr int kColumn = decltype(k)::value * 32;  // bytes
+      constexpr int kRow = decltype(k)::value * 16 * kRankBytes;
+      FragmentA a;
+      ldmatrix_x4_at<kColumn>(a.r, at_a);
+      for_constants<C::kRankTiles / 2>([&](auto n) {
+        constexpr int kTile = 2 * decltype(n)::value;
+        uint32_t b[4];
+        ldmatrix_x4_trans_at<kRow + kTile * 16>(b, at_b);
+        multiply_add<T>(v[kTile], a, FragmentB{{b[0], b[1]}});
+        multiply_add<T>(v[kTile + 1], a, FragmentB{{b[2], b[3]}});
+      });
+      if constexpr (C::kRankTiles % 2 == 1) {
+        uint32_t b[4];  // of which the second half is the first again
+        ldmatrix_x4_trans_at<kRow + (C::kRankTiles - 1) * 16>(b, at_b - of_second);
+        multiply_add<T>(v[C::kRankTiles - 1], a, FragmentB{{b[0], b[1]}});
       }
-      if (lane_index() < kVectors) {
-        out[column + e] = weight.v[e];
-        out[kChunk + column + e] = bias.v[e];
-      }
+    });
+    // Asked once for a chunk: another load of A is less than a branch for each.
+    if (has_bias) bias.multiply(at_a, bias_dot);
+  }
+}
+
+// Of this lane's elements, in pairs: those of h, in the order of the fragments of v.
+template <class C>
+struct HiddenPairs {
+  static constexpr int kPairs = 2 * C::kRankTiles;
+  uint32_t h[kPairs];
+
+  // Where pair i stands: a lane has two neighbours of each of two rows.
+  __device__ __forceinline__ static int row(int i) {
+    return row_of_warp<C>() + FragmentD::row(2 * (i % 2));
+  }
+  __device__ __forceinline__ static int rank(int i) {
+    return rank_of_warp<C>() + i / 2 * 8 + FragmentD::column(0);
+  }
+
+  // Long before they are needed; zeros for what does not exist.
+  __device__ __forceinline__ void load(const Call& in, const TileRows& rows) {
+    using T = typename C::T;
+    const T* g_h = static_cast<const T*>(in.output[kH]) + rows.first * in.R;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const bool is_there = row(i) < rows.count && rank(i) < in.R;
+      h[i] = is_there ? load_4(g_h + row(i) * static_cast<int64_t>(in.R) + rank(i)) : 0;
     }
   }
 };
 
-// Adds the warps' sums of a chunk of columns to the block's own in memory, which it has for each
-// norm; `norm` counts those that are there. The order of the sum over a block's tiles is theirs.
+// From v: dh, in shared memory and in global memory, a for the second launch, and this warp's share
+// of the dots.
 template <class C>
-__device__ __forceinline__ void leave_columns(const BackwardParams& p, Shared<C>& s, int tile,
-                                              int norm, int first, ColumnSums& sums) {
-  static_assert(2 * kChunk == kThreads, "a thread adds one element");
-  sums.leave(s.out[warp_index()]);
-  sync_threads();  // all four warps' sums are there; the next step's barrier frees `out` again
-  const int i = thread_index(), vector = i / kChunk, column = first + i % kChunk;
-  if (column >= p.in.D) return;
-  const float sum = (s.out[0][i] + s.out[1][i]) + (s.out[2][i] + s.out[3][i]);
-  const int64_t slot = static_cast<int64_t>(block_index_x()) * norms_of(p.in) + norm;
-  float* to = p.norm_partial + (2 * slot + vector) * p.in.D + column;
-  const bool is_first = tile == block_index_x();  // of the block's tiles
-  *to = is_first ? sum : *to + sum;
-}
-
-// factor = scale g of each row; 0 of rows that are not there.
-template <class C>
-__device__ __forceinline__ void settle_factors(const BackwardParams& p, Shared<C>& s,
-                                               const TileRows& rows) {
-  using T = typename C::T;
-  const int r = thread_index();  // half of the block has a row each
-  if (r < kBlockT) {
-    const bool is_there = r < rows.count;
-    s.rows.factor[r] =
-        is_there ? scale_of<T>(p.in) * gate_of_row<T, typename C::Options>(
-                                           p.in, p.in.output_as<float>(kGateValue), rows.first + r)
-                 : 0.0f;
-  }
-  sync_threads();  // the factors are there, and what measure_rows has written
-}
-
-// Eight elements of dy after dropout.
-template <class C, class T = typename C::T>
-__device__ __forceinline__ Float8 load_dropped(const BackwardParams& p, int64_t row, int column) {
-  Float8 values = load_8(p.in.doutput_as<T>(kY) + row * p.in.D + column);
-  if (C::Options::has_dropout(p.in)) {
-    const Float8 factors = dropout_of_row(p.in, row, column);
-    for (int e = 0; e < 8; ++e) values.v[e] *= factors.v[e];
-  }
-  return values;
-}
-
-// Eight elements of the normed output (u + b_up - mean) / deviation, from those of W_up phi(h).
-template <class C>
-__device__ __forceinline__ Float8 normed_output(const BackwardParams& p, const Shared<C>& s,
-                                                int64_t member, int row, int column, Float8 u) {
-  Float8 bias = {};
-  if (p.in.input[kBUp] != nullptr) {
-    bias = load_parameter_8<typename C::T>(p.in.parameter(kBUp), member * p.in.D + column);
-  }
-  for (int e = 0; e < 8; ++e) {
-    u.v[e] = (u.v[e] + bias.v[e] - s.out_mean[row]) * s.out_rstd[row];
-  }
-  return u;
-}
-
-// With a post-norm: dot of each row, and du = d loss / d u, to memory.
-template <class C>
-__device__ __forceinline__ void derive_output(const BackwardParams& p, Shared<C>& s,
-                                              const TileRows& rows, int tile) {
+__device__ __forceinline__ void derive_hidden(const BackwardParams& p, BackwardShared<C>& s,
+                                              const TileRows& rows,
+                                              const FragmentD (&sums)[C::kRankTiles],
+                                              const FragmentD& bias_dot, HiddenPairs<C>& pairs) {
   using T = typename C::T;
   const Call& in = p.in;
-  const int64_t member = up_member_of(in, rows);
-  // phi(h) takes the place of h; derive_hidden loads h again.
-  load_hidden<C>(in, s, rows, p.in.output[kH]);
-  activate_hidden<C>(in, s);
-  measure_output<C>(in, s, rows, p.w_up);
-  float* out = s.out[warp_index()];
-
-  // The sums that the norm's gradient takes from each row: of dy' w, of dy' w hat(u), and of dy' b
-  // for the row's dot. This lane's share, for its rows lane / 8 + 4 turn.
-  float sum[4] = {}, dot_hat[4] = {}, dot[4] = {};
-  project_to_columns<kUp, C>(in, s, p.w_up, member, [&](int first, const auto& sums) {
-    for_each_8(out, rows, first, in.D, sums, [&](int turn, int row, int column, const Float8& u) {
-      const Float8 dy = load_dropped<C>(p, rows.first + row, column);
-      const Float8 hat = normed_output<C>(p, s, member, row, column, u);
-      const Float8 weight = load_parameter_8<T>(in.parameter(kPostNormWeight), column);
-      const Float8 bias = load_parameter_8<T>(in.parameter(kPostNormBias), column);
-      for (int e = 0; e < 8; ++e) {
-        sum[turn] += dy.v[e] * weight.v[e];
-        dot_hat[turn] += dy.v[e] * weight.v[e] * hat.v[e];
-        dot[turn] += dy.v[e] * bias.v[e];
-      }
-    });
-  });
-  for (int turn = 0; turn < 4; ++turn) {  // kVectors neighbouring lanes share a row
-    sum[turn] = group_sum<kVectors>(sum[turn]);
-    dot_hat[turn] = group_sum<kVectors>(dot_hat[turn]);
-    dot[turn] = group_sum<kVectors>(dot[turn]);
-    const int row = warp_index() * 16 + lane_index() / kVectors + 4 * turn;
-    // dy' . (hat(u) w + b): the dot with the normed output.
-    if (lane_index() % kVectors == 0) s.dot[row] = dot_hat[turn] + dot[turn];
+  constexpr int kPairs = HiddenPairs<C>::kPairs;
+  float v[2 * kPairs];
+#pragma unroll
+  for (int i = 0; i < 2 * kPairs; ++i) v[i] = sums[i / 4].r[i % 4];
+  float factor[2], dot[2] = {0.0f, 0.0f};  // of this lane's two rows
+  for (int half = 0; half < 2; ++half) {
+    const int row = HiddenPairs<C>::row(half);
+    factor[half] =
+        row < rows.count ? factor_of_row<T, typename C::Options>(in, rows.first + row) : 0.0f;
   }
-
-  // du = factor / deviation (dy' w - (sum + hat(u) dot_hat) / D), and the sums over rows of factor
-  // dy' hat(u) and factor dy' for the norm's own gradients.
-  project_to_columns<kUp, C>(in, s, p.w_up, member, [&](int first, const auto& sums) {
-    ColumnSums columns;
-    for_each_8(out, rows, first, in.D, sums, [&](int turn, int row, int column, const Float8& u) {
-      const Float8 dy = load_dropped<C>(p, rows.first + row, column);
-      const Float8 hat = normed_output<C>(p, s, member, row, column, u);
-      const Float8 weight = load_parameter_8<T>(in.parameter(kPostNormWeight), column);
-      const float factor = s.rows.factor[row];  // scale g
-      Float8 du;
-      for (int e = 0; e < 8; ++e) {
-        // Mean and deviation move with u: their parts are taken off.
-        const float centred = dy.v[e] * weight.v[e] -
-                              (sum[turn] + hat.v[e] * dot_hat[turn]) / static_cast<float>(in.D);
-        du.v[e] = factor * s.out_rstd[row] * centred;
-        columns.weight.v[e] += factor * dy.v[e] * hat.v[e];
-        columns.bias.v[e] += factor * dy.v[e];
-      }
-      store_16(static_cast<T*>(p.du) + (rows.first + row) * in.D + column, narrow<T>(du));
-    });
-    leave_columns<C>(p, s, tile, C::Options::has_pre_norm(in) ? 1 : 0, first, columns);
-  });
-}
-
-// A chunk of dy after dropout, or of du, [kBlockT, kChunk]; rows that are not there are zero.
-template <class C>
-__device__ __forceinline__ void stage_dy(const BackwardParams& p, const TileRows& rows,
-                                         typename C::T* tile, int first) {
-  using T = typename C::T;
-  const Call& in = p.in;
-  const T* source =
-      static_cast<const T*>(C::Options::has_post_norm(in) ? p.du : in.doutput[kY]);  // [B * S, D]
-  const bool drops =
-      C::Options::has_dropout(in) && !C::Options::has_post_norm(in);  // du has passed through it
-  for (int i = thread_index(); i < kBlockT * kVectors; i += kThreads) {
-    const int row = i / kVectors, column = i % kVectors * 8;
-    const bool is_there = row < rows.count && first + column < in.D;
-    T* to = tile + row * kChunkStride + column;
-    if (!drops) {  // as it lies in memory
-      const int64_t at = is_there ? (rows.first + row) * in.D + first + column : 0;
-      cp_async_16(to, source + at, is_there);
-    } else {
-      const Float8 none = {};
-      // What has to be computed comes through registers.
-      store_16(to,
-               narrow<T>(is_there ? load_dropped<C>(p, rows.first + row, first + column) : none));
-    }
-  }
-}
-
-// From the sums v of one rank block: dh in the place of h and in memory, a for the second launch,
-// and this block's share of the dots.
-template <class C>
-__device__ __forceinline__ void put_hidden_gradient(const BackwardParams& p, Shared<C>& s,
-                                                    const TileRows& rows, int rank,
-                                                    const FragmentD (&v)[C::kRankTiles],
-                                                    float (&dot)[2]) {
-  using T = typename C::T;
-  with_activation(p.in.activation, [&](auto phi) {
+  with_activation(in.activation, [&](auto phi) {
     constexpr Activation kPhi = decltype(phi)::value;
+    // The first pair of what is left; one body for all, since six activations are code enough.
+#pragma unroll 1
+    for (int i = 0; i < kPairs; ++i) {
+      const int row = HiddenPairs<C>::row(i), rank = HiddenPairs<C>::rank(i);
+      const bool is_there = row < rows.count && rank < in.R;
+      const Float2 both = unpack<T>(pairs.h[0]);
+      const float h[2] = {both.low, both.high}, f = i % 2 == 0 ? factor[0] : factor[1];
+      float dh[2], a[2], share = 0.0f;
 #pragma unroll
-    for (int n = 0; n < C::kRankTiles; ++n) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {  // a lane has two neighbours of each of two rows
-        const int row = warp_index() * 16 + FragmentD::row(2 * half);
-        const int column = rank + 8 * n + FragmentD::column(0);
-        T* at = &s.hidden[row * C::kHiddenStride + column];
-        const Float2 pair = unpack<T>(load_4(at));  // of h, whose place dh takes
-        const float h[2] = {pair.low, pair.high};
-        // With a post-norm v comes from du, which has the factor.
-        const float factor = C::Options::has_post_norm(p.in) ? 1.0f : s.rows.factor[row];
-        float dh[2] = {0.0f, 0.0f}, a[2] = {0.0f, 0.0f};  // also where no h was loaded
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          // Rows and ranks that do not exist stay zero, or the next product would add them up.
-          if (row >= rows.count || column + e >= p.in.R) continue;
-          const float gradient = v[n].r[2 * half + e];
-          const float phi_h = activate(kPhi, h[e]);
-          // Rounded as forward's product took it, so that the dot is that of its u.
-          dot[half] += gradient * to_float(round_to<T>(phi_h));
-          a[e] = factor * phi_h;
-          dh[e] = factor * through_activation(kPhi, gradient, h[e]);
-        }
-        store_4(at, pack<T>(dh[0], dh[1]));
-        if (row >= rows.count || column >= p.rank_stride) continue;
-        const int64_t to = (rows.first + row) * p.rank_stride + column;
-        store_4(static_cast<T*>(p.dh) + to, pack<T>(dh[0], dh[1]));
+      for (int e = 0; e < 2; ++e) {
+        const float phi_h = activate(kPhi, h[e]);
+        // Rounded as forward's product took it, so that the dot is that of its u.
+        share += v[e] * to_float(round_to<T>(phi_h));
+        a[e] = f * phi_h;
+        dh[e] = f * through_activation(kPhi, v[e], h[e]);
+      }
+      dot[0] += i % 2 == 0 ? share : 0.0f;
+      dot[1] += i % 2 == 0 ? 0.0f : share;
+      const uint32_t packed = is_there ? pack<T>(dh[0], dh[1]) : 0;
+      store_4(&s.hidden[row * C::kRankStride + rank], packed);
+      if (is_there) {
+        const int64_t to = (rows.first + row) * p.rank_stride + rank;
+        store_4(static_cast<T*>(p.dh) + to, packed);
         if (p.a != nullptr) store_4(static_cast<T*>(p.a) + to, pack<T>(a[0], a[1]));
       }
+#pragma unroll
+      for (int j = 0; j + 1 < kPairs; ++j) {
+        pairs.h[j] = pairs.h[j + 1];
+        v[2 * j] = v[2 * j + 2];
+        v[2 * j + 1] = v[2 * j + 3];
+      }
     }
   });
-}
-
-// What the tile adds to the gradient of scale: y changes by dot times gate with it. By the first
-// warp; the others go on.
-template <class C>
-__device__ __forceinline__ void leave_gated_dot(const BackwardParams& p, const Shared<C>& s,
-                                                const TileRows& rows, int tile) {
-  if (warp_index() != 0) return;
-  float sum = 0.0f;
-  for (int r = lane_index(); r < rows.count; r += 32) {
-    sum += s.dot[r] * gate_of_row<typename C::T, typename C::Options>(
-                          p.in, p.in.output_as<float>(kGateValue), rows.first + r);
-  }
-  sum = warp_sum(sum);
-  if (lane_index() == 0) *tile_sum(p, kGatedDot, tile) = sum;
-}
-
-// s.hidden = dh, and the row's scalars, in shared and in global memory.
-template <class C>
-__device__ __forceinline__ void derive_hidden(const BackwardParams& p, Shared<C>& s,
-                                              const TileRows& rows, int tile) {
-  using T = typename C::T;
-  const Call& in = p.in;
-  if (C::Options::has_pre_norm(in) || C::Options::has_learned_gate(in)) {
-    // Computed again from x: forward keeps neither statistics nor logits.
-    measure_rows<typename C::Options, T>(in, rows, s.rows, C::Options::has_learned_gate(in));
-  }
-  settle_factors<C>(p, s, rows);
-  if (C::Options::has_post_norm(in)) derive_output<C>(p, s, rows, tile);
-
-  load_hidden<C>(in, s, rows, p.in.output[kH]);
-  const int64_t member = up_member_of(in, rows);
-  const bool has_bias_row = in.input[kBUp] != nullptr && !C::Options::has_post_norm(in);
-  float dot[2] = {0.0f, 0.0f};  // of rows FragmentD::row(0) and row(2), this lane's ranks
-  const FragmentD bias_dot = project_to_ranks<kUp, C>(
-      in, s, p.w_up, member, ExtraRow{in.parameter(kBUp), member * in.D, has_bias_row},
-      [&](T* to, int first) { stage_dy<C>(p, rows, to, first); },
-      [&](int rank, const auto& v) { put_hidden_gradient<C>(p, s, rows, rank, v, dot); });
   for (int half = 0; half < 2; ++half) {
     const float whole = group_sum<4>(dot[half]);  // four lanes share a row
-    if (FragmentD::column(0) == 0 && !C::Options::has_post_norm(in)) {
-      // bias_dot is dy' . b_up, in the lanes that hold column 0.
-      s.dot[warp_index() * 16 + FragmentD::row(2 * half)] = whole + bias_dot.r[2 * half];
+    if (FragmentD::column(0) == 0) {
+      // bias_dot is dy' . b_up, in the first warp, in the lanes that hold column 0.
+      s.dot[warp_index() % C::kSplit][HiddenPairs<C>::row(half)] = whole + bias_dot.r[2 * half];
     }
   }
-  sync_threads();  // the dots are there; dh is since the product's own barrier
-  // For the second launch, and for reload_tile.
-  const int r = thread_index();
-  if (r < rows.count) {
-    *row_scalar(p, kDot, rows.first + r) = s.dot[r];
-    if (C::Options::has_learned_gate(in)) *row_scalar(p, kLogit, rows.first + r) = s.rows.logit[r];
-    if (C::Options::has_pre_norm(in) || C::Options::has_learned_gate(in)) {
-      *row_scalar(p, kMean, rows.first + r) = s.rows.mean[r];
-      *row_scalar(p, kRstd, rows.first + r) = s.rows.rstd[r];
-    }
-  }
-  if (p.a != nullptr && r < rows.count) {
-    const float factor = C::Options::has_post_norm(in) ? 1.0f : s.rows.factor[r];
-    store_16(static_cast<T*>(p.factor_parts) + (rows.first + r) * kPartsStride,
-             split_into_parts<T>(factor));
-  }
-  if (in.grad[kScale] != nullptr) leave_gated_dot<C>(p, s, rows, tile);
+  sync_threads();  // dh and all shares of the dots are there
 }
 
-// The tile's share of what its sentence's gate gets, by the first warp; the others go on.
+// The dots of the rows, and what they mean for others. Behind it s.dot[0] is there for all.
 template <class C>
-__device__ __forceinline__ void publish_dots(const BackwardParams& p, const Shared<C>& s,
-                                             const TileRows& rows, int tile) {
-  if (warp_index() != 0) return;
-  float sum = 0.0f, count = 0.0f;
-  for (int r = lane_index(); r < rows.count; r += 32) {
-    // Every row's output was scaled by the gate, also of those that do not count in it.
-    sum += s.dot[r];
-    count += counts(p.in, rows.first + r) ? 1.0f : 0.0f;
+__device__ __forceinline__ void settle_dots(const BackwardParams& p, BackwardShared<C>& s,
+                                            const TileRows& rows, int tile, bool returns) {
+  using T = typename C::T;
+  const Call& in = p.in;
+  const int r = thread_index();
+  if (r < rows.count) {
+    const int64_t row = rows.first + r;
+    float dot = 0.0f;
+    for (int split = 0; split < C::kSplit; ++split) dot += s.dot[split][r];
+    s.dot[0][r] = dot;
+    *row_scalar(p, kDot, row) = dot;
+    if (returns) *row_scalar(p, kLogit, row) = s.logit[r];
+    if (p.a != nullptr) {
+      store_16(static_cast<T*>(p.factor_parts) + row * kPartsStride,
+               split_into_parts<T>(factor_of_row<T, typename C::Options>(in, row)));
+    }
   }
-  leave_sums(p.gate_partial, p.arrivals, rows, tile, sum, count);
+  sync_threads();  // the dots are there
+  if (in.grad[kScale] != nullptr) leave_gated_dot<T, typename C::Options>(p, s.dot[0], rows, tile);
 }
 
 // Comes back to a tile that another one has replaced in shared memory.
 template <class C>
-__device__ __forceinline__ void reload_tile(const BackwardParams& p, Shared<C>& s,
+__device__ __forceinline__ void reload_tile(const BackwardParams& p, BackwardShared<C>& s,
                                             const TileRows& rows) {
   using T = typename C::T;
   const int r = thread_index();
-  if (r < rows.count) {
-    s.rows.logit[r] = *row_scalar(p, kLogit, rows.first + r);
-    s.rows.mean[r] = *row_scalar(p, kMean, rows.first + r);
-    s.rows.rstd[r] = *row_scalar(p, kRstd, rows.first + r);
-  }
-  const T* g_dh = static_cast<const T*>(p.dh);
-  const int vectors = rank_blocks_of<C>(p.in) * C::kRankBlock / 8;
-  for (int i = thread_index(); i < kBlockT * vectors; i += kThreads) {
-    const int row = i / vectors, rank = i % vectors * 8;
-    Words4 words = {};
-    if (row < rows.count && rank < p.rank_stride) {
-      words = load_16(g_dh + (rows.first + row) * p.rank_stride + rank);
-    }
-    store_16(s.hidden + row * C::kHiddenStride + rank, words);
-  }
-  sync_threads();  // the tile is there
+  if (r < rows.count) s.logit[r] = *row_scalar(p, kLogit, rows.first + r);
+  reload_dh<T, C::kTileRows, C::kRankStride>(p, rows, C::kRanks / 8, C::kThreads, s.hidden);
 }
 
-// dlogit = d loss / d logit of each row, for a learned gate.
-template <class C>
-__device__ __forceinline__ void derive_logits(const BackwardParams& p, Shared<C>& s,
-                                              const TileRows& rows, int tile) {
-  using T = typename C::T;
-  const int r = thread_index();
-  if (r < rows.count) {
-    const int64_t row = rows.first + r;
-    const float gate = sigmoid(s.rows.logit[r]);
-    float share = s.dot[r];  // the gradient of the row's gate, without scale
-    if (C::Options::has_pooled_gate(p.in)) {
-      // The sentence's gate, the mean over its rows that count, has the sum of all dots.
-      share = counts(p.in, row) ? s.pooled[0] / s.pooled[1] : 0.0f;
-    }
-    s.dlogit[r] = scale_of<typename C::T>(p.in) * share * gate * (1.0f - gate);
-    *row_scalar(p, kDLogit, row) = s.dlogit[r];
-    if (p.a != nullptr) {
-      store_16(static_cast<T*>(p.dlogit_parts) + row * kPartsStride,
-               split_into_parts<T>(s.dlogit[r]));
-    }
-  }
-  sync_threads();           // dlogit is there
-  if (warp_index() == 0) {  // the tile's share of what the gate's bias gets
-    float sum = 0.0f;
-    for (int i = lane_index(); i < rows.count; i += 32) sum += s.dlogit[i];
-    sum = warp_sum(sum);
-    if (lane_index() == 0) *tile_sum(p, kDLogitSum, tile) = sum;
-  }
-}
-
-// Eight elements of (x - mean) / deviation.
-template <class C>
-__device__ __forceinline__ Float8 normed_input(const Call& in, const Shared<C>& s, int64_t at,
-                                               int row) {
-  Float8 x = load_8(in.input_as<typename C::T>(kX) + at);
-  for (int e = 0; e < 8; ++e) x.v[e] = (x.v[e] - s.rows.mean[row]) * s.rows.rstd[row];
-  return x;
-}
-
-// dx, and what the rows add to the pre-norm's own gradients.
-template <class C>
-__device__ __forceinline__ void derive_input(const BackwardParams& p, Shared<C>& s,
-                                             const TileRows& rows, int tile) {
+// dx, from dh in s.hidden.
+template <class C, bool kHasGate>
+__device__ __forceinline__ void derive_input(const BackwardParams& p, Ring<C>& ring,
+                                             BackwardShared<C>& s, const TileRows& rows) {
   using T = typename C::T;
   const Call& in = p.in;
-  const int64_t member = down_member_of(in, rows);
-  float* out = s.out[warp_index()];
-  // The sums that a pre-norm's gradient takes from each row of dz = dh W_down: of dz w and of dz w
-  // hat(x). This lane's share, for its rows lane / 8 + 4 turn.
-  float sum[4] = {}, dot_hat[4] = {};
-  if (C::Options::has_pre_norm(in)) {
-    project_to_columns<kDown, C>(in, s, p.w_down, member, [&](int first, const auto& sums) {
-      ColumnSums columns;
-      for_each_8(
-          out, rows, first, in.D, sums, [&](int turn, int row, int column, const Float8& dz) {
-            const Float8 hat = normed_input<C>(in, s, (rows.first + row) * in.D + column, row);
-            const Float8 weight = load_parameter_8<T>(in.parameter(kPreNormWeight), column);
-            for (int e = 0; e < 8; ++e) {
-              sum[turn] += dz.v[e] * weight.v[e];
-              dot_hat[turn] += dz.v[e] * weight.v[e] * hat.v[e];
-              // The norm's own gradients are the sums over rows of dz hat(x) and dz, without w.
-              columns.weight.v[e] += dz.v[e] * hat.v[e];
-              columns.bias.v[e] += dz.v[e];
-            }
-          });
-      leave_columns<C>(p, s, tile, /*norm=*/0, first, columns);
-    });
-    for (int turn = 0; turn < 4; ++turn) {  // kVectors neighbouring lanes share a row
-      sum[turn] = group_sum<kVectors>(sum[turn]);
-      dot_hat[turn] = group_sum<kVectors>(dot_hat[turn]);
-    }
+  constexpr int kRowBytes = C::kRowStride * sizeof(T), kRankBytes = C::kRankStride * sizeof(T);
+  constexpr int kColumnBytes = 16;  // of a tile of eight columns
+  const int lane = lane_index();
+  float dlogit[2] = {0.0f, 0.0f};  // of this lane's two rows
+  for (int half = 0; half < 2; ++half) {
+    const int row = row_of_warp<C>() + FragmentD::row(2 * half);
+    if (kHasGate && row < rows.count) dlogit[half] = s.dlogit[row];
   }
-  if (in.grad[kX] == nullptr) return;  // nobody asked for dx: the norm's sums were all
-  project_to_columns<kDown, C>(in, s, p.w_down, member, [&](int first, const auto& sums) {
-    for_each_8(out, rows, first, in.D, sums, [&](int turn, int row, int column, Float8 dx) {
-      const int64_t at = (rows.first + row) * in.D + column;
-      if (C::Options::has_pre_norm(in)) {
-        const Float8 hat = normed_input<C>(in, s, at, row);
-        const Float8 weight = load_parameter_8<T>(in.parameter(kPreNormWeight), column);
-        for (int e = 0; e < 8; ++e) {
-          // dx = (dz w - (sum + hat(x) dot_hat) / D) / deviation
-          const float mean = (sum[turn] + hat.v[e] * dot_hat[turn]) / static_cast<float>(in.D);
-          dx.v[e] = s.rows.rstd[row] * (dx.v[e] * weight.v[e] - mean);
-        }
+  FragmentA dh[C::kRanks / 16];  // the same for every chunk
+  const uint32_t of_dh =
+      shared_address(s.hidden) + (row_of_warp<C>() + lane % 16) * kRankBytes + lane / 16 * 16;
+  for_constants<C::kRanks / 16>(
+      [&](auto k) { ldmatrix_x4_at<decltype(k)::value * 32>(dh[decltype(k)::value].r, of_dh); });
+  const uint32_t of_b = Ring<C>::kWeightOffset + lane % 16 * kRowBytes +
+                        (column_of_warp<C>() + lane / 16 * 8) * sizeof(T);
+  // Where the lane's fragments are in the slot, its rows of an ldmatrix, and its 16-byte pieces.
+  const uint32_t of_pair = (row_of_warp<C>() + FragmentD::row(0)) * kRowBytes +
+                           (column_of_warp<C>() + FragmentD::column(0)) * sizeof(T);
+  const uint32_t of_rows = (row_of_warp<C>() + lane % 16) * kRowBytes +
+                           (column_of_warp<C>() + lane / 16 * 8) * sizeof(T);
+  constexpr int kVectors = C::kColumnTiles, kRowsPerPass = 32 / kVectors;
+  const int row = row_of_warp<C>() + lane / kVectors;
+  const int column = column_of_warp<C>() + lane % kVectors * 8;
+  const uint32_t of_vector = row * kRowBytes + column * sizeof(T);
+  T* g_dx = in.grad_as<T>(kX) + (rows.first + row) * in.D + in.D - kChunk + column;
+  const int64_t pass_step = static_cast<int64_t>(kRowsPerPass) * in.D;
+  const T* weight = s.columns + 2 * in.D - kChunk + column_of_warp<C>() + FragmentD::column(0);
+
+#pragma unroll 1
+  for (int chunk = 0; chunk < ring.chunks; ++chunk) {
+    const uint32_t slot = ring.template next<Ring<C>::kDown>(chunk);
+    FragmentA dy[C::kColumnTiles / 2] = {};
+    if (ring.has_residual) {
+      for_constants<C::kColumnTiles / 2>([&](auto pair) {
+        constexpr int n = decltype(pair)::value;
+        ldmatrix_x4_at<2 * n * kColumnBytes>(dy[n].r, slot + of_rows);
+      });
+    }
+    FragmentD dx[C::kColumnTiles];
+#pragma unroll
+    for (int n = 0; n < C::kColumnTiles; ++n) {
+      Float2 w = {};
+      if constexpr (kHasGate) w = unpack<T>(load_4(weight + 8 * n));
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Float2 both = unpack<T>(dy[n / 2].r[n % 2 * 2 + half]);
+        dx[n].r[2 * half] = kHasGate ? both.low + dlogit[half] * w.low : both.low;
+        dx[n].r[2 * half + 1] = kHasGate ? both.high + dlogit[half] * w.high : both.high;
       }
-      if (C::Options::has_learned_gate(in)) {
-        const Float8 weight = load_parameter_8<T>(in.parameter(kGateWeight), column);
-        // The gate sees x before the norm.
-        for (int e = 0; e < 8; ++e) dx.v[e] += s.dlogit[row] * weight.v[e];
-      }
-      // x reached y as the residual too; another residual gets dy itself, outside of the kernels.
-      if (in.residual_from == ResidualFrom::kInput) {
-        const Float8 dy = load_8(p.in.doutput_as<T>(kY) + at);
-        for (int e = 0; e < 8; ++e) dx.v[e] += dy.v[e];
-      }
-      store_16(p.in.grad_as<T>(kX) + at, narrow<T>(dx));
+    }
+    const uint32_t at_b = slot + of_b;
+    for_constants<C::kRanks / 16>([&](auto k) {
+      for_constants<C::kColumnTiles / 2>([&](auto n) {
+        constexpr int kTile = 2 * decltype(n)::value;
+        uint32_t b[4];
+        ldmatrix_x4_trans_at<decltype(k)::value * 16 * kRowBytes + kTile * kColumnBytes>(b, at_b);
+        multiply_add<T>(dx[kTile], dh[decltype(k)::value], FragmentB{{b[0], b[1]}});
+        multiply_add<T>(dx[kTile + 1], dh[decltype(k)::value], FragmentB{{b[2], b[3]}});
+      });
     });
+    sync_warp();  // all lanes have what they read of dy, whose place dx takes
+    for_constants<C::kColumnTiles>([&](auto tile) {
+      constexpr int n = decltype(tile)::value;
+      for_constants<2>([&](auto half) {
+        constexpr int h = decltype(half)::value;
+        store_shared_4_at<8 * h * kRowBytes + n * kColumnBytes>(
+            slot + of_pair, pack<T>(dx[n].r[2 * h], dx[n].r[2 * h + 1]));
+      });
+    });
+    sync_warp();  // a lane reads what others wrote
+    T* g_at = g_dx;
+    for_constants<16 / kRowsPerPass>([&](auto pass) {
+      constexpr int kRow = decltype(pass)::value * kRowsPerPass;
+      const Words4 words = load_shared_16_at<kRow * kRowBytes>(slot + of_vector);
+      if (row + kRow < rows.count) store_global_16_streaming(g_at, words);
+      g_at += pass_step;
+    });
+    g_dx -= kChunk;
+    weight -= kChunk;
+  }
+}
+
+// is_first: of the block's tiles. has_first, has_second: up to the dots, and from there on.
+template <class C>
+__device__ __forceinline__ void run_tile(const BackwardParams& p, BackwardShared<C>& s, int tile,
+                                         bool is_first, bool has_first, bool has_second) {
+  const Call& in = p.in;
+  const TileRows rows = rows_of_tile<C::kTileRows>(p.tiling, tile);
+  const bool is_pooled = has_pooled_gate(in);
+  const Passes passes = {has_first && is_pooled, has_first, has_second && in.grad[kX] != nullptr};
+  Ring<C> ring(p, s, rows, passes);
+  if (is_first || has_weights_per_sample(in)) load_columns<C>(in, s, up_member_of(in, rows));
+  if (has_first) {
+    HiddenPairs<C> pairs;
+    pairs.load(in, rows);
+    if (passes.logits) compute_logits<C>(in, ring, s);
+    FragmentD v[C::kRankTiles], bias_dot;
+    project_dy<C>(in, ring, s, rows, v, bias_dot);
+    derive_hidden<C>(p, s, rows, v, bias_dot, pairs);
+    settle_dots<C>(p, s, rows, tile, /*returns=*/is_pooled && !has_second);
+    if (is_pooled) publish_dots(p, s.dot[0], rows, tile);
+  } else {
+    reload_tile<C>(p, s, rows);
+  }
+  if (has_second) {
+    if (is_pooled)
+      await_sums(p.tiling, p.tiling.tiles_per_group, p.gate_partial, p.arrivals, rows, s.pooled);
+    if (has_learned_gate(in)) {
+      derive_logits<typename C::T, typename C::Options>(
+          p, rows, tile, s.dot[0], s.pooled, s.dlogit, [&](int r) {
+            return is_pooled ? sigmoid(s.logit[r])
+                             : in.output_as<float>(kGateValue)[rows.first + r];
+          });
+    }
+    if (passes.down && has_learned_gate(in)) derive_input<C, true>(p, ring, s, rows);
+    if (passes.down && !has_learned_gate(in)) derive_input<C, false>(p, ring, s, rows);
+  }
+  sync_threads();  // the next tile may replace what is in shared memory
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, C::kMinBlocks)
+    gated_adapter_bwd_sm80(const __grid_constant__ BackwardParams p) {
+  auto& s = shared_memory_as<BackwardShared<C>>();
+  prepare_second_launch(p, C::kThreads);
+  bool is_first = true;
+  for_each_pass(p, has_pooled_gate(p.in), [&](int tile, bool has_first, bool has_second) {
+    run_tile<C>(p, s, tile, is_first, has_first, has_second);
+    is_first = false;
   });
 }
 
-// dlogit and dx of a tile whose dh and dots, or sentence's dots, are there.
-template <class C>
-__device__ __forceinline__ void finish_tile(const BackwardParams& p, Shared<C>& s,
-                                            const TileRows& rows, int tile) {
-  if (C::Options::has_learned_gate(p.in)) derive_logits<C>(p, s, rows, tile);
-  derive_input<C>(p, s, rows, tile);
-  sync_threads();  // the next tile may replace what is known of the rows, and dh
-}
-
-// The second launch's counters start from zero, and it learns how many blocks have left sums of the
-// norms: those that have a tile.
-__device__ __forceinline__ void prepare_second_launch(const BackwardParams& p) {
-  const int64_t first = static_cast<int64_t>(block_index_x()) * kThreads + thread_index();
-  const int64_t threads = static_cast<int64_t>(grid_blocks_x()) * kThreads;
-  if (p.tickets != nullptr) {
-    for (int64_t i = first; i < weight_tiles_of(p); i += threads) p.tickets[i] = 0;
-  }
-  if (first == 0) {
-    *p.norm_slots = grid_blocks_x() < p.wave_tiles ? grid_blocks_x() : p.wave_tiles;
-  }
-}
-
-template <class C>
-__global__ void __launch_bounds__(kThreads, C::kMinBlocks)
-    gated_adapter_bwd_sm80(const __grid_constant__ BackwardParams p) {
-  auto& s = shared_memory_as<Shared<C>>();
-  const Tiling& tiling = p.tiling;
-  prepare_second_launch(p);
-  clear_extra_rows<C>(s);
-  sync_threads();  // no copy of an extra row may come before the zeros
-
-  for (int wave = 0; wave < tiling.tiles; wave += p.wave_tiles) {
-    const int end = wave + p.wave_tiles < tiling.tiles ? wave + p.wave_tiles : tiling.tiles;
-    // dh and the dots, and without a pooled gate the rest of each tile too.
-    for (int tile = wave + block_index_x(); tile < end; tile += grid_blocks_x()) {
-      const TileRows rows = rows_of_tile<kBlockT>(tiling, tile);
-      derive_hidden<C>(p, s, rows, tile);
-      // dlogit needs the dots of the whole sentence.
-      if (C::Options::has_pooled_gate(p.in)) {
-        publish_dots<C>(p, s, rows, tile);
-      } else {
-        finish_tile<C>(p, s, rows, tile);
-      }
-      sync_threads();  // the next tile may replace the dots that publish_dots reads
-    }
-    if (!C::Options::has_pooled_gate(p.in)) continue;
-    // dx of the wave's tiles, each when its sentence's dots are known.
-    const bool has_several = end - wave > grid_blocks_x();  // tiles for some block
-    for (int tile = wave + block_index_x(); tile < end; tile += grid_blocks_x()) {
-      const TileRows rows = rows_of_tile<kBlockT>(tiling, tile);
-      await_sums(tiling, tiling.tiles_per_group, p.gate_partial, p.arrivals, rows, s.pooled);
-      // With one tile a block, its dh and rows are still in shared memory.
-      if (has_several) reload_tile<C>(p, s, rows);
-      finish_tile<C>(p, s, rows, tile);
-    }
-  }
-}
-
-using Configs = ConfigsOf<Config>;
+using Configs = BackwardConfigs;
 
 }  // namespace
 
 void launch_bwd_rows_sm80(const BackwardParams& p) {
-  const bool found = run_first_fit_here<Shared>(
-      Configs{}, [&](auto tag) { return serves<typename decltype(tag)::type>(p.in); },
+  const bool found = run_first_fit(
+      Configs{}, [&](auto tag) { return serves_backward<typename decltype(tag)::type>(p.in); },
       [&](auto tag) {
         using C = typename decltype(tag)::type;
-        launch_over_tiles<gated_adapter_bwd_sm80<C>>("gated_adapter_bwd_sm80", p, kThreads,
-                                                     sizeof(Shared<C>));
+        launch_over_tiles<gated_adapter_bwd_sm80<C>>("gated_adapter_bwd_sm80", p, C::kThreads,
+                                                     backward_bytes<C>(p.in));
       });
-  check(found, "gated_adapter_bwd_sm80: expected a call that why_not serves, got ",
-        name_of(p.in.dtype), " and R=", p.in.R);
+  if (!found) launch_bwd_general_sm80(p);
 }
 
 }  // namespace pelt::gated_adapter

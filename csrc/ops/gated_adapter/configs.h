@@ -11,17 +11,6 @@
 
 namespace pelt::gated_adapter {
 
-// Of the kernels with both products: dtype; ranks whose sums are in registers at a time; ranks that
-// fit in shared memory; options. The first that fits a call serves it.
-template <template <class, int, int, class> class Config>
-using ConfigsOf =
-    TypeList<Config<bf16, 16, 16, Usual>, Config<bf16, 48, 48, Plain>, Config<bf16, 48, 48, Usual>,
-             Config<bf16, 64, 64, Plain>, Config<bf16, 64, 64, Usual>,
-             Config<bf16, 128, 128, Usual>, Config<bf16, 64, 64, General>,
-             Config<bf16, 128, 512, General>, Config<f16, 16, 16, Usual>,
-             Config<f16, 64, 64, Usual>, Config<f16, 128, 128, Usual>, Config<f16, 64, 64, General>,
-             Config<f16, 128, 512, General>>;
-
 template <class C>
 constexpr bool fits(DType dtype, int64_t R) {
   return DTypeOf<typename C::T>::value == dtype && R <= C::kRanks;
@@ -123,7 +112,8 @@ using StreamConfigs =
              StreamConfig<f16, 128, 64>, StreamConfig<f16, 32, 16>, StreamConfig<f16, 64, 16>,
              StreamConfig<f16, 128, 16>>;
 
-// The kernels that ask for everything at run time.
+// The kernels that ask for everything at run time: dtype; ranks whose sums are in registers at a time;
+// ranks that fit in shared memory; options. The first that fits a call serves it.
 template <template <class, int, int, class> class Config>
 using GeneralConfigsOf = TypeList<Config<bf16, 64, 64, General>, Config<bf16, 128, 512, General>,
                                   Config<f16, 64, 64, General>, Config<f16, 128, 512, General>>;

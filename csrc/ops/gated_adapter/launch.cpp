@@ -11,7 +11,7 @@
 
 #include "common/arena.h"
 #include "common/check.h"
-#include "ops/gated_adapter/configs.h"
+#include "ops/gated_adapter/backward_configs.h"
 
 namespace pelt::gated_adapter {
 namespace {
@@ -35,6 +35,16 @@ int forward_rows(const Call& in) {
   int rows = kBlockT;
   run_first_fit(
       StreamConfigs{}, [&](auto tag) { return serves_forward<typename decltype(tag)::type>(in); },
+      [&](auto tag) { rows = decltype(tag)::type::kTileRows; });
+  return rows;
+}
+
+// Backward's likewise.
+int backward_rows(const Call& in) {
+  int rows = kBlockT;
+  run_first_fit(
+      BackwardConfigs{},
+      [&](auto tag) { return serves_backward<typename decltype(tag)::type>(in); },
       [&](auto tag) { rows = decltype(tag)::type::kTileRows; });
   return rows;
 }
@@ -109,7 +119,7 @@ BackwardParams backward_params(const Call& call, Arena& arena, RoundParams& roun
   p.w_up = in_activation_type(call, kWUp, call.M_up, arena, round.weight[1]);
   const int64_t rows = rows_of(call);
   const int ranks = weight_ranks(call.dtype, call.R);
-  p.tiling = tiling_of(call, kBlockT);
+  p.tiling = tiling_of(call, backward_rows(call));
   p.rank_stride = (call.R + 7) / 8 * 8;
   const int64_t groups = has_weights_per_sample(call) ? call.B : 1;
   p.weight_tiling = cut_rows(groups, rows / groups, kWeightRows);
@@ -153,7 +163,7 @@ using namespace gated_adapter;
 
 template <>
 std::string Cuda<Contract>::why_not(const NativeCall<Contract, int64_t>& call) {
-  using Configs = ConfigsOf<Capacity>;
+  using Configs = GeneralConfigsOf<Capacity>;
   const bool has_dtype = any_of(
       Configs{}, [&](auto tag) { return fits<typename decltype(tag)::type>(call.dtype, /*R=*/1); });
   if (!has_dtype) {

@@ -121,6 +121,7 @@ void launch_round_sm80(const RoundParams& params, DType dtype, Stream stream);
 void launch_fwd_sm80(const ForwardParams& params);
 void launch_fwd_general_sm80(const ForwardParams& params);
 void launch_bwd_rows_sm80(const BackwardParams& params);
+void launch_bwd_general_sm80(const BackwardParams& params);
 void launch_bwd_weights_sm80(const BackwardParams& params);
 
 }  // namespace pelt::gated_adapter
