@@ -146,11 +146,12 @@ class Check:
         with self._log(stage).open("wb") as log:
             return subprocess.Popen(
                 command,
+                stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
                 env={**os.environ, **stage.environment},
-                start_new_session=True,
+                preexec_fn=os.setpgrp,  # a signal reaches the children too
             )
 
     def _set(self, stage: Stage, result: Result) -> None:

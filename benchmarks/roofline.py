@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pelt_kernels._hardware import hardware
 from pelt_kernels.ops import _native
 from pelt_kernels.ops._dispatch import contract_of
 from pelt_kernels.ops._rows import Input
-from pelt_kernels.training.report import hardware
 
 from . import shapes, timing
 from .from_tests import Case, cases

@@ -28,12 +28,12 @@ from pathlib import Path
 
 import torch
 
+from pelt_kernels._hardware import hardware
 from pelt_kernels.ops import BACKENDS, OPERATORS
 from pelt_kernels.ops import _dispatch as dispatch
 from pelt_kernels.ops._forms import DIRECTIONS
-from pelt_kernels.training.report import hardware
 
-from . import check, plots, roofline, shapes, timing
+from . import check, roofline, shapes, timing
 from .checkout import commit
 from .contenders import COMPILED, SEED, baselines_of, contenders
 from .from_tests import Case, parity
@@ -92,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write(options.json, earlier + rows)
     for operator, swept in points.items():
         if swept:
+            from . import plots  # slow to import
+
             print(plots.draw_sweeps(operator, swept, options.plot))
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)

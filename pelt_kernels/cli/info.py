@@ -19,8 +19,9 @@ def info(
 ) -> None:
     """Show versions, the machine, which backends can serve each operator and why others cannot."""
     with errors_in_one_line(debug):
+        from .._hardware import hardware
         from ..ops._native import build_info
-        from ..training.report import hardware, versions
+        from ..training.report import versions
 
         out = results()
         facts = Table(show_header=False, title="pelt-kernels")

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
+from pelt_kernels import _hardware
 from pelt_kernels.ops import _native as native
-from pelt_kernels.training import report
 
 XEON = {"model name": "Intel(R) Xeon(R) Processor @ 2.1GHz", "cpu family": "6", "model": "207"}
 
@@ -23,18 +23,18 @@ XEON = {"model name": "Intel(R) Xeon(R) Processor @ 2.1GHz", "cpu family": "6", 
 def test_a_name_that_says_little_gets_more(info, sets, name, monkeypatch):
     monkeypatch.setattr(native, "cpu_info", lambda field: info.get(field, ""))
     monkeypatch.setattr(native, "instruction_sets", lambda: sets)
-    assert report._processor_name() == name
+    assert _hardware._processor_name() == name
 
 
 def test_a_system_that_says_nothing_has_the_name_of_the_machine(monkeypatch):
     monkeypatch.setattr(native, "cpu_info", lambda field: "")
     monkeypatch.setattr(native, "instruction_sets", tuple)
-    monkeypatch.setattr(report.platform, "processor", lambda: "")
-    monkeypatch.setattr(report.platform, "machine", lambda: "riscv64")
-    assert report._processor_name() == "riscv64"
+    monkeypatch.setattr(_hardware.platform, "processor", lambda: "")
+    monkeypatch.setattr(_hardware.platform, "machine", lambda: "riscv64")
+    assert _hardware._processor_name() == "riscv64"
 
 
 def test_this_machine():
-    found = report.hardware()
+    found = _hardware.hardware()
     assert found["cpu"].endswith(f" x {os.cpu_count()}")
     assert found["kind"] == native.processor()
