@@ -112,7 +112,7 @@ class Check:
         started = time.monotonic()
         ends = {s.name: min(started + s.most, self.end - GRACE) for s in group}
         processes: dict[str, subprocess.Popen[bytes]] = {}
-        interrupted: set[str] = set()
+        interrupted: dict[str, float] = {}  # stage -> when
         waiting = list(group)
         try:
             for stage in group:
@@ -126,10 +126,11 @@ class Check:
                         waiting.remove(stage)
                         limit = end - started if stage.name in interrupted else None
                         self._finish(stage, process.returncode, now - started, limit)
-                    elif now > end + GRACE:
-                        _signal(process, signal.SIGKILL)
-                    elif now > end and stage.name not in interrupted:
-                        interrupted.add(stage.name)
+                    elif stage.name in interrupted:
+                        if now > interrupted[stage.name] + GRACE:
+                            _signal(process, signal.SIGKILL)
+                    elif now > end:
+                        interrupted[stage.name] = now
                         _signal(process, signal.SIGINT)
         except KeyboardInterrupt:
             for stage in waiting:
@@ -226,10 +227,11 @@ def _signal(process: subprocess.Popen[bytes], number: int) -> None:
 def _fingerprint() -> str:
     """Of all that is built and run, so that what passed is known to have been the same."""
     paths = [ROOT / "setup.py", ROOT / "CMakeLists.txt"]
-    paths += [path for folder in ("csrc", "pelt_kernels") for path in (ROOT / folder).rglob("*.*")]
+    for folder in ("cmake", "csrc", "pelt_kernels"):
+        paths += (ROOT / folder).rglob("*.*")
     found = hashlib.sha256()
     for path in sorted(paths):
-        if path.suffix in (".py", ".txt", ".h", ".cuh", ".cu", ".cpp"):
+        if path.suffix in (".py", ".txt", ".cmake", ".h", ".cuh", ".cu", ".cpp"):
             found.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return found.hexdigest()
 
