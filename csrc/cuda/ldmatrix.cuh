@@ -8,8 +8,8 @@
 //                         row 1    4  4  5  5  6  6  7  7
 //                         row 7   28 28 29 29 30 30 31 31
 //
-// The eight rows of a matrix are read together, 16 bytes each: without padding or swizzle they
-// would fall into the same banks.
+// Its eight rows are read together: without padding or swizzle they would share banks. No "memory"
+// is clobbered: between a store and these, either way round, a barrier stands, which orders both.
 #pragma once
 
 #include "cuda/memory.cuh"

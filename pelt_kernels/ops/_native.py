@@ -163,19 +163,30 @@ def dense(value: Any) -> Any:
 
 
 def readable_rows(tensor: Tensor) -> Tensor:
-    """The tensor as CUDA kernels read it through its strides: the last one is 1 and rows start at
-    16-byte borders, also in a dimension of size 1, because a kernel names the address of the row
-    behind the last one without reading it. Copied if they do not.
+    """The tensor as CUDA kernels read it through its strides: the last one is 1, and rows start at
+    16-byte borders. Copied if they do not. Of a dimension of size 1 kernels get the stride 0
+    (`row_strides`), so that it may be any number.
     """
     *steps, last = tensor.stride()
     vector = 16 // tensor.element_size()
     if last == 1 and tensor.data_ptr() % 16 == 0:
-        for step in steps:
-            if step % vector:
+        for step, size in zip(steps, tensor.shape):
+            if step % vector and size > 1:
                 break
         else:
             return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def row_strides(tensor: Tensor) -> tuple[int, ...]:
+    """The strides through which CUDA kernels read a tensor of `readable_rows`. A kernel names the
+    address of the row behind the last one without reading it, and that has to be aligned, too: so a
+    stride that leads nowhere, which a view may have set to any number, becomes 0.
+    """
+    strides = tensor.stride()
+    if 1 not in tensor.shape:
+        return strides
+    return tuple(0 if size == 1 else step for step, size in zip(strides, tensor.shape))
 
 
 def workspace(size: int, device: torch.device) -> Tensor | None:

@@ -125,6 +125,7 @@ class Plan:
         # Of each input's tensor also how it is made readable for the kernels.
         self._dense = Tensor.contiguous if kernels == "cpu" else _native.dense
         rows = _rows_contiguous if kernels == "cpu" else _native.readable_rows
+        self._strides_of = Tensor.stride if kernels == "cpu" else _native.row_strides
         views = {row.name for row in contract.input_rows if row.is_view} if reads_views else set()
         self._readers = [(n, i, rows if n in views else self._dense) for n, i in self._flat_names]
         self._views = sum(name in views for name, _ in self._flat_names)
@@ -261,7 +262,10 @@ class Plan:
 
     def _strides(self, tensors: list[Any]) -> list[tuple[int, ...]] | None:
         """Those of the views, which stand first."""
-        return [tensor.stride() for tensor in tensors[: self._views]] if self._views else None
+        if not self._views:
+            return None
+        strides_of = self._strides_of
+        return [strides_of(tensor) for tensor in tensors[: self._views]]
 
     def _dense_tensors(
         self, places: Sequence[tuple[str, int] | None], values: dict[str, Value]

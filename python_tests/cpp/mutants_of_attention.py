@@ -1,15 +1,13 @@
-"""Faults of prefix_attention's kernels: each barrier and each wait, and a wrong operand in each
-statement of inline assembly that they use.
-"""
+"""Faults of prefix_attention's kernels: each barrier and each wait."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from cases import Case
-from mutate import BARRIER, COPY, NOTHING, OUTSIDE, RACE, WAIT, WARP_BARRIER, WRONG, Mutant
+from mutate import BARRIER, COPY, NOTHING, RACE, WAIT, WARP_BARRIER, Mutant
 
-ATTENTION = "prefix_attention_{}_sm80<Config<bf16, 32>>"
+ATTENTION = "prefix_attention_{}_sm80<Config<bf16, {}>>"
 FORWARD = "ops/prefix_attention/fwd_sm80.cu: "
 QUERIES = "ops/prefix_attention/bwd_queries_sm80.cu: "
 KEYS = "ops/prefix_attention/bwd_keys_sm80.cu: "
@@ -31,12 +29,14 @@ FEW_QUERIES = tokens("few_queries", 9, 150, is_inference=True)
 NOTHING_SEEN = tokens("nothing_seen", 70, 20, "key_mask", True, P_i=(), fill={"key_mask": 0})
 GRADIENTS = tokens("gradients", 70, 150)
 ONE_TILE = tokens("one_tile", 40, 150)
+# Of wide heads each warp has columns of its own, which it keeps in registers.
+WIDE = tokens("wide", 70, 150, E=96)
+WIDE_ONE_TILE = tokens("wide_one_tile", 40, 150, E=96)
 GRADIENTS_UNSEEN = tokens("gradients_unseen", 70, 20, "key_mask", P_i=(), fill={"key_mask": 0})
 SHARED_BIAS = tokens("shared_bias", 70, 70, "bias shared by all, key_mask", B=2, H=2, G=2)
 UNSEEN_BIAS = tokens(
     "unseen_bias", 70, 70, "bias shared by all, key_mask", B=2, H=2, G=2, fill={"key_mask": 0}
 )
-GROWING = tokens("growing", 70, 150, "", is_inference=True, attributes={"scale": 30.0})
 
 
 def attention(
@@ -50,7 +50,7 @@ def attention(
 ) -> Mutant:
     return Mutant(
         f"prefix_attention {id}",
-        ATTENTION.format(kernel),
+        ATTENTION.format(kernel, case.sizes["E"]),
         place,
         instruction,
         replacement,
@@ -87,12 +87,12 @@ PREFIX_ATTENTION = [
         "",
         NOTHING_SEEN,
     ),
-    # A warp takes its queries into registers at the first of several tiles.
+    # At this head size queries are read from shared memory at each step.
     attention(
         "barrier before rows are finished",
         "fwd",
         FORWARD + "Results go where queries -> sync_threads",
-        NOTHING,
+        RACE,
     ),
     attention(
         "barrier before rows that see nothing are finished",
@@ -147,15 +147,16 @@ PREFIX_ATTENTION = [
         "wait before dq",
         "bwd_queries",
         QUERIES + "dq goes where the queries were -> cp_async_wait",
-        COPY,
+        f"{COPY}|while a copy that it started is under way",
         WAIT,
         case=GRADIENTS_UNSEEN,
     ),
+    # A warp takes its queries into registers at the first of several tiles.
     attention(
         "barrier before dq",
         "bwd_queries",
         QUERIES + "dq goes where the queries were -> sync_threads",
-        RACE,
+        NOTHING,
         case=GRADIENTS,
     ),
     attention(
@@ -192,7 +193,7 @@ PREFIX_ATTENTION = [
         "bwd_keys",
         KEYS + "every warp has its keys before",
         RACE,
-        case=GRADIENTS,
+        case=WIDE,
     ),
     # The last turn has started no copy.
     attention(
@@ -221,6 +222,20 @@ PREFIX_ATTENTION = [
         "barrier before dk and dv",
         "bwd_keys",
         KEYS + "the other warps have read the queries",
+        RACE,
+        case=WIDE_ONE_TILE,
+    ),
+    attention(
+        "barrier before sums are exchanged",
+        "bwd_keys",
+        KEYS + "every warp has read the queries that lie where sums",
+        RACE,
+        case=ONE_TILE,
+    ),
+    attention(
+        "barrier between the halves of an exchange",
+        "bwd_keys",
+        KEYS + "the partner's sums are there before",
         RACE,
         case=ONE_TILE,
     ),
@@ -260,120 +275,4 @@ PREFIX_ATTENTION = [
         RACE,
         case=SHARED_BIAS,
     ),
-]
-
-# One wrong operand in each statement of inline assembly that the kernels use.
-FOUR = r"\{(.*?), (.*?), (.*?), (.*?)\}"
-MMA = rf"^(mma\S+) {FOUR}, {FOUR}, \{{(.*?), (.*?)\}}, {FOUR};"
-MATRICES = r"^(ldmatrix\.sync\.aligned\.m8n8\.x4)(\.trans|)(\.shared\.b16 \{.*?\}), \[(.*?)\];"
-ASYNC = r"^(cp\.async\.cg\.shared\.global) \[(.*?)\], \[(.*?)\], 16, (.*?);"
-
-
-def wrong(
-    id: str,
-    instruction: str,
-    replacement: str,
-    caught: str = WRONG,
-    place: str = "",
-    case: Case = SEVERAL_TILES,
-) -> Mutant:
-    return attention(id, "fwd", place, caught, instruction, replacement, case)
-
-
-VOCABULARY = [
-    wrong(
-        "mma with rows of A exchanged",
-        MMA,
-        r"\1 {\2, \3, \4, \5}, {\7, \6, \9, \8}, {\10, \11}, {\12, \13, \14, \15};",
-    ),
-    wrong(
-        "mma with columns of A exchanged",
-        MMA,
-        r"\1 {\2, \3, \4, \5}, {\8, \7, \6, \9}, {\10, \11}, {\12, \13, \14, \15};",
-    ),
-    wrong(
-        "mma with rows of B exchanged",
-        MMA,
-        r"\1 {\2, \3, \4, \5}, {\6, \7, \8, \9}, {\11, \10}, {\12, \13, \14, \15};",
-    ),
-    wrong(
-        "mma with rows of D exchanged",
-        MMA,
-        r"\1 {\4, \5, \2, \3}, {\6, \7, \8, \9}, {\10, \11}, {\12, \13, \14, \15};",
-    ),
-    wrong(
-        "mma with columns of C exchanged",
-        MMA,
-        r"\1 {\2, \3, \4, \5}, {\6, \7, \8, \9}, {\10, \11}, {\13, \12, \15, \14};",
-    ),
-    wrong("mma of another format", r"f32\.bf16\.bf16\.f32", "f32.f16.f16.f32"),
-    Mutant(
-        "prefix_attention mma of float16 with rows of A exchanged",
-        "prefix_attention_fwd_sm80<Config<f16, 32>>",
-        "",
-        MMA,
-        r"\1 {\2, \3, \4, \5}, {\7, \6, \9, \8}, {\10, \11}, {\12, \13, \14, \15};",
-        SEVERAL_TILES,
-        WRONG,
-        "float16",
-    ),
-    wrong("ldmatrix transposed", MATRICES.replace("(\\.trans|)", "()"), r"\1.trans\3, [\4];"),
-    wrong("ldmatrix not transposed", MATRICES.replace("(\\.trans|)", "(\\.trans)"), r"\1\3, [\4];"),
-    wrong(
-        "ldmatrix of the row's next elements",
-        MATRICES,
-        r"{ .reg .b32 %mutant; add.s32 %mutant, \4, 16; \1\2\3, [%mutant]; }",
-        "nobody has written",
-    ),
-    wrong(
-        "ldmatrix off its border",
-        MATRICES,
-        r"{ .reg .b32 %mutant; add.s32 %mutant, \4, 8; \1\2\3, [%mutant]; }",
-        "is misaligned",
-    ),
-    wrong(
-        "cp.async of 8 bytes",
-        ASYNC,
-        r"\1 [\2], [\3], 16, 8;",
-        OUTSIDE,
-    ),
-    wrong(
-        "cp.async of half the bytes that are there",
-        r"^selp\.b32 (%r\d+), 16, 0, (%p\d+);",
-        r"selp.b32 \1, 8, 0, \2;",
-    ),
-    wrong(
-        "cp.async of all bytes, behind the tensor too",
-        ASYNC,
-        r"\1 [\2], [\3], 16, 16;",
-        OUTSIDE,
-    ),
-    wrong("cp.async of no bytes", ASYNC, r"\1 [\2], [\3], 16, 0;"),
-    wrong(
-        "cp.async off its border",
-        ASYNC,
-        r"{ .reg .b64 %mutant; add.s64 %mutant, \3, 8; \1 [\2], [%mutant], 16, \4; }",
-        "is misaligned",
-    ),
-    wrong(
-        "ex2 of twice the number",
-        r"^ex2\.approx\.ftz\.f32 (%f\d+), (%f\d+);",
-        r"{ .reg .f32 %mutant; add.f32 %mutant, \2, \2; ex2.approx.ftz.f32 \1, %mutant; }",
-    ),
-    wrong(
-        "maximum over the wrong lanes",
-        r"(shfl\.sync\.bfly\.b32 %r\d+\|%p\d+, %r\d+), [%\w]+",
-        r"\1, 4",
-        WRONG,
-        FORWARD + "largest = fmaxf(largest, shfl_xor(largest, 2))",
-    ),
-    wrong(
-        "sum over the wrong lanes",
-        r"(shfl\.sync\.bfly\.b32 %r\d+\|%p\d+, %r\d+), [%\w]+",
-        r"\1, 4",
-        WRONG,
-        FORWARD + "const float sum = group_sum<4>(state.sum[m][half]);  // the four",
-    ),
-    wrong("vote that needs all lanes", r"vote\.sync\.any", "vote.sync.all", case=GROWING),
-    wrong("barrier of half the threads", r"^bar\.sync 0;$", "bar.sync 0, 64;", RACE),
 ]

@@ -11,8 +11,9 @@ from functools import cache
 import pytest
 import torch
 from cases import Case
-from mutants_of_attention import PREFIX_ATTENTION, VOCABULARY
+from mutants_of_attention import PREFIX_ATTENTION
 from mutants_of_blocks import MASKED_BACKWARD, MASKED_FORWARD, SYMMETRIC_KL
+from mutants_of_vocabulary import VOCABULARY
 from mutate import NOTHING, Mutant, planted
 from parity import Results, check
 from ptx import simulator

@@ -11,14 +11,16 @@ from itertools import combinations
 
 import pytest
 import torch
-from cases import Case
-from parity import check_in_every_order
+from cases import Case, make_attributes
+from parity import check_in_every_order, inputs_of
 from torch import Tensor
 
-from pelt_kernels.ops import Prefix, prefix_attention
-from pelt_kernels.ops.prefix_attention.contract import reference
+from pelt_kernels.ops import Prefix, _native, prefix_attention
+from pelt_kernels.ops import _dispatch as dispatch
+from pelt_kernels.ops.prefix_attention.contract import CONTRACT, reference
 
 pytestmark = pytest.mark.backend("cuda_sim")
+TABLE_IN_FRONT = "bank prefix_k[0], bank prefix_v[0], prefix_index[0]"
 TABLE_IN_THE_MIDDLE = "bank prefix_k[1], bank prefix_v[1], prefix_index[1]"
 DROPOUT = {"dropout_p": 0.2}
 CAUSAL = {"is_causal": True}
@@ -53,6 +55,8 @@ CASES = [
     _case("long_prefix_in_parts", 6, 1, 1, 40, 9, 32, "gate", P_i=(200,)),
     _case("causal_long", 1, 1, 1, 300, 260, 64, "", P_i=(5,), attributes=CAUSAL),
     _case("causal_cache", 1, 1, 1, 70, 300, 32, "", P_i=(5,), attributes=CAUSAL),
+    _case("causal_mask", 2, 2, 1, 150, 150, 64, "key_mask", attributes=CAUSAL),
+    _case("plain_then_general", 1, 1, 1, 200, 330, 64, "gate, key_mask", P_i=(30,)),
     # Up to 32 queries: the warps share the columns.
     _case("decode", 2, 4, 2, 1, 300, 64, "gate, key_mask", P_i=(5,), attributes=DROPOUT),
     _case("decode_128", 2, 2, 2, 32, 70, 128, "lengths", P_i=(5,), attributes=CAUSAL),
@@ -115,6 +119,43 @@ def test_views_give_the_bits_of_their_copies() -> None:
     found, expected = (_gradients(some, tuple(tensors)) for some in (tensors, copies))
     for name, grad in expected.items():
         assert torch.equal(found[name], grad), name
+
+
+def test_the_stride_of_a_single_row_may_be_any_number() -> None:
+    """Kernels name the address behind the last row, which has to be aligned, too. Nothing is copied
+    for it.
+    """
+    tensors = {name: tensor.contiguous() for name, tensor in _tensors().items()}
+    tensors["q"], tensors["bias"] = tensors["q"][:, :, :1].contiguous(), tensors["bias"][:, :, :1]
+    tensors["bias"] = tensors["bias"].contiguous()
+    odd = tensors | {"q": tensors["q"].as_strided((2, 4, 1, 64), (256, 64, 67, 1))}
+    assert _native.readable_rows(odd["q"]) is odd["q"]
+    assert _native.row_strides(odd["q"]) == (256, 64, 0, 1)
+    expected = _gradients(tensors, tuple(tensors))
+    for name, grad in _gradients(odd, tuple(odd)).items():
+        assert torch.equal(grad, expected[name]), name
+
+
+@pytest.mark.parametrize("far", [(-1, 6), (-(10**12), 10**12)])
+def test_an_index_outside_of_a_table_reads_nothing_else(far: tuple[int, int]) -> None:
+    """On a GPU no index is checked before the call: it is clamped. Here the check is gone around,
+    and the simulator would see a read outside of the table.
+    """
+    case = _case("table", 2, 2, 2, 9, 11, 32, TABLE_IN_FRONT, P_i=(3,), A_i=(6,))
+    found = []
+    for index in (far, (0, 5)):
+        values = inputs_of("prefix_attention", case, "bfloat16")
+        signature = CONTRACT.bind(values, make_attributes(CONTRACT, case))
+        named = dict(zip(CONTRACT.input_names, values))
+        named["prefix_index"] = [torch.tensor(index)]
+        chosen = dispatch.select(signature, "cuda_sim")
+        out, lse = chosen.forward(chosen, **named, seed=0)
+        needs = {name: name in ("q", "k", "v", "prefix_k") for name in CONTRACT.input_names}
+        grads = chosen.backward(chosen, needs, **named, out=out, lse=lse, dout=out, seed=0)
+        found.append([out, lse, grads["q"], grads["k"], grads["v"]])
+        # No member has such an index, so none gets a gradient.
+        assert grads["prefix_k"][0].any() == (index == (0, 5))
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -38,6 +38,8 @@ struct Shared {
   alignas(16) typename C::T dout[kRows * C::kStride];
   alignas(16) typename C::T k[kColumns * C::kStride];  // [kColumns, E]
   alignas(16) typename C::T v[kColumns * C::kStride];
+  Start starts[kColumns / 2];  // of the tile's columns
+  Seen<kColumns> seen;
   int scratch[kWarps];
 };
 
@@ -47,28 +49,30 @@ using Sums = FragmentD[kSteps][kTilesN];  // a warp's [16, 64] of dbias
 // from `column` on, which begin at row `step` of the tile.
 template <class C>
 __device__ __forceinline__ void add_step(const BackwardParams& p, const Head& head, Shared<C>& s,
-                                         FragmentD (&sums)[kTilesN], int step, int row, int column,
-                                         int end) {
+                                         FragmentD (&sums)[kTilesN], int step, int row,
+                                         int column) {
   using T = typename C::T;
   const CudaInputs& in = p.in;
   const int warp_rows = warp_index() * 16 * C::kStride;
   FragmentD dots[kTilesM][kTilesN], dp[kTilesM][kTilesN];
-  auto rows_of = [](const T* tile) {
-    return [tile](int, int k_step) { return load_a(tile + 16 * k_step, C::kStride); };
+  const auto rows_of = [](const T* tile) {
+    return operands_at<C>(lane_address_of_a(tile, C::kStride));
   };
-  multiply_rows<C>(dots, rows_of(s.q + warp_rows), s.k + step * C::kStride);
-  multiply_rows<C>(dp, rows_of(s.dout + warp_rows), s.v + step * C::kStride);
+  const auto start_of_columns = [&](int n) {
+    return start_of(s.starts[step / 2 + 4 * n + lane_index() % 4]);
+  };
+  multiply_rows<C>(dots, start_of_columns, rows_of(s.q + warp_rows),
+                   lane_address_of_b_pair(s.k + step * C::kStride, C::kStride));
+  multiply_rows<C>(dp, from_zero, rows_of(s.dout + warp_rows),
+                   lane_address_of_b_pair(s.v + step * C::kStride, C::kStride));
   // Sample and head change from step to step here, so each thread derives what they do to scores.
   const Scoring scoring = scoring_of<T>(in, head);
   const DropoutRows rows = DropoutRows::of(in, head);
   // A bit for each element: one call of Philox gives four, so they are drawn before the loops.
   uint32_t kept = ~uint32_t{0};
   if (in.dropout.is_active()) kept = kept_by_rows<kTilesN>(in, rows, row, column);
-  const uint32_t visible = visible_bits<2 * kTilesN>(in, scoring.key_mask, end, [&](int i) {
-    return column + 8 * (i / 2) + FragmentD::column(i % 2);
-  });
   const float factor =
-      score_by_rows<T>(in, scoring, scoring.own_factor, dots, row, column, end, visible);
+      score_by_rows<T>(in, scoring, in.scale * kLog2e, dots, start_of_columns, row, column);
   // dS = P (dP - D), as in the first launch, which left lse and D of every row. A tile may begin
   // with prefix columns; their sums are wrong without the gate, and are not stored.
 #pragma unroll
@@ -119,8 +123,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const CudaInputs& in = p.in;
   const int row_tiles = (in.S + kRows - 1) / kRows, heads = in.is_bias_shared_by_heads() ? 1 : in.H;
   const int first_row = block_index_x() % row_tiles * kRows;
-  // From a multiple of 4 of the joined axis on, where dropout's words start.
-  const int column = in.P / 4 * 4 + block_index_y() * kColumns;
+  const int column = in.tiles_from(in.P) + block_index_y() * kColumns;
   // Which of the [S, N] matrices of the bias, and the samples and heads that share it.
   const int member = block_index_x() / row_tiles;
   const int first_b = in.is_bias_shared_by_batch() ? 0 : member / heads;
@@ -134,7 +137,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll 1
   for (int b = first_b; b < end_b; ++b) {
     sync_threads();  // every thread has read the last sample's ends, and the scratch is used again
-    const int end = seen_end_of(in, b, s.scratch);
+    if (thread_index() < kColumns) {
+      write_seen(s.seen, is_column_seen(in, ReadColumns(in, b), column + thread_index()));
+    }
+    const int end = seen_end_of(in, b, s.scratch);  // with a barrier, behind which both are there
     // No query of the tile sees a column of it: dS is 0, for all heads of the sample.
     if (column >= row_limit(in, last_row, end)) continue;
 #pragma unroll 1
@@ -144,7 +150,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       stage_rows<C, kRows>(s.q, head_rows<T>(in, kQ, b, h), row_stride(in, kQ), first_row, in.S);
       stage_rows<C, kRows>(s.dout, in.doutput_as<T>(kOut) + head_index(in, head) * in.S * C::kE,
                            C::kE, first_row, in.S);
-      stage_columns<C, kColumns>(s.k, s.v, in, head, column);
+      stage_columns<C, kColumns>(s.k, s.v, in, head, column, s.seen);
+      write_starts<kColumns>(s.starts, s.seen);
       cp_async_commit();
       // One buffer, so the copies are waited for at once: the kernel runs only for a trained bias,
       // and the other blocks of the multiprocessor work meanwhile.
@@ -153,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (row >= in.S) continue;  // the warp has no queries, and still meets the barriers above
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        add_step<C>(p, head, s, sums[step], step * kStep, row, column + step * kStep, end);
+        add_step<C>(p, head, s, sums[step], step * kStep, row, column + step * kStep);
       }
     }
   }
@@ -170,7 +177,7 @@ void launch_bwd_bias_sm80(const BackwardParams& p) {
   const int members =
       (in.is_bias_shared_by_batch() ? 1 : in.B) * (in.is_bias_shared_by_heads() ? 1 : in.H);
   const int row_tiles = (in.S + kRows - 1) / kRows;
-  const int column_tiles = (in.P % 4 + in.N + kColumns - 1) / kColumns;
+  const int column_tiles = (in.P - in.tiles_from(in.P) + in.N + kColumns - 1) / kColumns;
   run_fitting<Config>("prefix_attention_bwd_bias_sm80", in, [&](auto tag, const char* name) {
     using C = typename decltype(tag)::type;
     const LaunchShape shape{members * row_tiles, column_tiles, 1, kThreads, sizeof(Shared<C>)};

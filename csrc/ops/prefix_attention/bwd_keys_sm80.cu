@@ -9,16 +9,21 @@
 //        K, V [columns, E]      | Q, dout 64 rows | Q, dout 64 rows | ...
 //        |########| x 2    x    |  heads of a group, and for prefixes samples, one after another
 //
-// Own columns: 4 warps with 16 columns each; one sample, all heads that share these keys. Prefix
-// columns: a tile of 16 for the whole block, whose warps take 16 of each 64 queries, because a
-// prefix is short and its sum long: over all queries of one chunk of the batch (of a table: of
+// Own columns: one sample, all heads that share these keys. At E <= 64 a warp has 32 of the 64
+// columns and half of each 64 queries, since each fragment of Q or dout that it loads then serves
+// two tiles; the two warps with the same columns add their sums at the end. With wider heads it has
+// 16 columns and all queries. Columns that no query sees are summed, too, without a mask, and stored
+// as zeros: what is summed for one column goes to no other.
+//
+// Prefix columns: a tile of 16 for the whole block, whose warps take 16 of each 64 queries, because
+// a prefix is short and its sum long: over all queries of one chunk of the batch (of a table: of
 // those samples that use this member). The warps' sums are added in their order, those of chunks by
 // the last launch, so nothing depends on timing.
 //
-// Tiles start at a multiple of 4 of the joined axis, where dropout's words do; columns of a tile
-// that are not the block's are zeros, and their results are not stored.
+// With dropout tiles start at a multiple of 4 of the joined axis, where its words do; columns of a
+// tile that are not the block's are zeros, and their results are not stored.
 //
-// Shared memory per block, E = 32, 64, 96, 128: 21, 38, 54, 105 KB.
+// Shared memory per block, E = 32, 64, 96, 128: 32, 56, 55, 106 KB.
 #include "ops/prefix_attention/configs.h"
 #include "ops/prefix_attention/products.cuh"
 #include "ops/prefix_attention/scores.cuh"
@@ -27,14 +32,10 @@
 namespace pelt::prefix_attention {
 namespace {
 
-constexpr int kTilesM = 1;  // a warp's columns are one tile of 16 rows of S^T
-constexpr int kWarpColumns = 16 * kTilesM;
-constexpr int kStep = 16;           // queries that a warp works on at a time
-constexpr int kTilesN = kStep / 8;  // fragments of 8 queries
-// The walk and the plan of the workspace are written for these sizes.
-static_assert(kRowTile == kWarps * kStep, "one step for each warp where warps share columns");
-static_assert(kOwnTile == kWarps * kWarpColumns && kPrefixTile == kWarpColumns,
-              "the plan counts these tiles");
+// Queries that a warp works on at a time: more where scores have one factor and probabilities none
+// (a plain step), 16 in general, for which the registers suffice.
+constexpr int kPlainStep = 32;
+constexpr int kGeneralStep = 16;
 
 template <class Element, int kHeadSize>
 struct Config {
@@ -42,11 +43,30 @@ struct Config {
   static constexpr int kE = kHeadSize;
   static constexpr int kStride = kE + kTilePad;
   static constexpr int kVectors = kE / 8;
-  // K and V stay in registers where there is room; they arrive in the second buffer, which is free
-  // until the second tile of queries comes.
-  static constexpr bool kKeepsKeys = kE <= 96;
-  // As many blocks as registers allow: while one waits for its copies, another one multiplies.
-  static constexpr int kMinBlocks = kE <= 32 ? 4 : (kE <= 64 ? 3 : 2);
+  // [16, 16] tiles of own columns that a warp holds: two where registers allow, since a fragment of
+  // Q or dout that is loaded serves them all.
+  static constexpr int kOwnTilesM = kE <= 64 ? 2 : 1;
+  // With one tile K and V stay in registers where there is room; they arrive in the second buffer,
+  // which is free until the second tile of queries comes.
+  static constexpr bool kKeepsKeys = kE == 96;
+  static constexpr int kMinBlocks = 2;
+};
+
+// How the warps of a block share its columns and each tile of queries.
+template <class C, bool kIsPrefix>
+struct Warps {
+  static constexpr int kTilesM = kIsPrefix ? 1 : C::kOwnTilesM;
+  static constexpr int kColumns = 16 * kTilesM;  // of a warp
+  static constexpr int kGroups = kIsPrefix ? kWarps : kWarps * kColumns / kOwnTile;
+  static constexpr int kRows = kRowTile / kGroups;  // of a tile of queries that a warp takes
+  static_assert(kRows % kGeneralStep == 0 && (kIsPrefix || kRows % kPlainStep == 0),
+                "a warp takes its queries in whole steps");
+  static_assert(!kIsPrefix || kColumns == kPrefixTile, "the plan counts these tiles");
+
+  // The warp's first column of the block's.
+  __device__ __forceinline__ static int column() { return warp_index() / kGroups * kColumns; }
+  // Which of the groups of queries the warp takes.
+  __device__ __forceinline__ static int group() { return warp_index() % kGroups; }
 };
 
 template <class C>
@@ -77,8 +97,8 @@ __device__ __forceinline__ typename C::T* values_of(Shared<C>& s) {
   return C::kKeepsKeys ? s.dout[1] : s.keys + kOwnTile * C::kStride;
 }
 
-// What a warp carries along the queries: sums for its 16 columns, and its operands with kKeepsKeys.
-template <class C>
+// What a warp carries along the queries: sums for its columns, and its operands with kKeepsKeys.
+template <class C, int kTilesM>
 struct State {
   FragmentD dk[kTilesM][C::kE / 8];
   FragmentD dv[kTilesM][C::kE / 8];
@@ -96,7 +116,7 @@ __device__ __forceinline__ void stage_keys(Shared<C>& s, const CudaInputs& in, i
   T* s_k = keys_of<C>(s);
   T* s_v = values_of<C>(s);
   // A tile of own columns has 64 rows, one of a prefix 16.
-  const int count = columns.prefix < 0 ? kOwnTile : kWarpColumns;
+  const int count = columns.prefix < 0 ? kOwnTile : kPrefixTile;
   const T* g_k = head_rows<T>(in, kK, b, g);  // [N, E]
   const T* g_v = head_rows<T>(in, kV, b, g);  // [N, E]
   const ReadColumns read(in, b);
@@ -115,10 +135,10 @@ __device__ __forceinline__ void stage_keys(Shared<C>& s, const CudaInputs& in, i
                   is_read);
     } else {
       const int prefix = columns.prefix;
-      stage_prefix_8(s_k + to, in.parameter(kPrefixK + prefix),
-                     prefix_offset(in, kPrefixK, prefix, columns.member, g, column) + e);
-      stage_prefix_8(s_v + to, in.parameter(kPrefixV + prefix),
-                     prefix_offset(in, kPrefixV, prefix, columns.member, g, column) + e);
+      stage_prefix_8<T>(shared_address(s_k + to), in.parameter(kPrefixK + prefix),
+                        prefix_offset(in, kPrefixK, prefix, columns.member, g, column) + e);
+      stage_prefix_8<T>(shared_address(s_v + to), in.parameter(kPrefixV + prefix),
+                        prefix_offset(in, kPrefixV, prefix, columns.member, g, column) + e);
     }
   }
 }
@@ -144,36 +164,9 @@ __device__ __forceinline__ void stage_queries(Shared<C>& s, const BackwardParams
   }
 }
 
-// Which of a warp's columns the sample sees, in one register of each lane. It is read once: own
-// columns have one sample, and prefix columns are always seen.
-struct VisibleColumns {
-  static constexpr uint32_t kAll = 1u << 31;
-
-  uint32_t
-      bits;  // bit 2 m + half: the lane's column tile_row(m, half); kAll: every one of the warp
-
-  __device__ __forceinline__ bool has_hidden() const { return (bits & kAll) == 0; }
-};
-
-__device__ __forceinline__ VisibleColumns visible_columns(const CudaInputs& in,
-                                                          const Columns& columns, int b,
-                                                          int column) {
-  if (columns.prefix >= 0) return {~uint32_t{0}};
-  const bool* mask = in.mask_of(b);
-  uint32_t hidden = 0;
-#pragma unroll
-  for (int i = 0; i < 2 * kTilesM; ++i) {
-    const int own = column + tile_row(i / 2, i % 2);
-    const bool is_seen =
-        own >= in.P && own < columns.seen_end && (mask == nullptr || mask[own - in.P]);
-    hidden |= static_cast<uint32_t>(!is_seen) << i;
-  }
-  return {~(hidden | (vote_any(hidden != 0) ? VisibleColumns::kAll : 0u))};
-}
-
 // Adds the bias, as add_bias_by_rows does; the bias of the head begins at element `bias_offset`.
-// Rows and columns beyond the last one read the last one: their p is 0, by lse or by the mask.
-template <class Element>
+// Rows and columns beyond the last one read the last one: their p is 0, by lse, or is not stored.
+template <class Element, int kTilesM, int kTilesN>
 __device__ __forceinline__ void add_bias_by_columns(const CudaInputs& in, int64_t bias_offset,
                                                     FragmentD (&scores)[kTilesM][kTilesN],
                                                     int column, int row) {
@@ -196,13 +189,13 @@ __device__ __forceinline__ void add_bias_by_columns(const CudaInputs& in, int64_
 }
 
 // Turns products into scores, with columns as rows: what score_by_rows does, for the columns of one
-// warp, which all take the same factor. Columns that are not the block's get numbers, too; nothing
-// that is stored depends on them.
-template <class T>
+// warp, which all take the same factor. Columns that are hidden from all rows or not the block's
+// get numbers, too: what is summed for them goes to no other column and is not stored.
+template <class T, int kTilesM, int kTilesN>
 __device__ __forceinline__ void score_by_columns(const CudaInputs& in, const Head& head,
                                                  bool is_prefix, float gate,
                                                  FragmentD (&scores)[kTilesM][kTilesN], int column,
-                                                 int row, const VisibleColumns& visible) {
+                                                 int row) {
   const float factor =
       in.scale * kLog2e * gate;  // to units of log 2; the gate is 1 for own columns
 #pragma unroll
@@ -213,7 +206,7 @@ __device__ __forceinline__ void score_by_columns(const CudaInputs& in, const Hea
       for (int i = 0; i < 4; ++i) scores[m][n].r[i] *= factor;
     }
   }
-  if (is_prefix) return;  // no bias, no mask, and not under the causal diagonal
+  if (is_prefix) return;  // no bias, and not under the causal diagonal
   if (in.has_bias()) {
     const int64_t bias_offset = head.b * in.bias_batch_stride + head.h * in.bias_head_stride;
     if (in.is_float32[kBias]) {
@@ -222,58 +215,79 @@ __device__ __forceinline__ void score_by_columns(const CudaInputs& in, const Hea
       add_bias_by_columns<T>(in, bias_offset, scores, column, row);
     }
   }
-  // Whether the causal diagonal crosses this tile; if not, and no column is hidden, all is seen.
-  const bool crosses = in.is_causal && column + kWarpColumns > row_limit(in, row, in.P + in.N);
-  if (!visible.has_hidden() && !crosses) return;
+  // Whether the causal diagonal crosses this tile; if not, all is seen.
+  if (!in.is_causal || column + 16 * kTilesM <= causal_limit(in, row)) return;
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const bool is_seen = (visible.bits >> (2 * m + half) & 1u) != 0;
       // The first query that sees the column, from the lane's first one on.
-      const int first = in.is_causal ? column + tile_row(m, half) - in.P + in.S - in.N - row -
-                                           FragmentD::column(0)
-                                     : -kStep;
+      const int first =
+          column + tile_row(m, half) - in.P + in.S - in.N - row - FragmentD::column(0);
 #pragma unroll
       for (int n = 0; n < kTilesN; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           // The lane's queries are 8 n + e behind its first one.
           float& value = scores[m][n].r[2 * half + e];
-          value = is_seen && 8 * n + e >= first ? value : kMinusInfinity;
+          value = 8 * n + e >= first ? value : kMinusInfinity;
         }
       }
     }
   }
 }
 
-// Turns scores and dP^T into dropout g P^T and g dS^T, in their places: the left operands of dV and
-// dK. Where p has to be 0 lse is +inf or the score -inf, so 2^(score - lse) is 0.
-template <class C>
-__device__ __forceinline__ void differentiate(const CudaInputs& in, const Head& head, float gate,
-                                              FragmentD (&scores)[kTilesM][kTilesN],
+// Turns scores, times a factor, and dP^T into P^T and dS^T, in their places, where neither gate nor
+// dropout is in them: the left operands of dV and dK. lse and D are of the lane's first queries.
+template <int kTilesM, int kTilesN>
+__device__ __forceinline__ void differentiate(float factor, FragmentD (&scores)[kTilesM][kTilesN],
                                               FragmentD (&dp)[kTilesM][kTilesN], const float* s_lse,
-                                              const float* s_delta, int column, int row) {
+                                              const float* s_delta) {
+#pragma unroll
+  for (int n = 0; n < kTilesN; ++n) {
+    const Float2 lse = load_pair(s_lse + 8 * n), delta = load_pair(s_delta + 8 * n);
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // columns of these fragments are queries
+        const float of_row = i % 2 == 0 ? lse.low : lse.high;
+        const float probability = exp2_approx(fmaf(scores[m][n].r[i], factor, -of_row));
+        scores[m][n].r[i] = probability;
+        dp[m][n].r[i] = probability * (dp[m][n].r[i] - (i % 2 == 0 ? delta.low : delta.high));
+      }
+    }
+  }
+}
+
+// The same with gate and dropout: dropout g P^T and g dS^T. Where p has to be 0 lse is +inf or the
+// score -inf, so 2^(score - lse) is 0.
+template <int kTilesM, int kTilesN>
+__device__ __forceinline__ void differentiate_gated(const CudaInputs& in, const Head& head,
+                                                    float gate,
+                                                    FragmentD (&scores)[kTilesM][kTilesN],
+                                                    FragmentD (&dp)[kTilesM][kTilesN],
+                                                    const float* s_lse, const float* s_delta,
+                                                    int column, int row) {
+  static_assert(kTilesN == 2, "dropout's bits are those of 16 queries");
   // A bit for each element: one call of Philox gives four, so they are drawn before the loops.
   uint32_t kept[kTilesM] = {};
   if (in.dropout.is_active()) {
     const DropoutRows rows = DropoutRows::of(in, head);
 #pragma unroll
-    for (int m = 0; m < kTilesM; ++m) {
-      kept[m] = kept_by_columns(in, rows, column + 16 * m, row);
-    }
+    for (int m = 0; m < kTilesM; ++m) kept[m] = kept_by_columns(in, rows, column + 16 * m, row);
   }
 #pragma unroll
   for (int n = 0; n < kTilesN; ++n) {
+    const Float2 lse = load_pair(s_lse + 8 * n), delta = load_pair(s_delta + 8 * n);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int query = 8 * n + FragmentD::column(i);  // columns of these fragments are queries
-      const float lse = s_lse[query], delta = s_delta[query];
+    for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
-      for (int m = 0; m < kTilesM; ++m) {
+      for (int i = 0; i < 4; ++i) {
         // A query that does not exist is a row of zeros, whose product with an infinite key is NaN;
         // its lse is +inf.
-        const float probability = lse == INFINITY ? 0.0f : exp2_approx(scores[m][n].r[i] - lse);
+        const float of_row = i % 2 == 0 ? lse.low : lse.high;
+        const float probability =
+            of_row == INFINITY ? 0.0f : exp2_approx(scores[m][n].r[i] - of_row);
         // What multiplies the probability before the value: the gate, and dropout's factor or 0.
         float factor = gate;
         if (in.dropout.is_active()) {
@@ -282,55 +296,82 @@ __device__ __forceinline__ void differentiate(const CudaInputs& in, const Head& 
         }
         scores[m][n].r[i] = probability * factor;
         // The last gate is the key's: dk is the gradient of the key before it is gated.
-        dp[m][n].r[i] = probability * (dp[m][n].r[i] * factor - delta) * gate;
+        const float of_delta = i % 2 == 0 ? delta.low : delta.high;
+        dp[m][n].r[i] = probability * (dp[m][n].r[i] * factor - of_delta) * gate;
       }
     }
   }
 }
 
-// One step of a warp: its columns, from `column` on, and kStep queries from `row` on, which begin
-// at row `step` of the buffer. Four products: S^T and dP^T, then dV and dK.
-template <class C>
-__device__ __forceinline__ void attend(const CudaInputs& in, bool is_prefix, State<C>& state,
-                                       Shared<C>& s, int buffer, int step, int column, int row,
-                                       const VisibleColumns& visible) {
+// What a lane reads: the addresses that it passes to ldmatrix, of the warp's columns and of a
+// buffer of queries, and its first query's lse and D.
+struct Operands {
+  uint32_t k;
+  uint32_t v;
+  uint32_t q;
+  uint32_t q_transposed;
+  uint32_t dout;
+  uint32_t dout_transposed;
+  const float* lse;
+  const float* delta;
+};
+
+// One step of a warp: its columns, from `column` on, and kRowsOfStep queries from `row` on, which
+// begin at row `step` of the buffer. Four products: S^T and dP^T, then dV and dK.
+template <class C, bool kIsPrefix, int kRowsOfStep, bool kIsPlain, int kTilesM>
+__device__ __forceinline__ void attend(const CudaInputs& in, const Walk& s_walk, int g,
+                                       State<C, kTilesM>& state, const Operands& from, int step,
+                                       int column, int row) {
+  constexpr int kTilesN = kRowsOfStep / 8;
   column = opaque(column);  // else what follows from it would be kept in registers along the walk
-  // For dropout's rows and the gate, which change with the walk.
-  const Head head = {s.walk[buffer].b, s.walk[buffer].h, s.columns.g};
-  [[maybe_unused]] const int warp_keys = (is_prefix ? 0 : warp_index() * kWarpColumns) * C::kStride;
-  const typename C::T* s_q = s.q[buffer] + step * C::kStride;
-  const typename C::T* s_dout = s.dout[buffer] + step * C::kStride;
   FragmentD dots[kTilesM][kTilesN], dp[kTilesM][kTilesN];  // S^T, then P^T; dP^T, then dS^T
-  auto k_of = [&](int m, int k_step) {
-    if constexpr (C::kKeepsKeys) return state.k[m][k_step];
-    return load_a(keys_of<C>(s) + warp_keys + 16 * m * C::kStride + 16 * k_step, C::kStride);
-  };
-  auto v_of = [&](int m, int k_step) {
-    if constexpr (C::kKeepsKeys) return state.v[m][k_step];
-    return load_a(values_of<C>(s) + warp_keys + 16 * m * C::kStride + 16 * k_step, C::kStride);
-  };
-  multiply_rows<C>(dots, k_of, s_q);
-  multiply_rows<C>(dp, v_of, s_dout);
-  const float gate = is_prefix ? gate_of<typename C::T>(in, head) : 1.0f;
-  score_by_columns<typename C::T>(in, head, is_prefix, gate, dots, column, row, visible);
-  differentiate<C>(in, head, gate, dots, dp, s.lse[buffer] + step, s.delta[buffer] + step, column,
-                   row);
-  accumulate_rows<C>(state.dv, dots, s_dout);
-  accumulate_rows<C>(state.dk, dp, s_q);
+  const uint32_t offset = step * C::kStride * 2;
+  multiply_rows<C>(dots, from_zero, operands_of<C, C::kKeepsKeys>(state.k, from.k),
+                   from.q + offset);
+  multiply_rows<C>(dp, from_zero, operands_of<C, C::kKeepsKeys>(state.v, from.v),
+                   from.dout + offset);
+  if constexpr (kIsPlain) {
+    differentiate(in.scale * kLog2e, dots, dp, from.lse + step, from.delta + step);
+  } else {
+    // For dropout's rows and the gate, which change with the walk.
+    const Head head = {s_walk.b, s_walk.h, g};
+    const float gate = kIsPrefix ? gate_of<typename C::T>(in, head) : 1.0f;
+    score_by_columns<typename C::T>(in, head, kIsPrefix, gate, dots, column, row);
+    differentiate_gated(in, head, gate, dots, dp, from.lse + step, from.delta + step, column, row);
+  }
+  accumulate_rows<C>(state.dv, dots, from.dout_transposed + offset);
+  accumulate_rows<C>(state.dk, dp, from.q_transposed + offset);
 }
 
-// Brings the warp's keys and values into registers, for the whole walk along the queries.
-template <class C>
-__device__ __forceinline__ void load_operands(State<C>& state, const typename C::T* s_k,
-                                              const typename C::T* s_v) {
-#pragma unroll
-  for (int m = 0; m < kTilesM; ++m) {
-#pragma unroll
-    for (int step = 0; step < C::kE / 16; ++step) {
-      const int element = 16 * m * C::kStride + 16 * step;
-      state.k[m][step] = load_a(s_k + element, C::kStride);
-      state.v[m][step] = load_a(s_v + element, C::kStride);
+// Is nothing to be done to the scores of a warp's columns and kPlainStep queries from `row` on but
+// to multiply them by a factor, and nothing to the probabilities?
+template <class W>
+__device__ __forceinline__ bool is_plain_step(const CudaInputs& in, int column, int row) {
+  return row + kPlainStep <= in.S && !in.has_bias() && !in.dropout.is_active() &&
+         (!in.is_causal || column + W::kColumns <= causal_limit(in, row));
+}
+
+// All steps of a warp in a tile of queries, which begins at `first_row`.
+template <class C, bool kIsPrefix, int kTilesM>
+__device__ __forceinline__ void attend_to_tile(const CudaInputs& in, const Walk& s_walk, int g,
+                                               State<C, kTilesM>& state, const Operands& from,
+                                               int column, int first_row) {
+  using W = Warps<C, kIsPrefix>;
+  int step = W::group() * W::kRows;
+  const int end = step + W::kRows;
+#pragma unroll 1
+  while (step < end) {
+    const int row = first_row + step;
+    if (!kIsPrefix && end - step >= kPlainStep && is_plain_step<W>(in, column, row)) {
+      attend<C, kIsPrefix, kPlainStep, true>(in, s_walk, g, state, from, step, column, row);
+      step += kPlainStep;
+      continue;
     }
+    // Behind the last query, or the last of these queries sees none of the warp's columns.
+    if (row < in.S && column < row_limit(in, row + kGeneralStep - 1, in.P + in.N)) {
+      attend<C, kIsPrefix, kGeneralStep, false>(in, s_walk, g, state, from, step, column, row);
+    }
+    step += kGeneralStep;
   }
 }
 
@@ -338,23 +379,19 @@ __device__ __forceinline__ void load_operands(State<C>& state, const typename C:
 // the [A_i, P_i, G, E] of the block's chunk. The whole block takes part.
 template <class C>
 __device__ __forceinline__ void store_partial(Shared<C>& s, const CudaInputs& in, float* partial,
-                                              float factor,
-                                              const FragmentD (&sums)[kTilesM][C::kE / 8]) {
-  constexpr int kSize = kWarpColumns * C::kE;
+                                              float factor, const FragmentD (&sums)[1][C::kE / 8]) {
+  constexpr int kSize = kPrefixTile * C::kE;
   static_assert(sizeof(float) * kWarps * kSize <= sizeof(s.q) + sizeof(s.dout),
                 "the sums of the warps fit where queries were");
-  float* s_sums = reinterpret_cast<float*>(s.q[0]);  // [kWarps, kWarpColumns, E]
+  float* s_sums = reinterpret_cast<float*>(s.q[0]);  // [kWarps, kPrefixTile, E]
   // Every warp has read the queries, or of the call before the sums, that lie where sums go now.
   sync_threads();
 #pragma unroll
-  for (int m = 0; m < kTilesM; ++m) {
+  for (int n = 0; n < C::kE / 8; ++n) {
 #pragma unroll
-    for (int n = 0; n < C::kE / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        s_sums[warp_index() * kSize + tile_row(m, i / 2) * C::kE + 8 * n + FragmentD::column(i)] =
-            sums[m][n].r[i];
-      }
+    for (int i = 0; i < 4; ++i) {
+      s_sums[warp_index() * kSize + tile_row(0, i / 2) * C::kE + 8 * n + FragmentD::column(i)] =
+          sums[0][n].r[i];
     }
   }
   sync_threads();  // all four warps' sums are written before any thread adds them
@@ -374,94 +411,160 @@ __device__ __forceinline__ void store_partial(Shared<C>& s, const CudaInputs& in
   }
 }
 
-// Rounds a warp's dk and dv of own columns and writes them. No other block adds to them.
-template <class C>
-__device__ __forceinline__ void store_own(const BackwardParams& p, Shared<C>& s, int b,
-                                          const State<C>& state) {
+// Where two warps have the same own columns and different queries, they exchange halves of their
+// sums: the first one then has all of dk, the second one all of dv. A lane's partner is the same
+// lane of the other warp. The whole block takes part.
+template <class C, int kTilesM>
+__device__ __forceinline__ void exchange_sums(Shared<C>& s, State<C, kTilesM>& state) {
+  using W = Warps<C, false>;
+  constexpr int kSums = kTilesM * C::kE / 2;  // of dk, or of dv, in a lane
+  static_assert(W::kGroups == 2, "the sums of two warps are added");
+  static_assert(sizeof(float) * kThreads * kSums <= sizeof(s.q) + sizeof(s.dout),
+                "the sums of the warps fit where queries were");
+  float* s_sums = reinterpret_cast<float*>(s.q[0]);  // [kWarps, kSums, 32]
+  const auto for_each_sum = [&](auto&& visit) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      const int m = i / (C::kE / 2), n = i % (C::kE / 2) / 4;
+      visit(i * 32, state.dk[m][n].r[i % 4], state.dv[m][n].r[i % 4]);
+    }
+  };
+  const bool is_first = W::group() == 0;
+  float* mine = s_sums + warp_index() * kSums * 32 + lane_index();
+  const float* partners = s_sums + (warp_index() ^ 1) * kSums * 32 + lane_index();
+  sync_threads();  // every warp has read the queries that lie where sums go now
+  for_each_sum([&](int i, float dk, float dv) { mine[i] = is_first ? dv : dk; });
+  sync_threads();  // the partner's sums are there before they are added
+  for_each_sum([&](int i, float& dk, float& dv) { (is_first ? dk : dv) += partners[i]; });
+}
+
+// Rounds a warp's dk or dv of own columns and writes it; s_rows is a place of its own. No other
+// block adds to it.
+template <class C, int kTilesM>
+__device__ __forceinline__ void store_own(const CudaInputs& in, const Columns& columns, int b,
+                                          int column, Input tensor, typename C::T* s_rows,
+                                          FragmentD (&sums)[kTilesM][C::kE / 8], float factor) {
   using T = typename C::T;
-  const Columns& columns = s.columns;
-  sync_threads();  // the other warps have read the queries that lie where dk and dv go
-  const int warp_column = warp_index() * kWarpColumns, column = columns.first + warp_column;
+  if (in.grad[tensor] == nullptr) return;
   // A tile's first columns may be the prefix's, and its last ones may lie behind the last key.
   const int begin = columns.begin > column ? columns.begin - column : 0;
-  const int end = columns.end - column < kWarpColumns ? columns.end - column : kWarpColumns;
-  const int64_t first = (static_cast<int64_t>(b) * p.in.G + columns.g) * p.in.N + column - p.in.P;
-  if (p.in.grad[kK] != nullptr) {
-    T* s_dk = s.q[0] + warp_column * C::kStride;
-    put_rows<C>(s_dk, state.dk, p.in.scale);  // S = scale Q K^T, so dK has the scale once more
-    store_rows<C>(p.in.grad_as<T>(kK) + first * C::kE, s_dk, begin, end);
+  const int end = columns.end - column < 16 * kTilesM ? columns.end - column : 16 * kTilesM;
+  const int64_t first = (static_cast<int64_t>(b) * in.G + columns.g) * in.N + column - in.P;
+  const bool* mask = in.mask_of(b);
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int own = column + tile_row(m, half);
+      // What was summed for a column that no query sees is not its gradient, which is 0.
+      const bool is_seen =
+          own >= columns.begin && own < columns.seen_end && (mask == nullptr || mask[own - in.P]);
+      if (is_seen) continue;
+#pragma unroll
+      for (int n = 0; n < C::kE / 8; ++n)
+        sums[m][n].r[2 * half] = sums[m][n].r[2 * half + 1] = 0.0f;
+    }
   }
-  if (p.in.grad[kV] != nullptr) {
-    T* s_dv = s.dout[0] + warp_column * C::kStride;
-    put_rows<C>(s_dv, state.dv, 1.0f);
-    store_rows<C>(p.in.grad_as<T>(kV) + first * C::kE, s_dv, begin, end);
+  put_rows<C>(s_rows, sums, factor);
+  store_rows<C>(in.grad_as<T>(tensor) + first * C::kE, s_rows, begin, end);
+}
+
+// Writes dk and dv of own columns. The whole block takes part.
+template <class C, int kTilesM>
+__device__ __forceinline__ void finish_own(const CudaInputs& in, Shared<C>& s, int b,
+                                           State<C, kTilesM>& state) {
+  using W = Warps<C, false>;
+  const int column = s.columns.first + W::column();
+  bool has_dk = true, has_dv = true;
+  if constexpr (W::kGroups == 2) {
+    exchange_sums(s, state);
+    has_dk = W::group() == 0, has_dv = !has_dk;
+  } else {
+    sync_threads();  // the other warps have read the queries and keys that lie where dk and dv go
   }
+  // Two warps with the same columns had the same keys; the barriers have shown that they are read.
+  constexpr bool kInKeys = W::kGroups == 2;
+  typename C::T* s_dk = (kInKeys ? keys_of(s) : s.q[0]) + W::column() * C::kStride;
+  typename C::T* s_dv = (kInKeys ? values_of(s) : s.dout[0]) + W::column() * C::kStride;
+  // S = scale Q K^T, so dK has the scale once more.
+  if (has_dk) store_own<C>(in, s.columns, b, column, kK, s_dk, state.dk, in.scale);
+  if (has_dv) store_own<C>(in, s.columns, b, column, kV, s_dv, state.dv, 1.0f);
+}
+
+// The block's walk: sums what its warps' columns get from all queries, in `state`.
+template <class C, bool kIsPrefix, int kTilesM>
+__device__ __forceinline__ void walk_queries(const BackwardParams& p, Shared<C>& s,
+                                             State<C, kTilesM>& state) {
+  using W = Warps<C, kIsPrefix>;
+  const CudaInputs& in = p.in;
+  const int column = s.columns.first + W::column();
+  // Keys and the first tile of queries are one group of copies; every later tile is one.
+  stage_keys<C>(s, in, s.walk[0].b);
+  stage_queries<C>(s, p, s.walk[0], 0);
+  cp_async_commit();
+  const uint32_t k_of_lane =
+      lane_address_of_a(keys_of<C>(s) + W::column() * C::kStride, C::kStride);
+  const uint32_t v_of_lane =
+      lane_address_of_a(values_of<C>(s) + W::column() * C::kStride, C::kStride);
+  int buffer = 0;
+  bool is_last = false;
+  [[maybe_unused]] bool is_first = true;
+#pragma unroll 1
+  while (!is_last) {
+    const Operands from = {
+        k_of_lane,
+        v_of_lane,
+        lane_address_of_b_pair(s.q[buffer], C::kStride),
+        lane_address_of_b_pair_transposed(s.q[buffer], C::kStride),
+        lane_address_of_b_pair(s.dout[buffer], C::kStride),
+        lane_address_of_b_pair_transposed(s.dout[buffer], C::kStride),
+        s.lse[buffer] + FragmentD::column(0),
+        s.delta[buffer] + FragmentD::column(0),
+    };
+    cp_async_wait<0>();
+    // The tile and its walk are there, every thread's copies included, and every warp is done with
+    // the last tile, whose buffer is filled next.
+    sync_threads();
+    if constexpr (C::kKeepsKeys) {
+      if (is_first) {
+        load_operands<C>(state.k, from.k);
+        load_operands<C>(state.v, from.v);
+        sync_threads();  // every warp has its keys before the second tile is staged over them
+      }
+      is_first = false;
+    }
+    // The next tile comes while this one is worked on.
+    const Walk next = advanced(in, s.columns, s.range, s.walk[buffer]);
+    is_last = next.b >= s.range.b_end;
+    if (!is_last) {
+      stage_queries<C>(s, p, next, 1 - buffer);
+      cp_async_commit();
+    }
+    // Nobody reads this entry before the next barrier.
+    if (thread_index() == 0) s.walk[1 - buffer] = next;
+    attend_to_tile<C, kIsPrefix>(in, s.walk[buffer], s.columns.g, state, from, column,
+                                 s.walk[buffer].tile * kRowTile);
+    buffer = 1 - buffer;
+  }
+  cp_async_wait<0>();
 }
 
 template <class C>
 __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
     prefix_attention_bwd_keys_sm80(const __grid_constant__ BackwardParams p) {
   auto& s = shared_memory_as<Shared<C>>();
-  const CudaInputs& in = p.in;
   place_block(p, s.columns, s.range, s.walk[0], s.scratch);
-  const bool is_prefix = s.columns.prefix >= 0;
-  // Of own columns each warp has 16, of a prefix tile all warps have the same 16.
-  const int warp_column = is_prefix ? 0 : warp_index() * kWarpColumns;
-  const int column = s.columns.first + warp_column;
-
-  State<C> state;
-  if (s.walk[0].b < s.range.b_end) {  // else no query sees the tile, and its gradients are zeros
-    // Keys and the first tile of queries are one group of copies; every later tile is one.
-    stage_keys<C>(s, in, s.walk[0].b);
-    stage_queries<C>(s, p, s.walk[0], 0);
-    cp_async_commit();
-    const VisibleColumns visible = visible_columns(in, s.columns, s.walk[0].b, column);
-    int buffer = 0;
-    bool is_last = false;
-    [[maybe_unused]] bool is_first = true;
-#pragma unroll 1
-    while (!is_last) {
-      cp_async_wait<0>();
-      // The tile and its walk are there, every thread's copies included, and every warp is done
-      // with the last tile, whose buffer is filled next.
-      sync_threads();
-      if constexpr (C::kKeepsKeys) {
-        if (is_first) {
-          load_operands<C>(state, keys_of<C>(s) + warp_column * C::kStride,
-                           values_of<C>(s) + warp_column * C::kStride);
-          sync_threads();  // every warp has its keys before the second tile is staged over them
-        }
-        is_first = false;
-      }
-      // The next tile comes while this one is worked on.
-      const Walk next = advanced(in, s.columns, s.range, s.walk[buffer]);
-      is_last = next.b >= s.range.b_end;
-      if (!is_last) {
-        stage_queries<C>(s, p, next, 1 - buffer);
-        cp_async_commit();
-      }
-      // Nobody reads this entry before the next barrier.
-      if (thread_index() == 0) s.walk[1 - buffer] = next;
-      const int first_row = s.walk[buffer].tile * kRowTile;
-      // Of own columns each warp takes all 64 queries in four steps, of a prefix its 16 in one.
-#pragma unroll 1
-      for (int step = is_prefix ? warp_index() * kStep : 0; step < kRowTile;
-           step += is_prefix ? kRowTile : kStep) {
-        const int row = first_row + step;
-        // Behind the last query, or the last of these queries sees none of the warp's columns.
-        if (row >= in.S || column >= row_limit(in, row + kStep - 1, in.P + in.N)) continue;
-        attend<C>(in, is_prefix, state, s, buffer, step, column, row, visible);
-      }
-      buffer = 1 - buffer;
-    }
-    cp_async_wait<0>();
-  }
-  // dv is complete, and dk still lacks the scale.
-  if (is_prefix) {
-    store_partial<C>(s, in, p.prefix[s.columns.prefix].partial_k, in.scale, state.dk);
-    store_partial<C>(s, in, p.prefix[s.columns.prefix].partial_v, 1.0f, state.dv);
+  const bool has_walk = s.walk[0].b < s.range.b_end;  // else all gradients of the tile are zeros
+  if (s.columns.prefix >= 0) {
+    State<C, 1> state;
+    if (has_walk) walk_queries<C, true>(p, s, state);
+    // dv is complete, and dk still lacks the scale.
+    store_partial<C>(s, p.in, p.prefix[s.columns.prefix].partial_k, p.in.scale, state.dk);
+    store_partial<C>(s, p.in, p.prefix[s.columns.prefix].partial_v, 1.0f, state.dv);
   } else {
-    store_own<C>(p, s, s.range.b_end - 1, state);
+    State<C, C::kOwnTilesM> state;
+    if (has_walk) walk_queries<C, false>(p, s, state);
+    finish_own<C>(p.in, s, s.range.b_end - 1, state);
   }
 }
 

@@ -54,6 +54,12 @@ struct Inputs : NativeCall<Contract, Int> {
   PELT_HOST_DEVICE bool is_bias_shared_by_batch() const { return (this->rank[kBias] & 16) != 0; }
   PELT_HOST_DEVICE bool is_bias_shared_by_heads() const { return (this->rank[kBias] & 32) != 0; }
 
+  // Where the first tile of columns from `column` on begins: dropout's words are of four columns
+  // from a multiple of 4 on.
+  PELT_HOST_DEVICE Int tiles_from(Int column) const {
+    return this->dropout.is_active() ? column / 4 * 4 : column;
+  }
+
   // The mask [N] of a sample, or null.
   PELT_HOST_DEVICE const bool* mask_of(Int b) const {
     if (this->input[kKeyMask] == nullptr) return nullptr;

@@ -43,8 +43,8 @@ BackwardParams backward_params(const Call& call, Arena& arena) {
     PrefixGrad& grad = p.prefix[i];
     const int64_t size = static_cast<int64_t>(in.A_i[i]) * in.P_i[i] * in.G * in.E;
     const bool has_grad = in.grad[kPrefixK + i] != nullptr || in.grad[kPrefixV + i] != nullptr;
-    // Tiles start at a multiple of 4 of the joined axis, as dropout's words do.
-    grad.tiles = has_grad && in.P_i[i] > 0 ? tiles_of(in.first[i] % 4 + in.P_i[i], kPrefixTile) : 0;
+    const int before = in.first[i] - in.tiles_from(in.first[i]);
+    grad.tiles = has_grad && in.P_i[i] > 0 ? tiles_of(before + in.P_i[i], kPrefixTile) : 0;
     const int64_t blocks = static_cast<int64_t>(in.A_i[i]) * in.G * grad.tiles;
     const int64_t wanted = blocks == 0 ? 1 : kPrefixBlocks / blocks;
     grad.chunks = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, in.B)));
@@ -56,7 +56,7 @@ BackwardParams backward_params(const Call& call, Arena& arena) {
     if (in.grad[kPrefixV + i] != nullptr) grad.partial_v = arena.take(grad.chunks * size);
   }
   const bool wants_own = in.grad[kK] != nullptr || in.grad[kV] != nullptr;
-  p.own_tiles = wants_own && in.N > 0 ? tiles_of(in.P % 4 + in.N, kOwnTile) : 0;
+  p.own_tiles = wants_own && in.N > 0 ? tiles_of(in.P - in.tiles_from(in.P) + in.N, kOwnTile) : 0;
   return p;
 }
 

@@ -14,10 +14,8 @@ __device__ __forceinline__ int tile_row(int m, int half) {
 
 // What one sample and head do to every score.
 struct Scoring {
-  float own_factor;      // scale log2(e): of own columns
-  float prefix_factor;   // scale log2(e) gate: of prefix columns
-  float gate;            // 1 without one
-  const bool* key_mask;  // [N] of the sample
+  float prefix_factor;  // scale log2(e) gate: of prefix columns
+  float gate;           // 1 without one
   Parameter bias;
   int64_t bias_offset;  // of the head's [S, N]
 };
@@ -26,39 +24,34 @@ template <class T>
 __device__ __forceinline__ Scoring scoring_of(const CudaInputs& in, const Head& head) {
   Scoring scoring;
   scoring.gate = gate_of<T>(in, head);
-  scoring.own_factor = in.scale * kLog2e;
-  scoring.prefix_factor = scoring.gate * scoring.own_factor;
-  scoring.key_mask = in.mask_of(head.b);
+  scoring.prefix_factor = scoring.gate * (in.scale * kLog2e);
   scoring.bias = in.parameter(kBias);
   scoring.bias_offset = head.b * in.bias_batch_stride + head.h * in.bias_head_stride;
   return scoring;
 }
 
-// Bit i is set if a sample's key mask [N] shows the i-th of these columns. Prefix columns are
-// always seen, columns from `end` on never. One register of bits is read before the products, so
-// that no load of the mask waits behind them.
-template <int kCount, class ColumnOf>
-__device__ __forceinline__ uint32_t visible_bits(const CudaInputs& in, const bool* key_mask,
-                                                 int end, ColumnOf&& column_of) {
-  if (key_mask == nullptr) return ~uint32_t{0};
-  uint32_t bits = 0;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const int column = column_of(i);
-    const bool is_seen = column < in.P || (column < end && key_mask[column - in.P]);
-    bits |= static_cast<uint32_t>(is_seen) << i;
-  }
-  return bits;
+// Two neighbouring elements whose place is a multiple of both.
+__device__ __forceinline__ Float2 load_pair(const float* from) {
+  const float2 pair = *reinterpret_cast<const float2*>(from);
+  return {pair.x, pair.y};
+}
+template <class T>
+__device__ __forceinline__ Float2 load_pair(const T* from) {
+  return unpack<T>(load_4(from));
 }
 
-// Adds the bias to the scores of own columns. Columns beyond its last one read the last one,
-// because score_by_rows hides them afterwards. Each row is a branch of its own on purpose: without
-// it the compiler computes all addresses at once, and they take the registers of the accumulators.
+// Adds the bias to the scores of own columns, two columns at a time. Columns beyond its last one
+// read the last ones, because their scores are hidden afterwards. Each row is a branch of its own
+// on purpose: without it the compiler computes all addresses at once, and they take the registers
+// of the accumulators.
 template <class Element, int kTilesM, int kTilesN>
 __device__ __forceinline__ void add_bias_by_rows(const CudaInputs& in, const Scoring& scoring,
                                                  FragmentD (&scores)[kTilesM][kTilesN], int row,
                                                  int column) {
   const Element* bias = static_cast<const Element*>(scoring.bias.data) + scoring.bias_offset;
+  // Pairs are whole in every row: no lane's pair has a prefix column and an own one, either.
+  const bool is_aligned = in.N % 2 == 0 && (column - in.P) % 2 == 0 &&
+                          reinterpret_cast<uintptr_t>(bias) % (2 * sizeof(Element)) == 0;
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
@@ -68,74 +61,94 @@ __device__ __forceinline__ void add_bias_by_rows(const CudaInputs& in, const Sco
       const Element* from = bias + static_cast<int64_t>(query) * in.N;  // [N]
 #pragma unroll
       for (int n = 0; n < kTilesN; ++n) {
+        const int key = column + 8 * n + FragmentD::column(0) - in.P;
+        float (&score)[4] = scores[m][n].r;
+        if (is_aligned) {
+          if (key < 0) continue;  // prefix columns have no bias
+          const Float2 pair = load_pair(from + (key < in.N ? key : in.N - 2));
+          score[2 * half] += pair.low * kLog2e;
+          score[2 * half + 1] += pair.high * kLog2e;
+        } else {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int key = column + 8 * n + FragmentD::column(e) - in.P;
-          const int inside = key < 0 ? 0 : (key < in.N ? key : in.N - 1);
-          const float value = to_float(from[inside]) * kLog2e;
-          scores[m][n].r[2 * half + e] += key < 0 ? 0.0f : value;  // a prefix column has no bias
+          for (int e = 0; e < 2; ++e) {
+            const int at = key + e;
+            const int inside = at < 0 ? 0 : (at < in.N ? at : in.N - 1);
+            const float value = to_float(from[inside]) * kLog2e;
+            score[2 * half + e] += at < 0 ? 0.0f : value;
+          }
         }
       }
     }
   }
 }
 
-// Turns products into scores, with queries as rows: factors, then bias, then -inf where a column is
-// hidden. `visible` is what visible_bits gives. Each pass runs only where it has something to do.
+// Hides columns whose products have not started from 0, after what may have moved a score from
+// -inf: a factor that is not positive, a bias that is not finite.
+template <int kTilesM, int kTilesN, class StartOf>
+__device__ __forceinline__ void hide_columns(FragmentD (&scores)[kTilesM][kTilesN],
+                                             StartOf&& start) {
+#pragma unroll
+  for (int n = 0; n < kTilesN; ++n) {
+    const FragmentD first = start(n);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) {
+        scores[m][n].r[i] = first.r[i] == 0.0f ? scores[m][n].r[i] : kMinusInfinity;
+      }
+    }
+  }
+}
+
+// Turns products into scores, with queries as rows: factors, then bias, then -inf where a row does
+// not see a column. Columns that no row sees are -inf already; start(n) is what their products have
+// started from. Each pass runs only where it has something to do.
 //
 // Returns a factor that the caller still has to apply. Own columns without a bias all have the same
 // factor, which costs nothing as part of the exponent's multiply-add; it is positive, so that the
 // row's maximum may be taken before it.
-template <class T, int kTilesM, int kTilesN>
+template <class T, int kTilesM, int kTilesN, class StartOf>
 __device__ __forceinline__ float score_by_rows(const CudaInputs& in, const Scoring& scoring,
                                                float prefix_factor,
-                                               FragmentD (&scores)[kTilesM][kTilesN], int row,
-                                               int column, int end, uint32_t visible) {
+                                               FragmentD (&scores)[kTilesM][kTilesN],
+                                               StartOf&& start, int row, int column) {
   constexpr int kStep = 8 * kTilesN;
-  const bool is_factor_left =
-      column >= in.P && scoring.bias.data == nullptr && scoring.own_factor > 0.0f;
-  if (!is_factor_left) {
+  const float own_factor = in.scale * kLog2e;
+  const bool is_plain = in.scale > 0.0f && !in.has_bias();
+  float factor = own_factor;
+  if (column < in.P || !is_plain) {
+    factor = 1.0f;
 #pragma unroll
     for (int n = 0; n < kTilesN; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < 2; ++i) {
         const bool is_prefix = column + 8 * n + FragmentD::column(i) < in.P;
-        const float factor = is_prefix ? prefix_factor : scoring.own_factor;
+        const float each = is_prefix ? prefix_factor : own_factor;
 #pragma unroll
-        for (int m = 0; m < kTilesM; ++m) scores[m][n].r[i] *= factor;
+        for (int m = 0; m < kTilesM; ++m) {
+          scores[m][n].r[i] *= each;
+          scores[m][n].r[2 + i] *= each;
+        }
       }
     }
-    if (scoring.bias.data != nullptr && column + kStep > in.P && in.N > 0) {
+    if (in.has_bias() && column + kStep > in.P && in.N > 0) {
       if (scoring.bias.is_float32) {
         add_bias_by_rows<float>(in, scoring, scores, row, column);
       } else {
         add_bias_by_rows<T>(in, scoring, scores, row, column);
       }
     }
+    if (!is_plain) hide_columns(scores, start);
   }
-  const float factor = is_factor_left ? scoring.own_factor : 1.0f;
-  if (scoring.key_mask != nullptr) {
-#pragma unroll
-    for (int n = 0; n < kTilesN; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const bool is_hidden = (visible >> (2 * n + e) & 1u) == 0;
-#pragma unroll
-        for (int m = 0; m < kTilesM; ++m) {
-          scores[m][n].r[e] = is_hidden ? kMinusInfinity : scores[m][n].r[e];
-          scores[m][n].r[2 + e] = is_hidden ? kMinusInfinity : scores[m][n].r[2 + e];
-        }
-      }
-    }
-  }
-  // The first row sees the fewest columns; if it sees all of these, every row does.
-  if (column + kStep <= row_limit(in, row, end)) return factor;
+  // Under a causal mask the first row sees the fewest columns; if it sees all of these, every row
+  // does.
+  if (!in.is_causal || column + kStep <= causal_limit(in, row)) return factor;
 #pragma unroll
   for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       // Counted from the lane's first column, so that what is compared below are constants.
-      const int limit = row_limit(in, row + tile_row(m, half), end) - column - FragmentD::column(0);
+      const int limit = causal_limit(in, row + tile_row(m, half)) - column - FragmentD::column(0);
 #pragma unroll
       for (int n = 0; n < kTilesN; ++n) {
 #pragma unroll
@@ -147,6 +160,14 @@ __device__ __forceinline__ float score_by_rows(const CudaInputs& in, const Scori
     }
   }
   return factor;
+}
+
+// Is nothing to be done to the scores of `count` columns from `column` on, with queries from `row`
+// on, but to multiply them by a positive factor, and nothing to the probabilities? Columns that no
+// row sees are hidden anyway.
+__device__ __forceinline__ bool is_plain(const CudaInputs& in, int row, int column, int count) {
+  return column >= in.P && in.scale > 0.0f && !in.has_bias() && !in.dropout.is_active() &&
+         (!in.is_causal || column + count <= causal_limit(in, row));
 }
 
 // Where dropout's words of a head's rows begin. One call of Philox gives the words of four columns,

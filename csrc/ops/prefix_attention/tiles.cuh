@@ -6,7 +6,10 @@
 // `limit` are columns too: the first one that is not seen any more.
 #pragma once
 
+#include "cuda/approximate.cuh"
 #include "cuda/device.cuh"
+#include "cuda/lane_address.cuh"
+#include "cuda/mma_from.cuh"
 #include "ops/prefix_attention/params.h"
 
 namespace pelt::prefix_attention {
@@ -66,6 +69,8 @@ struct ReadColumns {
   int end;
   const bool* mask;  // [N]
 
+  ReadColumns() = default;
+
   __device__ __forceinline__ explicit ReadColumns(const CudaInputs& in, int b) {
     const int64_t length = in.lengths() == nullptr ? in.N : in.lengths()[b];
     end = static_cast<int>(length < 0 ? 0 : (length < in.N ? length : in.N));
@@ -77,30 +82,41 @@ struct ReadColumns {
   }
 };
 
-// Starts copies of rows [first, first + kRows) of a matrix; rows that are not there become zeros. A
-// thread stays at its vector of a row, so that going on to its next row is one addition.
-template <class C, int kRows, class IsThere>
-__device__ __forceinline__ void stage_rows_if(typename C::T* tile, const typename C::T* rows,
-                                              int64_t stride, int first, IsThere&& is_there) {
+// Which vector of which rows of a tile a thread copies: it stays at its vector of a row, so that
+// going on to its next row adds constants.
+template <class C>
+struct Share {
   // 96 elements are 12 vectors, which do not divide 128 threads: 96 of them take 8 rows at a time.
-  constexpr int kRowStep = C::kVectors == 12 ? 8 : kThreads / C::kVectors;
-  static_assert(kRows % kRowStep == 0 && kRowStep * C::kVectors <= kThreads,
+  static constexpr int kRowStep = C::kVectors == 12 ? 8 : kThreads / C::kVectors;
+  static constexpr int kStepBytes = kRowStep * C::kStride * 2;  // from row to row in shared memory
+  static_assert(kRowStep <= 32 && kRowStep * C::kVectors <= kThreads,
                 "all threads, or three of four, take whole vectors of whole rows");
-  if (thread_index() >= kRowStep * C::kVectors) return;
-  const int row = thread_index() / C::kVectors, e = thread_index() % C::kVectors * 8;
-  const typename C::T* from = rows + (first + row) * stride + e;
-  typename C::T* to = tile + row * C::kStride + e;
-#pragma unroll
-  for (int i = 0; i < kRows; i += kRowStep) {
-    cp_async_16(to + i * C::kStride, from, is_there(first + row + i));
-    from += kRowStep * stride;
-  }
-}
 
+  __device__ __forceinline__ static bool has_none() {
+    return kRowStep * C::kVectors < kThreads && thread_index() >= kRowStep * C::kVectors;
+  }
+  __device__ __forceinline__ static int row() { return thread_index() / C::kVectors; }
+  __device__ __forceinline__ static int element() { return thread_index() % C::kVectors * 8; }
+  __device__ __forceinline__ static uint32_t address(const typename C::T* tile) {
+    return shared_address(tile + row() * C::kStride + element());
+  }
+};
+
+// Starts copies of rows [first, first + kRows) of a matrix; rows from `end` on become zeros.
 template <class C, int kRows>
 __device__ __forceinline__ void stage_rows(typename C::T* tile, const typename C::T* rows,
                                            int64_t stride, int first, int end) {
-  stage_rows_if<C, kRows>(tile, rows, stride, first, [=](int row) { return row < end; });
+  using Mine = Share<C>;
+  static_assert(kRows % Mine::kRowStep == 0, "every thread takes as many rows");
+  if (Mine::has_none()) return;
+  const typename C::T* from = rows + (first + Mine::row()) * stride + Mine::element();
+  const uint32_t to = Mine::address(tile);
+  const int left = end - first - Mine::row();
+  for_constants<kRows / Mine::kRowStep>([&](auto turn) {
+    constexpr int kTurn = decltype(turn)::value;
+    cp_async_16_at<kTurn * Mine::kStepBytes>(to, from, kTurn * Mine::kRowStep < left ? 16 : 0);
+    from += Mine::kRowStep * stride;
+  });
 }
 
 // Which member of a table serves a sample. An index outside of the table cannot be refused without
@@ -122,82 +138,205 @@ __device__ __forceinline__ int64_t prefix_offset(const CudaInputs& in, Input ten
 // Eight elements of a prefix: 16-bit ones come by an asynchronous copy, float32 masters through
 // registers, because they are rounded on the way.
 template <class T>
-__device__ __forceinline__ void stage_prefix_8(T* to, const Parameter& from, int64_t offset) {
+__device__ __forceinline__ void stage_prefix_8(uint32_t to, const Parameter& from, int64_t offset) {
   if (from.is_float32) {
-    store_16(to, narrow<T>(load_8(static_cast<const float*>(from.data) + offset)));
+    store_shared_16(to, narrow<T>(load_8(static_cast<const float*>(from.data) + offset)));
   } else {
-    cp_async_16(to, static_cast<const T*>(from.data) + offset, true);
+    cp_async_16_at<0>(to, static_cast<const T*>(from.data) + offset, 16);
   }
 }
 
-// Starts copies of columns [first, first + kRows) of keys and values; columns that no query sees,
-// and those behind the last one, become zeros. Prefix rows come from where each prefix lies, so
-// prefixes are never copied side by side in global memory.
-template <class C, int kRows>
-__device__ __forceinline__ void stage_columns(typename C::T* s_k, typename C::T* s_v,
-                                              const CudaInputs& in, const Head& head, int first) {
+// ---- tiles of the joined axis ----
+//
+// What is seen of 32 columns is a word, which one warp makes of the key mask in time: threads that
+// copy a tile, and the products of its columns, find bits and numbers in shared memory.
+
+// Whether any query sees a column: those of prefixes are seen.
+__device__ __forceinline__ bool is_column_seen(const CudaInputs& in, const ReadColumns& read,
+                                               int column) {
+  return column < in.P || read.has(column - in.P);
+}
+
+// What the sums of a product start from, of two neighbouring columns: 0, or -inf where the column
+// is hidden. Such a column is staged as zeros, and its score stays -inf without another
+// instruction.
+struct alignas(8) Start {
+  float at[2];
+};
+
+template <int kColumns>
+struct Seen {
+  uint32_t words[kColumns / 32];
+};
+
+// Called by the warps that have the tile's columns, a thread for each.
+template <int kColumns>
+__device__ __forceinline__ void write_seen(Seen<kColumns>& s_seen, bool is_seen) {
+  const uint32_t word = vote_ballot(is_seen);
+  if (lane_index() == 0) s_seen.words[warp_index()] = word;
+}
+
+// Writes what is seen of the first two tiles.
+template <int kColumns>
+__device__ __forceinline__ void see_tiles(const CudaInputs& in, const ReadColumns& read,
+                                          Seen<kColumns> (&s_seen)[2]) {
+  static_assert(2 * kColumns <= kThreads, "a thread for each column of both tiles");
+  constexpr int kWords = kColumns / 32;
+  if (thread_index() >= 2 * kColumns) return;
+  const uint32_t word = vote_ballot(is_column_seen(in, read, thread_index()));
+  if (lane_index() == 0) s_seen[warp_index() / kWords].words[warp_index() % kWords] = word;
+}
+
+// Writes where a tile's products start, from what is seen of it.
+template <int kColumns>
+__device__ __forceinline__ void write_starts(Start (&s_starts)[kColumns / 2],
+                                             const Seen<kColumns>& s_seen) {
+  const int pair = thread_index();
+  if (pair >= kColumns / 2) return;
+  const uint32_t bits = s_seen.words[pair / 16] >> (pair % 16 * 2);
+  Start start;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) start.at[i] = (bits >> i & 1u) != 0 ? 0.0f : kMinusInfinity;
+  s_starts[pair] = start;
+}
+
+// Of a pair of columns, for both of a lane's rows in a fragment.
+__device__ __forceinline__ FragmentD start_of(const Start& s_start) {
+  const Start start = s_start;
+  return {{start.at[0], start.at[1], start.at[0], start.at[1]}};
+}
+
+// The addresses of a thread's vector in its next row of K and V. Those of columns before the first
+// own one are only counted from.
+template <class T>
+struct Cursor {
+  const T* k;
+  const T* v;
+};
+
+// In the tile that begins with column `first`.
+template <class C>
+__device__ __forceinline__ Cursor<typename C::T> cursor_at(const CudaInputs& in, const Head& head,
+                                                           int first) {
   using T = typename C::T;
-  const T* g_k = head_rows<T>(in, kK, head.b, head.g);  // [N, E]
-  const T* g_v = head_rows<T>(in, kV, head.b, head.g);  // [N, E]
-  const int64_t k_stride = row_stride(in, kK), v_stride = row_stride(in, kV);
-  const ReadColumns read(in, head.b);
-  if (first >= in.P) {  // a tile of own columns alone: no thread looks for a prefix
-    const auto is_there = [&](int n) { return read.has(n); };
-    stage_rows_if<C, kRows>(s_k, g_k, k_stride, first - in.P, is_there);
-    stage_rows_if<C, kRows>(s_v, g_v, v_stride, first - in.P, is_there);
+  const int n = first + Share<C>::row() - in.P, e = Share<C>::element();
+  return {head_rows<T>(in, kK, head.b, head.g) + n * row_stride(in, kK) + e,
+          head_rows<T>(in, kV, head.b, head.g) + n * row_stride(in, kV) + e};
+}
+
+// The same of a tile that has prefix columns, whose rows come from where each prefix lies: they are
+// never copied side by side in global memory.
+template <class C, int kColumns>
+__device__ __forceinline__ void stage_prefix_columns(uint32_t to_k, uint32_t to_v,
+                                                     const CudaInputs& in, const Head& head,
+                                                     Cursor<typename C::T>& from, int first,
+                                                     const Seen<kColumns>& s_seen) {
+  using Mine = Share<C>;
+#pragma unroll 1
+  for (int row = Mine::row(); row < kColumns; row += Mine::kRowStep) {
+    const int column = first + row;
+    if (column < in.P) {
+      int prefix = 0;
+      while (prefix + 1 < in.prefixes && column >= in.first[prefix + 1]) ++prefix;
+      const int64_t member = member_of(in, prefix, head.b);
+      stage_prefix_8<typename C::T>(
+          to_k, in.parameter(kPrefixK + prefix),
+          prefix_offset(in, kPrefixK, prefix, member, head.g, column) + Mine::element());
+      stage_prefix_8<typename C::T>(
+          to_v, in.parameter(kPrefixV + prefix),
+          prefix_offset(in, kPrefixV, prefix, member, head.g, column) + Mine::element());
+    } else {
+      const bool is_seen = (s_seen.words[row / 32] >> (row % 32) & 1u) != 0;
+      // An address that is not read still has to lie at a 16-byte border, as the tensor itself does;
+      // in the composed form there are no such rows at all.
+      using T = typename C::T;
+      cp_async_16_at<0>(to_k, is_seen ? from.k : in.input_as<T>(kK), is_seen ? 16 : 0);
+      cp_async_16_at<0>(to_v, is_seen ? from.v : in.input_as<T>(kV), is_seen ? 16 : 0);
+    }
+    to_k += Mine::kStepBytes, to_v += Mine::kStepBytes;
+    from.k += Mine::kRowStep * row_stride(in, kK);
+    from.v += Mine::kRowStep * row_stride(in, kV);
+  }
+}
+
+// Starts copies of the keys and values of columns [first, first + kColumns); columns that no query
+// sees become zeros.
+template <class C, int kColumns>
+__device__ __forceinline__ void stage_columns(typename C::T* s_k, typename C::T* s_v,
+                                              const CudaInputs& in, const Head& head, int first,
+                                              const Seen<kColumns>& s_seen) {
+  using Mine = Share<C>;
+  Cursor<typename C::T> from = cursor_at<C>(in, head, first);
+  static_assert(kColumns % Mine::kRowStep == 0 && kColumns % 32 == 0,
+                "every thread takes as many rows");
+  if (Mine::has_none()) return;
+  const uint32_t to_k = Mine::address(s_k), to_v = Mine::address(s_v);
+  if (first < in.P) {
+    stage_prefix_columns<C, kColumns>(to_k, to_v, in, head, from, first, s_seen);
     return;
   }
-#pragma unroll 1
-  for (int i = thread_index(); i < kRows * C::kVectors; i += kThreads) {
-    const int row = i / C::kVectors, e = i % C::kVectors * 8, column = first + row;
-    const int to = row * C::kStride + e;
-    if (column < in.P) {
-      int segment = 0;
-      while (segment + 1 < in.prefixes && column >= in.first[segment + 1]) ++segment;
-      const int64_t member = member_of(in, segment, head.b);
-      stage_prefix_8(s_k + to, in.parameter(kPrefixK + segment),
-                     prefix_offset(in, kPrefixK, segment, member, head.g, column) + e);
-      stage_prefix_8(s_v + to, in.parameter(kPrefixV + segment),
-                     prefix_offset(in, kPrefixV, segment, member, head.g, column) + e);
-    } else {
-      const int n = column - in.P;
-      const bool is_there = read.has(n);
-      // An address that is not read still has to lie at a 16-byte border, as the tensor itself does.
-      cp_async_16(s_k + to, is_there ? g_k + n * k_stride + e : in.input_as<T>(kK), is_there);
-      cp_async_16(s_v + to, is_there ? g_v + n * v_stride + e : in.input_as<T>(kV), is_there);
-    }
-  }
+  uint32_t seen = 0;
+  for_constants<kColumns / Mine::kRowStep>([&](auto turn) {
+    constexpr int kTurn = decltype(turn)::value;
+    constexpr int kRow = kTurn * Mine::kRowStep;  // and the thread's row further down
+    if constexpr (kRow % 32 == 0) seen = s_seen.words[kRow / 32] >> Mine::row();
+    const int bytes = (seen & 1u << kRow % 32) != 0 ? 16 : 0;
+    cp_async_16_at<kTurn * Mine::kStepBytes>(to_k, from.k, bytes);
+    cp_async_16_at<kTurn * Mine::kStepBytes>(to_v, from.v, bytes);
+    from.k += Mine::kRowStep * row_stride(in, kK);
+    from.v += Mine::kRowStep * row_stride(in, kV);
+  });
 }
 
 // The column behind the last one that any query of sample b sees. Every thread of the block must
-// call it; `scratch` has a word for each warp, and holds nothing afterwards.
+// call it; `scratch` has a word for each warp. A barrier is in it in any case, so that what the
+// block has written before is there behind it.
 __device__ __forceinline__ int seen_end_of(const CudaInputs& in, int b, int (&scratch)[kWarps]) {
+  const bool* mask = in.lengths() == nullptr ? in.mask_of(b) : nullptr;
+  int end = in.N;
   if (in.lengths() != nullptr) {
     const int64_t length = in.lengths()[b];
-    return in.P + static_cast<int>(length < 0 ? 0 : (length < in.N ? length : in.N));
+    end = static_cast<int>(length < 0 ? 0 : (length < in.N ? length : in.N));
+  } else if (mask != nullptr) {
+    end = 0;
+    for (int n = thread_index(); n < in.N; n += kThreads) end = mask[n] ? n + 1 : end;
+    // The largest of the 128 threads' ends: over the lanes of a warp, then over the warps.
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+      const int other = shfl_xor(end, lanes);
+      end = other > end ? other : end;
+    }
+    if (lane_index() == 0) scratch[warp_index()] = end;
   }
-  const bool* mask = in.mask_of(b);
-  if (mask == nullptr) return in.P + in.N;
-  int end = 0;
-  for (int n = thread_index(); n < in.N; n += kThreads) end = mask[n] ? n + 1 : end;
-  // The largest of the 128 threads' ends: over the lanes of a warp, then over the warps.
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    const int other = shfl_xor(end, lanes);
-    end = other > end ? other : end;
-  }
-  if (lane_index() == 0) scratch[warp_index()] = end;
   sync_threads();  // every warp's end is written before any warp reads all four
-  for (int w = 0; w < kWarps; ++w) end = scratch[w] > end ? scratch[w] : end;
+  if (mask != nullptr) {
+    for (int w = 0; w < kWarps; ++w) end = scratch[w] > end ? scratch[w] : end;
+  }
   return in.P + end;
 }
 
-// The column behind the last one that a row sees, where `end` is that of its sample. A causal mask
-// is aligned at the bottom right: row i sees own columns up to i + N - S, and every prefix column.
+// The column behind the last one that a row may see under a causal mask, which is aligned at the
+// bottom right: row i sees own columns up to i + N - S, and every prefix column.
+__device__ __forceinline__ int causal_limit(const CudaInputs& in, int row) {
+  const int keys = row + in.N - in.S + 1;
+  return in.P + (keys < 0 ? 0 : keys);
+}
+
+// The column behind the last one that a row sees, where `end` is that of its sample.
 __device__ __forceinline__ int row_limit(const CudaInputs& in, int row, int end) {
   if (!in.is_causal) return end;
-  const int keys = row + in.N - in.S + 1;
-  const int limit = in.P + (keys < 0 ? 0 : keys);
+  const int limit = causal_limit(in, row);
   return limit < end ? limit : end;
+}
+
+// Whether a row, which exists, sees no column although its products had some: all that the causal
+// mask leaves of its sample are hidden. Their scores are -inf unless the query is not finite.
+__device__ __forceinline__ bool sees_nothing(const CudaInputs& in, int b, int row) {
+  const bool* mask = in.mask_of(b);
+  if (!in.is_causal || in.P > 0 || mask == nullptr) return false;
+  const int end = causal_limit(in, row);
+  int n = 0;
+  while (n < end && !mask[n]) ++n;
+  return n >= end;
 }
 
 }  // namespace pelt::prefix_attention

@@ -78,8 +78,8 @@ __device__ __forceinline__ void place_block(const BackwardParams& p, Columns& s_
     block -= p.prefix_blocks;
     const int tile = block % p.own_tiles, head = block / p.own_tiles;
     g = head % in.G, walk.b = head / in.G;
-    // Tiles start at a multiple of 4, so the first one may begin inside the prefix.
-    columns = {in.P / 4 * 4 + tile * kOwnTile, in.P, in.P + in.N, 0, -1, 0, 0, 0};
+    // With dropout the first tile may begin inside the prefix.
+    columns = {in.tiles_from(in.P) + tile * kOwnTile, in.P, in.P + in.N, 0, -1, 0, 0, 0};
     columns.seen_end = seen_end_of(in, walk.b, scratch);
     range.b_end = walk.b + 1;
     if (columns.first >= columns.seen_end) range.tile_end = 0;  // padding: no query sees the tile
@@ -98,7 +98,7 @@ __device__ __forceinline__ void place_block(const BackwardParams& p, Columns& s_
     block /= grad.tiles;
     g = block % in.G;
     block /= in.G;
-    columns = {in.first[i] / 4 * 4 + tile * kPrefixTile,
+    columns = {in.tiles_from(in.first[i]) + tile * kPrefixTile,
                in.first[i],
                in.first[i] + in.P_i[i],
                in.P,
