@@ -21,6 +21,7 @@ from pelt_kernels.ops import (
     symmetric_kl,
 )
 from pelt_kernels.ops._contract import Signature
+from pelt_kernels.ops._values import flatten
 
 pytestmark = pytest.mark.backend("cuda_sim")
 
@@ -71,15 +72,14 @@ def launches_of(operator: str, request: str) -> dict[str, list[dict[str, Any]]]:
     simulator, case = _native.library("_C_sim"), served_case(operator)
     contract = parity.contract_of(operator).CONTRACT
     values = parity.inputs_of(operator, case, "bfloat16")
-    inputs = [
-        v.requires_grad_() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-        for v in values
-    ]
+    for value in flatten(values):
+        if value is not None and value.is_floating_point():
+            value.requires_grad_()
     attributes = make_attributes(contract, case)
-    chosen, found = contract.bind(inputs, attributes).chosen[True], {}
+    chosen, found = contract.bind(values, attributes).chosen[True], {}
     chosen.clear()  # plans hold sizes that depend on the device
     simulator.start_counting(without_checks=True)
-    outputs = parity.operator_of(operator)(inputs, attributes, parity.SEED, request)
+    outputs = parity.operator_of(operator)(values, attributes, parity.SEED, request)
     found["forward"] = simulator.stop_counting()
     simulator.start_counting(without_checks=True)
     outputs[0].sum().backward()
