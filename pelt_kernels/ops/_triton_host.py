@@ -11,6 +11,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import zip_longest
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -60,8 +61,8 @@ def within_bounds(chosen: Chosen, inputs: dict[str, Value]) -> dict[str, Value]:
 
 
 def _clamped(index: Value, bound: Any, includes_bound: bool) -> Value:
-    if isinstance(index, (list, tuple)):
-        return [_clamped(i, b, includes_bound) for i, b in zip(index, bound)]
+    if isinstance(index, (list, tuple)):  # the sizes end with the last branch that has a bank
+        return [_clamped(i, b, includes_bound) for i, b in zip_longest(index, bound)]
     return None if index is None else index.clamp(0, bound - 1 + includes_bound)
 
 

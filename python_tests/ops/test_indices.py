@@ -187,8 +187,11 @@ def test_triton_gets_indices_inside_the_bank(operator, case_id, name, far):
     on_gpu.device = torch.device("cuda")
     found = within_bounds(on_gpu, inputs | {name: everywhere(inputs[name], far)})[name]
     row = contract.input_rows[contract.input_names.index(name)]
-    found, bound = (
-        value if row.is_list else [value] for value in (found, signature.sizes[row.bound])
+    found, given, bound = (
+        value if row.is_list else [value]
+        for value in (found, inputs[name], signature.sizes[row.bound])
     )
+    # One that has no bank keeps its place; the sizes end with the last bank.
+    assert [index is None for index in found] == [index is None for index in given]
     for index, size in zip(found, bound):
         assert index is None or index.eq(0 if far < 0 else size - 1 + row.includes_bound).all()
