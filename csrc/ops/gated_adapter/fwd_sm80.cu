@@ -96,7 +96,7 @@ __device__ __forceinline__ void activate_hidden(const Call& in, StreamShared<C>&
   constexpr int kRankVectors = C::kRanks / 8;
   T* g_hidden = in.output_as<T>(kH) + rows.first * in.R;
 #pragma unroll 1
-  for (int i = thread_index(); i < C::kTileRows * kRankVectors; i += C::kThreads) {
+  for (uint32_t i = thread_index(); i < C::kTileRows * kRankVectors; i += C::kThreads) {
     const int row = i / kRankVectors, rank = i % kRankVectors * 8;
     T* at = s.hidden + row * C::kRankStride + rank;
     T* g_at = g_hidden + row * in.R + rank;
@@ -204,35 +204,38 @@ __device__ __forceinline__ void project_up(const ForwardParams& p, Stream<C>& st
   const Factors<C> factors = factors_of<C>(p, s, rows);
   // Where the lane's fragments are in the slot, its rows of an ldmatrix, and its 16-byte pieces, of
   // which eight neighbouring lanes have a column: the banks of eight rows differ.
-  const uint32_t of_pair = (first_row<C>() + FragmentD::row(0)) * kRowBytes +
+  const uint32_t ring = shared_address(s.slots), zeros = shared_address(s.zeros);
+  const uint32_t of_pair = ring + (first_row<C>() + FragmentD::row(0)) * kRowBytes +
                            (first_column<C>() + FragmentD::column(0)) * sizeof(T);
-  const uint32_t of_rows =
-      (first_row<C>() + lane % 16) * kRowBytes + (first_column<C>() + lane / 16 * 8) * sizeof(T);
+  const uint32_t of_rows = ring + (first_row<C>() + lane % 16) * kRowBytes +
+                           (first_column<C>() + lane / 16 * 8) * sizeof(T);
   const int row = first_row<C>() + lane % 8 + lane / 16 * 8;
   const int column = first_column<C>() + lane / 8 % 2 * 8;
-  const uint32_t of_vector = row * kRowBytes + column * sizeof(T);
-  T* g_y = in.output_as<T>(kY) + (rows.first + row) * in.D + column;
-  const uint32_t bias = shared_address(s.columns + first_column<C>() + FragmentD::column(0));
+  const uint32_t of_vector = ring + row * kRowBytes + column * sizeof(T);
+  // Of the chunk at hand: both go back with the chunks.
+  T* g_y = in.output_as<T>(kY) + (rows.first + row) * in.D + column + in.D - kChunk;
+  uint32_t bias =
+      shared_address(s.columns + in.D - kChunk + first_column<C>() + FragmentD::column(0));
 
   stream_to_columns<C>(
       stream, s, in.D,
-      [&](int first, ColumnSums<C>& u) {
+      [&](ColumnSums<C>& u) {
         for_constants<C::kColumnTiles>([&](auto n) {
           constexpr int kTile = decltype(n)::value;
-          const Float2 pair = load_shared_pair_at<kTile * 32>(bias + first * 4);
+          const Float2 pair = load_shared_pair_at<kTile * 32>(bias);
           for (int m = 0; m < C::kRowTiles; ++m) {
             u[m][kTile] = {{pair.low, pair.high, pair.low, pair.high}};
           }
         });
+        bias -= kChunk * sizeof(float);
       },
       [&](int first, uint32_t slot, ColumnSums<C>& u) {
-        FragmentA residual[C::kRowTiles] = {};
-        if (stream.has_residual) {
-          for_constants<C::kRowTiles>([&](auto m) {
-            constexpr int kTile = decltype(m)::value;
-            ldmatrix_x4_at<kTile * 16 * kRowBytes>(residual[kTile].r, slot + of_rows);
-          });
-        }
+        FragmentA residual[C::kRowTiles];
+        for_constants<C::kRowTiles>([&](auto m) {
+          constexpr int kTile = decltype(m)::value, kBytes = kTile * 16 * kRowBytes;
+          const uint32_t at = stream.has_residual ? slot + of_rows + kBytes : zeros;
+          ldmatrix_x4_at<0>(residual[kTile].r, at);
+        });
         sync_warp();  // all lanes have what they read of the residual, whose place y takes
         if (in.dropout.is_active()) {
           const uint32_t kept = draw_kept<C>(in, rows, first);
@@ -256,9 +259,10 @@ __device__ __forceinline__ void project_up(const ForwardParams& p, Stream<C>& st
           constexpr int kRow = decltype(m)::value * 16;
           const Words4 y = load_shared_16_at<kRow * kRowBytes>(slot + of_vector);
           if (row + kRow < rows.count) {
-            store_global_16_streaming(g_y + first + static_cast<int64_t>(kRow) * in.D, y);
+            store_global_16_streaming(g_y + static_cast<int64_t>(kRow) * in.D, y);
           }
         });
+        g_y -= kChunk;
       });
 }
 

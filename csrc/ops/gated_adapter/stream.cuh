@@ -28,33 +28,43 @@ struct TileSource {
   static constexpr int kPasses = (kRows + kRowsPerPass - 1) / kRowsPerPass;
   static constexpr bool kIsWide = kVectors == kLanes;  // each thread has a vector in the first pass
 
-  const T* from;
-  int64_t pass_step;  // elements
-  uint32_t to;        // in the tile
-
-  // Of a matrix at `matrix` with `leading` elements from row to row.
-  __device__ __forceinline__ TileSource(const T* matrix, int leading) {
-    const int lane = thread_index() % kLanes, row = thread_index() / kLanes;
-    from = matrix + static_cast<int64_t>(row) * leading + lane * 8;
-    pass_step = static_cast<int64_t>(kRowsPerPass) * leading;
-    to = (row * kStride + lane * 8) * sizeof(T);
+  // Unsigned: a signed index that may be negative costs three more instructions for each division.
+  __device__ __forceinline__ static int lane_of_row() {
+    return static_cast<uint32_t>(thread_index()) % kLanes;
+  }
+  __device__ __forceinline__ static int first_row() {
+    return static_cast<uint32_t>(thread_index()) / kLanes;
   }
 
-  // Copies the tile `shift` elements behind `from` to `tile`. With kIsWhole everything exists;
+  const unsigned char* from;  // bytes, as all steps are: none is scaled again at every chunk
+  int64_t pass_step;
+  uint32_t to;  // in the first slot
+
+  // Of a matrix at `matrix` with `leading` elements from row to row, whose tile is at `tile` in the
+  // ring's first slot.
+  __device__ __forceinline__ TileSource(const T* matrix, int leading, uint32_t tile) {
+    const int lane = lane_of_row(), row = first_row();
+    from = reinterpret_cast<const unsigned char*>(matrix + static_cast<int64_t>(row) * leading +
+                                                  lane * 8);
+    pass_step = static_cast<int64_t>(kRowsPerPass) * leading * static_cast<int>(sizeof(T));
+    to = tile + (row * kStride + lane * 8) * sizeof(T);
+  }
+
+  // Copies the tile `shift` bytes behind `from` to `slot`. With kIsWhole everything exists;
   // without, `rows` and `vectors` do, and the place of what does not gets zeros.
   template <bool kIsWhole>
-  __device__ __forceinline__ void copy(uint32_t tile, int64_t shift, int rows, int vectors) const {
-    const int lane = thread_index() % kLanes, row = thread_index() / kLanes;
-    const T* at = from + shift;
+  __device__ __forceinline__ void copy(uint32_t slot, int64_t shift, int rows, int vectors) const {
+    const int lane = lane_of_row(), row = first_row();
+    const unsigned char* at = from + shift;
     if (kIsWide || lane < kVectors) {
       for_constants<kPasses>([&](auto i) {
         constexpr int kFirst = decltype(i)::value * kRowsPerPass;
         constexpr int kBytes = kFirst * kStride * static_cast<int>(sizeof(T));
         if (kFirst + kRowsPerPass <= kRows || row + kFirst < kRows) {
           if constexpr (kIsWhole) {
-            cp_async_16_at<kBytes>(tile + to, at);
+            cp_async_16_at<kBytes>(slot + to, at);
           } else {
-            cp_async_16_at<kBytes>(tile + to, at, row + kFirst < rows && lane < vectors ? 16 : 0);
+            cp_async_16_at<kBytes>(slot + to, at, row + kFirst < rows && lane < vectors ? 16 : 0);
           }
         }
         at += pass_step;
@@ -93,36 +103,41 @@ struct Stream {
   using T = typename C::T;
   static constexpr int kSlotBytes = sizeof(Slot<C>);
   static constexpr int kWeightOffset = offsetof(Slot<C>, weight);
+  static constexpr int kChunkBytes = kChunk * sizeof(T);
 
   RowsSource<C> x;  // and the residual, which lies as x does, `residual_shift` further
   DownSource<C> w_down;
   UpSource<C> w_up;
   int row_count, R;
   bool has_residual;
-  int64_t residual_shift;        // elements
-  bool is_whole;                 // the tile has all of its rows, and the weights all of its ranks
-  int down_left, up_left;        // chunks that have not been asked for
-  uint32_t first, before, read;  // slots: the ring's first, that of the step before, the next one
+  int64_t residual_shift, up_step;  // bytes; from a chunk of W_up to the next one
+  bool is_whole;           // the tile has all of its rows, and the weights all of its ranks
+  int down_left, up_left;  // chunks that have not been asked for
+  // Slots, in bytes behind the ring's first one: that of the step before, and the next one.
+  uint32_t before, read;
 
   // Of a tile's rows; has_down, has_up: which of the products are wanted now.
   __device__ __forceinline__ Stream(const ForwardParams& p, StreamShared<C>& s,
                                     const TileRows& rows, int64_t down_member, int64_t up_member,
                                     bool has_down, bool has_up)
-      : x(p.in.input_as<T>(kX) + rows.first * p.in.D, p.in.D),
-        w_down(static_cast<const T*>(p.w_down) + down_member * p.in.R * p.in.D, p.in.D),
+      : x(p.in.input_as<T>(kX) + rows.first * p.in.D, p.in.D, shared_address(s.slots)),
+        w_down(static_cast<const T*>(p.w_down) + down_member * p.in.R * p.in.D, p.in.D,
+               shared_address(s.slots) + kWeightOffset),
         w_up(static_cast<const T*>(p.w_up) + up_member * p.in.R * p.in.D +
                  static_cast<int64_t>(p.in.D - kChunk) * p.in.R,
-             p.in.R) {
+             p.in.R, shared_address(s.slots) + kWeightOffset) {
     const Call& in = p.in;
     row_count = rows.count;
     R = in.R;
-    if (!has_down) x.from += in.D;  // where the first product would have left it
+    // Where the first product would have left it.
+    if (!has_down) x.from += in.D * static_cast<int64_t>(sizeof(T));
     has_residual = in.residual_from != ResidualFrom::kNone;
-    residual_shift = p.residual_shift;
+    residual_shift = p.residual_shift * static_cast<int>(sizeof(T));
+    up_step = -static_cast<int64_t>(kChunkBytes) * in.R;
     down_left = has_down ? in.D / kChunk : 0;
     up_left = has_up ? in.D / kChunk : 0;
     is_whole = rows.count == C::kTileRows && in.R == C::kRanks;
-    first = read = before = shared_address(s.slots);
+    read = before = 0;
 #pragma unroll 1
     for (int step = 0; step < C::kStages - 1; ++step) {
       bring<false>(before);
@@ -131,24 +146,23 @@ struct Stream {
   }
 
   __device__ __forceinline__ uint32_t after(uint32_t slot) const {
-    const uint32_t next = slot + kSlotBytes;
-    return next == first + C::kStages * kSlotBytes ? first : next;
+    return slot == (C::kStages - 1) * kSlotBytes ? 0 : slot + kSlotBytes;
   }
 
   template <bool kIsWhole>
   __device__ __forceinline__ void copy_down(uint32_t slot) {
     x.template copy<kIsWhole>(slot, 0, row_count, kChunk / 8);
-    x.from += kChunk;
-    w_down.template copy<kIsWhole>(slot + kWeightOffset, 0, R, kChunk / 8);
-    w_down.from += kChunk;
+    x.from += kChunkBytes;
+    w_down.template copy<kIsWhole>(slot, 0, R, kChunk / 8);
+    w_down.from += kChunkBytes;
   }
 
   template <bool kIsWhole>
   __device__ __forceinline__ void copy_up(uint32_t slot) {
-    x.from -= kChunk;
+    x.from -= kChunkBytes;
     if (has_residual) x.template copy<kIsWhole>(slot, residual_shift, row_count, kChunk / 8);
-    w_up.template copy<kIsWhole>(slot + kWeightOffset, 0, kChunk, R / 8);
-    w_up.from -= static_cast<int64_t>(kChunk) * R;
+    w_up.template copy<kIsWhole>(slot, 0, kChunk, R / 8);
+    w_up.from += up_step;
   }
 
   // Asks for the copies of the next step that has not been asked for, which is none of the first
@@ -196,8 +210,9 @@ __device__ __forceinline__ void stream_to_ranks(Stream<C>& stream, const StreamS
   constexpr int kSteps = kChunk / 16 / C::kHalves;
   const int lane = lane_index();
   const uint32_t half = half_of_columns<C>() * kSteps * 32;  // bytes
-  const uint32_t of_a = (first_row<C>() + lane % 16) * kRowBytes + lane / 16 * 16 + half;
-  const uint32_t of_b = Stream<C>::kWeightOffset +
+  const uint32_t ring = shared_address(s.slots);
+  const uint32_t of_a = ring + (first_row<C>() + lane % 16) * kRowBytes + lane / 16 * 16 + half;
+  const uint32_t of_b = ring + Stream<C>::kWeightOffset +
                         (first_rank<C>() + lane % 8 + lane / 16 * 8) * kRowBytes +
                         lane / 8 % 2 * 16 + half;
   // One row of eight has elements, the others are zeros at every chunk.
@@ -258,8 +273,7 @@ __device__ __forceinline__ void add_halves(const Stream<C>& stream, StreamShared
     constexpr int kTiles = C::kRowTiles * C::kRankTiles;
     const int pair = warp_index() / C::kBesides * C::kRankWarps + warp_index() % C::kRankWarps;
     // The last step's slot, of which each lane has its places.
-    unsigned char* slot =
-        reinterpret_cast<unsigned char*>(s.slots) + (stream.before - stream.first);
+    unsigned char* slot = reinterpret_cast<unsigned char*>(s.slots) + stream.before;
     float* at = reinterpret_cast<float*>(slot) + (pair * kTiles * 32 + lane_index()) * 4;
     const bool is_second = half_of_columns<C>() == 1;
     sync_threads();  // nobody reads the last step's slot any more
@@ -290,8 +304,8 @@ __device__ __forceinline__ void add_halves(const Stream<C>& stream, StreamShared
   }
 }
 
-// The second product, for each chunk of columns from the last to the first: start(first column,
-// sums), then finish(first column, slot, sums) with this warp's [16 kRowTiles, 16] of phi(h) W_up
+// The second product, for each chunk of columns from the last to the first: start(sums),
+// then finish(first column, slot, sums) with this warp's [16 kRowTiles, 16] of phi(h) W_up
 // added to what start has set.
 template <class C>
 using ColumnSums = FragmentD[C::kRowTiles][C::kColumnTiles];
@@ -312,7 +326,7 @@ __device__ __forceinline__ void stream_to_columns(Stream<C>& stream, StreamShare
       ldmatrix_x4_at<kTile * 16 * kRankBytes + kStep * 32>(a[kTile][kStep].r, of_a);
     });
   });
-  const uint32_t of_b = Stream<C>::kWeightOffset +
+  const uint32_t of_b = shared_address(s.slots) + Stream<C>::kWeightOffset +
                         (first_column<C>() + lane % 8 + lane / 16 * 8) * kRankBytes +
                         lane / 8 % 2 * 16;
 #pragma unroll 1
@@ -320,7 +334,7 @@ __device__ __forceinline__ void stream_to_columns(Stream<C>& stream, StreamShare
     const uint32_t slot = stream.template next<true>();
     const uint32_t at_b = slot + of_b;
     ColumnSums<C> sums;
-    start(first, sums);
+    start(sums);
     for_constants<C::kRanks / 16>([&](auto k) {
       constexpr int kStep = decltype(k)::value;
       uint32_t b[4];
