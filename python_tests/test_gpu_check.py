@@ -20,7 +20,7 @@ from pelt_kernels.ops import OPERATORS
 FIRST = ["machine", "build", "parity", "memcheck", "racecheck", "synccheck", "initcheck"]
 
 
-def shell(name, command, most=5.0, least=0.0, **more):
+def shell(name, command, most=600.0, least=0.0, **more):
     return Stage(name, ("sh", "-c", command), most, least, **more)
 
 
@@ -28,7 +28,7 @@ def shell(name, command, most=5.0, least=0.0, **more):
 def check(tmp_path):
     """check(stages, seconds, more...): the command's end and, of each stage, state and note."""
 
-    def check(*stages, seconds=60.0, more=()):
+    def check(*stages, seconds=3600.0, more=()):
         code = gpu_check.main([str(tmp_path), "--seconds", str(seconds), *more], stages)
         rows = json.loads((tmp_path / "state.json").read_text())["stages"]
         return code, {name: (state, note) for name, (state, note, _) in rows.items()}
@@ -36,9 +36,33 @@ def check(tmp_path):
     return check
 
 
+class Clock:
+    """Time that begins when all of the files are there, so that no test depends on how soon a busy
+    machine begins a stage.
+    """
+
+    def __init__(self, *files):
+        self.now, self.files = 0.0, files
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        time.sleep(0.02)
+        if all(file.exists() for file in self.files):
+            self.now += 0.2
+
+
 @pytest.fixture
-def grace(monkeypatch):
-    monkeypatch.setattr(gpu_check, "GRACE", 0.5)
+def clock(monkeypatch, tmp_path):
+    """clock(name, ...): the time of the check begins when stages have made these files."""
+
+    def clock(*names):
+        clock = Clock(*(tmp_path / name for name in names))
+        monkeypatch.setattr(gpu_check, "time", clock)
+        return clock
+
+    return clock
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -96,18 +120,21 @@ def test_what_others_need_stops_them_when_it_fails(check):
     assert stages["tests"] == ("cut", "not begun, because build did not pass")
 
 
-def test_a_stage_at_its_limit_is_cut_and_its_report_kept(check, grace, tmp_path):
-    slow = shell("slow", "trap 'echo report; exit 2' INT; echo begun; sleep 20 & wait", most=0.4)
-    code, stages = check(slow, shell("after", "true"))
+def test_a_stage_at_its_limit_is_cut_and_its_report_kept(check, clock, tmp_path):
+    clock("begun")
+    begun = tmp_path / "begun"
+    slow = f"trap 'echo report; exit 2' INT; echo begun; touch {begun}; sleep 20 & wait"
+    code, stages = check(shell("slow", slow, most=5), shell("after", "true"))
     assert code == 3
-    assert stages == {"slow": ("cut", "at its limit of 0 s"), "after": ("ok", "")}
+    assert stages == {"slow": ("cut", "at its limit of 5 s"), "after": ("ok", "")}
     log = (tmp_path / "log.txt").read_text()
     assert log.count("begun\nreport\n") == 1 and "==== slow: cut" in log
 
 
-def test_a_failure_found_before_the_limit_is_one(check, grace):
-    sign = gpu_stages.FAILED_TESTS
-    slow = shell("tests", "echo 'FAILED a.py::b'; sleep 20", most=0.3, sign_of_failure=sign)
+def test_a_failure_found_before_the_limit_is_one(check, clock, tmp_path):
+    clock("begun")
+    command = f"echo 'FAILED a.py::b'; touch {tmp_path / 'begun'}; sleep 20"
+    slow = shell("tests", command, most=5, sign_of_failure=gpu_stages.FAILED_TESTS)
     assert check(slow) == (1, {"tests": ("failed", "'FAILED a.py::b' in its log")})
 
 
@@ -122,12 +149,14 @@ def test_a_report_of_errors_is_a_failure_whatever_the_end(check):
     assert stages == {"found": ("failed", f"'{said}' in its log"), "clean": ("ok", "")}
 
 
-def test_no_stage_outlives_the_time_for_everything(check, grace, monkeypatch):
-    monkeypatch.setattr(gpu_check, "RESERVE", 0.0)
-    code, stages = check(shell("long", "sleep 20"), shell("late", "true", least=2), seconds=1.5)
+def test_no_stage_outlives_the_time_for_everything(check, clock, tmp_path):
+    clock("begun")
+    long = shell("long", f"touch {tmp_path / 'begun'}; sleep 20", most=1e6)
+    seconds = 15 + gpu_check.GRACE + gpu_check.RESERVE
+    code, stages = check(long, shell("late", "true", least=20), seconds=seconds)
     assert code == 3
-    assert stages["long"][1] == "at its limit of 1 s"
-    assert stages["late"] == ("cut", "not begun, 0 s were left of the 2 it needs")
+    assert stages["long"] == ("cut", "at its limit of 15 s")
+    assert stages["late"][0] == "cut" and "were left of the 20 it needs" in stages["late"][1]
 
 
 def test_stages_of_a_group_run_side_by_side(check, tmp_path):
@@ -162,27 +191,29 @@ def test_what_failed_and_is_not_reached_again_stays_failed(check):
     assert code == 1 and stages["bad"][0] == "failed"
 
 
-def test_what_failed_and_is_cut_now_stays_failed(check, grace):
+def test_what_failed_and_is_cut_now_stays_failed(check, clock, tmp_path):
     assert check(shell("bad", "exit 1"))[0] == 1
-    code, stages = check(shell("bad", "sleep 20", most=0.2))
-    assert code == 1 and stages["bad"] == ("failed", "before; now at its limit of 0 s")
+    clock("begun")
+    code, stages = check(shell("bad", f"touch {tmp_path / 'begun'}; sleep 20", most=5))
+    assert code == 1 and stages["bad"] == ("failed", "before; now at its limit of 5 s")
 
 
 def test_a_command_that_is_not_there_fails_and_stops_nothing(check, tmp_path):
-    code, stages = check(Stage("tool", ("no-such-tool", "-x"), 5, 0), shell("after", "true"))
+    code, stages = check(Stage("tool", ("no-such-tool", "-x"), 600, 0), shell("after", "true"))
     assert code == 1
     assert stages == {"tool": ("failed", "ended with 127"), "after": ("ok", "")}
     assert "no-such-tool: not found" in (tmp_path / "log.txt").read_text()
 
 
-def test_a_whole_group_is_interrupted_at_once(check, grace):
-    stubborn = "trap '' INT; while :; do sleep 0.1; done"
-    begun = time.monotonic()
+def test_a_whole_group_is_interrupted_at_once(check, clock, tmp_path):
+    names = ("a", "b", "c", "d")
+    now = clock(*names)
+    stubborn = "trap '' INT; touch {}; while :; do sleep 0.1; done"
     code, stages = check(
-        *(shell(name, stubborn, most=0.3, group="all") for name in ("a", "b", "c", "d"))
+        *(shell(n, stubborn.format(tmp_path / n), most=5, group="all") for n in names)
     )
     assert code == 3 and {state for state, _ in stages.values()} == {"cut"}
-    assert time.monotonic() - begun < 0.3 + 3 * gpu_check.GRACE + 2
+    assert 5 + gpu_check.GRACE < now.now < 5 + 2 * gpu_check.GRACE
 
 
 def test_a_stage_without_its_files_is_not_done(check, tmp_path):
