@@ -10,6 +10,7 @@ from pathlib import Path
 import parity
 import pytest
 import torch
+from cases.lora_linear import branched
 
 from benchmarks import counters, instructions, pipes, roofline, shapes
 from benchmarks.rows import read
@@ -153,6 +154,20 @@ def test_a_counted_device_is_as_large_as_it_is():
     found = counters.count("symmetric_kl", case, "bfloat16", "cuda_sim", "A100")
     assert pipes.blocks_of(found["forward"][0]) > 3
     parity.check("symmetric_kl", "cuda_sim", case, "bfloat16")
+
+
+@pytest.mark.backend("cuda_sim")
+def test_dropout_makes_tiles_larger():
+    """Each tile of y draws the factors of its rows of x for itself, so that many tiles cost more than
+    multiprocessors without work.
+    """
+    sizes = {"B": 1, "S": 640, "Din": 64, "Dout": 1024, "R_i": (8,), "size_i": (1024,)}
+    blocks = []
+    for p in (0.0, 0.1):
+        case = branched("tiles", sizes, "", [1.0], attributes={"dropout_p": p})
+        found = counters.count("lora_linear", case, "bfloat16", "cuda_sim:single", "H100")
+        blocks.append(pipes.blocks_of(found["forward"][0]))
+    assert blocks[1] < blocks[0]
 
 
 def test_what_takes_too_long_is_left_out(monkeypatch):

@@ -138,12 +138,16 @@ std::string why_not_single(const Linear& in) {
 
 // ---- the single launch ----
 
-// The columns of a block's tile. A tile costs its products, of W and of P; the launch lasts as long
-// as the multiprocessor with the most tiles works. Wide tiles spend the least on P, small ones leave
-// no multiprocessor without work where rows and columns are few. `ranks_of(columns)` are those that
-// a block needs.
+// Each tile of y draws the dropout of its rows of x for itself, which issues about as many
+// instructions as the products of this many columns.
+constexpr int kColumnsOfDraws = 512;
+
+// The columns of a block's tile. A tile costs its products, of W and of P, and its draws; the launch
+// lasts as long as the multiprocessor with the most tiles works. Wide tiles spend the least on P and
+// on draws, small ones leave no multiprocessor without work where rows and columns are few.
+// `ranks_of(columns)` are those that a block needs.
 template <class RanksOf>
-int choose_columns(const Linear& in, int columns, RanksOf&& ranks_of) {
+int choose_columns(const Linear& in, int columns, bool draws, RanksOf&& ranks_of) {
   int best = kSingleColumns;
   double least = 0.0;
   // In this order: of equal ones the first is taken.
@@ -157,7 +161,8 @@ int choose_columns(const Linear& in, int columns, RanksOf&& ranks_of) {
     // A small tile's warps load twice as many fragments for a product, as shared memory's rate tells.
     const double of_loads = tile == kSingleSmallColumns ? 1.3 : 1.0;
     const int ranks = ranks_of(tile) <= kSlot ? kSlot : kSingleRanks;
-    const double cost = of_loads * most * single_rows(tile) * (tile + ranks);
+    const int width = tile + ranks + (draws ? kColumnsOfDraws : 0);
+    const double cost = of_loads * most * single_rows(tile) * width;
     if (is_usual || cost < least) best = tile, least = cost;
   }
   return best;
@@ -166,13 +171,13 @@ int choose_columns(const Linear& in, int columns, RanksOf&& ranks_of) {
 // to = from W over rows that are cut as the branches ask.
 template <class Params, class RanksOf>
 Params product_of(const Linear& in, const void* from, int depth, const void* weight, void* to,
-                  int columns, RanksOf&& ranks_of) {
+                  int columns, bool draws, RanksOf&& ranks_of) {
   Params p;
   p.in = in;
   p.from = from, p.depth = depth;
   p.weight = weight;
   p.to = to, p.columns = columns;
-  p.tile_columns = choose_columns(in, columns, ranks_of);
+  p.tile_columns = choose_columns(in, columns, draws, ranks_of);
   p.column_tiles = (columns + p.tile_columns - 1) / p.tile_columns;
   p.tiling = make_tiling(in, single_rows(p.tile_columns));
   p.keys = PhiloxKeys::of(in.dropout.seed);
@@ -181,7 +186,7 @@ Params product_of(const Linear& in, const void* from, int depth, const void* wei
 
 SingleForwardParams single_forward(const Linear& in, const Call& call) {
   auto single = product_of<SingleForwardParams>(
-      in, in.x, in.Din, call.input[kWeight], in.y, in.Dout,
+      in, in.x, in.Din, call.input[kWeight], in.y, in.Dout, in.dropout.is_active(),
       [&](int tile_columns) { return single_forward_ranks(in, tile_columns); });
   single.bias = call.parameter(kBias);
   return single;
@@ -192,6 +197,7 @@ bool is_single_backward(const Call& call) { return call.form == kSingle && call.
 
 SingleBackwardParams single_backward(const Linear& in, const Call& call) {
   return product_of<SingleBackwardParams>(in, in.dy, in.Dout, call.input[kWeight], in.dx, in.Din,
+                                          /*draws=*/false,
                                           [&](int) { return single_backward_ranks(in); });
 }
 
