@@ -67,10 +67,10 @@ def collapsed(
     config: MethodConfig, trained: Mapping[str, Tensor], prefix: PrefixAttention
 ) -> tuple[MethodConfig, dict[str, Tensor]]:
     """The method and what is trained as they are after `PrefixAttention.collapse`, which is not
-    called: the prefixes' table in the place of their reparametrisation.
+    called: the prefixes' tables in the place of their reparametrisation.
     """
     tensors = {name: tensor for name, tensor in trained.items() if not name.startswith("prefix.")}
-    tensors["prefix.table"] = prefix.as_table()
+    tensors |= {f"prefix.{name}": table for name, table in prefix.as_tables().items()}
     return without_reparametrisation(config), tensors
 
 

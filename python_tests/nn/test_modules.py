@@ -210,7 +210,7 @@ def test_collapsing_keeps_the_numbers_even_under_autocast():
         inside = torch.stack(prefix.keys_values(0))
     assert torch.equal(inside, before[0])
     prefix.requires_grad_(False)
-    assert torch.equal(prefix.as_table(), torch.stack(before)) and not prefix.is_collapsed
+    assert torch.equal(prefix.as_tables()["table"], torch.stack(before)) and not prefix.is_collapsed
     prefix.collapse()
     prefix.collapse()
     assert prefix.is_collapsed and not prefix.table.requires_grad

@@ -23,9 +23,10 @@ def attention_weights(
     gate: Tensor | None = None,
     key_mask: Tensor | None = None,
     is_causal: bool = False,
+    bias: Tensor | None = None,
     scale: float | Tensor | None = None,
 ) -> Tensor:
-    """``softmax([g · scale · Q Pkᵀ ; scale · Q Kᵀ + mask])`` [B, H, S, P + N].
+    """``softmax([g · scale · Q Pkᵀ ; scale · Q Kᵀ + bias + mask])`` [B, H, S, P + N].
 
     Prefix columns come first. By PyTorch's operations, differentiable, before dropout; arguments
     and errors are those of `prefix_attention`, which never makes this tensor: its output is these
@@ -37,7 +38,7 @@ def attention_weights(
     scale, (q,) = fold(_NAME, "scale", default_scale(_NAME, q) if scale is None else scale, q)
     # v has no effect here; k is passed in its place.
     inputs = Inputs(
-        q, k, k, *prefix_lists(prefixes), gate=gate, key_mask=key_mask, lengths=None, bias=None
+        q, k, k, *prefix_lists(prefixes), gate=gate, key_mask=key_mask, lengths=None, bias=bias
     )
     call = CONTRACT.bind(inputs, (flag(_NAME, "is_causal", is_causal), scale, 0.0))
     CONTRACT.check_indices(call, inputs)
