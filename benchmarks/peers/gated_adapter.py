@@ -59,11 +59,11 @@ def plain(
     """residual + gate * scale * up(activation(down(x))); the seed is torch's own affair."""
     z = x
     if pre_norm_weight is not None:
-        z = _norm(x, pre_norm_weight, pre_norm_bias, pre_norm_eps)
+        z = _norm(x, pre_norm_weight, pre_norm_bias, down_index, pre_norm_eps)
     h = ACTIVATIONS[activation](_parts.linear(z, w_down, b_down, down_index))
     y = _parts.linear(h, w_up, b_up, up_index)
     if post_norm_weight is not None:
-        y = _norm(y, post_norm_weight, post_norm_bias, post_norm_eps)
+        y = _norm(y, post_norm_weight, post_norm_bias, up_index, post_norm_eps)
     if dropout_p:
         y = F.dropout(y, dropout_p)
     # Factors are small tensors and numbers, so that [B, S, D] is multiplied once or not at all.
@@ -82,9 +82,21 @@ def plain(
     return (y,)
 
 
-def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    bias = None if bias is None else bias.to(x.dtype)
-    return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias, eps)
+def _norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor | None, eps: float
+) -> Tensor:
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if weight.ndim == 1:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    y = F.layer_norm(x, x.shape[-1:], eps=eps) * _of_rows(weight, index)
+    return y if bias is None else y + _of_rows(bias, index)
+
+
+def _of_rows(bank: Tensor, index: Tensor | None) -> Tensor:
+    """The member that an index picks, against [B, S, D]."""
+    if index is None:
+        return bank[0]
+    return bank[index][:, None] if index.ndim else bank[index]
 
 
 PEERS: dict[str, Any] = {"plain": plain}

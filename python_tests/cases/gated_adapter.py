@@ -10,6 +10,8 @@ UNIPELT = "b_down, b_up, gate_weight, gate_bias, mask, residual"
 BANKS = "bank w_down, bank b_down, bank w_up, bank b_up, down_index per sample, up_index per sample"
 PRE_NORM = "pre_norm_weight, pre_norm_bias"
 NORMS = f"{PRE_NORM}, post_norm_weight, post_norm_bias"
+PRE_NORMS = "bank pre_norm_weight, bank pre_norm_bias"
+NORM_BANKS = f"{PRE_NORMS}, bank post_norm_weight, bank post_norm_bias"
 EVERYTHING = f"{BANKS}, {NORMS}, scale, gate_weight, gate_bias, mask, residual"
 POOLED = {"pooling": "masked_mean", "residual_from": "tensor"}
 _SMALL = {"B": 2, "S": 17, "D": 64, "R": 12}
@@ -63,6 +65,50 @@ CASES = [
         {"B": 3, "S": 11, "D": 72, "R": 20, "M": 2, "M_up": 2},
         EVERYTHING,
         {**POOLED, "activation": "tanh", "dropout_p": 0.2, "scale_value": 0.5},
+    ),
+    # A norm for each task, and a batch that mixes tasks or has one.
+    Case(
+        "vlm_mixed_tasks",
+        {"B": 5, "S": 9, "D": 64, "R": 12, "M": 3, "M_up": 3},
+        f"{BANKS}, {PRE_NORMS}",
+    ),
+    Case(
+        "vlm_one_task",
+        {**_SMALL, "M": 3},
+        f"bank w_down, bank b_down, b_up, down_index, {PRE_NORMS}",
+        {"activation": "gelu"},
+    ),
+    Case(
+        "hyperpelt_mixed_tasks",
+        {"B": 5, "S": 9, "D": 64, "R": 12, "M_up": 3},
+        "b_down, bank w_up, bank b_up, up_index per sample, bank post_norm_weight,"
+        " bank post_norm_bias, scale",
+        {"activation": "gelu"},
+    ),
+    Case(
+        "hyperpelt_one_task",
+        {**_SMALL, "M_up": 3},
+        "b_down, bank w_up, bank b_up, up_index, bank post_norm_weight, bank post_norm_bias",
+        {"activation": "gelu_tanh"},
+    ),
+    Case(
+        "norm_banks",
+        {"B": 4, "S": 11, "D": 72, "R": 20, "M": 2, "M_up": 3},
+        f"{BANKS}, {NORM_BANKS}, scale, gate_weight, gate_bias, mask, residual",
+        {**POOLED, "activation": "tanh", "dropout_p": 0.2, "scale_value": 0.5},
+    ),
+    Case(
+        "norm_banks_one_task",
+        {"B": 2, "S": 33, "D": 128, "R": 24, "M": 3, "M_up": 2},
+        "bank w_down, bank b_down, bank w_up, bank b_up, down_index, up_index,"
+        f" {NORM_BANKS}, gate_weight, gate_bias",
+        {"pooling": "token", "activation": "silu"},
+    ),
+    Case(
+        "norm_bank_of_one",
+        {**_SMALL, "M": 1, "M_up": 1},
+        f"bank w_down, bank w_up, {NORM_BANKS}, residual",
+        {"residual_from": "tensor"},
     ),
     Case("identity", _SMALL, "b_down", {"activation": "identity", "residual_from": "none"}),
     Case(

@@ -28,7 +28,7 @@ _NAME = CONTRACT.name
 
 
 class Norm(NamedTuple):
-    """A LayerNorm's parameters: weight [D], bias [D], eps."""
+    """A LayerNorm's parameters: weight [D], bias [D], or banks [M, D] of both; eps."""
 
     weight: Tensor
     bias: Tensor
@@ -67,12 +67,14 @@ def gated_adapter(
             their gradients are float32.
         w_up, b_up: [D, R] and [D], or banks [M_up, D, R] and [M_up, D].
         bank_index: int64 [] (one member for the batch) or [B] (one for each sample), for both
-            projections, or a pair (for w_down, for w_up). On a GPU its values are not checked,
-            which would stop the stream: for one outside of the bank the backend cuda takes the
-            nearest member, and triton reads what is not the bank's.
+            projections, or a pair (for w_down and pre_norm, for w_up and post_norm). On a GPU its
+            values are not checked, which would stop the stream: one outside of the bank picks the
+            nearest member.
         activation: φ: relu, gelu (erf), gelu_tanh, silu, tanh or identity, on h = W_down
             pre_norm(x) + b_down.
-        pre_norm, post_norm: `Norm` on x (VLM) or on the adapter's output (HyperPELT).
+        pre_norm, post_norm: `Norm` on x (VLM) or on the adapter's output (HyperPELT). Beside a bank
+            w_down pre_norm may be a bank [M, D], whose member is the one of w_down, and post_norm
+            [M_up, D] beside a bank w_up: with an index [B] one batch mixes tasks.
         scale: a number, or a [] tensor with a gradient.
         gate: [B] or [B, S], or `LearnedGate` g = pool(sigmoid(w · x_t + b)).
         mask: [B, S] bool, True for real tokens; needed by the pooling ``masked_mean``.

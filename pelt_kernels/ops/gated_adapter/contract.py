@@ -28,11 +28,13 @@ NEVER_SKIP = -math.inf
 def rules(signature: Signature, values: dict[str, Value]) -> None:
     """What shapes cannot say: which inputs go together."""
     name, given, attributes = signature.contract.name, signature.given, signature.attributes
-    for norm in ("pre_norm", "post_norm"):
+    for norm, side in (("pre_norm", "w_down"), ("post_norm", "w_up")):
         if (f"{norm}_weight" in given) != (f"{norm}_bias" in given):
             raise ValueError(
                 f"{name}: expected {norm} with weight and bias, got only one of the two"
             )
+        if f"{norm}_weight" in given:
+            _check_norm(name, norm, side, values)
     if ("gate_weight" in given) != ("gate_bias" in given):
         raise ValueError(
             f"{name}: expected a learned gate with weight [D] and bias [1], got only one of the two"
@@ -58,6 +60,27 @@ def rules(signature: Signature, values: dict[str, Value]) -> None:
         )
 
 
+def _check_norm(name: str, norm: str, side: str, values: dict[str, Value]) -> None:
+    """Raises ValueError for half a bank of norms, and for one beside a projection that is none."""
+    weight, bias, projection = values[f"{norm}_weight"], values[f"{norm}_bias"], values[side]
+    if weight.ndim != bias.ndim:
+        raise ValueError(
+            f"{name}: expected {norm}'s weight and bias both as banks or both as single, got weight"
+            f" {list(weight.shape)} and bias {list(bias.shape)}"
+        )
+    if weight.ndim == 2 and projection.ndim == 2:
+        raise ValueError(
+            f"{name}: expected {side} as a bank beside a bank {norm} of {weight.shape[0]} members, "
+            f"got {side} {list(projection.shape)}; give it as many members, such as "
+            f"{side}.expand({weight.shape[0]}, -1, -1)"
+        )
+
+
+def has_norm_bank(signature: Signature) -> bool:
+    """Are there several LayerNorms, of which an index picks one?"""
+    return any(signature.dimensions(f"{norm}_weight") == 2 for norm in ("pre_norm", "post_norm"))
+
+
 def output_shapes(signature: Signature) -> dict[str, Any]:
     """The shapes of the outputs of a signature."""
     b, s, d, r = (signature.sizes[letter] for letter in "BSDR")
@@ -77,10 +100,10 @@ CONTRACT = Contract(
         b_up             parameter?    [D] | [M_up, D]
         down_index       index(M)?     [] | [B]
         up_index         index(M_up)?  [] | [B]
-        pre_norm_weight  parameter?    [D]
-        pre_norm_bias    parameter?    [D]
-        post_norm_weight parameter?    [D]
-        post_norm_bias   parameter?    [D]
+        pre_norm_weight  parameter?    [D] | [M, D]
+        pre_norm_bias    parameter?    [D] | [M, D]
+        post_norm_weight parameter?    [D] | [M_up, D]
+        post_norm_bias   parameter?    [D] | [M_up, D]
         scale            parameter?    []
         gate             parameter?    [B] | [B, S]
         gate_weight      parameter?    [D]
@@ -111,10 +134,15 @@ CONTRACT = Contract(
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm over the last dimension, statistics in the accumulator dtype."""
-    return torch.nn.functional.layer_norm(
-        x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps
-    )
+    """LayerNorm over the last dimension, statistics in the accumulator dtype; weight and bias [D],
+    or [B, D] for the rows of each sample, then rounded once as with [D].
+    """
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    if weight.ndim == 1:
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    acc = accumulator(x.dtype)
+    hat = torch.nn.functional.layer_norm(x.to(acc), x.shape[-1:], eps=eps)
+    return torch.addcmul(bias.to(acc)[:, None], hat, weight.to(acc)[:, None]).to(x.dtype)
 
 
 def reference(
@@ -152,11 +180,13 @@ def reference(
     acc = accumulator(x.dtype)
     z = x
     if pre_norm_weight is not None and pre_norm_bias is not None:
-        z = layer_norm(x, pre_norm_weight, pre_norm_bias, pre_norm_eps)
+        weight, bias = member(pre_norm_weight, down_index, 1), member(pre_norm_bias, down_index, 1)
+        z = layer_norm(x, weight, bias, pre_norm_eps)
     h = linear(z, member(w_down, down_index, 2), member(b_down, down_index, 1))
     u = linear(ACTIVATIONS[activation](h), member(w_up, up_index, 2), member(b_up, up_index, 1))
     if post_norm_weight is not None and post_norm_bias is not None:
-        u = layer_norm(u, post_norm_weight, post_norm_bias, post_norm_eps)
+        weight, bias = member(post_norm_weight, up_index, 1), member(post_norm_bias, up_index, 1)
+        u = layer_norm(u, weight, bias, post_norm_eps)
     if dropout_p:
         u = u * dropout_factor(u.shape[0] * u.shape[1], u.shape[2], dropout_p, seed, u).view_as(u)
     factor = torch.full((1, 1, 1), scale_value, dtype=acc, device=x.device)

@@ -32,17 +32,17 @@ def supports(signature: Signature, backend: str, form: str, needs_grad: bool = T
 def forward(chosen: Chosen, seed: int, **inputs: Value) -> tuple[Tensor, Tensor, Tensor]:
     """y [B, S, D], the learned gate's value (or [0]), and h [B, S, R] for backward."""
     t, x, at = SimpleNamespace(**inputs), inputs["x"], chosen.attributes
-    z = x
-    if t.pre_norm_weight is not None:
-        z = layer_norm(x, t.pre_norm_weight, t.pre_norm_bias, at["pre_norm_eps"])
+    z, (pre_norm, post_norm) = x, _norms(t)
+    if pre_norm is not None:
+        z = layer_norm(x, *pre_norm, at["pre_norm_eps"])
     h = linear(z, member(t.w_down, t.down_index, 2), member(t.b_down, t.down_index, 1))
     u = linear(
         ACTIVATIONS[at["activation"]](h),
         member(t.w_up, t.up_index, 2),
         member(t.b_up, t.up_index, 1),
     )
-    if t.post_norm_weight is not None:
-        u = layer_norm(u, t.post_norm_weight, t.post_norm_bias, at["post_norm_eps"])
+    if post_norm is not None:
+        u = layer_norm(u, *post_norm, at["post_norm_eps"])
     if at["dropout_p"]:
         u = u.mul_(_dropout(chosen, seed, u))
     gate, gate_value = t.gate, x.new_empty(0, dtype=accumulator(x.dtype))
@@ -72,14 +72,15 @@ def backward(
     a = ACTIVATIONS[at["activation"]](h)
     dropped = dy * _dropout(chosen, seed, dy) if at["dropout_p"] else dy
     up_rows = (member(t.w_up, t.up_index, 2), member(t.b_up, t.up_index, 1))
+    pre_norm, post_norm = _norms(t)
     # What the output was multiplied by: where its gradient is asked for, it is <dy', output>.
     has_dot = t.gate_weight is not None or needs["gate"] or needs["scale"]
     dot_of = (t.scale if value is None else value) if has_dot else None
     grads: dict[str, Value] = {}
     dot: Tensor | None
-    if t.post_norm_weight is not None:
-        post_norm = (t.post_norm_weight, t.post_norm_bias, at["post_norm_eps"])
-        da, dot = _up_backward_normed(needs, grads, dropped, a, up_rows, post_norm, factor, dot_of)
+    if post_norm is not None:
+        norm = (*post_norm, at["post_norm_eps"])
+        da, dot = _up_backward_normed(needs, grads, dropped, a, up_rows, norm, factor, dot_of)
     else:
         da, dot = _up_backward(needs, grads, dropped, a, up_rows, factor, dot_of)
     for name, bank in (("w_up", t.w_up), ("b_up", t.b_up)):
@@ -108,12 +109,38 @@ def backward(
     if t.b_down is not None and needs["b_down"]:
         sums = bias_grad(dh, down.ndim == 3, t.b_down.dtype)  # which adds in float32 all the same
         grads["b_down"] = member_grad(sums, t.b_down, t.down_index)
-    pre_norm = (t.pre_norm_weight, t.pre_norm_bias, at["pre_norm_eps"])
-    dx, dw_down = _down_backward(needs, grads, x, dh, down, pre_norm, dlogit, t.gate_weight)
+    before = None if pre_norm is None else (*pre_norm, at["pre_norm_eps"])
+    dx, dw_down = _down_backward(needs, grads, x, dh, down, before, dlogit, t.gate_weight)
     if dw_down is not None:
         grads["w_down"] = member_grad(dw_down, t.w_down, t.down_index)
+    _put_norms_in_banks(grads, needs, t)
     grads["x"] = dx.add_(dy) if dx is not None and at["residual_from"] == "input" else dx
     return {name: grads[name] for name, need in needs.items() if need}
+
+
+def _norms(t: SimpleNamespace) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:
+    """Weight and bias of the norm before and of the norm after, of the members that are picked:
+    [D] for all rows or [B, D]; None without one.
+    """
+    before = after = None
+    if t.pre_norm_weight is not None:
+        weight, bias, index = t.pre_norm_weight, t.pre_norm_bias, t.down_index
+        before = member(weight, index, 1), member(bias, index, 1)
+    if t.post_norm_weight is not None:
+        weight, bias, index = t.post_norm_weight, t.post_norm_bias, t.up_index
+        after = member(weight, index, 1), member(bias, index, 1)
+    return before, after
+
+
+def _put_norms_in_banks(
+    grads: dict[str, Value], needs: dict[str, bool], t: SimpleNamespace
+) -> None:
+    """Makes the gradients of the norms' members those of their banks."""
+    for norm, index in (("pre_norm", t.down_index), ("post_norm", t.up_index)):
+        for name in (f"{norm}_weight", f"{norm}_bias"):
+            bank = getattr(t, name)
+            if bank is not None and bank.ndim == 2 and needs[name]:
+                grads[name] = member_grad(grads[name], bank, index)
 
 
 def _dropout(chosen: Chosen, seed: int, like: Tensor) -> Tensor:
@@ -201,9 +228,7 @@ def _up_backward_normed(
     """The same with a post-norm, whose input is made again; its dot is of each row."""
     acc, (up, bias), (weight, shift, eps) = accumulator(a.dtype), up_rows, norm
     u = linear(a, up, bias)
-    normed, mean, rstd = torch.ops.aten.native_layer_norm(
-        u, u.shape[-1:], weight.to(u.dtype), shift.to(u.dtype), eps
-    )
+    normed, mean, rstd = _norm(u, weight, shift, eps)
     dot = None if dot_of is None else (dropped * normed).sum(-1).to(acc)
     du, grads["post_norm_weight"], grads["post_norm_bias"] = _norm_backward(
         _times(dropped, factor), u, mean, rstd, weight, shift
@@ -221,15 +246,14 @@ def _down_backward(
     x: Tensor,
     dh: Tensor,
     down: Tensor,
-    norm: tuple[Tensor | None, Tensor | None, float],
+    norm: tuple[Tensor, Tensor, float] | None,
     dlogit: Tensor | None,
     gate_weight: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx without the residual's part, and the gradient of the down projection's members."""
-    weight, shift, eps = norm
     down, r = cast(down, x.dtype), dh.shape[-1]
     dx = dw_down = None
-    if weight is None and down.ndim == 2 and dlogit is not None and gate_weight is not None:
+    if norm is None and down.ndim == 2 and dlogit is not None and gate_weight is not None:
         # The gate as one more row of the down projection. Products of 16 bits prefer a depth that
         # is a multiple of 4, so rows of 0 are added, and whatever stands beside them.
         more = 1 if x.dtype == dlogit.dtype else 4 - r % 4
@@ -246,15 +270,13 @@ def _down_backward(
             grads["gate_weight"] = both[r].to(gate_weight.dtype, copy=True)
         return dx, dw_down
     z = x
-    if weight is not None and shift is not None:
-        z, mean, rstd = torch.ops.aten.native_layer_norm(
-            x, x.shape[-1:], weight.to(x.dtype), shift.to(x.dtype), eps
-        )
+    if norm is not None:
+        z, mean, rstd = _norm(x, *norm)
     if needs["w_down"]:
         dw_down = weight_grad(dh, z, down.ndim == 3)
-    if weight is not None and shift is not None:
+    if norm is not None:
         dx, grads["pre_norm_weight"], grads["pre_norm_bias"] = _norm_backward(
-            dh @ down, x, mean, rstd, weight, shift
+            dh @ down, x, mean, rstd, *norm[:2]
         )
     elif needs["x"]:
         dx = dh @ down
@@ -266,9 +288,31 @@ def _down_backward(
     return dx, dw_down
 
 
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`layer_norm` with the rows' means and 1 / standard deviations [B, S, 1]."""
+    if weight.ndim == 1:
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_layer_norm(
+            x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps
+        )
+        return found
+    wide = x.to(accumulator(x.dtype))
+    _, mean, rstd = torch.ops.aten.native_layer_norm(wide, x.shape[-1:], None, None, eps)
+    return layer_norm(x, weight, bias, eps), mean, rstd
+
+
 def _norm_backward(
     dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, and the gradients of weight and bias, of each sample where it has its own [B, D]."""
+    if weight.ndim == 2:
+        acc = accumulator(x.dtype)
+        wide, hat = dy.to(acc), (x.to(acc) - mean) * rstd
+        dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+            wide * weight.to(x.dtype).to(acc)[:, None], x.to(acc), x.shape[-1:], mean, rstd,
+            None, None, [True, False, False],
+        )  # fmt: skip
+        # The parameters' gradients are rounded when they are in their banks.
+        return dx.to(x.dtype), (wide * hat).sum(1), wide.sum(1)
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         dy.contiguous(),
         x.contiguous(),

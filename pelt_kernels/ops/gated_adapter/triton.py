@@ -29,7 +29,7 @@ from .._triton_host import (
     within_bounds,
 )
 from ._triton_plan import CANDIDATES, PARTS, Plan, layout_of
-from .contract import CONTRACT
+from .contract import CONTRACT, has_norm_bank
 
 __all__ = ["CANDIDATES", "backward", "forward", "plan", "supports", "tune", "unavailable"]
 
@@ -44,7 +44,13 @@ def supports(signature: Signature, backend: str, form: str, needs_grad: bool = T
     b, s, r = (signature.sizes[letter] for letter in "BSR")
     ranks = f"its registers hold the sums for a bottleneck of at most {_MAX_RANK}, and R is {r}"
     rows = "it counts rows in 32 bits, and there are 2**31 or more"
-    return why_not(signature, (r > _MAX_RANK, ranks), (b * s >= 2**31, rows))
+    norms = "its norms are one [D] for all rows, and the call has a bank of norms"
+    return why_not(
+        signature,
+        (r > _MAX_RANK, ranks),
+        (b * s >= 2**31, rows),
+        (has_norm_bank(signature), norms),
+    )
 
 
 plan = Plan
