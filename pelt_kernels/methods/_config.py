@@ -179,3 +179,16 @@ def check_gate(config: MethodConfig) -> None:
     is_flag = gated is None or isinstance(gated, bool)
     check(is_flag, config, "gated", "as True, False or None")
     check_choice(config, "gate_pooling", GATE_POOLINGS)
+
+
+def set_tasks(config: MethodConfig, name: str = "tasks") -> None:
+    """The field lists different names of tasks; makes it a tuple."""
+    value = getattr(config, name)
+    are_names = (
+        isinstance(value, (list, tuple))
+        and bool(value)
+        and all(isinstance(task, str) and task.strip() == task != "" for task in value)
+        and len(set(value)) == len(value)
+    )
+    check(are_names, config, name, "as a list of different names of tasks")
+    object.__setattr__(config, name, tuple(value))

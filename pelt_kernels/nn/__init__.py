@@ -3,18 +3,38 @@
 from .experts import Bank, ExpertAdapter, ExpertLoRALinear, spare_unselected
 from .gate import Gate
 from .gated_adapter import GatedAdapter
+from .generated_weights import GeneratedWeights, HyperCall, StoredWeights
+from .hypernetwork import (
+    AdapterWeights,
+    HyperNetwork,
+    PrefixWeights,
+    StackSizes,
+    TaskEmbeddings,
+    generated_adapter,
+)
 from .lora_linear import LoRALinear
 from .prefix_attention import PrefixAttention
 from .pruned_linear import PrunedLinear
+from .task_adapters import TaskAdapters
 
 __all__ = [
+    "AdapterWeights",
     "Bank",
     "ExpertAdapter",
     "ExpertLoRALinear",
     "Gate",
     "GatedAdapter",
+    "GeneratedWeights",
+    "HyperCall",
+    "HyperNetwork",
     "LoRALinear",
     "PrefixAttention",
+    "PrefixWeights",
     "PrunedLinear",
+    "StackSizes",
+    "StoredWeights",
+    "TaskAdapters",
+    "TaskEmbeddings",
+    "generated_adapter",
     "spare_unselected",
 ]

@@ -14,7 +14,17 @@ from .lora_linear import merged
 from .original import Original
 
 
-class Bank(nn.Module):
+class Members(nn.Module):
+    """Parameters with one entry for each of several members [M, ...], of which a step trains some:
+    experts that were drawn, tasks that were in its batches.
+    """
+
+    def banks(self) -> dict[str, nn.Parameter]:
+        """The banks by name, [M, ...] each."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its banks are")
+
+
+class Bank(Members):
     """What banks of experts share: their parameters by side, the draw, and the average.
 
     A bank stores nothing of a forward. Each forward in training draws from torch's generator of the
@@ -182,17 +192,17 @@ def _mean(bank: Tensor) -> Tensor:
 
 
 def spare_unselected(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[RemovableHandle]:
-    """Makes each step of the optimizer skip every expert without a gradient: its weights and its
-    moments stay as they are, without decay. Remove the returned hooks to end this.
+    """Makes each step of the optimizer skip every expert, and every task, without a gradient: its
+    weights and its moments stay as they are, without decay. Remove the returned hooks to end this.
 
-    A bank is one parameter, so an expert that was not drawn has a gradient of zeros; without this,
-    Adam would shrink its moments and AdamW its weights. Bias correction counts the bank's steps,
-    not each expert's own.
+    A bank is one parameter, so an expert that was not drawn, or a task that was not in the batch,
+    has a gradient of zeros; without this, Adam would shrink its moments and AdamW its weights. Bias
+    correction counts the bank's steps, not each member's own.
     """
     banks = [
         bank
         for module in model.modules()
-        if isinstance(module, Bank)
+        if isinstance(module, Members)
         for bank in module.banks().values()
         if len(bank) > 1
     ]
