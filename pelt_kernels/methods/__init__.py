@@ -6,6 +6,7 @@ from .adapter import BottleneckAdapterConfig
 from .baselines import FullConfig, HeadConfig
 from .bitfit import BitFitConfig
 from .composite import CompositeConfig
+from .control_prefixes import ControlPrefixesConfig
 from .lora import LoraConfig
 from .options import config_from_options
 from .parts import Parts, parts_of
@@ -21,6 +22,7 @@ __all__ = [
     "BitFitConfig",
     "BottleneckAdapterConfig",
     "CompositeConfig",
+    "ControlPrefixesConfig",
     "FullConfig",
     "HeadConfig",
     "LoraConfig",

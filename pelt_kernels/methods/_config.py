@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
 # The methods by name, which a file gives. `registry` fills it, in the order in which they are told.
 METHODS: dict[str, type[MethodConfig]] = {}
 GATE_POOLINGS = ("masked_mean", "mean")
+# Numbers by name. A config keeps them as pairs: their order, which may matter, outlives JSON files
+# with sorted keys.
+Counts = Mapping[str, int] | tuple[tuple[str, int], ...]
 
 Config = TypeVar("Config", bound="MethodConfig")
 
@@ -34,7 +38,7 @@ class MethodConfig:
             value = getattr(self, field.name)
             if isinstance(value, MethodConfig):
                 value = value.to_dict()
-            values[field.name] = list(value) if isinstance(value, tuple) else value
+            values[field.name] = _plain(value)
         return values
 
     @classmethod
@@ -69,6 +73,11 @@ class MethodConfig:
                 )
             arguments[key] = config_from_dict(value) if isinstance(value, dict) else value
         return cls(**arguments)
+
+
+def _plain(value: Any) -> Any:
+    """Lists in the place of tuples."""
+    return [_plain(member) for member in value] if isinstance(value, tuple) else value
 
 
 def config_from_dict(values: dict[str, Any]) -> MethodConfig:
@@ -170,6 +179,46 @@ def set_names(config: MethodConfig, name: str, choices: tuple[str, ...]) -> None
     )
     words = f"as a list of different names out of {', '.join(choices)}"
     check(are_known, config, name, words)
+    object.__setattr__(config, name, tuple(value))
+
+
+def set_counts(config: MethodConfig, name: str, at_least: int) -> None:
+    """The field has whole numbers by name, a dictionary or pairs; makes it a tuple of pairs."""
+    value = getattr(config, name)
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+    are_counts = isinstance(pairs, (list, tuple)) and all(
+        isinstance(pair, (list, tuple))
+        and len(pair) == 2
+        and isinstance(pair[0], str)
+        and isinstance(pair[1], int)
+        and not isinstance(pair[1], bool)
+        and pair[1] >= at_least
+        for pair in pairs
+    )
+    are_counts = are_counts and len({pair[0] for pair in pairs}) == len(pairs)
+    check(are_counts, config, name, f"as whole numbers >= {at_least} by different names")
+    object.__setattr__(config, name, tuple((key, number) for key, number in pairs))
+
+
+def set_layers(config: MethodConfig, name: str) -> None:
+    """The field lists layers by number; makes it a tuple."""
+    value = getattr(config, name)
+    are_layers = isinstance(value, (list, tuple)) and all(
+        isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in value
+    )
+    check(are_layers, config, name, "as a list of layer numbers from 0")
+    object.__setattr__(config, name, tuple(value))
+
+
+def set_tokens(config: MethodConfig, name: str) -> None:
+    """The field lists different words by id; negative ids count from the last. Makes it a tuple."""
+    value = getattr(config, name)
+    are_ids = (
+        isinstance(value, (list, tuple))
+        and all(isinstance(word, int) and not isinstance(word, bool) for word in value)
+        and len(set(value)) == len(value)
+    )
+    check(are_ids, config, name, "as a list of different ids of words")
     object.__setattr__(config, name, tuple(value))
 
 

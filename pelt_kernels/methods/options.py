@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_args, get_origin, get_type_hints
 
-from ._config import METHODS, MethodConfig, config_from_dict
+from ._config import METHODS, Counts, MethodConfig, config_from_dict
 from .registry import PRESETS, make_config
 
 
@@ -15,8 +15,9 @@ def config_from_options(name: str, options: Mapping[str, str]) -> MethodConfig:
     "query,key"}``, or ``{"adapter.bottleneck": "16"}`` for a part's field.
 
     A value is read as its field's type asks: numbers, ``true`` and ``false``, names with commas
-    between them, ``none`` where that is allowed. A part is ``none``, ``default``, or its fields; a
-    part that was left out comes in with the first of them.
+    between them, numbers by name as ``source:6,category:17``, ``none`` where that is allowed. A
+    part is ``none``, ``default``, or its fields; a part that was left out comes in with the first
+    of them.
 
     Raises:
         ValueError: an unknown name or field, text that is not of the field's type, or a value the
@@ -73,8 +74,16 @@ def _kind_of(hint: Any) -> tuple[Any, bool]:
 
 
 def _read(kind: Any, text: str, whole: str, is_optional: bool) -> Any:
-    words = {int: "a whole number", float: "a number", bool: "true or false"}
+    words: dict[Any, str] = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        Counts: "numbers by name such as source:6,category:17",
+    }
     try:
+        if kind == Counts:
+            pairs = [part.rsplit(":", 1) for part in text.split(",") if part.strip()]
+            return [(name.strip(), int(number)) for name, number in pairs]
         if get_origin(kind) is tuple:
             member = get_args(kind)[0]
             words[kind] = "names with commas" if member is str else "numbers with commas"

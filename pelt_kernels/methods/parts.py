@@ -10,6 +10,7 @@ from .adapter import BottleneckAdapterConfig
 from .baselines import FullConfig, HeadConfig
 from .bitfit import BitFitConfig
 from .composite import CompositeConfig
+from .control_prefixes import ControlPrefixesConfig
 from .lora import LoraConfig
 from .prefix import PrefixTuningConfig
 from .pst import PSTConfig
@@ -43,6 +44,8 @@ def parts_of(config: MethodConfig) -> Parts:
     match config:
         case BottleneckAdapterConfig():
             return Parts(adapter=config)
+        case ControlPrefixesConfig():
+            raise NotImplementedError("parts_of: control_prefixes has no place in models yet")
         case PrefixTuningConfig():
             return Parts(prefix=config)
         case LoraConfig():

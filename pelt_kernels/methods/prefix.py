@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ._config import MethodConfig, check, check_gate, check_int
+from ._config import MethodConfig, check_gate, check_int, set_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +40,5 @@ class PrefixTuningConfig(MethodConfig):
     def __post_init__(self) -> None:
         check_int(self, "prefix_length", 0)
         check_int(self, "mid", 1, optional=True)
-        are_layers = isinstance(self.skip_layers, (list, tuple)) and all(
-            isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0
-            for layer in self.skip_layers
-        )
-        check(are_layers, self, "skip_layers", "as a list of layer numbers from 0")
-        object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
+        set_layers(self, "skip_layers")
         check_gate(self)

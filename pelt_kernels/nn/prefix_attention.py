@@ -129,8 +129,8 @@ class PrefixAttention(nn.Module):
             nn.init.normal_(self.table, std=rows_std)
         else:
             nn.init.normal_(self.embedding.weight, std=rows_std)
-            for layer in (self.down, *zip(self.up_weight, self.up_bias)):
-                weight, bias = (layer.weight, layer.bias) if layer is self.down else layer
+            pairs = [(self.down.weight, self.down.bias), *zip(self.up_weight, self.up_bias)]
+            for weight, bias in pairs:
                 if self.start == "normal":
                     nn.init.normal_(weight, std=0.02)
                     nn.init.zeros_(bias)
