@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import gated_adapter
+from ..ops import Norm, gated_adapter
 
 EPS = 1e-6  # of the hyper-embedding's LayerNorm and of the adapter's
 STD = 0.01  # of every Linear of a hypernetwork at the start
@@ -255,7 +254,7 @@ def generated_adapter(
     """``y = residual + λ LN( W_up φ( W_down x + b_down ) + b_up )`` by an adapter that was made
     elsewhere: x and residual [B, S, D], index [B] into its bank, None where it is a single one.
     """
-    u = gated_adapter(
+    y = gated_adapter(
         x,
         weights.w_down,
         weights.w_up,
@@ -263,13 +262,8 @@ def generated_adapter(
         b_up=weights.b_up,
         bank_index=index,
         activation=activation,
-        residual=None,
+        post_norm=Norm(weights.norm_weight, weights.norm_bias, EPS),
+        scale=weights.scale,
+        residual=residual,
     )
-    u = F.layer_norm(cast(Tensor, u), x.shape[-1:], eps=EPS)
-    weight, bias = (
-        (weights.norm_weight, weights.norm_bias)
-        if index is None
-        else (weights.norm_weight[index].unsqueeze(1), weights.norm_bias[index].unsqueeze(1))
-    )
-    y = (weights.scale * (weight * u + bias)).to(x.dtype)
-    return y if residual is None else residual + y
+    return cast(Tensor, y)

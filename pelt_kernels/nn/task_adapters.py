@@ -96,31 +96,18 @@ class TaskAdapters(Members):
             index, gate = tasks.clamp(min=0), (tasks != BYPASS).to(x.dtype)
             if len(self.bottlenecks) == 1:
                 values, index = {name: bank[0] for name, bank in values.items()}, None
-        w_down, b_down, norm = _folded(values, self.eps)
         y = gated_adapter(
             x,
-            w_down,
+            values["w_down"],
             values["w_up"],
-            b_down=b_down,
+            b_down=values["b_down"],
             b_up=values["b_up"],
             bank_index=index,
             activation="relu",
-            pre_norm=norm,
+            pre_norm=Norm(values["norm_weight"], values["norm_bias"], self.eps),
             gate=gate,
         )
         return cast(Tensor, y)
 
     def extra_repr(self) -> str:
         return f"{self.b_up.shape[1]}, bottlenecks={list(self.bottlenecks)}, eps={self.eps}"
-
-
-def _folded(values: dict[str, Tensor], eps: float) -> tuple[Tensor, Tensor, Norm]:
-    """W_down and b_down with each task's LayerNorm parameters inside, and a LayerNorm without any:
-    ``W (w ⊙ n + v) + b = (W diag(w)) n + (W v + b)``. The operator's LayerNorm is one for all
-    members.
-    """
-    weight, bias, w_down = values["norm_weight"], values["norm_bias"], values["w_down"]
-    folded = w_down * weight.unsqueeze(-2)
-    shifted = values["b_down"] + (w_down @ bias.unsqueeze(-1)).squeeze(-1)
-    d = weight.shape[-1]
-    return folded, shifted, Norm(weight.new_ones(d), weight.new_zeros(d), eps)
