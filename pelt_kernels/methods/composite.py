@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ._config import MethodConfig, check_flag, check_parts
+from ._config import MethodConfig, check_flag, check_parts, set_tokens
 from .adamix import AdaMixConfig
 from .adapter import BottleneckAdapterConfig
 from .lora import LoraConfig
@@ -30,6 +30,7 @@ class CompositeConfig(MethodConfig):
         bitfit: the biases are trained too.
         pst: the targets are pruned; its ``train_head`` holds for the whole model.
         adamix: experts with their consistency loss.
+        trainable_tokens: words whose embeddings are trained, too, by id, see `Parts`.
 
     Raises:
         ValueError: no part at all, a part of the wrong type, or two parts in one place.
@@ -43,15 +44,18 @@ class CompositeConfig(MethodConfig):
     bitfit: bool = False
     pst: PSTConfig | None = None
     adamix: AdaMixConfig | None = None
+    trainable_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         wanted = {**PARTS, "pst": PSTConfig, "adamix": AdaMixConfig}
         check_parts(self, wanted)
         check_flag(self, "bitfit")
-        if not self.bitfit and all(getattr(self, name) is None for name in wanted):
+        set_tokens(self, "trainable_tokens")
+        is_empty = not (self.bitfit or self.trainable_tokens)
+        if is_empty and all(getattr(self, name) is None for name in wanted):
             raise ValueError(
-                f"CompositeConfig: expected at least one of {', '.join(wanted)} and bitfit, got "
-                "none"
+                f"CompositeConfig: expected at least one of {', '.join(wanted)}, bitfit and "
+                "trainable_tokens, got none"
             )
         taken: dict[str, str] = {}
         for name, places in self._places().items():

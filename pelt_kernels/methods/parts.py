@@ -18,7 +18,14 @@ from .unipelt import UniPELTConfig
 
 
 class Parts(NamedTuple):
-    """A method as the models read it: what is added, and what is trained beside the head."""
+    """A method as the models read it: what is added, and what is trained beside the head.
+
+    `trainable_tokens` are words by id (negative: from the last) whose embeddings are trained while
+    the other rows of the table stay as they are; a head that is tied to the table sees them, too.
+    They are one parameter [n, D] of their own, so no optimizer keeps anything for the whole table.
+    ``CompositeConfig(trainable_tokens=(50257, 50258))`` asks for them, alone or beside any parts. A
+    config with such a field (checked by `set_tokens`) passes it on in `parts_of`, which is all.
+    """
 
     adapter: BottleneckAdapterConfig | None = None
     prefix: PrefixTuningConfig | None = None
@@ -27,6 +34,7 @@ class Parts(NamedTuple):
     mixture: AdaMixConfig | None = None
     pruning: PSTConfig | None = None
     tune_head: bool = True
+    trainable_tokens: tuple[int, ...] = ()
 
     @property
     def has_parallel_adapter(self) -> bool:
@@ -71,5 +79,6 @@ def parts_of(config: MethodConfig) -> Parts:
                 mixture=config.adamix,
                 pruning=config.pst,
                 tune_head=config.pst is None or config.pst.train_head,
+                trainable_tokens=config.trainable_tokens,
             )
     raise NotImplementedError(f"parts_of does not say what {type(config).__name__} is made of")

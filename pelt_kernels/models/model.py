@@ -20,6 +20,7 @@ from .first_values import FirstValues, head_names, names_in_place, put_values
 from .inject import Injection, raise_occupied
 from .mixture import compares_passes, consistent_forward
 from .pruning import check_progress, density, set_sparsity
+from .trained_tokens import TrainedTokens
 from .vocabulary import word_embeddings
 from .wrapped import BASE, WrappedModel
 
@@ -45,6 +46,7 @@ class PeltModel(WrappedModel):
         base_model: the model, with the parts in it.
         method_config: the method's config.
         prefix: the prefixes of all layers (`pelt_kernels.nn.PrefixAttention`), or None.
+        tokens: the trained rows of the word embeddings (`Parts.trainable_tokens`), or None.
     """
 
     def __init__(self, model: PreTrainedModel, config: MethodConfig) -> None:
@@ -67,16 +69,18 @@ class PeltModel(WrappedModel):
             )
         in_place = names_in_place(model, parts, head)
         first_values = None if parts.tune == "all" else FirstValues(model, in_place, head)
+        tokens = TrainedTokens(model, words) if (words := parts.trainable_tokens) else None
         super().__init__(model)
-        self.prefix = injection.prefix
+        self.prefix, self.tokens = injection.prefix, tokens
         self._compares_passes = parts.mixture is not None and compares_passes(model, parts.mixture)
         self.method_config = config
         self._requires_grad = {name: parameter.requires_grad for name, parameter in named.items()}
         self._first_values = first_values
         self._injection = injection
+        self._in_model = (injection,) if tokens is None else (injection, tokens)
         self._is_detached = False
         self._progress: float | None = None  # as `set_progress` was told; None: never
-        injection.attach()
+        self._attach()
         added = {
             name for name, _ in self.named_parameters() if name.removeprefix(BASE) not in named
         }
@@ -205,7 +209,7 @@ class PeltModel(WrappedModel):
 
         PST's pruned weights are written with their exact number of zeros, bit for bit what the
         forward used. LoRA becomes ``W + alpha / R · B A``, computed in float64 and rounded once;
-        AdaMix's experts are averaged before. Biases and heads that were trained in place stay.
+        AdaMix's experts are averaged before. Trained words, biases and heads stay.
 
         Raises:
             ValueError: a part that no weight can hold (adapters, prefixes, gated LoRA), LoRA over
@@ -219,6 +223,8 @@ class PeltModel(WrappedModel):
         weights = merged_weights(self.base_model)
         self._take_out()
         put_values(self.base_model, {f"{name}.weight": w for name, w in weights.items()})
+        if self.tokens is not None:
+            self.tokens.write_into(self.base_model)
         return self.base_model
 
     @contextmanager
@@ -237,15 +243,13 @@ class PeltModel(WrappedModel):
             return
         self._injection.check_detachable("disable_adapter")
         first_values.check(self.base_model, "disable_adapter", keep_head=True)
-        self._injection.detach()
-        self._is_detached = True
+        self._detach()
         trained_values = first_values.put(self.base_model, keep_head=True)
         try:
             yield
         finally:
             put_values(self.base_model, trained_values)
-            self._injection.attach()
-            self._is_detached = False
+            self._attach()
 
     def remove(self, keep_head: bool = False) -> PreTrainedModel:
         """Takes the method out and gives back the very base model, bit for bit as it was: its
@@ -270,10 +274,19 @@ class PeltModel(WrappedModel):
         first_values.put(self.base_model, keep_head)
         return self.base_model
 
+    def _attach(self) -> None:
+        for part in self._in_model:
+            part.attach()
+        self._is_detached = False
+
+    def _detach(self) -> None:
+        for part in self._in_model:
+            part.detach()
+        self._is_detached = True
+
     def _take_out(self) -> None:
         """Leaves the base model; what was trained in place keeps its values."""
-        self._injection.detach()
-        self._is_detached = True
+        self._detach()
         for name, parameter in self.base_model.named_parameters():
             parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
             parameter.grad = None
@@ -290,10 +303,8 @@ class PeltModel(WrappedModel):
 
     def _check_attached(self, who: str) -> None:
         if self._is_detached:
-            raise ValueError(
-                f"{who}: expected the method to be in the model, got one inside disable_adapter() "
-                "or removed"
-            )
+            got = "one inside disable_adapter() or removed"
+            raise ValueError(f"{who}: expected the method to be in the model, got {got}")
 
     def save_pretrained(
         self, directory: str | os.PathLike[str], *, collapse_prefix: bool = False, **ignored: Any

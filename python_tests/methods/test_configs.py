@@ -215,7 +215,7 @@ MISTAKES = {
         scale=float("inf")
     ),
     "start to be one of normal, lora, got 'zero'": lambda: BottleneckAdapterConfig(start="zero"),
-    "expected at least one of adapter, .* and bitfit, got none": CompositeConfig,
+    "expected at least one of adapter, .* and trainable_tokens, got none": CompositeConfig,
     "expected bitfit as True or False, got 1": lambda: CompositeConfig(bitfit=1),
     "expected pst as PSTConfig or None, got LoraConfig": lambda: CompositeConfig(pst=LoraConfig()),
     "expected adapter as BottleneckAdapterConfig or None, got LoraConfig": lambda: config_from_dict(
