@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import typer
 
 from .demo import demo
+from .distill import distill
 from .export import export
 from .info import info
 from .predict import predict
@@ -21,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, predict, export, info, demo):
+for command in (train, predict, export, distill, info, demo):
     app.command()(command)
 
 # The base of typer's errors of usage, under its public name in no version of typer.

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
@@ -91,6 +93,14 @@ def empty_classifier(name: str, classes: int) -> Any | None:
             return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     except ValueError:
         return None
+
+
+def load_writer(name: str) -> Any:
+    """The model with its language-model head, an encoder and a decoder or a decoder alone, in eval
+    mode.
+    """
+    is_pair = load_config(name).is_encoder_decoder
+    return _load(name, AutoModelForSeq2SeqLM if is_pair else AutoModelForCausalLM, dtype="float32")
 
 
 def longest_text(name: str, tokenizer: Any) -> int:
