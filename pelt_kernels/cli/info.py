@@ -110,7 +110,8 @@ def _describe_adapter(folder: Path) -> Table:
     table = Table(show_header=False, title=str(folder))
     for name, value in {
         "task": card.task,
-        "labels": ", ".join(card.labels),
+        "problem": card.problem,
+        "labels": ", ".join(card.labels) or "none",
         "model": card.model,
     }.items():
         table.add_row(name, value)

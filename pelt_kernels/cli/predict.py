@@ -18,6 +18,7 @@ from .console import Debug, errors_in_one_line, notes
 if TYPE_CHECKING:
     from ..training import Example
     from ..training.predictor import Card, Predictions
+    from ..training.problems import Tally
     from ..training.tasks import Columns
 
 
@@ -37,7 +38,7 @@ def predict(
     text_column: Annotated[str | None, typer.Option(help="Default text, sentence, ...")] = None,
     pair_column: Annotated[str | None, typer.Option(help="The second text's column.")] = None,
     label_column: Annotated[
-        str | None, typer.Option(help="Where there are labels, the accuracy is told.")
+        str | None, typer.Option(help="Where there are labels, a score is told.")
     ] = None,
     no_header: Annotated[
         bool, typer.Option("--no-header", help="Columns of --file are called 1, 2, 3, ...")
@@ -53,7 +54,8 @@ def predict(
 ) -> None:
     """Label texts with a trained adapter: label, probability and text, separated by tabs.
 
-    The two texts of a pair stand in one line, separated by a tab.
+    Scores (regression) are a number and the text; several labels are separated by commas. The two
+    texts of a pair stand in one line, separated by a tab.
     """
     with errors_in_one_line(debug):
         from ..ops import BACKENDS, use_backend
@@ -61,12 +63,13 @@ def predict(
         from ..training.config import check_choice
         from ..training.experiment import computing_device
         from ..training.predictor import Card
+        from ..training.problems import PROBLEMS
         from ..training.tasks import Columns
         from .progress import counting
 
         card = Card.load(adapter)
-        columns = Columns(text_column, pair_column, label_column, not no_header)
-        console, counts = notes(), _Counts()
+        columns = Columns(text_column, pair_column, label_column, not no_header, card.problem)
+        console, counts = notes(), _Counts(PROBLEMS[card.problem].tally(card.labels))
 
         def say(sentence: str) -> None:
             console.print(sentence, markup=False, soft_wrap=True)
@@ -123,7 +126,7 @@ def _examples(
         assert file is not None
         if file.suffix.lower() in SUFFIXES:
             rows = iterate_examples(file, columns, needs_label=False, allows_empty=True)
-            return with_known_labels(readable(rows, say), card.labels)
+            return with_known_labels(readable(rows, say), card)
         return _split(_lines(file), f"line of {file}", card.has_pairs)
 
     total = 0
@@ -192,27 +195,25 @@ def _lines_of(part: Predictions, as_json: bool) -> Iterator[str]:
     for example, prediction in zip(part.examples, part.rows, strict=True):
         if not as_json:
             shown = " | ".join(text for text in example.content if text is not None)
-            yield f"{prediction.label}\t{prediction.probability:.4f}\t{shown}\n"
+            yield "\t".join((*prediction.columns, shown)) + "\n"
             continue
         row: dict[str, Any] = {"text": example.text}
         if example.pair is not None:
             row["text_pair"] = example.pair
         if example.label is not None:
             row["expected"] = example.label
-        scores = {"probability": prediction.probability, "probabilities": prediction.probabilities}
-        row |= {"label": prediction.label} | scores
-        yield json.dumps(row, ensure_ascii=not is_unicode) + "\n"
+        yield json.dumps(row | prediction.fields, ensure_ascii=not is_unicode) + "\n"
 
 
 @dataclass
 class _Counts:
     """The numbers of the remarks at the end."""
 
+    tally: Tally
     texts: int = 0
     truncated: int = 0
     empty: int = 0
     labelled: int = 0
-    right: int = 0
 
     def add(self, part: Predictions) -> None:
         self.texts += len(part.rows)
@@ -221,16 +222,16 @@ class _Counts:
             self.empty += not any((text or "").strip() for text in example.content)
             if example.label is not None:
                 self.labelled += 1
-                self.right += example.label == prediction.label
+                self.tally.add(example, prediction)
 
     def remarks(self, longest: int) -> Iterator[str]:
         if self.truncated:
             yield f"{self.truncated} texts are longer than {longest} tokens and were cut"
         if self.empty:
-            yield f"{self.empty} texts are empty: their label comes from the special tokens alone"
+            yield f"{self.empty} texts are empty: their answer comes from the special tokens alone"
         if self.labelled:
             rest = self.texts - self.labelled
             yield (
-                f"accuracy {self.right / self.labelled:.4f} on {self.labelled} labelled "
+                f"{self.tally.sentence()} on {self.labelled} labelled "
                 f"texts{f'; {rest} are without a label' if rest else ''}"
             )

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from ..training import TrainConfig
 
 RUNS = Path("runs")
+METRIC_TITLES = {
+    "f1": "F1", "matthews": "Matthews", "spearman": "Spearman", "pearson": "Pearson",
+    "f1_micro": "micro F1", "f1_macro": "macro F1",
+}  # fmt: skip
 _METHODS = (
     "unipelt, unipelt-ap, adapter, prefix, lora, adamix, pst, bitfit, composite, mam, head or full"
 )
@@ -55,10 +59,18 @@ def train(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Default by method.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens kept of a text; 128.")] = None,
+    problem: Annotated[
+        str | None,
+        typer.Option(
+            help="What the labels are: classification, regression (scores) or multi-label (several "
+            "a row); found out where it is plain."
+        ),
+    ] = None,
     metric: Annotated[
         str | None,
         typer.Option(
-            help="What decides on dev (best weights, stopping, rate): accuracy, f1 or matthews."
+            help="What decides on dev (best weights, stopping, rate): accuracy, f1 or matthews; "
+            "spearman or pearson; f1_micro, f1_macro or accuracy."
         ),
     ] = None,
     class_weights: Annotated[
@@ -79,6 +91,9 @@ def train(
     text_column: Annotated[str | None, typer.Option(help="Default text, sentence, ...")] = None,
     pair_column: Annotated[str | None, typer.Option(help="The second text's column.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Default label.")] = None,
+    label_separator: Annotated[
+        str | None, typer.Option(help="Between the labels of a row in CSV and TSV; a comma.")
+    ] = None,
     no_header: Annotated[
         bool | None,
         typer.Option("--no-header", help="CSV or TSV without names: columns are called 1, 2, ..."),
@@ -169,10 +184,9 @@ def _free_folder(config: TrainConfig) -> Path:
 def _table(metrics: dict[str, Any]) -> Table:
     table = Table(title=f"{metrics['method']} on {metrics['task']['name']}", show_header=False)
     seeds = len(metrics["seeds"])
-    for key, name in (("accuracy", "accuracy"), ("f1", "F1"), ("matthews", "Matthews")):
-        spread = metrics["summary"][key]
+    for key, spread in metrics["summary"].items():
         deviation = f" ± {spread['std']:.3f} over {seeds} seeds" if seeds > 1 else ""
-        table.add_row(f"test {name}", f"{spread['mean']:.3f}{deviation}")
+        table.add_row(f"test {METRIC_TITLES.get(key, key)}", f"{spread['mean']:.3f}{deviation}")
     trained, total = metrics["trainable_parameters"], metrics["total_parameters"]
     table.add_row("trainable parameters", f"{trained:,} ({100 * trained / total:.2g} % of all)")
     table.add_row("learning rate", f"{metrics['learning_rate']:g}")

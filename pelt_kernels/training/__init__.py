@@ -2,8 +2,9 @@
 
 One experiment (`experiment`) is one config: it chooses a learning rate, does a run for each seed
 and writes `metrics.json` (`report`). One run (`experiment_run`) is one learning rate and one seed;
-its training loop with checkpoints is `run_trainer`. Afterwards `predictor` labels texts with the
-adapter, and `adapter_export` writes it as a plain model.
+its training loop with checkpoints is `run_trainer`. What is learned, classes, scores or sets of
+labels, is a problem (`problems`). Afterwards `predictor` answers texts with the adapter, and
+`adapter_export` writes it as a plain model.
 """
 
 from .adapter_export import Exported, export
@@ -11,7 +12,8 @@ from .config import TrainConfig
 from .errors import Interrupted, RunError, UsageError
 from .experiment import is_run, train
 from .experiment_run import Watchers
-from .predictor import Prediction, Predictor
+from .predictor import Predictor
+from .problems import LabelSet, Prediction, Score
 from .stopping import Stop, stoppable
 from .tasks import Example, Task, load_task
 
@@ -19,9 +21,11 @@ __all__ = [
     "Example",
     "Exported",
     "Interrupted",
+    "LabelSet",
     "Prediction",
     "Predictor",
     "RunError",
+    "Score",
     "Stop",
     "Task",
     "TrainConfig",

@@ -81,8 +81,9 @@ def export(
                 card.save(partial)
             else:
                 plain = tuned.export_dense()
-                plain.config.id2label = dict(enumerate(card.labels))
-                plain.config.label2id = {label: i for i, label in enumerate(card.labels)}
+                if card.labels:
+                    plain.config.id2label = dict(enumerate(card.labels))
+                    plain.config.label2id = {label: i for i, label in enumerate(card.labels)}
                 matrices = matrices_of(plain)
                 save_exported(plain, partial, pruned, form)
                 load_tokenizer(name).save_pretrained(partial)

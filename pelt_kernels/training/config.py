@@ -11,11 +11,11 @@ from ..methods import MethodConfig, config_from_options
 from ..ops import BACKENDS
 from .base_model import EMBEDDED
 from .errors import UsageError, reason
-from .metrics import NAMES as METRICS
+from .problems import PROBLEMS
 from .recipes import recipe
 from .records import read_record
 from .storage import write_json
-from .tasks import Columns
+from .tasks import CLASSIFICATION, SEPARATOR, Columns
 
 FILE = "run.json"
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -44,8 +44,11 @@ class TrainConfig:
         epochs: None takes the recipe's for the number of training examples.
         batch_size: None takes the recipe's.
         max_length: tokens after which a text is cut; None takes 128, or what the model reads.
-        metric: what decides on dev: the best weights, when to stop, the learning rate; one of
-            `metrics.NAMES`. Between equal values the lower loss decides.
+        problem: what the labels are, one of `problems.PROBLEMS`; None finds out, and asks where
+            they may be either.
+        label_separator: what stands between the labels of a row, in CSV and TSV.
+        metric: what decides on dev: the best weights, when to stop, the learning rate; one of the
+            problem's metrics, None its first. Between equal values the lower loss decides.
         class_weights: ``balanced`` weighs each class's examples by ``n / (C n_c)`` in the loss, n_c
             of the n training examples having one of the C classes; ``none`` leaves the model's loss
             as it is.
@@ -68,7 +71,9 @@ class TrainConfig:
     epochs: int | None = None
     batch_size: int | None = None
     max_length: int | None = None
-    metric: str = "accuracy"
+    problem: str | None = None
+    label_separator: str = SEPARATOR
+    metric: str | None = None
     class_weights: str = "none"
     patience: int = 3
     eval_every: int = 0
@@ -84,7 +89,13 @@ class TrainConfig:
 
     @property
     def columns(self) -> Columns:
-        return Columns(self.text_column, self.pair_column, self.label_column, not self.no_header)
+        return Columns(
+            self.text_column,
+            self.pair_column,
+            self.label_column,
+            not self.no_header,
+            self.problem,
+        )
 
     def method_config(self) -> MethodConfig:
         """The method with the options in it. Raises UsageError."""
@@ -140,8 +151,13 @@ class TrainConfig:
             raise UsageError(f"warmup: expected a share in [0, 1), got {self.warmup}")
         if not 0 <= self.weight_decay < float("inf"):
             raise UsageError(f"weight-decay: expected 0 or more, got {self.weight_decay}")
+        if not self.label_separator.strip():
+            raise UsageError(
+                f"label-separator: expected a mark such as ',', got {self.label_separator!r}"
+            )
         for name, known in (
-            ("metric", METRICS),
+            ("problem", tuple(PROBLEMS)),
+            ("metric", _metrics(self.problem)),
             ("class_weights", CLASS_WEIGHTS),
             ("backend", tuple(BACKENDS)),
             ("device", DEVICES),
@@ -149,6 +165,26 @@ class TrainConfig:
         ):
             if getattr(self, name) is not None:
                 check_choice(_option(name), getattr(self, name), known)
+
+
+def _metrics(problem: str | None) -> tuple[str, ...]:
+    """Those of a problem, or of all where it is not known or there is none of this name."""
+    known = [PROBLEMS[problem]] if problem in PROBLEMS else PROBLEMS.values()
+    return tuple(dict.fromkeys(name for each in known for name in each.metrics))
+
+
+def for_problem(config: TrainConfig, problem: str) -> TrainConfig:
+    """The config for a problem that the data has shown. Raises UsageError for options that do not
+    go with it.
+    """
+    if config.class_weights != "none" and problem != CLASSIFICATION:
+        raise UsageError(
+            f"class-weights: expected none for a {problem}, got '{config.class_weights}'"
+        )
+    metrics = PROBLEMS[problem].metrics
+    metric = metrics[0] if config.metric is None else config.metric
+    check_choice("metric", metric, metrics)
+    return replace(config, problem=problem, metric=metric)
 
 
 def check_choice(name: str, value: str, known: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +32,13 @@ class Encoded(Dataset[dict[str, Any]]):
 
 
 def encode(
-    examples: Sequence[Example], tokenizer: Any, max_length: int, labels: Sequence[str] = ()
+    examples: Sequence[Example],
+    tokenizer: Any,
+    max_length: int,
+    number: Callable[[Example], Any] | None = None,
 ) -> Encoded:
-    """Tokenises examples, truncating to `max_length` (the longer text of a pair first); class
-    numbers from `labels`.
+    """Tokenises examples, truncating to `max_length` (the longer text of a pair first); labels as
+    `number` makes them of labelled examples.
     """
     if not examples:
         return Encoded([], 0)
@@ -46,29 +49,30 @@ def encode(
     full = tokenizer(texts, pairs, truncation=False, verbose=False)
     both = zip(batch["input_ids"], full["input_ids"], strict=True)
     truncated = sum(len(cut) < len(whole) for cut, whole in both)
-    numbers = {label: number for number, label in enumerate(labels)}
     rows = []
     for index, example in enumerate(examples):
         row = {name: values[index] for name, values in batch.items()}
-        if labels:
-            assert example.label is not None  # tasks hold labelled examples only
-            row["labels"] = numbers[example.label]
+        if number is not None:
+            row["labels"] = number(example)
         rows.append(row)
     return Encoded(rows, truncated)
 
 
 @dataclass(frozen=True)
 class Pad:
-    """Collates rows by padding each batch to its own longest row."""
+    """Collates rows by padding each batch to its own longest row; `batch_labels` makes a tensor of
+    their labels.
+    """
 
     tokenizer: Any
+    batch_labels: Callable[[list[Any]], torch.Tensor] = torch.tensor
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         labels = [row["labels"] for row in rows if "labels" in row]
         inputs = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
         batch = dict(self.tokenizer.pad(inputs, padding=True, return_tensors="pt"))
         if labels:
-            batch["labels"] = torch.tensor(labels)
+            batch["labels"] = self.batch_labels(labels)
         return batch
 
 

@@ -11,26 +11,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..models import get_pelt_model
 from ..ops import BACKENDS, use_backend
 from ..ops._dispatch import backend_of
 from .base_model import empty_classifier, load_tokenizer, longest_text
-from .config import DEVICES, TrainConfig, check_choice, save_config
+from .config import DEVICES, TrainConfig, check_choice, for_problem, save_config
 from .config import FILE as CONFIG_FILE
 from .errors import RunError, UsageError, reason
 from .experiment_run import Run, Watchers, rate_name
-from .metrics import score
 from .plots import draw_curves, draw_gates
 from .predictor import Predictor
+from .problems import PROBLEMS
 from .recipes import recipe
 from .records import read_record
 from .report import metrics
 from .stopping import rank
 from .storage import claimed, clear_partial, replacing, require_writable, write_json
-from .tasks import Task, load_task
+from .tasks import Task, labels_in, load_task
 from .tasks.examples import shortened
 
 METRICS_FILE = "metrics.json"
@@ -74,11 +73,12 @@ def train(
         with claimed(output):  # a run in progress is noticed before the data is read
             pass
     tokenizer = load_tokenizer(config.model)
-    task = load_task(config.task, config.eval, config.columns, watchers.say)
+    task = load_task(config.task, config.eval, config.columns, watchers.say, config.label_separator)
+    config = for_problem(config, task.problem)
     config = replace(config, max_length=_max_length(config, tokenizer, task))
     _check_draws(task, config, watchers)
     config = replace(config, epochs=_epochs(config, task))
-    _check_method(config, len(task.labels))
+    _check_method(config, task)
     require_writable(output)
     with claimed(output):
         _check_output(output, resume, overwrite)  # another run may have ended meanwhile
@@ -144,6 +144,7 @@ def _train_all(
     def on_dev(result: dict[str, Any]) -> tuple[float, float]:
         return rank(result[dev_metric], result["dev_loss"])
 
+    assert config.metric is not None  # set for the problem
     dev_metric = f"dev_{config.metric}"
     lr, tried = config.lr[0], {}
     if len(config.lr) > 1:
@@ -179,20 +180,14 @@ def _test(run: Run, predictions_path: Path | None) -> dict[str, float]:
     """The scores on the test part, of the adapter read back from disk."""
     examples = run.task.test
     device = computing_device(run.config.device)
-    predictions = Predictor(run.adapter, run.config.model, device)(examples).rows
+    answers = Predictor(run.adapter, run.config.model, device)(examples).rows
     if predictions_path is not None:
         with replacing(predictions_path) as partial, partial.open("w", encoding="utf-8") as file:
-            for example, prediction in zip(examples, predictions, strict=True):
+            for example, answer in zip(examples, answers, strict=True):
                 pair = {} if example.pair is None else {"text_pair": example.pair}
                 row = {"text": example.text, **pair, "label": example.label}
-                answer = {"predicted": prediction.label, "probability": prediction.probability}
-                file.write(json.dumps(row | answer, ensure_ascii=False) + "\n")
-    number = {label: index for index, label in enumerate(run.task.labels)}
-    return score(
-        np.array([number[prediction.label] for prediction in predictions]),
-        np.array([number[example.label or ""] for example in examples]),
-        len(number),
-    )
+                file.write(json.dumps(row | answer.tested, ensure_ascii=False) + "\n")
+    return run.problem.score(examples, answers, run.task.labels)
 
 
 def computing_device(device: str) -> str:
@@ -229,9 +224,10 @@ def check_environment() -> None:
         check_choice("PELT_KERNELS_BACKEND", backend_of(requested), tuple(BACKENDS))
 
 
-def _check_method(config: TrainConfig, classes: int) -> None:
+def _check_method(config: TrainConfig, task: Task) -> None:
     """Raises UsageError where the method does not fit the model, before anything is written."""
-    empty = empty_classifier(config.model, classes)
+    problem = PROBLEMS[task.problem]
+    empty = empty_classifier(config.model, problem.outputs(task.labels), problem.head)
     if empty is None:
         return  # loading it for the first run raises the reason
     try:
@@ -274,7 +270,7 @@ def _check_draws(task: Task, config: TrainConfig, watchers: Watchers) -> None:
     written; reports a draw without a class.
     """
     for seed in config.seeds:
-        drawn = {example.label for example in task.draw_train(config.train_examples, seed)}
+        drawn = labels_in(task.draw_train(config.train_examples, seed))
         absent = [label for label in task.labels if label not in drawn]
         if absent and config.class_weights == "balanced":
             raise UsageError(

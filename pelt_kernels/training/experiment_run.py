@@ -19,8 +19,9 @@ from .base_model import load_classifier
 from .config import TrainConfig
 from .encode import Encoded, Pad, encode
 from .errors import Interrupted, RunError, UsageError
-from .metrics import NAMES, balanced_weights, score_logits
+from .metrics import balanced_weights
 from .predictor import Card
+from .problems import PROBLEMS, Problem
 from .records import read_record
 from .report import backends_used, peak_memory, seconds_per_step
 from .run_trainer import PeltTrainer, check_history, checkpoints, read_state
@@ -32,14 +33,14 @@ from .stopping import (
     is_constant,
 )
 from .storage import clear_partial, replacing, require_writable, write_json
-from .tasks import Task
+from .tasks import CLASSIFICATION, Task
 
 RESULT_FILE = "result.json"
-# The keys that it must hold, with their types.
+# The keys that it must hold, with their types, beside ``dev_<metric>`` for each of the problem's.
 RESULT: dict[str, Any] = {
     "seed": int,
     "learning_rate": float,
-    **{f"dev_{name}": float for name in (*NAMES, "loss")},
+    "dev_loss": float,
     "best_step": int,
     "steps": int,
     "seconds_per_step": float | None,
@@ -85,6 +86,16 @@ class Run:
     seed: int
 
     @property
+    def problem(self) -> Problem:
+        return PROBLEMS[self.task.problem]
+
+    @property
+    def metric(self) -> str:
+        """What decides on dev."""
+        assert self.config.metric is not None  # set by the experiment
+        return self.config.metric
+
+    @property
     def title(self) -> str:
         return f"{self.config.method}, lr {rate_name(self.lr)}, seed {self.seed}"
 
@@ -114,8 +125,10 @@ class Run:
 
     def _read_result(self, path: Path) -> dict[str, Any]:
         try:
-            result = read_record(path, RESULT, "resume")
-            check_history(path, result["history"])
+            metrics = self.problem.metrics
+            types = RESULT | {f"dev_{name}": float for name in metrics}
+            result = read_record(path, types, "resume")
+            check_history(path, result["history"], metrics)
             if (result["seed"], result["learning_rate"]) != (self.seed, self.lr):
                 raise RunError(f"resume: {path} is of another run")
             return result
@@ -134,8 +147,9 @@ class Run:
         require_writable(self.folder, needed_bytes=trainable * 4 * (3 * 3 + 1) + 2**24)
         clear_partial(self.folder)
         examples = self.task.draw_train(self.config.train_examples, self.seed)
-        train = encode(examples, self.tokenizer, self.max_length, self.task.labels)
-        dev = encode(self.task.dev, self.tokenizer, self.max_length, self.task.labels)
+        number = self.problem.number(self.task.labels)
+        train = encode(examples, self.tokenizer, self.max_length, number)
+        dev = encode(self.task.dev, self.tokenizer, self.max_length, number)
         dev.rows.sort(key=lambda row: len(row["input_ids"]))
         self._note_truncated(watchers, train, dev)
         trainer = self._trainer(model, train, dev, watchers)
@@ -149,12 +163,12 @@ class Run:
             model.save_pretrained(partial)
             self._card().save(partial)
         history = trainer.state.log_history
-        best = best_evaluation(history, self.config.metric)
+        best = best_evaluation(history, self.metric)
         assert best is not None  # the last step was evaluated
         return {
             "seed": self.seed,
             "learning_rate": self.lr,
-            **{f"dev_{name}": best[f"eval_{name}"] for name in (*NAMES, "loss")},
+            **{f"dev_{name}": best[f"eval_{name}"] for name in (*self.problem.metrics, "loss")},
             "best_step": trainer.state.best_global_step,
             "steps": trainer.state.global_step,
             "seconds_per_step": seconds_per_step(history),
@@ -168,7 +182,8 @@ class Run:
         }
 
     def _model(self) -> PeltModel:
-        base = load_classifier(self.config.model, len(self.task.labels))
+        outputs = self.problem.outputs(self.task.labels)
+        base = load_classifier(self.config.model, outputs, self.problem.head)
         try:
             return get_pelt_model(base, self.config.method_config())
         except ValueError as error:
@@ -177,7 +192,16 @@ class Run:
     def _card(self) -> Card:
         folder = Path(self.config.model)
         model = str(folder.resolve()) if folder.is_dir() else self.config.model
-        return Card(self.task.name, model, self.task.labels, self.task.has_pairs, self.max_length)
+        task = self.task
+        return Card(
+            task.name,
+            model,
+            task.labels,
+            task.has_pairs,
+            self.max_length,
+            task.problem,
+            task.label_separator,
+        )
 
     def _trainer(
         self, model: PeltModel, train: Encoded, dev: Encoded, watchers: Watchers
@@ -192,11 +216,11 @@ class Run:
             self._arguments(math.ceil(len(train) / self.config.batch_size)),
             train,
             dev,
-            data_collator=Pad(self.tokenizer),
-            compute_metrics=score_logits,
+            data_collator=Pad(self.tokenizer, self.problem.batch),
+            compute_metrics=self.problem.score_logits,
             callbacks=[
                 *watchers.progress(self.title),
-                EarlyStopping(self.config.metric, self.config.patience),
+                EarlyStopping(self.metric, self.config.patience),
                 watchers.stop,
             ],
             order_seed=self.seed,
@@ -223,7 +247,7 @@ class Run:
             eval_steps=eval_every or None,
             save_strategy=strategy,
             save_steps=eval_every or 500,
-            metric_for_best_model=config.metric,
+            metric_for_best_model=self.metric,
             greater_is_better=True,
             logging_steps=max(1, steps_per_epoch * config.epochs // LOG_ENTRIES),
             logging_nan_inf_filter=False,
@@ -245,9 +269,9 @@ class Run:
         if not saved:
             trainer.train()
             return
-        state = read_state(saved[-1])
+        state = read_state(saved[-1], self.problem.metrics)
         watchers.say(f"{self.title}: going on from {saved[-1]}")
-        without_gain = evaluations_without_gain(state.log_history, self.config.metric)
+        without_gain = evaluations_without_gain(state.log_history, self.metric)
         is_stopped = without_gain >= self.config.patience
         if state.global_step >= state.max_steps or is_stopped:
             trainer.state = state
@@ -255,11 +279,13 @@ class Run:
             trainer.train(resume_from_checkpoint=str(saved[-1]))
 
     def _constant_answer(self, examples: int) -> str:
-        in_use = (self.config.metric, self.config.class_weights)
+        in_use = (self.metric, self.config.class_weights)
         remedies = {"matthews": "--metric matthews", "balanced": "--class-weights balanced"}
+        if self.task.problem != CLASSIFICATION:
+            remedies = {}
         untried = [option for value, option in remedies.items() if value not in in_use]
         return (
-            f"{self.title}: the model that is kept, the best on dev by {self.config.metric}, gives "
+            f"{self.title}: the model that is kept, the best on dev by {self.metric}, gives "
             f"all {examples} dev examples the same answer; "
             f"{', '.join([*untried, 'more --epochs'])} or another --lr may help"
         )

@@ -1,15 +1,17 @@
-"""Accuracy, F1 and Matthews' correlation of predicted classes; weights against unequal classes."""
+"""Scores of predicted classes, numbers and sets of labels; weights against unequal classes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 NAMES = ("accuracy", "f1", "matthews")
-CLASSES_ANSWERED = "classes_answered"  # how many different ones the model gave
+CORRELATIONS = ("spearman", "pearson")
+SET_SCORES = ("f1_micro", "f1_macro", "accuracy")
+ANSWERS = "classes_answered"  # how many different answers the model gave
 
 
 def score(predicted: np.ndarray, expected: np.ndarray, classes: int) -> dict[str, float]:
@@ -29,14 +31,27 @@ def score(predicted: np.ndarray, expected: np.ndarray, classes: int) -> dict[str
     }
 
 
-def score_logits(prediction: Any) -> dict[str, float]:
-    """`score` of a transformers EvalPrediction, and how many classes the model answers with, for
-    `Trainer(compute_metrics=...)`.
+def correlations(predicted: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    """Spearman's and Pearson's correlation of numbers; 0 where they are all equal on one side, or
+    where there is one only, and a correlation is undefined.
     """
-    logits = prediction.predictions
-    predicted = logits.argmax(axis=-1)
-    scores = score(predicted, prediction.label_ids, logits.shape[-1])
-    return scores | {CLASSES_ANSWERED: len(np.unique(predicted))}
+    if len(predicted) < 2 or np.ptp(predicted) == 0 or np.ptp(expected) == 0:
+        return dict.fromkeys(CORRELATIONS, 0.0)
+    return {
+        "spearman": float(spearmanr(predicted, expected).statistic),
+        "pearson": float(pearsonr(predicted, expected).statistic),
+    }
+
+
+def set_scores(predicted: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    """Of booleans [rows, labels]: F1 over all labels together and the mean of each label's, and the
+    share of rows all of whose labels are right.
+    """
+    return {
+        "f1_micro": float(f1_score(expected, predicted, average="micro", zero_division=0.0)),
+        "f1_macro": float(f1_score(expected, predicted, average="macro", zero_division=0.0)),
+        "accuracy": float((predicted == expected).all(axis=1).mean()),
+    }
 
 
 def balanced_weights(numbers: Sequence[int], classes: int) -> list[float]:

@@ -1,9 +1,9 @@
-"""Labels texts with a trained adapter in its base model."""
+"""Answers to texts, of a trained adapter in its base model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -15,9 +15,10 @@ from ..models import PeltModel
 from .base_model import load_classifier, load_tokenizer, longest_text
 from .encode import Pad, encode
 from .errors import RunError, UsageError, reason
+from .problems import PROBLEMS, Answer
 from .records import read_record
 from .storage import write_json
-from .tasks import Example
+from .tasks import CLASSIFICATION, REGRESSION, SEPARATOR, Example
 
 FILE = "task.json"
 POOL = 32  # batches whose rows are sorted by length together
@@ -25,13 +26,17 @@ POOL = 32  # batches whose rows are sorted by length together
 
 @dataclass(frozen=True)
 class Card:
-    """What is stored beside an adapter's weights, in `task.json`: task, labels, base model."""
+    """What is stored beside an adapter's weights, in `task.json`: task, labels, base model, and
+    what the labels are.
+    """
 
     task: str
     model: str
     labels: tuple[str, ...]
     has_pairs: bool
     max_length: int
+    problem: str = CLASSIFICATION
+    label_separator: str = SEPARATOR
 
     def save(self, folder: Path) -> None:
         write_json(folder / FILE, asdict(self))
@@ -45,19 +50,32 @@ class Card:
         if not path.is_file():
             raise UsageError(f"adapter: {folder} holds no trained adapter ({FILE} is missing)")
         types = get_type_hints(cls)
-        values = read_record(path, types, "adapter")
-        card = cls(**{name: values[name] for name in types} | {"labels": tuple(values["labels"])})
-        if len(set(card.labels)) < max(2, len(card.labels)) or card.max_length < 1:
+        later = [field.name for field in fields(cls) if field.default is not MISSING]
+        values = read_record(path, types, "adapter", optional=later)
+        values = {name: values[name] for name in types if name in values}
+        card = cls(**values | {"labels": tuple(values["labels"])})
+        card._check(path)
+        return card
+
+    def _check(self, path: Path) -> None:
+        """Raises RunError where values do not go together."""
+        if self.problem not in PROBLEMS:
+            raise RunError(
+                f"adapter: {path} is damaged (expected problem as one of {', '.join(PROBLEMS)}, "
+                f"got {self.problem!r:.80})"
+            )
+        fewest = 0 if self.problem == REGRESSION else 2
+        if len(set(self.labels)) < max(fewest, len(self.labels)) or self.max_length < 1:
             raise RunError(
                 f"adapter: {path} is damaged (expected different labels, two at least, and "
-                f"max_length >= 1, got {card.labels!r:.80} and {card.max_length})"
+                f"max_length >= 1, got {self.labels!r:.80} and {self.max_length})"
             )
-        return card
 
 
 def load_tuned(folder: Path, card: Card, name: str) -> PeltModel:
     """The base model of a name with the adapter in it. Raises RunError where they do not fit."""
-    base = load_classifier(name, len(card.labels))
+    problem = PROBLEMS[card.problem]
+    base = load_classifier(name, problem.outputs(card.labels), problem.head)
     try:
         return PeltModel.from_pretrained(base, folder)
     except (ValueError, OSError) as error:
@@ -65,27 +83,18 @@ def load_tuned(folder: Path, card: Card, name: str) -> PeltModel:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """The most probable label of a text, and the probability of each."""
-
-    label: str
-    probability: float
-    probabilities: dict[str, float]
-
-
-@dataclass(frozen=True)
 class Predictions:
-    """Examples with one prediction for each, in order, and how many texts were cut to the longest
+    """Examples with one answer to each, in order, and how many texts were cut to the longest
     length.
     """
 
     examples: list[Example]
-    rows: list[Prediction]
+    rows: list[Any]  # of the answers of the card's problem
     truncated: int
 
 
 class Predictor:
-    """Labels texts with a saved adapter.
+    """Answers texts with a saved adapter: classes, scores or sets of labels, as it was trained.
 
     Args:
         folder: the adapter, as training leaves it.
@@ -99,6 +108,7 @@ class Predictor:
 
     def __init__(self, folder: Path, model: str | None = None, device: str = "cpu"):
         self.card = Card.load(folder)
+        self.problem = PROBLEMS[self.card.problem]
         name = model or self.card.model
         tuned = load_tuned(folder, self.card, name)
         self.model: torch.nn.Module = tuned.to(device).eval()
@@ -110,7 +120,7 @@ class Predictor:
         self.max_length = min(self.card.max_length, longest_text(name, self.tokenizer))
 
     def __call__(self, examples: Iterable[Example], batch_size: int = 32) -> Predictions:
-        """The labels of the examples. An empty text is the model's special tokens alone."""
+        """The answers to the examples. An empty text is the model's special tokens alone."""
         parts = list(self.stream(examples, batch_size))
         return Predictions(
             [example for part in parts for example in part.examples],
@@ -138,22 +148,19 @@ class Predictor:
         pad = Pad(self.tokenizer)
         lengths = encoded.lengths
         order = sorted(range(len(encoded)), key=lengths.__getitem__)  # little padding per batch
-        by_index: dict[int, Prediction] = {}
+        by_index: dict[int, Answer] = {}
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            probabilities = self._probabilities(pad([encoded[index] for index in chosen]))
-            by_index.update(zip(chosen, map(self._prediction, probabilities), strict=True))
+            logits = self._logits(pad([encoded[index] for index in chosen]))
+            answers = self.problem.answers(logits, self.card.labels)
+            by_index.update(zip(chosen, answers, strict=True))
             advance(len(chosen))
         rows = [by_index[index] for index in range(len(encoded))]
         return Predictions(examples, rows, encoded.truncated)
 
     @torch.inference_mode()
-    def _probabilities(self, batch: dict[str, Any]) -> list[list[float]]:
+    def _logits(self, batch: dict[str, Any]) -> torch.Tensor:
         device = next(self.model.parameters()).device
-        logits = self.model(**{name: value.to(device) for name, value in batch.items()}).logits
-        return logits.float().softmax(dim=-1).tolist()
-
-    def _prediction(self, probabilities: list[float]) -> Prediction:
-        best = max(range(len(probabilities)), key=probabilities.__getitem__)
-        by_label = dict(zip(self.card.labels, probabilities, strict=True))
-        return Prediction(self.card.labels[best], probabilities[best], by_label)
+        return self.model(
+            **{name: value.to(device) for name, value in batch.items()}
+        ).logits.float()

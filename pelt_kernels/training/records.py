@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
@@ -21,10 +21,16 @@ _WORDS = {
 
 
 def read_record(
-    path: Path, types: Mapping[str, Any], who: str, *, has_defaults: bool = False
+    path: Path,
+    types: Mapping[str, Any],
+    who: str,
+    *,
+    has_defaults: bool = False,
+    optional: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The object in a JSON file, in which every name of `types` has a value of its type. Further
-    names are allowed; with `has_defaults` they are refused, and names may be missing.
+    """The object in a JSON file, in which every name of `types` has a value of its type, save that
+    the `optional` ones may be missing. Further names are allowed; with `has_defaults` they are
+    refused, and names may be missing.
 
     Raises RunError in one sentence, with the name.
     """
@@ -34,7 +40,8 @@ def read_record(
         raise RunError(f"{who}: {path} is damaged ({reason(error)})") from error
     if not isinstance(values, dict):
         raise RunError(f"{who}: {path} is damaged (expected an object, got {values!r:.80})")
-    missing = [] if has_defaults else [name for name in types if name not in values]
+    missing = [name for name in types if name not in values and name not in optional]
+    missing = [] if has_defaults else missing
     unknown = [name for name in values if name not in types] if has_defaults else []
     if missing or unknown:
         wrong = f"{missing[0]} is missing" if missing else f"unknown: {unknown[0]!r:.80}"

@@ -17,7 +17,8 @@ from .._hardware import hardware
 from .._version import __version__
 from ..ops import explain
 from .config import TrainConfig
-from .metrics import NAMES, summarise
+from .metrics import summarise
+from .problems import PROBLEMS
 from .tasks import Task
 
 
@@ -59,14 +60,15 @@ def metrics(
     config: TrainConfig, task: Task, lr: float, tried: dict[str, float], runs: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The content of `metrics.json`; figures of several seeds are means, spread in `summary`."""
-    summary = {name: summarise([run[name] for run in runs]) for name in NAMES}
+    names = PROBLEMS[task.problem].metrics
+    summary = {name: summarise([run[name] for run in runs]) for name in names}
     timed = [run["seconds_per_step"] for run in runs if run["seconds_per_step"] is not None]
     used: dict[str, str] = {}
     for run in runs:
         used |= run["backends"]
     sizes = {"train": runs[0]["train_examples"], "dev": len(task.dev), "test": len(task.test)}
     return {
-        **{name: summary[name]["mean"] for name in NAMES},
+        **{name: summary[name]["mean"] for name in names},
         "summary": summary,
         "seconds_per_step": median(timed) if timed else None,
         "trainable_parameters": runs[0]["trainable_parameters"],
@@ -81,6 +83,7 @@ def metrics(
         "seeds": runs,
         "task": {
             "name": task.name,
+            "problem": task.problem,
             "labels": list(task.labels),
             "fingerprint": task.fingerprint,
             "examples": sizes,

@@ -23,7 +23,7 @@ from ..models import PeltModel
 from ..models.callbacks import LastStep
 from .encode import Encoded, LengthGroups
 from .errors import RunError, reason
-from .metrics import CLASSES_ANSWERED, NAMES
+from .metrics import ANSWERS
 from .records import mismatch, read_record
 from .stopping import IS_PRUNING, best_evaluation
 from .storage import replacing
@@ -56,8 +56,6 @@ _ENTRY: dict[str, Any] = {
     IS_PRUNING: bool,
     "seconds_per_step": float | None,
 }
-# The keys of every evaluation.
-_EVALUATION = tuple(f"eval_{name}" for name in (*NAMES, "loss", CLASSES_ANSWERED))
 GATE = re.compile("[0-9]{1,6}[.].+")
 _STATE: dict[str, Any] = {
     "global_step": int,
@@ -139,7 +137,7 @@ class PeltTrainer(Trainer):
 
     @property
     def metric(self) -> str:
-        """The score that orders evaluations: one of `metrics.NAMES`."""
+        """The score that orders evaluations: one of the problem's metrics."""
         return str(self.args.metric_for_best_model)
 
     @property
@@ -264,26 +262,31 @@ def _step_of(checkpoint: Path) -> int:
     return int(number) if re.fullmatch("[1-9][0-9]{,15}", number) else 0
 
 
-def read_state(checkpoint: Path) -> TrainerState:
-    """The trainer's state in a checkpoint, all of whose files are there. Raises RunError."""
+def read_state(checkpoint: Path, metrics: Sequence[str]) -> TrainerState:
+    """The trainer's state in a checkpoint, all of whose files are there, of a run that evaluates
+    these metrics. Raises RunError.
+    """
     with _reading(checkpoint):
         missing = [name for name in FILES if not (checkpoint / name).is_file()]
         if missing:
             raise FileNotFoundError(f"{', '.join(missing)} missing")
         path = checkpoint / STATE_FILE
-        check_history(path, read_record(path, _STATE, "state")["log_history"])
+        check_history(path, read_record(path, _STATE, "state")["log_history"], metrics)
         return TrainerState.load_from_json(str(path))
 
 
-def check_history(path: Path, history: list[dict[str, Any]]) -> None:
-    """Raises RunError where an entry of a run's history, read from `path`, holds another type."""
+def check_history(path: Path, history: list[dict[str, Any]], metrics: Sequence[str]) -> None:
+    """Raises RunError where an entry of a run's history, read from `path`, holds another type, or
+    an evaluation lacks one of the metrics.
+    """
+    evaluation = [f"eval_{name}" for name in (*metrics, "loss", ANSWERS)]
     for index, entry in enumerate(history):
         wrong = [
             mismatch(value, _ENTRY.get(key, float), f"history.{index}.{key}")
             for key, value in entry.items()
         ]
         is_evaluation = any(key.startswith("eval_") for key in entry)
-        expected = ("step", *_EVALUATION) if is_evaluation else ("step",)
+        expected = ("step", *evaluation) if is_evaluation else ("step",)
         wrong += [f"history.{index}.{key} is missing" for key in expected if key not in entry]
         if not any(wrong) and not all(map(GATE.fullmatch, entry.get("gates", {}))):
             wrong.append(f"expected gates as <layer>.<kind> in history.{index}")

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from .errors import Interrupted
-from .metrics import CLASSES_ANSWERED
+from .metrics import ANSWERS
 
 IS_PRUNING = "is_pruning"  # marks an evaluation at a sparsity below the final one
 # Smaller differences do not count: one answer in a million examples changes a score by more, and
@@ -132,7 +132,7 @@ def evaluations_without_gain(history: Sequence[dict[str, Any]], metric: str) -> 
 
 def is_constant(entry: dict[str, Any]) -> bool:
     """Whether the model gave all of dev the same answer in an evaluation."""
-    return entry.get(f"eval_{CLASSES_ANSWERED}") == 1
+    return entry.get(f"eval_{ANSWERS}") == 1
 
 
 def _rank(entry: dict[str, Any], metric: str) -> tuple[float, float]:

@@ -38,7 +38,10 @@ WRONG = {
     ),
     "one label": (["--task", "one.tsv"], "expected at least two labels"),
     "unknown method": (["--method", "adaptor"], "method: expected one of unipelt, "),
-    "unknown metric": (["--metric", "auc"], "metric: expected one of accuracy, f1, matthews, got "),
+    "unknown metric": (
+        ["--metric", "auc"],
+        "metric: expected one of accuracy, f1, matthews, spearman, pearson, ",
+    ),
     "unknown class weights": (
         ["--class-weights", "inverse"],
         "class-weights: expected one of none, balanced, got 'inverse'",

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from command import Run
 from rich.console import Console
 from tiny_encoder import rows, write_tsv
@@ -59,13 +60,13 @@ def test_rows_of_a_part_are_sorted_by_length(
 ) -> None:
     predictor = Predictor(trained / "adapter")
     lengths: list[int] = []
-    compute = predictor._probabilities
+    compute = predictor._logits
 
-    def note(batch: dict[str, object]) -> list[list[float]]:
+    def note(batch: dict[str, object]) -> torch.Tensor:
         lengths.append(batch["input_ids"].shape[1])  # type: ignore[attr-defined]
         return compute(batch)
 
-    monkeypatch.setattr(predictor, "_probabilities", note)
+    monkeypatch.setattr(predictor, "_logits", note)
     predictor(examples(64), batch_size=4)
     assert lengths == sorted(lengths) and len(set(lengths)) > 4
 

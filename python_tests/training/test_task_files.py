@@ -16,7 +16,7 @@ from tiny_encoder import rows, write_csv, write_tsv
 
 from pelt_kernels.training import RunError, Task, UsageError, load_task
 from pelt_kernels.training.tasks import Columns, read_examples
-from pelt_kernels.training.tasks.examples import label_order
+from pelt_kernels.training.tasks.labels import label_order
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -94,12 +94,16 @@ WRONG_FILES = {
     "not JSON": ("a.jsonl", b'{"text": "x", "label": 1}\n{"text"\n', "line 2 of .*not JSON"),
     "not an object": ("a.jsonl", b"[1]\n", "expected an object, got list"),
     "key missing": ("a.jsonl", b'{"text": "x", "label": 1}\n{"label": 1}\n', "'text' is missing"),
-    "several labels": (
+    "labels in a list of lists": (
         "a.jsonl",
-        b'{"text": "x", "labels": ["joy", "anger"]}\n',
-        r"line 1 of .*one label in 'labels', got \['joy', 'anger'\]; .*multi-label",
+        b'{"text": "x", "labels": [["joy"], "anger"]}\n',
+        r"line 1 of .*expected a label or a list of labels in 'labels', got \['joy'\]",
     ),
-    "a label that is an object": ("a.jsonl", b'{"text": "x", "label": {"a": 1}}\n', "one label in"),
+    "a label that is an object": (
+        "a.jsonl",
+        b'{"text": "x", "label": {"a": 1}}\n',
+        "a label or a list of",
+    ),
     "a label that is not a number": (
         "a.jsonl",
         b'{"text": "x", "label": 1}\n{"text": "x", "label": NaN}\n',
@@ -141,10 +145,11 @@ WRONG_FILES = {
         "line 2 of .*column 'text_pair' is missing",
     ),
     "ends of lines": ("a.tsv", b"text\tlabel\rx\t1\ry\t0\r", "to end in LF or CR LF, got CR alone"),
-    "scores": (
+    "numbers that may be classes or scores": (
         "a.tsv",
-        b"text\tlabel\n" + b"x\t2.800\ny\t10.000\nz\t0.5\n" * 4,
-        r"a.tsv: expected classes as labels, got 3 numbers such as 0.5; scores \(regression\)",
+        b"text\tlabel\n" + b"".join(b"x%d\t%d\n" % (n, n % 30) for n in range(90)),
+        "a.tsv: expected classes or scores as labels, got 30 different numbers such as 9, which .*"
+        "--problem classification or --problem regression",
     ),
     "one number in two forms": (
         "a.jsonl",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UsageError
@@ -12,20 +13,36 @@ from .examples import (
     LARGEST_TEST,
     Example,
     Task,
-    classes_of,
     held_out_size,
     hold_out,
-    labelled,
     shortened,
-    with_known_labels,
 )
 from .files import Columns, iterate_examples, read_examples, readable
+from .labels import (
+    CLASSIFICATION,
+    MULTI_LABEL,
+    PROBLEMS,
+    REGRESSION,
+    SEPARATOR,
+    labelled,
+    labels_in,
+    problem_of,
+    strata,
+    vocabulary,
+    with_known_labels,
+)
 
 __all__ = [
+    "CLASSIFICATION",
+    "MULTI_LABEL",
+    "PROBLEMS",
+    "REGRESSION",
+    "SEPARATOR",
     "Columns",
     "Example",
     "Task",
     "iterate_examples",
+    "labels_in",
     "load_task",
     "read_examples",
     "readable",
@@ -40,6 +57,7 @@ def load_task(
     test_file: str | None = None,
     columns: Columns | None = None,
     say: Callable[[str], None] = lambda sentence: None,
+    separator: str = SEPARATOR,
 ) -> Task:
     """The task called `name`: ``docstring-match``, a CSV, TSV or JSONL file, or a data set such as
     ``glue/sst2``.
@@ -47,11 +65,12 @@ def load_task(
     The dev part is always held out of the training rows. The test part is `test_file`, or the data
     set's validation split, or another held-out part. Which rows are held out depends on nothing but
     the rows; each class is in them by its share, and none is held out whole. `say` gets a
-    sentence for each thing that a person should know of the data.
+    sentence for each thing that a person should know of the data. ``columns.problem`` says what the
+    labels are; without it the labels show it. `separator` stands between the labels of one row.
 
-    Raises UsageError for what cannot be read, for a label of the test part that training never
-    shows, for a class without a row for training, and for fewer than two labels; RunError where a
-    data set cannot be loaded.
+    Raises UsageError for what cannot be read, for labels that may be classes or scores, for a label
+    of the test part that training never shows, for a class without a row for training, and for
+    fewer than two labels; RunError where a data set cannot be loaded.
     """
     columns = columns or Columns()
     for option, value in (("task", name), ("eval", test_file or "")):
@@ -63,6 +82,8 @@ def load_task(
     if name == docstring_match.NAME:
         if test_file is not None:
             raise UsageError(f"eval: {name} brings its own test part; --eval goes with a file")
+        if columns.problem not in (None, CLASSIFICATION):
+            raise UsageError(f"problem: {name} is a {CLASSIFICATION}, not a {columns.problem}")
         return docstring_match.load()
     test: list[Example] | None = None
     if _is_file_name(name):
@@ -82,7 +103,9 @@ def load_task(
     if test_file is not None:
         test = read_examples(Path(test_file), columns, needs_label=True, say=say)
         test_source = test_file
-    task = _assemble(title, pool, test, test_source, say)
+    problem = problem_of(pool, columns.problem, title, say)
+    kind = _Kind(problem, vocabulary(pool, problem, separator, title), separator)
+    task = _assemble(title, kind, pool, test, test_source, say)
     _say_absent(task, say)
     return task
 
@@ -92,49 +115,71 @@ def _is_file_name(name: str) -> bool:
     return path.exists() or path.is_absolute() or bool(path.suffix) or name.startswith(".")
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """The labels of a task that is not assembled yet."""
+
+    problem: str
+    labels: tuple[str, ...]
+    label_separator: str
+
+
 def _assemble(
     title: str,
+    kind: _Kind,
     pool: list[Example],
     test: list[Example] | None,
     test_source: str,
     say: Callable[[str], None],
 ) -> Task:
-    labels = classes_of(pool, title)
-    pool = labelled(pool, labels, title, say)
+    pool = labelled(pool, kind, title, say)
     if len(pool) < FEWEST_EXAMPLES:
         raise UsageError(f"{title}: expected at least {FEWEST_EXAMPLES} rows, got {len(pool)}")
     if test is None:
-        test, rest = hold_out(pool, held_out_size(len(pool), LARGEST_TEST), salt="test")
+        test, rest = _hold_out(pool, kind.problem, LARGEST_TEST, "test")
         test_source = f"held out of {title}"
     else:
-        test = labelled(test, labels, test_source, say)
+        test = labelled(test, kind, test_source, say)
         if (test[0].pair is None) != (pool[0].pair is None):
             raise UsageError(
                 f"{test_source}: expected the same columns as {title}, got another number of texts"
             )
         tested = {example.content for example in test}
         rest = [example for example in pool if example.content not in tested]
-    dev, train = hold_out(rest, held_out_size(len(rest), LARGEST_DEV), salt="dev")
-    trained = {example.label for example in train}
-    for label in labels:
+    dev, train = _hold_out(rest, kind.problem, LARGEST_DEV, "dev")
+    trained = labels_in(train)
+    for label in kind.labels:
         if label not in trained:
             raise UsageError(
                 f"{title}: no row of class '{label}' is left for training; its texts stand in the "
                 f"test part too ({test_source})"
             )
-    if not dev or not test:
+    if not train or not dev or not test:
+        if kind.problem != CLASSIFICATION:
+            raise UsageError(
+                f"{title}: expected three different texts or more that are not in the test part, "
+                f"so that one can be held out, got {len({example.content for example in rest})}"
+            )
         raise UsageError(
             f"{title}: expected a class with two texts or more, so that one can be held out, got "
-            f"one text for each of {len(labels)} classes"
+            f"one text for each of {len(kind.labels)} classes"
         )
     sources = {"train": title, "dev": f"held out of {title}", "test": test_source}
-    return Task(title, labels, tuple(train), tuple(dev), tuple(test), sources)
+    parts = tuple(train), tuple(dev), tuple(test)
+    return Task(title, kind.labels, *parts, sources, kind.problem, kind.label_separator)
+
+
+def _hold_out(
+    examples: list[Example], problem: str, largest: int, salt: str
+) -> tuple[list[Example], list[Example]]:
+    size = held_out_size(len(examples), largest)
+    return hold_out(examples, strata(examples, problem), size, salt=salt)
 
 
 def _say_absent(task: Task, say: Callable[[str], None]) -> None:
     """Names the classes with too few rows to be in a part: its scores do not count them."""
     for part, examples in (("dev", task.dev), ("test", task.test)):
-        present = {example.label for example in examples}
+        present = labels_in(examples)
         absent = [label for label in task.labels if label not in present]
         if absent:
             say(

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from .examples import Example
+from .examples import Example, Label
+from .labels import MULTI_LABEL
 
 # Tried in this order; the first whose columns are all there is taken.
 TEXT_COLUMNS = (
@@ -35,13 +36,15 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 @dataclass(frozen=True)
 class Columns:
     """Names of the columns to read; None means the first default that is there. Without a header
-    a CSV or TSV file's columns are called 1, 2, 3 and so on.
+    a CSV or TSV file's columns are called 1, 2, 3 and so on. `problem` is what the labels are known
+    to be: where a row may have several it may have none.
     """
 
     text: str | None = None
     pair: str | None = None
     label: str | None = None
     has_header: bool = True
+    problem: str | None = None
 
 
 def read_examples(
@@ -119,11 +122,13 @@ def example_from_row(
     text = _plain(row, columns.text, origin)
     pair = None if columns.pair is None else _plain(row, columns.pair, origin)
     label = "" if columns.label is None else _label(row, columns.label, origin)
+    if needs_label and label == "" and columns.problem == MULTI_LABEL:
+        label = ()
     if not allows_empty and (not text.strip() or (pair is not None and not pair.strip())):
         raise UsageError(f"{origin}: the text is empty")
-    if needs_label and not label:
+    if needs_label and label == "":
         raise UsageError(f"{origin}: the label is empty")
-    return Example(text, pair, label or None, origin)
+    return Example(text, pair, None if label == "" else label, origin)
 
 
 def readable(examples: Iterable[Example], say: Callable[[str], None]) -> Iterator[Example]:
@@ -152,12 +157,17 @@ def _plain(row: dict[str, Any], name: str, origin: str) -> str:
     return "" if value is None else str(value)
 
 
-def _label(row: dict[str, Any], name: str, origin: str) -> str:
+def _label(row: dict[str, Any], name: str, origin: str) -> Label:
     value = row.get(name)
+    if isinstance(value, list):
+        return tuple(dict.fromkeys(_label_text(member, name, origin) for member in value))
+    return _label_text(value, name, origin)
+
+
+def _label_text(value: Any, name: str, origin: str) -> str:
     if isinstance(value, list | dict):
         raise UsageError(
-            f"{origin}: expected one label in '{name}', got {value!r:.60}; several labels a row "
-            "(multi-label classification) are not served"
+            f"{origin}: expected a label or a list of labels in '{name}', got {value!r:.60}"
         )
     label = "" if value is None else str(value).strip()
     if _LONE_SURROGATE.search(label):

@@ -55,13 +55,17 @@ def split_name(name: str) -> tuple[str, str | None]:
 
 def _examples(where: str, rows: Any, columns: Columns) -> list[Example]:
     resolved = resolve_columns(where, list(rows.column_names), columns, needs_label=True)
-    names = getattr(
-        rows.features[resolved.label], "names", None
-    )  # a ClassLabel numbers its classes
+    feature = rows.features[resolved.label]
+    # A ClassLabel numbers its classes; where a row has several, they are a sequence of it.
+    names = getattr(feature, "names", None) or getattr(
+        getattr(feature, "feature", None), "names", None
+    )
     examples = []
     for number, row in enumerate(rows):
         label = row[resolved.label]
-        if names:
+        if names and isinstance(label, list):
+            label = [names[number] for number in label]
+        elif names:
             label = names[label] if label is not None and label >= 0 else None
         if label is None:
             continue

@@ -1,0 +1,17 @@
+"""What a run learns: the head it needs, what a batch holds as labels, and how answers are judged.
+
+A problem is one file here and one row in `PROBLEMS`; its name is one of `tasks.PROBLEMS`.
+"""
+
+from __future__ import annotations
+
+from ._problem import Answer, Problem, Tally
+from .classification import Classification, Prediction
+from .multi_label import LabelSet, MultiLabel
+from .regression import Regression, Score
+
+__all__ = ["PROBLEMS", "Answer", "LabelSet", "Prediction", "Problem", "Score", "Tally"]
+
+PROBLEMS: dict[str, Problem] = {
+    problem.name: problem for problem in (Classification(), Regression(), MultiLabel())
+}
