@@ -1,55 +1,147 @@
-"""The hook into transformers' attention: a function and a mask function, both registered as "pelt",
-and what any layer without a prefix is given: the attention the base model was loaded with.
+"""transformers' attention function "pelt": a layer with a prefix attends to it, any other as its
+model was loaded to.
 
-The mask function returns the padding mask [B, N] as it came, so it never becomes dense.
+The mask function of the same name returns the padding mask [B, N] as it came, so it never becomes
+dense.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.utils import logging
 
-from .attention_config import PELT
+from ..ops.prefix_attention.weights import attention_weights
+from .attention_config import PELT, AttentionView
+from .attention_masks import check_mask, mask_for, padding_mask, window_bias
+from .layer_state import PREFIX_ATTRIBUTE, STATE_ATTRIBUTE, LayerPrefix, LayerState
+
+logger = logging.get_logger(__name__)
 
 
-def register_attention(attention_forward: Callable[..., Any]) -> None:
-    """Makes "pelt" known; without a mask function transformers would drop the mask in silence."""
-    AttentionInterface.register(PELT, attention_forward)
-    AttentionMaskInterface.register(PELT, padding_mask)
-
-
-def padding_mask(
-    *args: Any,
-    q_length: int = 0,
-    kv_length: int = 0,
-    q_offset: int = 0,
-    attention_mask: Tensor | None = None,
-    mask_function: Any = bidirectional_mask_function,
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
     **kwargs: Any,
-) -> Tensor | None:
-    """transformers' mask function for "pelt": the padding mask [B, N] bool itself, or None.
+) -> tuple[Tensor, Tensor | None]:
+    """The attention of a layer.
 
-    Whether queries see later keys is not in it: the attention module says that of itself.
+    Args:
+        query, key, value: [B, H, S, E] and [B, G, N, E] views; nothing is copied.
+        attention_mask: [B, N] bool or None. Of a cache with room for more than N keys, N are read.
+        kwargs: ``position_bias`` [1, H, S, N] (T5) is added to the scores of the tokens and is 0 on
+            a prefix; ``sliding_window`` bounds which tokens a query sees, never the prefix.
+
+    Returns:
+        out [B, S, H, E], and None; with output_attentions=True the weights [B, H, S, P + N], before
+        dropout, with the prefix's columns in front, as a prefix in a cache gives them. A layer
+        without a prefix has P = 0. They are computed beside the output, which stays what it is.
+
+    Raises:
+        ValueError: a mask that is not a padding mask; scores that are capped or have sinks.
     """
-    if mask_function is bidirectional_mask_function:
-        return attention_mask
-    if mask_function is not causal_mask_function:
+    state: LayerState | None = getattr(module, STATE_ATTRIBUTE, None)
+    # Without a state: a model of its own, built from the configuration of one with a method.
+    if state is None and not isinstance(module.config, AttentionView):
         raise ValueError(
-            "pelt attention: expected a bidirectional or a causal mask, got an overlaid one "
-            "(packed sentences, windows), which gates and prefixes do not support"
+            "pelt attention: expected a layer prepared by get_pelt_model, got a "
+            f"{type(module).__name__} without; "
+            "the attention implementation 'pelt' cannot be chosen by hand"
         )
-    if kv_length != q_offset + q_length:
-        raise ValueError(
-            f"pelt attention: expected a cache that grows with the text, got {kv_length} keys for "
-            f"{q_offset + q_length} tokens; leave cache_implementation at its default"
+    check_mask(attention_mask)
+    if attention_mask is not None:
+        filled = attention_mask.shape[1]
+        key, value = key[:, :, :filled], value[:, :, :filled]
+        if kwargs.get("position_bias") is not None:
+            kwargs["position_bias"] = kwargs["position_bias"][..., :filled]
+    # Keys from a cache hold no prefix: it joins them at each step anew.
+    causal = bool(getattr(module, "is_causal", False))
+    own: LayerPrefix | None = getattr(module, PREFIX_ATTRIBUTE, None)
+    if state is None or own is None:
+        out, weights = base_attention(
+            module, query, key, value, attention_mask, causal, scaling, dropout, kwargs
         )
-    return attention_mask
+        if weights is None and wants_weights(module, kwargs):
+            bias = token_bias(query, key, causal, kwargs)
+            weights = attention_weights(
+                query, key, key_mask=attention_mask, is_causal=causal, scale=scaling, bias=bias
+            )
+        return out, weights
+    check_scores(module, kwargs)
+    # The same for the kernel and for the weights of those who want to see them.
+    options: dict[str, Any] = {
+        "gate": prefix_gate(own, state, query),
+        "labels": own.labels(state, query),
+        "key_mask": attention_mask,
+        "is_causal": causal,
+        "scale": scaling,
+        # Over an encoder there is none: T5 passes zeros.
+        "bias": None if own.is_cross else token_bias(query, key, causal, kwargs),
+    }
+    out = own.prefixes(own.row, query, key, value, dropout_p=dropout, **options)
+    weights = None
+    if wants_weights(module, kwargs):
+        weights = own.prefixes.weights(own.row, query, key, **options)
+    return out.transpose(1, 2), weights
+
+
+def prefix_gate(own: LayerPrefix, state: LayerState, query: Tensor) -> Tensor | None:
+    """What scales the prefix, [B], or None."""
+    pooled = state.take_prefix_gate()
+    if own.gate == "number":
+        gate = own.prefixes.gate(own.row).expand(query.shape[0])
+        state.record(own.kind, gate)
+        return gate
+    if own.gate == "pooled" and pooled is None:
+        raise RuntimeError(
+            f"pelt attention: layer {state.number} has a gated prefix but its query projection was "
+            "not called before the attention"
+        )
+    return pooled
+
+
+def token_bias(query: Tensor, key: Tensor, causal: bool, kwargs: dict[str, Any]) -> Tensor | None:
+    """What is added to the scores of the tokens: relative positions, or the bounds of a window."""
+    position_bias: Tensor | None = kwargs.get("position_bias")
+    window = window_bias(query, key.shape[2], kwargs.get("sliding_window"), causal)
+    if position_bias is None or window is None:
+        return window if position_bias is None else position_bias
+    return position_bias + window
+
+
+def check_scores(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for scores that `prefix_attention` does not compute."""
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"pelt attention: expected the softmax of plain scores for a prefix, got {name} of "
+                f"{type(module).__name__}; leave the prefix out for this model"
+            )
+
+
+def wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether this call is asked for attention weights, as transformers decides it; then says once
+    what that costs.
+    """
+    default = getattr(module.config, "output_attentions", False)
+    if not kwargs.get("output_attentions", default):
+        return False
+    if not torch.compiler.is_compiling():
+        logger.warning_once(
+            "pelt attention: output_attentions=True: the weights [B, H, S, P + N] are computed by "
+            "PyTorch beside the kernels, which never make them, prefix columns first; leave it out "
+            "where speed and memory matter"
+        )
+    return True
 
 
 def base_attention(
@@ -63,11 +155,7 @@ def base_attention(
     dropout: float,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention the base model was loaded with, and the mask in the form that one wants.
-
-    eager adds its mask and sdpa reads a boolean one; both broadcast over queries, so [B, 1, 1, N]
-    is enough where every query sees the same keys.
-    """
+    """The attention the base model was loaded with, and the mask in the form that one wants."""
     config: Any = module.config
     name = config.base_attention
     if name == "eager":
@@ -79,24 +167,12 @@ def base_attention(
             )
     else:
         function = AttentionInterface()[name]
-    if mask is not None or causal:
-        if mask is not None and name == "eager" and not causal:
-            hidden = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device)
-            mask = hidden.masked_fill(~mask, torch.finfo(query.dtype).min)[:, None, None, :]
-        elif mask is not None and name == "sdpa" and not causal:
-            mask = mask[:, None, None, :]
-        else:
-            mask = AttentionMaskInterface()[name](
-                batch_size=query.shape[0],
-                q_length=query.shape[2],
-                kv_length=key.shape[2],
-                q_offset=key.shape[2] - query.shape[2],
-                kv_offset=0,
-                mask_function=causal_mask_function if causal else bidirectional_mask_function,
-                attention_mask=mask,
-                allow_is_causal_skip=False,
-                dtype=query.dtype,
-                config=module.config,
-                device=query.device,
-            )
+    window = kwargs.get("sliding_window")
+    mask = mask_for(name, module, query, key, mask, causal, window)
     return function(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+
+
+# Without a mask function of the same name transformers would drop the mask in silence. Here and not
+# where a method is put in: a pickled model meets this module and nothing else.
+AttentionInterface.register(PELT, attention_forward)
+AttentionMaskInterface.register(PELT, padding_mask)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..methods import MethodConfig, PrefixTuningConfig, with_part_changes
 from ..nn import PrefixAttention
@@ -64,14 +64,28 @@ def read_adapter(
 
 
 def collapsed(
-    config: MethodConfig, trained: Mapping[str, Tensor], prefix: PrefixAttention
+    config: MethodConfig, trained: Mapping[str, Tensor], prefix: nn.Module
 ) -> tuple[MethodConfig, dict[str, Tensor]]:
     """The method and what is trained as they are after `PrefixAttention.collapse`, which is not
     called: the prefixes' tables in the place of their reparametrisation.
     """
-    tensors = {name: tensor for name, tensor in trained.items() if not name.startswith("prefix.")}
-    tensors |= {f"prefix.{name}": table for name, table in prefix.as_tables().items()}
+    tensors = dict(trained)
+    for path, prefixes in prefix_sets(prefix).items():
+        kept = prefixes.as_tables()
+        if "gate_bias" in prefixes._parameters:
+            kept["gate_bias"] = prefixes.gate_bias.detach()
+        start = f"prefix.{path}." if path else "prefix."
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(start)}
+        tensors |= {start + name: table for name, table in kept.items()}
     return without_reparametrisation(config), tensors
+
+
+def prefix_sets(prefix: nn.Module) -> dict[str, PrefixAttention]:
+    """The sets of prefixes of a model, by the name of the kind of attention; of a model with one
+    kind by an empty name.
+    """
+    named = prefix.named_modules()
+    return {name: module for name, module in named if isinstance(module, PrefixAttention)}
 
 
 def describe_base(model: PreTrainedModel) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What happens around the layers of an encoder: a forward that begins inside another one is kept
+"""What happens around a stack of layers: a forward that begins inside another one is kept
 apart from it, and checkpointed layers are given an input that requires a gradient.
 """
 
@@ -11,11 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layer import InFlight, LayerState
+from .call import Call, carry
+from .layer_state import InFlight, LayerState
 
 # Attributes under which the encoder and its embeddings hold what the hooks need.
 FORWARDS_ATTRIBUTE = "_pelt_forwards"
-FIRST_LAYER_ATTRIBUTE = "_pelt_first_layer"
+STACK_ATTRIBUTE = "_pelt_stack"
+
+
+class StackNotes:
+    """What the hook of the embeddings needs: the layers that follow, and the model's calls."""
+
+    def __init__(self, layers: nn.ModuleList, call: Call) -> None:
+        self.layers, self.call = layers, call
 
 
 class Forwards(threading.local):
@@ -64,9 +72,13 @@ def end_forward(encoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 def start_gradient(embeddings: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     """Forward hook of the embeddings. Reentrant checkpointing passes no gradient to the parameters
-    of a layer none of whose inputs requires one, and the output of frozen embeddings does not.
+    of a layer none of whose inputs requires one, and the output of frozen embeddings does not. And
+    what the call gives its layers travels with their checkpoints.
     """
-    first: nn.Module = getattr(embeddings, FIRST_LAYER_ATTRIBUTE)
+    notes: StackNotes = getattr(embeddings, STACK_ATTRIBUTE)
+    if notes.call.labels:
+        carry(notes.layers, notes.call)
+    first = notes.layers[0]
     is_checkpointed = getattr(first, "gradient_checkpointing", False) and first.training
     if is_checkpointed and torch.is_grad_enabled() and not output.requires_grad:
         output.requires_grad_(True)

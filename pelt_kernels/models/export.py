@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from ..methods import Parts
 from ..methods.lora import TARGETS
-from ..nn import ExpertLoRALinear, LoRALinear
+from ..nn import ExpertLoRALinear, FusedLoRALinear, LoRALinear
+from ..nn.original import is_transposed, sizes_of
 from .pruning import pruned_weights
-from .slots import layers_of, slots_of
+from .slots import Place, Slots, layers_of, stacks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +43,7 @@ def merged_weights(model: nn.Module) -> dict[str, Tensor]:
     """
     weights = pruned_weights(model)
     for name, module in model.named_modules():
-        if isinstance(module, (LoRALinear, ExpertLoRALinear)):
+        if isinstance(module, (LoRALinear, ExpertLoRALinear, FusedLoRALinear)):
             weights[name] = module.merged_weight()
     return weights
 
@@ -66,15 +67,31 @@ def matrices_of(model: PreTrainedModel) -> list[Matrix]:
     Raises:
         ValueError: a model of no known family.
     """
-    slots = slots_of(model)
     names = {id(module): name for name, module in model.named_modules()}
-    found: list[Any] = []
-    for number, layer in enumerate(layers_of(model, slots)):
-        for place in TARGETS:
-            found.append((number, place, layer.get_submodule(slots.linear(place))))
+    found: list[tuple[int, str, nn.Module, Place]] = []
+    number = 0
+    for slots in stacks_of(model):
+        for layer in layers_of(model, slots):
+            for place_name, place in _projections(slots):
+                found.append((number, place_name, layer.get_submodule(place.path), place))
+            number += 1
+    weights = [_rows_of(linear, place) for _, _, linear, place in found]
     # One wait for the device for all of them.
-    zeros = torch.stack([(linear.weight == 0).sum() for _, _, linear in found]).tolist()
+    zeros = torch.stack([(weight == 0).sum() for weight in weights]).tolist()
     return [
-        Matrix(number, place, names[id(linear)], count, linear.weight.numel())
-        for (number, place, linear), count in zip(found, zeros, strict=True)
+        Matrix(number, place_name, names[id(linear)], count, weight.numel())
+        for (number, place_name, linear, _), weight, count in zip(
+            found, weights, zeros, strict=True
+        )
     ]
+
+
+def _projections(slots: Slots) -> list[tuple[str, Place]]:
+    return [named for target in TARGETS for named in slots.places(target)]
+
+
+def _rows_of(linear: nn.Module, place: Place) -> Tensor:
+    """The part of a Linear's weight that is one projection's."""
+    weight: Any = linear.weight
+    size = sizes_of(linear)[1] // place.parts
+    return weight.narrow(1 if is_transposed(linear) else 0, place.part * size, size)

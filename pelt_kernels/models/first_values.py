@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 
 
 def head_names(model: PreTrainedModel) -> frozenset[str]:
-    """The parameters outside the encoder; a decoder tied to the embeddings is inside."""
+    """The parameters outside the encoder. What gives each word its logit is none: it is the
+    language model's, tied to the embeddings or not.
+    """
     inside = {id(parameter) for parameter in model.base_model.parameters()}
+    words = model.get_output_embeddings()
+    if words is not None:
+        inside.add(id(words.weight))
     return frozenset(
         name for name, parameter in model.named_parameters() if id(parameter) not in inside
     )
@@ -30,7 +35,7 @@ def names_in_place(model: PreTrainedModel, parts: Parts, head: Collection[str]) 
         for name, _ in model.named_parameters()
         if (name in head and parts.tune_head)
         or parts.tune == "all"
-        or (parts.tune == "bias" and "bias" in name)
+        or (parts.tune == "bias" and name.endswith("bias"))
     ]
 
 

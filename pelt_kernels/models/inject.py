@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,28 +12,58 @@ from torch import Tensor, nn
 
 from ..methods import Parts, PrefixTuningConfig
 from ..nn import PrefixAttention
+from ..nn.original import sizes_of
+from . import attention as _attention  # noqa: F401  # makes "pelt" known to transformers
 from .attention_config import with_pelt_attention
+from .call import Call, carry_no_more
 from .encoder_hooks import (
-    FIRST_LAYER_ATTRIBUTE,
     FORWARDS_ATTRIBUTE,
+    STACK_ATTRIBUTE,
     Forwards,
+    StackNotes,
     begin_forward,
     end_forward,
     start_gradient,
 )
-from .layer import (
-    PREFIX_ATTRIBUTE,
-    STATE_ATTRIBUTE,
-    LayerPrefix,
-    LayerState,
-    hooks_of,
-    read_mask,
-)
+from .layer import hooks_of
+from .layer_state import PREFIX_ATTRIBUTE, STATE_ATTRIBUTE, LayerPrefix, LayerState
 from .replacement import Replacement, StandIns, check_places
-from .slots import embeddings_of, layers_of, slots_of
+from .slots import AttentionSlots, Place, Slots, embeddings_of, layers_of, stacks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+class Stack:
+    """A stack of layers of one model, and what is known about each of them.
+
+    Attributes:
+        is_causal: whether a token sees no later ones.
+        states: of each layer.
+        prefixes: of each layer, by the path of the attention that has it.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, slots: Slots, parts: Parts, first_number: int, call: Call
+    ) -> None:
+        self.slots = slots
+        self.layers = layers_of(model, slots)
+        self.embeddings = embeddings_of(model, slots)
+        self.is_causal = slots.is_causal or bool(getattr(model.config, "is_decoder", False))
+        self.needs_mask = not self.is_causal and any(
+            part.gate_pooling == "masked_mean" for part in parts.gated
+        )
+        self.states = [
+            LayerState(first_number + i, self.needs_mask, call) for i in range(len(self.layers))
+        ]
+        self.prefixes: list[dict[str, LayerPrefix]] = [{} for _ in self.layers]
+
+    def sites(self) -> Iterator[tuple[str, AttentionSlots]]:
+        """The attentions of a layer by what they attend from and to: ``encoder``, ``decoder`` and
+        ``cross``.
+        """
+        for attention in self.slots.attentions:
+            yield attention.site or self.slots.name, attention
 
 
 class Injection:
@@ -40,46 +71,51 @@ class Injection:
     may be repeated.
 
     Attributes:
-        prefix: the prefixes of all layers, or None.
-        states: what is known about each layer.
+        prefix: the prefixes: of all layers (`PrefixAttention`), or, in a model with several kinds
+            of attention, of each kind by name (``encoder``, ``decoder``, ``cross``); or None.
+        stacks: the model's, an encoder before a decoder.
+        states: what is known about each layer of all stacks.
         replacements: which modules of the base model give way to which.
+        call: what a call of the model gives its layers.
     """
 
     def __init__(self, model: PreTrainedModel, parts: Parts) -> None:
         self.model, self.parts = model, parts
-        self.slots = slots = slots_of(model)
-        self.layers = layers_of(model, slots)
-        self.embeddings = embeddings_of(model, slots)
+        self.call = Call()
+        self.stacks: list[Stack] = []
+        for slots in stacks_of(model):
+            number = sum(len(stack.layers) for stack in self.stacks)
+            self.stacks.append(Stack(model, slots, parts, number, self.call))
+        self.states = [state for stack in self.stacks for state in stack.states]
         self._check()
         self._handles: list[Any] = []
         self._marked: list[tuple[nn.Module, str]] = []
-        placement = _parameter_placement(self.layers[0].get_submodule(slots.linear("query")))
-        self.prefix, rows = _make_prefix(model, len(self.layers), parts.prefix, placement)
-        self.needs_mask = any(part.gate_pooling == "masked_mean" for part in parts.gated)
-        self.uses_pelt_attention = self.needs_mask or self.prefix is not None
-        self.base_config = model.config
-        self.pelt_config = (
-            with_pelt_attention(model.config) if self.uses_pelt_attention else model.config
+        first = self.stacks[0]
+        query = first.slots.places("query")[0][1].path
+        placement = _parameter_placement(first.layers[0].get_submodule(query))
+        self.prefix = _make_prefixes(model, self.stacks, parts.prefix, placement)
+        self.uses_pelt_attention = self.prefix is not None or any(
+            stack.needs_mask for stack in self.stacks
         )
-        self.states = [LayerState(i, self.needs_mask) for i in range(len(self.layers))]
-        self.prefixes = [self._prefix_of(rows.get(i)) for i in range(len(self.layers))]
+        self._views = self._make_views()
         self.replacements: list[Replacement] = []
-        stand_ins = StandIns(slots, parts, placement)
-        for layer, state, prefix in zip(self.layers, self.states, self.prefixes, strict=True):
-            self.replacements += stand_ins.in_layer(layer, state, prefix)
+        for stack in self.stacks:
+            stand_ins = StandIns(stack.slots, parts, placement, stack.is_causal)
+            for layer, state, prefixes in zip(
+                stack.layers, stack.states, stack.prefixes, strict=True
+            ):
+                own = prefixes.get(stack.slots.attention.module)
+                has_pooled_gate = own is not None and own.gate == "pooled"
+                self.replacements += stand_ins.in_layer(layer, state, has_pooled_gate)
 
     def _check(self) -> None:
         """Raises ValueError for a model that the parts cannot be put into."""
-        if FIRST_LAYER_ATTRIBUTE in self.embeddings.__dict__:
-            raise_occupied()
-        check_places(self.model, self.layers, self.slots, self.parts)
-        _check_decoder(self.model, self.parts)
+        for stack in self.stacks:
+            if STACK_ATTRIBUTE in stack.embeddings.__dict__:
+                raise_occupied()
+            check_places(self.model, stack.layers, stack.slots, self.parts)
+        _check_decoder(self.model, self.stacks)
         _check_chunking(self.model, self.parts)
-
-    def _prefix_of(self, row: int | None) -> LayerPrefix | None:
-        if row is None or self.prefix is None or self.parts.prefix is None:
-            return None
-        return LayerPrefix(self.prefix, row, bool(self.parts.prefix.gated))
 
     def attach(self) -> None:
         """Puts the parts in: modules, the attention's name, the hooks of each layer."""
@@ -91,24 +127,29 @@ class Injection:
         for replacement in self.replacements:
             replacement.put_in()
         if self.uses_pelt_attention:
-            self._use_config(self.base_config, self.pelt_config)
-        for layer, state, prefix in zip(self.layers, self.states, self.prefixes, strict=True):
-            self._attach_layer(layer, state, prefix)
-        self._mark(self.embeddings, FIRST_LAYER_ATTRIBUTE, self.layers[0])
-        self._handles.append(self.embeddings.register_forward_hook(start_gradient))
+            self._use_configs({id(base): view for base, view in self._views})
+        for stack in self.stacks:
+            self._attach_stack(stack)
 
-    def _attach_layer(
-        self, layer: nn.Module, state: LayerState, prefix: LayerPrefix | None
-    ) -> None:
-        if prefix is not None:
-            attention = layer.get_submodule(self.slots.attention.module)
-            self._mark(attention, PREFIX_ATTRIBUTE, prefix)
-        hooks = hooks_of(self.slots, self.parts, self.uses_pelt_attention, self.needs_mask)
-        for path, hook in hooks:
-            module = layer.get_submodule(path)
-            self._mark(module, STATE_ATTRIBUTE, state)
-            takes_kwargs = hook is read_mask
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=takes_kwargs))
+    def _attach_stack(self, stack: Stack) -> None:
+        for layer, state, prefixes in zip(stack.layers, stack.states, stack.prefixes, strict=True):
+            for path, prefix in prefixes.items():
+                attention = layer.get_submodule(path)
+                self._mark(attention, PREFIX_ATTRIBUTE, prefix)
+                self._mark(attention, STATE_ATTRIBUTE, state)
+            uses_mask = self.uses_pelt_attention
+            for hook in hooks_of(stack.slots, self.parts, uses_mask, stack.needs_mask):
+                module = layer.get_submodule(hook.path)
+                self._mark(module, STATE_ATTRIBUTE, state)
+                register = (
+                    module.register_forward_hook
+                    if hook.is_after
+                    else module.register_forward_pre_hook
+                )
+                self._handles.append(register(hook.call, with_kwargs=hook.takes_kwargs))
+        notes = StackNotes(stack.layers, self.call)
+        self._mark(stack.embeddings, STACK_ATTRIBUTE, notes)
+        self._handles.append(stack.embeddings.register_forward_hook(start_gradient))
 
     def _mark(self, module: nn.Module, name: str, value: Any) -> None:
         """Leaves a note on a module of the base model. One that is a module itself would be
@@ -129,18 +170,34 @@ class Injection:
         for module, name in self._marked:
             module.__dict__.pop(name, None)
         self._handles, self._marked = [], []
+        for stack in self.stacks:
+            carry_no_more(stack.layers)
         for replacement in self.replacements:
             replacement.take_out()
         if self.uses_pelt_attention:
-            self._use_config(self.pelt_config, self.base_config)
+            self._use_configs({id(view): base for base, view in self._views})
 
-    def _use_config(self, old: Any, new: Any) -> None:
-        """The attention implementation is read from the configuration that the encoder's modules
-        share; they are given a view of it, because another model may have been built from it.
+    def _make_views(self) -> list[tuple[Any, Any]]:
+        """The configurations in the model that name the attention, each with a view of it that
+        names "pelt": the modules of a stack share one.
         """
-        for module in self.model.base_model.modules():
-            if getattr(module, "config", None) is old:
-                module.config = new
+        if not self.uses_pelt_attention:
+            return []
+        found = {}
+        for module in self.model.modules():
+            config = getattr(module, "config", None)
+            if hasattr(config, "_attn_implementation"):
+                found[id(config)] = config
+        return [(config, with_pelt_attention(config)) for config in found.values()]
+
+    def _use_configs(self, instead: dict[int, Any]) -> None:
+        """The attention implementation is read from the configuration that a stack's modules share;
+        they are given a view of it, because another model may have been built from it.
+        """
+        for module in self.model.modules():
+            config = getattr(module, "config", None)
+            if id(config) in instead:
+                module.config = instead[id(config)]
 
 
 def raise_occupied() -> None:
@@ -150,33 +207,61 @@ def raise_occupied() -> None:
     )
 
 
-def _make_prefix(
+def _make_prefixes(
     model: PreTrainedModel,
-    num_layers: int,
+    stacks: list[Stack],
     config: PrefixTuningConfig | None,
     placement: dict[str, Any],
-) -> tuple[PrefixAttention | None, dict[int, int]]:
-    """The prefixes, and which row of them belongs to which layer."""
+) -> PrefixAttention | nn.ModuleDict | None:
+    """A set of prefixes for each kind of attention; and tells each stack which row is whose."""
     if config is None:
-        return None, {}
-    beyond = [layer for layer in config.skip_layers if layer >= num_layers]
-    layers = [layer for layer in range(num_layers) if layer not in config.skip_layers]
-    if beyond or not layers:
+        return None
+    count = sum(len(stack.layers) for stack in stacks)
+    beyond = [layer for layer in config.skip_layers if layer >= count]
+    sets: dict[str, PrefixAttention] = {}
+    for stack in stacks:
+        numbers = [state.number for state in stack.states]
+        rows = [number for number in numbers if number not in config.skip_layers]
+        for site, attention in stack.sites() if rows else ():
+            heads, head_size = _key_heads(model, stack.layers[0], attention)
+            gate = None
+            if config.gated:
+                gate = "number" if stack.is_causal else "pooled"
+            sets[site] = PrefixAttention(
+                len(rows),
+                config.prefix_length,
+                heads,
+                head_size,
+                mid=config.mid,
+                width=model.config.hidden_size,
+                has_gates=gate == "number",
+                **placement,
+            )
+            kind = f"{attention.site}_prefix" if attention.site else "prefix"
+            is_cross = bool(attention.site)
+            for row, number in enumerate(rows):
+                own = LayerPrefix(sets[site], row, gate, kind, is_cross)
+                stack.prefixes[number - numbers[0]][attention.module] = own
+    if beyond or not sets:
         raise ValueError(
-            f"PrefixTuningConfig: expected skip_layers to leave some of the model's {num_layers} "
-            "layers (0 to "
-            f"{num_layers - 1}), got {list(config.skip_layers)}"
+            f"PrefixTuningConfig: expected skip_layers to leave some of the model's {count} "
+            f"layers (0 to {count - 1}), got {list(config.skip_layers)}"
         )
-    heads = model.config.num_attention_heads
-    prefix = PrefixAttention(
-        len(layers),
-        config.prefix_length,
-        heads,
-        model.config.hidden_size // heads,
-        mid=config.mid,
-        **placement,
-    )
-    return prefix, {layer: row for row, layer in enumerate(layers)}
+    has_one = sum(len(stack.slots.attentions) for stack in stacks) == 1
+    return next(iter(sets.values())) if has_one else nn.ModuleDict(sets)
+
+
+def _key_heads(
+    model: PreTrainedModel, layer: nn.Module, attention: AttentionSlots
+) -> tuple[int, int]:
+    """How many heads the keys of an attention have, and their size."""
+    module = layer.get_submodule(attention.module)
+    head_size = model.config.hidden_size // model.config.num_attention_heads
+    for name in ("head_dim", "attention_head_size", "key_value_proj_dim"):
+        head_size = getattr(module, name, head_size)
+    place = attention.key if isinstance(attention.key, Place) else Place(attention.key)
+    columns = sizes_of(layer.get_submodule(place.path))[1] // place.parts
+    return columns // head_size, head_size
 
 
 def _parameter_placement(linear: nn.Module) -> dict[str, Any]:
@@ -212,19 +297,17 @@ def _check_chunking(model: PreTrainedModel, parts: Parts) -> None:
         )
 
 
-def _check_decoder(model: PreTrainedModel, parts: Parts) -> None:
-    """A decoder writes word by word, and what it wrote must not change with what follows."""
-    if not getattr(model.config, "is_decoder", False):
-        return
-    if getattr(model.config, "add_cross_attention", False):
+def _check_decoder(model: PreTrainedModel, stacks: list[Stack]) -> None:
+    """A layer's attention over an encoder has to be known, and a decoder has to be one."""
+    config: Any = model.config
+    knows_cross = any(attention.site for stack in stacks for attention in stack.slots.attentions)
+    if getattr(config, "add_cross_attention", False) and not knows_cross:
         raise ValueError(
             "get_pelt_model: expected a model that reads only its own text, got "
             f"{type(model).__name__} with add_cross_attention=True in its config"
         )
-    gated = [part.method for part in parts.gated]
-    if gated:
+    if not getattr(config, "is_causal", True) and stacks[-1].slots.is_causal:
         raise ValueError(
-            "get_pelt_model: expected parts without gates in a decoder, got "
-            f"{type(model).__name__} with a gate on {', '.join(gated)}, which is a mean over the "
-            "whole sentence, later words included; use gated=False"
+            "get_pelt_model: expected a decoder whose tokens see no later ones, got "
+            f"{type(model).__name__} with is_causal=False in its config"
         )

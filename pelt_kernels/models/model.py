@@ -14,7 +14,13 @@ from ..methods import AdaMixConfig, MethodConfig, parts_of, with_part_changes
 from ..nn import Bank
 from .adapter_files import copy_weights
 from .allocation import check_size
-from .checkpoint import collapsed, read_adapter, save_adapter, without_reparametrisation
+from .checkpoint import (
+    collapsed,
+    prefix_sets,
+    read_adapter,
+    save_adapter,
+    without_reparametrisation,
+)
 from .export import merged_weights, why_not_mergeable
 from .first_values import FirstValues, head_names, names_in_place, put_values
 from .inject import Injection, raise_occupied
@@ -45,7 +51,8 @@ class PeltModel(WrappedModel):
     Attributes:
         base_model: the model, with the parts in it.
         method_config: the method's config.
-        prefix: the prefixes of all layers (`pelt_kernels.nn.PrefixAttention`), or None.
+        prefix: the prefixes of all layers (`pelt_kernels.nn.PrefixAttention`), or, in a model with
+            several kinds of attention, those of each kind by its name; or None.
         tokens: the trained rows of the word embeddings (`Parts.trainable_tokens`), or None.
     """
 
@@ -172,7 +179,8 @@ class PeltModel(WrappedModel):
                 "collapse_prefix: expected a method with a prefix, got "
                 f"{self.method_config.method!r}"
             )
-        self.prefix.collapse()
+        for prefixes in prefix_sets(self.prefix).values():
+            prefixes.collapse()
         self.method_config = without_reparametrisation(self.method_config)
         prefix = {f"prefix.{name}" for name, _ in self.prefix.named_parameters()}
         self._set_trained(prefix.union(self._trained))

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..methods import Parts
+from ..methods import BottleneckAdapterConfig, LoraConfig, Parts
 from ..methods.lora import TARGETS
-from ..nn import ExpertAdapter, ExpertLoRALinear, GatedAdapter, PrunedLinear
-from ..nn.original import NAMES, why_not_replaceable
-from .layer import (
-    PREFIX_GATE,
-    AdaptedLinear,
-    AdaptedNorm,
-    ExpertLinear,
-    LayerPrefix,
-    LayerState,
+from ..nn import (
+    ExpertAdapter,
+    ExpertLoRALinear,
+    ExpertLowRank,
+    Gate,
+    GatedAdapter,
+    LowRank,
+    PrunedLinear,
 )
-from .slots import Slots
+from ..nn.original import NAMES, linear_kind, sizes_of, why_not_replaceable
+from .layer import PREFIX_GATE, AdaptedFusedLinear, AdaptedLinear, AdaptedNorm, ExpertLinear
+from .layer_state import LayerState
+from .slots import CROSS, Place, Slots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,78 +71,171 @@ class StandIns:
 
     Attributes:
         placement: device and dtype of new parameters.
+        is_causal: whether a token of this stack sees no later ones.
     """
 
     slots: Slots
     parts: Parts
     placement: dict[str, Any]
+    is_causal: bool
 
     def in_layer(
-        self, layer: nn.Module, state: LayerState, prefix: LayerPrefix | None
+        self, layer: nn.Module, state: LayerState, has_pooled_gate: bool
     ) -> Iterator[Replacement]:
-        """The replacements of one layer."""
-        for path, adapted in self._by_path(layer, state, prefix):
+        """The replacements of one layer, in the order in which they draw their starting values.
+
+        Args:
+            has_pooled_gate: whether the query's Linear computes the gate of the layer's prefix.
+        """
+        for path, adapted in self._by_path(layer, state, has_pooled_gate):
             parent, _, name = path.rpartition(".")
             original = layer.get_submodule(path)
             yield Replacement(layer.get_submodule(parent), name, original, adapted)
 
     def _by_path(
-        self, layer: nn.Module, state: LayerState, prefix: LayerPrefix | None
+        self, layer: nn.Module, state: LayerState, has_pooled_gate: bool
     ) -> Iterator[tuple[str, nn.Module]]:
-        """Part by part: in this order they draw their starting values."""
         slots, parts = self.slots, self.parts
-        for target in TARGETS:
-            path = slots.linear(target)
-            has_branch = parts.lora is not None and target in parts.lora.targets
-            has_gate = target == "query" and prefix is not None and prefix.is_gated
-            if has_branch or has_gate:
-                base = layer.get_submodule(path)
-                yield path, self._linear(base, target, state, has_branch, has_gate)
-        if parts.adapter is not None:
+        lora = () if parts.lora is None else parts.lora.targets
+        at_output = parts.adapter is not None and slots.ffn_norm is None
+        wanted = set(lora)
+        wanted |= {"query"} if has_pooled_gate else set()
+        wanted |= {"ffn_out"} if at_output else set()
+        for path, targets in _by_linear(slots, wanted):
+            base = layer.get_submodule(path)
+            if targets[0][1].is_fused:
+                yield path, self._fused(base, targets, state, lora, has_pooled_gate)
+                continue
+            name = targets[0][0]
+            has_branch = _target_of(name) in lora
+            has_gate = has_pooled_gate and name == "query"
+            has_adapter = at_output and name == "ffn_out"
+            yield path, self._linear(base, name, state, has_branch, has_gate, has_adapter)
+        if parts.adapter is not None and slots.ffn_norm is not None:
             yield slots.ffn_norm, self._norm(layer.get_submodule(slots.ffn_norm), state)
-        for target in parts.pruning.targets if parts.pruning is not None else ():
-            path = slots.linear(target)
+        pruned = parts.pruning.targets if parts.pruning is not None else ()
+        for path, _ in _by_linear(slots, pruned):
             yield path, self._pruned(layer.get_submodule(path))
-        for target in _expert_targets(parts):
-            path = slots.linear(target)
-            yield path, self._experts(layer.get_submodule(path))
+        for path, targets in _by_linear(slots, _expert_targets(parts)):
+            base = layer.get_submodule(path)
+            if targets[0][1].is_fused:
+                yield path, self._fused_experts(base, targets, state)
+            else:
+                yield path, self._experts(base)
 
     def _linear(
-        self, base: Any, target: str, state: LayerState, has_branch: bool, has_gate: bool
+        self,
+        base: nn.Module,
+        target: str,
+        state: LayerState,
+        has_branch: bool,
+        has_gate: bool,
+        has_adapter: bool,
     ) -> AdaptedLinear:
-        """A Linear with a LoRA branch, or, as the query's, with the prefix's gate, or with both."""
+        """A Linear with a LoRA branch, with the prefix's gate (the query's), with the adapter on
+        its output (the FFN's), or with several of them.
+        """
         lora, prefix = self.parts.lora, self.parts.prefix
         return AdaptedLinear(
             base,
             lora.r if lora and has_branch else 0,
             lora.alpha if lora else 1.0,
             dropout=lora.dropout if lora else 0.0,
-            gate_pooling=lora.gate_pooling if lora and lora.gated else None,
+            gate_pooling=self._pooling(lora),
             extra_gates={PREFIX_GATE: prefix.gate_pooling} if prefix and has_gate else {},
             dtype=self.placement["dtype"],
             state=state,
             target=target,
+            adapter=self._adapter(sizes_of(base)[1]) if has_adapter else None,
+            is_parallel=self.parts.has_parallel_adapter,
         )
 
+    def _fused(
+        self,
+        base: nn.Module,
+        targets: list[tuple[str, Place]],
+        state: LayerState,
+        lora_targets: tuple[str, ...],
+        has_pooled_gate: bool,
+    ) -> AdaptedFusedLinear:
+        """One Linear for several projections, with a LoRA branch for each target among them."""
+        lora, prefix = self.parts.lora, self.parts.prefix
+        into, out = sizes_of(base)
+        branches, offsets = {}, {}
+        for name, place in targets:
+            if lora is not None and _target_of(name) in lora_targets:
+                size = out // place.parts
+                offsets[name] = place.part * size
+                pooling = self._pooling(lora)
+                branches[name] = LowRank(into, size, lora.r, lora.alpha, pooling, **self.placement)
+        gates = {}
+        if has_pooled_gate and prefix is not None:
+            gates[PREFIX_GATE] = Gate(into, prefix.gate_pooling, **self.placement)
+        return AdaptedFusedLinear(
+            base,
+            branches,
+            offsets,
+            dropout=lora.dropout if lora else 0.0,
+            extra_gates=gates,
+            state=state,
+        )
+
+    def _fused_experts(
+        self, base: nn.Module, targets: list[tuple[str, Place]], state: LayerState
+    ) -> AdaptedFusedLinear:
+        """One Linear for several projections, with AdaMix's branches for each target."""
+        mixture = self.parts.mixture
+        assert mixture is not None
+        into, out = sizes_of(base)
+        branches, offsets = {}, {}
+        for name, place in targets:
+            size = out // place.parts
+            offsets[name] = place.part * size
+            branches[name] = ExpertLowRank(
+                into,
+                size,
+                mixture.r,
+                mixture.alpha,
+                mixture.bank_sizes(),
+                mixture.identical_start,
+                **self.placement,
+            )
+        return AdaptedFusedLinear(base, branches, offsets, dropout=mixture.dropout, state=state)
+
+    def _pooling(self, part: LoraConfig | BottleneckAdapterConfig | None) -> str | None:
+        """How a part's gate pools here: in a decoder, where a word may not depend on later ones,
+        each token has its own.
+        """
+        if part is None or not part.gated:
+            return None
+        return "token" if self.is_causal else part.gate_pooling
+
     def _norm(self, base: Any, state: LayerState) -> AdaptedNorm:
+        adapter = self._adapter(base.normalized_shape[0])
+        return AdaptedNorm(base, adapter, state, self.parts.has_parallel_adapter)
+
+    def _adapter(self, hidden_size: int) -> GatedAdapter:
         adapter = self.parts.adapter
         assert adapter is not None
-        hidden_size = base.normalized_shape[0]
-        module = GatedAdapter(
+        return GatedAdapter(
             hidden_size,
             adapter.bottleneck_of(hidden_size),
             activation=adapter.activation,
-            gate_pooling=adapter.gate_pooling if adapter.gated else None,
+            gate_pooling=self._pooling(adapter),
             dropout=adapter.dropout,
             scale=adapter.scale,
             start=adapter.start,
             **self.placement,
         )
-        return AdaptedNorm(base, module, state, self.parts.has_parallel_adapter)
 
     def _pruned(self, base: Any) -> PrunedLinear:
         pst = self.parts.pruning
         assert pst is not None
+        if linear_kind(base) is not nn.Linear:
+            raise ValueError(
+                "PSTConfig: expected nn.Linear at its targets, got "
+                f"{type(base).__name__}, which holds its weight transposed"
+            )
         return PrunedLinear(
             base,
             pst.r1,
@@ -164,9 +259,10 @@ class StandIns:
                 identical_start=mixture.identical_start,
                 dtype=self.placement["dtype"],
             )
+        out = sizes_of(base)[1]
         experts = ExpertAdapter(
-            base.out_features,
-            mixture.as_adapter().bottleneck_of(base.out_features),
+            out,
+            mixture.as_adapter().bottleneck_of(out),
             mixture.bank_sizes(),
             activation=mixture.activation,
             dropout=mixture.dropout,
@@ -189,8 +285,9 @@ def check_places(model: PreTrainedModel, layers: nn.ModuleList, slots: Slots, pa
             )
     names = {id(module): name for name, module in model.named_modules()}
     for layer in layers:
-        for path, kind in _places(slots, parts):
+        for path, kind in _paths(slots, parts):
             module = layer.get_submodule(path)
+            kind = linear_kind(module) if kind is nn.Linear else kind
             reason = why_not_replaceable(module, kind)
             if reason:
                 raise ValueError(
@@ -199,20 +296,38 @@ def check_places(model: PreTrainedModel, layers: nn.ModuleList, slots: Slots, pa
                 )
 
 
-def _places(slots: Slots, parts: Parts) -> Iterator[tuple[str, type[nn.Module]]]:
+def _paths(slots: Slots, parts: Parts) -> Iterator[tuple[str, type[nn.Module]]]:
     """The paths in a layer of what the parts replace, and what has to be there."""
-    targets: list[str] = []
+    targets: set[str] = set(_expert_targets(parts))
     if parts.lora is not None:
-        targets += parts.lora.targets
+        targets |= set(parts.lora.targets)
     if parts.prefix is not None and parts.prefix.gated:
-        targets.append("query")
+        targets.add("query")
     if parts.pruning is not None:
-        targets += parts.pruning.targets
-    targets += _expert_targets(parts)
-    for target in targets:
-        yield slots.linear(target), nn.Linear
-    if parts.adapter is not None:
+        targets |= set(parts.pruning.targets)
+    if parts.adapter is not None and slots.ffn_norm is None:
+        targets.add("ffn_out")
+    for path, _ in _by_linear(slots, targets):
+        yield path, nn.Linear
+    if parts.adapter is not None and slots.ffn_norm is not None:
         yield slots.ffn_norm, nn.LayerNorm
+
+
+def _by_linear(
+    slots: Slots, targets: Collection[str]
+) -> Iterator[tuple[str, list[tuple[str, Place]]]]:
+    """The Linears of a layer in which targets are, each with its projections by name."""
+    found: dict[str, list[tuple[str, Place]]] = {}
+    for target in TARGETS:
+        if target in targets:
+            for name, place in slots.places(target):
+                found.setdefault(place.path, []).append((name, place))
+    yield from found.items()
+
+
+def _target_of(name: str) -> str:
+    """The target that a projection's name in a layer belongs to (`Slots.places`)."""
+    return name.removeprefix(f"{CROSS}_").removesuffix("_2")
 
 
 def _expert_targets(parts: Parts) -> tuple[str, ...]:

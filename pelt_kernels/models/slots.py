@@ -1,124 +1,245 @@
 """Where a transformers family keeps the places of a layer that methods work on, as attribute paths.
 
-A family is one entry here, and at most one place in `layer.py`, which is a layer's program. Its
-steps, and the slots at which they happen:
+A family is one entry here: its stacks of layers, an encoder's, a decoder's or both. The steps of a
+layer, which `layer.py` programs, and the slots at which they happen:
 
     read the padding mask           attention.module
     project, with LoRA or a gate    attention.query, key, value, output, ffn_in, ffn_out
     attend, with a prefix           attention.module, by the attention function it calls
-    keep the FFN's input            ffn_in
+    keep the FFN's input            the first of ffn_in
     experts on the FFN's output     ffn_out
-    adapt and normalise             ffn_norm, which ends the layer
+    adapt and normalise             ffn_norm, which ends the layer; where a family normalises before
+                                    its sub-layers there is none, and the adapter is at ffn_out
 
-What no family here has yet, and where it goes: another attention in the layer (a decoder's over an
-encoder) is another `AttentionSlots`; a second stack of layers (an encoder and a decoder) another
-`Slots`; two Linears for one target (gate and up projections) or one for three (fused query, key and
-value) are decided in `Slots.linear`; a family that normalises before its sub-layers has no
-`ffn_norm`, and its adapter stands at `ffn_out`, as AdaMix's experts do. Whether a norm subtracts a
-mean, where weights are transposed (Conv1D) and which keys come from a cache is read from the
-modules themselves.
+Where weights are transposed (Conv1D) is read from the modules themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+CROSS = "cross"
+
+
+class Place(NamedTuple):
+    """A projection: the path of its Linear, and, where one Linear computes several, which of its
+    equal ranges of output columns it is.
+    """
+
+    path: str
+    part: int = 0
+    parts: int = 1
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the Linear computes other projections, too."""
+        return self.parts > 1
+
 
 @dataclass(frozen=True)
 class AttentionSlots:
-    """Attribute paths of one attention, relative to its layer.
+    """One attention of a layer, by paths relative to the layer.
 
-    `module` calls the attention function and receives `attention_mask`; the others are Linears.
+    Attributes:
+        module: calls the attention function and receives the mask.
+        query, key, value, output: the Linears; those of a fused one as a `Place`.
+        site: empty for the attention over the layer's own tokens; ``cross`` over an encoder's.
     """
 
     module: str
-    query: str
-    key: str
-    value: str
+    query: str | Place
+    key: str | Place
+    value: str | Place
     output: str
+    site: str = ""
 
 
 @dataclass(frozen=True)
 class Slots:
-    """Attribute paths of a stack of post-LayerNorm layers: `layers` and `embeddings` relative to
-    the encoder (transformers' ``model.base_model``), the others to a layer.
+    """A stack of layers: `layers` and `embeddings` are relative to transformers'
+    ``model.base_model``, the others to a layer.
 
-    `ffn_norm` is the LayerNorm that is given the sum of the FFN's output and its residual, the last
-    thing in a layer.
+    Attributes:
+        attentions: the layer's own first.
+        ffn_in: the Linear that reads the FFN's input, or the two of a gated FFN.
+        ffn_norm: the LayerNorm that is given the sum of the FFN's output and its residual, the last
+            thing in a layer; None where norms stand before the sub-layers.
+        name: ``encoder`` or ``decoder``.
+        is_causal: whether a token sees no later ones, whatever the configuration says.
     """
 
     layers: str
     embeddings: str
-    attention: AttentionSlots
-    ffn_in: str
+    attentions: tuple[AttentionSlots, ...]
+    ffn_in: tuple[str, ...]
     ffn_out: str
-    ffn_norm: str
+    ffn_norm: str | None = None
+    name: str = "encoder"
+    is_causal: bool = False
 
-    def linear(self, target: str) -> str:
-        """The path of the Linear that a target of a method names (`methods.lora.TARGETS`)."""
-        attention = self.attention
-        paths = {
-            "query": attention.query,
-            "key": attention.key,
-            "value": attention.value,
-            "attention_output": attention.output,
-            "ffn_in": self.ffn_in,
-            "ffn_out": self.ffn_out,
-        }
-        return paths[target]
+    @property
+    def attention(self) -> AttentionSlots:
+        """The attention over the layer's own tokens."""
+        return self.attentions[0]
+
+    def places(self, target: str) -> tuple[tuple[str, Place], ...]:
+        """The projections that a target of a method names (`methods.lora.TARGETS`), each with the
+        name it has in this layer: an attention over an encoder has its own query, and a gated FFN
+        two Linears that read its input.
+        """
+        if target == "ffn_out":
+            return (("ffn_out", Place(self.ffn_out)),)
+        if target == "ffn_in":
+            names = ("ffn_in", "ffn_in_2")
+            return tuple((name, Place(path)) for name, path in zip(names, self.ffn_in))
+        field = "output" if target == "attention_output" else target
+        found = []
+        for attention in self.attentions:
+            place = getattr(attention, field)
+            name = f"{attention.site}_{target}" if attention.site else target
+            found.append((name, place if isinstance(place, Place) else Place(place)))
+        return tuple(found)
 
     def in_layer(self) -> Iterator[str]:
         """Every path that a layer has to have."""
-        for slot in fields(self.attention):
-            yield getattr(self.attention, slot.name)
-        yield from (self.ffn_in, self.ffn_out, self.ffn_norm)
+        for attention in self.attentions:
+            yield attention.module
+            for place in (attention.query, attention.key, attention.value, attention.output):
+                yield place.path if isinstance(place, Place) else place
+        yield from (*self.ffn_in, self.ffn_out)
+        if self.ffn_norm is not None:
+            yield self.ffn_norm
+
+
+def _attention(
+    module: str, names: str = "q_proj k_proj v_proj out_proj", site: str = ""
+) -> AttentionSlots:
+    """An attention whose Linears are children of its module."""
+    query, key, value, output = (f"{module}.{name}" for name in names.split())
+    return AttentionSlots(module, query, key, value, output, site)
 
 
 BERT = Slots(
     layers="encoder.layer",
     embeddings="embeddings",
-    attention=AttentionSlots(
-        module="attention.self",
-        query="attention.self.query",
-        key="attention.self.key",
-        value="attention.self.value",
-        output="attention.output.dense",
+    attentions=(
+        AttentionSlots(
+            module="attention.self",
+            query="attention.self.query",
+            key="attention.self.key",
+            value="attention.self.value",
+            output="attention.output.dense",
+        ),
     ),
-    ffn_in="intermediate.dense",
+    ffn_in=("intermediate.dense",),
     ffn_out="output.dense",
     ffn_norm="output.LayerNorm",
 )
 DISTILBERT = Slots(
     layers="transformer.layer",
     embeddings="embeddings",
-    attention=AttentionSlots(
-        module="attention",
-        query="attention.q_lin",
-        key="attention.k_lin",
-        value="attention.v_lin",
-        output="attention.out_lin",
-    ),
-    ffn_in="ffn.lin1",
+    attentions=(_attention("attention", "q_lin k_lin v_lin out_lin"),),
+    ffn_in=("ffn.lin1",),
     ffn_out="ffn.lin2",
     ffn_norm="output_layer_norm",
 )
+GPT2 = Slots(
+    layers="h",
+    embeddings="wte",
+    attentions=(
+        AttentionSlots(
+            module="attn",
+            query=Place("attn.c_attn", 0, 3),
+            key=Place("attn.c_attn", 1, 3),
+            value=Place("attn.c_attn", 2, 3),
+            output="attn.c_proj",
+        ),
+    ),
+    ffn_in=("mlp.c_fc",),
+    ffn_out="mlp.c_proj",
+    name="decoder",
+    is_causal=True,
+)
+LLAMA = Slots(
+    layers="layers",
+    embeddings="embed_tokens",
+    attentions=(_attention("self_attn", "q_proj k_proj v_proj o_proj"),),
+    ffn_in=("mlp.gate_proj", "mlp.up_proj"),
+    ffn_out="mlp.down_proj",
+    name="decoder",
+    is_causal=True,
+)
 
-FAMILIES: dict[str, Slots] = {
-    "bert": BERT,
-    "camembert": BERT,
-    "data2vec-text": BERT,
-    "distilbert": DISTILBERT,
-    "electra": BERT,
-    "ernie": BERT,
-    "roberta": BERT,
-    "xlm-roberta": BERT,
+
+def _t5(ffn_in: tuple[str, ...]) -> tuple[Slots, Slots]:
+    def stack(name: str, attentions: tuple[AttentionSlots, ...]) -> Slots:
+        ffn = f"layer.{len(attentions)}.DenseReluDense"
+        return Slots(
+            layers=f"{name}.block",
+            embeddings=f"{name}.embed_tokens",
+            attentions=attentions,
+            ffn_in=tuple(f"{ffn}.{path}" for path in ffn_in),
+            ffn_out=f"{ffn}.wo",
+            name=name,
+            is_causal=name == "decoder",
+        )
+
+    own = _attention("layer.0.SelfAttention", "q k v o")
+    cross = _attention("layer.1.EncDecAttention", "q k v o", site=CROSS)
+    return stack("encoder", (own,)), stack("decoder", (own, cross))
+
+
+def _bart(ffn_norm: str | None) -> tuple[Slots, Slots]:
+    encoder = Slots(
+        layers="encoder.layers",
+        embeddings="encoder.embed_tokens",
+        attentions=(_attention("self_attn"),),
+        ffn_in=("fc1",),
+        ffn_out="fc2",
+        ffn_norm=ffn_norm,
+    )
+    decoder = replace(
+        encoder,
+        layers="decoder.layers",
+        embeddings="decoder.embed_tokens",
+        attentions=(*encoder.attentions, _attention("encoder_attn", site=CROSS)),
+        name="decoder",
+        is_causal=True,
+    )
+    return encoder, decoder
+
+
+T5 = (_t5(("wi",)), _t5(("wi_0", "wi_1")))
+BART, MBART = (_bart("final_layer_norm"),), (_bart(None),)
+
+# Of several variants (versions of transformers, kinds of FFN) a model has one.
+FAMILIES: dict[str, tuple[tuple[Slots, ...], ...]] = {
+    "bart": BART,
+    "bert": ((BERT,),),
+    "camembert": ((BERT,),),
+    "data2vec-text": ((BERT,),),
+    "distilbert": ((DISTILBERT,),),
+    "electra": ((BERT,),),
+    "ernie": ((BERT,),),
+    "gemma": ((LLAMA,),),
+    "gemma3_text": ((LLAMA,),),
+    "gpt2": ((GPT2,),),
+    "llama": ((LLAMA,),),
+    "mbart": MBART,
+    "mistral": ((LLAMA,),),
+    "mt5": T5,
+    "qwen2": ((LLAMA,),),
+    "qwen3": ((LLAMA,),),
+    "roberta": ((BERT,),),
+    "t5": T5,
+    "xlm-roberta": ((BERT,),),
 }
 
 # Families whose first position is pad_token_id + 1: the rows before it serve no token.
@@ -133,8 +254,8 @@ def longest_input(config: PreTrainedConfig) -> int | None:
     return positions - (config.pad_token_id + 1)
 
 
-def slots_of(model: PreTrainedModel) -> Slots:
-    """The slots of a model's family.
+def stacks_of(model: PreTrainedModel) -> tuple[Slots, ...]:
+    """The stacks of a model's family: an encoder before a decoder.
 
     Raises:
         ValueError: an unknown family, or a model without the places its family should have.
@@ -146,15 +267,17 @@ def slots_of(model: PreTrainedModel) -> Slots:
             f"{type(model).__name__} "
             f"(model_type {family!r}); a new family is one entry in pelt_kernels/models/slots.py"
         )
-    slots = FAMILIES[family]
-    layers = layers_of(model, slots)
-    for path in slots.in_layer():
-        _follow(layers[0], path, f"a layer of {type(model).__name__}")
-    return slots
+    *others, last = FAMILIES[family]
+    for stacks in others:
+        if not any(_missing(model, stacks)):
+            return stacks
+    for error in _missing(model, last):
+        raise error
+    return last
 
 
 def layers_of(model: PreTrainedModel, slots: Slots) -> nn.ModuleList:
-    """The layers of the encoder, in order."""
+    """The layers of a stack, in order."""
     layers = _follow(model.base_model, slots.layers, type(model).__name__)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise ValueError(
@@ -167,6 +290,17 @@ def layers_of(model: PreTrainedModel, slots: Slots) -> nn.ModuleList:
 def embeddings_of(model: PreTrainedModel, slots: Slots) -> nn.Module:
     """The module whose output the first layer reads."""
     return _follow(model.base_model, slots.embeddings, type(model).__name__)
+
+
+def _missing(model: PreTrainedModel, stacks: tuple[Slots, ...]) -> Iterator[ValueError]:
+    """What a model lacks of the places of some stacks."""
+    for slots in stacks:
+        try:
+            layers = layers_of(model, slots)
+            for path in slots.in_layer():
+                _follow(layers[0], path, f"a layer of {type(model).__name__}")
+        except ValueError as error:
+            yield error
 
 
 def _follow(root: nn.Module, path: str, who: str) -> nn.Module:

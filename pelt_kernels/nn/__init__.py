@@ -1,6 +1,7 @@
 """Modules: the parameters of an operator, their initialisation, and a forward that calls it."""
 
 from .experts import Bank, ExpertAdapter, ExpertLoRALinear, spare_unselected
+from .fused_linear import ExpertLowRank, FusedLoRALinear, LowRank
 from .gate import Gate
 from .gated_adapter import GatedAdapter
 from .generated_weights import GeneratedWeights, HyperCall, StoredWeights
@@ -22,12 +23,15 @@ __all__ = [
     "Bank",
     "ExpertAdapter",
     "ExpertLoRALinear",
+    "ExpertLowRank",
+    "FusedLoRALinear",
     "Gate",
     "GatedAdapter",
     "GeneratedWeights",
     "HyperCall",
     "HyperNetwork",
     "LoRALinear",
+    "LowRank",
     "PrefixAttention",
     "PrefixWeights",
     "PrunedLinear",

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..ops import LoraBranch, gated_adapter, lora_linear
-from .lora_linear import merged
-from .original import Original
+from ..ops import LoraBranch, gated_adapter
+from .lora_linear import with_branches
+from .original import Original, linear_kind, sizes_of
 
 
 class Members(nn.Module):
@@ -133,7 +133,7 @@ class ExpertAdapter(Bank):
 class ExpertLoRALinear(Bank):
     """``y = x Wᵀ + b + alpha / R · (dropout(x) A^(j)ᵀ) B^(k)ᵀ`` with j and k drawn.
 
-    W and b are the parameters of the `nn.Linear` that it replaces. Each A starts as
+    W and b are the parameters of the Linear that it replaces. Each A starts as
     U(±1 / sqrt(Din)), all equal with ``identical_start``; B starts as 0.
     """
 
@@ -153,37 +153,44 @@ class ExpertLoRALinear(Bank):
     ) -> None:
         super().__init__()
         self.r, self.alpha, self.dropout = r, alpha, dropout
-        self.original = Original(base, nn.Linear)
+        self.original = Original(base, linear_kind(base))
         self.weight = base.weight
         self.register_parameter("bias", base.bias)
         device, dtype = base.weight.device, dtype or base.weight.dtype
-        a = torch.empty(sizes[0], r, base.in_features, device=device, dtype=dtype)
-        for member in a:
-            nn.init.kaiming_uniform_(member, a=math.sqrt(5))
-        if identical_start:
-            a.copy_(a[:1].expand_as(a).clone())
-        self.lora_a = nn.Parameter(a)
-        b = torch.zeros(sizes[1], base.out_features, r, device=device, dtype=dtype)
-        self.lora_b = nn.Parameter(b)
+        into, out = sizes_of(base)
+        self.lora_a, self.lora_b = expert_banks(
+            into, out, r, sizes, identical_start, device=device, dtype=dtype
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., Dout]."""
+        return with_branches(self, x, [self.branch()], dropout=self.dropout)[0]
+
+    def branch(self, offset: int = 0) -> LoraBranch:
+        """The branch of this forward."""
         values, index = self.chosen()
         a, b = values["lora_a"], values["lora_b"]
-        branch = LoraBranch(a, b, scale=self.alpha / self.r, bank_index=index)
-        dropout = self.dropout if self.training else 0.0
-        if self.original.is_plain:
-            return cast(Tensor, lora_linear(x, self.weight, self.bias, [branch], dropout_p=dropout))
-        no_weight = torch.zeros_like(self.weight)
-        update = cast(Tensor, lora_linear(x, no_weight, None, [branch], dropout_p=dropout))
-        return self.original(self, x) + update
+        return LoraBranch(a, b, offset, scale=self.alpha / self.r, bank_index=index)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """``W + alpha / R · B A`` [Dout, Din] with the banks' means A and B, as `LoRALinear`'s."""
+        """``W + alpha / R · B A`` with the banks' means A and B, as `LoRALinear`'s."""
         self.original.check_mergeable()
         means = self.averages()
-        return merged(self.weight, means["lora_a"], means["lora_b"], self.alpha / self.r)
+        a, b, scale = means["lora_a"], means["lora_b"], self.alpha / self.r
+        return self.original.merged(self.weight, a, b, scale)
+
+
+def expert_banks(
+    into: int, out: int, r: int, sizes: tuple[int, int], identical_start: bool, **placement: Any
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """The banks A [M, R, Din] and B [M_up, Dout, R] of expert branches as they start."""
+    a = torch.empty(sizes[0], r, into, **placement)
+    for member in a:
+        nn.init.kaiming_uniform_(member, a=math.sqrt(5))
+    if identical_start:
+        a.copy_(a[:1].expand_as(a).clone())
+    return nn.Parameter(a), nn.Parameter(torch.zeros(sizes[1], out, r, **placement))
 
 
 def _mean(bank: Tensor) -> Tensor:

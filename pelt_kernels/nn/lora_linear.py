@@ -3,43 +3,67 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import LoraBranch, lora_linear
+from ..ops import LearnedGate, LoraBranch, lora_linear
 from .gate import Gate
-from .original import Original, why_not_replaceable
+from .original import Original, linear_kind, product, sizes_of, why_not_replaceable
 
 BRANCH_GATE = ""  # the name of the branch's own gate among those of its input
 
 
-def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``W + scale · B A`` in W's dtype, computed in float64 and rounded once.
+def with_branches(
+    linear: Any,
+    x: Tensor,
+    branches: Sequence[LoraBranch],
+    extra_gates: Sequence[Gate] = (),
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """A stand-in's Linear and its branches on one read of x: y, the values of the extra gates and
+    those of the branches' own.
 
-    Raises:
-        ValueError: a 16-bit W, whose steps are too coarse for a learned update.
+    Args:
+        linear: holds `original`, `weight` and `bias`.
     """
-    if weight.dtype in (torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"merging: expected a weight in float32 or float64, got {weight.dtype}, which would "
-            "round the update; load the base model in float32"
-        )
-    update = b.double() @ a.double()
-    return torch.add(weight.double(), update, alpha=scale).to(weight.dtype)
+    original = linear.original
+    is_plain = original.is_plain
+    if not branches and not extra_gates:
+        if not is_plain:
+            return original(linear, x), (), ()
+        return product(x, linear.weight, linear.bias, original.is_transposed), (), ()
+    wants_mask = [gate.mask_for(mask) is not None for gate in extra_gates]
+    wants_mask += [
+        isinstance(branch.gate, LearnedGate) and branch.gate.pooling == "masked_mean"
+        for branch in branches
+    ]
+    y, extra_values, own_values = lora_linear(
+        x,
+        linear.weight if is_plain else torch.zeros_like(linear.weight),
+        linear.bias if is_plain else None,
+        branches,
+        extra_gates=tuple(gate.learned(mask) for gate in extra_gates),
+        mask=mask if any(wants_mask) else None,
+        transposed=original.is_transposed,
+        dropout_p=dropout if linear.training else 0.0,
+        return_gates=True,
+    )
+    return y if is_plain else original(linear, x) + y, extra_values, own_values
 
 
 class LoRALinear(nn.Module):
     """``y = x Wᵀ + b + s · (dropout(x) Aᵀ) Bᵀ``, with s = alpha / R, or s = the gate g(x), which
     replaces alpha / R.
 
-    W [Dout, Din] and b [Dout] are the parameters of the `nn.Linear` that it replaces, under the
-    same names, so the base model's state_dict does not change. lora_a [R, Din] starts as
-    U(±1/sqrt(Din)) (Kaiming uniform with a = sqrt 5), lora_b [Dout, R] as 0: the branch is exactly
-    0 at the start. A Linear with hooks or a forward of its own is called for ``x Wᵀ + b``, which
-    costs a second product; its hooks see that output, without the branch.
+    W [Dout, Din] (a Conv1D's: [Din, Dout]) and b [Dout] are the parameters of the Linear that it
+    replaces, under the same names, so the base model's state_dict does not change. lora_a [R, Din]
+    starts as U(±1/sqrt(Din)) (Kaiming uniform with a = sqrt 5), lora_b [Dout, R] as 0: the branch
+    is exactly 0 at the start. A Linear with hooks or a forward of its own is called for
+    ``x Wᵀ + b``, which costs a second product; its hooks see that output, without the branch.
 
     Extra gates do not scale this layer; their values are returned for another part whose gate has
     the same input (UniPELT's prefix is gated by the attention's input, which the query's Linear
@@ -73,7 +97,8 @@ class LoRALinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        reason = why_not_replaceable(base)
+        kind = linear_kind(base)
+        reason = why_not_replaceable(base, kind)
         if reason:
             raise TypeError(
                 "LoRALinear: expected base as an nn.Linear with floating-point weight and bias, "
@@ -83,9 +108,9 @@ class LoRALinear(nn.Module):
             raise ValueError(f"LoRALinear: expected r >= 0, got {r}")
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"LoRALinear: expected dropout in [0, 1), got {dropout}")
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.in_features, self.out_features = sizes_of(base)
         self.r, self.alpha, self.dropout = r, alpha, dropout
-        self.original = Original(base, nn.Linear)
+        self.original = Original(base, kind)
         self.weight = base.weight
         self.register_parameter("bias", base.bias)
         placement: dict[str, Any] = {
@@ -133,19 +158,9 @@ class LoRALinear(nn.Module):
             scale = self.alpha / self.r if self.gate is None else 1.0
             learned = None if self.gate is None else self.gate.learned(mask)
             branches.append(LoraBranch(self.lora_a, self.lora_b, scale=scale, gate=learned))
-        is_plain = self.original.is_plain
-        y, extra_values, own = lora_linear(
-            x,
-            self.weight if is_plain else torch.zeros_like(self.weight),
-            self.bias if is_plain else None,
-            branches,
-            extra_gates=tuple(gate.learned(mask) for gate in gates[: len(self.extra_gates)]),
-            mask=mask if any(gate.mask_for(mask) is not None for gate in gates) else None,
-            dropout_p=self.dropout if self.training else 0.0,
-            return_gates=True,
+        y, extra_values, own = with_branches(
+            self, x, branches, gates[: len(self.extra_gates)], mask, self.dropout
         )
-        if not is_plain:
-            y = self.original(self, x) + y
         values = dict(zip(self.extra_gates, extra_values))
         if self.gate is not None:
             values[BRANCH_GATE] = own[0]
@@ -153,7 +168,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """``W + alpha / R · B A`` [Dout, Din], computed in float64 and rounded once.
+        """``W + alpha / R · B A`` in W's layout, computed in float64 and rounded once.
 
         Raises:
             ValueError: a gate, a 16-bit W, which would round the update away, or a Linear with a
@@ -167,7 +182,8 @@ class LoRALinear(nn.Module):
             )
         if not self.r:
             return self.weight
-        return merged(self.weight, self.lora_a, self.lora_b, self.alpha / self.r)
+        scale = self.alpha / self.r
+        return self.original.merged(self.weight, self.lora_a, self.lora_b, scale)
 
     def extra_repr(self) -> str:
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from contextlib import AbstractContextManager, nullcontext
 
@@ -15,6 +16,48 @@ NAMES = ("weight", "bias")
 _weight_lock = threading.RLock()
 
 
+def linear_kind(module: nn.Module) -> type[nn.Module]:
+    """nn.Linear, or the class of a Conv1D: transformers' Linear that holds its weight as [Din,
+    Dout]. Whoever has a Conv1D has loaded the module that defines it.
+    """
+    defining = sys.modules.get("transformers.pytorch_utils")
+    conv1d = getattr(defining, "Conv1D", None)
+    return conv1d if conv1d is not None and isinstance(module, conv1d) else nn.Linear
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a Linear holds its weight as [Din, Dout]."""
+    return linear_kind(module) is not nn.Linear
+
+
+def sizes_of(module: nn.Module) -> tuple[int, int]:
+    """Din and Dout of a Linear."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    into, out = weight.shape if is_transposed(module) else weight.shape[::-1]
+    return into, out
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
+    """``x Wᵀ + b``, of a weight [Dout, Din], or transposed [Din, Dout]."""
+    return nn.functional.linear(x, weight.T if transposed else weight, bias)
+
+
+def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``W + scale · B A`` in W's dtype, computed in float64 and rounded once.
+
+    Raises:
+        ValueError: a 16-bit W, whose steps are too coarse for a learned update.
+    """
+    if weight.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"merging: expected a weight in float32 or float64, got {weight.dtype}, which would "
+            "round the update; load the base model in float32"
+        )
+    update = b.double() @ a.double()
+    return torch.add(weight.double(), update, alpha=scale).to(weight.dtype)
+
+
 class Original:
     """The module that a stand-in replaces. The stand-in holds its weight and bias under the same
     names, so names in the model do not change; this object is outside the tree of modules.
@@ -26,6 +69,7 @@ class Original:
 
     def __init__(self, module: nn.Module, kind: type[nn.Module]) -> None:
         self.module = module
+        self.is_transposed = is_transposed(module)
         module_class = type(module)
         self._has_own_class = (
             module_class.forward is not kind.forward
@@ -80,6 +124,13 @@ class Original:
         for name in NAMES:
             module._parameters[name] = getattr(stand_in, name)
         return module
+
+    def merged(self, weight: Tensor, a: Tensor, b: Tensor, scale: float, offset: int = 0) -> Tensor:
+        """``W + scale · B A`` in W's layout, into the output columns from `offset` on."""
+        rows = weight.T if self.is_transposed else weight
+        rows = rows.clone()
+        rows[offset : offset + len(b)] = merged(rows[offset : offset + len(b)], a, b, scale)
+        return rows.T.contiguous() if self.is_transposed else rows
 
     def check_mergeable(self) -> None:
         """Raises ValueError where an update of the weight is not an update of the output."""

@@ -48,6 +48,7 @@ class PrefixAttention(nn.Module):
             start as zeros and are parameters as all others: they stay zeros as long as no sentence
             has them, and such a label is one of which nothing is known. With the start "normal" its
             prefix is zeros at first, and then what the biases make of it.
+        has_gates: one learned gate ``sigmoid(b)`` for each layer, b = 0 at the start (`gate`).
         start: "normal": every weight ~ N(0, 0.02), biases 0. "torch": PyTorch's own, which the
             code of Control Prefixes has: embeddings and tables ~ N(0, 1), W1, W2 and their biases
             uniform within ±1/sqrt(fan_in).
@@ -68,6 +69,7 @@ class PrefixAttention(nn.Module):
         width: int | None = None,
         attributes: Mapping[str, tuple[int, int]] | None = None,
         unseen: Mapping[str, Sequence[int]] | None = None,
+        has_gates: bool = False,
         start: str = "normal",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -115,6 +117,8 @@ class PrefixAttention(nn.Module):
                 [parameter(2 * columns, mid) for _ in range(num_layers)]
             )
             self.up_bias = nn.ParameterList([parameter(2 * columns) for _ in range(num_layers)])
+        if has_gates:
+            self.gate_bias = parameter(num_layers)
         self.reset_parameters()
 
     @property
@@ -123,7 +127,9 @@ class PrefixAttention(nn.Module):
         return "table" in self._parameters
 
     def reset_parameters(self) -> None:
-        """Every parameter as `start` says; rows of unseen labels are zeros."""
+        """Every parameter as `start` says; rows of unseen labels and gates' biases are zeros."""
+        if "gate_bias" in self._parameters:
+            nn.init.zeros_(self.gate_bias)
         rows_std = 0.02 if self.start == "normal" else 1.0
         if self.is_collapsed:
             nn.init.normal_(self.table, std=rows_std)
@@ -152,6 +158,10 @@ class PrefixAttention(nn.Module):
         form = "table" if self.is_collapsed else "embedding"
         parameter: nn.Parameter = getattr(self, f"{form}_{attribute}")
         return parameter
+
+    def gate(self, layer: int) -> Tensor:
+        """The layer's learned gate ``sigmoid(b)``, [1]."""
+        return torch.sigmoid(self.gate_bias[layer : layer + 1])
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """Pk and Pv [P, G, E] of one layer, counted among the layers that have a prefix."""

@@ -5,20 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
+from families import BERT_LIKE, PAD
 from torch import nn
 
 from pelt_kernels.nn import Bank
-
-BERT_LIKE = {
-    "bert": (hf.BertConfig, hf.BertForSequenceClassification),
-    "camembert": (hf.CamembertConfig, hf.CamembertForSequenceClassification),
-    "data2vec-text": (hf.Data2VecTextConfig, hf.Data2VecTextForSequenceClassification),
-    "electra": (hf.ElectraConfig, hf.ElectraForSequenceClassification),
-    "ernie": (hf.ErnieConfig, hf.ErnieForSequenceClassification),
-    "roberta": (hf.RobertaConfig, hf.RobertaForSequenceClassification),
-    "xlm-roberta": (hf.XLMRobertaConfig, hf.XLMRobertaForSequenceClassification),
-}
-PAD = 1
 
 
 def _make_base(family: str = "bert", attention: str = "sdpa", dtype=torch.float32, **changes):

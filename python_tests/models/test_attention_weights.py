@@ -13,7 +13,7 @@ from closeness import assert_close
 from pelt_kernels import prefix_attention
 from pelt_kernels.methods import PrefixTuningConfig, UniPELTConfig
 from pelt_kernels.models import get_pelt_model
-from pelt_kernels.models.layer import logger
+from pelt_kernels.models.attention import logger
 from pelt_kernels.ops import Prefix
 from pelt_kernels.ops.prefix_attention.weights import attention_weights
 

@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from every_method import COMPOSITES
+from families import ENCODERS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +23,7 @@ from pelt_kernels.methods import (
     PrefixTuningConfig,
     UniPELTConfig,
 )
-from pelt_kernels.models import FAMILIES, PeltModel, get_pelt_model
+from pelt_kernels.models import PeltModel, get_pelt_model
 from pelt_kernels.models.tensor_files import digest
 
 SMALL = {
@@ -41,7 +42,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ENCODERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_family_and_method(method, family, make_base, make_batch, randomise, tmp_path):
     """Forward, backward, save, load: the same logits, bit for bit."""

@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 from every_method import METHODS
+from families import ENCODERS
 
 from pelt_kernels.methods import PSTConfig, parts_of, with_part_changes
-from pelt_kernels.models import FAMILIES, PeltModel, get_pelt_model
+from pelt_kernels.models import PeltModel, get_pelt_model
 
 EVERY = pytest.mark.parametrize("method", METHODS)
 
@@ -32,7 +33,7 @@ def train(model, batch, optimizer, steps, of):
     return losses
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ENCODERS)
 @EVERY
 def test_ten_steps_reduce_the_loss_and_move_nothing_else(method, family, make_base, make_batch):
     model = get_pelt_model(make_base(family), METHODS[method]).train()

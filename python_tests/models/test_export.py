@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 from every_method import EXPERTS, METHODS, PRUNED
+from families import ENCODERS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.sparse._semi_structured_conversions import (
@@ -28,7 +29,6 @@ from pelt_kernels.methods import (
     parts_of,
 )
 from pelt_kernels.models import (
-    FAMILIES,
     PeltModel,
     get_pelt_model,
     load_exported,
@@ -60,7 +60,7 @@ def is_loaded_by_transformers(plain, folder, batch):
         return loaded(**batch).logits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ENCODERS)
 @pytest.mark.parametrize("method", MERGEABLE)
 def test_the_exported_folder_gives_the_same_logits(
     method, family, make_base, make_batch, randomise, tmp_path

@@ -1,0 +1,103 @@
+"""Inputs of one call that every layer may read: labels of the batch's samples (attributes, tasks).
+
+A layer is computed again where it is checkpointed, after the call has ended, so what it read then
+has to travel with the checkpoint; and a beam search gives the decoder a multiple of the samples.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+CHECKPOINT = "_gradient_checkpointing_func"  # transformers' name for it, on a layer
+
+
+class Call(threading.local):
+    """What the present call of the model gives its layers; each thread has calls of its own.
+
+    Attributes:
+        labels: int64 [B] by name.
+    """
+
+    def __init__(self) -> None:
+        self.labels: Mapping[str, Tensor] = {}
+
+    @contextmanager
+    def given(self, labels: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the layers read these labels."""
+        before, self.labels = self.labels, labels
+        try:
+            yield
+        finally:
+            self.labels = before
+
+    def label(self, name: str, batch: int) -> Tensor:
+        """The labels [batch] of a name. Where the batch is a multiple of the call's samples, as in
+        a beam search, each sample's rows stand together: ``repeat_interleave``.
+
+        Raises:
+            ValueError: there are none, or the batch is no multiple of them.
+        """
+        if name not in self.labels:
+            raise ValueError(
+                f"PeltModel: expected {name!r} among the inputs of this call, got "
+                f"{', '.join(self.labels) or 'none'}; call the PeltModel, not its base_model"
+            )
+        given = self.labels[name]
+        if batch == len(given):
+            return given
+        if not len(given) or batch % len(given):
+            raise ValueError(
+                f"PeltModel: expected a batch of {len(given)} samples as {name!r} has labels, or a "
+                f"multiple (beams), got {batch}"
+            )
+        return given.repeat_interleave(batch // len(given))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Call:
+        return Call()
+
+    def __reduce__(self) -> tuple[type[Call], tuple[()]]:
+        return Call, ()
+
+
+class CarriesCall:
+    """A checkpoint function that gives a layer that is computed again the labels of its call."""
+
+    def __init__(self, checkpoint: Callable[..., Any], call: Call) -> None:
+        self.checkpoint, self.call = checkpoint, call
+
+    @property
+    def keywords(self) -> Mapping[str, Any]:
+        """The options of the checkpoint function, as functools.partial gives them."""
+        return getattr(self.checkpoint, "keywords", {})
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        labels = self.call.labels
+
+        def with_labels(*inner: Any) -> Any:
+            with self.call.given(labels):
+                return function(*inner)
+
+        return self.checkpoint(with_labels, *args)
+
+
+def carry(layers: nn.ModuleList, call: Call) -> None:
+    """Lets the checkpoints of these layers carry the labels. Checkpointing may be switched on at
+    any time, so this is asked at each forward.
+    """
+    for layer in layers:
+        checkpoint = layer.__dict__.get(CHECKPOINT)
+        if checkpoint is not None and not isinstance(checkpoint, CarriesCall):
+            setattr(layer, CHECKPOINT, CarriesCall(checkpoint, call))
+
+
+def carry_no_more(layers: nn.ModuleList) -> None:
+    """Gives the layers their own checkpoint functions back."""
+    for layer in layers:
+        checkpoint = layer.__dict__.get(CHECKPOINT)
+        if isinstance(checkpoint, CarriesCall):
+            setattr(layer, CHECKPOINT, checkpoint.checkpoint)

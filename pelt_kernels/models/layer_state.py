@@ -1,0 +1,113 @@
+"""What the modules of one layer leave for each other during a forward of it."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..nn import PrefixAttention
+from .call import Call
+
+# Attributes under which modules of the base model hold what a layer's steps need.
+STATE_ATTRIBUTE = "_pelt_state"
+PREFIX_ATTRIBUTE = "_pelt_prefix"
+
+
+class InFlight(threading.local):
+    """What travels between the modules of one layer during one forward of that layer.
+
+    It is written and read within a layer's forward, so the recomputation of a checkpointed layer
+    writes its own, and it belongs to one thread, so a model that serves several threads (or is
+    replicated over them) does not mix sentences.
+    """
+
+    mask: Tensor | None = None
+    prefix_gate: Tensor | None = None
+    ffn_input: Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InFlight:
+        return InFlight()
+
+    def __reduce__(self) -> tuple[type[InFlight], tuple[()]]:
+        return InFlight, ()
+
+
+class LayerState:
+    """What is known about one layer, hung on the modules of it that read or write it.
+
+    Args:
+        number: the layer's, from 0; a decoder's layers are counted on from its encoder's.
+        needs_mask: whether a gate of this layer pools over real tokens only.
+        call: what the present call of the model gives its layers.
+    """
+
+    def __init__(self, number: int, needs_mask: bool, call: Call) -> None:
+        self.number, self.needs_mask, self.call = number, needs_mask, call
+        self.in_flight = InFlight()
+        self.is_recording = False
+        self.gate_values: dict[str, Tensor] = {}
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The padding mask [B, N] bool of this forward, where a gate needs it."""
+        return self.in_flight.mask
+
+    def leave_mask(self, mask: Tensor | None) -> None:
+        """A layer begins: the mask, and no gate from a forward that was broken off."""
+        self.in_flight.mask = mask if self.needs_mask else None
+        self.in_flight.prefix_gate = None
+
+    def take_mask(self) -> Tensor | None:
+        """The layer ends: no mask outlives it."""
+        mask, self.in_flight.mask = self.in_flight.mask, None
+        return mask
+
+    def leave_prefix_gate(self, gate: Tensor) -> None:
+        """The prefix's gate [B], which is computed from what the query's Linear reads."""
+        self.in_flight.prefix_gate = gate
+
+    def take_prefix_gate(self) -> Tensor | None:
+        gate, self.in_flight.prefix_gate = self.in_flight.prefix_gate, None
+        return gate
+
+    def leave_ffn_input(self, x: Tensor) -> None:
+        """The FFN's input [B, S, D], which a parallel adapter reads at the layer's end."""
+        self.in_flight.ffn_input = x
+
+    def take_ffn_input(self) -> Tensor | None:
+        x, self.in_flight.ffn_input = self.in_flight.ffn_input, None
+        return x
+
+    def record(self, kind: str, value: Tensor) -> None:
+        """Keeps the latest value of a gate, on its device, without waiting for it."""
+        if self.is_recording:
+            self.gate_values[kind] = value.detach()
+
+
+@dataclass
+class LayerPrefix:
+    """Which prefix an attention has.
+
+    Attributes:
+        prefixes, row: the set of prefixes of this kind of attention, and the row that is its own.
+        gate: None; ``pooled``, from what the query's Linear reads; or ``number``, a learned one of
+            the layer: a prefix serves every query, so in a decoder nothing that its gate could be
+            computed from is seen by all of them.
+        kind: under which its gate's values are recorded.
+        is_cross: whether the keys are those of an encoder.
+    """
+
+    prefixes: PrefixAttention
+    row: int
+    gate: str | None
+    kind: str = "prefix"
+    is_cross: bool = False
+
+    def labels(self, state: LayerState, query: Tensor) -> dict[str, Tensor] | None:
+        """The labels [B] that choose among the prefixes of attributes, where there are any."""
+        if not self.prefixes.attributes:
+            return None
+        return {name: state.call.label(name, len(query)) for name in self.prefixes.attributes}
