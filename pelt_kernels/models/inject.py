@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -184,17 +185,31 @@ class Injection:
         if not self.uses_pelt_attention:
             return []
         found = {}
-        for module in self.model.modules():
+        for module in self.model.base_model.modules():
             config = getattr(module, "config", None)
             if hasattr(config, "_attn_implementation"):
                 found[id(config)] = config
         return [(config, with_pelt_attention(config)) for config in found.values()]
 
+    @contextmanager
+    def shown_to_generate(self) -> Iterator[None]:
+        """Inside, the model itself, whose generate() makes the masks for a cache of fixed size, is
+        seen with "pelt" attention, too.
+        """
+        base = self.model.config
+        for config, view in self._views if self._handles else ():
+            if config is base:
+                self.model.config = view
+        try:
+            yield
+        finally:
+            self.model.config = base
+
     def _use_configs(self, instead: dict[int, Any]) -> None:
         """The attention implementation is read from the configuration that a stack's modules share;
         they are given a view of it, because another model may have been built from it.
         """
-        for module in self.model.modules():
+        for module in self.model.base_model.modules():
             config = getattr(module, "config", None)
             if id(config) in instead:
                 module.config = instead[id(config)]

@@ -116,6 +116,13 @@ class PeltModel(WrappedModel):
                 return consistent_forward(self.base_model, mixture.consistency, args, kwargs)
         return self.base_model(*args, **kwargs)
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's generate: greedy, sampling or beams, with or without a cache of either
+        kind.
+        """
+        with self._injection.shown_to_generate():
+            return self.base_model.generate(*args, **kwargs)
+
     def set_progress(self, progress: float) -> None:
         """Tells the method which share of the training is done: PST's sparsity follows it, for
         every forward from here on. A new model stands at 0, a loaded one at 1.

@@ -280,10 +280,10 @@ def test_what_is_refused(make_base, make_batch):
             get_pelt_model(model, config)
         assert "\n" not in str(raised.value)
 
-    gpt = hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50))
-    refuse(gpt, APL, r"families bert, .*got GPT2LMHeadModel \(model_type 'gpt2'\)")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    neox = hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**sizes, intermediate_size=32))
+    refuse(neox, APL, r"families bart, .*got GPTNeoXForCausalLM \(model_type 'gpt_neox'\)")
     refuse(torch.nn.Linear(2, 2), APL, "got Linear")
-    refuse(make_base(is_decoder=True), APL, "expected parts without gates")
     refuse(hf.BertModel(make_base().config), HeadConfig(), "expected a model with a head")
     refuse(make_base(), {"method": "unipelt"}, "got dict", TypeError)
     refuse(get_pelt_model(make_base(), APL), APL, "has a method in it; remove")
