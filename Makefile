@@ -7,7 +7,8 @@ JOBS ?= 2
 export PELT_KERNELS_CUDA ?= auto
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+# Without --no-compile pip compiles every file of torch and transformers, of which few are imported.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 SETUP := .venv/.setup
 # A worker on each processor with one thread: what is tested is small.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)

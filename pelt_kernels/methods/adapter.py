@@ -30,8 +30,10 @@ class BottleneckAdapterConfig(MethodConfig):
         z = LN(f + a),    out = LN( s · g · u(z) + f + a )        sequential
                           out = LN( s · g · u(a) + f + a )        parallel
 
-    with f the FFN's output and a the attention block's, which is the FFN's input. The bottleneck is
-    R = D // reduction_factor.
+    with f the FFN's output and a the attention block's, which is the FFN's input. A layer that
+    normalises before its sub-layers (GPT-2, T5, Llama) has the adapter on the FFN's output before
+    its residual, with no LayerNorm around it: ``f + s · g · u(f)``, parallel ``f + s · g · u(n)``
+    with n what the FFN reads. The bottleneck is R = D // reduction_factor.
 
     Attributes:
         reduction_factor: D / R, rounded down.

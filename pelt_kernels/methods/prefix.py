@@ -17,10 +17,16 @@ class PrefixTuningConfig(MethodConfig):
     (`pelt_kernels.nn.PrefixAttention`). A gate near 0 does not remove a prefix: its keys become 0
     and keep their share of the softmax, as in the paper.
 
+    An encoder's attention, a decoder's and the decoder's over the encoder have prefixes and a
+    reparametrisation each. A prefix has no position, relative positions do not count it, and a
+    window does not hide it. In a decoder there is nothing that all queries of a sentence may see
+    and a gate could be computed from: g is ``sigmoid(b)`` there, one number for each layer and kind
+    of attention.
+
     Attributes:
         prefix_length: P; 0 is allowed and changes nothing.
         mid: the width of the reparametrisation; None: the prefixes themselves are the parameters.
-        skip_layers: layers without a prefix.
+        skip_layers: layers without a prefix; a decoder's are counted on from its encoder's.
         gated: whether g (per sentence, from the attention's input) is learned; None: as the method
             says.
         gate_pooling: ``masked_mean`` or ``mean``.

@@ -28,6 +28,10 @@ class UniPELTConfig(MethodConfig):
     parts: ``masked_mean`` makes a prediction independent of padding; ``mean`` counts padding, as
     the official code does.
 
+    In a decoder, where no word may depend on later ones, each word has gates of its own for adapter
+    and LoRA, ``g_t = sigmoid(w · x_t + b)``, whatever the pooling, and a prefix has the gate that
+    `PrefixTuningConfig` describes.
+
     Presets: `UniPELTConfig.apl()` (adapter, prefix, LoRA: the paper's main model) and
     `UniPELTConfig.ap()`.
 

@@ -1,48 +1,39 @@
-"""A transformers encoder with a method's parts in it."""
+"""A transformers model with a method's parts in it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from ..methods import AdaMixConfig, MethodConfig, parts_of, with_part_changes
-from ..nn import Bank
+from ..methods import MethodConfig, parts_of
 from .adapter_files import copy_weights
 from .allocation import check_size
-from .checkpoint import (
-    collapsed,
-    prefix_sets,
-    read_adapter,
-    save_adapter,
-    without_reparametrisation,
-)
-from .export import merged_weights, why_not_mergeable
-from .first_values import FirstValues, head_names, names_in_place, put_values
+from .checkpoint import collapsed, read_adapter, save_adapter
+from .conversions import ConvertibleModel
+from .first_values import FirstValues, head_names, names_in_place
 from .inject import Injection, raise_occupied
 from .mixture import compares_passes, consistent_forward
 from .pruning import check_progress, density, set_sparsity
 from .trained_tokens import TrainedTokens
 from .vocabulary import word_embeddings
-from .wrapped import BASE, WrappedModel
+from .wrapped import BASE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
     from typing_extensions import Self
 
 
-class PeltModel(WrappedModel):
-    """A frozen transformers encoder, a method's parts inside it, and its trained classification
-    head.
+class PeltModel(ConvertibleModel):
+    """A frozen transformers model, a method's parts inside it, and its trained classification head,
+    where it has one.
 
     Made by `get_pelt_model`. It is called like the model it holds (``base_model``, the very object
     it was given) and forwards attributes to it. Trained are the method's parts and the head, which
     is every parameter of the model outside transformers' ``model.base_model``: RoBERTa's dense
-    layer and DistilBERT's pre_classifier belong to it, BERT's pooler does not.
+    layer and DistilBERT's pre_classifier belong to it, BERT's pooler does not, nor does what gives
+    each word of a language model its logit.
 
     New parameters are float32 beside 16-bit weights, else they have the weights' dtype.
     `state_dict` holds what is trained; the frozen base is not part of a checkpoint
@@ -121,7 +112,8 @@ class PeltModel(WrappedModel):
         kind.
         """
         with self._injection.shown_to_generate():
-            return self.base_model.generate(*args, **kwargs)
+            generate: Any = self.base_model.generate
+            return generate(*args, **kwargs)
 
     def set_progress(self, progress: float) -> None:
         """Tells the method which share of the training is done: PST's sparsity follows it, for
@@ -170,156 +162,6 @@ class PeltModel(WrappedModel):
             for state in self._injection.states
             for kind, value in state.gate_values.items()
         }
-
-    def collapse_prefix(self) -> None:
-        """Replaces the prefix's reparametrisation by the keys and values it computes: the same
-        attention for less work.
-
-        For inference: what is saved afterwards cannot resume training of the reparametrisation, and
-        an optimizer made before holds parameters that are gone.
-
-        Raises:
-            ValueError: the method has no prefix.
-        """
-        if self.prefix is None:
-            raise ValueError(
-                "collapse_prefix: expected a method with a prefix, got "
-                f"{self.method_config.method!r}"
-            )
-        for prefixes in prefix_sets(self.prefix).values():
-            prefixes.collapse()
-        self.method_config = without_reparametrisation(self.method_config)
-        prefix = {f"prefix.{name}" for name, _ in self.prefix.named_parameters()}
-        self._set_trained(prefix.union(self._trained))
-
-    def merge_experts(self) -> None:
-        """Replaces AdaMix's experts by their average, a single adapter: the evaluation's logits bit
-        for bit, with the memory of one. What is saved afterwards is that adapter.
-
-        An optimizer made before holds parameters that are gone.
-
-        Raises:
-            ValueError: the method has no experts.
-        """
-        if parts_of(self.method_config).mixture is None:
-            raise ValueError(
-                "merge_experts: expected the method 'adamix', alone or as a part, got "
-                f"{self.method_config.method!r}"
-            )
-        self._check_attached("merge_experts")
-        for module in self.modules():
-            if isinstance(module, Bank):
-                module.merge()
-        self.method_config = with_part_changes(self.method_config, AdaMixConfig, experts=1)
-        self._compares_passes = False
-
-    def why_not_dense(self) -> str:
-        """Empty where `export_dense` can serve, else the reason it cannot, as one clause."""
-        return why_not_mergeable(parts_of(self.method_config))
-
-    @torch.no_grad()
-    def export_dense(self) -> PreTrainedModel:
-        """Takes the method out and leaves what was learned in the plain base model's weights: the
-        same logits, without this package. This object is of no use afterwards.
-
-        PST's pruned weights are written with their exact number of zeros, bit for bit what the
-        forward used. LoRA becomes ``W + alpha / R · B A``, computed in float64 and rounded once;
-        AdaMix's experts are averaged before. Trained words, biases and heads stay.
-
-        Raises:
-            ValueError: a part that no weight can hold (adapters, prefixes, gated LoRA), LoRA over
-                16-bit weights, which would round it away, or a method that is not in the model.
-        """
-        self._check_attached("export_dense")
-        refusal = self.why_not_dense()
-        if refusal:
-            raise ValueError(f"export_dense: expected parts that weights can hold, got {refusal}")
-        self._injection.check_detachable("export_dense")
-        weights = merged_weights(self.base_model)
-        self._take_out()
-        put_values(self.base_model, {f"{name}.weight": w for name, w in weights.items()})
-        if self.tokens is not None:
-            self.tokens.write_into(self.base_model)
-        return self.base_model
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Inside, the model computes what the untouched base model computes, with the trained head
-        left in place.
-
-        The parts are out of the model meanwhile, so do not train, save or copy it inside.
-
-        Raises:
-            ValueError: the method is full fine-tuning, which has no untouched base.
-        """
-        first_values = self._base_values("disable_adapter")
-        if self._is_detached:
-            yield
-            return
-        self._injection.check_detachable("disable_adapter")
-        first_values.check(self.base_model, "disable_adapter", keep_head=True)
-        self._detach()
-        trained_values = first_values.put(self.base_model, keep_head=True)
-        try:
-            yield
-        finally:
-            put_values(self.base_model, trained_values)
-            self._attach()
-
-    def remove(self, keep_head: bool = False) -> PreTrainedModel:
-        """Takes the method out and gives back the very base model, bit for bit as it was: its
-        modules, configuration, attention implementation, weights and requires_grad flags. This
-        object is of no use afterwards.
-
-        Args:
-            keep_head: leave the trained head on it. By default the head, too, has the values it
-                came with; where `resize_token_embeddings` changed it since, the words that it came
-                with.
-
-        Raises:
-            ValueError: the method is full fine-tuning, which has no untouched base;
-                ``model.base_model`` is its result. Or a parameter has another shape now, or is
-                computed from others; the model is as it was.
-        """
-        first_values = self._base_values("remove")
-        self._check_attached("remove")
-        self._injection.check_detachable("remove")
-        first_values.check(self.base_model, "remove", keep_head)
-        self._take_out()
-        first_values.put(self.base_model, keep_head)
-        return self.base_model
-
-    def _attach(self) -> None:
-        for part in self._in_model:
-            part.attach()
-        self._is_detached = False
-
-    def _detach(self) -> None:
-        for part in self._in_model:
-            part.detach()
-        self._is_detached = True
-
-    def _take_out(self) -> None:
-        """Leaves the base model; what was trained in place keeps its values."""
-        self._detach()
-        for name, parameter in self.base_model.named_parameters():
-            parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
-            parameter.grad = None
-
-    def _base_values(self, who: str) -> FirstValues:
-        """What the base model held before. Raises ValueError for full fine-tuning."""
-        if self._first_values is None:
-            raise ValueError(
-                f"{who}: expected a method that leaves the base model alone, got "
-                f"{self.method_config.method!r}, which "
-                "trains it in place; keep a copy of the model, or load it again"
-            )
-        return self._first_values
-
-    def _check_attached(self, who: str) -> None:
-        if self._is_detached:
-            got = "one inside disable_adapter() or removed"
-            raise ValueError(f"{who}: expected the method to be in the model, got {got}")
 
     def save_pretrained(
         self, directory: str | os.PathLike[str], *, collapse_prefix: bool = False, **ignored: Any
@@ -399,16 +241,17 @@ class PeltModel(WrappedModel):
 
 
 def get_pelt_model(model: PreTrainedModel, config: MethodConfig) -> PeltModel:
-    """Freezes a transformers encoder and puts a method into it.
+    """Freezes a transformers model and puts a method into it.
 
     Args:
-        model: BERT, RoBERTa, XLM-R, CamemBERT, DistilBERT, ELECTRA or one of the same shape, with
-            any head (or none). It is changed in place; `PeltModel.remove` undoes that.
+        model: of one of the families in `FAMILIES` (encoders such as BERT, decoders such as GPT-2
+            and Llama, encoder-decoders such as T5 and BART), with any head (or none). It is changed
+            in place; `PeltModel.remove` undoes that.
         config: such as ``UniPELTConfig.apl()`` or ``LoraConfig(r=4)``.
 
     Raises:
-        ValueError: an unknown family, a gate in a decoder, a model with a method already in it, or
-            sizes that do not fit.
+        ValueError: an unknown family, what a family cannot have, a model with a method already in
+            it, or sizes that do not fit.
         TypeError: config is not a method's config.
     """
     return PeltModel(model, config)

@@ -83,11 +83,12 @@ class LoRALinear(nn.Module):
     Papers: Hu et al. 2022 (LoRA); Mao et al. 2022 (the gates).
     """
 
+    weight: nn.Parameter
     bias: nn.Parameter | None
 
     def __init__(
         self,
-        base: nn.Linear,
+        base: Any,
         r: int = 8,
         alpha: float = 16.0,
         *,
@@ -162,7 +163,7 @@ class LoRALinear(nn.Module):
             self, x, branches, gates[: len(self.extra_gates)], mask, self.dropout
         )
         values = dict(zip(self.extra_gates, extra_values))
-        if self.gate is not None:
+        if self.gate is not None and own[0] is not None:
             values[BRANCH_GATE] = own[0]
         return y, values
 

@@ -1,0 +1,183 @@
+"""What a model with a method can be made into: collapsed, merged, plain again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..methods import AdaMixConfig, MethodConfig, parts_of, with_part_changes
+from ..nn import Bank
+from .checkpoint import prefix_sets, without_reparametrisation
+from .export import merged_weights, why_not_mergeable
+from .first_values import FirstValues, put_values
+from .inject import Injection
+from .wrapped import WrappedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class ConvertibleModel(WrappedModel):
+    """A model with a method in it and the ways out of it."""
+
+    prefix: nn.Module | None
+    method_config: MethodConfig
+    _injection: Injection
+    _first_values: FirstValues | None
+    _requires_grad: dict[str, bool]
+    _is_detached: bool
+    _compares_passes: bool
+
+    def collapse_prefix(self) -> None:
+        """Replaces the prefix's reparametrisation by the keys and values it computes: the same
+        attention for less work.
+
+        For inference: what is saved afterwards cannot resume training of the reparametrisation, and
+        an optimizer made before holds parameters that are gone.
+
+        Raises:
+            ValueError: the method has no prefix.
+        """
+        if self.prefix is None:
+            raise ValueError(
+                "collapse_prefix: expected a method with a prefix, got "
+                f"{self.method_config.method!r}"
+            )
+        for prefixes in prefix_sets(self.prefix).values():
+            prefixes.collapse()
+        self.method_config = without_reparametrisation(self.method_config)
+        prefix = {f"prefix.{name}" for name, _ in self.prefix.named_parameters()}
+        self._set_trained(prefix.union(self._trained))
+
+    def merge_experts(self) -> None:
+        """Replaces AdaMix's experts by their average, a single adapter: the evaluation's logits bit
+        for bit, with the memory of one. What is saved afterwards is that adapter.
+
+        An optimizer made before holds parameters that are gone.
+
+        Raises:
+            ValueError: the method has no experts.
+        """
+        if parts_of(self.method_config).mixture is None:
+            raise ValueError(
+                "merge_experts: expected the method 'adamix', alone or as a part, got "
+                f"{self.method_config.method!r}"
+            )
+        self._check_attached("merge_experts")
+        for module in self.modules():
+            if isinstance(module, Bank):
+                module.merge()
+        self.method_config = with_part_changes(self.method_config, AdaMixConfig, experts=1)
+        self._compares_passes = False
+
+    def why_not_dense(self) -> str:
+        """Empty where `export_dense` can serve, else the reason it cannot, as one clause."""
+        return why_not_mergeable(parts_of(self.method_config))
+
+    @torch.no_grad()
+    def export_dense(self) -> PreTrainedModel:
+        """Takes the method out and leaves what was learned in the plain base model's weights: the
+        same logits, without this package. This object is of no use afterwards.
+
+        PST's pruned weights are written with their exact number of zeros, bit for bit what the
+        forward used. LoRA becomes ``W + alpha / R · B A``, computed in float64 and rounded once;
+        AdaMix's experts are averaged before. Trained words, biases and heads stay.
+
+        Raises:
+            ValueError: a part that no weight can hold (adapters, prefixes, gated LoRA), LoRA over
+                16-bit weights, which would round it away, or a method that is not in the model.
+        """
+        self._check_attached("export_dense")
+        refusal = self.why_not_dense()
+        if refusal:
+            raise ValueError(f"export_dense: expected parts that weights can hold, got {refusal}")
+        self._injection.check_detachable("export_dense")
+        weights = merged_weights(self.base_model)
+        self._take_out()
+        put_values(self.base_model, {f"{name}.weight": w for name, w in weights.items()})
+        if self.tokens is not None:
+            self.tokens.write_into(self.base_model)
+        return self.base_model
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, the model computes what the untouched base model computes, with the trained head
+        left in place.
+
+        The parts are out of the model meanwhile, so do not train, save or copy it inside.
+
+        Raises:
+            ValueError: the method is full fine-tuning, which has no untouched base.
+        """
+        first_values = self._base_values("disable_adapter")
+        if self._is_detached:
+            yield
+            return
+        self._injection.check_detachable("disable_adapter")
+        first_values.check(self.base_model, "disable_adapter", keep_head=True)
+        self._detach()
+        trained_values = first_values.put(self.base_model, keep_head=True)
+        try:
+            yield
+        finally:
+            put_values(self.base_model, trained_values)
+            self._attach()
+
+    def remove(self, keep_head: bool = False) -> PreTrainedModel:
+        """Takes the method out and gives back the very base model, bit for bit as it was: its
+        modules, configuration, attention implementation, weights and requires_grad flags. This
+        object is of no use afterwards.
+
+        Args:
+            keep_head: leave the trained head on it. By default the head, too, has the values it
+                came with; where `resize_token_embeddings` changed it since, the words that it came
+                with.
+
+        Raises:
+            ValueError: the method is full fine-tuning, which has no untouched base;
+                ``model.base_model`` is its result. Or a parameter has another shape now, or is
+                computed from others; the model is as it was.
+        """
+        first_values = self._base_values("remove")
+        self._check_attached("remove")
+        self._injection.check_detachable("remove")
+        first_values.check(self.base_model, "remove", keep_head)
+        self._take_out()
+        first_values.put(self.base_model, keep_head)
+        return self.base_model
+
+    def _attach(self) -> None:
+        for part in self._in_model:
+            part.attach()
+        self._is_detached = False
+
+    def _detach(self) -> None:
+        for part in self._in_model:
+            part.detach()
+        self._is_detached = True
+
+    def _take_out(self) -> None:
+        """Leaves the base model; what was trained in place keeps its values."""
+        self._detach()
+        for name, parameter in self.base_model.named_parameters():
+            parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
+            parameter.grad = None
+
+    def _base_values(self, who: str) -> FirstValues:
+        """What the base model held before. Raises ValueError for full fine-tuning."""
+        if self._first_values is None:
+            raise ValueError(
+                f"{who}: expected a method that leaves the base model alone, got "
+                f"{self.method_config.method!r}, which "
+                "trains it in place; keep a copy of the model, or load it again"
+            )
+        return self._first_values
+
+    def _check_attached(self, who: str) -> None:
+        if self._is_detached:
+            got = "one inside disable_adapter() or removed"
+            raise ValueError(f"{who}: expected the method to be in the model, got {got}")
