@@ -45,9 +45,10 @@ class ControlPrefixesConfig(PrefixTuningConfig):
             start as zeros, and as nothing else writes to them they stay so.
         start: ``torch``: embeddings ~ N(0, 1) and PyTorch's own start of Linears, as the authors'
             code; ``normal``: N(0, 0.02), biases 0.
-        skip_layers: layers without a prefix in any attention.
-        skip_encoder, skip_decoder, skip_cross: layers without a prefix in one kind of attention;
-            with all of its layers that kind has none.
+        skip_layers: layers without a prefix in any attention; a decoder's are counted on from its
+            encoder's.
+        skip_encoder, skip_decoder, skip_cross: layers without a prefix in one kind of attention,
+            each counted from 0; with all of its layers that kind has none.
         trainable_tokens: words whose embeddings are trained, too, by id, see `Parts`.
         gated, gate_pooling: as in `PrefixTuningConfig`; the gate scales every prefix.
 
@@ -107,6 +108,7 @@ class ControlPrefixesConfig(PrefixTuningConfig):
             for name, count in dict(self.unseen).items()
         }
 
-    def skipped(self, site: str) -> tuple[int, ...]:
-        """The layers without a prefix in one kind of attention: encoder, decoder or cross."""
-        return (*self.skip_layers, *getattr(self, f"skip_{site}"))
+    def skips(self, site: str, number: int, in_stack: int) -> bool:
+        """As of prefix tuning, and by the kind's own list, which counts the layers of its stack."""
+        own: tuple[int, ...] = getattr(self, f"skip_{site}")
+        return in_stack in own or super().skips(site, number, in_stack)

@@ -37,6 +37,13 @@ class Parts(NamedTuple):
     trainable_tokens: tuple[int, ...] = ()
 
     @property
+    def attributes(self) -> dict[str, int]:
+        """How many labels each attribute has that a call of the model is given labels for."""
+        if isinstance(self.prefix, ControlPrefixesConfig):
+            return dict(self.prefix.attributes)
+        return {}
+
+    @property
     def has_parallel_adapter(self) -> bool:
         """Whether an adapter reads the FFN's input."""
         return self.adapter is not None and self.adapter.placement == "parallel"
@@ -53,7 +60,7 @@ def parts_of(config: MethodConfig) -> Parts:
         case BottleneckAdapterConfig():
             return Parts(adapter=config)
         case ControlPrefixesConfig():
-            raise NotImplementedError("parts_of: control_prefixes has no place in models yet")
+            return Parts(prefix=config, trainable_tokens=config.trainable_tokens)
         case PrefixTuningConfig():
             return Parts(prefix=config)
         case LoraConfig():
@@ -69,7 +76,12 @@ def parts_of(config: MethodConfig) -> Parts:
         case FullConfig():
             return Parts(tune="all")
         case UniPELTConfig():
-            return Parts(adapter=config.adapter, prefix=config.prefix, lora=config.lora)
+            return Parts(
+                adapter=config.adapter,
+                prefix=config.prefix,
+                lora=config.lora,
+                trainable_tokens=_tokens(config.prefix),
+            )
         case CompositeConfig():
             return Parts(
                 adapter=config.adapter,
@@ -79,6 +91,11 @@ def parts_of(config: MethodConfig) -> Parts:
                 mixture=config.adamix,
                 pruning=config.pst,
                 tune_head=config.pst is None or config.pst.train_head,
-                trainable_tokens=config.trainable_tokens,
+                trainable_tokens=(*config.trainable_tokens, *_tokens(config.prefix)),
             )
     raise NotImplementedError(f"parts_of does not say what {type(config).__name__} is made of")
+
+
+def _tokens(prefix: PrefixTuningConfig | None) -> tuple[int, ...]:
+    """The words that control prefixes train as a part."""
+    return prefix.trainable_tokens if isinstance(prefix, ControlPrefixesConfig) else ()

@@ -43,6 +43,12 @@ class PrefixTuningConfig(MethodConfig):
     gated: bool | None = None
     gate_pooling: str = "masked_mean"
 
+    def skips(self, site: str, number: int, in_stack: int) -> bool:
+        """Whether an attention has no prefix: of a kind (encoder, decoder, cross), in a layer by
+        its number in the model and in its stack.
+        """
+        return number in self.skip_layers
+
     def __post_init__(self) -> None:
         check_int(self, "prefix_length", 0)
         check_int(self, "mid", 1, optional=True)

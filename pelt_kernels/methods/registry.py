@@ -11,6 +11,7 @@ from .adapter import BottleneckAdapterConfig
 from .baselines import FullConfig, HeadConfig
 from .bitfit import BitFitConfig
 from .composite import CompositeConfig
+from .control_prefixes import ControlPrefixesConfig
 from .lora import LoraConfig
 from .prefix import PrefixTuningConfig
 from .pst import PSTConfig
@@ -22,6 +23,7 @@ METHODS.update(
         UniPELTConfig,
         BottleneckAdapterConfig,
         PrefixTuningConfig,
+        ControlPrefixesConfig,
         LoraConfig,
         AdaMixConfig,
         PSTConfig,

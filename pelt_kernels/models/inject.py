@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..methods import Parts, PrefixTuningConfig
+from ..methods import ControlPrefixesConfig, Parts, PrefixTuningConfig
+from ..methods.control_prefixes import SITES
 from ..nn import PrefixAttention
 from ..nn.original import sizes_of
 from . import attention as _attention  # noqa: F401  # makes "pelt" known to transformers
@@ -236,8 +237,10 @@ def _make_prefixes(
     sets: dict[str, PrefixAttention] = {}
     for stack in stacks:
         numbers = [state.number for state in stack.states]
-        rows = [number for number in numbers if number not in config.skip_layers]
-        for site, attention in stack.sites() if rows else ():
+        for site, attention in stack.sites():
+            rows = [n for n in numbers if not config.skips(site, n, n - numbers[0])]
+            if not rows:
+                continue
             heads, head_size = _key_heads(model, stack.layers[0], attention)
             gate = None
             if config.gated:
@@ -250,6 +253,7 @@ def _make_prefixes(
                 mid=config.mid,
                 width=model.config.hidden_size,
                 has_gates=gate == "number",
+                **_attributes(config),
                 **placement,
             )
             kind = f"{attention.site}_prefix" if attention.site else "prefix"
@@ -262,8 +266,38 @@ def _make_prefixes(
             f"PrefixTuningConfig: expected skip_layers to leave some of the model's {count} "
             f"layers (0 to {count - 1}), got {list(config.skip_layers)}"
         )
+    _check_sites(model, stacks, config)
     has_one = sum(len(stack.slots.attentions) for stack in stacks) == 1
     return next(iter(sets.values())) if has_one else nn.ModuleDict(sets)
+
+
+def _check_sites(model: PreTrainedModel, stacks: list[Stack], config: PrefixTuningConfig) -> None:
+    """Raises ValueError for control prefixes that leave out an attention that is not there."""
+    if not isinstance(config, ControlPrefixesConfig):
+        return
+    counts = {site: len(stack.layers) for stack in stacks for site, _ in stack.sites()}
+    for site in SITES:
+        skipped = getattr(config, f"skip_{site}")
+        count = counts.get(site, 0)
+        if any(layer >= count for layer in skipped):
+            raise ValueError(
+                f"ControlPrefixesConfig: expected skip_{site} among the layers 0 to {count - 1} of "
+                f"{type(model).__name__}, got {list(skipped)}"
+                if count
+                else f"ControlPrefixesConfig: expected skip_{site} to be empty, as "
+                f"{type(model).__name__} has no such attention, got {list(skipped)}"
+            )
+
+
+def _attributes(config: PrefixTuningConfig) -> dict[str, Any]:
+    """What `PrefixAttention` is told of control prefixes."""
+    if not isinstance(config, ControlPrefixesConfig):
+        return {}
+    return {
+        "attributes": config.tables(),
+        "unseen": config.unseen_labels(),
+        "start": config.start,
+    }
 
 
 def _key_heads(

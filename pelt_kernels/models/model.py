@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from ..methods import MethodConfig, parts_of
 from .adapter_files import copy_weights
 from .allocation import check_size
+from .attributes import labels_of_call
 from .checkpoint import collapsed, read_adapter, save_adapter
 from .conversions import ConvertibleModel
 from .first_values import FirstValues, head_names, names_in_place
@@ -87,9 +90,20 @@ class PeltModel(ConvertibleModel):
         for parameter in self.trained_parameters().values():
             parameter.requires_grad_(True)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    @classmethod
+    def _inputs(cls, config: Any = None) -> tuple[str, ...]:
+        has_some = isinstance(config, MethodConfig) and parts_of(config).attributes
+        return ("attributes",) if has_some else ()
+
+    def forward(
+        self, *args: Any, attributes: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> Any:
         """The base model's forward: its arguments, which `inspect.signature` shows, and its
         outputs, as they are without a method.
+
+        attributes are labels int64 [B] by name, which choose each sentence's prefixes, where the
+        method has attributes (`ControlPrefixesConfig`); transformers.Trainer takes them as a column
+        of that name, a dictionary in each batch.
 
         An attention_mask is [B, N], 1 for tokens, 0 for padding; None: no padding; the gates pool
         over tokens by it. With output_attentions=True the weights of a layer with a prefix are [B,
@@ -97,21 +111,37 @@ class PeltModel(ConvertibleModel):
         consistency to the loss, see `AdaMixConfig`.
 
         Raises:
-            ValueError: a mask of another shape; PST in training where nothing says how far the
-                training is (`set_progress`, `callbacks`).
+            ValueError: a mask of another shape; attributes that are missing, unknown or no labels
+                of theirs; PST in training where nothing says how far the training is
+                (`set_progress`, `callbacks`).
         """
-        if self.base_model.training and not self._is_detached:
+        parts = parts_of(self.method_config)
+        is_training = self.base_model.training and not self._is_detached
+        if is_training:
             check_progress(self.method_config, self._progress)
-            mixture = parts_of(self.method_config).mixture
-            if mixture is not None and self._compares_passes:
-                return consistent_forward(self.base_model, mixture.consistency, args, kwargs)
-        return self.base_model(*args, **kwargs)
+        with self._labels(attributes, args, kwargs):
+            if is_training and parts.mixture is not None and self._compares_passes:
+                return consistent_forward(self.base_model, parts.mixture.consistency, args, kwargs)
+            return self.base_model(*args, **kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def _labels(
+        self, attributes: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> AbstractContextManager[None]:
+        """Inside, the layers read the labels of this call."""
+        if self._is_detached:
+            return self._injection.call.given({})
+        wanted = parts_of(self.method_config).attributes
+        return self._injection.call.given(labels_of_call(attributes, wanted, args, kwargs))
+
+    def generate(
+        self, *args: Any, attributes: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> Any:
         """The base model's generate: greedy, sampling or beams, with or without a cache of either
-        kind.
+        kind. attributes are labels [B] of the B sentences that are read, as in `forward`: all
+        beams and samples of a sentence have its labels.
         """
-        with self._injection.shown_to_generate():
+        labels = self._labels(attributes, args, kwargs)
+        with labels, self._injection.shown_to_generate():
             generate: Any = self.base_model.generate
             return generate(*args, **kwargs)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 BASE = "base_model."  # how the names of the model's own parameters begin
-_made: dict[tuple[Any, Any], Any] = {}
+_made: dict[tuple[Any, Any, tuple[str, ...]], Any] = {}
 
 
 class LoadResult(NamedTuple):
@@ -38,12 +38,21 @@ class WrappedModel(nn.Module):
         base_model: the model.
     """
 
-    SHOWN: ClassVar[tuple[type, type]]  # of the class that `shown_as` made
+    SHOWN: ClassVar[tuple[type, type, tuple[str, ...]]]  # of the class that `shown_as` made
 
     def __new__(cls, model: Any = None, *args: Any, **kwargs: Any) -> Self:
         has_forward = hasattr(type(model), "forward") and not hasattr(cls, "SHOWN")
-        made: Self = super().__new__(shown_as(cls, type(model)) if has_forward else cls)
+        if not has_forward:
+            return super().__new__(cls)
+        made: Self = super().__new__(shown_as(cls, type(model), cls._inputs(*args, **kwargs)))
         return made
+
+    @classmethod
+    def _inputs(cls, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        """The names of what `forward` takes beside the base model's arguments, of an object that is
+        made of these further arguments.
+        """
+        return ()
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -206,29 +215,42 @@ class WrappedModel(nn.Module):
                 weight[-len(rows) :].copy_(rows)
 
 
-def shown_as(kind: Any, base: Any) -> Any:
-    """A subclass of `kind` whose forward shows the signature of a base model's and whose name has
-    that class's name in it.
+def shown_as(kind: Any, base: Any, inputs: tuple[str, ...] = ()) -> Any:
+    """A subclass of `kind` whose forward shows the signature of a base model's, with some inputs
+    more, and whose name has that class's name in it.
 
     transformers.Trainer keeps the columns of a data set that ``forward`` names, takes those of them
     for labels that belong to the class, and knows question answering by the class's name.
     """
-    if (kind, base) in _made:
-        return _made[kind, base]
+    if (kind, base, inputs) in _made:
+        return _made[kind, base, inputs]
     call = kind.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return call(self, *args, **kwargs)
 
     forward.__doc__ = call.__doc__
-    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
-    members = {"forward": forward, "SHOWN": (kind, base)}
+    forward.__signature__ = _with_inputs(  # type: ignore[attr-defined]
+        inspect.signature(base.forward), inputs
+    )
+    members = {"forward": forward, "SHOWN": (kind, base, inputs)}
     members |= {"__doc__": kind.__doc__, "__module__": kind.__module__}
-    _made[kind, base] = type(f"Pelt{base.__name__}", (kind,), members)
-    return _made[kind, base]
+    _made[kind, base, inputs] = type(f"Pelt{base.__name__}", (kind,), members)
+    return _made[kind, base, inputs]
 
 
-def empty(kind: Any, base: Any) -> Any:
+def _with_inputs(signature: inspect.Signature, inputs: tuple[str, ...]) -> inspect.Signature:
+    """The signature with arguments more, by keyword and None where they are left out."""
+    parameters = list(signature.parameters.values())
+    has_kwargs = parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+    end = len(parameters) - has_kwargs
+    parameters[end:end] = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in inputs
+    ]
+    return signature.replace(parameters=parameters)
+
+
+def empty(kind: Any, base: Any, inputs: tuple[str, ...]) -> Any:
     """An object of that subclass that nothing has filled yet, as a copy and a pickle begin."""
-    made = shown_as(kind, base)
+    made = shown_as(kind, base, inputs)
     return made.__new__(made)

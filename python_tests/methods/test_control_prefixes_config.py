@@ -24,8 +24,9 @@ def test_the_figures_are_the_papers():
     assert WEBNLG.unseen_labels() == {"category": (15, 16)}
     assert XSUM.tables() == {"sport": (2, 1), "cats": (40, 3)}
     some = ControlPrefixesConfig(skip_layers=(0,), skip_cross=[2, 3])
-    assert some.skipped("encoder") == some.skipped("decoder") == (0,)
-    assert some.skipped("cross") == (0, 2, 3)
+    # As in a model whose encoder has 6 layers: the layer 8 is the decoder's layer 2.
+    assert some.skips("encoder", 0, 0) and not some.skips("decoder", 6, 0)
+    assert some.skips("cross", 8, 2) and not some.skips("decoder", 8, 2)
 
 
 @pytest.mark.parametrize("config", [WEBNLG, XSUM], ids=["webnlg", "xsum"])

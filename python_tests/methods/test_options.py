@@ -11,6 +11,7 @@ from pelt_kernels.methods import (
     AdaMixConfig,
     BottleneckAdapterConfig,
     CompositeConfig,
+    ControlPrefixesConfig,
     LoraConfig,
     MethodConfig,
     PrefixTuningConfig,
@@ -33,6 +34,14 @@ READ = {
         prefix_length=3, mid=None, skip_layers=(1, 2)
     ),
     "prefix skip_layers=": PrefixTuningConfig(),
+    "control_prefixes attributes=source:6,category:17 unseen=category:2 mid=none": (
+        ControlPrefixesConfig(
+            attributes={"source": 6, "category": 17}, unseen={"category": 2}, mid=None
+        )
+    ),
+    "control_prefixes trainable_tokens=-1,32100 skip_cross=0 lengths=": ControlPrefixesConfig(
+        trainable_tokens=(-1, 32100), skip_cross=(0,)
+    ),
     "unipelt adapter=none lora.r=2 gate_pooling=mean": UniPELTConfig(
         adapter=None, lora=LoraConfig(r=2), gate_pooling="mean"
     ),
@@ -78,6 +87,10 @@ def paths(config, before=""):
 
 
 MISTAKES = {
+    "expected attributes as numbers by name such as source:6,category:17, got 'source'": (
+        "control_prefixes",
+        "attributes=source",
+    ),
     r"a field of LoraConfig \(r, alpha, .*got 'rank'": ("lora", "rank=4"),
     r"a field of BitFitConfig \(it has none\), got 'r'": ("bitfit", "r=4"),
     "expected r as a whole number, got '4.5'": ("lora", "r=4.5"),
