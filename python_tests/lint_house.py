@@ -24,11 +24,11 @@ KERNELS = (".cu", ".cuh", "_cpu.cpp")
 MOST_LINES_OF_A_FUNCTION = 100
 # Triton compiles a kernel from one function, and its nested ones cannot write to its variables.
 LONGER_FUNCTIONS = {
-    ("pelt_kernels/ops/gated_adapter/_triton_bwd_rows.py", "_gated_adapter_bwd_rows_kernel"): 131,
+    ("pelt_kernels/ops/gated_adapter/_triton_bwd_rows.py", "_gated_adapter_bwd_rows_kernel"): 157,
     (
         "pelt_kernels/ops/gated_adapter/_triton_bwd_columns.py",
         "_gated_adapter_bwd_columns_kernel",
-    ): 173,
+    ): 191,
 }
 CODE = re.compile(
     r"# (return|import|from|if|for|while|def|class|assert|raise|with)\b.*[:()=]"

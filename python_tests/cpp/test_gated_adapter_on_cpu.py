@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import Case, make_attributes
-from cases.gated_adapter import BANKS, NORMS, POOLED, UNIPELT
+from cases.gated_adapter import BANKS, NORM_BANKS, NORMS, POOLED, UNIPELT
 from closeness import assert_close
 from parity import check, contract_of, run
 
@@ -35,6 +35,12 @@ LARGE = {
         {"B": 2, "S": 201, "D": 72, "R": 12},
         f"b_down, b_up, {NORMS_AND_SCALE}",
         {"dropout_p": 0.2},
+    ),
+    "norm_banks": Case(
+        "norm_banks",
+        {"B": 5, "S": 90, "D": 72, "R": 12, "M": 3, "M_up": 4},
+        f"{BANKS}, {NORM_BANKS}, scale",
+        {"dropout_p": 0.2, "activation": "silu"},
     ),
 }
 

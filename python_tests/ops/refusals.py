@@ -28,8 +28,8 @@ _TILES = (_NOT_FLOAT16, Refusal("its tiles multiply bfloat16", "float32"))
 _ROWS = Refusal("read 16 bytes at a time", cases="width_odd")
 _NORM_BANKS = Refusal(
     "one [D] for all rows",
-    cases="vlm_mixed_tasks vlm_one_task hyperpelt_mixed_tasks hyperpelt_one_task norm_banks"
-    " norm_banks_one_task norm_bank_of_one",
+    cases="vlm_mixed_tasks hyperpelt_mixed_tasks norm_banks norm_banks_one_task norm_bank_of_one"
+    " vlm_rank_300 norm_banks_rank_300",
 )
 _HEADS = Refusal("head size 20 is not one of 32, 64, 96, 128", cases="head_odd")
 
@@ -38,9 +38,8 @@ _HEADS = Refusal("head size 20 is not one of 32, 64, 96, 128", cases="head_odd")
 REFUSALS: dict[str, dict[str, tuple[Refusal, ...]]] = {
     "gated_adapter": {
         "cuda": (_NORM_BANKS, _16_BITS, _ROWS),
-        "triton": (Refusal("a bottleneck of at most 256", cases="rank_512"), _NORM_BANKS),
-        "cpu": (_NORM_BANKS, _NOT_FLOAT16),
-        "cpu:amx": (_NORM_BANKS, *_TILES),
+        "cpu": (_NOT_FLOAT16,),
+        "cpu:amx": _TILES,
     },
     "prefix_attention": {
         "cuda:single": (_16_BITS, _HEADS),

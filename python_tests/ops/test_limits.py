@@ -15,6 +15,7 @@ import parity
 import pytest
 import torch
 from cases import Case, case_of, make_attributes
+from cases.gated_adapter import INDEX_OF
 from cases.lora_linear import branched
 from closeness import assert_close
 from parity import PRECISIONS, able, contract_of, inputs_of, run
@@ -59,7 +60,7 @@ def _unpicked(**index_of: str) -> Callable[[Named], Named]:
         hidden[index if index is not None else slice(None)] = False
         return hidden
 
-    return lambda n: {bank: of(n[bank], n[index]) for bank, index in index_of.items()}
+    return lambda n: {b: of(n[b], n[i]) for b, i in index_of.items() if n[b] is not None}
 
 
 def _whole(*names: str) -> Callable[[Named], Named]:
@@ -110,10 +111,9 @@ HIDDEN = [
         _case("prefix_attention", "control_prefixes"),
         _unpicked(prefix_k="prefix_index", prefix_v="prefix_index"),
     ),
-    Hidden(
-        "gated_adapter",
-        _case("gated_adapter", "bank_per_sample"),
-        _unpicked(w_down="down_index", b_down="down_index", w_up="up_index", b_up="up_index"),
+    *(
+        Hidden("gated_adapter", _case("gated_adapter", name), _unpicked(**INDEX_OF))
+        for name in ("bank_per_sample", "norm_banks")
     ),
     Hidden(
         "gated_adapter",

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 from cases import Case
-from cases.gated_adapter import EVERYTHING, POOLED, UNIPELT
+from cases.gated_adapter import BANKS, EVERYTHING, NORM_BANKS, POOLED, UNIPELT
 from cases.lora_linear import GATE, GATES
 from cases.prefix_attention import TABLE_AND_SHARED
 
@@ -21,6 +21,11 @@ _GATED_ADAPTER = {
     "rank_128-bf16": (torch.bfloat16, Case("", {**_BERT, "R": 128}, "b_down, b_up, gate per row")),
     "rank_256-bf16": (torch.bfloat16, Case("", {**_BERT, "R": 256}, "b_down, b_up")),
     "rank_256-f32": (torch.float32, Case("", {**_BERT, "R": 256}, "b_down, b_up")),
+    "vlm_rank_300-bf16": (
+        torch.bfloat16,
+        Case("", {**_BERT, "R": 300, "M": 4, "M_up": 4}, f"{BANKS}, {NORM_BANKS}"),
+    ),
+    "rank_300-f32": (torch.float32, Case("", {**_BERT, "R": 300}, "b_down, b_up")),
     "token-bf16": (
         torch.bfloat16,
         Case("", _BERT, "b_up, gate_weight, gate_bias", {"pooling": "token", "activation": "silu"}),

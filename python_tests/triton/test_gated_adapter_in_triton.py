@@ -52,8 +52,8 @@ def python(code, **environment):
 
 def test_refusals_name_the_number():
     assert refusal(torch.float64) == ("it takes float32, float16 or bfloat16, and x is float64")
-    assert refusal(torch.bfloat16, R=257) == (
-        "its registers hold the sums for a bottleneck of at most 256, and R is 257"
+    assert refusal(torch.bfloat16, D=2**20, R=2**11) == (
+        "it counts the numbers of a weight in 32 bits, and D x R are 2**31 or more"
     )
     assert "2**31" in refusal(B=2**16, S=2**15, D=1)
 

@@ -50,6 +50,16 @@ PELT_HOST_DEVICE bool has_post_norm(const CallOf<Int>& in) {
   return in.input[kPostNormWeight] != nullptr;
 }
 
+// Norms are banks, of which a sentence has the member that its projection has.
+template <class Int>
+PELT_HOST_DEVICE bool has_pre_norm_bank(const CallOf<Int>& in) {
+  return in.rank[kPreNormWeight] == 2;
+}
+template <class Int>
+PELT_HOST_DEVICE bool has_post_norm_bank(const CallOf<Int>& in) {
+  return in.rank[kPostNormWeight] == 2;
+}
+
 // Sentences choose their members of a bank, instead of one for all.
 template <class Int>
 PELT_HOST_DEVICE bool has_down_index_per_sample(const CallOf<Int>& in) {

@@ -189,7 +189,8 @@ struct RowsBackward : BackwardMemory {
   template <class T>
   void post_norm_backward(int64_t i, const Tile& tile, const float* a, bf16* a_pairs, float* u) {
     const int64_t slot = parameters.up.slot_of(tile.sentence);
-    const float *weight = parameters.post_weight, *shift = parameters.post_bias;
+    const float* weight = parameters.post_norm.weight_of(slot);
+    const float* shift = parameters.post_norm.bias_of(slot);
     multiply_up_again(tile, slot, a, a_pairs, u);
     float* dweight = post_partial + i * 2 * width();
     float* dbias = dweight + width();
@@ -324,7 +325,7 @@ struct RowsBackward : BackwardMemory {
     // dhat = w dz first, because the norm's gradient needs two sums of the whole row.
     float* dz = memory;  // [tile, width]
     const int64_t columns = width(), rows = tile.padded;
-    const float* weight = parameters.pre_weight;
+    const float* weight = parameters.pre_norm.weight_of(slot);
     multiply_down(tile, slot, [=](int64_t row, int64_t column, auto& sums) {
       store_sums(
           sums, rows - row, columns - column, dz + row * columns + column, columns,

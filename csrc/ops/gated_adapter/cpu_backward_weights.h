@@ -205,7 +205,7 @@ struct WeightsBackward : RowsBackward {
         }
       });
     }
-    if (has_norm) pre_norm_backward<T>(member, column, columns, g, rank_sums, dnorm);
+    if (has_norm) pre_norm_backward<T>(slot, column, columns, g, rank_sums, dnorm);
     if (call.grad[kWDown] == nullptr) return;
     with_elements<T>(call.parameter_grad(kWDown), [&](auto* grad) {
       for (int64_t r = 0; r < call.R; ++r) {
@@ -264,8 +264,11 @@ struct WeightsBackward : RowsBackward {
 
   // From G = dh^T xhat: the norm's gradients into dnorm, and G becomes dW_down.
   template <class T>
-  void pre_norm_backward(int64_t member, int64_t column, int64_t columns, float* g,
+  void pre_norm_backward(int64_t slot, int64_t column, int64_t columns, float* g,
                          const float* rank_sums, float* dnorm) {
+    const int64_t member = parameters.down.first_member() + slot;
+    const float* norm_weight = parameters.pre_norm.weight_of(slot) + column;
+    const float* norm_bias = parameters.pre_norm.bias_of(slot) + column;
     with_elements<T>(call.parameter(kWDown), [&](const auto* w) {
       for (int64_t r = 0; r < call.R; ++r) {
         const auto* w_row = w + (member * call.R + r) * call.D + column;
@@ -277,34 +280,68 @@ struct WeightsBackward : RowsBackward {
           float* dbias = dnorm + width();
           store(dnorm + i, load(dnorm + i) + weight * product);
           store(dbias + i, load(dbias + i) + weight * rank_sums[r]);
-          store(g_row + i, product * load(parameters.pre_weight + column + i) +
-                               rank_sums[r] * load(parameters.pre_bias + column + i));
+          store(g_row + i, product * load(norm_weight + i) + rank_sums[r] * load(norm_bias + i));
         });
       }
     });
   }
 
-  // Gradients [D] that several slots or tiles have parts of.
+  // Gradients [D] that several slots or tiles have parts of; of banks, whose other members are
+  // zeros already, each member's own.
   template <class T>
   void column_sums_backward() {
     const int64_t slots = parameters.down.slots;
     // Slots leave three rows each, tiles two.
-    write_sum<T>(kGateWeight, column_sums, slots, 3 * width());
-    write_sum<T>(kPreNormWeight, column_sums + width(), slots, 3 * width());
-    write_sum<T>(kPreNormBias, column_sums + 2 * width(), slots, 3 * width());
-    write_sum<T>(kPostNormWeight, post_partial, tiles.count(), 2 * width());
-    write_sum<T>(kPostNormBias, post_partial + width(), tiles.count(), 2 * width());
+    write_sum<T>(kGateWeight, 0, column_sums, slots, 3 * width());
+    if (!has_pre_norm_bank(call)) {
+      write_sum<T>(kPreNormWeight, 0, column_sums + width(), slots, 3 * width());
+      write_sum<T>(kPreNormBias, 0, column_sums + 2 * width(), slots, 3 * width());
+    }
+    for (int64_t slot = 0; has_pre_norm_bank(call) && slot < slots; ++slot) {
+      const int64_t member = parameters.down.first_member() + slot;
+      const float* parts = column_sums + slot * 3 * width();
+      write_sum<T>(kPreNormWeight, member, parts + width(), 1, 3 * width());
+      write_sum<T>(kPreNormBias, member, parts + 2 * width(), 1, 3 * width());
+    }
+    if (!has_post_norm_bank(call)) {
+      write_sum<T>(kPostNormWeight, 0, post_partial, tiles.count(), 2 * width());
+      write_sum<T>(kPostNormBias, 0, post_partial + width(), tiles.count(), 2 * width());
+    }
+    for (int64_t slot = 0; has_post_norm_bank(call) && slot < parameters.up.slots; ++slot) {
+      const float* sums = sum_of_tiles(slot);
+      if (sums == nullptr) continue;
+      const int64_t member = parameters.up.first_member() + slot;
+      write_sum<T>(kPostNormWeight, member, sums, 1, 2 * width());
+      write_sum<T>(kPostNormBias, member, sums + width(), 1, 2 * width());
+    }
   }
 
+  // What the tiles of one slot of a post-norm's bank have left, added up in their order in the
+  // place of the first of them; null where there is none.
+  float* sum_of_tiles(int64_t slot) {
+    float* sums = nullptr;
+    for (int64_t i = 0; i < tiles.count(); ++i) {
+      if (parameters.up.slot_of(tiles.at(i).sentence) != slot) continue;
+      float* of_tile = post_partial + i * 2 * width();
+      for (int64_t j = 0; sums != nullptr && j < 2 * width(); j += kWidth) {
+        store(sums + j, load(sums + j) + load(of_tile + j));
+      }
+      if (sums == nullptr) sums = of_tile;
+    }
+    return sums;
+  }
+
+  // Row `member` of a gradient [D], or of a bank of them: the sum of parts.
   template <class T>
-  void write_sum(int which, const float* parts, int64_t count, int64_t distance) {
+  void write_sum(int which, int64_t member, const float* parts, int64_t count, int64_t distance) {
     if (call.grad[which] == nullptr) return;
     with_elements<T>(call.parameter_grad(which), [&](auto* grad) {
+      auto* to = grad + member * call.D;
       for_vectors(call.D, [&](int64_t i, auto part) {
         Vector sum = {};
         // In their order, whichever thread left them.
         for (int64_t p = 0; p < count; ++p) sum += load(parts + p * distance + i);
-        part.store_to(grad + i, sum);
+        part.store_to(to + i, sum);
       });
     });
   }

@@ -54,17 +54,38 @@ inline void read_parameter(const Call& call, int which, int64_t first_member, in
   });
 }
 
+// Weight and bias of a LayerNorm for all rows, or of one for each slot of a bank.
+struct Norms {
+  float* weight = nullptr;  // [slots, padded width]
+  float* bias = nullptr;
+  int64_t stride = 0;  // from slot to slot; 0: all have the same
+
+  void place(Arena& arena, const Call& call, const Bank& bank, bool is_bank) {
+    const int64_t width = padded_width(call);
+    weight = arena.take((is_bank ? bank.slots : 1) * width);
+    bias = arena.take((is_bank ? bank.slots : 1) * width);
+    stride = is_bank ? width : 0;
+  }
+
+  template <class T>
+  void read(const Call& call, const Bank& bank, bool is_bank, int which_weight, int which_bias) {
+    const int64_t first = is_bank ? bank.first_member() : 0, count = is_bank ? bank.slots : 1;
+    read_parameter<T>(call, which_weight, first, count, call.D, weight);
+    read_parameter<T>(call, which_bias, first, count, call.D, bias);
+  }
+
+  const float* weight_of(int64_t slot) const { return weight + slot * stride; }
+  const float* bias_of(int64_t slot) const { return bias + slot * stride; }
+};
+
 // What is added or multiplied element by element, converted to float32 once for each call; rows
 // are padded, so that vectors are read whole.
 struct Parameters {
   Bank down, up;
-  float* b_down = nullptr;      // [slots, padded rank]
-  float* b_up = nullptr;        // [slots, padded width]
-  float* pre_weight = nullptr;  // [padded width], as the ones below
-  float* pre_bias = nullptr;
-  float* post_weight = nullptr;
-  float* post_bias = nullptr;
-  float* gate_weight = nullptr;
+  float* b_down = nullptr;  // [slots, padded rank]
+  float* b_up = nullptr;    // [slots, padded width]
+  Norms pre_norm, post_norm;
+  float* gate_weight = nullptr;  // [padded width]
   float gate_bias = 0.0f;
   float scale = 1.0f;  // scale_value times the learned scale
 
@@ -75,10 +96,8 @@ struct Parameters {
     up = make_bank(call.input_as<int64_t>(kUpIndex), has_up_index_per_sample(call), call.M_up);
     b_down = arena.take(down.slots * rank);
     b_up = arena.take(up.slots * width);
-    pre_weight = arena.take(has_pre_norm(call) ? width : 0);
-    pre_bias = arena.take(has_pre_norm(call) ? width : 0);
-    post_weight = arena.take(has_post_norm(call) ? width : 0);
-    post_bias = arena.take(has_post_norm(call) ? width : 0);
+    if (has_pre_norm(call)) pre_norm.place(arena, call, down, has_pre_norm_bank(call));
+    if (has_post_norm(call)) post_norm.place(arena, call, up, has_post_norm_bank(call));
     gate_weight = arena.take(has_learned_gate(call) ? width : 0);
   }
 
@@ -87,12 +106,10 @@ struct Parameters {
     read_parameter<T>(call, kBDown, down.first_member(), down.slots, call.R, b_down);
     read_parameter<T>(call, kBUp, up.first_member(), up.slots, call.D, b_up);
     if (has_pre_norm(call)) {
-      read_parameter<T>(call, kPreNormWeight, 0, 1, call.D, pre_weight);
-      read_parameter<T>(call, kPreNormBias, 0, 1, call.D, pre_bias);
+      pre_norm.read<T>(call, down, has_pre_norm_bank(call), kPreNormWeight, kPreNormBias);
     }
     if (has_post_norm(call)) {
-      read_parameter<T>(call, kPostNormWeight, 0, 1, call.D, post_weight);
-      read_parameter<T>(call, kPostNormBias, 0, 1, call.D, post_bias);
+      post_norm.read<T>(call, up, has_post_norm_bank(call), kPostNormWeight, kPostNormBias);
     }
     if (has_learned_gate(call)) {
       read_parameter<T>(call, kGateWeight, 0, 1, call.D, gate_weight);
@@ -169,10 +186,13 @@ inline int pack_threads(const Call& call) { return call.R * call.D < 1 << 17 ? 1
 // Zeros for the gradients of banks, whose other members no row reaches.
 template <class T>
 inline void clear_unused_members(const Call& call) {
-  const int64_t sizes[][3] = {{kWDown, call.M, call.R * call.D},
-                              {kBDown, call.M, call.R},
-                              {kWUp, call.M_up, call.R * call.D},
-                              {kBUp, call.M_up, call.D}};
+  const int64_t pre_norms = has_pre_norm_bank(call) ? call.M : 1;
+  const int64_t post_norms = has_post_norm_bank(call) ? call.M_up : 1;
+  const int64_t sizes[][3] = {
+      {kWDown, call.M, call.R * call.D},     {kBDown, call.M, call.R},
+      {kWUp, call.M_up, call.R * call.D},    {kBUp, call.M_up, call.D},
+      {kPreNormWeight, pre_norms, call.D},   {kPreNormBias, pre_norms, call.D},
+      {kPostNormWeight, post_norms, call.D}, {kPostNormBias, post_norms, call.D}};
   for (const auto& [which, members, size] : sizes) {
     if (call.grad[which] == nullptr || members == 1) continue;
     with_elements<T>(call.parameter_grad(static_cast<int>(which)), [&](auto* grad) {

@@ -206,15 +206,16 @@ struct Forward {
     const bool wants_gates = has_learned_gate(call) && !has_skip(call);
     const T* x = call.input_as<T>(kX) + tile.row * call.D;
     const int64_t rank = padded_rank(call), stride = rank_stride(call);
-    const float* panels = down.of(parameters.down.slot_of(tile.sentence));
+    const int64_t slot = parameters.down.slot_of(tile.sentence);
+    const float* panels = down.of(slot);
     for (int64_t begin = 0; begin < call.D; begin += kDepth) {
       const int64_t depth = std::min(kDepth, call.D - begin);
       for (int64_t r = 0; r < tile.rows; ++r) {
         const T* from = x + r * call.D + begin;
         if (wants_gates) {
-          pack_row<true>(from, begin, depth, s, r);
+          pack_row<true>(from, slot, begin, depth, s, r);
         } else {
-          pack_row<false>(from, begin, depth, s, r);
+          pack_row<false>(from, slot, begin, depth, s, r);
         }
       }
       // The product asks for the next stretch while it computes.
@@ -225,7 +226,7 @@ struct Forward {
                     begin > 0, next < call.D ? ahead : Ahead());
     }
     // h is rounded to the activation's type here; project_up reads it back, as backward will.
-    const float* bias = parameters.b_down + parameters.down.slot_of(tile.sentence) * rank;
+    const float* bias = parameters.b_down + slot * rank;
     T* h = call.output_as<T>(kH) + tile.row * call.R;
     for (int64_t r = 0; r < tile.rows; ++r) {
       for_vectors(call.R, [&](int64_t i, auto part) {
@@ -240,6 +241,8 @@ struct Forward {
     const bf16* x = call.input_as<bf16>(kX) + tile.row * call.D;
     const int64_t slot = parameters.down.slot_of(tile.sentence), rank = call.R;
     const float* bias = parameters.b_down + slot * padded_rank(call);
+    const float* norm_weight = parameters.pre_norm.weight_of(slot);
+    const float* norm_bias = parameters.pre_norm.bias_of(slot);
     bf16* h = call.output_as<bf16>(kH) + tile.row * rank;
     PairRows rows = {x, call.D};
     if (has_pre_norm(call)) rows = {s.normed, pair_distance(call.D)};  // else x where it lies
@@ -254,10 +257,9 @@ struct Forward {
         if (!has_pre_norm(call)) continue;
         const Moments m = s.moments[r];
         for_vectors(call.D, [&](int64_t i, auto part) {
-          part.store_to(
-              s.normed + r * rows.stride + i,
-              (part.load_from(from + i) - m.mean) * m.rstd * load(parameters.pre_weight + i) +
-                  load(parameters.pre_bias + i));
+          part.store_to(s.normed + r * rows.stride + i,
+                        (part.load_from(from + i) - m.mean) * m.rstd * load(norm_weight + i) +
+                            load(norm_bias + i));
         });
       }
       // Straight from the registers of the product into h.
@@ -277,12 +279,14 @@ struct Forward {
   // A stretch of one row into s.x, in float32 and normed, and its part of the row's logit. The gate
   // sees x before the norm. Compiled for each of both: a branch in the loop would cost more.
   template <bool kWantsGate, class T>
-  void pack_row(const T* from, int64_t begin, int64_t depth, const Scratch& s, int64_t r) {
+  void pack_row(const T* from, int64_t slot, int64_t begin, int64_t depth, const Scratch& s,
+                int64_t r) {
     float* to = s.x + r * kDepth;
     const float* weight = parameters.gate_weight + begin;
     Moments m = {0.0f, 1.0f};  // what leaves x as it is
     if (has_pre_norm(call)) m = s.moments[r];
-    const float *scale = parameters.pre_weight + begin, *shift = parameters.pre_bias + begin;
+    const float* scale = parameters.pre_norm.weight_of(slot) + begin;
+    const float* shift = parameters.pre_norm.bias_of(slot) + begin;
     const bool has_norm = has_pre_norm(call);
     auto take = [=](int64_t i, Vector x) {
       store(to + i, has_norm ? (x - m.mean) * m.rstd * load(scale + i) + load(shift + i) : x);
@@ -380,6 +384,8 @@ struct Forward {
   void finish_rows(const Tile& tile, const Scratch& s) {
     const int64_t slot = parameters.up.slot_of(tile.sentence), width = padded_width(call);
     const float* bias = parameters.b_up + slot * width;
+    const float* norm_weight = parameters.post_norm.weight_of(slot);
+    const float* norm_bias = parameters.post_norm.bias_of(slot);
     multiply_up(tile, s, slot, [=](int64_t row, int64_t column, auto& sums) {
       store_sums(
           sums, tile.padded - row, width - column, s.u + row * width + column, width,
@@ -391,8 +397,8 @@ struct Forward {
       if (has_post_norm(call)) {
         const Moments m = moments_of(u, call.D, call.post_norm_eps);
         for (int64_t i = 0; i < width; i += kWidth) {
-          store(u + i, (load(u + i) - m.mean) * m.rstd * load(parameters.post_weight + i) +
-                           load(parameters.post_bias + i));
+          store(u + i,
+                (load(u + i) - m.mean) * m.rstd * load(norm_weight + i) + load(norm_bias + i));
         }
       }
       // Drawn from the elements' indices: backward draws the same factors again.

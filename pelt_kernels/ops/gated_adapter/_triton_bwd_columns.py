@@ -21,7 +21,7 @@ from ._triton_bwd_rows import (
     SLOPE,
     dropped_chunk,
 )
-from ._triton_fwd import row_gate, scale_number, up_chunk
+from ._triton_fwd import ranks_of, row_gate, scale_number, up_chunk
 
 # Launched after the one below: the sums of the shares' parts.
 _gated_adapter_bwd_sum_kernel = sum_kernel
@@ -48,14 +48,15 @@ def _gated_adapter_bwd_columns_kernel(
     D: tl.constexpr, R: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
     GATE_PER_ROW: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_SKIP: tl.constexpr,
     DOWN_PER_SAMPLE: tl.constexpr, UP_PER_SAMPLE: tl.constexpr,
+    PRE_NORM_STEP: tl.constexpr, POST_NORM_STEP: tl.constexpr,
     PART_SIZE: tl.constexpr, W_DOWN: tl.constexpr, W_UP: tl.constexpr, B_DOWN: tl.constexpr,
     B_UP: tl.constexpr, PRE_WEIGHT: tl.constexpr, PRE_BIAS: tl.constexpr,
     POST_WEIGHT: tl.constexpr, POST_BIAS: tl.constexpr, GATE_WEIGHT: tl.constexpr,
     SCALE: tl.constexpr, GATE_BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_D columns of one share of a group's rows: dx of them, and the share's part of each
-    parameter's gradient.
+    """BLOCK_D columns and BLOCK_R ranks of one share of a group's rows: the share's part of each
+    parameter's gradient and, with the first ranks, dx of the columns.
 
     A part is PART_SIZE floats; W_DOWN ... GATE_BIAS say where in it each gradient lies, -1: not
     wanted.
@@ -64,11 +65,14 @@ def _gated_adapter_bwd_columns_kernel(
     pid = tl.program_id(0)
     chunk = pid % chunks
     part = pid // chunks
+    rank_blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
+    rank = part % rank_blocks * BLOCK_R  # the first of the program's
+    part = part // rank_blocks
     group = part // shares
     begin = (part % shares) * rows_per_share
     end = tl.minimum(begin + rows_per_share, N)
     rows = tl.arange(0, BLOCK_T)
-    r = tl.arange(0, BLOCK_R)
+    r = rank + tl.arange(0, BLOCK_R)
     r_ok = r < R
     start_col = chunk * BLOCK_D
     cols = start_col + tl.arange(0, BLOCK_D)
@@ -87,14 +91,15 @@ def _gated_adapter_bwd_columns_kernel(
     w_up_ptr += up * D * R
     if b_up_ptr is not None:
         b_up_ptr += up * D
-    if NEEDS_DZ:
-        w_at = w_down_ptr + down * R * D + r[:, None] * D + cols[None, :]
+    w_down_ptr += down * R * D
+    if NEEDS_DZ and R <= BLOCK_R:
+        w_at = w_down_ptr + r[:, None] * D + cols[None, :]
         w_down = tl.load(w_at, mask=r_ok[:, None] & col_ok[None, :], other=0.0).to(dtype)
     if pre_weight_ptr is not None:
-        pre_weight = vector(pre_weight_ptr, cols, col_ok)
-        pre_bias = vector(pre_bias_ptr, cols, col_ok)
+        pre_weight = vector(pre_weight_ptr + down * PRE_NORM_STEP, cols, col_ok)
+        pre_bias = vector(pre_bias_ptr + down * PRE_NORM_STEP, cols, col_ok)
     if post_weight_ptr is not None:
-        post_weight = vector(post_weight_ptr, cols, col_ok)
+        post_weight = vector(post_weight_ptr + up * POST_NORM_STEP, cols, col_ok)
     if gate_weight_ptr is not None:
         gate_weight = vector(gate_weight_ptr, cols, col_ok)
     number = scale_number(scale_ptr, scale_value)
@@ -112,18 +117,16 @@ def _gated_adapter_bwd_columns_kernel(
     dgate_bias = tl.zeros([BLOCK_T], tl.float32)
 
     at = rows[:, None] * D + cols[None, :]  # in a tile: 32 bits keep the addresses cheap
-    h_at = rows[:, None] * R + r[None, :]
     for first in range(begin, end, BLOCK_T):
         row_ok = rows < end - first
         t0 = group.to(tl.int64) * N + first
         t = t0 + rows
         ok = row_ok[:, None] & col_ok[None, :]
-        h_ok = row_ok[:, None] & r_ok[None, :]
         gate = row_gate(t, row_ok, S, gate_ptr, GATE_PER_ROW, BLOCK_T)
         factor = number * gate
         if HAS_SKIP:
             factor = tl.where(gate >= skip_below, factor, 0.0)
-        dh = tl.load(dh_ptr + t0 * R + h_at, mask=h_ok, other=0.0)
+        dh = ranks_of(dh_ptr + t0 * R, rows, row_ok, rank, R, BLOCK_R)
         dy, dropped = dropped_chunk(
             dy_ptr + t0 * D, t, rows, ok, start_col, seed_low, seed_high, threshold, keep_scale,
             D, HAS_DROPOUT, BLOCK_D,
@@ -132,11 +135,14 @@ def _gated_adapter_bwd_columns_kernel(
             x = tl.load(x_ptr + t0 * D + at, mask=ok, other=0.0)
 
         if NEEDS_DU:
-            h = tl.load(h_ptr + t0 * R + h_at, mask=h_ok, other=0.0).to(tl.float32)
+            h = ranks_of(h_ptr + t0 * R, rows, row_ok, rank, R, BLOCK_R).to(tl.float32)
             a = activate(h, ACTIVATION).to(dtype)
             du = factor[:, None] * dropped
             if post_weight_ptr is not None:
-                u = up_chunk(a, w_up_ptr, b_up_ptr, start_col, D, R, BLOCK_T, BLOCK_D, BLOCK_R)
+                u = up_chunk(
+                    a, h_ptr + t0 * R, rows, row_ok, w_up_ptr, b_up_ptr, start_col,
+                    ACTIVATION, D, R, BLOCK_T, BLOCK_D, BLOCK_R,
+                )  # fmt: skip
                 mean = vector(row_ptr, POST_MEAN * T + t, row_ok)
                 rstd = vector(row_ptr, POST_RSTD * T + t, row_ok)
                 hat = (u - mean[:, None]) * rstd[:, None]
@@ -170,21 +176,31 @@ def _gated_adapter_bwd_columns_kernel(
                 dgate_weight += tl.sum(dlogit[:, None] * x.to(tl.float32), axis=0)
         if SCALE >= 0:
             dscale += vector(row_ptr, ROW_DOT * T + t, row_ok) * gate * scale_value
-        if NEEDS_DZ:
-            dz = product(dh, w_down, tl.zeros([BLOCK_T, BLOCK_D], tl.float32))
-            if pre_weight_ptr is not None:
-                dpre_weight += tl.sum(dz * hat, axis=0)
-                dpre_bias += tl.sum(dz, axis=0)
-                dot = vector(row_ptr, PRE_DOT * T + t, row_ok)
-                hat_dot = vector(row_ptr, PRE_HAT_DOT * T + t, row_ok)
-                dz = dz * pre_weight[None, :] - dot[:, None] - hat * hat_dot[:, None]
-                dz = rstd[:, None] * dz
-            if gate_weight_ptr is not None:
-                dz += dlogit[:, None] * gate_weight[None, :]
-            if RESIDUAL == "input":
-                dz += dy
-            if dx_ptr is not None:
-                tl.store(dx_ptr + t0 * D + at, dz.to(dtype), mask=ok)
+        if NEEDS_DZ:  # noqa: SIM102  (decided at compile time)
+            if rank == 0:
+                dz = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+                if R > BLOCK_R:
+                    for other in range(0, R, BLOCK_R):
+                        q = other + tl.arange(0, BLOCK_R)
+                        w_at = w_down_ptr + q[:, None] * D + cols[None, :]
+                        w = tl.load(w_at, mask=(q < R)[:, None] & col_ok[None, :], other=0.0)
+                        dh_q = ranks_of(dh_ptr + t0 * R, rows, row_ok, other, R, BLOCK_R)
+                        dz = product(dh_q, w.to(dtype), dz)
+                else:
+                    dz = product(dh, w_down, dz)
+                if pre_weight_ptr is not None:
+                    dpre_weight += tl.sum(dz * hat, axis=0)
+                    dpre_bias += tl.sum(dz, axis=0)
+                    dot = vector(row_ptr, PRE_DOT * T + t, row_ok)
+                    hat_dot = vector(row_ptr, PRE_HAT_DOT * T + t, row_ok)
+                    dz = dz * pre_weight[None, :] - dot[:, None] - hat * hat_dot[:, None]
+                    dz = rstd[:, None] * dz
+                if gate_weight_ptr is not None:
+                    dz += dlogit[:, None] * gate_weight[None, :]
+                if RESIDUAL == "input":
+                    dz += dy
+                if dx_ptr is not None:
+                    tl.store(dx_ptr + t0 * D + at, dz.to(dtype), mask=ok)
 
     part_ptr += part.to(tl.int64) * PART_SIZE
     if W_DOWN >= 0:
@@ -193,22 +209,24 @@ def _gated_adapter_bwd_columns_kernel(
     if W_UP >= 0:
         part_at = part_ptr + W_UP + cols[:, None] * R + r[None, :]
         tl.store(part_at, dw_up, mask=col_ok[:, None] & r_ok[None, :])
-    if B_UP >= 0:
-        tl.store(part_ptr + B_UP + cols, db_up, mask=col_ok)
-    if PRE_WEIGHT >= 0:
-        tl.store(part_ptr + PRE_WEIGHT + cols, dpre_weight, mask=col_ok)
-    if PRE_BIAS >= 0:
-        tl.store(part_ptr + PRE_BIAS + cols, dpre_bias, mask=col_ok)
-    if POST_WEIGHT >= 0:
-        tl.store(part_ptr + POST_WEIGHT + cols, dpost_weight, mask=col_ok)
-    if POST_BIAS >= 0:
-        tl.store(part_ptr + POST_BIAS + cols, dpost_bias, mask=col_ok)
-    if GATE_WEIGHT >= 0:
-        tl.store(part_ptr + GATE_WEIGHT + cols, dgate_weight, mask=col_ok)
+    if rank == 0:  # what has no ranks is the same for every block of them
+        if B_UP >= 0:
+            tl.store(part_ptr + B_UP + cols, db_up, mask=col_ok)
+        if PRE_WEIGHT >= 0:
+            tl.store(part_ptr + PRE_WEIGHT + cols, dpre_weight, mask=col_ok)
+        if PRE_BIAS >= 0:
+            tl.store(part_ptr + PRE_BIAS + cols, dpre_bias, mask=col_ok)
+        if POST_WEIGHT >= 0:
+            tl.store(part_ptr + POST_WEIGHT + cols, dpost_weight, mask=col_ok)
+        if POST_BIAS >= 0:
+            tl.store(part_ptr + POST_BIAS + cols, dpost_bias, mask=col_ok)
+        if GATE_WEIGHT >= 0:
+            tl.store(part_ptr + GATE_WEIGHT + cols, dgate_weight, mask=col_ok)
     if chunk == 0:  # what has no columns is the same for every chunk
         if B_DOWN >= 0:
             tl.store(part_ptr + B_DOWN + r, db_down, mask=r_ok)
-        if SCALE >= 0:
-            tl.store(part_ptr + SCALE, tl.sum(dscale, axis=0))
-        if GATE_BIAS >= 0:
-            tl.store(part_ptr + GATE_BIAS, tl.sum(dgate_bias, axis=0))
+        if rank == 0:
+            if SCALE >= 0:
+                tl.store(part_ptr + SCALE, tl.sum(dscale, axis=0))
+            if GATE_BIAS >= 0:
+                tl.store(part_ptr + GATE_BIAS, tl.sum(dgate_bias, axis=0))

@@ -21,6 +21,9 @@ all D columns of it on one processor, and then a partial sum of both weights for
 
 The means of a pre-norm's backward need no further stream: <dz weight> = dh · (W_down weight) and
 <dz weight x̂> = dh · (h - b_down - W_down bias).
+
+A bottleneck above BLOCK_R goes by blocks of ranks: "rows" streams dy once for each, and in
+"columns" a block is one more dimension of the programs, of which those of the first block make dx.
 """
 
 import triton
@@ -35,7 +38,7 @@ from .._triton import (
     through_activation,
     vector,
 )
-from ._triton_fwd import row_gate, scale_number, up_chunk, up_norm
+from ._triton_fwd import ranks_of, row_gate, scale_number, up_chunk, up_norm
 
 # What "rows" leaves for each row: fields of a float32 buffer [FIELDS, T].
 ROW_DOT = tl.constexpr(0)  # <dy', u>, for one row
@@ -75,6 +78,7 @@ def _gated_adapter_bwd_rows_kernel(
     D: tl.constexpr, R: tl.constexpr, ACTIVATION: tl.constexpr, POOLING: tl.constexpr,
     GATE_PER_ROW: tl.constexpr, HAS_DROPOUT: tl.constexpr, HAS_SKIP: tl.constexpr,
     DOWN_PER_SAMPLE: tl.constexpr, UP_PER_SAMPLE: tl.constexpr,
+    PRE_NORM_STEP: tl.constexpr, POST_NORM_STEP: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows: dh and the row fields. gate_ptr is the given gate or the learned gate's
@@ -87,19 +91,18 @@ def _gated_adapter_bwd_rows_kernel(
     row_ok = rows < N - first
     t0 = group.to(tl.int64) * N + first
     t = t0 + rows
-    r = tl.arange(0, BLOCK_R)
-    h_at = rows[:, None] * R + r[None, :]  # [BLOCK_T, BLOCK_R]
-    h_ok = row_ok[:, None] & (r < R)[None, :]
     dtype = dh_ptr.dtype.element_ty
     x_ptr += t0 * D
     dy_ptr += t0 * D
+    h_ptr += t0 * R
+    dh_ptr += t0 * R
 
     number = scale_number(scale_ptr, scale_value)
     gate = row_gate(t, row_ok, S, gate_ptr, GATE_PER_ROW, BLOCK_T)
     factor = number * gate
     if HAS_SKIP:
         factor = tl.where(gate >= skip_below, factor, 0.0)
-    h = tl.load(h_ptr + t0 * R + h_at, mask=h_ok, other=0.0).to(tl.float32)
+    h = ranks_of(h_ptr, rows, row_ok, 0, R, BLOCK_R).to(tl.float32)
     a = activate(h, ACTIVATION).to(dtype)
     up = member(up_index_ptr, group, UP_PER_SAMPLE)
     w_up_ptr += up * D * R
@@ -108,7 +111,12 @@ def _gated_adapter_bwd_rows_kernel(
     row_dot = tl.zeros([BLOCK_T], tl.float32)
 
     if post_weight_ptr is not None:
-        mean, rstd = up_norm(a, w_up_ptr, b_up_ptr, post_eps, D, R, BLOCK_T, BLOCK_D, BLOCK_R)
+        post_weight_ptr += up * POST_NORM_STEP
+        post_bias_ptr += up * POST_NORM_STEP
+        mean, rstd = up_norm(
+            a, h_ptr, rows, row_ok, w_up_ptr, b_up_ptr, post_eps,
+            ACTIVATION, D, R, BLOCK_T, BLOCK_D, BLOCK_R,
+        )  # fmt: skip
         dot = tl.zeros([BLOCK_T], tl.float32)
         hat_dot = tl.zeros([BLOCK_T], tl.float32)
         for start in range(0, D, BLOCK_D):
@@ -119,7 +127,10 @@ def _gated_adapter_bwd_rows_kernel(
                 dy_ptr, t, rows, ok, start, seed_low, seed_high, threshold, keep_scale,
                 D, HAS_DROPOUT, BLOCK_D,
             )  # fmt: skip
-            u = up_chunk(a, w_up_ptr, b_up_ptr, start, D, R, BLOCK_T, BLOCK_D, BLOCK_R)
+            u = up_chunk(
+                a, h_ptr, rows, row_ok, w_up_ptr, b_up_ptr, start,
+                ACTIVATION, D, R, BLOCK_T, BLOCK_D, BLOCK_R,
+            )  # fmt: skip
             hat = (u - mean[:, None]) * rstd[:, None]
             weighted = dropped * vector(post_weight_ptr, cols, col_ok)[None, :]
             dot += tl.sum(weighted, axis=1)
@@ -135,56 +146,74 @@ def _gated_adapter_bwd_rows_kernel(
 
     down = member(down_index_ptr, group, DOWN_PER_SAMPLE)
     w_down_ptr += down * R * D
+    if b_down_ptr is not None:
+        b_down_ptr += down * R
     if pre_weight_ptr is not None:
-        weight_sum = tl.zeros([BLOCK_R], tl.float32)  # W_down weight
-        bias_sum = tl.zeros([BLOCK_R], tl.float32)  # W_down bias + b_down
-        if b_down_ptr is not None:
-            bias_sum += vector(b_down_ptr + down * R, r, r < R)
+        pre_weight_ptr += down * PRE_NORM_STEP
+        pre_bias_ptr += down * PRE_NORM_STEP
+        pre_dot = tl.zeros([BLOCK_T], tl.float32)
+        pre_hat_dot = tl.zeros([BLOCK_T], tl.float32)
     logit = tl.zeros([BLOCK_T], tl.float32)
-    v = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
-    for start in range(0, D, BLOCK_D):
-        cols = start + tl.arange(0, BLOCK_D)
-        col_ok = cols < D
-        ok = row_ok[:, None] & col_ok[None, :]
-        _, du = dropped_chunk(
-            dy_ptr, t, rows, ok, start, seed_low, seed_high, threshold, keep_scale,
-            D, HAS_DROPOUT, BLOCK_D,
-        )  # fmt: skip
-        if post_weight_ptr is not None:
-            u = up_chunk(a, w_up_ptr, b_up_ptr, start, D, R, BLOCK_T, BLOCK_D, BLOCK_R)
-            hat = (u - mean[:, None]) * rstd[:, None]
-            du = factor[:, None] * du * vector(post_weight_ptr, cols, col_ok)[None, :]
-            du = rstd[:, None] * (du - dot[:, None] - hat * hat_dot[:, None])
-        elif b_up_ptr is not None:
-            row_dot += tl.sum(du * vector(b_up_ptr, cols, col_ok)[None, :], axis=1)
-        w_ok = col_ok[:, None] & (r < R)[None, :]
-        w = tl.load(w_up_ptr + cols[:, None] * R + r[None, :], mask=w_ok, other=0.0)
-        v = product(du.to(dtype), w.to(dtype), v)
-        if gate_weight_ptr is not None:
-            x = tl.load(x_ptr + rows[:, None] * D + cols[None, :], mask=ok, other=0.0)
-            weight = vector(gate_weight_ptr, cols, col_ok)
-            logit += tl.sum(x.to(tl.float32) * weight[None, :], axis=1)
+    for rank in tl.static_range(0, R, BLOCK_R):
+        r = rank + tl.arange(0, BLOCK_R)
+        r_ok = r < R
+        if rank > 0:
+            h = ranks_of(h_ptr, rows, row_ok, rank, R, BLOCK_R).to(tl.float32)
+            a = activate(h, ACTIVATION).to(dtype)
+        v = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
         if pre_weight_ptr is not None:
-            w_ok = (r < R)[:, None] & col_ok[None, :]
-            w = tl.load(w_down_ptr + r[:, None] * D + cols[None, :], mask=w_ok, other=0.0)
-            w = w.to(dtype).to(tl.float32)
-            weight_sum += tl.sum(w * vector(pre_weight_ptr, cols, col_ok)[None, :], axis=1)
-            bias_sum += tl.sum(w * vector(pre_bias_ptr, cols, col_ok)[None, :], axis=1)
+            weight_sum = tl.zeros([BLOCK_R], tl.float32)  # W_down weight
+            bias_sum = tl.zeros([BLOCK_R], tl.float32)  # W_down bias + b_down
+            if b_down_ptr is not None:
+                bias_sum += vector(b_down_ptr, r, r_ok)
+        for start in range(0, D, BLOCK_D):
+            cols = start + tl.arange(0, BLOCK_D)
+            col_ok = cols < D
+            ok = row_ok[:, None] & col_ok[None, :]
+            _, du = dropped_chunk(
+                dy_ptr, t, rows, ok, start, seed_low, seed_high, threshold, keep_scale,
+                D, HAS_DROPOUT, BLOCK_D,
+            )  # fmt: skip
+            if post_weight_ptr is not None:
+                u = up_chunk(
+                    a, h_ptr, rows, row_ok, w_up_ptr, b_up_ptr, start,
+                    ACTIVATION, D, R, BLOCK_T, BLOCK_D, BLOCK_R,
+                )  # fmt: skip
+                hat = (u - mean[:, None]) * rstd[:, None]
+                du = factor[:, None] * du * vector(post_weight_ptr, cols, col_ok)[None, :]
+                du = rstd[:, None] * (du - dot[:, None] - hat * hat_dot[:, None])
+            elif b_up_ptr is not None and rank == 0:
+                row_dot += tl.sum(du * vector(b_up_ptr, cols, col_ok)[None, :], axis=1)
+            w_ok = col_ok[:, None] & r_ok[None, :]
+            w = tl.load(w_up_ptr + cols[:, None] * R + r[None, :], mask=w_ok, other=0.0)
+            v = product(du.to(dtype), w.to(dtype), v)
+            if gate_weight_ptr is not None and rank == 0:
+                x = tl.load(x_ptr + rows[:, None] * D + cols[None, :], mask=ok, other=0.0)
+                weight = vector(gate_weight_ptr, cols, col_ok)
+                logit += tl.sum(x.to(tl.float32) * weight[None, :], axis=1)
+            if pre_weight_ptr is not None:
+                w_ok = r_ok[:, None] & col_ok[None, :]
+                w = tl.load(w_down_ptr + r[:, None] * D + cols[None, :], mask=w_ok, other=0.0)
+                w = w.to(dtype).to(tl.float32)
+                weight_sum += tl.sum(w * vector(pre_weight_ptr, cols, col_ok)[None, :], axis=1)
+                bias_sum += tl.sum(w * vector(pre_bias_ptr, cols, col_ok)[None, :], axis=1)
 
-    if post_weight_ptr is None:
-        row_dot += tl.sum(v * a.to(tl.float32), axis=1)
-        v = factor[:, None] * v
-    dh = through_activation(v, h, ACTIVATION).to(dtype)
-    tl.store(dh_ptr + t0 * R + h_at, dh, mask=h_ok)
+        if post_weight_ptr is None:
+            row_dot += tl.sum(v * a.to(tl.float32), axis=1)
+            v = factor[:, None] * v
+        dh = through_activation(v, h, ACTIVATION).to(dtype)
+        h_ok = row_ok[:, None] & r_ok[None, :]
+        tl.store(dh_ptr + rows[:, None] * R + r[None, :], dh, mask=h_ok)
+        if pre_weight_ptr is not None:
+            wide = dh.to(tl.float32)
+            pre_dot += tl.sum(wide * weight_sum[None, :], axis=1)
+            pre_hat_dot += tl.sum(wide * (h - bias_sum[None, :]), axis=1)
     if pre_weight_ptr is not None:
-        wide = dh.to(tl.float32)
-        dot = tl.sum(wide * weight_sum[None, :], axis=1) / D
-        hat_dot = tl.sum(wide * (h - bias_sum[None, :]), axis=1) / D
         mean, rstd = row_norm(x_ptr, rows, row_ok, pre_eps, D, BLOCK_T, BLOCK_D)
         tl.store(row_ptr + PRE_MEAN * T + t, mean, mask=row_ok)
         tl.store(row_ptr + PRE_RSTD * T + t, rstd, mask=row_ok)
-        tl.store(row_ptr + PRE_DOT * T + t, dot, mask=row_ok)
-        tl.store(row_ptr + PRE_HAT_DOT * T + t, hat_dot, mask=row_ok)
+        tl.store(row_ptr + PRE_DOT * T + t, pre_dot / D, mask=row_ok)
+        tl.store(row_ptr + PRE_HAT_DOT * T + t, pre_hat_dot / D, mask=row_ok)
     tl.store(row_ptr + ROW_DOT * T + t, row_dot, mask=row_ok)
     if gate_weight_ptr is not None:
         s = tl.sigmoid(logit + tl.load(gate_bias_ptr).to(tl.float32))

@@ -1,4 +1,4 @@
-# ruff: noqa: N803  (compile-time constants and the contract's letters are upper case)
+# ruff: noqa: N803, N806  (compile-time constants and the contract's letters are upper case)
 """The forward kernel of gated_adapter in Triton.
 
     h = W_down pre_norm(x) + b_down
@@ -17,6 +17,9 @@ A pooled gate needs the whole sentence. Programs of one Triton launch cannot wai
 anyway for backward: "down" stores h and the rows' sigmoids, "up" pools those of its sentence and
 goes on from h. That costs R / D of a pass. With skip_below the cut is before the first product
 instead: "gates" reads x and multiplies no matrices, "all" then skips tiles below the limit.
+
+A bottleneck above BLOCK_R takes a stream over x for each block of its ranks, and the second product
+reads the blocks of h again from memory.
 
 Norms take one more stream each over x or over u = W_up φ(h) + b_up, for their statistics: u of a
 row does not fit on the chip. Sums, norms, gates and the residual are float32; y is rounded once. h
@@ -68,24 +71,24 @@ def _pooled_gate(row_gate_ptr, mask_ptr, group, S, IS_MASKED: tl.constexpr):
 @triton.jit
 def _project_down(
     x_ptr, w_down_ptr, b_down_ptr, pre_weight_ptr, pre_bias_ptr, gate_weight_ptr, gate_bias_ptr,
-    rows, row_ok, pre_eps,
-    D: tl.constexpr, R: tl.constexpr, HAS_PRODUCT: tl.constexpr,
+    rows, row_ok, mean, rstd,
+    RANK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, HAS_PRODUCT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """h [BLOCK_T, BLOCK_R] and the rows' gates [BLOCK_T] from one stream over x; pointers are the
-    tile's and the bank member's.
+    """h [BLOCK_T, BLOCK_R] of the ranks from RANK on and, with the first of them, the rows' gates
+    [BLOCK_T], from one stream over x; pointers are the tile's and the bank member's, mean and rstd
+    a pre-norm's.
     """
-    r = tl.arange(0, BLOCK_R)
+    r = RANK + tl.arange(0, BLOCK_R)
+    HAS_GATE: tl.constexpr = (gate_weight_ptr is not None) and (RANK == 0)
     h = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
     logit = tl.zeros([BLOCK_T], tl.float32)
-    if pre_weight_ptr is not None and HAS_PRODUCT:
-        mean, rstd = row_norm(x_ptr, rows, row_ok, pre_eps, D, BLOCK_T, BLOCK_D)
     for start in range(0, D, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)
         col_ok = cols < D
         ok = row_ok[:, None] & col_ok[None, :]
         x = tl.load(x_ptr + rows[:, None] * D + cols[None, :], mask=ok, other=0.0)
-        if gate_weight_ptr is not None:
+        if HAS_GATE:
             weight = vector(gate_weight_ptr, cols, col_ok)
             logit += tl.sum(x.to(tl.float32) * weight[None, :], axis=1)
         if HAS_PRODUCT:
@@ -105,17 +108,76 @@ def _project_down(
 
 
 @triton.jit
-def up_chunk(
-    a, w_up_ptr, b_up_ptr, start,
-    D: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+def _make_hidden(
+    x_ptr, w_down_ptr, b_down_ptr, pre_weight_ptr, pre_bias_ptr, gate_weight_ptr, gate_bias_ptr,
+    h_ptr, rows, row_ok, has_work, pre_eps,
+    D: tl.constexpr, R: tl.constexpr, HAS_PRODUCT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """u [BLOCK_T, BLOCK_D] = φ(h) W_upᵀ + b_up of the columns start ... start + BLOCK_D."""
-    cols = start + tl.arange(0, BLOCK_D)
-    r = tl.arange(0, BLOCK_R)
+    """h of a tile to memory, zeros if it has no work; returns its last block of ranks and the rows'
+    gates. Without HAS_PRODUCT the gates are all.
+    """
+    dtype = h_ptr.dtype.element_ty
+    h = tl.zeros([BLOCK_T, BLOCK_R], dtype)
+    gate = tl.zeros([BLOCK_T], tl.float32)
+    mean = tl.zeros([BLOCK_T], tl.float32)
+    rstd = tl.zeros([BLOCK_T], tl.float32)
+    if pre_weight_ptr is not None and HAS_PRODUCT:  # noqa: SIM102  (decided at compile time)
+        if has_work:
+            mean, rstd = row_norm(x_ptr, rows, row_ok, pre_eps, D, BLOCK_T, BLOCK_D)
+    for rank in tl.static_range(0, R if HAS_PRODUCT else 1, BLOCK_R):
+        if has_work:
+            wide, own_gate = _project_down(
+                x_ptr, w_down_ptr, b_down_ptr, pre_weight_ptr, pre_bias_ptr,
+                gate_weight_ptr, gate_bias_ptr, rows, row_ok, mean, rstd,
+                rank, D, R, HAS_PRODUCT, BLOCK_T, BLOCK_D, BLOCK_R,
+            )  # fmt: skip
+            h = wide.to(dtype)
+            if rank == 0:
+                gate = own_gate
+        if HAS_PRODUCT:
+            r = rank + tl.arange(0, BLOCK_R)
+            ok = row_ok[:, None] & (r < R)[None, :]
+            tl.store(h_ptr + rows[:, None] * R + r[None, :], h, mask=ok)
+    if R > BLOCK_R:
+        tl.debug_barrier()  # other threads read the blocks of h that these have written
+    return h, gate
+
+
+@triton.jit
+def ranks_of(ptr, rows, row_ok, rank, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """[BLOCK_T, BLOCK_R] of h or dh, the ranks from ``rank`` on; ptr is the tile's first row."""
+    r = rank + tl.arange(0, BLOCK_R)
+    ok = row_ok[:, None] & (r < R)[None, :]
+    return tl.load(ptr + rows[:, None] * R + r[None, :], mask=ok, other=0.0)
+
+
+@triton.jit
+def _up_weight(w_up_ptr, cols, rank, D: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """W_upᵀ [BLOCK_R, BLOCK_D] of the ranks from ``rank`` on."""
+    r = rank + tl.arange(0, BLOCK_R)
     ok = (r < R)[:, None] & (cols < D)[None, :]
-    w = tl.load(w_up_ptr + cols[None, :] * R + r[:, None], mask=ok, other=0.0)
-    u = product(a, w.to(a.dtype), tl.zeros([BLOCK_T, BLOCK_D], tl.float32))
+    return tl.load(w_up_ptr + cols[None, :] * R + r[:, None], mask=ok, other=0.0)
+
+
+@triton.jit
+def up_chunk(
+    a, h_ptr, rows, row_ok, w_up_ptr, b_up_ptr, start,
+    ACTIVATION: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """u [BLOCK_T, BLOCK_D] = φ(h) W_upᵀ + b_up of the columns start ... start + BLOCK_D. a is φ(h),
+    or where that has several blocks of ranks one of them: then h is read from memory.
+    """
+    cols = start + tl.arange(0, BLOCK_D)
+    u = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    if R > BLOCK_R:
+        for rank in range(0, R, BLOCK_R):
+            h = ranks_of(h_ptr, rows, row_ok, rank, R, BLOCK_R).to(tl.float32)
+            w = _up_weight(w_up_ptr, cols, rank, D, R, BLOCK_R).to(a.dtype)
+            u = product(activate(h, ACTIVATION).to(a.dtype), w, u)
+    else:
+        u = product(a, _up_weight(w_up_ptr, cols, 0, D, R, BLOCK_R).to(a.dtype), u)
     if b_up_ptr is not None:
         u += vector(b_up_ptr, cols, cols < D)[None, :]
     return u
@@ -123,15 +185,18 @@ def up_chunk(
 
 @triton.jit
 def up_norm(
-    a, w_up_ptr, b_up_ptr, eps,
-    D: tl.constexpr, R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    a, h_ptr, rows, row_ok, w_up_ptr, b_up_ptr, eps,
+    ACTIVATION: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Mean and 1 / standard deviation of the rows of u = φ(h) W_upᵀ + b_up."""
     mean = tl.zeros([BLOCK_T], tl.float32)
     m2 = tl.zeros([BLOCK_T], tl.float32)
     for start in range(0, D, BLOCK_D):
-        u = up_chunk(a, w_up_ptr, b_up_ptr, start, D, R, BLOCK_T, BLOCK_D, BLOCK_R)
+        u = up_chunk(
+            a, h_ptr, rows, row_ok, w_up_ptr, b_up_ptr, start,
+            ACTIVATION, D, R, BLOCK_T, BLOCK_D, BLOCK_R,
+        )  # fmt: skip
         col_ok = start + tl.arange(0, BLOCK_D) < D
         mean, m2 = merge_moments(mean, m2, u, col_ok, start)
     return mean, tl.rsqrt(m2 / D + eps)
@@ -150,10 +215,11 @@ def _gated_adapter_fwd_kernel(
     PART: tl.constexpr, READS_GATES: tl.constexpr, GATE_PER_ROW: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, HAS_SKIP: tl.constexpr,
     DOWN_PER_SAMPLE: tl.constexpr, UP_PER_SAMPLE: tl.constexpr,
+    PRE_NORM_STEP: tl.constexpr, POST_NORM_STEP: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows. N: rows of a group; tiles: tiles of a group; residual_ptr is x for "input".
-
+    PRE_NORM_STEP, POST_NORM_STEP: from member to member of a bank of norms; 0: all have one.
     READS_GATES: an earlier launch left a learned gate's row gates in row_gate_ptr [T]; then
     gate_weight_ptr is None.
     """
@@ -164,9 +230,7 @@ def _gated_adapter_fwd_kernel(
     row_ok = rows < N - first
     t0 = group.to(tl.int64) * N + first
     t = t0 + rows
-    r = tl.arange(0, BLOCK_R)
-    h_at = rows[:, None] * R + r[None, :]  # [BLOCK_T, BLOCK_R]
-    h_ok = row_ok[:, None] & (r < R)[None, :]
+    h_ptr += t0 * R
     dtype = y_ptr.dtype.element_ty
 
     gate = row_gate(t, row_ok, S, gate_ptr, GATE_PER_ROW, BLOCK_T)
@@ -184,25 +248,23 @@ def _gated_adapter_fwd_kernel(
         has_work = tl.max(active.to(tl.int32), axis=0) > 0
 
     if PART == "up":
-        h = tl.load(h_ptr + t0 * R + h_at, mask=h_ok, other=0.0)
+        h = ranks_of(h_ptr, rows, row_ok, 0, R, BLOCK_R)
     else:
-        h = tl.zeros([BLOCK_T, BLOCK_R], dtype)
         down = member(down_index_ptr, group, DOWN_PER_SAMPLE)
+        w_down_ptr += down * R * D
         if b_down_ptr is not None:
             b_down_ptr += down * R
-        if has_work:
-            wide, own_gate = _project_down(
-                x_ptr + t0 * D, w_down_ptr + down * R * D, b_down_ptr,
-                pre_weight_ptr, pre_bias_ptr, gate_weight_ptr, gate_bias_ptr,
-                rows, row_ok, pre_eps,
-                D, R, PART != "gates", BLOCK_T, BLOCK_D, BLOCK_R,
-            )  # fmt: skip
-            h = wide.to(dtype)
-            if gate_weight_ptr is not None:
-                tl.store(row_gate_ptr + t, own_gate, mask=row_ok)
-                gate = own_gate  # read below only where each row has its own gate
-        if PART != "gates":
-            tl.store(h_ptr + t0 * R + h_at, h, mask=h_ok)
+        if pre_weight_ptr is not None:
+            pre_weight_ptr += down * PRE_NORM_STEP
+            pre_bias_ptr += down * PRE_NORM_STEP
+        h, own_gate = _make_hidden(
+            x_ptr + t0 * D, w_down_ptr, b_down_ptr, pre_weight_ptr, pre_bias_ptr,
+            gate_weight_ptr, gate_bias_ptr, h_ptr, rows, row_ok, has_work, pre_eps,
+            D, R, PART != "gates", BLOCK_T, BLOCK_D, BLOCK_R,
+        )  # fmt: skip
+        if gate_weight_ptr is not None:
+            tl.store(row_gate_ptr + t, own_gate, mask=row_ok)
+            gate = own_gate  # read below only where each row has its own gate
 
     if PART == "up" or PART == "all":
         a = activate(h.to(tl.float32), ACTIVATION).to(dtype)
@@ -212,7 +274,12 @@ def _gated_adapter_fwd_kernel(
         if b_up_ptr is not None:
             b_up_ptr += up * D
         if post_weight_ptr is not None:
-            mean, rstd = up_norm(a, w_up_ptr, b_up_ptr, post_eps, D, R, BLOCK_T, BLOCK_D, BLOCK_R)
+            post_weight_ptr += up * POST_NORM_STEP
+            post_bias_ptr += up * POST_NORM_STEP
+            mean, rstd = up_norm(
+                a, h_ptr, rows, row_ok, w_up_ptr, b_up_ptr, post_eps,
+                ACTIVATION, D, R, BLOCK_T, BLOCK_D, BLOCK_R,
+            )  # fmt: skip
         for start in range(0, D, BLOCK_D):
             cols = start + tl.arange(0, BLOCK_D)
             col_ok = cols < D
@@ -220,7 +287,10 @@ def _gated_adapter_fwd_kernel(
             at = rows[:, None] * D + cols[None, :]
             y = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
             if has_work:
-                u = up_chunk(a, w_up_ptr, b_up_ptr, start, D, R, BLOCK_T, BLOCK_D, BLOCK_R)
+                u = up_chunk(
+                    a, h_ptr, rows, row_ok, w_up_ptr, b_up_ptr, start,
+                    ACTIVATION, D, R, BLOCK_T, BLOCK_D, BLOCK_R,
+                )  # fmt: skip
                 if post_weight_ptr is not None:
                     u = (u - mean[:, None]) * rstd[:, None]
                     u = u * vector(post_weight_ptr, cols, col_ok)[None, :]

@@ -36,6 +36,8 @@ _COLUMNS = {
     128: (Config(32, 64, 8, 2), Config(16, 32, 8, 1)),
     256: (Config(16, 32, 8, 1), Config(16, 16, 16, 1)),
 }
+# Ranks of a block: of a larger bottleneck ptxas would spill the weights' gradients.
+_MOST_RANKS, _BLOCK_OF_RANKS = 256, 128
 CANDIDATES = candidates((16, 64), (32, 32), (32, 64), (64, 64), (32, 128), (128, 64))
 _DEFAULTS = {"forward": _ROWS, "rows": _ROWS, "columns": _COLUMNS}
 
@@ -81,6 +83,11 @@ class Plan:
         self.has_skip = at["skip_below"] > NEVER_SKIP and (
             self.is_learned or "gate" in signature.given
         )
+        self.norm_banks = {
+            norm
+            for norm in ("pre_norm", "post_norm")
+            if signature.dimensions(f"{norm}_weight") == 2
+        }
         self.dropout = (signed(threshold(p))[0] if p else 0, 1.0 / (1.0 - p))
         self.numbers = tuple(
             at[name] for name in ("scale_value", "pre_norm_eps", "post_norm_eps", "skip_below")
@@ -100,8 +107,11 @@ class Plan:
             "HAS_DROPOUT": p > 0,
             "DOWN_PER_SAMPLE": down_per_sample,
             "UP_PER_SAMPLE": up_per_sample,
-            "BLOCK_R": max(16, power_of_two(r)),
+            "PRE_NORM_STEP": d if "pre_norm" in self.norm_banks else 0,
+            "POST_NORM_STEP": d if "post_norm" in self.norm_banks else 0,
+            "BLOCK_R": _block_of_ranks(r),
         }
+        self.rank_blocks = -(-r // _block_of_ranks(r))
         self.part_sizes = {
             **dict.fromkeys(PARTS, d),
             "w_down": r * d, "w_up": d * r, "b_down": r, "scale": 1, "gate_bias": 1,
@@ -125,11 +135,15 @@ class Plan:
         launch_fitting(self.configs, kernel, launch)
 
 
+def _block_of_ranks(r: int) -> int:
+    return max(16, power_of_two(r)) if r <= _MOST_RANKS else _BLOCK_OF_RANKS
+
+
 def _config(signature: Signature, kernel: str, groups: int, rows: int) -> Config:
     """The default tile; with fewer rows where that many are not there, or where tiles of rows are
     too few for the processors.
     """
-    is_wide, r = signature.dtype == torch.float32, signature.sizes["R"]
+    is_wide, r = signature.dtype == torch.float32, _block_of_ranks(signature.sizes["R"])
     config = next(c[is_wide] for limit, c in _DEFAULTS[kernel].items() if r <= limit)
     if signature.device.type == "cpu":  # the interpreter pays for each program and operation
         return config._replace(block_t=64, block_d=64 if signature.sizes["D"] < 512 else 256)

@@ -76,11 +76,6 @@ def _check_norm(name: str, norm: str, side: str, values: dict[str, Value]) -> No
         )
 
 
-def has_norm_bank(signature: Signature) -> bool:
-    """Are there several LayerNorms, of which an index picks one?"""
-    return any(signature.dimensions(f"{norm}_weight") == 2 for norm in ("pre_norm", "post_norm"))
-
-
 def output_shapes(signature: Signature) -> dict[str, Any]:
     """The shapes of the outputs of a signature."""
     b, s, d, r = (signature.sizes[letter] for letter in "BSDR")

@@ -29,11 +29,10 @@ from .._triton_host import (
     within_bounds,
 )
 from ._triton_plan import CANDIDATES, PARTS, Plan, layout_of
-from .contract import CONTRACT, has_norm_bank
+from .contract import CONTRACT
 
 __all__ = ["CANDIDATES", "backward", "forward", "plan", "supports", "tune", "unavailable"]
 
-_MAX_RANK = 256  # above, ptxas spills the accumulators of the weights' gradients
 _RESIDUAL, _GATE_WEIGHT, _GATE_BIAS = (
     CONTRACT.input_names.index(name) for name in ("residual", "gate_weight", "gate_bias")
 )
@@ -41,16 +40,10 @@ _RESIDUAL, _GATE_WEIGHT, _GATE_BIAS = (
 
 def supports(signature: Signature, backend: str, form: str, needs_grad: bool = True) -> str:
     """Why the kernels cannot serve a call; empty if they can."""
-    b, s, r = (signature.sizes[letter] for letter in "BSR")
-    ranks = f"its registers hold the sums for a bottleneck of at most {_MAX_RANK}, and R is {r}"
+    b, s, d, r = (signature.sizes[letter] for letter in "BSDR")
     rows = "it counts rows in 32 bits, and there are 2**31 or more"
-    norms = "its norms are one [D] for all rows, and the call has a bank of norms"
-    return why_not(
-        signature,
-        (r > _MAX_RANK, ranks),
-        (b * s >= 2**31, rows),
-        (has_norm_bank(signature), norms),
-    )
+    weight = "it counts the numbers of a weight in 32 bits, and D x R are 2**31 or more"
+    return why_not(signature, (b * s >= 2**31, rows), (d * r >= 2**31, weight))
 
 
 plan = Plan
@@ -179,8 +172,9 @@ class _Backward:
     def _columns(self, config: Config) -> None:
         plan, given, chosen = self.plan, self.given, self.chosen
         chunks = -(-chosen.sizes["D"] // config.block_d)
+        programs = chunks * plan.rank_blocks  # for a part
         self.shares, rows_per_share = shares_of(
-            plan.shared_rows, config, chunks * plan.shared_groups, 2, chosen.device
+            plan.shared_rows, config, programs * plan.shared_groups, 2, chosen.device
         )
         wanted = tuple(self.grads)
         if wanted not in plan.layouts:
@@ -191,7 +185,7 @@ class _Backward:
             (part_count, self.layout["PART_SIZE"]), torch.float32, chosen.device
         )
         at = chosen.attributes
-        _kernels("bwd_columns")._gated_adapter_bwd_columns_kernel[(chunks * part_count,)](
+        _kernels("bwd_columns")._gated_adapter_bwd_columns_kernel[(programs * part_count,)](
             *(given[name] for name in _COLUMNS_INPUTS), self.gate, given["gate_weight"],
             self.dy, self.h, self.dh, self.fields, self.pool, self.grads.get("x"), self.parts,
             plan.shared_rows, chosen.sizes["S"], self.shares, at["scale_value"], at["skip_below"],
@@ -205,6 +199,9 @@ class _Backward:
         down = (self.given["down_index"], sizes.get("M", 1), plan.constants["DOWN_PER_SAMPLE"])
         up = (self.given["up_index"], sizes.get("M_up", 1), plan.constants["UP_PER_SAMPLE"])
         banks = {"w_down": down, "b_down": down, "w_up": up, "b_up": up}
+        for norm, bank in (("pre_norm", down), ("post_norm", up)):
+            if norm in plan.norm_banks:
+                banks |= {f"{norm}_weight": bank, f"{norm}_bias": bank}
         names = [name for name in PARTS if name in self.grads]
         indices, members, per_sample = zip(*(banks.get(name, (None, 1, False)) for name in names))
         block = 4096 if self.chosen.device.type == "cpu" else 256
