@@ -29,7 +29,17 @@ def head_names(model: PreTrainedModel) -> frozenset[str]:
 
 
 def names_in_place(model: PreTrainedModel, parts: Parts, head: Collection[str]) -> list[str]:
-    """The parameters of the base model that a method trains."""
+    """The parameters of the base model that a method trains.
+
+    Raises:
+        ValueError: its biases, and its layers have none.
+    """
+    has_biases = any(name.endswith("bias") for name, _ in model.base_model.named_parameters())
+    if parts.tune == "bias" and not has_biases:
+        raise ValueError(
+            "BitFitConfig: expected a model with biases, got "
+            f"{type(model).__name__}, whose layers have none; use another method"
+        )
     return [
         name
         for name, _ in model.named_parameters()

@@ -97,7 +97,7 @@ class Injection:
         placement = _parameter_placement(first.layers[0].get_submodule(query))
         self.prefix = _make_prefixes(model, self.stacks, parts.prefix, placement)
         self.uses_pelt_attention = self.prefix is not None or any(
-            stack.needs_mask for stack in self.stacks
+            stack.needs_mask and not stack.slots.attention.own_mask for stack in self.stacks
         )
         self._views = self._make_views()
         self.replacements: list[Replacement] = []
@@ -117,11 +117,13 @@ class Injection:
                 raise_occupied()
             check_places(self.model, stack.layers, stack.slots, self.parts)
         _check_decoder(self.model, self.stacks)
+        _check_own_attention(self.model, self.stacks, self.parts)
         _check_chunking(self.model, self.parts)
 
     def attach(self) -> None:
         """Puts the parts in: modules, the attention's name, the hooks of each layer."""
-        if self.uses_pelt_attention or self.parts.has_parallel_adapter:
+        needs_mask = any(stack.needs_mask for stack in self.stacks)
+        if self.uses_pelt_attention or needs_mask or self.parts.has_parallel_adapter:
             encoder = self.model.base_model
             self._mark(encoder, FORWARDS_ATTRIBUTE, Forwards(self.states))
             self._handles.append(encoder.register_forward_pre_hook(begin_forward))
@@ -344,6 +346,34 @@ def _check_chunking(model: PreTrainedModel, parts: Parts) -> None:
             "network (its value is a "
             f"mean over the whole sentence), got {chunk}"
         )
+
+
+def _check_own_attention(model: PreTrainedModel, stacks: list[Stack], parts: Parts) -> None:
+    """An attention that computes its scores by itself takes no further keys; and where its query
+    and key project relative positions, too, those are no sentence that a gate could be a mean of.
+    """
+    if not any(stack.slots.attention.own_mask for stack in stacks):
+        return
+    if parts.prefix is not None:
+        raise ValueError(
+            "PrefixTuningConfig: expected a model whose attention can be given further keys, got "
+            f"{type(model).__name__}, which computes its scores with relative positions by itself; "
+            "leave the prefix out: adapters and LoRA (with gates or without, as in "
+            "UniPELTConfig(prefix=None)), AdaMix, PST and BitFit work in it"
+        )
+    config: Any = model.config
+    shares = getattr(config, "share_att_key", False) and getattr(
+        config, "relative_attention", False
+    )
+    if shares and parts.lora is not None and parts.lora.gated:
+        between = sorted({"query", "key"} & set(parts.lora.targets))
+        if between:
+            raise ValueError(
+                f"LoraConfig: expected no gate at {' and '.join(between)} of "
+                f"{type(model).__name__}, whose query and key project relative positions, too "
+                "(share_att_key=True), which belong to no sentence; use targets=('value',), or "
+                "gated=False"
+            )
 
 
 def _check_decoder(model: PreTrainedModel, stacks: list[Stack]) -> None:

@@ -18,7 +18,11 @@ In a BERT layer, with every part; what a method leaves out is the base model's o
 A layer that normalises before its sub-layers ends with the FFN's second Linear: its adapter is in
 the AdaptedLinear there, on the FFN's output before its residual, and end_layer is behind it. An
 AdaptedFusedLinear stands for a query, key and value in one. An attention over an encoder follows
-the layer's own; it shares the state and leaves no mask.
+the layer's own; it shares the state and leaves no mask. One that computes its scores by itself
+cannot have a prefix, and its mask is read in another form (`READ_OWN_MASK`).
+
+A layer whose weights serve several depths (ALBERT's) has one set of parts and one state, which each
+use of the layer fills and empties again.
 
 The modules of a layer do not call each other, so three values travel in the layer's state. Each is
 left by the step that has it and taken, which clears it, by the last that wants it; all within the
@@ -44,7 +48,7 @@ from ..nn.original import Original, linear_kind, product
 from .attention_config import PELT
 from .attention_masks import check_mask
 from .layer_state import STATE_ATTRIBUTE, LayerState
-from .slots import Slots
+from .slots import ADDED, PRODUCT, Slots
 
 PREFIX_GATE = "prefix"
 
@@ -62,10 +66,13 @@ def hooks_of(slots: Slots, parts: Parts, uses_attention: bool, needs_mask: bool)
     """The hooks of a layer in the order in which they run."""
     if parts.mixture is not None:
         yield Hook("", check_random_state)
-    if uses_attention:
+    own_mask = slots.attention.own_mask
+    if own_mask and needs_mask:
+        yield Hook(slots.attention.module, READ_OWN_MASK[own_mask])
+    elif uses_attention:
         yield Hook(slots.attention.module, read_mask, takes_kwargs=True)
     if parts.has_parallel_adapter:
-        yield Hook(slots.ffn_in[0], keep_ffn_input)
+        yield Hook(slots.places("ffn_in")[0][1].path, keep_ffn_input)
     if needs_mask and parts.adapter is None:
         if slots.ffn_norm is not None:
             yield Hook(slots.ffn_norm, end_layer)
@@ -103,6 +110,27 @@ def read_mask(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     check_mask(mask)
     state: LayerState = getattr(attention, STATE_ATTRIBUTE)
     state.leave_mask(mask)
+
+
+def read_product_mask(attention: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of an attention that computes its own scores: a token sees itself where it
+    is real, so the padding mask is the diagonal of the mask [B, 1, N, N] of this very call.
+    """
+    state: LayerState = getattr(attention, STATE_ATTRIBUTE)
+    state.leave_mask(_diagonal(args[1]) != 0)
+
+
+def read_added_mask(attention: nn.Module, args: tuple[Any, ...]) -> None:
+    """As `read_product_mask`, of a mask that is added to the scores, or None."""
+    state: LayerState = getattr(attention, STATE_ATTRIBUTE)
+    state.leave_mask(None if args[1] is None else _diagonal(args[1]) == 0)
+
+
+def _diagonal(mask: Tensor) -> Tensor:
+    return mask[:, 0].diagonal(dim1=-2, dim2=-1)
+
+
+READ_OWN_MASK = {PRODUCT: read_product_mask, ADDED: read_added_mask}
 
 
 class AdaptedLinear(LoRALinear):

@@ -103,12 +103,12 @@ class StandIns:
         wanted |= {"ffn_out"} if at_output else set()
         for path, targets in _by_linear(slots, wanted):
             base = layer.get_submodule(path)
-            if targets[0][1].is_fused:
-                yield path, self._fused(base, targets, state, lora, has_pooled_gate)
-                continue
             name = targets[0][0]
-            has_branch = _target_of(name) in lora
             has_gate = has_pooled_gate and name == "query"
+            if targets[0][1].is_fused:
+                yield path, self._fused(base, targets, state, lora, has_gate)
+                continue
+            has_branch = _target_of(name) in lora
             has_adapter = at_output and name == "ffn_out"
             yield path, self._linear(base, name, state, has_branch, has_gate, has_adapter)
         if parts.adapter is not None and slots.ffn_norm is not None:
@@ -156,7 +156,7 @@ class StandIns:
         targets: list[tuple[str, Place]],
         state: LayerState,
         lora_targets: tuple[str, ...],
-        has_pooled_gate: bool,
+        has_gate: bool,
     ) -> AdaptedFusedLinear:
         """One Linear for several projections, with a LoRA branch for each target among them."""
         lora, prefix = self.parts.lora, self.parts.prefix
@@ -169,7 +169,7 @@ class StandIns:
                 pooling = self._pooling(lora)
                 branches[name] = LowRank(into, size, lora.r, lora.alpha, pooling, **self.placement)
         gates = {}
-        if has_pooled_gate and prefix is not None:
+        if has_gate and prefix is not None:
             gates[PREFIX_GATE] = Gate(into, prefix.gate_pooling, **self.placement)
         return AdaptedFusedLinear(
             base,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 CROSS = "cross"
+PRODUCT, ADDED = "product", "added"
 
 
 class Place(NamedTuple):
@@ -51,6 +52,9 @@ class AttentionSlots:
         module: calls the attention function and receives the mask.
         query, key, value, output: the Linears; those of a fused one as a `Place`.
         site: empty for the attention over the layer's own tokens; ``cross`` over an encoder's.
+        own_mask: empty where the module calls the attention that transformers' attention interface
+            names. One that computes its scores by itself is given a mask [B, 1, N, N] of this kind:
+            ``product``, not 0 where both tokens are real, or ``added``, 0 in the scores there.
     """
 
     module: str
@@ -59,6 +63,7 @@ class AttentionSlots:
     value: str | Place
     output: str
     site: str = ""
+    own_mask: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,9 @@ class Slots:
     ``model.base_model``, the others to a layer.
 
     Attributes:
+        layers: with ``*`` for each of a group of layers.
         attentions: the layer's own first.
-        ffn_in: the Linear that reads the FFN's input, or the two of a gated FFN.
+        ffn_in: the Linear that reads the FFN's input; of a gated FFN both, or their places in one.
         ffn_norm: the LayerNorm that is given the sum of the FFN's output and its residual, the last
             thing in a layer; None where norms stand before the sub-layers.
         name: ``encoder`` or ``decoder``.
@@ -78,7 +84,7 @@ class Slots:
     layers: str
     embeddings: str
     attentions: tuple[AttentionSlots, ...]
-    ffn_in: tuple[str, ...]
+    ffn_in: tuple[str | Place, ...]
     ffn_out: str
     ffn_norm: str | None = None
     name: str = "encoder"
@@ -98,13 +104,13 @@ class Slots:
             return (("ffn_out", Place(self.ffn_out)),)
         if target == "ffn_in":
             names = ("ffn_in", "ffn_in_2")
-            return tuple((name, Place(path)) for name, path in zip(names, self.ffn_in))
+            return tuple((name, _place(place)) for name, place in zip(names, self.ffn_in))
         field = "output" if target == "attention_output" else target
         found = []
         for attention in self.attentions:
             place = getattr(attention, field)
             name = f"{attention.site}_{target}" if attention.site else target
-            found.append((name, place if isinstance(place, Place) else Place(place)))
+            found.append((name, _place(place)))
         return tuple(found)
 
     def in_layer(self) -> Iterator[str]:
@@ -112,18 +118,28 @@ class Slots:
         for attention in self.attentions:
             yield attention.module
             for place in (attention.query, attention.key, attention.value, attention.output):
-                yield place.path if isinstance(place, Place) else place
-        yield from (*self.ffn_in, self.ffn_out)
+                yield _place(place).path
+        yield from (_place(place).path for place in (*self.ffn_in, self.ffn_out))
         if self.ffn_norm is not None:
             yield self.ffn_norm
 
 
+def _place(place: str | Place) -> Place:
+    return place if isinstance(place, Place) else Place(place)
+
+
 def _attention(
-    module: str, names: str = "q_proj k_proj v_proj out_proj", site: str = ""
+    module: str, names: str = "q_proj k_proj v_proj out_proj", site: str = "", own_mask: str = ""
 ) -> AttentionSlots:
     """An attention whose Linears are children of its module."""
     query, key, value, output = (f"{module}.{name}" for name in names.split())
-    return AttentionSlots(module, query, key, value, output, site)
+    return AttentionSlots(module, query, key, value, output, site, own_mask)
+
+
+def _fused_attention(module: str, path: str, output: str) -> AttentionSlots:
+    """An attention whose query, key and value one Linear computes, in this order."""
+    query, key, value = (Place(path, part, 3) for part in range(3))
+    return AttentionSlots(module, query, key, value, output)
 
 
 BERT = Slots(
@@ -153,15 +169,7 @@ DISTILBERT = Slots(
 GPT2 = Slots(
     layers="h",
     embeddings="wte",
-    attentions=(
-        AttentionSlots(
-            module="attn",
-            query=Place("attn.c_attn", 0, 3),
-            key=Place("attn.c_attn", 1, 3),
-            value=Place("attn.c_attn", 2, 3),
-            output="attn.c_proj",
-        ),
-    ),
+    attentions=(_fused_attention("attn", "attn.c_attn", "attn.c_proj"),),
     ffn_in=("mlp.c_fc",),
     ffn_out="mlp.c_proj",
     name="decoder",
@@ -175,6 +183,47 @@ LLAMA = Slots(
     ffn_out="mlp.down_proj",
     name="decoder",
     is_causal=True,
+)
+ALBERT = Slots(
+    layers="encoder.albert_layer_groups.*.albert_layers",
+    embeddings="embeddings",
+    attentions=(_attention("attention", "query key value dense"),),
+    ffn_in=("ffn",),
+    ffn_out="ffn_output",
+    ffn_norm="full_layer_layer_norm",
+)
+DEBERTA = replace(
+    BERT,
+    attentions=(
+        AttentionSlots(
+            module="attention.self",
+            query="attention.self.query_proj",
+            key="attention.self.key_proj",
+            value="attention.self.value_proj",
+            output="attention.output.dense",
+            own_mask=PRODUCT,
+        ),
+    ),
+)
+MPNET = replace(BERT, attentions=(_attention("attention.attn", "q k v o", own_mask=ADDED),))
+MODERNBERT = Slots(
+    layers="layers",
+    embeddings="embeddings",
+    attentions=(_fused_attention("attn", "attn.Wqkv", "attn.Wo"),),
+    ffn_in=(Place("mlp.Wi", 0, 2), Place("mlp.Wi", 1, 2)),
+    ffn_out="mlp.Wo",
+)
+VIT = Slots(
+    layers="layers",
+    embeddings="embeddings",
+    attentions=(_attention("attention", "q_proj k_proj v_proj o_proj"),),
+    ffn_in=("mlp.fc1",),
+    ffn_out="mlp.fc2",
+)
+CLIP_VISION = replace(VIT, layers="encoder.layers", attentions=(_attention("self_attn"),))
+# With a projection behind it, in transformers before 5.24, the tower is not the base model.
+CLIP_VISION_INSIDE = replace(
+    CLIP_VISION, layers="vision_model.encoder.layers", embeddings="vision_model.embeddings"
 )
 
 
@@ -221,10 +270,13 @@ BART, MBART = (_bart("final_layer_norm"),), (_bart(None),)
 
 # Of several variants (versions of transformers, kinds of FFN) a model has one.
 FAMILIES: dict[str, tuple[tuple[Slots, ...], ...]] = {
+    "albert": ((ALBERT,),),
     "bart": BART,
     "bert": ((BERT,),),
     "camembert": ((BERT,),),
+    "clip_vision_model": ((CLIP_VISION,), (CLIP_VISION_INSIDE,)),
     "data2vec-text": ((BERT,),),
+    "deberta-v2": ((DEBERTA,),),
     "distilbert": ((DISTILBERT,),),
     "electra": ((BERT,),),
     "ernie": ((BERT,),),
@@ -234,16 +286,19 @@ FAMILIES: dict[str, tuple[tuple[Slots, ...], ...]] = {
     "llama": ((LLAMA,),),
     "mbart": MBART,
     "mistral": ((LLAMA,),),
+    "modernbert": ((MODERNBERT,),),
+    "mpnet": ((MPNET,),),
     "mt5": T5,
     "qwen2": ((LLAMA,),),
     "qwen3": ((LLAMA,),),
     "roberta": ((BERT,),),
     "t5": T5,
+    "vit": ((VIT,),),
     "xlm-roberta": ((BERT,),),
 }
 
 # Families whose first position is pad_token_id + 1: the rows before it serve no token.
-POSITIONS_AFTER_PADDING = {"camembert", "data2vec-text", "roberta", "xlm-roberta"}
+POSITIONS_AFTER_PADDING = {"camembert", "data2vec-text", "mpnet", "roberta", "xlm-roberta"}
 
 
 def longest_input(config: PreTrainedConfig) -> int | None:
@@ -278,10 +333,15 @@ def stacks_of(model: PreTrainedModel) -> tuple[Slots, ...]:
 
 def layers_of(model: PreTrainedModel, slots: Slots) -> nn.ModuleList:
     """The layers of a stack, in order."""
-    layers = _follow(model.base_model, slots.layers, type(model).__name__)
+    who = type(model).__name__
+    path, _, inner = slots.layers.partition(".*.")
+    layers = _follow(model.base_model, path, who)
+    if inner and isinstance(layers, nn.ModuleList):
+        groups = [_follow(group, inner, f"a group of {who}") for group in layers]
+        layers = nn.ModuleList([layer for group in groups for layer in group.children()])
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise ValueError(
-            f"get_pelt_model: expected {type(model).__name__} to have layers in {slots.layers!r}, "
+            f"get_pelt_model: expected {who} to have layers in {slots.layers!r}, "
             f"got {type(layers).__name__} of length {len(list(layers.children()))}"
         )
     return layers

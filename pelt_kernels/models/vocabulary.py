@@ -17,13 +17,24 @@ ADDED_ROWS = "vocabulary.added"
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    """How many words the model has embeddings for."""
+    """How many words the model has embeddings for; 0 of one that reads images."""
+    if not _reads_words(model):
+        return 0
     weight: Any = model.get_input_embeddings().weight
     return len(weight)
 
 
+def _reads_words(model: PreTrainedModel) -> bool:
+    return getattr(model, "main_input_name", None) != "pixel_values"
+
+
 def word_embeddings(model: PreTrainedModel) -> tuple[str, Tensor]:
     """The name of the word embeddings' weight in the model, and the weight [words, D]."""
+    if not _reads_words(model):
+        raise ValueError(
+            f"PeltModel: expected a model with word embeddings, got {type(model).__name__}, which "
+            "reads images"
+        )
     weight: Any = model.get_input_embeddings().weight
     for name, parameter in model.named_parameters():
         if parameter is weight:
@@ -60,7 +71,9 @@ def check_rows(
 ) -> None:
     """Raises ValueError where a file's rows are not those that its description promises."""
     added = described.get("vocab_added") or 0
-    weight: Any = model.get_input_embeddings().weight
+    if not added and rows is None:
+        return
+    _, weight = word_embeddings(model)
     expected = [added, *weight.shape[1:]] if added else None
     got = None if rows is None else list(rows.shape)
     if got != expected or added > len(weight):

@@ -44,6 +44,42 @@ _GPT2 = _WORDS | {
 }  # fmt: skip
 _GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
+_BERT = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3,
+}  # fmt: skip
+_READER = _BERT | {"vocab_size": WORDS, "pad_token_id": PAD, "max_position_embeddings": 40}
+_IMAGE = {"image_size": 8, "patch_size": 4, "num_channels": 3}
+_PIXELS = _BERT | _IMAGE | {"attention_dropout": 0.0}
+
+# Encoders that are not shaped as BERT is.
+READERS: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "albert": (
+        hf.AlbertConfig, hf.AlbertForSequenceClassification,
+        _READER | {"embedding_size": 16, "classifier_dropout_prob": 0.0},
+    ),
+    "clip_vision_model": (hf.CLIPVisionConfig, hf.CLIPVisionModel, _PIXELS),
+    "deberta-v2": (
+        hf.DebertaV2Config, hf.DebertaV2ForSequenceClassification,
+        _READER | {
+            "relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"],
+            "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0,
+        },
+    ),
+    "modernbert": (
+        hf.ModernBertConfig, hf.ModernBertForSequenceClassification,
+        _READER | {
+            "num_hidden_layers": 3, "local_attention": 6, "classifier_pooling": "mean",
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3,
+        },
+    ),
+    "mpnet": (hf.MPNetConfig, hf.MPNetForSequenceClassification, _READER),
+    "vit": (hf.ViTConfig, hf.ViTForImageClassification, _PIXELS),
+}  # fmt: skip
+OF_IMAGES = ("clip_vision_model", "vit")
+OWN_ATTENTION = ("deberta-v2", "mpnet")
+
 WRITERS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "bart": (hf.BartConfig, hf.BartForConditionalGeneration, _BART),
     "gemma": (hf.GemmaConfig, hf.GemmaForCausalLM, _LLAMA),
@@ -64,10 +100,20 @@ WRITERS: dict[str, tuple[type, type, dict[str, Any]]] = {
 
 def make_writer(family: str, attention: str = "sdpa", **changes: Any) -> Any:
     """A model of a family that writes text, in eval mode: 2 layers, D = 32, 99 words."""
+    return _made(*WRITERS[family], changes | {"attn_implementation": attention})
+
+
+def make_reader(family: str, attention: str = "sdpa", **changes: Any) -> Any:
+    """A classifier of a family (of CLIP's the tower alone), in eval mode: D = 32, 99 words."""
+    attention = "eager" if family in OWN_ATTENTION else attention
+    return _made(*READERS[family], changes | {"attn_implementation": attention})
+
+
+def _made(
+    config_class: type, model_class: type, sizes: dict[str, Any], changes: dict[str, Any]
+) -> Any:
     torch.manual_seed(0)
-    config_class, model_class, sizes = WRITERS[family]
-    config = config_class(**sizes | changes, attn_implementation=attention)
-    model = model_class(config)
+    model = model_class(config_class(**sizes | changes))
     # Biases and norms start as 0 and 1, which would hide a mistake in where they are added.
     with torch.no_grad():
         for parameter in model.parameters():

@@ -282,7 +282,7 @@ def test_what_is_refused(make_base, make_batch):
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
     neox = hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**sizes, intermediate_size=32))
-    refuse(neox, APL, r"families bart, .*got GPTNeoXForCausalLM \(model_type 'gpt_neox'\)")
+    refuse(neox, APL, r"families albert, .*got GPTNeoXForCausalLM \(model_type 'gpt_neox'\)")
     refuse(torch.nn.Linear(2, 2), APL, "got Linear")
     refuse(hf.BertModel(make_base().config), HeadConfig(), "expected a model with a head")
     refuse(make_base(), {"method": "unipelt"}, "got dict", TypeError)

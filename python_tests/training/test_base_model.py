@@ -17,7 +17,8 @@ from pelt_kernels.training import Predictor, RunError, TrainConfig, UsageError, 
 from pelt_kernels.training.base_model import load_classifier, load_tokenizer, longest_text
 
 ENCODERS = (
-    "bert", "camembert", "data2vec-text", "distilbert", "electra", "ernie", "roberta", "xlm-roberta",
+    "albert", "bert", "camembert", "data2vec-text", "deberta-v2", "distilbert", "electra", "ernie",
+    "mpnet", "roberta", "xlm-roberta",
 )  # fmt: skip
 
 
