@@ -52,7 +52,9 @@ def _density(exported: Exported) -> Table:
     table = Table("layer", *(place.replace("_", " ") for place in places), "zeros", title=title)
     by_place = {(matrix.layer, matrix.place): matrix for matrix in exported.matrices}
     for layer in dict.fromkeys(matrix.layer for matrix in exported.matrices):
-        row = [by_place[layer, place] for place in places]
-        zeros = f"{sum(matrix.zeros for matrix in row):,}"
-        table.add_row(str(layer), *(f"{matrix.density:.3f}" for matrix in row), zeros)
+        # An encoder's layer lacks what a decoder's has.
+        row = [by_place.get((layer, place)) for place in places]
+        zeros = f"{sum(matrix.zeros for matrix in row if matrix):,}"
+        shares = (f"{matrix.density:.3f}" if matrix else "–" for matrix in row)
+        table.add_row(str(layer), *shares, zeros)
     return table

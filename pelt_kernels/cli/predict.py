@@ -9,10 +9,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from . import predict_options as given
+from .conditions import Same, check_writing
 from .console import Debug, errors_in_one_line, notes
 
 if TYPE_CHECKING:
@@ -23,39 +23,33 @@ if TYPE_CHECKING:
 
 
 def predict(
-    texts: Annotated[
-        list[str] | None, typer.Argument(help="Texts; without any, lines of --file or stdin.")
-    ] = None,
-    adapter: Annotated[Path, typer.Option(help="The folder adapter/ that training left.")] = Path(
-        "adapter"
-    ),
-    pair: Annotated[
-        list[str] | None, typer.Option(help="The second text of each text, in the same order.")
-    ] = None,
-    file: Annotated[
-        Path | None, typer.Option(help="CSV, TSV or JSONL with columns, else lines of text.")
-    ] = None,
-    text_column: Annotated[str | None, typer.Option(help="Default text, sentence, ...")] = None,
-    pair_column: Annotated[str | None, typer.Option(help="The second text's column.")] = None,
-    label_column: Annotated[
-        str | None, typer.Option(help="Where there are labels, a score is told.")
-    ] = None,
-    no_header: Annotated[
-        bool, typer.Option("--no-header", help="Columns of --file are called 1, 2, 3, ...")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
-    model: Annotated[
-        str | None, typer.Option(help="The base model, where it has moved since training.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    backend: Annotated[str | None, typer.Option(help="Ask every operator for one backend.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    texts: given.Texts = None,
+    adapter: given.Adapter = Path("adapter"),
+    pair: given.Pair = None,
+    file: given.File = None,
+    text_column: given.TextColumn = None,
+    pair_column: given.PairColumn = None,
+    label_column: given.LabelColumn = None,
+    source_column: given.SourceColumn = None,
+    target_column: given.TargetColumn = None,
+    attributes: given.Attributes = None,
+    task: given.Task = None,
+    task_column: given.TaskColumn = None,
+    beams: given.Beams = None,
+    max_new_tokens: given.MaxNewTokens = None,
+    no_header: given.NoHeader = False,
+    as_json: given.AsJson = False,
+    model: given.Model = None,
+    batch_size: given.BatchSize = 32,
+    backend: given.Backend = None,
+    device: given.Device = "auto",
     debug: Debug = False,
 ) -> None:
     """Label texts with a trained adapter: label, probability and text, separated by tabs.
 
-    Scores (regression) are a number and the text; several labels are separated by commas. The two
-    texts of a pair stand in one line, separated by a tab.
+    Scores (regression) are a number and the text; several labels are separated by commas; where
+    texts are written, what is written stands before its source. The two texts of a pair stand in
+    one line, separated by a tab.
     """
     with errors_in_one_line(debug):
         from ..ops import BACKENDS, use_backend
@@ -68,18 +62,29 @@ def predict(
         from .progress import counting
 
         card = Card.load(adapter)
-        columns = Columns(text_column, pair_column, label_column, not no_header, card.problem)
+        check_writing(card, (beams, max_new_tokens), source_column or target_column)
+        columns = Columns(
+            source_column or text_column,
+            pair_column,
+            target_column or label_column,
+            not no_header,
+            card.problem,
+        )
+        same = Same.of(card, attributes or (), task)
+        columns = same.columns(card, columns, task_column)
         console, counts = notes(), _Counts(PROBLEMS[card.problem].tally(card.labels))
 
         def say(sentence: str) -> None:
             console.print(sentence, markup=False, soft_wrap=True)
 
-        examples, total = _examples(texts, pair, file, columns, card, say)
+        examples, total = _examples(texts, pair, file, columns, card, same, say)
         computing = computing_device(device)
         if backend is not None:
             check_choice("backend", backend, tuple(BACKENDS))
         with use_backend(backend) if backend else nullcontext():
-            predictor = Predictor(adapter, model, computing)
+            predictor = Predictor(
+                adapter, model, computing, beams=beams, max_new_tokens=max_new_tokens
+            )
             with counting(console, "texts", total) as advance:
                 for part in predictor.stream(examples, batch_size, advance):
                     sys.stdout.write("".join(_lines_of(part, as_json)))
@@ -95,6 +100,7 @@ def _examples(
     file: Path | None,
     columns: Columns,
     card: Card,
+    same: Same,
     say: Callable[[str], None],
 ) -> tuple[Iterable[Example], int | None]:
     """The examples to label, and how many there are. A file is read twice, so that a mistake in its
@@ -116,18 +122,20 @@ def _examples(
         lines = (
             [f"{text}\t{pair}" for text, pair in zip(texts, pairs, strict=True)] if pairs else texts
         )
-        return list(readable(_split(lines, "argument", card.has_pairs), say)), len(texts)
+        given = readable(_split(lines, "argument", card.has_pairs), say)
+        return list(same.checked(card, given)), len(texts)
     if file is None:
         if sys.stdin.isatty():
             raise UsageError("no text: give texts, --file, or lines on standard input")
-        return _not_empty(readable(_split(_standard_input(), "line", card.has_pairs), say)), None
+        read_lines = readable(_split(_standard_input(), "line", card.has_pairs), say)
+        return _not_empty(same.checked(card, read_lines)), None
 
     def read(say: Callable[[str], None] = lambda sentence: None) -> Iterator[Example]:
         assert file is not None
         if file.suffix.lower() in SUFFIXES:
             rows = iterate_examples(file, columns, needs_label=False, allows_empty=True)
-            return with_known_labels(readable(rows, say), card)
-        return _split(_lines(file), f"line of {file}", card.has_pairs)
+            return same.checked(card, with_known_labels(readable(rows, say), card))
+        return same.checked(card, _split(_lines(file), f"line of {file}", card.has_pairs))
 
     total = 0
     for example in read(say):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.table import Table
 
+from . import train_options as given
 from .console import Debug, errors_in_one_line, notes, results
 
 if TYPE_CHECKING:
@@ -17,99 +18,47 @@ RUNS = Path("runs")
 METRIC_TITLES = {
     "f1": "F1", "matthews": "Matthews", "spearman": "Spearman", "pearson": "Pearson",
     "f1_micro": "micro F1", "f1_macro": "macro F1",
+    "bleu": "BLEU", "chrf": "chrF", "rouge_l": "ROUGE-L",
 }  # fmt: skip
-_METHODS = (
-    "unipelt, unipelt-ap, adapter, prefix, lora, adamix, pst, bitfit, composite, mam, head or full"
-)
 
 
 def train(
     context: typer.Context,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help="A CSV, TSV or JSONL file, docstring-match (the default) or a data set: glue/sst2."
-        ),
-    ] = None,
-    eval: Annotated[
-        str | None, typer.Option(help="A file with the test part; else one is held out of --task.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A hub id or a folder; the default lies in a package.")
-    ] = None,
-    method: Annotated[str | None, typer.Option(help=f"{_METHODS}.")] = None,
-    options: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="FIELD=VALUE",
-            help="A field of the method, such as r=4, sparsity=0.5 or adapter.bottleneck=16; "
-            "repeat it for more.",
-        ),
-    ] = None,
-    train_examples: Annotated[
-        int | None, typer.Option(help="Training examples that each seed draws; default all.")
-    ] = None,
-    seeds: Annotated[str | None, typer.Option(help="One run for each, such as 0,1,2.")] = None,
-    lr: Annotated[
-        str | None, typer.Option(help="Learning rate; of several (1e-3,1e-2) the best on dev.")
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option(help="Default by method, and more for few examples.")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Default by method.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens kept of a text; 128.")] = None,
-    problem: Annotated[
-        str | None,
-        typer.Option(
-            help="What the labels are: classification, regression (scores) or multi-label (several "
-            "a row); found out where it is plain."
-        ),
-    ] = None,
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            help="What decides on dev (best weights, stopping, rate): accuracy, f1 or matthews; "
-            "spearman or pearson; f1_micro, f1_macro or accuracy."
-        ),
-    ] = None,
-    class_weights: Annotated[
-        str | None,
-        typer.Option(help="balanced: all classes weigh the same in the loss, in sum; or none."),
-    ] = None,
-    patience: Annotated[
-        int | None,
-        typer.Option(help="Evaluations on dev without a better score or loss before stopping; 3."),
-    ] = None,
-    eval_every: Annotated[
-        int | None, typer.Option(help="Steps between evaluations; 0: an epoch, but at least 25.")
-    ] = None,
-    warmup: Annotated[
-        float | None, typer.Option(help="Share of the steps with a rising rate; 0.06.")
-    ] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="0.")] = None,
-    text_column: Annotated[str | None, typer.Option(help="Default text, sentence, ...")] = None,
-    pair_column: Annotated[str | None, typer.Option(help="The second text's column.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Default label.")] = None,
-    label_separator: Annotated[
-        str | None, typer.Option(help="Between the labels of a row in CSV and TSV; a comma.")
-    ] = None,
-    no_header: Annotated[
-        bool | None,
-        typer.Option("--no-header", help="CSV or TSV without names: columns are called 1, 2, ..."),
-    ] = None,
-    backend: Annotated[str | None, typer.Option(help="Ask every operator for one backend.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="Folder for the results; default runs/<task>-<method>.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --output.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Remove the run in --output first.")
-    ] = False,
+    tasks: given.Tasks = None,
+    evals: given.Evals = None,
+    model: given.Model = None,
+    method: given.Method = None,
+    options: given.Options = None,
+    train_examples: given.TrainExamples = None,
+    seeds: given.Seeds = None,
+    lr: given.Lr = None,
+    epochs: given.Epochs = None,
+    batch_size: given.BatchSize = None,
+    max_length: given.MaxLength = None,
+    problem: given.Problem = None,
+    metric: given.Metric = None,
+    class_weights: given.ClassWeights = None,
+    patience: given.Patience = None,
+    eval_every: given.EvalEvery = None,
+    warmup: given.Warmup = None,
+    weight_decay: given.WeightDecay = None,
+    text_column: given.TextColumn = None,
+    pair_column: given.PairColumn = None,
+    label_column: given.LabelColumn = None,
+    label_separator: given.LabelSeparator = None,
+    source_column: given.SourceColumn = None,
+    target_column: given.TargetColumn = None,
+    attribute_columns: given.AttributeColumns = None,
+    task_column: given.TaskColumn = None,
+    max_target_length: given.MaxTargetLength = None,
+    beams: given.Beams = None,
+    no_header: given.NoHeader = None,
+    backend: given.Backend = None,
+    device: given.Device = None,
+    precision: given.Precision = None,
+    output: given.Output = None,
+    resume: given.Resume = False,
+    overwrite: given.Overwrite = False,
     debug: Debug = False,
 ) -> None:
     """Train a method on a task, test it, and keep the adapter."""
@@ -152,7 +101,10 @@ def _given_options(parameters: dict[str, Any]) -> dict[str, Any]:
     """The fields of a config that stand on the command line."""
     from ..training.config import option_names
 
-    values = {name: parameters[name] for name in option_names()}
+    values = {name: parameters.get(name) for name in option_names()}
+    for name in ("task", "eval"):
+        first, *more = parameters[f"{name}s"] or [None]
+        values |= {name: first, f"more_{name}s": more}
     options = {name: value for name, value in values.items() if value not in (None, [])}
     if "seeds" in options:
         options["seeds"] = _numbers("seeds", options["seeds"], int)
@@ -174,7 +126,8 @@ def _free_folder(config: TrainConfig) -> Path:
     """``runs/<task>-<method>``, numbered where a run is there already."""
     from ..training import is_run
 
-    name = f"{Path(config.task).stem}-{config.method}"
+    stems = [Path(task).stem for task in (config.task, *config.more_tasks)]
+    name = f"{'+'.join(stems)}-{config.method}"
     folder, number = RUNS / name, 2
     while is_run(folder):
         folder, number = RUNS / f"{name}-{number}", number + 1

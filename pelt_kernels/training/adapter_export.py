@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 from ..methods import parts_of
 from ..models import Matrix, matrices_of, save_exported
 from ..models.sparse_files import FORMS
-from .base_model import load_tokenizer
 from .config import check_choice
 from .errors import RunError, UsageError, reason
 from .predictor import Card, load_tuned
+from .problems import PROBLEMS
 from .storage import replacing, require_writable, share, write_json
 
 FILE = "export.json"
@@ -86,7 +86,7 @@ def export(
                     plain.config.label2id = {label: i for i, label in enumerate(card.labels)}
                 matrices = matrices_of(plain)
                 save_exported(plain, partial, pruned, form)
-                load_tokenizer(name).save_pretrained(partial)
+                PROBLEMS[card.problem].tokenizer(name).save_pretrained(partial)
             write_json(partial / FILE, _described(form, method.to_dict(), matrices))
             share(partial)
     except ValueError as error:

@@ -17,6 +17,11 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from ..models.slots import longest_input
 from .errors import RunError, UsageError, reason
@@ -98,10 +103,58 @@ def empty_classifier(name: str, classes: int, problem: str = SINGLE_LABEL) -> An
 
 def load_writer(name: str) -> Any:
     """The model with its language-model head, an encoder and a decoder or a decoder alone, in eval
-    mode.
+    mode. Raises UsageError for a model that does not write.
     """
-    is_pair = load_config(name).is_encoder_decoder
-    return _load(name, AutoModelForSeq2SeqLM if is_pair else AutoModelForCausalLM, dtype="float32")
+    model, info = _load(name, _writer_class(name), output_loading_info=True, dtype="float32")
+    if info["missing_keys"]:
+        raise UsageError(
+            f"model: expected a model that was trained to write, got {name}, whose weights lack "
+            f"{sorted(info['missing_keys'])[0]}"
+        )
+    return model
+
+
+def empty_writer(name: str) -> Any:
+    """The same without weights, which takes no time and no memory. Raises UsageError."""
+    with torch.device("meta"):
+        return _writer_class(name).from_config(load_config(name), trust_remote_code=False)
+
+
+def load_writing_tokenizer(name: str) -> Any:
+    """The tokenizer of a model that writes, which pads with the end of a text where it has no
+    padding of its own. Raises UsageError where it has no end.
+    """
+    tokenizer = _load(name, AutoTokenizer)
+    if tokenizer.eos_token is None:
+        raise UsageError(
+            f"model: the tokenizer of {name} has no end of a text, without which a target has no "
+            "end; name one as eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _writer_class(name: str) -> Any:
+    config = load_config(name)
+    if (
+        config.is_encoder_decoder
+        and config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    ):
+        return AutoModelForSeq2SeqLM
+    # BERT and its like are there as decoders, too, which none of them was trained to be.
+    is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder
+    if (
+        config.is_encoder_decoder
+        or is_encoder
+        or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    ):
+        raise UsageError(
+            "model: expected a sequence-to-sequence or a causal language model, such as T5 or "
+            f"GPT-2, got {name}, a {config.model_type}"
+        )
+    return AutoModelForCausalLM
 
 
 def longest_text(name: str, tokenizer: Any) -> int:

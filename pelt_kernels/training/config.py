@@ -10,12 +10,14 @@ from typing import Any, get_type_hints
 from ..methods import MethodConfig, config_from_options
 from ..ops import BACKENDS
 from .base_model import EMBEDDED
+from .conditioned import conditioned
 from .errors import UsageError, reason
 from .problems import PROBLEMS
 from .recipes import recipe
 from .records import read_record
 from .storage import write_json
-from .tasks import CLASSIFICATION, SEPARATOR, Columns
+from .tasks import CLASSIFICATION, GENERATION, NO_CONDITIONS, SEPARATOR, Columns, Conditions
+from .text_metrics import load_scorers
 
 FILE = "run.json"
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -56,6 +58,15 @@ class TrainConfig:
         eval_every: steps between evaluations and checkpoints; 0 means once an epoch, or every 25
             where an epoch is shorter.
         warmup: share of the steps in which the learning rate rises; it then falls linearly to 0.
+        source_column, target_column: what is read and what is written; naming one makes the problem
+            ``generation``.
+        attribute_columns: columns with the labels of attributes, as ``name=column`` or their name
+            alone.
+        task_column: the column with the names of tasks.
+        more_tasks, more_evals: further files, each a task of its own, and their test files.
+        max_target_length: tokens of a target with its end; None takes the longest, which the model
+            has to be able to write; longer ones are cut to a number.
+        beams: with which texts are written on dev and test.
         no_header: the files have no line of names; columns are called 1, 2, 3 and so on.
         backend: the backend every operator must use; None chooses by itself.
     """
@@ -82,6 +93,14 @@ class TrainConfig:
     text_column: str | None = None
     pair_column: str | None = None
     label_column: str | None = None
+    source_column: str | None = None
+    target_column: str | None = None
+    attribute_columns: tuple[str, ...] = ()
+    task_column: str | None = None
+    more_tasks: tuple[str, ...] = ()
+    more_evals: tuple[str, ...] = ()
+    max_target_length: int | None = None
+    beams: int = 1
     no_header: bool = False
     backend: str | None = None
     device: str = "auto"
@@ -89,16 +108,31 @@ class TrainConfig:
 
     @property
     def columns(self) -> Columns:
+        is_generation = self.source_column is not None or self.target_column is not None
+        pairs = (text.partition("=") for text in self.attribute_columns)
         return Columns(
-            self.text_column,
+            self.source_column or self.text_column,
             self.pair_column,
-            self.label_column,
+            self.target_column or self.label_column,
             not self.no_header,
-            self.problem,
+            GENERATION if is_generation else self.problem,
+            tuple((name, column or name) for name, _, column in pairs),
+            self.task_column,
         )
 
-    def method_config(self) -> MethodConfig:
-        """The method with the options in it. Raises UsageError."""
+    @property
+    def more(self) -> tuple[tuple[str, str | None], ...]:
+        """The further files with their test files."""
+        evals = self.more_evals or (None,) * len(self.more_tasks)
+        return tuple(zip(self.more_tasks, evals, strict=True))
+
+    def method_config(self, conditions: Conditions = NO_CONDITIONS) -> MethodConfig:
+        """The method with the options in it, for a task's attributes and tasks. Raises
+        UsageError.
+        """
+        return conditioned(self._plain_method_config(), conditions)
+
+    def _plain_method_config(self) -> MethodConfig:
         values: dict[str, str] = {}
         for option in self.options:
             field, equals, text = option.partition("=")
@@ -129,7 +163,8 @@ class TrainConfig:
         return config
 
     def _check(self) -> None:
-        for name in ("epochs", "batch_size", "max_length", "patience", "train_examples"):
+        counts = ("epochs", "batch_size", "max_length", "patience", "train_examples")
+        for name in (*counts, "max_target_length", "beams"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= LARGEST_COUNT:
                 most = f"at most {LARGEST_COUNT}" if value > 1 else "at least 1"
@@ -155,6 +190,7 @@ class TrainConfig:
             raise UsageError(
                 f"label-separator: expected a mark such as ',', got {self.label_separator!r}"
             )
+        self._check_columns()
         for name, known in (
             ("problem", tuple(PROBLEMS)),
             ("metric", _metrics(self.problem)),
@@ -165,6 +201,26 @@ class TrainConfig:
         ):
             if getattr(self, name) is not None:
                 check_choice(_option(name), getattr(self, name), known)
+
+    def _check_columns(self) -> None:
+        """Raises UsageError for columns and files that do not go together."""
+        names = [text.partition("=")[0] for text in self.attribute_columns]
+        if not all(names) or len(set(names)) < len(names):
+            raise UsageError(
+                "attribute-column: expected different names such as source or source=column, got "
+                f"{_shown(self.attribute_columns)}"
+            )
+        is_named = self.source_column is not None or self.target_column is not None
+        if is_named and self.problem not in (None, GENERATION):
+            raise UsageError(
+                f"problem: expected {GENERATION} with a source or a target column, got "
+                f"'{self.problem}'"
+            )
+        if self.more_evals and len(self.more_evals) != len(self.more_tasks):
+            raise UsageError(
+                "eval: expected a test file for each --task, in their order, or none, got "
+                f"{1 + len(self.more_evals)} for {1 + len(self.more_tasks)}"
+            )
 
 
 def _metrics(problem: str | None) -> tuple[str, ...]:
@@ -181,6 +237,8 @@ def for_problem(config: TrainConfig, problem: str) -> TrainConfig:
         raise UsageError(
             f"class-weights: expected none for a {problem}, got '{config.class_weights}'"
         )
+    if problem == GENERATION:
+        load_scorers()
     metrics = PROBLEMS[problem].metrics
     metric = metrics[0] if config.metric is None else config.metric
     check_choice("metric", metric, metrics)

@@ -10,7 +10,25 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from .tasks import Example
+from .tasks import ATTRIBUTES, NO_CONDITIONS, TASKS, Conditions, Example
+
+
+@dataclass(frozen=True)
+class Form:
+    """What decides how the examples of a task become batches.
+
+    Attributes:
+        max_length: tokens of a text, the special ones among them.
+        max_target_length: tokens of a target with its end.
+        is_causal: whether a target is written by a decoder alone, which reads the source before it.
+    """
+
+    tokenizer: Any
+    max_length: int
+    labels: tuple[str, ...] = ()
+    conditions: Conditions = NO_CONDITIONS
+    max_target_length: int = 0
+    is_causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -18,7 +36,8 @@ class Encoded(Dataset[dict[str, Any]]):
     """Examples as token ids."""
 
     rows: list[dict[str, Any]]
-    truncated: int  # how many were cut
+    truncated: int  # how many texts were cut
+    cut_targets: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -36,6 +55,7 @@ def encode(
     tokenizer: Any,
     max_length: int,
     number: Callable[[Example], Any] | None = None,
+    conditions: Conditions = NO_CONDITIONS,
 ) -> Encoded:
     """Tokenises examples, truncating to `max_length` (the longer text of a pair first); labels as
     `number` makes them of labelled examples.
@@ -54,6 +74,7 @@ def encode(
         row = {name: values[index] for name, values in batch.items()}
         if number is not None:
             row["labels"] = number(example)
+        row |= conditions.numbers(example)
         rows.append(row)
     return Encoded(rows, truncated)
 
@@ -67,13 +88,39 @@ class Pad:
     tokenizer: Any
     batch_labels: Callable[[list[Any]], torch.Tensor] = torch.tensor
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         labels = [row["labels"] for row in rows if "labels" in row]
-        inputs = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
+        inputs = [without(row, "labels", ATTRIBUTES, TASKS) for row in rows]
         batch = dict(self.tokenizer.pad(inputs, padding=True, return_tensors="pt"))
         if labels:
             batch["labels"] = self.batch_labels(labels)
-        return batch
+        return batch | condition_tensors(rows)
+
+
+def without(row: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The row without some of its values."""
+    return {name: value for name, value in row.items() if name not in names}
+
+
+def condition_tensors(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """``attributes`` {name: [B]} and ``tasks`` [B], int64, as far as the rows have them."""
+    made: dict[str, Any] = {}
+    if ATTRIBUTES in rows[0]:
+        names = rows[0][ATTRIBUTES]
+        made[ATTRIBUTES] = {
+            name: torch.tensor([row[ATTRIBUTES][name] for row in rows]) for name in names
+        }
+    if TASKS in rows[0]:
+        made[TASKS] = torch.tensor([row[TASKS] for row in rows])
+    return made
+
+
+def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch there, the tensors of its dictionaries as well."""
+    return {
+        name: on_device(value, device) if isinstance(value, dict) else value.to(device)
+        for name, value in batch.items()
+    }
 
 
 class LengthGroups(Sampler[int]):

@@ -16,11 +16,12 @@ import torch
 from ..models import get_pelt_model
 from ..ops import BACKENDS, use_backend
 from ..ops._dispatch import backend_of
-from .base_model import empty_classifier, load_tokenizer, longest_text
+from .base_model import locate
 from .config import DEVICES, TrainConfig, check_choice, for_problem, save_config
 from .config import FILE as CONFIG_FILE
 from .errors import RunError, UsageError, reason
 from .experiment_run import Run, Watchers, rate_name
+from .lengths import with_lengths
 from .plots import draw_curves, draw_gates
 from .predictor import Predictor
 from .problems import PROBLEMS
@@ -36,7 +37,6 @@ METRICS_FILE = "metrics.json"
 TASK_FILE = "data.json"
 PREDICTIONS_FILE = "test_predictions.jsonl"
 ADAPTER_FOLDER = "adapter"
-DEFAULT_MAX_LENGTH = 128
 _OWN_FILES = (
     CONFIG_FILE, METRICS_FILE, TASK_FILE, PREDICTIONS_FILE, "curves.png", "gates.png",
 )  # fmt: skip
@@ -72,10 +72,13 @@ def train(
     if is_run(output):
         with claimed(output):  # a run in progress is noticed before the data is read
             pass
-    tokenizer = load_tokenizer(config.model)
-    task = load_task(config.task, config.eval, config.columns, watchers.say, config.label_separator)
+    locate(config.model)  # a missing one is noticed before the data is read
+    task = load_task(
+        config.task, config.eval, config.columns, watchers.say, config.label_separator, config.more
+    )
     config = for_problem(config, task.problem)
-    config = replace(config, max_length=_max_length(config, tokenizer, task))
+    tokenizer = PROBLEMS[task.problem].tokenizer(config.model)
+    config = with_lengths(config, tokenizer, task)
     _check_draws(task, config, watchers)
     config = replace(config, epochs=_epochs(config, task))
     _check_method(config, task)
@@ -226,14 +229,13 @@ def check_environment() -> None:
 
 def _check_method(config: TrainConfig, task: Task) -> None:
     """Raises UsageError where the method does not fit the model, before anything is written."""
-    problem = PROBLEMS[task.problem]
-    empty = empty_classifier(config.model, problem.outputs(task.labels), problem.head)
+    empty = PROBLEMS[task.problem].empty(config.model, task.labels)
     if empty is None:
         return  # loading it for the first run raises the reason
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run itself shows them
-            get_pelt_model(empty, config.method_config())
+            get_pelt_model(empty, config.method_config(task.conditions))
     except ValueError as error:
         raise UsageError(f"method {config.method}: {reason(error)}") from error
 
@@ -245,24 +247,6 @@ def _epochs(config: TrainConfig, task: Task) -> int:
     assert config.batch_size is not None  # `resolved` set it
     examples = len(task.train) if config.train_examples is None else config.train_examples
     return recipe(config.method).epochs_for(examples, config.batch_size)
-
-
-def _max_length(config: TrainConfig, tokenizer: Any, task: Task) -> int:
-    """Tokens at which texts are cut: the config's number, if the model reads that many and there is
-    room beside the special tokens.
-    """
-    longest = longest_text(config.model, tokenizer)
-    length = min(DEFAULT_MAX_LENGTH, longest) if config.max_length is None else config.max_length
-    if length > longest:
-        raise UsageError(f"max-length: {config.model} reads at most {longest} tokens, not {length}")
-    special = tokenizer.num_special_tokens_to_add(pair=task.has_pairs)
-    texts = 1 + task.has_pairs
-    if length < special + texts:
-        raise UsageError(
-            f"max-length: expected at least {special + texts} ({special} special tokens and one "
-            f"token {'of each text' if task.has_pairs else 'of the text'}), got {length}"
-        )
-    return length
 
 
 def _check_draws(task: Task, config: TrainConfig, watchers: Watchers) -> None:

@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,12 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ..models import PeltModel, get_pelt_model
 from ..ops import forget_choices
-from .base_model import load_classifier
 from .config import TrainConfig
-from .encode import Encoded, Pad, encode
+from .encode import Encoded, Form
 from .errors import Interrupted, RunError, UsageError
 from .metrics import balanced_weights
 from .predictor import Card
-from .problems import PROBLEMS, Problem
+from .problems import PROBLEMS, Generation, HeadProblem, Problem
 from .records import read_record
 from .report import backends_used, peak_memory, seconds_per_step
 from .run_trainer import PeltTrainer, check_history, checkpoints, read_state
@@ -34,6 +34,7 @@ from .stopping import (
 )
 from .storage import clear_partial, replacing, require_writable, write_json
 from .tasks import CLASSIFICATION, Task
+from .texts import TextWriter
 
 RESULT_FILE = "result.json"
 # The keys that it must hold, with their types, beside ``dev_<metric>`` for each of the problem's.
@@ -147,12 +148,12 @@ class Run:
         require_writable(self.folder, needed_bytes=trainable * 4 * (3 * 3 + 1) + 2**24)
         clear_partial(self.folder)
         examples = self.task.draw_train(self.config.train_examples, self.seed)
-        number = self.problem.number(self.task.labels)
-        train = encode(examples, self.tokenizer, self.max_length, number)
-        dev = encode(self.task.dev, self.tokenizer, self.max_length, number)
+        form = self._form(is_causal=not model.config.is_encoder_decoder)
+        train = self.problem.encoded(examples, form)
+        dev = self.problem.encoded(self.task.dev, form)
         dev.rows.sort(key=lambda row: len(row["input_ids"]))
         self._note_truncated(watchers, train, dev)
-        trainer = self._trainer(model, train, dev, watchers)
+        trainer = self._trainer(model, form, train, dev, watchers)
         try:
             self._fit(trainer, watchers)
         except Interrupted as stopped:
@@ -182,17 +183,16 @@ class Run:
         }
 
     def _model(self) -> PeltModel:
-        outputs = self.problem.outputs(self.task.labels)
-        base = load_classifier(self.config.model, outputs, self.problem.head)
+        base = self.problem.load(self.config.model, self.task.labels)
         try:
-            return get_pelt_model(base, self.config.method_config())
+            return get_pelt_model(base, self.config.method_config(self.task.conditions))
         except ValueError as error:
             raise UsageError(f"method {self.config.method}: {error}") from error
 
     def _card(self) -> Card:
         folder = Path(self.config.model)
         model = str(folder.resolve()) if folder.is_dir() else self.config.model
-        task = self.task
+        task, columns = self.task, self.config.columns
         return Card(
             task.name,
             model,
@@ -201,23 +201,38 @@ class Run:
             self.max_length,
             task.problem,
             task.label_separator,
+            dict(task.conditions.attributes),
+            dict(columns.attributes),
+            task.conditions.tasks,
+            columns.task,
+            self.config.max_target_length or 0,
+            self.config.beams,
         )
 
+    def _form(self, is_causal: bool) -> Form:
+        return self._card().form(self.tokenizer, self.max_length, is_causal)
+
     def _trainer(
-        self, model: PeltModel, train: Encoded, dev: Encoded, watchers: Watchers
+        self, model: PeltModel, form: Form, train: Encoded, dev: Encoded, watchers: Watchers
     ) -> PeltTrainer:
         assert self.config.batch_size is not None and self.config.epochs is not None
         weights = None
         if self.config.class_weights == "balanced":
             numbers = [row["labels"] for row in train.rows]
             weights = balanced_weights(numbers, len(self.task.labels))
+        problem = self.problem
+        score_texts = None
+        if isinstance(problem, Generation):
+            writer = TextWriter(model, form, self.config.beams, form.max_target_length)
+            score_texts = partial(problem.dev_scores, writer, self.task.dev)
         return PeltTrainer(
             model,
             self._arguments(math.ceil(len(train) / self.config.batch_size)),
             train,
             dev,
-            data_collator=Pad(self.tokenizer, self.problem.batch),
-            compute_metrics=self.problem.score_logits,
+            data_collator=problem.collator(form),
+            compute_metrics=problem.score_logits if isinstance(problem, HeadProblem) else None,
+            score_texts=score_texts,
             callbacks=[
                 *watchers.progress(self.title),
                 EarlyStopping(self.metric, self.config.patience),
@@ -297,6 +312,14 @@ class Run:
                 "length",
                 f"{cut} of {sum(map(len, parts))} texts are longer than {self.max_length} tokens "
                 "and were cut (--max-length)",
+            )
+
+        cut = sum(part.cut_targets for part in parts)
+        if cut:
+            watchers.say_once(
+                "target length",
+                f"{cut} of {sum(map(len, parts))} targets are longer than "
+                f"{self.config.max_target_length} tokens and were cut (--max-target-length)",
             )
 
     def _how_to_continue(self, stopped: Interrupted) -> str:

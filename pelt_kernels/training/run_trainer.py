@@ -8,7 +8,7 @@ import pickle
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,7 @@ class PeltTrainer(Trainer):
         *,
         order_seed: int,
         class_weights: Sequence[float] | None = None,
+        score_texts: Callable[[], dict[str, float]] | None = None,
         **kwargs: Any,
     ):
         super().__init__(model, arguments, train_dataset=train, eval_dataset=dev, **kwargs)
@@ -128,6 +129,7 @@ class PeltTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._order_seed = order_seed
         self._class_weights = None if class_weights is None else torch.tensor(class_weights)
+        self._score_texts = score_texts
         self._clock = StepClock()
         self.add_callback(self._clock)
         self.add_callback(LastStep())
@@ -178,6 +180,14 @@ class PeltTrainer(Trainer):
             plain, weighted = cross_entropy(logits, labels), cross_entropy(logits, labels, weights)
             loss = loss + (weighted - plain)
         return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss and the scores of answers, or of texts that the model writes."""
+        output: Any = super().evaluation_loop(*args, **kwargs)
+        if self._score_texts is not None:
+            scores = {f"eval_{name}": value for name, value in self._score_texts().items()}
+            output.metrics.update(scores)
+        return output
 
     def _is_pruning(self) -> bool:
         pruning, state = parts_of(self.pelt.method_config).pruning, self.state

@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from ..base_model import empty_classifier, load_classifier, load_tokenizer
+from ..encode import Encoded, Form, Pad, encode
 from ..tasks import Example
 
 
@@ -42,13 +44,67 @@ class Problem(ABC):
 
     Attributes:
         name: as `--problem` has it.
-        head: transformers' name for it, ``problem_type`` in a model's config.
         metrics: the scores, higher is better; the first decides on dev where none is asked for.
     """
 
     name: ClassVar[str]
-    head: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def load(self, model: str, labels: Sequence[str]) -> Any:
+        """The base model of a name with the head that the problem needs."""
+
+    @abstractmethod
+    def empty(self, model: str, labels: Sequence[str]) -> Any | None:
+        """The same without weights; None for a model that has no such head."""
+
+    @abstractmethod
+    def tokenizer(self, model: str) -> Any:
+        """The tokenizer of a model."""
+
+    @abstractmethod
+    def encoded(self, examples: Sequence[Example], form: Form) -> Encoded:
+        """Labelled examples as rows of batches."""
+
+    @abstractmethod
+    def collator(self, form: Form) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """What makes batches of the rows."""
+
+    @abstractmethod
+    def score(
+        self, examples: Sequence[Example], answers: Sequence[Any], labels: Sequence[str]
+    ) -> dict[str, float]:
+        """`metrics` of answers to labelled examples."""
+
+    @abstractmethod
+    def tally(self, labels: Sequence[str]) -> Tally:
+        """An empty tally."""
+
+
+class HeadProblem(Problem):
+    """A problem whose answer is the output of a head for a whole text.
+
+    Attributes:
+        head: transformers' name for it, ``problem_type`` in a model's config.
+    """
+
+    head: ClassVar[str]
+
+    def load(self, model: str, labels: Sequence[str]) -> Any:
+        return load_classifier(model, self.outputs(labels), self.head)
+
+    def empty(self, model: str, labels: Sequence[str]) -> Any | None:
+        return empty_classifier(model, self.outputs(labels), self.head)
+
+    def tokenizer(self, model: str) -> Any:
+        return load_tokenizer(model)
+
+    def encoded(self, examples: Sequence[Example], form: Form) -> Encoded:
+        number = self.number(form.labels)
+        return encode(examples, form.tokenizer, form.max_length, number, form.conditions)
+
+    def collator(self, form: Form) -> Pad:
+        return Pad(form.tokenizer, self.batch)
 
     def outputs(self, labels: Sequence[str]) -> int:
         """The width of the model's head."""
@@ -71,13 +127,3 @@ class Problem(ABC):
     @abstractmethod
     def answers(self, logits: Tensor, labels: Sequence[str]) -> Sequence[Answer]:
         """The model's answers, from its logits [B, C]."""
-
-    @abstractmethod
-    def score(
-        self, examples: Sequence[Example], answers: Sequence[Any], labels: Sequence[str]
-    ) -> dict[str, float]:
-        """`metrics` of answers to labelled examples."""
-
-    @abstractmethod
-    def tally(self, labels: Sequence[str]) -> Tally:
-        """An empty tally."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..metrics import ANSWERS, NAMES, score
 from ..tasks import CLASSIFICATION, Example
-from ._problem import Problem
+from ._problem import HeadProblem
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Prediction:
         return {"predicted": self.label, "probability": self.probability}
 
 
-class Classification(Problem):
+class Classification(HeadProblem):
     """The cross-entropy of a softmax over the classes."""
 
     name = CLASSIFICATION

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..metrics import ANSWERS, SET_SCORES, set_scores
 from ..tasks import MULTI_LABEL, Example
-from ._problem import Problem
+from ._problem import HeadProblem
 
 THRESHOLD = 0.5  # the probability from which a label is given
 
@@ -42,7 +42,7 @@ class LabelSet:
         return {"predicted": list(self.labels)}
 
 
-class MultiLabel(Problem):
+class MultiLabel(HeadProblem):
     """The binary cross-entropy of a sigmoid for each label."""
 
     name = MULTI_LABEL

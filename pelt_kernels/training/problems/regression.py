@@ -14,7 +14,7 @@ from torch import Tensor
 from ..metrics import ANSWERS, CORRELATIONS, correlations
 from ..tasks import REGRESSION, Example
 from ..tasks.labels import score_of
-from ._problem import Problem
+from ._problem import HeadProblem
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Score:
         return {"predicted": self.score}
 
 
-class Regression(Problem):
+class Regression(HeadProblem):
     """The mean squared error of one output, in the units of the labels."""
 
     name = REGRESSION

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UsageError
 from . import docstring_match, hub
+from .conditions import ATTRIBUTES, NO_CONDITIONS, TASKS, Conditions, conditions_of
 from .examples import (
     LARGEST_DEV,
     LARGEST_TEST,
@@ -17,13 +18,15 @@ from .examples import (
     hold_out,
     shortened,
 )
-from .files import Columns, iterate_examples, read_examples, readable
+from .files import Columns, iterate_examples, read_examples, readable, shows_generation
 from .labels import (
     CLASSIFICATION,
+    GENERATION,
     MULTI_LABEL,
     PROBLEMS,
     REGRESSION,
     SEPARATOR,
+    label_order,
     labelled,
     labels_in,
     problem_of,
@@ -33,12 +36,17 @@ from .labels import (
 )
 
 __all__ = [
+    "ATTRIBUTES",
     "CLASSIFICATION",
+    "GENERATION",
     "MULTI_LABEL",
+    "NO_CONDITIONS",
     "PROBLEMS",
     "REGRESSION",
     "SEPARATOR",
+    "TASKS",
     "Columns",
+    "Conditions",
     "Example",
     "Task",
     "iterate_examples",
@@ -58,9 +66,11 @@ def load_task(
     columns: Columns | None = None,
     say: Callable[[str], None] = lambda sentence: None,
     separator: str = SEPARATOR,
+    more: Sequence[tuple[str, str | None]] = (),
 ) -> Task:
     """The task called `name`: ``docstring-match``, a CSV, TSV or JSONL file, or a data set such as
-    ``glue/sst2``.
+    ``glue/sst2``. With `more` files, each with its test file or None, each file is a task of its
+    own, called by its name, and they are learned together.
 
     The dev part is always held out of the training rows. The test part is `test_file`, or the data
     set's validation split, or another held-out part. Which rows are held out depends on nothing but
@@ -80,11 +90,35 @@ def load_task(
                 "give the name of a data set such as glue/sst2"
             )
     if name == docstring_match.NAME:
-        if test_file is not None:
-            raise UsageError(f"eval: {name} brings its own test part; --eval goes with a file")
-        if columns.problem not in (None, CLASSIFICATION):
-            raise UsageError(f"problem: {name} is a {CLASSIFICATION}, not a {columns.problem}")
+        _check_embedded(name, test_file, columns, more)
         return docstring_match.load()
+    if _is_file_name(name) and shows_generation(Path(name), columns):
+        columns = replace(columns, problem=GENERATION)
+    if more:
+        title, pool, test = _read_several([(name, test_file), *more], columns, say)
+        test_source = ", ".join(str(file) for _, file in [(name, test_file), *more])
+    else:
+        title, pool, test, test_source = _read_one(name, test_file, columns, say)
+    problem = problem_of(pool, columns.problem, title, say)
+    kind = _Kind(problem, vocabulary(pool, problem, separator, title), separator)
+    task = _assemble(title, kind, pool, test, test_source, say)
+    _say_absent(task, say)
+    return task
+
+
+def _check_embedded(name: str, test_file: str | None, columns: Columns, more: object) -> None:
+    if test_file is not None:
+        raise UsageError(f"eval: {name} brings its own test part; --eval goes with a file")
+    if columns.problem not in (None, CLASSIFICATION):
+        raise UsageError(f"problem: {name} is a {CLASSIFICATION}, not a {columns.problem}")
+    if more or columns.task or columns.attributes:
+        raise UsageError(f"task: {name} stands alone, without other tasks and attributes")
+
+
+def _read_one(
+    name: str, test_file: str | None, columns: Columns, say: Callable[[str], None]
+) -> tuple[str, list[Example], list[Example] | None, str]:
+    """A title, the training rows, the test part where there is one, and where that is from."""
     test: list[Example] | None = None
     if _is_file_name(name):
         pool = read_examples(Path(name), columns, needs_label=True, say=say)
@@ -103,11 +137,37 @@ def load_task(
     if test_file is not None:
         test = read_examples(Path(test_file), columns, needs_label=True, say=say)
         test_source = test_file
-    problem = problem_of(pool, columns.problem, title, say)
-    kind = _Kind(problem, vocabulary(pool, problem, separator, title), separator)
-    task = _assemble(title, kind, pool, test, test_source, say)
-    _say_absent(task, say)
-    return task
+    return title, pool, test, test_source
+
+
+def _read_several(
+    files: Sequence[tuple[str, str | None]], columns: Columns, say: Callable[[str], None]
+) -> tuple[str, list[Example], list[Example] | None]:
+    """The rows of several files, each with its file's name as its task."""
+    if columns.task is not None:
+        raise UsageError("task-column: expected one --task with such a column, or several without")
+    if len({test is None for _, test in files}) > 1:
+        raise UsageError("eval: expected a test file for each --task, in their order, or none")
+    names = _names([Path(name) for name, _ in files])
+    pool: list[Example] = []
+    test: list[Example] = []
+    for task, (name, test_file) in zip(names, files, strict=True):
+        for rows, file in ((pool, name), (test, test_file)):
+            if file is not None:
+                found = read_examples(Path(file), columns, needs_label=True, say=say)
+                rows += [replace(example, task=task) for example in found]
+    return "+".join(names), pool, test or None
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """A name for each file: its own without the suffix, else its folder's."""
+    for names in ([path.stem for path in paths], [path.resolve().parent.name for path in paths]):
+        if len(set(names)) == len(names):
+            return names
+    raise UsageError(
+        f"task: expected files of different names, or in folders of different names, got "
+        f"{', '.join(map(str, paths))}"
+    )
 
 
 def _is_file_name(name: str) -> bool:
@@ -133,13 +193,14 @@ def _assemble(
     say: Callable[[str], None],
 ) -> Task:
     pool = labelled(pool, kind, title, say)
+    conditions = conditions_of(pool, label_order)
     if len(pool) < FEWEST_EXAMPLES:
         raise UsageError(f"{title}: expected at least {FEWEST_EXAMPLES} rows, got {len(pool)}")
     if test is None:
         test, rest = _hold_out(pool, kind.problem, LARGEST_TEST, "test")
         test_source = f"held out of {title}"
     else:
-        test = labelled(test, kind, test_source, say)
+        test = list(conditions.checked(labelled(test, kind, test_source, say)))
         if (test[0].pair is None) != (pool[0].pair is None):
             raise UsageError(
                 f"{test_source}: expected the same columns as {title}, got another number of texts"
@@ -166,7 +227,7 @@ def _assemble(
         )
     sources = {"train": title, "dev": f"held out of {title}", "test": test_source}
     parts = tuple(train), tuple(dev), tuple(test)
-    return Task(title, kind.labels, *parts, sources, kind.problem, kind.label_separator)
+    return Task(title, kind.labels, *parts, sources, kind.problem, kind.label_separator, conditions)
 
 
 def _hold_out(

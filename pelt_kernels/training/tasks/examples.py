@@ -7,8 +7,10 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import UsageError
+from .conditions import NO_CONDITIONS, Conditions
 
 # Parts that a run holds out of a file by itself: a tenth of it, and no more than this, because dev
 # is read every epoch.
@@ -20,16 +22,25 @@ Label = str | tuple[str, ...]
 
 @dataclass(frozen=True)
 class Example:
-    """One row: a text, perhaps a second one, and the label where it is known, or several."""
+    """One row: a text, perhaps a second one, and the label where it is known, or several, or the
+    text that is to be written; the labels of its attributes by name, and its task's name.
+    """
 
     text: str
     pair: str | None
     label: Label | None
     origin: str  # for messages: "row 17 of train.tsv"
+    attributes: tuple[tuple[str, str], ...] = ()
+    task: str | None = None
 
     @property
     def content(self) -> tuple[str, str | None]:
         return self.text, self.pair
+
+    @property
+    def read(self) -> tuple[Any, ...]:
+        """All that a model reads of it."""
+        return self.text, self.pair, self.attributes, self.task
 
 
 @dataclass(frozen=True)
@@ -38,8 +49,8 @@ class Task:
 
     `train` is the pool from which a run draws its training examples, `dev` serves early stopping
     and the choice of a learning rate, `test` is read once, at the end. `sources` says in words
-    where each part comes from, `problem` what the labels are (`labels.PROBLEMS`); scores have no
-    `labels`.
+    where each part comes from, `problem` what the labels are (`labels.PROBLEMS`); scores and texts
+    have no `labels`. `conditions` holds the labels of attributes and the names of tasks.
     """
 
     name: str
@@ -50,6 +61,7 @@ class Task:
     sources: dict[str, str]
     problem: str = "classification"
     label_separator: str = ","
+    conditions: Conditions = NO_CONDITIONS
 
     @property
     def has_pairs(self) -> bool:
@@ -61,9 +73,12 @@ class Task:
         data and equal class numbers.
         """
         digest = hashlib.sha256(repr(self.labels).encode())
+        if self.conditions != NO_CONDITIONS:
+            digest.update(repr(self.conditions).encode())
         for part in (self.train, self.dev, self.test):
             for example in part:
-                digest.update(repr((example.text, example.pair, example.label)).encode())
+                more = (example.attributes, example.task) if self.conditions else ()
+                digest.update(repr((*example.content, example.label, *more)).encode())
             digest.update(b"|")
         return digest.hexdigest()[:16]
 

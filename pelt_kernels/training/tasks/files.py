@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import UsageError
 from .examples import Example, Label
-from .labels import MULTI_LABEL
+from .labels import GENERATION, MULTI_LABEL
 
 # Tried in this order; the first whose columns are all there is taken.
 TEXT_COLUMNS = (
@@ -27,6 +27,7 @@ TEXT_COLUMNS = (
     ("sentence", None),
 )
 LABEL_COLUMNS = ("label", "labels", "class")
+SOURCE_COLUMN, TARGET_COLUMN = "source", "target"  # where texts are written
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 
 
@@ -37,7 +38,9 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 class Columns:
     """Names of the columns to read; None means the first default that is there. Without a header
     a CSV or TSV file's columns are called 1, 2, 3 and so on. `problem` is what the labels are known
-    to be: where a row may have several it may have none.
+    to be: where a row may have several it may have none; where texts are written, `text` is the
+    source and `label` the target. `attributes` are pairs of an attribute's name and its column,
+    `task` is the column with the names of tasks.
     """
 
     text: str | None = None
@@ -45,6 +48,8 @@ class Columns:
     label: str | None = None
     has_header: bool = True
     problem: str | None = None
+    attributes: tuple[tuple[str, str], ...] = ()
+    task: str | None = None
 
 
 def read_examples(
@@ -69,9 +74,7 @@ def iterate_examples(
     """
     if not path.is_file():
         raise UsageError(f"{path}: there is no such file")
-    read = {".csv": _read_csv, ".tsv": _read_tsv, ".jsonl": _read_json_lines}.get(
-        path.suffix.lower()
-    )
+    read = _READERS.get(path.suffix.lower())
     if read is None:
         raise UsageError(
             f"{path}: expected a name ending in {', '.join(SUFFIXES)}, got '{path.suffix}'"
@@ -121,14 +124,22 @@ def example_from_row(
     assert columns.text is not None  # resolve_columns always names a text column
     text = _plain(row, columns.text, origin)
     pair = None if columns.pair is None else _plain(row, columns.pair, origin)
-    label = "" if columns.label is None else _label(row, columns.label, origin)
+    label: Label = ""
+    if columns.label is not None:
+        is_text = columns.problem == GENERATION
+        label = (
+            _target(row, columns.label, origin) if is_text else _label(row, columns.label, origin)
+        )
     if needs_label and label == "" and columns.problem == MULTI_LABEL:
         label = ()
     if not allows_empty and (not text.strip() or (pair is not None and not pair.strip())):
         raise UsageError(f"{origin}: the text is empty")
     if needs_label and label == "":
-        raise UsageError(f"{origin}: the label is empty")
-    return Example(text, pair, None if label == "" else label, origin)
+        what = "target" if columns.problem == GENERATION else "label"
+        raise UsageError(f"{origin}: the {what} is empty")
+    attributes = [(name, _condition(row, column, origin)) for name, column in columns.attributes]
+    task = None if columns.task is None else _condition(row, columns.task, origin)
+    return Example(text, pair, None if label == "" else label, origin, tuple(attributes), task)
 
 
 def readable(examples: Iterable[Example], say: Callable[[str], None]) -> Iterator[Example]:
@@ -137,15 +148,17 @@ def readable(examples: Iterable[Example], say: Callable[[str], None]) -> Iterato
     """
     is_said = False
     for example in examples:
-        texts = [part and _LONE_SURROGATE.sub("\ufffd", part) for part in example.content]
-        if tuple(texts) != example.content:
+        parts = (*example.content, example.label if isinstance(example.label, str) else None)
+        texts = [part and _LONE_SURROGATE.sub("\ufffd", part) for part in parts]
+        if tuple(texts) != parts:
             if not is_said:
                 say(
                     f"{example.origin}: what is no character (half of a surrogate pair, or a byte "
                     "that is not UTF-8) is read as U+FFFD, here and wherever it stands"
                 )
             is_said = True
-            example = replace(example, text=texts[0] or "", pair=texts[1])
+            label = example.label if texts[2] is None else texts[2]
+            example = replace(example, text=texts[0] or "", pair=texts[1], label=label)
         yield example
 
 
@@ -155,6 +168,20 @@ def _plain(row: dict[str, Any], name: str, origin: str) -> str:
         kind = "a list" if isinstance(value, list) else "an object"
         raise UsageError(f"{origin}: expected text in '{name}', got {kind}")
     return "" if value is None else str(value)
+
+
+def _target(row: dict[str, Any], name: str, origin: str) -> str:
+    return _plain(row, name, origin).strip() if name in row else ""
+
+
+def _condition(row: dict[str, Any], column: str, origin: str) -> str:
+    """The label of an attribute or a task, which every row has."""
+    if column not in row:
+        raise UsageError(f"{origin}: column '{column}' is missing here")
+    label = _label_text(row[column], column, origin)
+    if not label:
+        raise UsageError(f"{origin}: '{column}' is empty")
+    return label
 
 
 def _label(row: dict[str, Any], name: str, origin: str) -> Label:
@@ -181,11 +208,14 @@ def resolve_columns(
     """The columns to read among those present: the chosen ones, else the defaults. Raises
     UsageError.
     """
-    for name in (chosen.text, chosen.pair, chosen.label):
+    conditions = (*(column for _, column in chosen.attributes), chosen.task)
+    for name in (chosen.text, chosen.pair, chosen.label, *conditions):
         if name is not None and name not in present:
             raise UsageError(
                 f"{where}: there is no column '{name}'; its columns are {', '.join(present)}"
             )
+    if chosen.problem == GENERATION:
+        return _generation_columns(where, present, chosen, needs_label=needs_label)
     text, pair = chosen.text, chosen.pair
     if text is None:
         pairs = (
@@ -208,6 +238,40 @@ def resolve_columns(
             "--label-column"
         )
     return replace(chosen, text=text, pair=pair, label=label)
+
+
+def shows_generation(path: Path, columns: Columns) -> bool:
+    """Whether the file has a source and a target in its first row, and nothing that was asked for
+    or is there by its usual name says that it is to be labelled.
+    """
+    read = _READERS.get(path.suffix.lower())
+    if columns.problem or columns.text or columns.label or read is None or not path.is_file():
+        return False
+    try:
+        present = next((set(row) for _, row in read(path, columns.has_header)), set[str]())
+    except (UsageError, OSError, UnicodeDecodeError):
+        return False  # reading it whole says what is wrong
+    named = {name for names in TEXT_COLUMNS for name in names} | {*LABEL_COLUMNS}
+    return {SOURCE_COLUMN, TARGET_COLUMN} <= present and not named & present
+
+
+def _generation_columns(
+    where: str, present: list[str], chosen: Columns, *, needs_label: bool
+) -> Columns:
+    """The columns of a source and, where it is needed or there, of a target."""
+    if chosen.pair is not None:
+        raise UsageError(
+            f"{where}: expected one source for each target, got a second text ('{chosen.pair}')"
+        )
+    text = chosen.text or (SOURCE_COLUMN if SOURCE_COLUMN in present else None)
+    label = chosen.label or (TARGET_COLUMN if TARGET_COLUMN in present else None)
+    for name, default in ((text, SOURCE_COLUMN), (label if needs_label else "", TARGET_COLUMN)):
+        if name is None:
+            raise UsageError(
+                f"{where}: there is no column '{default}' among {', '.join(present)}; name it with "
+                f"--{default}-column"
+            )
+    return replace(chosen, text=text, label=label)
 
 
 def _read_csv(path: Path, has_header: bool) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -272,3 +336,6 @@ def _read_json_lines(path: Path, has_header: bool) -> Iterator[tuple[int, dict[s
                     f"line {number} of {path}: expected an object, got {type(row).__name__}"
                 )
             yield number, row
+
+
+_READERS = {".csv": _read_csv, ".tsv": _read_tsv, ".jsonl": _read_json_lines}

@@ -1,4 +1,4 @@
-"""What stands in a label column: classes, scores, or several labels a row; and which of these."""
+"""What stands in a label column: classes, scores, several labels a row, or a text to be written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ..errors import UsageError
 from .examples import Example
 
 CLASSIFICATION, REGRESSION, MULTI_LABEL = "classification", "regression", "multi-label"
-PROBLEMS = (CLASSIFICATION, REGRESSION, MULTI_LABEL)
+GENERATION = "generation"
+PROBLEMS = (CLASSIFICATION, REGRESSION, MULTI_LABEL, GENERATION)
 SEPARATOR = ","  # between the labels of a row in CSV and TSV
 # More different numbers than this may be scores just as well as classes, so the option has to say.
 MOST_NUMBERED_CLASSES = 20
@@ -77,10 +78,12 @@ def problem_of(
 def vocabulary(
     examples: Sequence[Example], problem: str, separator: str, where: str
 ) -> tuple[str, ...]:
-    """The classes, or the labels of all rows, in their order; none for scores.
+    """The classes, or the labels of all rows, in their order; none for scores and texts.
 
     Raises UsageError where there is nothing to learn: fewer than two of them, or one score.
     """
+    if problem == GENERATION:
+        return ()
     if problem == CLASSIFICATION:
         return classes_of(examples, where)
     if problem == MULTI_LABEL:
@@ -190,7 +193,7 @@ def with_known_labels(examples: Iterable[Example], kind: LabelKind) -> Iterator[
     """
     classes = set(kind.labels)
     for example in examples:
-        if example.label is None:
+        if example.label is None or kind.problem == GENERATION:
             yield example
         elif kind.problem == REGRESSION:
             score_of(example)
@@ -208,7 +211,7 @@ def with_known_labels(examples: Iterable[Example], kind: LabelKind) -> Iterator[
 
 def strata(examples: Sequence[Example], problem: str) -> list[str]:
     """The class of each row by which parts are held out in proportion: its label, of several the
-    one that fewest rows have; all rows are one class where labels are scores.
+    one that fewest rows have; where labels are scores or texts, its task.
     """
     if problem == CLASSIFICATION:
         return [class_of(example) for example in examples]
@@ -218,7 +221,7 @@ def strata(examples: Sequence[Example], problem: str) -> list[str]:
             min(example.label or ("",), key=lambda name: (sizes[name], name))
             for example in examples
         ]
-    return [""] * len(examples)
+    return [example.task or "" for example in examples]
 
 
 def _check_known(
