@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods import MethodConfig, parts_of
-from ..nn import PrunedLinear
+from ..nn import FusedPrunedLinear, PrunedLinear, Pruning
 
 
 def set_sparsity(model: nn.Module, config: MethodConfig, progress: float) -> None:
@@ -16,8 +16,9 @@ def set_sparsity(model: nn.Module, config: MethodConfig, progress: float) -> Non
     pruning = parts_of(config).pruning
     if pruning is not None:
         sparsity = pruning.sparsity_at(progress)
-        for linear in pruned_linears(model).values():
-            linear.sparsity = sparsity
+        for module in model.modules():
+            if isinstance(module, Pruning):
+                module.sparsity = sparsity
 
 
 def check_progress(config: MethodConfig, progress: float | None) -> None:
@@ -37,7 +38,8 @@ def check_progress(config: MethodConfig, progress: float | None) -> None:
 
 @torch.no_grad()
 def density(model: nn.Module, config: MethodConfig) -> dict[str, float]:
-    """Of each matrix that PST prunes, by its Linear's name, the share that is not 0 now.
+    """Of each matrix that PST prunes, by its Linear's name, the share that is not 0 now; where one
+    Linear computes several projections, by its name and theirs: ``h.0.attn.c_attn.query``.
 
     Raises:
         ValueError: another method.
@@ -46,7 +48,12 @@ def density(model: nn.Module, config: MethodConfig) -> dict[str, float]:
         raise ValueError(
             f"density: expected the method 'pst', alone or as a part, got {config.method!r}"
         )
-    weights = pruned_weights(model)
+    weights = {}
+    for name, linear in pruned_linears(model).items():
+        if isinstance(linear, PrunedLinear):
+            weights[name] = linear.pruned_weight()
+        else:
+            weights |= {f"{name}.{part}": rows for part, rows in linear.pruned_parts().items()}
     counts = torch.stack([(weight != 0).sum() for weight in weights.values()]).tolist()
     return {
         name: count / weight.numel()
@@ -59,7 +66,8 @@ def pruned_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: linear.pruned_weight() for name, linear in pruned_linears(model).items()}
 
 
-def pruned_linears(model: nn.Module) -> dict[str, PrunedLinear]:
+def pruned_linears(model: nn.Module) -> dict[str, PrunedLinear | FusedPrunedLinear]:
     """The Linears that PST prunes, by name."""
     named = model.named_modules()
-    return {name: module for name, module in named if isinstance(module, PrunedLinear)}
+    kinds = (PrunedLinear, FusedPrunedLinear)
+    return {name: module for name, module in named if isinstance(module, kinds)}

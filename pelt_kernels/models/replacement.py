@@ -14,10 +14,12 @@ from ..nn import (
     ExpertAdapter,
     ExpertLoRALinear,
     ExpertLowRank,
+    FusedPrunedLinear,
     Gate,
     GatedAdapter,
     LowRank,
     PrunedLinear,
+    Pruning,
 )
 from ..nn.original import NAMES, linear_kind, sizes_of, why_not_replaceable
 from .layer import PREFIX_GATE, AdaptedFusedLinear, AdaptedLinear, AdaptedNorm, ExpertLinear
@@ -114,8 +116,8 @@ class StandIns:
         if parts.adapter is not None and slots.ffn_norm is not None:
             yield slots.ffn_norm, self._norm(layer.get_submodule(slots.ffn_norm), state)
         pruned = parts.pruning.targets if parts.pruning is not None else ()
-        for path, _ in _by_linear(slots, pruned):
-            yield path, self._pruned(layer.get_submodule(path))
+        for path, targets in _by_linear(slots, pruned):
+            yield path, self._pruned(layer.get_submodule(path), targets)
         for path, targets in _by_linear(slots, _expert_targets(parts)):
             base = layer.get_submodule(path)
             if targets[0][1].is_fused:
@@ -228,23 +230,22 @@ class StandIns:
             **self.placement,
         )
 
-    def _pruned(self, base: Any) -> PrunedLinear:
+    def _pruned(
+        self, base: nn.Module, targets: list[tuple[str, Place]]
+    ) -> PrunedLinear | FusedPrunedLinear:
+        """A pruned Linear; of one for several projections, the matrix of each target by itself."""
         pst = self.parts.pruning
         assert pst is not None
-        if linear_kind(base) is not nn.Linear:
-            raise ValueError(
-                "PSTConfig: expected nn.Linear at its targets, got "
-                f"{type(base).__name__}, which holds its weight transposed"
-            )
-        return PrunedLinear(
-            base,
-            pst.r1,
-            pst.r2,
-            beta=pst.beta,
-            alpha1=pst.alpha1,
-            alpha2=pst.alpha2,
-            dtype=self.placement["dtype"],
-        )
+        factors = {"beta": pst.beta, "alpha1": pst.alpha1, "alpha2": pst.alpha2}
+        if not targets[0][1].is_fused:
+            return PrunedLinear(base, pst.r1, pst.r2, dtype=self.placement["dtype"], **factors)
+        into, out = sizes_of(base)
+        matrices, offsets = {}, {}
+        for name, place in targets:
+            size = out // place.parts
+            offsets[name] = place.part * size
+            matrices[name] = Pruning(size, into, pst.r1, pst.r2, **factors, **self.placement)
+        return FusedPrunedLinear(base, matrices, offsets)
 
     def _experts(self, base: Any) -> ExpertLinear | ExpertLoRALinear:
         mixture = self.parts.mixture

@@ -15,7 +15,7 @@ from .hypernetwork import (
 )
 from .lora_linear import LoRALinear
 from .prefix_attention import PrefixAttention
-from .pruned_linear import PrunedLinear
+from .pruned_linear import FusedPrunedLinear, PrunedLinear, Pruning
 from .task_adapters import TaskAdapters
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "ExpertLoRALinear",
     "ExpertLowRank",
     "FusedLoRALinear",
+    "FusedPrunedLinear",
     "Gate",
     "GatedAdapter",
     "GeneratedWeights",
@@ -35,6 +36,7 @@ __all__ = [
     "PrefixAttention",
     "PrefixWeights",
     "PrunedLinear",
+    "Pruning",
     "StackSizes",
     "StoredWeights",
     "TaskAdapters",

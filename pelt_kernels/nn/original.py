@@ -125,6 +125,10 @@ class Original:
             module._parameters[name] = getattr(stand_in, name)
         return module
 
+    def laid_out(self, weight: Tensor) -> Tensor:
+        """A weight of the module as [Dout, Din], or one [Dout, Din] as the module holds it."""
+        return weight.T if self.is_transposed else weight
+
     def merged(self, weight: Tensor, a: Tensor, b: Tensor, scale: float, offset: int = 0) -> Tensor:
         """``W + scale · B A`` in W's layout, into the output columns from `offset` on."""
         rows = weight.T if self.is_transposed else weight

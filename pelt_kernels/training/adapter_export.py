@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from ..methods import parts_of
 from ..models import Matrix, matrices_of, save_exported
+from ..models.pruning import pruned_linears
 from ..models.sparse_files import FORMS
 from .config import check_choice
 from .errors import RunError, UsageError, reason
@@ -71,7 +72,7 @@ def export(
         )
     require_writable(output.parent)
     method = tuned.method_config
-    pruned = [] if parts_of(method).pruning is None else list(tuned.density())
+    pruned = list(pruned_linears(tuned.base_model))
     matrices: list[Matrix] = []
     try:
         with replacing(output) as partial:

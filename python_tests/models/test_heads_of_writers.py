@@ -20,7 +20,7 @@ END = 3  # BART and T5 classify by the last of it
 
 
 @pytest.mark.parametrize("family", HEADS)
-@pytest.mark.parametrize("method", ["unipelt", "adamix-lora", "lora"])
+@pytest.mark.parametrize("method", ["unipelt", "composite-adamix", "lora"])
 def test_the_head_is_trained_beside_the_method(method, family, monkeypatch):
     model_class, head = HEADS[family]
     config_class, _, sizes = WRITERS[family]
