@@ -9,10 +9,10 @@ from pathlib import Path
 from ..errors import UsageError
 from . import docstring_match, hub
 from .conditions import ATTRIBUTES, NO_CONDITIONS, TASKS, Conditions, conditions_of
+from .example import Example
 from .examples import (
     LARGEST_DEV,
     LARGEST_TEST,
-    Example,
     Task,
     held_out_size,
     hold_out,

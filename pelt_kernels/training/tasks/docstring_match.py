@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import RunError
-from .examples import LARGEST_DEV, LARGEST_TEST, Example, Task
+from .example import Example
+from .examples import LARGEST_DEV, LARGEST_TEST, Task
 
 NAME = "docstring-match"
 LABELS = ("no", "yes")

@@ -7,40 +7,15 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..errors import UsageError
 from .conditions import NO_CONDITIONS, Conditions
+from .example import Example
 
 # Parts that a run holds out of a file by itself: a tenth of it, and no more than this, because dev
 # is read every epoch.
 LARGEST_DEV = 500
 LARGEST_TEST = 1000
-
-Label = str | tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row: a text, perhaps a second one, and the label where it is known, or several, or the
-    text that is to be written; the labels of its attributes by name, and its task's name.
-    """
-
-    text: str
-    pair: str | None
-    label: Label | None
-    origin: str  # for messages: "row 17 of train.tsv"
-    attributes: tuple[tuple[str, str], ...] = ()
-    task: str | None = None
-
-    @property
-    def content(self) -> tuple[str, str | None]:
-        return self.text, self.pair
-
-    @property
-    def read(self) -> tuple[Any, ...]:
-        """All that a model reads of it."""
-        return self.text, self.pair, self.attributes, self.task
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from .examples import Example, Label
+from .example import Example, Label
 from .labels import GENERATION, MULTI_LABEL
 
 # Tried in this order; the first whose columns are all there is taken.

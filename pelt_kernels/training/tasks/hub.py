@@ -8,7 +8,7 @@ import inspect
 from typing import Any
 
 from ..errors import RunError, UsageError, reason
-from .examples import Example
+from .example import Example
 from .files import Columns, example_from_row, resolve_columns
 
 # Collections whose second word is a subset; elsewhere a slash separates owner and name, and a colon

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from ..errors import UsageError
-from .examples import Example
+from .example import Example
 
 CLASSIFICATION, REGRESSION, MULTI_LABEL = "classification", "regression", "multi-label"
 GENERATION = "generation"
