@@ -79,7 +79,9 @@ def _has_nothing_to_compare(model: PreTrainedModel, outputs: Any) -> bool:
 def _divergence(model: PreTrainedModel, first: Any, second: Any, labels: Tensor | None) -> Tensor:
     """The symmetric divergence between the two passes' distributions over classes, averaged as the
     model averages its loss: over sentences, over tokens that have a label, over the labels where
-    several may be right (each is a yes or no), over the start and the end of an answer.
+    several may be right (each is a yes or no), over the start and the end of an answer. A decoder's
+    logits are for the next token; behind an encoder the decoder reads the labels moved by one
+    already, so there each token's logits are for its own label.
     """
     if "logits" not in first:
         names = ("start_logits", "end_logits")
@@ -91,6 +93,6 @@ def _divergence(model: PreTrainedModel, first: Any, second: Any, labels: Tensor 
         return symmetric_kl(*pairs)
     if labels is None:
         return symmetric_kl(z1, z2)
-    if model.can_generate():  # a token's logits are for the next one
+    if model.can_generate() and not model.config.is_encoder_decoder:
         z1, z2, labels = z1[:, :-1], z2[:, :-1], labels[:, 1:]
     return symmetric_kl(z1, z2, (labels != -100).reshape(z1.shape[:-1]))
