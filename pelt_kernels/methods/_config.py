@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -16,6 +17,9 @@ GATE_POOLINGS = ("masked_mean", "mean")
 # Numbers by name. A config keeps them as pairs: their order, which may matter, outlives JSON files
 # with sorted keys.
 Counts = Mapping[str, int] | tuple[tuple[str, int], ...]
+Numbers = Mapping[str, float] | tuple[tuple[str, float], ...]
+# Modules by the ends of their names, or by one regular expression for whole names.
+Names = tuple[str, ...] | str
 
 Config = TypeVar("Config", bound="MethodConfig")
 
@@ -180,6 +184,58 @@ def set_names(config: MethodConfig, name: str, choices: tuple[str, ...]) -> None
     words = f"as a list of different names out of {', '.join(choices)}"
     check(are_known, config, name, words)
     object.__setattr__(config, name, tuple(value))
+
+
+def set_modules(config: MethodConfig, name: str, words: str, others: tuple[str, ...] = ()) -> None:
+    """The field names modules: a list of different names, which it makes a tuple, or one regular
+    expression.
+
+    Args:
+        words: what a list may hold.
+        others: texts that stand for something else than a regular expression.
+    """
+    value = getattr(config, name)
+    if isinstance(value, str):
+        if value not in others:
+            check_pattern(config, name, value)
+        return
+    are_names = (
+        isinstance(value, (list, tuple))
+        and all(isinstance(member, str) and member.strip() == member != "" for member in value)
+        and len(set(value)) == len(value)
+    )
+    choices = " or ".join(["one regular expression", *(repr(other) for other in others)])
+    check(are_names, config, name, f"as a list of different names ({words}), or {choices}")
+    object.__setattr__(config, name, tuple(value))
+
+
+def check_pattern(config: MethodConfig, name: str, pattern: str) -> None:
+    """Raises ValueError unless the text is a regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(
+            f"{type(config).__name__}: expected {name} with a regular expression, got "
+            f"{pattern!r:.80}: {error}"
+        ) from None
+
+
+def set_numbers(config: MethodConfig, name: str) -> None:
+    """The field has finite numbers by name, a dictionary or pairs; makes it a tuple of pairs."""
+    value = getattr(config, name)
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+    are_numbers = isinstance(pairs, (list, tuple)) and all(
+        isinstance(pair, (list, tuple))
+        and len(pair) == 2
+        and isinstance(pair[0], str)
+        and isinstance(pair[1], (int, float))
+        and not isinstance(pair[1], bool)
+        and abs(pair[1]) <= sys.float_info.max
+        for pair in pairs
+    )
+    are_numbers = are_numbers and len({pair[0] for pair in pairs}) == len(pairs)
+    check(are_numbers, config, name, "as finite numbers by different names")
+    object.__setattr__(config, name, tuple((key, number) for key, number in pairs))
 
 
 def set_counts(config: MethodConfig, name: str, at_least: int) -> None:

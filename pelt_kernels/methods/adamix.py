@@ -14,9 +14,10 @@ from ._config import (
     check_flag,
     check_int,
     check_number,
+    set_names,
 )
 from .adapter import BottleneckAdapterConfig
-from .lora import LoraConfig
+from .lora import TARGETS, LoraConfig
 
 KINDS = ("adapter", "lora")
 
@@ -56,7 +57,7 @@ class AdaMixConfig(MethodConfig):
         experts: M; 1 is what `PeltModel.merge_experts` leaves.
         share_down: one W_down (A) for all experts. share_up: one W_up (B) for all.
         reduction_factor, bottleneck, activation: the adapter's, as in BottleneckAdapterConfig.
-        r, alpha, targets: the LoRA branches', as in LoraConfig.
+        r, alpha: the LoRA branches', as in LoraConfig. targets: its six names.
         dropout: on the adapter's output, or on the branches' input.
         identical_start: all A of a bank start equal, as in the official LoRA code, where only the
             routing tells them apart later; else each has its own draw. Adapters always differ.
@@ -99,10 +100,11 @@ class AdaMixConfig(MethodConfig):
                 f"AdaMixConfig: expected share_down or share_up to be False with {self.experts} "
                 "experts, got both True, which leaves nothing to draw"
             )
-        object.__setattr__(self, "targets", self.as_lora().targets)
+        set_names(self, "targets", TARGETS)
+        self.as_lora()
 
     def as_lora(self) -> LoraConfig:
-        """The LoRA branch of one expert; checks rank, alpha and targets."""
+        """The LoRA branch of one expert; checks rank and alpha."""
         return LoraConfig(r=self.r, alpha=self.alpha, targets=self.targets, dropout=self.dropout)
 
     def as_adapter(self) -> BottleneckAdapterConfig:

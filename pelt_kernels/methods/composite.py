@@ -69,11 +69,13 @@ class CompositeConfig(MethodConfig):
                 taken[place] = name
 
     def _places(self) -> dict[str, tuple[str, ...]]:
-        """The Linears of a layer that each part replaces."""
+        """The places of a layer that each part takes. Which of them modules that LoRA has by other
+        names are in, only a model can tell.
+        """
         places: dict[str, tuple[str, ...]] = {}
         # A gated prefix shares the query's Linear with LoRA, which is made for that.
         has_gate_in_query = self.prefix is not None and bool(self.prefix.gated)
-        lora = () if self.lora is None else self.lora.targets
+        lora = () if self.lora is None else self.lora.places
         if has_gate_in_query and "query" not in lora:
             places["the prefix's gate"] = ("query",)
         places["lora"] = lora

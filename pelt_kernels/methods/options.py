@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, get_args, get_origin, get_type_hints
 
-from ._config import METHODS, Counts, MethodConfig, config_from_dict
+from ._config import METHODS, Counts, MethodConfig, Names, Numbers, config_from_dict
+from .lora import ALL_LINEAR
 from .registry import PRESETS, make_config
 
 
@@ -17,7 +19,8 @@ def config_from_options(name: str, options: Mapping[str, str]) -> MethodConfig:
     A value is read as its field's type asks: numbers, ``true`` and ``false``, names with commas
     between them, numbers by name as ``source:6,category:17``, ``none`` where that is allowed. A
     part is ``none``, ``default``, or its fields; a part that was left out comes in with the first
-    of them.
+    of them. Modules are names with commas, or, where another sign than letters, digits, ``_.-`` is
+    in the text, one regular expression.
 
     Raises:
         ValueError: an unknown name or field, text that is not of the field's type, or a value the
@@ -79,11 +82,16 @@ def _read(kind: Any, text: str, whole: str, is_optional: bool) -> Any:
         float: "a number",
         bool: "true or false",
         Counts: "numbers by name such as source:6,category:17",
+        Numbers: "numbers by name such as k_proj:8,v_proj:16",
     }
     try:
-        if kind == Counts:
+        if kind in (Counts, Numbers):
             pairs = [part.rsplit(":", 1) for part in text.split(",") if part.strip()]
-            return [(name.strip(), int(number)) for name, number in pairs]
+            number_of = int if kind == Counts else float
+            return [(name.strip(), number_of(number)) for name, number in pairs]
+        if kind == Names:
+            is_pattern = text == ALL_LINEAR or re.fullmatch(r"[\w.,\s-]*", text) is None
+            return text if is_pattern else [n.strip() for n in text.split(",") if n.strip()]
         if get_origin(kind) is tuple:
             member = get_args(kind)[0]
             words[kind] = "names with commas" if member is str else "numbers with commas"

@@ -90,7 +90,8 @@ def prefix_sets(prefix: nn.Module) -> dict[str, PrefixAttention]:
 
 def describe_base(model: PreTrainedModel) -> dict[str, Any]:
     """What an adapter has to know about the model it was trained in."""
-    described: dict[str, Any] = {name: getattr(model.config, name) for name in SHAPE_FIELDS}
+    # A model of several others, of images and text, has its sizes in theirs.
+    described: dict[str, Any] = {name: getattr(model.config, name, None) for name in SHAPE_FIELDS}
     described["num_labels"] = getattr(model.config, "num_labels", None)
     described["vocab_size"] = vocabulary_of(model)
     described["architecture"] = type(model).__name__

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from ..methods import ControlPrefixesConfig, Parts, PrefixTuningConfig
@@ -18,6 +17,14 @@ from ..nn.original import sizes_of
 from . import attention as _attention  # noqa: F401  # makes "pelt" known to transformers
 from .attention_config import with_pelt_attention
 from .call import Call, carry_no_more
+from .checks import (
+    check_apart,
+    check_chunking,
+    check_decoder,
+    check_in_memory,
+    check_own_attention,
+    check_places,
+)
 from .encoder_hooks import (
     FORWARDS_ATTRIBUTE,
     STACK_ATTRIBUTE,
@@ -29,8 +36,10 @@ from .encoder_hooks import (
 )
 from .layer import hooks_of
 from .layer_state import PREFIX_ATTRIBUTE, STATE_ATTRIBUTE, LayerPrefix, LayerState
-from .replacement import Replacement, StandIns, check_places
+from .lora_targets import chosen_linears
+from .replacement import Replacement, StandIns, branched_linears, parameter_placement
 from .slots import AttentionSlots, Place, Slots, embeddings_of, layers_of, stacks_of
+from .vocabulary import input_embeddings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,16 +94,23 @@ class Injection:
         self.model, self.parts = model, parts
         self.call = Call()
         self.stacks: list[Stack] = []
-        for slots in stacks_of(model):
+        for slots in _stacks_for(model, parts):
             number = sum(len(stack.layers) for stack in self.stacks)
             self.stacks.append(Stack(model, slots, parts, number, self.call))
         self.states = [state for stack in self.stacks for state in stack.states]
         self._check()
         self._handles: list[Any] = []
         self._marked: list[tuple[nn.Module, str]] = []
-        first = self.stacks[0]
-        query = first.slots.places("query")[0][1].path
-        placement = _parameter_placement(first.layers[0].get_submodule(query))
+        stacks = [(stack.slots, stack.layers) for stack in self.stacks]
+        chosen = chosen_linears(model, parts.lora, stacks)
+        for slots, layers in stacks:
+            check_apart(layers, slots, parts, chosen)
+        check_own_attention(model, [slots for slots, _ in stacks], parts, chosen)
+        check_chunking(model, parts, chosen)
+        placement: dict[str, Any] = {}
+        if self.stacks:
+            query = self.stacks[0].slots.places("query")[0][1].path
+            placement = parameter_placement(self.stacks[0].layers[0].get_submodule(query))
         self.prefix = _make_prefixes(model, self.stacks, parts.prefix, placement)
         self.uses_pelt_attention = self.prefix is not None or any(
             stack.needs_mask and not stack.slots.attention.own_mask for stack in self.stacks
@@ -102,23 +118,26 @@ class Injection:
         self._views = self._make_views()
         self.replacements: list[Replacement] = []
         for stack in self.stacks:
-            stand_ins = StandIns(stack.slots, parts, placement, stack.is_causal)
+            stand_ins = StandIns(stack.slots, parts, chosen, placement, stack.is_causal)
             for layer, state, prefixes in zip(
                 stack.layers, stack.states, stack.prefixes, strict=True
             ):
                 own = prefixes.get(stack.slots.attention.module)
                 has_pooled_gate = own is not None and own.gate == "pooled"
                 self.replacements += stand_ins.in_layer(layer, state, has_pooled_gate)
+        placed = {id(replacement.original) for replacement in self.replacements}
+        others = [linear for key, linear in chosen.items() if key not in placed]
+        self.replacements += branched_linears(model, parts.lora, others)
 
     def _check(self) -> None:
         """Raises ValueError for a model that the parts cannot be put into."""
+        if any(STACK_ATTRIBUTE in module.__dict__ for module in self.model.modules()):
+            raise_occupied()
+        check_in_memory(self.model)
         for stack in self.stacks:
-            if STACK_ATTRIBUTE in stack.embeddings.__dict__:
-                raise_occupied()
             check_places(self.model, stack.layers, stack.slots, self.parts)
-        _check_decoder(self.model, self.stacks)
-        _check_own_attention(self.model, self.stacks, self.parts)
-        _check_chunking(self.model, self.parts)
+        if self.stacks:
+            check_decoder(self.model, [stack.slots for stack in self.stacks])
 
     def attach(self) -> None:
         """Puts the parts in: modules, the attention's name, the hooks of each layer."""
@@ -134,6 +153,8 @@ class Injection:
             self._use_configs({id(base): view for base, view in self._views})
         for stack in self.stacks:
             self._attach_stack(stack)
+        if not self.stacks:
+            self._attach_without_stacks()
 
     def _attach_stack(self, stack: Stack) -> None:
         for layer, state, prefixes in zip(stack.layers, stack.states, stack.prefixes, strict=True):
@@ -154,6 +175,17 @@ class Injection:
         notes = StackNotes(stack.layers, self.call)
         self._mark(stack.embeddings, STACK_ATTRIBUTE, notes)
         self._handles.append(stack.embeddings.register_forward_hook(start_gradient))
+
+    def _attach_without_stacks(self) -> None:
+        """A model of another family: what embeds its input begins the gradient of layers that are
+        checkpointed, as far as transformers knows both.
+        """
+        layers = [m for m in self.model.modules() if hasattr(m, "gradient_checkpointing")][:1]
+        notes = StackNotes(nn.ModuleList(layers), self.call)
+        self._mark(self.model.base_model, STACK_ATTRIBUTE, notes)
+        for module in _readers_of_the_input(self.model) if layers else ():
+            self._mark(module, STACK_ATTRIBUTE, notes)
+            self._handles.append(module.register_forward_hook(start_gradient))
 
     def _mark(self, module: nn.Module, name: str, value: Any) -> None:
         """Leaves a note on a module of the base model. One that is a module itself would be
@@ -223,6 +255,30 @@ def raise_occupied() -> None:
     raise ValueError(
         "get_pelt_model: expected a plain model, got one that has a method in it; remove() it first"
     )
+
+
+def _stacks_for(model: PreTrainedModel, parts: Parts) -> tuple[Slots, ...]:
+    """The stacks of the model's family; none of a model of another one, where LoRA without gates is
+    all that has to be put into it.
+    """
+    try:
+        return stacks_of(model)
+    except ValueError:
+        others = (parts.adapter, parts.prefix, parts.mixture, parts.pruning)
+        needs_family = any(part is not None for part in others) or bool(parts.gated)
+        if parts.lora is None or needs_family:
+            raise
+        return ()
+
+
+def _readers_of_the_input(model: PreTrainedModel) -> list[nn.Module]:
+    """What embeds the input: the module that transformers names, and those that share its table."""
+    named = input_embeddings(model)
+    table = getattr(named, "weight", None)
+    if named is None or not isinstance(table, Tensor):
+        return [] if named is None else [named]
+    readers = (module for module in model.modules() if isinstance(module, nn.Embedding))
+    return [module for module in readers if module.weight is table]
 
 
 def _make_prefixes(
@@ -313,80 +369,3 @@ def _key_heads(
     place = attention.key if isinstance(attention.key, Place) else Place(attention.key)
     columns = sizes_of(layer.get_submodule(place.path))[1] // place.parts
     return columns // head_size, head_size
-
-
-def _parameter_placement(linear: nn.Module) -> dict[str, Any]:
-    """Where new parameters live; float32 beside 16-bit weights, which would lose small updates."""
-    weight = linear.weight
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise ValueError(
-            "get_pelt_model: expected a model with floating-point weights, got "
-            f"{type(linear).__name__} with "
-            f"{getattr(weight, 'dtype', type(weight).__name__)}"
-        )
-    is_sixteen_bit = weight.dtype in (torch.float16, torch.bfloat16)
-    return {"device": weight.device, "dtype": torch.float32 if is_sixteen_bit else weight.dtype}
-
-
-def _check_chunking(model: PreTrainedModel, parts: Parts) -> None:
-    """A gate is a mean over a sentence's rows; an FFN that sees slices of it cannot make it."""
-    chunk = getattr(model.config, "chunk_size_feed_forward", 0)
-    if chunk and parts.has_parallel_adapter:
-        raise ValueError(
-            "get_pelt_model: expected chunk_size_feed_forward=0 with a parallel adapter (it reads "
-            f"the whole input of the feed-forward network), got {chunk}"
-        )
-    in_ffn = parts.adapter is not None and parts.adapter.gated
-    in_ffn = in_ffn or (
-        parts.lora is not None and parts.lora.gated and any("ffn" in t for t in parts.lora.targets)
-    )
-    if chunk and in_ffn:
-        raise ValueError(
-            "get_pelt_model: expected chunk_size_feed_forward=0 with a gate in the feed-forward "
-            "network (its value is a "
-            f"mean over the whole sentence), got {chunk}"
-        )
-
-
-def _check_own_attention(model: PreTrainedModel, stacks: list[Stack], parts: Parts) -> None:
-    """An attention that computes its scores by itself takes no further keys; and where its query
-    and key project relative positions, too, those are no sentence that a gate could be a mean of.
-    """
-    if not any(stack.slots.attention.own_mask for stack in stacks):
-        return
-    if parts.prefix is not None:
-        raise ValueError(
-            "PrefixTuningConfig: expected a model whose attention can be given further keys, got "
-            f"{type(model).__name__}, which computes its scores with relative positions by itself; "
-            "leave the prefix out: adapters and LoRA (with gates or without, as in "
-            "UniPELTConfig(prefix=None)), AdaMix, PST and BitFit work in it"
-        )
-    config: Any = model.config
-    shares = getattr(config, "share_att_key", False) and getattr(
-        config, "relative_attention", False
-    )
-    if shares and parts.lora is not None and parts.lora.gated:
-        between = sorted({"query", "key"} & set(parts.lora.targets))
-        if between:
-            raise ValueError(
-                f"LoraConfig: expected no gate at {' and '.join(between)} of "
-                f"{type(model).__name__}, whose query and key project relative positions, too "
-                "(share_att_key=True), which belong to no sentence; use targets=('value',), or "
-                "gated=False"
-            )
-
-
-def _check_decoder(model: PreTrainedModel, stacks: list[Stack]) -> None:
-    """A layer's attention over an encoder has to be known, and a decoder has to be one."""
-    config: Any = model.config
-    knows_cross = any(attention.site for stack in stacks for attention in stack.slots.attentions)
-    if getattr(config, "add_cross_attention", False) and not knows_cross:
-        raise ValueError(
-            "get_pelt_model: expected a model that reads only its own text, got "
-            f"{type(model).__name__} with add_cross_attention=True in its config"
-        )
-    if not getattr(config, "is_causal", True) and stacks[-1].slots.is_causal:
-        raise ValueError(
-            "get_pelt_model: expected a decoder whose tokens see no later ones, got "
-            f"{type(model).__name__} with is_causal=False in its config"
-        )

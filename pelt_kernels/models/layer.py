@@ -30,6 +30,7 @@ modules of one layer, because transformers checkpoints a layer's forward: hooks 
 outside of what is computed again, its modules and their hooks inside.
 
 `PrunedLinear` and `ExpertLoRALinear` need nothing of the state: they stand in a layer as they are.
+So does a `BranchedLinear`, which LoRA puts outside of the layers and in models of other families.
 `slots.py` says at which module of a family a step happens, `hooks_of` and `replacement.StandIns`
 put it there.
 """
@@ -163,6 +164,15 @@ class AdaptedLinear(LoRALinear):
         ffn_input = self.state.take_ffn_input()
         read = ffn_input if self.is_parallel else y
         return adapted(self.adapter, read, y, self.state)
+
+
+class BranchedLinear(LoRALinear):
+    """A `LoRALinear` without gates anywhere in a model: it needs nothing of a layer."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """y [..., Dout], as the Linear it stands for."""
+        y, _ = super().forward(x)
+        return y
 
 
 class AdaptedFusedLinear(FusedLoRALinear):

@@ -275,13 +275,13 @@ def get_pelt_model(model: PreTrainedModel, config: MethodConfig) -> PeltModel:
 
     Args:
         model: of one of the families in `FAMILIES` (encoders such as BERT, decoders such as GPT-2
-            and Llama, encoder-decoders such as T5 and BART), with any head (or none). It is changed
-            in place; `PeltModel.remove` undoes that.
+            and Llama, encoder-decoders such as T5 and BART), with any head (or none); for LoRA
+            without gates of any family. It is changed in place; `PeltModel.remove` undoes that.
         config: such as ``UniPELTConfig.apl()`` or ``LoraConfig(r=4)``.
 
     Raises:
         ValueError: an unknown family, what a family cannot have, a model with a method already in
-            it, or sizes that do not fit.
+            it, or sizes or targets that do not fit.
         TypeError: config is not a method's config.
     """
     return PeltModel(model, config)

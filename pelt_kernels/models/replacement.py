@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..methods import BottleneckAdapterConfig, LoraConfig, Parts
 from ..methods.lora import TARGETS
@@ -21,10 +22,18 @@ from ..nn import (
     PrunedLinear,
     Pruning,
 )
-from ..nn.original import NAMES, linear_kind, sizes_of, why_not_replaceable
-from .layer import PREFIX_GATE, AdaptedFusedLinear, AdaptedLinear, AdaptedNorm, ExpertLinear
+from ..nn.original import NAMES, linear_kind, sizes_of
+from .layer import (
+    PREFIX_GATE,
+    AdaptedFusedLinear,
+    AdaptedLinear,
+    AdaptedNorm,
+    BranchedLinear,
+    ExpertLinear,
+)
 from .layer_state import LayerState
-from .slots import CROSS, Place, Slots
+from .lora_targets import WHOLE, Branch, Chosen
+from .slots import Place, Slots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,12 +81,14 @@ class StandIns:
     """Makes what stands in a layer for modules of the base model.
 
     Attributes:
+        chosen: the Linears on which LoRA works, by their ids.
         placement: device and dtype of new parameters.
         is_causal: whether a token of this stack sees no later ones.
     """
 
     slots: Slots
     parts: Parts
+    chosen: Mapping[int, Chosen]
     placement: dict[str, Any]
     is_causal: bool
 
@@ -98,27 +109,28 @@ class StandIns:
         self, layer: nn.Module, state: LayerState, has_pooled_gate: bool
     ) -> Iterator[tuple[str, nn.Module]]:
         slots, parts = self.slots, self.parts
-        lora = () if parts.lora is None else parts.lora.targets
         at_output = parts.adapter is not None and slots.ffn_norm is None
-        wanted = set(lora)
-        wanted |= {"query"} if has_pooled_gate else set()
-        wanted |= {"ffn_out"} if at_output else set()
-        for path, targets in _by_linear(slots, wanted):
+        for path, projections in slots.linears(TARGETS):
             base = layer.get_submodule(path)
-            name = targets[0][0]
-            has_gate = has_pooled_gate and name == "query"
-            if targets[0][1].is_fused:
-                yield path, self._fused(base, targets, state, lora, has_gate)
+            branches = self.chosen[id(base)].branches if id(base) in self.chosen else {}
+            names = [name for name, _ in projections]
+            has_gate = has_pooled_gate and "query" in names
+            has_adapter = at_output and "ffn_out" in names
+            if not (branches or has_gate or has_adapter):
                 continue
-            has_branch = _target_of(name) in lora
-            has_adapter = at_output and name == "ffn_out"
-            yield path, self._linear(base, name, state, has_branch, has_gate, has_adapter)
+            if projections[0][1].is_fused and WHOLE not in branches:
+                yield path, self._fused(base, projections, state, branches, has_gate)
+                continue
+            # A branch into all of several projections goes by the name of its module.
+            target = path.rpartition(".")[2] if WHOLE in branches else names[0]
+            branch = next(iter(branches.values()), None)
+            yield path, self._linear(base, target, state, branch, has_gate, has_adapter)
         if parts.adapter is not None and slots.ffn_norm is not None:
             yield slots.ffn_norm, self._norm(layer.get_submodule(slots.ffn_norm), state)
         pruned = parts.pruning.targets if parts.pruning is not None else ()
-        for path, targets in _by_linear(slots, pruned):
+        for path, targets in slots.linears(pruned):
             yield path, self._pruned(layer.get_submodule(path), targets)
-        for path, targets in _by_linear(slots, _expert_targets(parts)):
+        for path, targets in slots.linears(expert_targets(parts)):
             base = layer.get_submodule(path)
             if targets[0][1].is_fused:
                 yield path, self._fused_experts(base, targets, state)
@@ -130,7 +142,7 @@ class StandIns:
         base: nn.Module,
         target: str,
         state: LayerState,
-        has_branch: bool,
+        branch: Branch | None,
         has_gate: bool,
         has_adapter: bool,
     ) -> AdaptedLinear:
@@ -140,8 +152,8 @@ class StandIns:
         lora, prefix = self.parts.lora, self.parts.prefix
         return AdaptedLinear(
             base,
-            lora.r if lora and has_branch else 0,
-            lora.alpha if lora else 1.0,
+            branch.r if branch else 0,
+            branch.alpha if branch else 1.0,
             dropout=lora.dropout if lora else 0.0,
             gate_pooling=self._pooling(lora),
             extra_gates={PREFIX_GATE: prefix.gate_pooling} if prefix and has_gate else {},
@@ -157,7 +169,7 @@ class StandIns:
         base: nn.Module,
         targets: list[tuple[str, Place]],
         state: LayerState,
-        lora_targets: tuple[str, ...],
+        chosen: Mapping[str, Branch],
         has_gate: bool,
     ) -> AdaptedFusedLinear:
         """One Linear for several projections, with a LoRA branch for each target among them."""
@@ -165,11 +177,11 @@ class StandIns:
         into, out = sizes_of(base)
         branches, offsets = {}, {}
         for name, place in targets:
-            if lora is not None and _target_of(name) in lora_targets:
+            if name in chosen:
                 size = out // place.parts
                 offsets[name] = place.part * size
                 pooling = self._pooling(lora)
-                branches[name] = LowRank(into, size, lora.r, lora.alpha, pooling, **self.placement)
+                branches[name] = LowRank(into, size, *chosen[name], pooling, **self.placement)
         gates = {}
         if has_gate and prefix is not None:
             gates[PREFIX_GATE] = Gate(into, prefix.gate_pooling, **self.placement)
@@ -272,66 +284,40 @@ class StandIns:
         return ExpertLinear(base, experts)
 
 
-def check_places(model: PreTrainedModel, layers: nn.ModuleList, slots: Slots, parts: Parts) -> None:
-    """Raises ValueError unless every module that the parts replace, in every layer, may be
-    replaced, with the first one's name; and where a hook holds the model's weights elsewhere.
+def branched_linears(
+    model: PreTrainedModel, config: LoraConfig | None, chosen: Iterable[Chosen]
+) -> Iterator[Replacement]:
+    """The replacements of Linears that are no places of a layer: outside of the layers, or in a
+    model of another family.
     """
-    for name, module in model.named_modules():
-        is_empty = any(parameter.is_meta for parameter in module.parameters(recurse=False))
-        if is_empty and hasattr(module, "_hf_hook"):
-            raise ValueError(
-                "get_pelt_model: expected a base model whose weights are in memory, got "
-                f"{name} with weights that accelerate loads at each call; load it without "
-                "offloading (accelerate.hooks.remove_hook_from_submodules)"
-            )
-    names = {id(module): name for name, module in model.named_modules()}
-    for layer in layers:
-        for path, kind in _paths(slots, parts):
-            module = layer.get_submodule(path)
-            kind = linear_kind(module) if kind is nn.Linear else kind
-            reason = why_not_replaceable(module, kind)
-            if reason:
-                raise ValueError(
-                    f"get_pelt_model: expected {names[id(module)]} as an nn.{kind.__name__} with "
-                    f"floating-point weight and bias, got {reason}"
-                )
+    for linear in chosen:
+        assert config is not None
+        (branch,) = linear.branches.values()
+        adapted = BranchedLinear(
+            linear.module,
+            branch.r,
+            branch.alpha,
+            dropout=config.dropout,
+            dtype=parameter_placement(linear.module)["dtype"],
+        )
+        parent, _, name = linear.name.rpartition(".")
+        yield Replacement(model.get_submodule(parent), name, linear.module, adapted)
 
 
-def _paths(slots: Slots, parts: Parts) -> Iterator[tuple[str, type[nn.Module]]]:
-    """The paths in a layer of what the parts replace, and what has to be there."""
-    targets: set[str] = set(_expert_targets(parts))
-    if parts.lora is not None:
-        targets |= set(parts.lora.targets)
-    if parts.prefix is not None and parts.prefix.gated:
-        targets.add("query")
-    if parts.pruning is not None:
-        targets |= set(parts.pruning.targets)
-    if parts.adapter is not None and slots.ffn_norm is None:
-        targets.add("ffn_out")
-    for path, _ in _by_linear(slots, targets):
-        yield path, nn.Linear
-    if parts.adapter is not None and slots.ffn_norm is not None:
-        yield slots.ffn_norm, nn.LayerNorm
+def parameter_placement(linear: nn.Module) -> dict[str, Any]:
+    """Where new parameters live; float32 beside 16-bit weights, which would lose small updates."""
+    weight = linear.weight
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise ValueError(
+            "get_pelt_model: expected a model with floating-point weights, got "
+            f"{type(linear).__name__} with "
+            f"{getattr(weight, 'dtype', type(weight).__name__)}"
+        )
+    is_sixteen_bit = weight.dtype in (torch.float16, torch.bfloat16)
+    return {"device": weight.device, "dtype": torch.float32 if is_sixteen_bit else weight.dtype}
 
 
-def _by_linear(
-    slots: Slots, targets: Collection[str]
-) -> Iterator[tuple[str, list[tuple[str, Place]]]]:
-    """The Linears of a layer in which targets are, each with its projections by name."""
-    found: dict[str, list[tuple[str, Place]]] = {}
-    for target in TARGETS:
-        if target in targets:
-            for name, place in slots.places(target):
-                found.setdefault(place.path, []).append((name, place))
-    yield from found.items()
-
-
-def _target_of(name: str) -> str:
-    """The target that a projection's name in a layer belongs to (`Slots.places`)."""
-    return name.removeprefix(f"{CROSS}_").removesuffix("_2")
-
-
-def _expert_targets(parts: Parts) -> tuple[str, ...]:
+def expert_targets(parts: Parts) -> tuple[str, ...]:
     """The Linears of a layer that AdaMix replaces."""
     if parts.mixture is None:
         return ()

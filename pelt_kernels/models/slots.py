@@ -16,11 +16,13 @@ Where weights are transposed (Conv1D) is read from the modules themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
+
+from ..methods.lora import TARGETS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -113,6 +115,15 @@ class Slots:
             found.append((name, _place(place)))
         return tuple(found)
 
+    def linears(self, targets: Collection[str]) -> Iterator[tuple[str, list[tuple[str, Place]]]]:
+        """The Linears of a layer in which targets are, each with its projections by name."""
+        found: dict[str, list[tuple[str, Place]]] = {}
+        for target in TARGETS:
+            if target in targets:
+                for name, place in self.places(target):
+                    found.setdefault(place.path, []).append((name, place))
+        yield from found.items()
+
     def in_layer(self) -> Iterator[str]:
         """Every path that a layer has to have."""
         for attention in self.attentions:
@@ -126,6 +137,11 @@ class Slots:
 
 def _place(place: str | Place) -> Place:
     return place if isinstance(place, Place) else Place(place)
+
+
+def target_of(name: str) -> str:
+    """The target that a projection's name in a layer belongs to (`Slots.places`)."""
+    return name.removeprefix(f"{CROSS}_").removesuffix("_2")
 
 
 def _attention(
@@ -320,7 +336,8 @@ def stacks_of(model: PreTrainedModel) -> tuple[Slots, ...]:
         raise ValueError(
             f"get_pelt_model: expected a model of one of the families {', '.join(FAMILIES)}, got "
             f"{type(model).__name__} "
-            f"(model_type {family!r}); a new family is one entry in pelt_kernels/models/slots.py"
+            f"(model_type {family!r}); a new family is one entry in pelt_kernels/models/slots.py, "
+            "and LoRA without gates needs none"
         )
     *others, last = FAMILIES[family]
     for stacks in others:

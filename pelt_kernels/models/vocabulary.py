@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import try_to_load_from_cache
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,12 +16,21 @@ if TYPE_CHECKING:
 ADDED_ROWS = "vocabulary.added"
 
 
+def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """The module that transformers names as the one that embeds the input; None where it knows
+    none, as for some models of speech.
+    """
+    try:
+        found: nn.Module | None = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found
+
+
 def vocabulary_of(model: PreTrainedModel) -> int:
-    """How many words the model has embeddings for; 0 of one that reads images."""
-    if not _reads_words(model):
-        return 0
-    weight: Any = model.get_input_embeddings().weight
-    return len(weight)
+    """How many words the model has embeddings for; 0 of one that reads none."""
+    weight: Any = getattr(input_embeddings(model), "weight", None)
+    return len(weight) if _reads_words(model) and weight is not None else 0
 
 
 def _reads_words(model: PreTrainedModel) -> bool:
@@ -35,13 +44,14 @@ def word_embeddings(model: PreTrainedModel) -> tuple[str, Tensor]:
             f"PeltModel: expected a model with word embeddings, got {type(model).__name__}, which "
             "reads images"
         )
-    weight: Any = model.get_input_embeddings().weight
+    weight: Any = getattr(input_embeddings(model), "weight", None)
     for name, parameter in model.named_parameters():
         if parameter is weight:
             return name, weight
+    got = "none" if weight is None else "a weight that is computed from others"
     raise ValueError(
         f"PeltModel: expected the word embeddings of {type(model).__name__} to be a "
-        "parameter of it, got a weight that is computed from others"
+        f"parameter of it, got {got}"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..methods import parts_of
-from ..models import Matrix, matrices_of, save_exported
+from ..models import FAMILIES, Matrix, matrices_of, save_exported
 from ..models.pruning import pruned_linears
 from ..models.sparse_files import FORMS
 from .config import check_choice
@@ -85,7 +85,8 @@ def export(
                 if card.labels:
                     plain.config.id2label = dict(enumerate(card.labels))
                     plain.config.label2id = {label: i for i, label in enumerate(card.labels)}
-                matrices = matrices_of(plain)
+                if plain.config.model_type in FAMILIES:
+                    matrices = matrices_of(plain)
                 save_exported(plain, partial, pruned, form)
                 PROBLEMS[card.problem].tokenizer(name).save_pretrained(partial)
             write_json(partial / FILE, _described(form, method.to_dict(), matrices))

@@ -25,6 +25,16 @@ READ = {
     "lora r=4 alpha=2 targets=query,key gated=true": LoraConfig(
         r=4, alpha=2.0, targets=("query", "key"), gated=True
     ),
+    "lora targets=all-linear exclude=lm_head,mlp.c_proj layers=0,2": LoraConfig(
+        targets="all-linear", exclude=("lm_head", "mlp.c_proj"), layers=(0, 2)
+    ),
+    r"lora targets=.*\.(q|v)_proj use_rslora=true": LoraConfig(
+        targets=r".*\.(q|v)_proj", use_rslora=True
+    ),
+    "lora targets=q_proj rank_pattern=query:2,k:3 alpha_pattern=k:1e1": LoraConfig(
+        targets=("q_proj",), rank_pattern={"query": 2, "k": 3}, alpha_pattern={"k": 10.0}
+    ),
+    "composite lora.targets=all-linear": CompositeConfig(lora=LoraConfig(targets="all-linear")),
     "lora gated=none gate_pooling=mean": LoraConfig(gate_pooling="mean"),
     "pst sparsity=5e-1 r1=2 train_head=false": PSTConfig(sparsity=0.5, r1=2, train_head=False),
     "adamix experts=2 kind=lora share_up=FALSE": AdaMixConfig(
@@ -95,6 +105,7 @@ MISTAKES = {
     r"a field of BitFitConfig \(it has none\), got 'r'": ("bitfit", "r=4"),
     "expected r as a whole number, got '4.5'": ("lora", "r=4.5"),
     "expected alpha as a number, got ''": ("lora", "alpha="),
+    "expected alpha_pattern as numbers by name .*got 'q:x'": ("lora", "alpha_pattern=q:x"),
     "expected gated as true or false or none, got 'yes'": ("lora", "gated=yes"),
     "expected mid as a whole number or none, got 'x'": ("prefix", "mid=x"),
     "expected skip_layers as numbers with commas, got 'last'": ("prefix", "skip_layers=last"),
