@@ -115,7 +115,7 @@ def _in_turns(
             for _ in range(CALLS):
                 steps[name]()
             ended = time.perf_counter(), time.process_time()
-            laps[name].append(tuple((e - b) / CALLS for e, b in zip(ended, begun)))  # type: ignore
+            laps[name].append(tuple((e - b) / CALLS for e, b in zip(ended, begun)))  # type: ignore[arg-type]
     return laps
 
 

@@ -117,7 +117,8 @@ class _Resolver:
                     f"LoraConfig: expected {name} by its own name or by those of its projections, "
                     f"got both in targets={self.config.targets!r}"
                 )
-        projections = {name: (self._only_projection(name),) for name in whole}
+        projections: dict[str, tuple[str, ...]] = {}
+        projections |= {name: (self._only_projection(name),) for name in whole}
         projections |= {name: tuple(n for n, _ in places) for name, places in by_place.items()}
         if not projections:
             self._refuse("targets that exclude, layers and the trained head leave", "none")

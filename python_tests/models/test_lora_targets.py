@@ -255,7 +255,7 @@ REFUSED = {
     "c_attn by its own name or by those": ("gpt2", LoraConfig(targets=("query", "c_attn"))),
     "needs none": ("gpt_neox", LoraConfig(targets="all-linear", gated=True)),
     "a model of one of the families": ("opt", UniPELTConfig()),
-    "of one of the families bart": (
+    "families .*got FalconForCausalLM": (
         "falcon",
         CompositeConfig(lora=LoraConfig(targets="all-linear"), adapter=BottleneckAdapterConfig()),
     ),
