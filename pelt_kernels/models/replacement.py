@@ -22,7 +22,7 @@ from ..nn import (
     PrunedLinear,
     Pruning,
 )
-from ..nn.original import NAMES, linear_kind, sizes_of
+from ..nn.original import NAMES, sizes_of
 from .layer import (
     PREFIX_GATE,
     AdaptedFusedLinear,
