@@ -26,8 +26,10 @@ README = ROOT / "README.md"
 METHODS = ROOT / "benchmarks" / "results" / "methods.jsonl"
 STEPS = ROOT / "benchmarks" / "results" / "train_step.jsonl"
 COUNTERS = ROOT / "benchmarks" / "results" / "counters.jsonl"
+GENERATION = METHODS.with_name("generation.jsonl")
 RESULTS = METHODS.with_name("README.md")
 METRIC_NAMES = {"accuracy": "accuracy", "f1": "F1", "matthews": "Matthews"}
+MODEL_NAMES = {"gpt2": "GPT-2", "t5": "T5"}
 
 
 def block(text: str, name: str) -> str:
@@ -204,6 +206,35 @@ def steps_table(rows: Rows) -> str:
     return "\n".join(lines) + "\n"
 
 
+def generation_table(rows: Rows) -> str:
+    """How well each method writes text from data, in Markdown, from what `benchmarks.generation`
+    wrote.
+    """
+    lines = [
+        "| model | method | BLEU | chrF | ROUGE-L | trained parameters | of all |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        share = 100 * row["trainable_parameters"] / row["total_parameters"]
+        lines.append(
+            f"| {MODEL_NAMES[row['family']]} | `{row['method']}` | {row['bleu']:.1f} "
+            f"| {row['chrf']:.1f} | {row['rouge_l']:.1f} | {row['trainable_parameters']:,} "
+            f"| {_digits(share)} % |"
+        )
+    first = rows[0]
+    sizes = first["sizes"]
+    steps = ", ".join(map(str, sorted({row["steps"] for row in rows})))
+    commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
+    lines += [
+        "",
+        f"{sizes['layers']} layers (T5: as many twice) of width {sizes['width']}, one seed, "
+        f"{first['train_examples']:,} training examples, {steps} steps, "
+        f"{first['test_examples']:,} test examples, written greedily; {_machines(rows)}; "
+        f"torch {first['torch']}; commit {commits}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def families() -> str:
     """Which method works in which encoder: all in all, as the named test trains."""
     methods = ", ".join(f"`{name}`" for name in PRESETS)
@@ -235,6 +266,8 @@ def results_rewritten(text: str) -> str:
         text = with_block(text, "steps table", steps_table(read(STEPS)))
     if COUNTERS.is_file():
         text = with_block(text, "counters table", counters_report.counters_table(read(COUNTERS)))
+    if GENERATION.is_file():
+        text = with_block(text, "generation table", generation_table(read(GENERATION)))
     return with_block(text, "every row", operator_tables.full(operator_rows()))
 
 

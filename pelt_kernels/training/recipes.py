@@ -44,6 +44,7 @@ RECIPES: dict[str, Recipe] = {
     "unipelt-ap": Recipe(lr=1e-3, epochs=6),
     "adapter": Recipe(lr=1e-3, epochs=6),
     "prefix": Recipe(lr=1e-3, epochs=6),
+    "control_prefixes": Recipe(lr=1e-3, epochs=6),
     "lora": Recipe(lr=2e-3, epochs=6),
     "adamix": Recipe(lr=3e-3, epochs=6),
     "pst": Recipe(lr=3e-4, epochs=12),

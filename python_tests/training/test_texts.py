@@ -170,6 +170,14 @@ def test_source_and_target_columns_show_that_texts_are_written(
         load_task(str(gap))
 
 
+def test_few_sources_are_held_out_where_they_have_many_targets(tmp_path: Path) -> None:
+    table = [(f"the cat {n % 40}", f"le chat {n}", "calm") for n in range(400)]
+    task = load_task(str(write_pairs(tmp_path / "a.tsv", table)))
+    sources = [{example.text for example in part} for part in (task.train, task.dev, task.test)]
+    assert [len(part) for part in sources] == [32, 4, 4]
+    assert len(task.train) == 320 and len(task.dev) == 36 and len(task.test) == 40
+
+
 def test_attributes_and_tasks_have_labels(pair_files: tuple[Path, Path], tmp_path: Path) -> None:
     columns = Columns(attributes=(("mood", "mood"),), task="mood")
     task = load_task(str(pair_files[0]), str(pair_files[1]), columns)

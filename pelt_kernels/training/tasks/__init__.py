@@ -234,7 +234,10 @@ def _hold_out(
     examples: list[Example], problem: str, largest: int, salt: str
 ) -> tuple[list[Example], list[Example]]:
     size = held_out_size(len(examples), largest)
-    return hold_out(examples, strata(examples, problem), size, salt=salt)
+    # A source can have many targets.
+    is_generation = problem == GENERATION
+    classes = strata(examples, problem)
+    return hold_out(examples, classes, size, salt=salt, whole_texts=is_generation)
 
 
 def _say_absent(task: Task, say: Callable[[str], None]) -> None:

@@ -70,13 +70,19 @@ class Task:
 
 
 def hold_out(
-    examples: Sequence[Example], classes: Sequence[str], count: int, *, salt: str
+    examples: Sequence[Example],
+    classes: Sequence[str],
+    count: int,
+    *,
+    salt: str,
+    whole_texts: bool = False,
 ) -> tuple[list[Example], list[Example]]:
     """Up to `count` examples, each class by its share, and the rest of them; `classes` holds that
     of each example.
 
     Chosen by the rows and `salt` alone. No text stands on both sides, and no class is held out
-    whole: the last text of a class stays in the rest.
+    whole: the last text of a class stays in the rest. With `whole_texts` the rows of one text are
+    taken one after the other, so that where texts have many rows few of them are held out.
     """
     shares_left = _shares(Counter(classes), count)
     labels_of: dict[tuple[str, str | None], set[str]] = defaultdict(set)
@@ -85,6 +91,11 @@ def hold_out(
     texts_left = Counter(label for labels in labels_of.values() for label in labels)
     order = list(range(len(examples)))
     random.Random(salt).shuffle(order)
+    if whole_texts:
+        first: dict[tuple[str, str | None], int] = {}
+        for place, index in enumerate(order):
+            first.setdefault(examples[index].content, place)
+        order.sort(key=lambda index: first[examples[index].content])
     held: list[int] = []
     contents: set[tuple[str, str | None]] = set()
     for index in order:
