@@ -103,11 +103,11 @@ def put_rows(
     tokens.check_words(len(embedding.weight))
     words = args[0] if args else next(iter(kwargs.values()))
     places = torch.searchsorted(tokens.ids, words).clamp_(max=len(tokens.ids) - 1)
-    rows = nn.functional.embedding(places, tokens.weight)
-    scale = getattr(embedding, "embed_scale", None)
-    if scale is not None:
-        rows = rows * scale
-    return torch.where((tokens.ids[places] == words)[..., None], rows.to(output.dtype), output)
+    rows = nn.functional.embedding(places, tokens.weight).to(output.dtype)
+    scale: Tensor | float | None = getattr(embedding, "embed_scale", None)
+    if scale is not None:  # a number in BART, a tensor in Gemma
+        rows = rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
+    return torch.where((tokens.ids[places] == words)[..., None], rows, output)
 
 
 def put_logits(head: nn.Linear, args: tuple[Any, ...], output: Tensor) -> Tensor:

@@ -13,10 +13,17 @@ import pytest
 import torch
 import transformers as hf
 from language_models import FAMILIES, make_language_model, make_pairs
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from pelt_kernels.methods import CompositeConfig, ControlPrefixesConfig, LoraConfig
 from pelt_kernels.models import PeltModel, get_pelt_model
+from pelt_kernels.training.encode import condition_tensors
 
 CONTROL = ControlPrefixesConfig(
     prefix_length=3, mid=8, attributes={"source": 3, "cat": 4}, lengths={"cat": 1}
@@ -186,9 +193,8 @@ class Pairs(torch.utils.data.Dataset):
 
 
 def collate(rows):
-    labels = {n: torch.tensor([row["attributes"][n] for row in rows]) for n in ATTRIBUTES}
-    keys = [key for key in rows[0] if key not in ("attributes", "other")]
-    return {key: torch.stack([row[key] for row in rows]) for key in keys} | {"attributes": labels}
+    plain = [{n: v for n, v in row.items() if n != "attributes"} for row in rows]
+    return default_data_collator(plain) | condition_tensors(rows)
 
 
 @pytest.mark.parametrize("family", ["t5", "gpt2"])
@@ -196,7 +202,7 @@ def test_a_trainer_takes_attributes_as_a_column_and_resumes(family, make, tmp_pa
     def train(steps, resume=None):
         options = TrainingArguments(
             str(tmp_path), max_steps=steps, save_steps=2, per_device_train_batch_size=2, seed=0,
-            report_to=[], use_cpu=True, learning_rate=1e-2, remove_unused_columns=False,
+            report_to=[], use_cpu=True, learning_rate=1e-2,
             disable_tqdm=True, logging_strategy="no", lr_scheduler_type="constant",
         )  # fmt: skip
         trainer = Trainer(make(family), options, collate, Pairs(family))
@@ -210,6 +216,42 @@ def test_a_trainer_takes_attributes_as_a_column_and_resumes(family, make, tmp_pa
     resumed = train(4, str(tmp_path / "checkpoint-2")).model.state_dict()
     for name, value in whole.items():
         assert torch.equal(resumed[name], value), name
+
+
+def test_a_trainer_that_generates_takes_attributes_too(make, tmp_path):
+    model = make("t5")
+    options = Seq2SeqTrainingArguments(
+        str(tmp_path), per_device_eval_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True,
+        predict_with_generate=True, generation_max_length=6, generation_num_beams=2,
+    )  # fmt: skip
+    trainer = Seq2SeqTrainer(model, options, collate, eval_dataset=Pairs("t5"))
+    written = torch.tensor(trainer.predict(Pairs("t5")).predictions)
+    batch = make_pairs("t5")
+    asked = {"attention_mask": batch["attention_mask"], "attributes": ATTRIBUTES, "num_beams": 2}
+    expected = model.generate(batch["input_ids"], max_length=6, **asked)
+    assert torch.equal(written[:, : expected.shape[1]], expected)
+
+
+@every_family
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_sixteen_bits(family, is_autocast, make, randomise):
+    exact, batch = make(family), make_pairs(family)
+    if is_autocast:
+        half = make(family)
+    else:
+        base = make_language_model(family, torch.bfloat16)
+        half = randomise(get_pelt_model(base, CONTROL))
+        assert next(iter(half.trained_parameters().values())).dtype == torch.float32
+    truth = exact(**batch, attributes=ATTRIBUTES)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        found = half(**batch, attributes=ATTRIBUTES)
+    found.loss.backward()
+    truth.loss.backward()
+    assert abs(found.loss - truth.loss) < 0.05
+    for name, parameter in exact.trained_parameters().items():
+        gradient = half.trained_parameters()[name].grad
+        distance = (gradient - parameter.grad).norm() / (parameter.grad.norm() + 1e-3)
+        assert distance < 0.25, f"{name}: {distance}"
 
 
 def test_the_signature_has_attributes_only_where_there_are_some(make):

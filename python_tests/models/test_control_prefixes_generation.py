@@ -185,12 +185,12 @@ def test_styles_of_the_same_source_are_learned_by_heart(family):
     styles = torch.tensor([style for _, style, _ in pairs])
     batch = as_batch(family, sources, targets)
     base = make_language_model(family, words=len(known) + 4, std=0.15)
-    fit(base, batch, steps=100, lr=1e-2)
+    fit(base, batch, steps=60, lr=1e-2)
     config = ControlPrefixesConfig(
-        prefix_length=4, mid=64, attributes={"style": 4}, attribute_length=8, start="normal"
+        prefix_length=4, mid=32, attributes={"style": 4}, attribute_length=4, start="normal"
     )
     model = get_pelt_model(base, config)
-    fit(model, batch | {"attributes": {"style": styles}}, steps=120, lr=1e-2)
+    fit(model, batch | {"attributes": {"style": styles}}, steps=80, lr=2e-2)
 
     def written(labels):
         found = []

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as hf
 from every_method import LORA
+from families import WRITERS, make_writer
 from safetensors.torch import load_file
 from torch import nn
 
@@ -54,7 +55,8 @@ def with_head(base, model):
 def with_rows(base, model):
     """The same with the rows of trained words in its table, too."""
     with torch.no_grad():
-        base.get_input_embeddings().weight[torch.tensor(sorted(IDS))] = model.tokens.weight
+        table = base.get_input_embeddings().weight
+        table[torch.tensor(sorted(IDS))] = model.tokens.weight.to(table.dtype)
     return with_head(base, model)
 
 
@@ -67,6 +69,21 @@ def test_the_rows_stand_for_the_tables_in_every_classifier(
     batch["input_ids"][0, :4] = torch.tensor([7, 98, 60, 7])
     expected = with_rows(make_base(family), model)
     assert torch.equal(model(**batch).logits, expected(**batch).logits)
+
+
+@pytest.mark.parametrize("family", WRITERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rows_stand_for_the_tables_in_models_that_write(family, dtype, randomise):
+    """Input and tied head, scaled words (Gemma, BART) included; a head of its own stays."""
+    scaled = {"scale_embedding": True} if "bart" in family else {}
+    model = randomise(get_pelt_model(make_writer(family, **scaled).to(dtype), TOKENS))
+    expected = with_rows(make_writer(family, **scaled).to(dtype), model)
+    ids = torch.tensor([[7, 98, 60, 7, 11, 12], [5, 60, 6, 8, 9, 98]])
+    more = {"labels": ids[:, :4].clone()} if model.base_model.config.is_encoder_decoder else {}
+    found, truth = model(ids, **more).logits, expected(ids, **more).logits
+    allowed = 4 * torch.finfo(dtype).eps * truth.abs().max().item()
+    torch.testing.assert_close(found, truth, rtol=0, atol=allowed)
+    assert (truth - make_writer(family, **scaled).to(dtype)(ids, **more).logits).abs().max() > 0.2
 
 
 def test_a_tied_head_reads_the_rows_and_gradients_are_those_of_the_whole_table(
