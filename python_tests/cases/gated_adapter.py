@@ -77,6 +77,7 @@ CASES = [
         {"B": 4, "S": 9, "D": 64, "R": 12, "M": 3, "M_up": 3},
         f"{BANKS}, {PRE_NORMS}",
         {"activation": "silu"},
+        is_quick=True,
     ),
     Case(
         "hyperpelt_mixed_tasks",
@@ -84,6 +85,7 @@ CASES = [
         "b_down, bank w_up, bank b_up, up_index per sample, bank post_norm_weight,"
         " bank post_norm_bias, scale",
         {"activation": "gelu"},
+        is_quick=True,
     ),
     Case(
         "norm_banks",

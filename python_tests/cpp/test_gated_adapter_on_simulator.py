@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case, make_attributes, make_inputs
-from cases.gated_adapter import CASES, NORMS, POOLED, UNIPELT
+from cases.gated_adapter import BANKS, CASES, NORM_BANKS, NORMS, POOLED, UNIPELT
 from torch import Tensor
 
 from pelt_kernels.ops import _dispatch, _native
@@ -25,6 +25,12 @@ LONG = [
         {"B": 2, "S": 260, "D": 64, "R": 16},
         f"{UNIPELT}, {NORMS}",
         {**POOLED, "dropout_p": 0.1},
+    ),
+    Case(
+        "long_norm_banks",
+        {"B": 3, "S": 150, "D": 64, "R": 16, "M": 2, "M_up": 3},
+        f"{BANKS}, {NORM_BANKS}, gate_weight, gate_bias, mask, residual",
+        POOLED,
     ),
     # The same where chunks and ranks are whole, which other kernels serve.
     Case("long_chunks", {"B": 2, "S": 300, "D": 128, "R": 64}, UNIPELT, POOLED),
@@ -103,7 +109,7 @@ def test_a_gradient_does_not_depend_on_which_others_are_asked(asked: str, simula
         assert torch.equal(grad, whole[name]), name
 
 
-@pytest.mark.parametrize("case", [LONG[0], LONG[2], LONG[4], LONG[5]], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [LONG[0], LONG[3], LONG[5], LONG[6]], ids=lambda case: case.id)
 def test_a_sentence_does_not_see_the_others(case: Case, simulator) -> None:
     values = make_inputs(CONTRACT, case, torch.bfloat16)
     batched = {"x", "mask", "residual"}

@@ -26,18 +26,13 @@ _16_BITS = Refusal("its matrix products take float16 or bfloat16", "float32")
 _NOT_FLOAT16 = Refusal("it takes float32 or bfloat16", "float16")
 _TILES = (_NOT_FLOAT16, Refusal("its tiles multiply bfloat16", "float32"))
 _ROWS = Refusal("read 16 bytes at a time", cases="width_odd")
-_NORM_BANKS = Refusal(
-    "one [D] for all rows",
-    cases="vlm_mixed_tasks hyperpelt_mixed_tasks norm_banks norm_banks_one_task norm_bank_of_one"
-    " vlm_rank_300 norm_banks_rank_300",
-)
 _HEADS = Refusal("head size 20 is not one of 32, 64, 96, 128", cases="head_odd")
 
 # By operator and backend, of one form or of all; cuda_sim refuses what cuda does, cpu_sim what cpu.
 # What stands first is said first.
 REFUSALS: dict[str, dict[str, tuple[Refusal, ...]]] = {
     "gated_adapter": {
-        "cuda": (_NORM_BANKS, _16_BITS, _ROWS),
+        "cuda": (_16_BITS, _ROWS),
         "cpu": (_NOT_FLOAT16,),
         "cpu:amx": _TILES,
     },

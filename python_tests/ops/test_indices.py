@@ -20,6 +20,7 @@ FAR = 10**9
 # A case with an index of each operator, and the index's name.
 INDEXED = [
     ("gated_adapter", "bank_per_sample", "down_index"),
+    ("gated_adapter", "norm_banks", "up_index"),
     ("lora_linear", "bank_per_sample", "a_index"),
     ("prefix_attention", "control_prefixes", "prefix_index"),
     ("prefix_attention", "lengths", "lengths"),

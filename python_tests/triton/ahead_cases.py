@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 from cases import Case
-from cases.gated_adapter import BANKS, EVERYTHING, NORM_BANKS, POOLED, UNIPELT
+from cases.gated_adapter import BANKS, EVERYTHING, POOLED, PRE_NORMS, UNIPELT
 from cases.lora_linear import GATE, GATES
 from cases.prefix_attention import TABLE_AND_SHARED
 
@@ -23,7 +23,7 @@ _GATED_ADAPTER = {
     "rank_256-f32": (torch.float32, Case("", {**_BERT, "R": 256}, "b_down, b_up")),
     "vlm_rank_300-bf16": (
         torch.bfloat16,
-        Case("", {**_BERT, "R": 300, "M": 4, "M_up": 4}, f"{BANKS}, {NORM_BANKS}"),
+        Case("", {**_BERT, "R": 300, "M": 4, "M_up": 4}, f"{BANKS}, {PRE_NORMS}"),
     ),
     "rank_300-f32": (torch.float32, Case("", {**_BERT, "R": 300}, "b_down, b_up")),
     "token-bf16": (

@@ -18,7 +18,8 @@
 // deviation, for the two sums of the norm's gradient, for du), du goes to memory, and from there on
 // it takes the place of scale g dy'. A pre-norm needs two sums of each row of dh W_down before the
 // first element of dx, so that product is done twice. The norms' own gradients are sums over rows:
-// each block leaves the sum over its tiles, the second launch adds them up in order.
+// each block leaves the sum over its tiles, or of each tile where samples have norms of their own,
+// and the second launch adds them up in order.
 //
 // Tiles, ring and shared memory are the general forward's (products.cuh). Read: dy, h, and x for a learned gate
 // or a pre-norm; written: dx, dh.
@@ -52,8 +53,9 @@ struct ColumnSums {
   }
 };
 
-// Adds the warps' sums of a chunk of columns to the block's own in memory, which it has for each
-// norm; `norm` counts those that are there. The order of the sum over a block's tiles is theirs.
+// Adds the warps' sums of a chunk of columns to the block's own in memory, or to the tile's, which it
+// has for each norm; `norm` counts those that are there. The order of the sum over a block's tiles is
+// theirs.
 template <class C>
 __device__ __forceinline__ void leave_columns(const BackwardParams& p, Shared<C>& s, int tile,
                                               int norm, int first, ColumnSums& sums) {
@@ -63,9 +65,10 @@ __device__ __forceinline__ void leave_columns(const BackwardParams& p, Shared<C>
   const int i = thread_index(), vector = i / kChunk, column = first + i % kChunk;
   if (column >= p.in.D) return;
   const float sum = (s.out[0][i] + s.out[1][i]) + (s.out[2][i] + s.out[3][i]);
-  const int64_t slot = static_cast<int64_t>(block_index_x()) * norms_of(p.in) + norm;
+  const int leaves = leaves_norms_by_tile(p.in) ? tile : block_index_x();
+  const int64_t slot = static_cast<int64_t>(leaves) * norms_of(p.in) + norm;
   float* to = p.norm_partial + (2 * slot + vector) * p.in.D + column;
-  const bool is_first = tile == block_index_x();  // of the block's tiles
+  const bool is_first = tile == leaves;  // of the block's tiles
   *to = is_first ? sum : *to + sum;
 }
 
@@ -114,7 +117,7 @@ __device__ __forceinline__ void derive_output(const BackwardParams& p, Shared<C>
                                               const TileRows& rows, int tile) {
   using T = typename C::T;
   const Call& in = p.in;
-  const int64_t member = up_member_of(in, rows);
+  const int64_t member = up_member_of(in, rows), norm_at = post_norm_at(in, member);
   // phi(h) takes the place of h; derive_hidden loads h again.
   load_hidden<C>(in, s, rows, p.in.output[kH]);
   activate_hidden<C>(in, s);
@@ -128,8 +131,8 @@ __device__ __forceinline__ void derive_output(const BackwardParams& p, Shared<C>
     for_each_8(out, rows, first, in.D, sums, [&](int turn, int row, int column, const Float8& u) {
       const Float8 dy = load_dropped<C>(p, rows.first + row, column);
       const Float8 hat = normed_output<C>(p, s, member, row, column, u);
-      const Float8 weight = load_parameter_8<T>(in.parameter(kPostNormWeight), column);
-      const Float8 bias = load_parameter_8<T>(in.parameter(kPostNormBias), column);
+      const Float8 weight = load_parameter_8<T>(in.parameter(kPostNormWeight), norm_at + column);
+      const Float8 bias = load_parameter_8<T>(in.parameter(kPostNormBias), norm_at + column);
       for (int e = 0; e < 8; ++e) {
         sum[turn] += dy.v[e] * weight.v[e];
         dot_hat[turn] += dy.v[e] * weight.v[e] * hat.v[e];
@@ -153,7 +156,7 @@ __device__ __forceinline__ void derive_output(const BackwardParams& p, Shared<C>
     for_each_8(out, rows, first, in.D, sums, [&](int turn, int row, int column, const Float8& u) {
       const Float8 dy = load_dropped<C>(p, rows.first + row, column);
       const Float8 hat = normed_output<C>(p, s, member, row, column, u);
-      const Float8 weight = load_parameter_8<T>(in.parameter(kPostNormWeight), column);
+      const Float8 weight = load_parameter_8<T>(in.parameter(kPostNormWeight), norm_at + column);
       const float factor = s.rows.factor[row];  // scale g
       Float8 du;
       for (int e = 0; e < 8; ++e) {
@@ -316,7 +319,7 @@ __device__ __forceinline__ void derive_input(const BackwardParams& p, Shared<C>&
                                              const TileRows& rows, int tile) {
   using T = typename C::T;
   const Call& in = p.in;
-  const int64_t member = down_member_of(in, rows);
+  const int64_t member = down_member_of(in, rows), norm_at = pre_norm_at(in, member);
   float* out = s.out[warp_index()];
   // The sums that a pre-norm's gradient takes from each row of dz = dh W_down: of dz w and of dz w
   // hat(x). This lane's share, for its rows lane / 8 + 4 turn.
@@ -327,7 +330,8 @@ __device__ __forceinline__ void derive_input(const BackwardParams& p, Shared<C>&
       for_each_8(
           out, rows, first, in.D, sums, [&](int turn, int row, int column, const Float8& dz) {
             const Float8 hat = normed_input<C>(in, s, (rows.first + row) * in.D + column, row);
-            const Float8 weight = load_parameter_8<T>(in.parameter(kPreNormWeight), column);
+            const Float8 weight =
+                load_parameter_8<T>(in.parameter(kPreNormWeight), norm_at + column);
             for (int e = 0; e < 8; ++e) {
               sum[turn] += dz.v[e] * weight.v[e];
               dot_hat[turn] += dz.v[e] * weight.v[e] * hat.v[e];
@@ -349,7 +353,7 @@ __device__ __forceinline__ void derive_input(const BackwardParams& p, Shared<C>&
       const int64_t at = (rows.first + row) * in.D + column;
       if (C::Options::has_pre_norm(in)) {
         const Float8 hat = normed_input<C>(in, s, at, row);
-        const Float8 weight = load_parameter_8<T>(in.parameter(kPreNormWeight), column);
+        const Float8 weight = load_parameter_8<T>(in.parameter(kPreNormWeight), norm_at + column);
         for (int e = 0; e < 8; ++e) {
           // dx = (dz w - (sum + hat(x) dot_hat) / D) / deviation
           const float mean = (sum[turn] + hat.v[e] * dot_hat[turn]) / static_cast<float>(in.D);

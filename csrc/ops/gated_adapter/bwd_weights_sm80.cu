@@ -369,29 +369,44 @@ __device__ __forceinline__ void sum_tile(const BackwardParams& p, Shared<C>& s) 
   write_gradients<C>(p, s, work, wanted, sums.tile, share);
 }
 
-// Gradients of the norms: the sums that the blocks of the first launch left, in their order. Two
-// halves of the block take every second one.
+// Gradients of the norms, or of one member of their banks: the sums that the blocks of the first
+// launch left, or its tiles, in their order. Two halves of the block take every second one.
 template <class C>
-__device__ __forceinline__ void reduce_norms(const BackwardParams& p, Shared<C>& s, int column) {
+__device__ __forceinline__ void reduce_norms(const BackwardParams& p, Shared<C>& s, int member,
+                                             int column) {
   const Call& in = p.in;
   const int norms = norms_of(in);
-  const int slots = *p.norm_slots;  // one for each block of the first launch
+  const bool by_tile = leaves_norms_by_tile(in);
+  const int slots = by_tile ? p.tiling.tiles : *p.norm_slots;
   const int64_t D = in.D, d = column + thread_index() % kChunk;
   const int half = thread_index() / kChunk;  // of the block: 64 columns, every second slot
   // In the order in which the first launch left them: weight and bias of each norm that is there.
   for (int vector = 0; vector < 2 * norms; ++vector) {
     const bool is_pre = vector < 2 && has_pre_norm(in), is_weight = vector % 2 == 0;
+    const bool is_bank = is_pre ? has_pre_norm_bank(in) : has_post_norm_bank(in);
+    const int members = !is_bank ? 1 : is_pre ? in.M : in.M_up;
+    if (member >= members) continue;  // of the other norm's bank
+    const int64_t* index = in.input_as<int64_t>(is_pre ? kDownIndex : kUpIndex);
+    const bool is_per_sample = is_pre ? has_down_index_per_sample(in) : has_up_index_per_sample(in);
+    // What rows of other members have left is not read.
+    auto is_of_member = [&](int slot) {
+      const int group = by_tile ? slot / p.tiling.tiles_per_group : 0;
+      return !is_bank || member_of(index, is_per_sample, group, members) == member;
+    };
     const float* from = p.norm_partial + (2 * half * norms + vector) * D + d;
     float sum = 0.0f;
 #pragma unroll 4  // the loads of a group are under way together; the order of the sum stays
-    for (int slot = half; slot < slots && d < D; slot += 2, from += 4 * norms * D) sum += *from;
+    for (int slot = half; slot < slots && d < D; slot += 2, from += 4 * norms * D) {
+      if (is_of_member(slot)) sum += *from;
+    }
     s.sums[half][thread_index() % kChunk] = sum;
     sync_threads();  // both halves are there
     const ParameterGrad grad = is_pre
                                    ? in.parameter_grad(is_weight ? kPreNormWeight : kPreNormBias)
                                    : in.parameter_grad(is_weight ? kPostNormWeight : kPostNormBias);
     if (half == 0 && d < D) {
-      store_grad<typename C::T>(grad, d, s.sums[0][thread_index()] + s.sums[1][thread_index()]);
+      store_grad<typename C::T>(grad, (is_bank ? member * D : 0) + d,
+                                s.sums[0][thread_index()] + s.sums[1][thread_index()]);
     }
     sync_threads();  // they have been read, the next vector may replace them
   }
@@ -458,7 +473,10 @@ __global__ void __launch_bounds__(kThreads, C::kMinBlocks)
     return;
   }
   // Fewer blocks than columns mean that there are no norms.
-  if (norms_of(p.in) > 0) reduce_norms<C>(p, s, block_index_x() * kChunk);
+  if (norms_of(p.in) > 0) {
+    reduce_norms<C>(p, s, block_index_x() / p.column_tiles,
+                    block_index_x() % p.column_tiles * kChunk);
+  }
   reduce_scalars<C>(p, s);
 }
 

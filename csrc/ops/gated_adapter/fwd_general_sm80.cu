@@ -55,7 +55,9 @@ __device__ __forceinline__ void project_down(const ForwardParams& p, Shared<C>& 
   const int64_t member = down_member_of(in, rows);
   const FragmentD logits = project_to_ranks<kDown, C>(
       in, s, p.w_down, member, ExtraRow{in.parameter(kGateWeight), 0, has_gate_row},
-      [&](T* tile, int first) { stage_x<typename C::Options>(tile, in, rows, s.rows, first); },
+      [&](T* tile, int first) {
+        stage_x<typename C::Options>(tile, in, rows, s.rows, member, first);
+      },
       [&](int rank, const FragmentD(&sums)[C::kRankTiles]) {
         put_hidden<C>(in, s, member, rank, sums);
       });
@@ -81,8 +83,9 @@ __device__ __forceinline__ void store_y_8(const ForwardParams& p, const Shared<C
     for (int e = 0; e < 8; ++e) u.v[e] += bias.v[e];
   }
   if (C::Options::has_post_norm(in)) {
-    const Float8 weight = load_parameter_8<T>(in.parameter(kPostNormWeight), column);
-    const Float8 bias = load_parameter_8<T>(in.parameter(kPostNormBias), column);
+    const int64_t at_norm = post_norm_at(in, member) + column;
+    const Float8 weight = load_parameter_8<T>(in.parameter(kPostNormWeight), at_norm);
+    const Float8 bias = load_parameter_8<T>(in.parameter(kPostNormBias), at_norm);
     for (int e = 0; e < 8; ++e) {
       u.v[e] = (u.v[e] - s.out_mean[row]) * s.out_rstd[row] * weight.v[e] + bias.v[e];
     }

@@ -129,7 +129,7 @@ BackwardParams backward_params(const Call& call, Arena& arena, RoundParams& roun
   p.splits = splits_of(p);
   const bool has_scalars = call.grad[kScale] || call.grad[kGateBias] || call.grad[kGate];
   const bool needs_all = norms_of(call) > 0 || call.grad[kGate];
-  p.layer_blocks = needs_all ? p.column_tiles : has_scalars ? 1 : 0;
+  p.layer_blocks = needs_all ? norm_members_of(call) * p.column_tiles : has_scalars ? 1 : 0;
 
   if (has_pooled_gate(call)) {
     p.arrivals = arena.take<int>(call.B);

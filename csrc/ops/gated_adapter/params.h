@@ -60,8 +60,8 @@ struct BackwardParams {
   void* dlogit_parts = nullptr;
   float* row_scalars = nullptr;   // [kRowScalars, B * S]
   float* tile_sums = nullptr;     // [kTileSums, tiles]
-  float* norm_partial = nullptr;  // [norm_slots, norms, 2, D]: a block's sums, of weight and bias
-  int* norm_slots = nullptr;      // the number of blocks that have left such sums
+  float* norm_partial = nullptr;  // [norm slots, norms, 2, D]: a slot's sums, of weight and bias
+  int* norm_slots = nullptr;      // the number of blocks, whose slots they are, but see below
   // Blocks of the first leave for each other, with a pooled gate:
   int* arrivals = nullptr;        // [B]: tiles of a sentence whose partial sum is there
   float* gate_partial = nullptr;  // [tiles, 2]: a tile's sum of dots and number of counted rows
@@ -79,7 +79,7 @@ struct BackwardParams {
   int column_tiles = 0;  // weight tiles are members by rank tiles by column tiles
   int rank_tiles = 0;
   int splits = 1;        // parts of the rows that are summed by different blocks
-  int layer_blocks = 0;  // that add up what is not of weights
+  int layer_blocks = 0;  // that add up what is not of weights: members of norms by column tiles
 };
 
 // What the first backward kernel leaves for the second of each row.
@@ -114,6 +114,26 @@ PELT_HOST_DEVICE int64_t weight_tiles_of(const BackwardParams& p) {
 
 PELT_HOST_DEVICE int norms_of(const Call& in) {
   return (has_pre_norm(in) ? 1 : 0) + (has_post_norm(in) ? 1 : 0);
+}
+
+// Where weight and bias of a member's norm begin.
+PELT_HOST_DEVICE int64_t pre_norm_at(const Call& in, int64_t member) {
+  return has_pre_norm_bank(in) ? member * in.D : 0;
+}
+PELT_HOST_DEVICE int64_t post_norm_at(const Call& in, int64_t member) {
+  return has_post_norm_bank(in) ? member * in.D : 0;
+}
+
+// Samples have norms of their own: then a tile has a slot of norm_partial, not a block.
+PELT_HOST_DEVICE bool leaves_norms_by_tile(const Call& in) {
+  return (has_pre_norm_bank(in) && has_down_index_per_sample(in)) ||
+         (has_post_norm_bank(in) && has_up_index_per_sample(in));
+}
+
+// Of the larger bank of norms.
+PELT_HOST_DEVICE int norm_members_of(const Call& in) {
+  const int before = has_pre_norm_bank(in) ? in.M : 1, after = has_post_norm_bank(in) ? in.M_up : 1;
+  return before > after ? before : after;
 }
 
 // The launches; launch.cpp puts them in order.

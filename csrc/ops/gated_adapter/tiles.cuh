@@ -58,11 +58,11 @@ __device__ __forceinline__ void measure_rows(const Call& in, const TileRows& row
   }
 }
 
-// A chunk of pre_norm(x) [kBlockT, kChunk] from column `first` on; rows that are not there are
-// zero.
+// A chunk of pre_norm(x) [kBlockT, kChunk] from column `first` on, by the norm of a member of its
+// bank; rows that are not there are zero.
 template <class Options, class T>
 __device__ __forceinline__ void stage_x(T* tile, const Call& in, const TileRows& rows,
-                                        const RowState& state, int first) {
+                                        const RowState& state, int64_t member, int first) {
   const T* g_x = in.input_as<T>(kX);  // [B * S, D]
   for (int i = thread_index(); i < kBlockT * kVectors; i += kThreads) {
     const int row = i / kVectors, column = i % kVectors * 8;
@@ -77,8 +77,9 @@ __device__ __forceinline__ void stage_x(T* tile, const Call& in, const TileRows&
     Float8 x = {};
     if (is_there) {
       x = load_8(from);
-      const Float8 weight = load_parameter_8<T>(in.parameter(kPreNormWeight), first + column);
-      const Float8 bias = load_parameter_8<T>(in.parameter(kPreNormBias), first + column);
+      const int64_t at = pre_norm_at(in, member) + first + column;
+      const Float8 weight = load_parameter_8<T>(in.parameter(kPreNormWeight), at);
+      const Float8 bias = load_parameter_8<T>(in.parameter(kPreNormBias), at);
       for (int e = 0; e < 8; ++e) {
         x.v[e] = (x.v[e] - state.mean[row]) * state.rstd[row] * weight.v[e] + bias.v[e];
       }

@@ -137,6 +137,7 @@ struct Places {
   const T* a;
   const T* parts;  // of dlogit for the first threads, of the factor for the others
   int column;      // the first of the eight
+  int64_t norm;    // where the parameters of the member's pre-norm begin for them
   int column_row;
   int column_at;  // in elements
   int rank_row;
@@ -154,6 +155,7 @@ __device__ __forceinline__ Places<C> places_of(const BackwardParams& p, const Wo
   Places<C> to;
   const int offset = thread_index() % kVectors * 8;
   to.column = work.column + offset;
+  to.norm = pre_norm_at(in, work.member) + to.column;
   to.column_row = thread_index() / kVectors;
   to.column_at = to.column_row * kChunkStride + offset;
   to.has_columns = to.column < in.D;
@@ -248,8 +250,8 @@ __device__ __forceinline__ void settle_x(const BackwardParams& p, Stage<C>& stag
   if (!norms && !(step.sums & kGateRow)) return;
   Float8 weight = {}, bias = {};
   if (norms && at.has_columns) {
-    weight = load_parameter_8<T>(in.parameter(kPreNormWeight), at.column);
-    bias = load_parameter_8<T>(in.parameter(kPreNormBias), at.column);
+    weight = load_parameter_8<T>(in.parameter(kPreNormWeight), at.norm);
+    bias = load_parameter_8<T>(in.parameter(kPreNormBias), at.norm);
   }
   change_vectors(stage.columns[kDown], at.column_row, at.column_at, [&](int r, Float8& x) {
     if (r >= step.count) return;  // rows that are not there are zeros and stay so
