@@ -12,6 +12,7 @@ from .demo import demo
 from .distill import distill
 from .export import export
 from .info import info
+from .join import join
 from .predict import predict
 from .train import train
 
@@ -22,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, predict, export, distill, info, demo):
+for command in (train, predict, export, join, distill, info, demo):
     app.command()(command)
 
 # The base of typer's errors of usage, under its public name in no version of typer.

@@ -7,6 +7,7 @@ from .baselines import FullConfig, HeadConfig
 from .bitfit import BitFitConfig
 from .composite import CompositeConfig
 from .control_prefixes import ControlPrefixesConfig
+from .hyperpelt import HyperPELTConfig
 from .lora import LoraConfig
 from .options import config_from_options
 from .parts import Parts, parts_of
@@ -14,6 +15,7 @@ from .prefix import PrefixTuningConfig
 from .pst import PSTConfig
 from .registry import PRESETS, make_config
 from .unipelt import UniPELTConfig
+from .vlm import VLMConfig
 
 __all__ = [
     "METHODS",
@@ -25,12 +27,14 @@ __all__ = [
     "ControlPrefixesConfig",
     "FullConfig",
     "HeadConfig",
+    "HyperPELTConfig",
     "LoraConfig",
     "MethodConfig",
     "PSTConfig",
     "Parts",
     "PrefixTuningConfig",
     "UniPELTConfig",
+    "VLMConfig",
     "config_from_dict",
     "config_from_options",
     "make_config",

@@ -11,10 +11,12 @@ from .baselines import FullConfig, HeadConfig
 from .bitfit import BitFitConfig
 from .composite import CompositeConfig
 from .control_prefixes import ControlPrefixesConfig
+from .hyperpelt import HyperPELTConfig
 from .lora import LoraConfig
 from .prefix import PrefixTuningConfig
 from .pst import PSTConfig
 from .unipelt import UniPELTConfig
+from .vlm import VLMConfig
 
 
 class Parts(NamedTuple):
@@ -35,6 +37,9 @@ class Parts(NamedTuple):
     pruning: PSTConfig | None = None
     tune_head: bool = True
     trainable_tokens: tuple[int, ...] = ()
+    vlm: VLMConfig | None = None
+    hyper: HyperPELTConfig | None = None
+    tune_norms: bool = False
 
     @property
     def attributes(self) -> dict[str, int]:
@@ -46,7 +51,16 @@ class Parts(NamedTuple):
     @property
     def has_parallel_adapter(self) -> bool:
         """Whether an adapter reads the FFN's input."""
+        if self.hyper is not None and self.hyper.bottleneck != 0:
+            return True
         return self.adapter is not None and self.adapter.placement == "parallel"
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks of which a call has to say one for each sentence; none: nothing is asked."""
+        if self.vlm is not None:
+            return self.vlm.tasks
+        return () if self.hyper is None or self.hyper.materialized else self.hyper.tasks
 
     @property
     def gated(self) -> list[BottleneckAdapterConfig | PrefixTuningConfig | LoraConfig]:
@@ -75,6 +89,10 @@ def parts_of(config: MethodConfig) -> Parts:
             return Parts()
         case FullConfig():
             return Parts(tune="all")
+        case VLMConfig():
+            return Parts(vlm=config, trainable_tokens=config.trainable_tokens)
+        case HyperPELTConfig():
+            return Parts(hyper=config, tune_norms=config.train_norms)
         case UniPELTConfig():
             return Parts(
                 adapter=config.adapter,

@@ -12,10 +12,12 @@ from .baselines import FullConfig, HeadConfig
 from .bitfit import BitFitConfig
 from .composite import CompositeConfig
 from .control_prefixes import ControlPrefixesConfig
+from .hyperpelt import HyperPELTConfig
 from .lora import LoraConfig
 from .prefix import PrefixTuningConfig
 from .pst import PSTConfig
 from .unipelt import UniPELTConfig
+from .vlm import VLMConfig
 
 METHODS.update(
     (config.method, config)
@@ -27,6 +29,8 @@ METHODS.update(
         LoraConfig,
         AdaMixConfig,
         PSTConfig,
+        VLMConfig,
+        HyperPELTConfig,
         BitFitConfig,
         CompositeConfig,
         HeadConfig,

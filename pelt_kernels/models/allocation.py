@@ -62,8 +62,10 @@ def check_size(
         needed = str(error)
     else:
         modules = [replacement.adapted for replacement in injection.replacements]
-        if injection.prefix is not None:
-            modules.append(injection.prefix)
+        written = None if injection.written is None else injection.written.weights
+        for module in (injection.prefix, injection.task_adapters, written):
+            if module is not None:
+                modules.append(module)
         new = {id(p): p.numel() for module in modules for p in module.parameters()}
         total = sum(count for key, count in new.items() if key not in own)
         if total <= held:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 
+from ..nn import PrefixAttention
 from ..ops.prefix_attention.weights import attention_weights
 from .attention_config import PELT, AttentionView
 from .attention_masks import check_mask, mask_for, padding_mask, window_bias
@@ -98,6 +99,7 @@ def prefix_gate(own: LayerPrefix, state: LayerState, query: Tensor) -> Tensor | 
     """What scales the prefix, [B], or None."""
     pooled = state.take_prefix_gate()
     if own.gate == "number":
+        assert isinstance(own.prefixes, PrefixAttention)
         gate = own.prefixes.gate(own.row).expand(query.shape[0])
         state.record(own.kind, gate)
         return gate

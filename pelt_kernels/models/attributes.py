@@ -38,7 +38,7 @@ def labels_of_call(
             if wanted
             else f"PeltModel: expected no attributes, as the method has none, got {got}"
         )
-    batch = _batch_of(args, kwargs)
+    batch = batch_of(args, kwargs)
     for name, labels in given.items():
         if not isinstance(labels, Tensor):
             raise ValueError(
@@ -71,7 +71,7 @@ def _example(wanted: Mapping[str, int]) -> str:
     return f"as {{{', '.join(pairs)}}}"
 
 
-def _batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
     """The number of sentences, where the call has them."""
     for value in (*args[:1], *(kwargs.get(name) for name in SENTENCES)):
         if isinstance(value, Tensor) and value.ndim:

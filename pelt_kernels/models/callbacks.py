@@ -37,7 +37,9 @@ class SparsitySchedule(LastStep):
 
 
 class SparedExperts(TrainerCallback):
-    """Has the optimizer leave alone the experts that a step did not draw: `spare_unselected`."""
+    """Has the optimizer leave alone the experts that a step did not draw, and the tasks that were
+    not in its batch: `spare_unselected`.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -60,6 +62,6 @@ def callbacks_for(model: Any, parts: Parts) -> list[TrainerCallback]:
     made: list[TrainerCallback] = []
     if parts.pruning is not None:
         made.append(SparsitySchedule(model))
-    if parts.mixture is not None:
+    if parts.mixture is not None or (parts.vlm is not None and len(parts.vlm.tasks) > 1):
         made.append(SparedExperts(model))
     return made

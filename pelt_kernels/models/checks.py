@@ -109,6 +109,12 @@ def check_own_attention(
     """
     if not any(slots.attention.own_mask for slots in stacks):
         return
+    if parts.hyper is not None and parts.hyper.prefix_length:
+        raise ValueError(
+            "HyperPELTConfig: expected a model whose attention can be given further keys, got "
+            f"{type(model).__name__}, which computes its scores with relative positions by itself; "
+            "use prefix_length=0, which leaves the adapters"
+        )
     if parts.prefix is not None:
         raise ValueError(
             "PrefixTuningConfig: expected a model whose attention can be given further keys, got "

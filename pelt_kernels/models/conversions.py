@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ..methods import AdaMixConfig, MethodConfig, parts_of, with_part_changes
-from ..nn import Bank
+from ..methods import AdaMixConfig, HyperPELTConfig, MethodConfig, parts_of, with_part_changes
+from ..nn import Bank, GeneratedWeights
 from .checkpoint import prefix_sets, without_reparametrisation
 from .export import merged_weights, why_not_mergeable
 from .first_values import FirstValues, put_values
 from .inject import Injection
+from .task_inputs import TaskInputs
 from .wrapped import WrappedModel
 
 if TYPE_CHECKING:
@@ -25,8 +27,10 @@ class ConvertibleModel(WrappedModel):
     """A model with a method in it and the ways out of it."""
 
     prefix: nn.Module | None
+    written: nn.Module | None
     method_config: MethodConfig
     _injection: Injection
+    _task_inputs: TaskInputs
     _first_values: FirstValues | None
     _requires_grad: dict[str, bool]
     _is_detached: bool
@@ -73,6 +77,39 @@ class ConvertibleModel(WrappedModel):
                 module.merge()
         self.method_config = with_part_changes(self.method_config, AdaMixConfig, experts=1)
         self._compares_passes = False
+
+    def materialize(self, task: str | int) -> None:
+        """Replaces HyperPELT's networks by what they write for one task: an adapter and prefixes in
+        each layer, with the same outputs. What is saved afterwards is that.
+
+        An optimizer made before holds parameters that are gone.
+
+        Raises:
+            ValueError: another method, weights that depend on images, or an unknown task.
+        """
+        written, config = self._injection.written, self.method_config
+        if (
+            not isinstance(config, HyperPELTConfig)
+            or written is None
+            or not isinstance(written.weights, GeneratedWeights)
+        ):
+            raise ValueError(
+                "materialize: expected the method 'hyperpelt' with its networks, got "
+                f"{config.method!r}{' without' if written is not None else ''}"
+            )
+        if config.features is not None:
+            raise ValueError(
+                "materialize: expected weights that depend on the task alone, got a method whose "
+                "weights depend on each sample's image_features"
+            )
+        number = self._task_inputs.number(task)
+        is_trained = any(parameter.requires_grad for parameter in written.weights.parameters())
+        written.weights = written.weights.stored(number).requires_grad_(is_trained)
+        self.written = written.weights.train(self.training)
+        self.method_config = replace(config, tasks=(config.tasks[number],), materialized=True)
+        self._task_inputs = TaskInputs(parts_of(self.method_config))
+        new = {f"written.{name}" for name, _ in written.weights.named_parameters()}
+        self._set_trained(new.union(self._trained))
 
     def why_not_dense(self) -> str:
         """Empty where `export_dense` can serve, else the reason it cannot, as one clause."""

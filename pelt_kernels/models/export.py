@@ -54,7 +54,9 @@ def why_not_mergeable(parts: Parts) -> str:
         return "gated LoRA, whose scale is another one for each sentence"
     if parts.adapter is not None:
         return "an adapter, which is not linear"
-    if parts.prefix is not None:
+    if parts.vlm is not None or parts.has_parallel_adapter:
+        return "adapters of tasks, which are not linear"
+    if parts.prefix is not None or parts.hyper is not None:
         return "a prefix, whose keys and values stand beside those of the tokens"
     if parts.mixture is not None and parts.mixture.kind == "adapter":
         return "AdaMix's adapters, which are not linear; merge_experts makes one of them"

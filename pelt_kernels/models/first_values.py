@@ -40,13 +40,25 @@ def names_in_place(model: PreTrainedModel, parts: Parts, head: Collection[str]) 
             "BitFitConfig: expected a model with biases, got "
             f"{type(model).__name__}, whose layers have none; use another method"
         )
+    norms = norm_names(model) if parts.tune_norms else frozenset()
     return [
         name
         for name, _ in model.named_parameters()
         if (name in head and parts.tune_head)
         or parts.tune == "all"
         or (parts.tune == "bias" and name.endswith("bias"))
+        or (parts.tune_norms and name in norms)
     ]
+
+
+def norm_names(model: PreTrainedModel) -> frozenset[str]:
+    """The parameters of a model's norms, whatever their class."""
+    return frozenset(
+        f"{name}.{own}" if name else own
+        for name, module in model.named_modules()
+        if "Norm" in type(module).__name__
+        for own, _ in module.named_parameters(recurse=False)
+    )
 
 
 class FirstValues:

@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..methods import ControlPrefixesConfig, Parts, PrefixTuningConfig
-from ..methods.control_prefixes import SITES
-from ..nn import PrefixAttention
-from ..nn.original import sizes_of
+from ..methods import HyperPELTConfig, Parts
+from ..nn import StackSizes, TaskAdapters
 from . import attention as _attention  # noqa: F401  # makes "pelt" known to transformers
 from .attention_config import with_pelt_attention
 from .call import Call, carry_no_more
@@ -37,8 +35,18 @@ from .encoder_hooks import (
 from .layer import hooks_of
 from .layer_state import PREFIX_ATTRIBUTE, STATE_ATTRIBUTE, LayerPrefix, LayerState
 from .lora_targets import chosen_linears
+from .prefix_sets import key_heads, make_prefixes
 from .replacement import Replacement, StandIns, branched_linears, parameter_placement
-from .slots import AttentionSlots, Place, Slots, embeddings_of, layers_of, stacks_of
+from .slots import AttentionSlots, Slots, embeddings_of, layers_of, stacks_of
+from .task_parts import (
+    WRITTEN_ATTRIBUTE,
+    Written,
+    WrittenAdapter,
+    WrittenPrefix,
+    begin_writing,
+    make_task_adapters,
+    make_written,
+)
 from .vocabulary import input_embeddings
 
 if TYPE_CHECKING:
@@ -86,6 +94,8 @@ class Injection:
             of attention, of each kind by name (``encoder``, ``decoder``, ``cross``); or None.
         stacks: the model's, an encoder before a decoder.
         states: what is known about each layer of all stacks.
+        task_adapters: VLM's, of all layers; or None.
+        written: what HyperPELT's networks write; or None.
         replacements: which modules of the base model give way to which.
         call: what a call of the model gives its layers.
     """
@@ -111,8 +121,10 @@ class Injection:
         if self.stacks:
             query = self.stacks[0].slots.places("query")[0][1].path
             placement = parameter_placement(self.stacks[0].layers[0].get_submodule(query))
-        self.prefix = _make_prefixes(model, self.stacks, parts.prefix, placement)
-        self.uses_pelt_attention = self.prefix is not None or any(
+        self.prefix = make_prefixes(model, self.stacks, parts.prefix, placement)
+        self.task_adapters = self._make_task_adapters(placement)
+        self.written = self._make_written(placement)
+        self.uses_pelt_attention = any(any(stack.prefixes) for stack in self.stacks) or any(
             stack.needs_mask and not stack.slots.attention.own_mask for stack in self.stacks
         )
         self._views = self._make_views()
@@ -128,6 +140,48 @@ class Injection:
         placed = {id(replacement.original) for replacement in self.replacements}
         others = [linear for key, linear in chosen.items() if key not in placed]
         self.replacements += branched_linears(model, parts.lora, others)
+
+    def _make_task_adapters(self, placement: dict[str, Any]) -> nn.ModuleList | None:
+        """VLM's adapters of all layers; and tells each layer its own."""
+        if self.parts.vlm is None:
+            return None
+        made = make_task_adapters(self.parts.vlm, self.model, len(self.states), placement)
+        for state, adapters in zip(self.states, made, strict=True):
+            assert isinstance(adapters, TaskAdapters)
+            state.task_adapters = adapters
+        return made
+
+    def _make_written(self, placement: dict[str, Any]) -> Written | None:
+        """What HyperPELT's networks write; and tells each layer where its own is."""
+        config = self.parts.hyper
+        if config is None:
+            return None
+        hidden_size = self.model.config.hidden_size
+        sizes = {}
+        for stack in self.stacks:
+            attentions = [attention for _, attention in stack.sites()]
+            heads = {key_heads(self.model, stack.layers[0], each) for each in attentions}
+            if len(heads) > 1:
+                raise ValueError(
+                    "HyperPELTConfig: expected the attentions of a layer to have keys of one "
+                    f"shape, got {sorted(heads)} (heads, size)"
+                )
+            shape = (len(stack.layers), hidden_size, len(attentions), *heads.pop())
+            sizes[stack.slots.name] = StackSizes(*shape)
+        weights = make_written(config, hidden_size, sizes, placement)
+        written = Written(weights, config.activation, self.call)
+        for stack in self.stacks:
+            self._tell_written(stack, written, config)
+        return written
+
+    def _tell_written(self, stack: Stack, written: Written, config: HyperPELTConfig) -> None:
+        name = stack.slots.name
+        for row, state in enumerate(stack.states):
+            state.written_adapter = WrittenAdapter(written, name, row)
+            for block, (_, attention) in enumerate(stack.sites() if config.prefix_length else ()):
+                own = WrittenPrefix(written, name, block)
+                prefix = LayerPrefix(own, row, None, is_cross=bool(attention.site))
+                stack.prefixes[row][attention.module] = prefix
 
     def _check(self) -> None:
         """Raises ValueError for a model that the parts cannot be put into."""
@@ -153,6 +207,9 @@ class Injection:
             self._use_configs({id(base): view for base, view in self._views})
         for stack in self.stacks:
             self._attach_stack(stack)
+            if self.written is not None:
+                self._mark(stack.layers[0], WRITTEN_ATTRIBUTE, self.written)
+                self._handles.append(stack.layers[0].register_forward_pre_hook(begin_writing))
         if not self.stacks:
             self._attach_without_stacks()
 
@@ -279,93 +336,3 @@ def _readers_of_the_input(model: PreTrainedModel) -> list[nn.Module]:
         return [] if named is None else [named]
     readers = (module for module in model.modules() if isinstance(module, nn.Embedding))
     return [module for module in readers if module.weight is table]
-
-
-def _make_prefixes(
-    model: PreTrainedModel,
-    stacks: list[Stack],
-    config: PrefixTuningConfig | None,
-    placement: dict[str, Any],
-) -> PrefixAttention | nn.ModuleDict | None:
-    """A set of prefixes for each kind of attention; and tells each stack which row is whose."""
-    if config is None:
-        return None
-    count = sum(len(stack.layers) for stack in stacks)
-    beyond = [layer for layer in config.skip_layers if layer >= count]
-    sets: dict[str, PrefixAttention] = {}
-    for stack in stacks:
-        numbers = [state.number for state in stack.states]
-        for site, attention in stack.sites():
-            rows = [n for n in numbers if not config.skips(site, n, n - numbers[0])]
-            if not rows:
-                continue
-            heads, head_size = _key_heads(model, stack.layers[0], attention)
-            gate = None
-            if config.gated:
-                gate = "number" if stack.is_causal else "pooled"
-            sets[site] = PrefixAttention(
-                len(rows),
-                config.prefix_length,
-                heads,
-                head_size,
-                mid=config.mid,
-                width=model.config.hidden_size,
-                has_gates=gate == "number",
-                **_attributes(config),
-                **placement,
-            )
-            kind = f"{attention.site}_prefix" if attention.site else "prefix"
-            is_cross = bool(attention.site)
-            for row, number in enumerate(rows):
-                own = LayerPrefix(sets[site], row, gate, kind, is_cross)
-                stack.prefixes[number - numbers[0]][attention.module] = own
-    if beyond or not sets:
-        raise ValueError(
-            f"PrefixTuningConfig: expected skip_layers to leave some of the model's {count} "
-            f"layers (0 to {count - 1}), got {list(config.skip_layers)}"
-        )
-    _check_sites(model, stacks, config)
-    has_one = sum(len(stack.slots.attentions) for stack in stacks) == 1
-    return next(iter(sets.values())) if has_one else nn.ModuleDict(sets)
-
-
-def _check_sites(model: PreTrainedModel, stacks: list[Stack], config: PrefixTuningConfig) -> None:
-    """Raises ValueError for control prefixes that leave out an attention that is not there."""
-    if not isinstance(config, ControlPrefixesConfig):
-        return
-    counts = {site: len(stack.layers) for stack in stacks for site, _ in stack.sites()}
-    for site in SITES:
-        skipped = getattr(config, f"skip_{site}")
-        count = counts.get(site, 0)
-        if any(layer >= count for layer in skipped):
-            raise ValueError(
-                f"ControlPrefixesConfig: expected skip_{site} among the layers 0 to {count - 1} of "
-                f"{type(model).__name__}, got {list(skipped)}"
-                if count
-                else f"ControlPrefixesConfig: expected skip_{site} to be empty, as "
-                f"{type(model).__name__} has no such attention, got {list(skipped)}"
-            )
-
-
-def _attributes(config: PrefixTuningConfig) -> dict[str, Any]:
-    """What `PrefixAttention` is told of control prefixes."""
-    if not isinstance(config, ControlPrefixesConfig):
-        return {}
-    return {
-        "attributes": config.tables(),
-        "unseen": config.unseen_labels(),
-        "start": config.start,
-    }
-
-
-def _key_heads(
-    model: PreTrainedModel, layer: nn.Module, attention: AttentionSlots
-) -> tuple[int, int]:
-    """How many heads the keys of an attention have, and their size."""
-    module = layer.get_submodule(attention.module)
-    head_size = model.config.hidden_size // model.config.num_attention_heads
-    for name in ("head_dim", "attention_head_size", "key_value_proj_dim"):
-        head_size = getattr(module, name, head_size)
-    place = attention.key if isinstance(attention.key, Place) else Place(attention.key)
-    columns = sizes_of(layer.get_submodule(place.path))[1] // place.parts
-    return columns // head_size, head_size

@@ -50,6 +50,7 @@ from .attention_config import PELT
 from .attention_masks import check_mask
 from .layer_state import STATE_ATTRIBUTE, LayerState
 from .slots import ADDED, PRODUCT, Slots
+from .task_parts import adapt_layer
 
 PREFIX_GATE = "prefix"
 
@@ -58,7 +59,7 @@ class Hook(NamedTuple):
     """A step that a hook takes before the forward of a module of the layer, or after it."""
 
     path: str
-    call: Callable[..., None]
+    call: Callable[..., Any]
     is_after: bool = False
     takes_kwargs: bool = False
 
@@ -74,11 +75,15 @@ def hooks_of(slots: Slots, parts: Parts, uses_attention: bool, needs_mask: bool)
         yield Hook(slots.attention.module, read_mask, takes_kwargs=True)
     if parts.has_parallel_adapter:
         yield Hook(slots.places("ffn_in")[0][1].path, keep_ffn_input)
+        if parts.hyper is not None:
+            yield Hook(slots.ffn_out, add_written_adapter, is_after=True)
     if needs_mask and parts.adapter is None:
         if slots.ffn_norm is not None:
             yield Hook(slots.ffn_norm, end_layer)
         else:
             yield Hook(slots.ffn_out, end_layer, is_after=True)
+    if parts.vlm is not None:
+        yield Hook("", add_task_adapter, is_after=True)
 
 
 def check_random_state(layer: nn.Module, args: tuple[Any, ...]) -> None:
@@ -274,6 +279,23 @@ class AdaptedNorm(nn.Module):
         if self.original.has_own_forward:
             return self.original.without_hooks(self, s)
         return nn.functional.layer_norm(s, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+def add_written_adapter(ffn_out: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Forward hook of the FFN's second Linear: what HyperPELT's adapter makes of the FFN's input is
+    added to its output.
+    """
+    state: LayerState = getattr(ffn_out, STATE_ATTRIBUTE)
+    read = state.take_ffn_input()
+    assert read is not None and state.written_adapter is not None
+    return state.written_adapter(read, output)
+
+
+def add_task_adapter(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Forward hook of a layer: VLM's adapters, the last thing in it."""
+    state: LayerState = getattr(layer, STATE_ATTRIBUTE)
+    assert state.task_adapters is not None
+    return adapt_layer(state.task_adapters, state.call, output)
 
 
 def end_layer(module: nn.Module, *args: Any) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..nn import PrefixAttention
+from ..nn import PrefixAttention, TaskAdapters
 from .call import Call
+
+if TYPE_CHECKING:
+    from .task_parts import WrittenAdapter, WrittenPrefix
 
 # Attributes under which modules of the base model hold what a layer's steps need.
 STATE_ATTRIBUTE = "_pelt_state"
@@ -49,6 +52,8 @@ class LayerState:
         self.in_flight = InFlight()
         self.is_recording = False
         self.gate_values: dict[str, Tensor] = {}
+        self.task_adapters: TaskAdapters | None = None
+        self.written_adapter: WrittenAdapter | None = None
 
     @property
     def mask(self) -> Tensor | None:
@@ -100,7 +105,7 @@ class LayerPrefix:
         is_cross: whether the keys are those of an encoder.
     """
 
-    prefixes: PrefixAttention
+    prefixes: PrefixAttention | WrittenPrefix
     row: int
     gate: str | None
     kind: str = "prefix"

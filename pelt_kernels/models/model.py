@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -12,13 +11,13 @@ from torch import Tensor
 from ..methods import MethodConfig, parts_of
 from .adapter_files import copy_weights
 from .allocation import check_size
-from .attributes import labels_of_call
 from .checkpoint import collapsed, read_adapter, save_adapter
-from .conversions import ConvertibleModel
 from .first_values import FirstValues, head_names, names_in_place
 from .inject import Injection, raise_occupied
+from .labelled import LabelledModel
 from .mixture import compares_passes, consistent_forward
 from .pruning import check_progress, density, set_sparsity
+from .task_inputs import TaskInputs
 from .trained_tokens import TrainedTokens
 from .vocabulary import word_embeddings
 from .wrapped import BASE
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class PeltModel(ConvertibleModel):
+class PeltModel(LabelledModel):
     """A frozen transformers model, a method's parts inside it, and its trained classification head,
     where it has one.
 
@@ -47,6 +46,8 @@ class PeltModel(ConvertibleModel):
         method_config: the method's config.
         prefix: the prefixes of all layers (`pelt_kernels.nn.PrefixAttention`), or, in a model with
             several kinds of attention, those of each kind by its name; or None.
+        task_adapters: VLM's adapters of each layer, or None.
+        written: HyperPELT's networks, or what `materialize` left of them; or None.
         tokens: the trained rows of the word embeddings (`Parts.trainable_tokens`), or None.
     """
 
@@ -73,6 +74,9 @@ class PeltModel(ConvertibleModel):
         tokens = TrainedTokens(model, words) if (words := parts.trainable_tokens) else None
         super().__init__(model)
         self.prefix, self.tokens = injection.prefix, tokens
+        self.task_adapters = injection.task_adapters
+        self.written = None if injection.written is None else injection.written.weights
+        self._task_inputs = TaskInputs(parts)
         self._compares_passes = parts.mixture is not None and compares_passes(model, parts.mixture)
         self.method_config = config
         self._requires_grad = {name: parameter.requires_grad for name, parameter in named.items()}
@@ -90,11 +94,6 @@ class PeltModel(ConvertibleModel):
         for parameter in self.trained_parameters().values():
             parameter.requires_grad_(True)
 
-    @classmethod
-    def _inputs(cls, config: Any = None) -> tuple[str, ...]:
-        has_some = isinstance(config, MethodConfig) and parts_of(config).attributes
-        return ("attributes",) if has_some else ()
-
     def forward(
         self, *args: Any, attributes: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> Any:
@@ -110,10 +109,13 @@ class PeltModel(ConvertibleModel):
         H, S, P + S], prefix columns first. AdaMix in training makes two passes and adds its
         consistency to the loss, see `AdaMixConfig`.
 
+        A method for several tasks takes ``tasks``, a name, a number or int64 [B] (`set_task` sets
+        one for all calls), and HyperPELT with `features` takes ``image_features`` [B, cells, F].
+
         Raises:
             ValueError: a mask of another shape; attributes that are missing, unknown or no labels
-                of theirs; PST in training where nothing says how far the training is
-                (`set_progress`, `callbacks`).
+                of theirs; tasks or features that are missing or wrong; PST in training where
+                nothing says how far the training is (`set_progress`, `callbacks`).
         """
         parts = parts_of(self.method_config)
         is_training = self.base_model.training and not self._is_detached
@@ -123,27 +125,6 @@ class PeltModel(ConvertibleModel):
             if is_training and parts.mixture is not None and self._compares_passes:
                 return consistent_forward(self.base_model, parts.mixture.consistency, args, kwargs)
             return self.base_model(*args, **kwargs)
-
-    def _labels(
-        self, attributes: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> AbstractContextManager[None]:
-        """Inside, the layers read the labels of this call."""
-        if self._is_detached:
-            return self._injection.call.given({})
-        wanted = parts_of(self.method_config).attributes
-        return self._injection.call.given(labels_of_call(attributes, wanted, args, kwargs))
-
-    def generate(
-        self, *args: Any, attributes: Mapping[str, Tensor] | None = None, **kwargs: Any
-    ) -> Any:
-        """The base model's generate: greedy, sampling or beams, with or without a cache of either
-        kind. attributes are labels [B] of the B sentences that are read, as in `forward`: all
-        beams and samples of a sentence have its labels.
-        """
-        labels = self._labels(attributes, args, kwargs)
-        with labels, self._injection.shown_to_generate():
-            generate: Any = self.base_model.generate
-            return generate(*args, **kwargs)
 
     def set_progress(self, progress: float) -> None:
         """Tells the method which share of the training is done: PST's sparsity follows it, for

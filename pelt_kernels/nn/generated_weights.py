@@ -62,7 +62,8 @@ class GeneratedWeights(nn.Module):
     def begin_forward(self) -> None:
         """Tells that a forward of the model begins: kept weights are looked at, or dropped."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            self._kept = None
+            if self._kept is not None:
+                self._kept = None
             return
         state = tuple((p.data_ptr(), p._version) for p in self.parameters())
         if self._kept is None or state != self._kept_of:
@@ -108,8 +109,7 @@ class GeneratedWeights(nn.Module):
             assert isinstance(stack, StoredStack)
             for layer in range(stack.sizes.num_layers):
                 if network.bottleneck:
-                    weights, _ = self.adapter(name, layer, call)
-                    stack.put_adapter(layer, weights)
+                    stack.put_adapter(layer, self.adapter(name, layer, call)[0])
                 for block in range(stack.sizes.attention_blocks if network.prefix_length else 0):
                     stack.put_prefix(layer, block, self.prefix(name, layer, block, call)[0])
         return made
@@ -119,13 +119,18 @@ class GeneratedWeights(nn.Module):
         key: tuple[str, int, int],
         call: HyperCall,
         write: Callable[[Tensor, Tensor | None], Weights],
-    ) -> tuple[Weights, Tensor]:
+    ) -> tuple[Weights, Tensor | None]:
         kept = self._kept
+        # Where the whole batch has one entry, nothing is to be chosen for each sample.
+        is_one = len(call.entries) == 1
         if kept is None or call.features is not None or torch.is_grad_enabled():
-            return write(call.entries, call.features), call.index
+            weights = write(call.entries, call.features)
+            return (weights.only(), None) if is_one else (weights, call.index)
         if key not in kept:
             all_tasks = torch.arange(len(self.tasks.adapter), device=call.entries.device)
             kept[key] = write(all_tasks, None)
+        if is_one:
+            return kept[key].chosen(call.entries).only(), None
         return kept[key], call.entries[call.index]
 
     def _network(self, stack: str) -> HyperNetwork:
@@ -171,14 +176,14 @@ class StoredStack(nn.Module):
         )
 
     def put_adapter(self, layer: int, weights: AdapterWeights) -> None:
-        """Copies the only member of a bank in."""
+        """Copies an adapter in."""
         for name, value in weights._asdict().items():
-            self.get_parameter(name)[layer].copy_(value if name == "scale" else value[0])
+            self.get_parameter(name)[layer].copy_(value)
 
     def put_prefix(self, layer: int, block: int, weights: PrefixWeights) -> None:
-        """Copies the only member of the tables in."""
-        self.get_parameter("keys")[layer, block].copy_(weights.keys[0])
-        self.get_parameter("values")[layer, block].copy_(weights.values[0])
+        """Copies a prefix in."""
+        self.get_parameter("keys")[layer, block].copy_(weights.keys)
+        self.get_parameter("values")[layer, block].copy_(weights.values)
 
 
 class StoredWeights(nn.Module):

@@ -47,12 +47,30 @@ class AdapterWeights(NamedTuple):
     norm_bias: Tensor  # [n, D]
     scale: Tensor
 
+    def only(self) -> AdapterWeights:
+        """The member of a bank of one."""
+        *members, scale = self
+        return AdapterWeights._make([*(member[0] for member in members), scale])
+
+    def chosen(self, index: Tensor) -> AdapterWeights:
+        """The members at an index [m], without waiting for its values."""
+        *banks, scale = self
+        return AdapterWeights._make([*(bank.index_select(0, index) for bank in banks), scale])
+
 
 class PrefixWeights(NamedTuple):
     """Keys and values [n, P, G, E] that were made elsewhere, or [P, G, E]."""
 
     keys: Tensor
     values: Tensor
+
+    def only(self) -> PrefixWeights:
+        """The member of tables of one."""
+        return PrefixWeights(self.keys[0], self.values[0])
+
+    def chosen(self, index: Tensor) -> PrefixWeights:
+        """The members at an index [m], without waiting for its values."""
+        return PrefixWeights(self.keys.index_select(0, index), self.values.index_select(0, index))
 
 
 class HyperEmbedding(nn.Module):

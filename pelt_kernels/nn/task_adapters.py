@@ -81,19 +81,19 @@ class TaskAdapters(Members):
         return dict(self.named_parameters())
 
     def forward(self, x: Tensor, tasks: Tensor | int) -> Tensor:
-        """y [B, S, D] of x [B, S, D] and tasks, int64 [B] or one number for the whole batch.
+        """y [B, S, D] of x [B, S, D] and tasks, int64 [B], or [] or a number for the whole batch.
 
         Values of a tensor are not looked at here, beyond what the operator does.
         """
+        values = dict[str, Tensor](self.banks())
+        index = gate = None
         if isinstance(tasks, int):
             if tasks == BYPASS:
                 return x
-            values = {name: bank[tasks] for name, bank in self.banks().items()}
-            index = gate = None
+            values = {name: bank[tasks] for name, bank in values.items()}
         else:
-            values = dict[str, Tensor](self.banks())
             # A gate of 0 removes the adapter of a passed sample from y and from every gradient.
-            index, gate = tasks.clamp(min=0), (tasks != BYPASS).to(x.dtype)
+            index, gate = tasks.clamp(min=0), (tasks != BYPASS).to(x.dtype).expand(len(x))
             if len(self.bottlenecks) == 1:
                 values, index = {name: bank[0] for name, bank in values.items()}, None
         y = gated_adapter(

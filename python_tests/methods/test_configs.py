@@ -83,8 +83,8 @@ def test_the_pooling_of_unipelt_holds_for_its_parts():
 
 def test_methods_by_name():
     assert list(METHODS) == [
-        "unipelt", "adapter", "prefix", "control_prefixes", "lora", "adamix", "pst", "bitfit",
-        "composite", "head", "full",
+        "unipelt", "adapter", "prefix", "control_prefixes", "lora", "adamix", "pst", "vlm",
+        "hyperpelt", "bitfit", "composite", "head", "full",
     ]  # fmt: skip
     assert make_config("unipelt-ap") == UniPELTConfig.ap()
     assert make_config("lora", r=4) == LoraConfig(r=4)

@@ -10,11 +10,13 @@ from pelt_kernels.methods import (
     ControlPrefixesConfig,
     FullConfig,
     HeadConfig,
+    HyperPELTConfig,
     LoraConfig,
     MethodConfig,
     PrefixTuningConfig,
     PSTConfig,
     UniPELTConfig,
+    VLMConfig,
 )
 
 ADAPTER = BottleneckAdapterConfig(bottleneck=4)
@@ -45,6 +47,8 @@ METHODS: dict[str, MethodConfig] = {
     "adamix-both-banks": AdaMixConfig(reduction_factor=8, share_up=False),
     "adamix-lora": EXPERTS,
     "pst": PSTConfig(sparsity=0.8, r1=3, r2=2),
+    "vlm": VLMConfig(bottlenecks=(4,)),
+    "hyperpelt": HyperPELTConfig(bottleneck=4, prefix_length=3),
     "bitfit": BitFitConfig(),
     **COMPOSITES,
     "composite-pst": CompositeConfig(

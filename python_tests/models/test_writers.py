@@ -11,9 +11,11 @@ from pelt_kernels import (
     BottleneckAdapterConfig,
     CompositeConfig,
     FullConfig,
+    HyperPELTConfig,
     LoraConfig,
     PrefixTuningConfig,
     UniPELTConfig,
+    VLMConfig,
     get_pelt_model,
 )
 from pelt_kernels.models import PeltModel
@@ -25,6 +27,7 @@ METHODS = {
     "adamix-lora": AdaMixConfig(kind="lora", consistency=0.0),
     "adapter": ADAPTER,
     "full": FullConfig(),
+    "hyperpelt": HyperPELTConfig(bottleneck=4, prefix_length=3),
     "lora": LoraConfig(r=4),
     "lora-all": LoraConfig(
         r=2, targets=("query", "key", "value", "attention_output", "ffn_in", "ffn_out")
@@ -32,6 +35,7 @@ METHODS = {
     "mam": CompositeConfig.mam(prefix=PREFIX),
     "parallel": BottleneckAdapterConfig(bottleneck=4, placement="parallel", gated=True),
     "prefix": PREFIX,
+    "vlm": VLMConfig(bottlenecks=(4,)),
     "unipelt": UniPELTConfig(adapter=ADAPTER, prefix=PREFIX, lora=LoraConfig(r=4)),
 }
 ENCODER_DECODERS = ("bart", "mbart", "mt5", "t5")
