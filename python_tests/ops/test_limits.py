@@ -215,6 +215,8 @@ def _served(operator: str, backend: str, case: Case, need: Any) -> list[str]:
         return ["float32"]
     need(backend_of(backend), parity.why_unavailable(operator, backend))
     found = [p for p in PRECISIONS if parity.serves(operator, backend, case, p)]
+    if backend == "triton":  # its interpreter is slow, and reads the same in every precision
+        return found[-1:]
     return list(dict.fromkeys((found[0], found[-1])))
 
 
