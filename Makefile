@@ -40,10 +40,10 @@ sanitize: build-sim $(SETUP)-test
 		-m quick -k "cuda_sim or cpu_sim" --require-backend=cuda_sim,cpu_sim python_tests/ops/test_parity.py
 
 # The CUDA kernels as a release holds them, or with CUDA_ARCHS="80;90" for these compute capabilities
-# alone, and what can be told of them without a GPU.
+# alone, and what can be told of them without a GPU. With the simulator, whose kernels they are.
 CUDA_ARCHS := 1
-cuda: $(SETUP)-test
-	PELT_KERNELS_CUDA="$(CUDA_ARCHS)" $(BIN)/python setup.py --quiet build_ext --build-lib build/cuda
+cuda: $(SETUP)-test $(SETUP)-nvcc
+	PELT_KERNELS_CUDA="$(CUDA_ARCHS)" $(BIN)/python setup.py --quiet build_ext --build-lib build/cuda --sim
 	$(PYTEST) -n 0 python_tests/cpp/test_cuda_binary.py \
 		--cuda-module=$$(ls build/cuda/pelt_kernels/_C.*)
 
