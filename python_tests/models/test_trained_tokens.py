@@ -77,11 +77,11 @@ def test_the_rows_stand_for_the_tables_in_models_that_write(family, dtype, rando
     """Input and tied head, scaled words (Gemma, BART) included; a head of its own stays."""
     scaled = {"scale_embedding": True} if "bart" in family else {}
     model = randomise(get_pelt_model(make_writer(family, **scaled).to(dtype), TOKENS))
-    expected = with_rows(make_writer(family, **scaled).to(dtype), model)
+    expected = with_rows(make_writer(family, **scaled).to(dtype), model).requires_grad_(False)
     ids = torch.tensor([[7, 98, 60, 7, 11, 12], [5, 60, 6, 8, 9, 98]])
     more = {"labels": ids[:, :4].clone()} if model.base_model.config.is_encoder_decoder else {}
     found, truth = model(ids, **more).logits, expected(ids, **more).logits
-    allowed = 4 * torch.finfo(dtype).eps * truth.abs().max().item()
+    allowed = 16 * torch.finfo(dtype).eps * truth.abs().max().item()
     torch.testing.assert_close(found, truth, rtol=0, atol=allowed)
     assert (truth - make_writer(family, **scaled).to(dtype)(ids, **more).logits).abs().max() > 0.2
 
