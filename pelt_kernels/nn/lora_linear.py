@@ -36,6 +36,9 @@ def with_branches(
         if not is_plain:
             return original(linear, x), (), ()
         return product(x, linear.weight, linear.bias, original.is_transposed), (), ()
+    if not extra_gates and all(branch.gate is None for branch in branches):
+        y = _without_gates(linear, x, branches, is_plain, dropout)
+        return y, (), (None,) * len(branches)
     wants_mask = [gate.mask_for(mask) is not None for gate in extra_gates]
     wants_mask += [
         isinstance(branch.gate, LearnedGate) and branch.gate.pooling == "masked_mean"
@@ -53,6 +56,24 @@ def with_branches(
         return_gates=True,
     )
     return y if is_plain else original(linear, x) + y, extra_values, own_values
+
+
+def _without_gates(
+    linear: Any, x: Tensor, branches: Sequence[LoraBranch], is_plain: bool, dropout: float
+) -> Tensor:
+    """`with_branches` where no gate is: the shortest way, as a narrow layer is done within what the
+    other takes.
+    """
+    original = linear.original
+    y: Tensor = lora_linear(
+        x,
+        linear.weight if is_plain else torch.zeros_like(linear.weight),
+        linear.bias if is_plain else None,
+        branches,
+        transposed=original.is_transposed,
+        dropout_p=dropout if linear.training else 0.0,
+    )
+    return y if is_plain else original(linear, x) + y
 
 
 class LoRALinear(nn.Module):
@@ -129,6 +150,7 @@ class LoRALinear(nn.Module):
                 for name, pooling in (extra_gates or {}).items()
             }
         )
+        self._has_branch_alone = r > 0 and self.gate is None and not self.extra_gates
         if r:
             self.lora_a = nn.Parameter(torch.empty(r, self.in_features, **placement))
             self.lora_b = nn.Parameter(torch.empty(self.out_features, r, **placement))
@@ -153,6 +175,10 @@ class LoRALinear(nn.Module):
 
         mask is [B, S] bool, True for real tokens, read by gates that pool with ``masked_mean``.
         """
+        if self._has_branch_alone:
+            branch = LoraBranch(self.lora_a, self.lora_b, 0, self.alpha / self.r)
+            y = _without_gates(self, x, (branch,), self.original.is_plain, self.dropout)
+            return y, {}
         gates = self._gates()
         branches = []
         if self.r:
