@@ -10,7 +10,7 @@ import torch
 from cases import cases_of, make_attributes
 from closeness import assert_close
 
-from benchmarks import contenders, shapes
+from benchmarks import contenders, lora_block, rows, shapes
 from pelt_kernels.ops import OPERATORS
 from pelt_kernels.ops._dispatch import contract_of
 from pelt_kernels.ops._philox import dropout_factor
@@ -89,3 +89,14 @@ def test_plain_runs_in_bfloat16_with_parameters_of_either_kind(operator):
         first = contract.public_rows[0]
         wanted = torch.float32 if first.kind == "float32" else torch.bfloat16
         assert found[first.name].dtype == wanted
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_whole_model_beside_peft(tmp_path):
+    """It compares both outputs itself."""
+    pytest.importorskip("peft")
+    sizes = "--width 64 --layers 1 --length 8 --rank 2 --rounds 1"
+    assert lora_block.main([*sizes.split(), "--json", str(tmp_path / "row.jsonl")]) == 0
+    (row,) = rows.read(tmp_path / "row.jsonl")
+    assert row["width"] == 64
+    assert min(*row["processor"].values(), *row["clock"].values()) > 0

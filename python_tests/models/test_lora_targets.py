@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers as hf
@@ -161,6 +163,8 @@ def test_it_comes_back_from_files_and_goes_bit_for_bit(kind, tmp_path):
         with torch.no_grad():
             found = again.export_dense()(**inputs_of()).logits
         torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(model)(**inputs_of()).logits, logits)
     back = model.remove()
     assert back is base and list(back.state_dict()) == list(first)
     for name, value in back.state_dict().items():
