@@ -14,11 +14,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from pelt_kernels.methods import PRESETS
-from pelt_kernels.models import FAMILIES
 from pelt_kernels.ops import OPERATORS, support_table
 
-from . import counters_report, operator_tables
+from . import counters_report, families_table, operator_tables
 from .checkout import ROOT
 from .rows import Rows, read
 
@@ -235,20 +233,10 @@ def generation_table(rows: Rows) -> str:
     return "\n".join(lines) + "\n"
 
 
-def families() -> str:
-    """Which method works in which encoder: all in all, as the named test trains."""
-    methods = ", ".join(f"`{name}`" for name in PRESETS)
-    encoders = ", ".join(f"`{name}`" for name in FAMILIES)
-    return (
-        f"Methods: {methods}.\nEncoders: {encoders}.\n"
-        "`python_tests/models/test_every_method.py` trains each method in each of them.\n"
-    )
-
-
 def rewritten(text: str) -> str:
     """README.md as it should be."""
     text = with_block(text, "support table", support_table(list(OPERATORS)))
-    text = with_block(text, "families", families())
+    text = with_block(text, "families", families_table.table())
     if METHODS.is_file():
         text = with_block(text, "methods table", methods_table(read(METHODS)))
     tasks = {
