@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 _METHODS = (
-    "unipelt, unipelt-ap, adapter, prefix, control_prefixes, lora, adamix, pst, bitfit, composite, "
-    "mam, head or full"
+    "unipelt, unipelt-ap, adapter, prefix, control_prefixes, lora, adamix, pst, vlm, hyperpelt, "
+    "bitfit, composite, mam, head or full"
 )
 
 Tasks = Annotated[

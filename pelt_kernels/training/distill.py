@@ -18,12 +18,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from ..methods import parts_of
 from ..models import PeltModel
-from .base_model import load_tokenizer, load_writer, longest_text
+from .base_model import load_writer, load_writing_tokenizer, longest_text
+from .encode import Form
 from .errors import RunError, UsageError, reason
 from .storage import claimed, replacing
+from .tasks import Example
+from .texts import TextWriter
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 _PART = "targets.jsonl"  # in a folder beside the output: what was written so far
@@ -49,7 +51,8 @@ class Writing:
 
 
 class Writer:
-    """Writes a target for each text, greedily.
+    """Writes a target for each text, greedily; what it reads is laid out as in training
+    (`pelt_kernels.training.texts`).
 
     Raises:
         UsageError: a model that does not write, an unknown task. RunError: the model or the adapter
@@ -59,7 +62,7 @@ class Writer:
     def __init__(self, writing: Writing, device: str = "cpu") -> None:
         self.writing = writing
         model = load_writer(writing.model)
-        self.is_causal = not model.config.is_encoder_decoder
+        is_causal = not model.config.is_encoder_decoder
         if writing.adapter is not None:
             try:
                 model = PeltModel.from_pretrained(model, writing.adapter)
@@ -67,56 +70,40 @@ class Writer:
                 raise RunError(
                     f"adapter {writing.adapter} cannot be used: {reason(error)}"
                 ) from error
-        self.more = _task(model, writing.task)
-        self.model: Any = model.to(device).eval()
-        self.tokenizer = load_tokenizer(writing.model)
-        self.tokenizer.padding_side = "left" if self.is_causal else "right"
-        longest = longest_text(writing.model, self.tokenizer)
-        self.max_length = longest - writing.max_new_tokens if self.is_causal else longest
+        _set_task(model, writing.task)
+        tokenizer = load_writing_tokenizer(writing.model)
+        longest = longest_text(writing.model, tokenizer)
+        # A decoder alone reads the source, an end, and what it writes.
+        self.max_length = longest - writing.max_new_tokens - 1 if is_causal else longest
         if self.max_length < 1:
             raise UsageError(
                 f"max-new-tokens: expected fewer than the {longest} tokens that the model reads, "
                 f"got {writing.max_new_tokens}"
             )
+        form = Form(tokenizer, self.max_length, is_causal=is_causal)
+        self.writer = TextWriter(model.to(device).eval(), form, 1, writing.max_new_tokens)
         self.truncated = 0
 
-    @torch.inference_mode()
     def __call__(self, texts: list[str]) -> list[str]:
         """The targets, in order."""
-        whole = [self.writing.prefix + text for text in texts]
-        encoded = self.tokenizer(whole)["input_ids"]
-        self.truncated += sum(len(ids) > self.max_length for ids in encoded)
-        batch = self.tokenizer(
-            whole, truncation=True, max_length=self.max_length, padding=True, return_tensors="pt"
-        ).to(self.model.device)
-        batch.pop("token_type_ids", None)
-        written = self.model.generate(
-            **batch,
-            **{name: value.expand(len(texts)) for name, value in self.more.items()},
-            max_new_tokens=self.writing.max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-        if self.is_causal:
-            written = written[:, batch["input_ids"].shape[1] :]
-        targets = self.tokenizer.batch_decode(written, skip_special_tokens=True)
-        return [target.strip() for target in targets]
+        examples = [Example(self.writing.prefix + text, None, None, "") for text in texts]
+        targets, truncated = self.writer(examples, len(texts))
+        self.truncated += truncated
+        return targets
 
 
-def _task(model: Any, task: str | None) -> dict[str, torch.Tensor]:
-    """The label that says a task, as `generate` takes it."""
-    known = getattr(getattr(model, "method_config", None), "tasks", ())
+def _set_task(model: Any, task: str | None) -> None:
+    """Has the model write for a task. Raises UsageError."""
+    known = parts_of(model.method_config).tasks if isinstance(model, PeltModel) else ()
     if task is None and len(known) > 1:
         raise UsageError(f"task: expected one of the adapter's ({', '.join(known)}), got none")
-    if task is None:
-        return {}
-    if task not in known:
+    if task is not None and task not in known:
         raise UsageError(
             f"task: expected one of the adapter's ({', '.join(known) or 'it has none'}), got "
             f"'{task}'"
         )
-    return {"tasks": torch.tensor([known.index(task)])}
+    if task is not None:
+        model.set_task(task)
 
 
 def distill(

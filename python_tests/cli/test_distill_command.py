@@ -46,7 +46,8 @@ def save_tiny(folder: Path, kind: str) -> Path:
     model.lm_head.weight.data[: len(SPECIAL)] = 0  # so that it writes words
     model.save_pretrained(folder)
     vocabulary = {word: number for number, word in enumerate(WORDS)}
-    BertTokenizer(vocab=vocabulary, model_max_length=24).save_pretrained(folder)
+    tokenizer = BertTokenizer(vocab=vocabulary, model_max_length=24, eos_token="[SEP]")
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -55,9 +56,9 @@ def written_one_by_one(folder: Path, kind: str, texts: list[str]) -> list[str]:
     model, tokenizer = loader.from_pretrained(folder).eval(), BertTokenizer.from_pretrained(folder)
     found = []
     for text in texts:
-        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]  # with an end behind it
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8,
-                             do_sample=False, pad_token_id=0)  # fmt: skip
+                             do_sample=False, pad_token_id=0, eos_token_id=3)  # fmt: skip
         own = out[0] if kind == "t5" else out[0, ids.shape[1] :]
         found.append(tokenizer.decode(own, skip_special_tokens=True).strip())
     return found
