@@ -44,6 +44,9 @@ METHODS = ("full", "lora", "adapter", "unipelt", "prefix", "bitfit", "adamix")
 TESTED = 60  # sources, each with all of its targets
 SIZES = {"width": 128, "heads": 4, "layers": 2}
 STEPS, BATCH, RATE = 500, 32, 2e-3  # of the models' own training
+# Models as small as these take higher rates than the recipes', which are for pretrained ones.
+RATES = {"full": 2e-3, "bitfit": 2e-2, "prefix": 1e-2}
+OTHER_RATE = 5e-3
 TAKEN_OUT = 0.4  # share of the words that T5 fills in
 
 
@@ -75,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             config = TrainConfig(
                 task=str(train_file), eval=str(test_file), model=str(options.runs / family),
                 method=method, train_examples=options.train_examples, epochs=options.epochs,
-                eval_every=10_000, max_length=80, device="cpu",
+                lr=(RATES.get(method, OTHER_RATE),), eval_every=10_000, max_length=80, device="cpu",
             )  # fmt: skip
             train(config, output, overwrite=True, watchers=Watchers(say=print))
             (output / "commit").write_text(commit())

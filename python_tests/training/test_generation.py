@@ -162,6 +162,26 @@ def test_wrong_options_are_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_control_prefixes_are_trained_on_attributes(
+    writers: dict[str, Path], pair_files: tuple[Path, Path], tmp_path: Path, family: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    more = ["--method", "control_prefixes", "--set", "prefix_length=2", "--set", "mid=8"]
+    more += ["--attribute-column", "mood", "--beams", "2", "--output", str(tmp_path / "out")]
+    assert main(["train", *options(writers[family], pair_files), *more]) == 0
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert dict(found["method_config"]["attributes"]) == {"mood": 2}
+    assert found["task"]["attributes"] == {"mood": ["calm", "loud"]}
+    capsys.readouterr()
+    adapter = str(tmp_path / "out" / "adapter")
+    command = ["predict", "--adapter", adapter, "--file", str(pair_files[1]), "--json"]
+    assert main(command) == 0
+    written = [json.loads(line)["written"] for line in capsys.readouterr()[0].splitlines()]
+    tested = [json.loads(line) for line in (tmp_path / "out" / "test_predictions.jsonl").open()]
+    assert written == [row["predicted"] for row in tested]
+
+
 def test_attributes_are_trained_on_and_asked_for(
     writers: dict[str, Path], pair_files: tuple[Path, Path], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
