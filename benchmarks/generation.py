@@ -102,6 +102,7 @@ def _split(data: Path, runs: Path) -> tuple[Path, Path]:
 def _make(family: str, folder: Path, train_file: Path, steps: int) -> None:
     """A model that has read the targets of the training part, and its tokenizer."""
     rows = [line.split("\t") for line in train_file.read_text(encoding="utf-8").splitlines()[1:]]
+    folder.mkdir(exist_ok=True)
     tokenizer = _tokenizer(family, [text for row in rows for text in row])
     torch.manual_seed(0)
     model = _model(family, len(tokenizer))
@@ -117,6 +118,7 @@ def _make(family: str, folder: Path, train_file: Path, steps: int) -> None:
         optimizer.zero_grad()
         if step % 50 == 0 or step == steps - 1:
             print(f"{family}: step {step}, loss {loss.item():.3f}", flush=True)
+    (folder / "steps").write_text(str(steps))
     tokenizer.save_pretrained(folder)
     model.eval().save_pretrained(folder)
 
@@ -204,6 +206,7 @@ def _row(folder: Path, family: str) -> dict[str, Any]:
         "train_examples": found["task"]["examples"]["train"],
         "test_examples": found["task"]["examples"]["test"],
         "sizes": SIZES,
+        "steps_before": int((folder.parent / family / "steps").read_text()),
         "commit": (folder / "commit").read_text(),
     }
 

@@ -222,11 +222,13 @@ def generation_table(rows: Rows) -> str:
     first = rows[0]
     sizes = first["sizes"]
     steps = ", ".join(map(str, sorted({row["steps"] for row in rows})))
+    before = ", ".join(map(str, sorted({row["steps_before"] for row in rows})))
     commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
     lines += [
         "",
-        f"{sizes['layers']} layers (T5: as many twice) of width {sizes['width']}, one seed, "
-        f"{first['train_examples']:,} training examples, {steps} steps, "
+        f"{sizes['layers']} layers (T5: as many twice) of width {sizes['width']}, {before} steps "
+        f"on the targets alone; then one seed, {first['train_examples']:,} training examples, "
+        f"{steps} steps, "
         f"{first['test_examples']:,} test examples, written greedily; {_machines(rows)}; "
         f"torch {first['torch']}; commit {commits}.",
     ]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from pelt_kernels.cli import main
 from pelt_kernels.models import PeltModel
-from pelt_kernels.training import Predictor, RunError, TrainConfig, train
+from pelt_kernels.training import Example, Predictor, RunError, TrainConfig, train
 from pelt_kernels.training.predictor import Card
 
 __all__ = ["pair_files", "writers"]
@@ -88,6 +88,14 @@ def test_what_was_tested_is_predicted(
     assert main([*command, "the red cat", "--attribute", "mood=calm"]) == 2
     assert "adapter's attributes (it has none), got 'mood=calm'" in capsys.readouterr()[1]
     assert main([*command, "the red cat", "--task", "a"]) == 2
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_padding_does_not_reach_what_is_written(trained: dict[str, Path], family: str) -> None:
+    predictor = Predictor(trained[family] / "adapter", beams=2)
+    examples = [Example(source, None, None, "") for source, *_ in pairs(8, seed=9)]
+    together = predictor(examples).rows
+    assert together == [predictor([example]).rows[0] for example in examples]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
@@ -180,6 +188,22 @@ def test_control_prefixes_are_trained_on_attributes(
     written = [json.loads(line)["written"] for line in capsys.readouterr()[0].splitlines()]
     tested = [json.loads(line) for line in (tmp_path / "out" / "test_predictions.jsonl").open()]
     assert written == [row["predicted"] for row in tested]
+
+
+@pytest.mark.parametrize(("family", "method"), [("gpt2", "vlm"), ("t5", "hyperpelt")])
+def test_methods_of_several_tasks_are_trained_on_a_column(
+    writers: dict[str, Path], pair_files: tuple[Path, Path], tmp_path: Path, family: str,
+    method: str, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    more = ["--method", method, "--task-column", "mood", "--output", str(tmp_path / "out")]
+    assert main(["train", *options(writers[family], pair_files), *more]) == 0
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert found["task"]["tasks"] == ["calm", "loud"] == list(found["method_config"]["tasks"])
+    command = ["predict", "--adapter", str(tmp_path / "out" / "adapter"), "the red cat"]
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "expected the task, one of calm, loud, got none" in capsys.readouterr()[1]
+    assert main([*command, "--task", "loud"]) == 0
 
 
 def test_attributes_are_trained_on_and_asked_for(
