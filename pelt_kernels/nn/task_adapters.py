@@ -12,6 +12,7 @@ from ..ops import Norm, gated_adapter
 from .experts import Members
 
 BYPASS = -1  # the task that passes an adapter by
+NAMES = ("norm_weight", "norm_bias", "w_down", "b_down", "w_up", "b_up")
 
 
 class TaskAdapters(Members):
@@ -78,14 +79,14 @@ class TaskAdapters(Members):
 
     def banks(self) -> dict[str, nn.Parameter]:
         """Every parameter: all have one entry for each task."""
-        return dict(self.named_parameters())
+        return {name: getattr(self, name) for name in NAMES}
 
     def forward(self, x: Tensor, tasks: Tensor | int) -> Tensor:
         """y [B, S, D] of x [B, S, D] and tasks, int64 [B], or [] or a number for the whole batch.
 
         Values of a tensor are not looked at here, beyond what the operator does.
         """
-        values = dict[str, Tensor](self.banks())
+        values: dict[str, Tensor] = {**self.banks()}
         index = gate = None
         if isinstance(tasks, int):
             if tasks == BYPASS:
