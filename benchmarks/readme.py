@@ -25,6 +25,7 @@ METHODS = ROOT / "benchmarks" / "results" / "methods.jsonl"
 STEPS = ROOT / "benchmarks" / "results" / "train_step.jsonl"
 COUNTERS = ROOT / "benchmarks" / "results" / "counters.jsonl"
 GENERATION = METHODS.with_name("generation.jsonl")
+BY_HEART = METHODS.with_name("overfit.jsonl")
 RESULTS = METHODS.with_name("README.md")
 METRIC_NAMES = {"accuracy": "accuracy", "f1": "F1", "matthews": "Matthews"}
 MODEL_NAMES = {"gpt2": "GPT-2", "t5": "T5"}
@@ -235,6 +236,33 @@ def generation_table(rows: Rows) -> str:
     return "\n".join(lines) + "\n"
 
 
+def by_heart_table(rows: Rows) -> str:
+    """How well each method learns pairs by heart, in Markdown, from what `benchmarks.overfit`
+    wrote.
+    """
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    found = {(row["family"], row["method"]): row for row in rows}
+    lines = [
+        f"| model | {' | '.join(f'`{method}`' for method in methods)} |",
+        f"|{'---|' * (1 + len(methods))}",
+    ]
+    for family in dict.fromkeys(row["family"] for row in rows):
+        cells = [f"`{family}`"]
+        for method in methods:
+            row = found.get((family, method))
+            cells.append("" if row is None else f"{row['exact']} ({row['loss']:.3f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    first = rows[0]
+    commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
+    lines += [
+        "",
+        f"Of {first['pairs']} targets those that {first['beams']} beams write word for word, in "
+        f"batches of 16; in brackets the loss per word. {_machines(rows)}; torch {first['torch']}; "
+        f"commit {commits}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def rewritten(text: str) -> str:
     """README.md as it should be."""
     text = with_block(text, "support table", support_table(list(OPERATORS)))
@@ -258,6 +286,8 @@ def results_rewritten(text: str) -> str:
         text = with_block(text, "counters table", counters_report.counters_table(read(COUNTERS)))
     if GENERATION.is_file():
         text = with_block(text, "generation table", generation_table(read(GENERATION)))
+    if BY_HEART.is_file():
+        text = with_block(text, "by heart table", by_heart_table(read(BY_HEART)))
     return with_block(text, "every row", operator_tables.full(operator_rows()))
 
 
