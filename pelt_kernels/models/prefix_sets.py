@@ -16,7 +16,7 @@ from .slots import AttentionSlots, Place
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .inject import Stack
+    from .stack import Stack
 
 
 def make_prefixes(
