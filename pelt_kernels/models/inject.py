@@ -40,11 +40,9 @@ from .replacement import Replacement, StandIns, branched_linears, parameter_plac
 from .slots import Slots, stacks_of
 from .stack import Stack
 from .task_parts import (
-    WRITTEN_ATTRIBUTE,
     Written,
     WrittenAdapter,
     WrittenPrefix,
-    begin_writing,
     make_task_adapters,
     make_written,
 )
@@ -176,9 +174,6 @@ class Injection:
             self._use_configs({id(base): view for base, view in self._views})
         for stack in self.stacks:
             self._attach_stack(stack)
-            if self.written is not None:
-                self._mark(stack.layers[0], WRITTEN_ATTRIBUTE, self.written)
-                self._handles.append(stack.layers[0].register_forward_pre_hook(begin_writing))
         if not self.stacks:
             self._attach_without_stacks()
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
 
 from ..methods import MethodConfig, parts_of
+from ..nn import GeneratedWeights
 from .attributes import batch_of, labels_of_call
 from .conversions import ConvertibleModel
 from .task_inputs import FEATURES, TASKS, task_inputs
@@ -45,9 +46,16 @@ class LabelledModel(ConvertibleModel):
         `forward`: all beams and samples of a sentence have its own.
         """
         labels = self._labels(attributes, args, kwargs)
-        with labels, self._injection.shown_to_generate():
+        with labels, self._injection.shown_to_generate(), self._keeping_written():
             generate: Any = self.base_model.generate
             return generate(*args, **kwargs)
+
+    def _keeping_written(self) -> AbstractContextManager[None]:
+        """Inside, which is one call of generate, networks write their weights once."""
+        written = self._injection.written
+        if written is None or not isinstance(written.weights, GeneratedWeights):
+            return nullcontext()
+        return written.weights.keeping()
 
     def _labels(
         self, attributes: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

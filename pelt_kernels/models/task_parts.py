@@ -28,7 +28,6 @@ from ..ops.prefix_attention.weights import attention_weights
 from .call import Call
 from .task_inputs import ENTRIES, FEATURES, TASKS
 
-WRITTEN_ATTRIBUTE = "_pelt_written"  # under which a first layer holds what `begin_writing` needs
 LAYER_NORM_EPS = 1e-5  # of a host whose configuration names none
 
 
@@ -170,11 +169,3 @@ def adapt_layer(adapters: TaskAdapters, call: Call, output: Any) -> Any:
         tasks = call.labels[TASKS][0]  # one for the batch: nothing is gathered for each sample
     y = adapters(x, tasks)
     return (y, *output[1:]) if isinstance(output, tuple) else y
-
-
-def begin_writing(first_layer: nn.Module, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook of the first layer of a stack, which may be called alone: weights that are
-    kept from earlier forwards are looked at.
-    """
-    written: Written = getattr(first_layer, WRITTEN_ATTRIBUTE)
-    written.weights.begin_forward()

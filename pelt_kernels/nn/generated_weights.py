@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -46,28 +47,26 @@ class GeneratedWeights(nn.Module):
     """What hypernetworks, one for each stack of layers, write from the embeddings of tasks.
 
     Each layer asks for its own weights where it uses them, so that gradient checkpointing keeps
-    none of them. Outside of training and without gradients, weights of tasks without images are
-    written once for all tasks and kept, from one `begin_forward` to the next as long as no
-    parameter was written to or replaced.
+    none of them. Within `keeping`, as while a text is generated, weights of tasks without images
+    are written once for all tasks and kept; not beyond it, as a parameter may be written to in
+    ways that nothing tells.
     """
 
-    # Of the inference that is going on; not part of a copy.
+    # Of the `keeping` that is going on; not part of a copy.
     _kept: dict[tuple[str, int, int], Any] | None = None
-    _kept_of: tuple[tuple[int, int], ...] = ()
 
     def __init__(self, tasks: TaskEmbeddings, stacks: Mapping[str, HyperNetwork]) -> None:
         super().__init__()
         self.tasks, self.stacks = tasks, nn.ModuleDict(dict(stacks))
 
-    def begin_forward(self) -> None:
-        """Tells that a forward of the model begins: kept weights are looked at, or dropped."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            if self._kept is not None:
-                self._kept = None
-            return
-        state = tuple((p.data_ptr(), p._version) for p in self.parameters())
-        if self._kept is None or state != self._kept_of:
-            self._kept, self._kept_of = {}, state
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Inside, what is written without gradients is kept: no parameter changes meanwhile."""
+        self._kept = {}
+        try:
+            yield
+        finally:
+            self._kept = None
 
     def adapter(
         self, stack: str, layer: int, call: HyperCall
@@ -139,7 +138,7 @@ class GeneratedWeights(nn.Module):
         return network
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_kept", "_kept_of")}
+        return {k: v for k, v in self.__dict__.items() if k != "_kept"}
 
 
 class StoredStack(nn.Module):
@@ -205,9 +204,6 @@ class StoredWeights(nn.Module):
                 for name, stack in sizes.items()
             }
         )
-
-    def begin_forward(self) -> None:
-        """Nothing: there is nothing to write."""
 
     def adapter(
         self, stack: str, layer: int, call: HyperCall | None = None

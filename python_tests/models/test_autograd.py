@@ -99,7 +99,8 @@ def test_both_orders_both_ways(method, make_model, make_batch):
     assert_close(tangent, twice_back, exact, torch.float32, f"{method}, tangent")
 
 
-@EVERY
+# A trace holds the tasks of the batch that it was made of.
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("vlm", "hyperpelt")])
 def test_a_trace_is_the_model(method, make_model, make_batch):
     model, _ = make_model(method, "sdpa")
 

@@ -64,7 +64,7 @@ def test_batches_hold_rows_of_like_length() -> None:
 def test_long_texts_are_cut_and_counted(tiny_model: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_model))
     examples = [Example("good " * n, None, "1", "") for n in (3, 30, 31)]
-    encoded = encode(examples, tokenizer, 32, labels=("0", "1"))
+    encoded = encode(examples, tokenizer, 32, lambda example: ("0", "1").index(example.label))
     assert encoded.lengths == [5, 32, 32] and encoded.truncated == 1
     batch = Pad(tokenizer)([encoded[0], encoded[1]])
     assert batch["input_ids"].shape == (2, 32)
@@ -140,7 +140,7 @@ def test_a_read_only_folder_is_one_sentence(tmp_path: Path) -> None:
         ("lr", (0.0,), "lr: expected different positive numbers"),
         ("lr", (float("nan"),), "lr: expected different positive numbers"),
         ("warmup", 1.5, "warmup: expected a share"),
-        ("metric", "auc", "metric: expected one of accuracy, f1, matthews, got 'auc'"),
+        ("metric", "auc", "metric: expected one of accuracy, f1, matthews, .*got 'auc'"),
         ("class_weights", "inverse", "class-weights: expected one of none, balanced, got 'inv"),
         ("eval_every", -1, "eval-every: expected 0"),
     ],
