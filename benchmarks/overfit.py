@@ -77,18 +77,19 @@ def make_model(family: str, words: int) -> Any:
             **common, d_model=D, encoder_layers=LAYERS, decoder_layers=LAYERS,
             encoder_attention_heads=HEADS, decoder_attention_heads=HEADS, encoder_ffn_dim=4 * D,
             decoder_ffn_dim=4 * D, max_position_embeddings=160, decoder_start_token_id=EOS,
-            forced_eos_token_id=None, dropout=0.0,
+            forced_eos_token_id=None, dropout=0.0, init_std=0.1,
         )  # fmt: skip
         return hf.BartForConditionalGeneration(config)
     if family == "gpt2":
         config = hf.GPT2Config(
             **common, n_embd=D, n_layer=LAYERS, n_head=HEADS, n_positions=160,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.1,
         )  # fmt: skip
         return hf.GPT2LMHeadModel(config)
     config = hf.LlamaConfig(
         **common, hidden_size=D, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
         num_key_value_heads=HEADS // 2, intermediate_size=3 * D, max_position_embeddings=160,
+        initializer_range=0.1,
     )  # fmt: skip
     return hf.LlamaForCausalLM(config)
 
