@@ -39,7 +39,6 @@ def padding_mask(
     kv_offset: int = 0,
     mask_function: Any = bidirectional_mask_function,
     attention_mask: Tensor | None = None,
-    local_size: int | None = None,
     device: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
@@ -48,7 +47,7 @@ def padding_mask(
 
     Whether queries see later keys is not in it: the attention module says that of itself, as it
     says how wide its window is. Of a cache with more room than text (a static one) N is what is
-    filled after these queries; `attend` reads as many of its keys.
+    filled after these queries; `attention_forward` reads as many of its keys.
     """
     if _base_of(mask_function) is bidirectional_mask_function:
         return attention_mask

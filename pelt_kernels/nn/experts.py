@@ -164,13 +164,13 @@ class ExpertLoRALinear(Bank):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., Dout]."""
-        return with_branches(self, x, [self.branch()], dropout=self.dropout)[0]
+        return with_branches(self, x, [self._branch()], dropout=self.dropout)[0]
 
-    def branch(self, offset: int = 0) -> LoraBranch:
+    def _branch(self) -> LoraBranch:
         """The branch of this forward."""
         values, index = self.chosen()
         a, b = values["lora_a"], values["lora_b"]
-        return LoraBranch(a, b, offset, scale=self.alpha / self.r, bank_index=index)
+        return LoraBranch(a, b, scale=self.alpha / self.r, bank_index=index)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
