@@ -65,7 +65,7 @@ def _gated_adapter_bwd_columns_kernel(
     pid = tl.program_id(0)
     chunk = pid % chunks
     part = pid // chunks
-    rank_blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
+    rank_blocks: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R if R > 0 else 1
     rank = part % rank_blocks * BLOCK_R  # the first of the program's
     part = part // rank_blocks
     group = part // shares

@@ -154,7 +154,7 @@ def _gated_adapter_bwd_rows_kernel(
         pre_dot = tl.zeros([BLOCK_T], tl.float32)
         pre_hat_dot = tl.zeros([BLOCK_T], tl.float32)
     logit = tl.zeros([BLOCK_T], tl.float32)
-    for rank in tl.static_range(0, R, BLOCK_R):
+    for rank in tl.static_range(0, R if R > 0 else 1, BLOCK_R):
         r = rank + tl.arange(0, BLOCK_R)
         r_ok = r < R
         if rank > 0:

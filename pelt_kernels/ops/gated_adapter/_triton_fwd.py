@@ -125,7 +125,8 @@ def _make_hidden(
     if pre_weight_ptr is not None and HAS_PRODUCT:  # noqa: SIM102  (decided at compile time)
         if has_work:
             mean, rstd = row_norm(x_ptr, rows, row_ok, pre_eps, D, BLOCK_T, BLOCK_D)
-    for rank in tl.static_range(0, R if HAS_PRODUCT else 1, BLOCK_R):
+    # One pass, of nothing, where R is 0: the gates are made in the first.
+    for rank in tl.static_range(0, R if HAS_PRODUCT and R > 0 else 1, BLOCK_R):
         if has_work:
             wide, own_gate = _project_down(
                 x_ptr, w_down_ptr, b_down_ptr, pre_weight_ptr, pre_bias_ptr,

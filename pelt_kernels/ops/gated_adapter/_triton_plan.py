@@ -111,7 +111,8 @@ class Plan:
             "POST_NORM_STEP": d if "post_norm" in self.norm_banks else 0,
             "BLOCK_R": _block_of_ranks(r),
         }
-        self.rank_blocks = -(-r // _block_of_ranks(r))
+        # A bottleneck of 0 has one, of nothing: b_up, the norms and the gate still have gradients.
+        self.rank_blocks = max(1, -(-r // _block_of_ranks(r)))
         self.part_sizes = {
             **dict.fromkeys(PARTS, d),
             "w_down": r * d, "w_up": d * r, "b_down": r, "scale": 1, "gate_bias": 1,
