@@ -33,6 +33,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="a _C built with the CUDA kernels, whose machine code is to be checked",
     )
     parser.addoption(
+        "--every-gpu",
+        action="store_true",
+        help="compile Triton's kernels for a GPU of each generation, not only one of each maker",
+    )
+    parser.addoption(
         "--without-poison",
         action="store_true",
         help="leave memory for results as it is, for tools that find reads of what nothing wrote",

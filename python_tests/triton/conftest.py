@@ -1,0 +1,15 @@
+"""For which GPUs that are not here Triton's kernels are compiled."""
+
+from __future__ import annotations
+
+import pytest
+
+# A GPU of each maker; tests that count registers compile for sm_90 besides.
+TARGETS = ("cuda:80", "hip:gfx942")
+FURTHER_TARGETS = ("cuda:100", "hip:gfx1100")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "target" in metafunc.fixturenames:
+        more = FURTHER_TARGETS if metafunc.config.getoption("--every-gpu") else ()
+        metafunc.parametrize("target", TARGETS + more)
