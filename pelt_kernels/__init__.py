@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .integrations import accelerate, accelerated, restore
     from .methods import (
         METHODS,
         AdaMixConfig,
@@ -66,6 +67,8 @@ __all__ = [
     "UniPELTConfig",
     "VLMConfig",
     "__version__",
+    "accelerate",
+    "accelerated",
     "config_from_dict",
     "explain",
     "gated_adapter",
@@ -74,6 +77,7 @@ __all__ = [
     "make_config",
     "masked_weight",
     "prefix_attention",
+    "restore",
     "symmetric_kl",
     "use_backend",
 ]
@@ -81,7 +85,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for layer in ("ops", "methods", "models"):  # each of which loads those before it anyway
+        for layer in ("ops", "methods", "models", "integrations"):  # the lower ones load less
             found = import_module(f".{layer}", __name__)
             if hasattr(found, name):
                 globals()[name] = getattr(found, name)  # the next look-up does not come here

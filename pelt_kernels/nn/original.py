@@ -58,6 +58,27 @@ def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.add(weight.double(), update, alpha=scale).to(weight.dtype)
 
 
+def has_own_class(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module's class computes something other than the formula of its kind."""
+    module_class = type(module)
+    return (
+        module_class.forward is not kind.forward or module_class.__call__ is not nn.Module.__call__
+    )
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a call of a module does more, or other things, than its class's forward: hooks, or a
+    forward of the object's own.
+    """
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
 class Original:
     """The module that a stand-in replaces. The stand-in holds its weight and bias under the same
     names, so names in the model do not change; this object is outside the tree of modules.
@@ -70,11 +91,7 @@ class Original:
     def __init__(self, module: nn.Module, kind: type[nn.Module]) -> None:
         self.module = module
         self.is_transposed = is_transposed(module)
-        module_class = type(module)
-        self._has_own_class = (
-            module_class.forward is not kind.forward
-            or module_class.__call__ is not nn.Module.__call__
-        )
+        self._has_own_class = has_own_class(module, kind)
 
     @property
     def has_own_forward(self) -> bool:
@@ -84,15 +101,7 @@ class Original:
     @property
     def is_plain(self) -> bool:
         """Whether nothing but the formula happens when the module is called now."""
-        module = self.module
-        return not (
-            self._has_own_class
-            or module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            or "forward" in module.__dict__
-        )
+        return not (self._has_own_class or is_watched(self.module))
 
     def __call__(self, stand_in: nn.Module, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """The module's own output, hooks included, with the parameters that its stand-in has now

@@ -1,0 +1,144 @@
+"""One line that puts this project's operators into a model of another library, and the way back.
+
+A library is one row of `LIBRARIES` and one file with the function ``replacements(model, backend)``,
+which looks at every module and changes none; it raises for a model that cannot be served at all.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..ops._dispatch import check_name
+from .replacement import Accelerated, Replacement, library_class
+from .report import Report, report_of
+
+# The file of each library, by a module of the library's that is loaded wherever a model of it is.
+LIBRARIES = {"peft.tuners.lora.layer": "peft_lora"}
+
+
+class _Before(NamedTuple):
+    module: Any
+    kind: type[nn.Module]
+    backend: str | None
+
+
+def accelerate(model: nn.Module, *, backend: str | None = None) -> Report:
+    """Has the layers of a model that PEFT made run on this project's operators, in place.
+
+    The model keeps its objects, parameters, state dict and checkpoints, and each layer reads its
+    library's state at every call, so adapters that are added, switched, merged or deleted later are
+    served too. Modules that were wrapped since are served after another call; the rest stays as it
+    is. `restore` gives the library's own layers back.
+
+    Args:
+        model: a `PeftModel`, or any model with PEFT's layers in it.
+        backend: the backend that its layers ask for; None: the one in force at each call.
+
+    Returns:
+        which modules are served by which operator, and which are left alone and why;
+        ``print(report)`` reads well.
+
+    Raises:
+        ValueError: no layer of a known library is in the model; a version of the library that this
+            was not tested with; an adapter is merged; the backend is unknown or cannot serve the
+            model. TypeError: the model is no module. Nothing was changed then.
+    """
+    report, _ = _accelerate(model, backend)
+    return report
+
+
+@contextmanager
+def accelerated(model: nn.Module, *, backend: str | None = None) -> Iterator[Report]:
+    """`accelerate` for the length of a block; afterwards every module is as it was before it."""
+    report, before = _accelerate(model, backend)
+    try:
+        yield report
+    finally:
+        _undo(before)
+
+
+def restore(model: nn.Module) -> None:
+    """Gives every accelerated module of a model its library's own class back.
+
+    A model without such modules stays as it is. Raises TypeError for what is no module.
+    """
+    _check_module("restore", model)
+    for module in model.modules():
+        if isinstance(module, Accelerated):
+            _put_back(module)
+
+
+def _accelerate(model: nn.Module, backend: str | None) -> tuple[Report, list[_Before]]:
+    _check_module("accelerate", model)
+    if backend is not None:
+        check_name(backend, "accelerate: expected backend as")
+    found = _replacements(model, backend)
+    before: list[_Before] = []
+    try:
+        for each in found:
+            if each.accelerated is not None:
+                before.append(_swap(each.module, each.accelerated, backend))
+    except BaseException:
+        _undo(before)
+        raise
+    return report_of(found), before
+
+
+def _replacements(model: nn.Module, backend: str | None) -> list[Replacement]:
+    found: list[Replacement] = []
+    for loaded, file in LIBRARIES.items():
+        if loaded in sys.modules:
+            library = import_module(f".{file}", __package__)
+            found += library.replacements(model, backend)
+    if not found:
+        raise ValueError(
+            f"accelerate: expected a model with layers of PEFT's, got {type(model).__name__} with "
+            "none; make one with peft.get_peft_model"
+        )
+    return found
+
+
+def _swap(module: Any, kind: Any, backend: str | None) -> _Before:
+    """Gives a module another class and backend."""
+    before = _Before(module, type(module), getattr(module, "pelt_backend", None))
+    module.__class__ = kind
+    module.pelt_backend = backend
+    if before.kind is not kind:
+        try:
+            module.pelt_attach()
+        except BaseException:
+            _forget(module, before.kind)
+            raise
+    return before
+
+
+def _undo(before: list[_Before]) -> None:
+    """Gives modules back what they were, the last one first."""
+    for module, kind, backend in reversed(before):
+        if not isinstance(module, Accelerated):
+            continue  # restored since
+        if issubclass(kind, Accelerated):
+            module.pelt_backend = backend
+        else:
+            _put_back(module)
+
+
+def _put_back(module: Any) -> None:
+    module.pelt_detach()
+    _forget(module, library_class(module))
+
+
+def _forget(module: Any, kind: type[nn.Module]) -> None:
+    module.__dict__.pop("pelt_backend", None)
+    module.__class__ = kind
+
+
+def _check_module(who: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{who}: expected model as a torch.nn.Module, got {type(model).__name__}")

@@ -1,0 +1,59 @@
+"""What a module of another library becomes while it is accelerated: an object of a subclass of its
+own class.
+
+The object, its parameters and its names stay, so state dicts, references, hooks and checks by
+``isinstance`` hold, and a copy or a pickle is accelerated as the model is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+
+class Accelerated:
+    """The first base of every class that a library's module is given.
+
+    The library's own class is the last base. Such a class stands in a module of this package, by
+    whose name a pickle finds it, and takes no state but what it reads from the library's at each
+    call.
+
+    Attributes:
+        pelt_backend: the backend that `accelerate` was given.
+    """
+
+    pelt_backend: str | None = None
+
+    def pelt_attach(self) -> None:
+        """Called once, after the class and the backend were set: for what a class cannot hold, such
+        as the name of an attention function in a config. An error here undoes the whole model.
+        """
+
+    def pelt_detach(self) -> None:
+        """Called before the library's class comes back: undoes `pelt_attach`."""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A module of another library, and what was found for it.
+
+    Attributes:
+        name: its name in the model.
+        accelerated: the subclass of its class, an `Accelerated`; None: it is left alone.
+        operator: what serves it.
+        reason: of a module that is left alone why, as the rest of a sentence; of one that is served
+            the calls that go the library's own way all the same, if there are any.
+    """
+
+    name: str
+    module: nn.Module
+    accelerated: type[nn.Module] | None
+    operator: str = ""
+    reason: str = ""
+
+
+def library_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a library gave a module, whether it is accelerated now or not."""
+    kind = type(module)
+    return kind.__bases__[-1] if issubclass(kind, Accelerated) else kind
