@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..methods import MethodConfig, PrefixTuningConfig, with_part_changes
 from ..nn import PrefixAttention
 from .adapter_files import read_config, read_weights, write_adapter
+from .formats import read_foreign
 from .vocabulary import ADDED_ROWS, check_rows, vocabulary_of
 
 if TYPE_CHECKING:
@@ -47,20 +48,30 @@ def read_adapter(
     model: PreTrainedModel,
     expected: MethodConfig | None = None,
 ) -> Adapter:
-    """What `save_adapter` wrote, for a model like the one it was trained in, and of the expected
-    method where there is one.
+    """What `save_adapter` or a library of `formats` wrote, for a model like the one it was trained
+    in, and of the expected method where there is one.
     """
+    foreign = read_foreign(directory, model)
+    if foreign is not None:
+        _check_method(foreign[0], expected, directory)
+        return Adapter(*foreign, rows=None)
     config, base = read_config(directory)
     check_base(model, base, directory)
+    _check_method(config, expected, directory)
+    tensors = read_weights(directory, config)
+    rows = tensors.pop(ADDED_ROWS, None)
+    check_rows(rows, base, model, directory)
+    return Adapter(config, tensors, rows)
+
+
+def _check_method(
+    config: MethodConfig, expected: MethodConfig | None, directory: str | os.PathLike[str]
+) -> None:
     if expected is not None and config != expected:
         raise ValueError(
             f"load_adapter: expected {directory} to hold {expected}, got {config}; "
             "use PeltModel.from_pretrained for it"
         )
-    tensors = read_weights(directory, config)
-    rows = tensors.pop(ADDED_ROWS, None)
-    check_rows(rows, base, model, directory)
-    return Adapter(config, tensors, rows)
 
 
 def collapsed(
