@@ -119,8 +119,19 @@ def run_forward(chosen: Chosen, inputs: dict[str, Value], seed: int) -> Sequence
         inputs["seed"] = seed
     if is_autocast(chosen.device):
         with torch.autocast(chosen.device.type, enabled=False):
-            return chosen.forward(chosen, **inputs)
-    return chosen.forward(chosen, **inputs)
+            outputs = chosen.forward(chosen, **inputs)
+    else:
+        outputs = chosen.forward(chosen, **inputs)
+    return [_no_view(output) for output in outputs]
+
+
+def _no_view(output: Any) -> Any:
+    """An output that can be written in place: torch lets nobody write into a view made in a
+    custom function, such as what its own product of three dimensions returns.
+    """
+    if isinstance(output, Tensor):
+        return output.data if output._is_view() else output
+    return output if output is None else [_no_view(each) for each in output]
 
 
 def run_backward(

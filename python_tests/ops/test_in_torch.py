@@ -23,6 +23,7 @@ from pelt_kernels.ops import (
 )
 from pelt_kernels.ops._contract import Contract
 from pelt_kernels.ops._register import Operator, pack
+from pelt_kernels.ops._values import flatten
 
 # The others have no activations either that autocast would cast: a weight, and a loss in float32.
 WITH_DROPOUT = [operator for operator in OPERATORS if contract_of(operator).CONTRACT.has_seed]
@@ -215,3 +216,17 @@ def test_an_operator_with_one_output_goes_through_torch_too(monkeypatch):
         y = function(x)
         (dx,) = torch.autograd.grad(y.sum(), x)
         assert torch.equal(y, 2 * x) and torch.equal(dx, torch.full_like(x, 2))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize(("operator", "case_id"), QUICK)
+def test_an_output_can_be_written_in_place(operator, case_id, backend):
+    """As in ``y += residual``, which torch refuses for a view that a custom function made."""
+    case, contract = case_of(operator, case_id), contract_of(operator).CONTRACT
+    values = [with_gradients(value) for value in inputs_of(operator, case, "float32")]
+    attributes = make_attributes(contract, case)
+    outputs = flatten(operator_of(operator)(values, attributes, SEED, backend))
+    written = [y for y in outputs if y.requires_grad]
+    assert written
+    for y in written:
+        y += 1
