@@ -71,7 +71,7 @@ def restore(model: nn.Module) -> None:
     _check_module("restore", model)
     for module in model.modules():
         if isinstance(module, Accelerated):
-            _put_back(module)
+            _put_back(module, library_class(module))
 
 
 def _accelerate(model: nn.Module, backend: str | None) -> tuple[Report, list[_Before]]:
@@ -98,7 +98,7 @@ def _replacements(model: nn.Module, backend: str | None) -> list[Replacement]:
             found += library.replacements(model, backend)
     if not found:
         raise ValueError(
-            f"accelerate: expected a model with layers of PEFT's, got {type(model).__name__} with "
+            f"accelerate: expected a model with PEFT's layers, got {type(model).__name__} with "
             "none; make one with peft.get_peft_model"
         )
     return found
@@ -126,12 +126,12 @@ def _undo(before: list[_Before]) -> None:
         if issubclass(kind, Accelerated):
             module.pelt_backend = backend
         else:
-            _put_back(module)
+            _put_back(module, kind)
 
 
-def _put_back(module: Any) -> None:
+def _put_back(module: Any, kind: type[nn.Module]) -> None:
     module.pelt_detach()
-    _forget(module, library_class(module))
+    _forget(module, kind)
 
 
 def _forget(module: Any, kind: type[nn.Module]) -> None:

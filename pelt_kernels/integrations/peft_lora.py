@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import torch
 from peft.tuners.lora import layer as lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from ..nn.original import has_own_class, is_watched, linear_kind, why_not_replaceable
+from ..nn.original import has_own_class, is_plain, is_watched, linear_kind, why_not_replaceable
 from ..ops import LoraBranch, lora_linear
 from ..ops._arguments import cast_activation
+from ..ops._dispatch import current_request
 from ..ops.lora_linear.contract import MAX_RANK
 from .peft_versions import check_version
 from .replacement import Accelerated, Replacement, library_class
 
 OPERATOR = "lora_linear"
 HALVES = (torch.float16, torch.bfloat16)
+# Elements of y below which Python's part of an operator's call is more than what it saves.
+PAYS_FROM = 65536
+
+
+class _Branch(NamedTuple):
+    """An active adapter in one call: ``scale · (dropout(x) Aᵀ Bᵀ + bias)``."""
+
+    a: Tensor  # [R, Din]
+    b: Tensor  # [Dout, R]
+    bias: Tensor | None  # [Dout]
+    scale: Any  # a number, or a tensor []
+    p: float
 
 
 class AcceleratedLoraLinear(Accelerated, lora.Linear):
@@ -32,55 +46,143 @@ class AcceleratedLoraLinear(Accelerated, lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As PEFT's: y [..., Dout] in the base layer's dtype."""
-        if args or kwargs or self.disable_adapters or self.merged:
-            return self._own_way(x, *args, **kwargs)
-        base: Any = self.base_layer
+        y = None
+        base: Any = self._modules["base_layer"]
         is_transposed = isinstance(base, Conv1D)
-        if not _is_plain(base, Conv1D if is_transposed else nn.Linear):
-            return self._own_way(x)
+        if (
+            not args
+            and not self._disable_adapters
+            and not self.merged_adapters
+            and is_plain(base, Conv1D if is_transposed else nn.Linear)
+        ):
+            weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+            if not kwargs:
+                y = self._active(x, weight, bias, is_transposed)
+            elif kwargs.keys() == {"adapter_names"} and kwargs["adapter_names"] is not None:
+                self._check_forward_args(x, **kwargs)
+                y = self._mixed(x, weight, bias, is_transposed, **kwargs)
+        if y is None:
+            y = super().forward(x, *args, **kwargs)
+        return y
+
+    def _active(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, is_transposed: bool
+    ) -> Tensor | None:
+        """y with the active adapters; None where that is PEFT's to compute."""
+        branches = self._branches(self.active_adapters)
+        if not branches or weight is None:
+            return None
+        p = max(branch.p for branch in branches)
+        # PEFT drops for each adapter by itself, and the operator once for all branches. And as it
+        # takes its seed as a number, a compiled graph could not draw one in each call.
+        is_own_dropout = p and (len(branches) > 1 or torch.compiler.is_compiling())
+        if is_own_dropout or self._is_small(x):
+            return _composed(x, weight.T if is_transposed else weight, bias, branches)
         activation = cast_activation(x)
-        weight, bias = base.weight, base.bias
-        if not _fits(weight, activation) or (bias is not None and not _fits(bias, activation)):
-            return self._own_way(x)
-        downs: Any = self.lora_A
-        ups: Any = self.lora_B
-        dropouts: Any = self.lora_dropout
-        branches: list[LoraBranch] = []
-        rate = None  # of the dropout in front of all branches
-        for name in self.active_adapters:
+        if not all(_is_served(branch, activation) for branch in branches):
+            return None
+        if not _fits(weight, activation) or not _fits(bias, activation):
+            return None
+        for branch in branches:
+            if branch.bias is not None:
+                own = branch.bias * branch.scale
+                bias = own if bias is None else bias + own
+        y: Tensor = lora_linear(
+            activation,
+            weight,
+            bias,
+            [LoraBranch(branch.a, branch.b, 0, branch.scale) for branch in branches],
+            transposed=is_transposed,
+            dropout_p=p,
+            backend=self.pelt_backend,
+        )
+        return y
+
+    def _mixed(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        is_transposed: bool,
+        adapter_names: list[str],
+    ) -> Tensor | None:
+        """y where each sample names its adapter, or none of this layer's: one bank of all that are
+        named, with a member of zeros for the others. None where that is PEFT's to compute.
+        """
+        modules: Any = self._modules
+        used = [name for name in dict.fromkeys(adapter_names) if name in modules["lora_A"]]
+        branches = self._branches(used)
+        if not branches or weight is None or self._is_small(x):
+            return None
+        activation = cast_activation(x)
+        if not all(_is_served(branch, activation) for branch in branches):
+            return None
+        if not _fits(weight, activation) or not _fits(bias, activation):
+            return None
+        if any(branch.p or branch.bias is not None for branch in branches):
+            return None
+        rank = max(len(branch.a) for branch in branches)
+        downs = [functional.pad(b.a, (0, 0, 0, rank - len(b.a))) for b in branches]
+        ups = [functional.pad(b.b * b.scale, (0, rank - len(b.a))) for b in branches]
+        if any(name not in used for name in adapter_names):
+            downs.append(torch.zeros_like(downs[0]))
+            ups.append(torch.zeros_like(ups[0]))
+        member = {name: i for i, name in enumerate(used)}
+        index = torch.tensor([member.get(n, len(used)) for n in adapter_names], device=x.device)
+        y: Tensor = lora_linear(
+            activation[:, None] if x.ndim == 2 else activation,
+            weight,
+            bias,
+            [LoraBranch(torch.stack(downs), torch.stack(ups), bank_index=index)],
+            transposed=is_transposed,
+            backend=self.pelt_backend,
+        )
+        return y[:, 0] if x.ndim == 2 else y
+
+    def _branches(self, names: Iterable[str]) -> list[_Branch] | None:
+        """The adapters of this layer among some; None where one of them computes something else."""
+        # Past nn.Module's look-up of attributes, which takes a small layer as long as its products.
+        modules: Any = self._modules
+        downs, ups = modules["lora_A"]._modules, modules["lora_B"]._modules
+        dropouts = modules["lora_dropout"]._modules
+        branches = []
+        for name in names:
             if name not in downs:
                 continue
             down, up, dropout = downs[name], ups[name], dropouts[name]
             p = _rate(dropout)
             if (
-                name in self.lora_variant
-                or not (_is_plain(down, nn.Linear) and _is_plain(up, nn.Linear))
-                or not (_fits(down.weight, activation) and _fits(up.weight, activation))
-                or down.weight.shape[0] > MAX_RANK
-                or p is None
-                or rate not in (None, p)
+                p is None
+                or name in self.lora_variant
+                or not is_plain(down, nn.Linear)
+                or not is_plain(up, nn.Linear)
             ):
-                return self._own_way(x)
-            rate, scale = p, self.scaling[name]
-            branches.append(LoraBranch(down.weight, up.weight, 0, scale))
-            if up.bias is not None:
-                bias = up.bias * scale if bias is None else bias + up.bias * scale
-        if not branches:
-            return self._own_way(x)
-        y: Tensor = lora_linear(
-            activation,
-            weight,
-            bias,
-            branches,
-            transposed=is_transposed,
-            dropout_p=rate or 0.0,
-            backend=self.pelt_backend,
-        )
-        return y
+                return None
+            a, b = down._parameters.get("weight"), up._parameters.get("weight")
+            if a is None or b is None:
+                return None
+            branches.append(_Branch(a, b, up._parameters.get("bias"), self.scaling[name], p))
+        return branches
 
-    def _own_way(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = lora.Linear.forward(self, x, *args, **kwargs)
-        return y
+    def _is_small(self, x: Tensor) -> bool:
+        """Whether a call costs less without the operator, and nobody asks for a backend."""
+        return (
+            x.numel() * self.out_features < PAYS_FROM * self.in_features
+            and self.pelt_backend is None
+            and not torch.compiler.is_compiling()  # which would make one graph for each side
+            and not current_request()
+        )
+
+
+def _composed(x: Tensor, weight: Tensor, bias: Tensor | None, branches: list[_Branch]) -> Tensor:
+    """PEFT's formula in PyTorch's operations, without a call of a module."""
+    y = functional.linear(x, weight, bias)
+    dtype = y.dtype
+    for a, b, own_bias, scale, p in branches:
+        s = x if x.dtype is a.dtype else x.to(a.dtype)
+        s = functional.linear(functional.dropout(s, p) if p else s, a)
+        y = y + functional.linear(s, b, own_bias) * scale
+    return y if y.dtype is dtype else y.to(dtype)
 
 
 def replacements(model: nn.Module, backend: str | None) -> list[Replacement]:
@@ -115,7 +217,7 @@ def _why_left_alone(module: Any) -> str:
     """Why a layer stays as PEFT made it; empty for one that is served."""
     kind = library_class(module)
     if not isinstance(module, lora.LoraLayer):
-        return f"{kind.__name__} of {kind.__module__} is not a layer of LoRA"
+        return f"{kind.__name__} of {kind.__module__} is no layer of LoRA"
     if kind is not lora.Linear:
         return f"{kind.__name__} of {kind.__module__} is not PEFT's LoRA beside a plain Linear"
     base = module.base_layer
@@ -138,10 +240,10 @@ def _why_left_alone(module: Any) -> str:
 def _exception(module: Any) -> str:
     """Which calls of a layer that is served go PEFT's own way now."""
     if is_watched(module.base_layer):
-        return "its base layer has hooks, so it is called as PEFT does"
+        return "its base layer has hooks, so PEFT calls it"
     others = [name for name in module.lora_A if name in module.lora_variant]
     others += [name for name, rank in module.r.items() if rank > MAX_RANK]
-    return f"with {', '.join(others)} it goes PEFT's own way" if others else ""
+    return f"calls with {', '.join(others)} go PEFT's own way" if others else ""
 
 
 def _check_is_usable(name: str, module: Any) -> None:
@@ -177,12 +279,20 @@ def _check_backend(modules: Iterable[Any], backend: str) -> None:
             lora_linear(x, weight, None, branches, transposed=is_transposed, backend=backend)
 
 
-def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    return not (has_own_class(module, kind) or is_watched(module))
+def _is_served(branch: _Branch, activation: Tensor) -> bool:
+    return (
+        _fits(branch.a, activation)
+        and _fits(branch.b, activation)
+        and _fits(branch.bias, activation)
+        and branch.a.shape[0] <= MAX_RANK
+    )
 
 
-def _fits(parameter: Tensor, activation: Tensor) -> bool:
-    """Whether the operator takes a parameter beside an activation."""
+def _fits(parameter: Tensor | None, activation: Tensor) -> bool:
+    """Whether the operator takes a parameter, where there is one, beside an activation."""
+    if parameter is None:
+        return True
+    # A tensor of a class that dispatches itself, such as a DTensor, is none of the operator's.
     is_own = parameter.__class__ is nn.Parameter or parameter.__class__ is Tensor
     if not is_own or parameter.dtype is activation.dtype:
         return is_own
@@ -191,8 +301,10 @@ def _fits(parameter: Tensor, activation: Tensor) -> bool:
 
 def _rate(dropout: nn.Module) -> float | None:
     """The rate of a dropout in this call; None where it is something else, or drops everything."""
-    if isinstance(dropout, nn.Identity):
-        return 0.0
-    if type(dropout) is not nn.Dropout or is_watched(dropout) or dropout.p >= 1.0:
+    kind = type(dropout)
+    if kind not in (nn.Identity, nn.Dropout) or is_watched(dropout):
         return None
-    return dropout.p if dropout.training else 0.0
+    if kind is nn.Identity or not dropout.training:
+        return 0.0
+    p: float = dropout.p  # type: ignore[assignment]
+    return p if p < 1.0 else None

@@ -13,11 +13,11 @@ from torch import nn
 
 
 class Accelerated:
-    """The first base of every class that a library's module is given.
+    """The first base of every class that a library's module is given; the library's own class is
+    the other one.
 
-    The library's own class is the last base. Such a class stands in a module of this package, by
-    whose name a pickle finds it, and takes no state but what it reads from the library's at each
-    call.
+    Such a class stands in a module of this package, by whose name a pickle finds it, and reads the
+    library's state at each call.
 
     Attributes:
         pelt_backend: the backend that `accelerate` was given.
@@ -55,5 +55,4 @@ class Replacement:
 
 def library_class(module: nn.Module) -> type[nn.Module]:
     """The class that a library gave a module, whether it is accelerated now or not."""
-    kind = type(module)
-    return kind.__bases__[-1] if issubclass(kind, Accelerated) else kind
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, Accelerated))

@@ -67,8 +67,8 @@ def has_own_class(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether a call of a module does more, or other things, than its class's forward: hooks, or a
-    forward of the object's own.
+    """Whether a call of a module does more than its class's forward, or something else: it has
+    hooks, or a forward of its own.
     """
     return bool(
         module._forward_hooks
@@ -77,6 +77,11 @@ def is_watched(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether nothing but its kind's formula happens when a module is called now."""
+    return not (has_own_class(module, kind) or is_watched(module))
 
 
 class Original:

@@ -6,6 +6,8 @@ import pytest
 import torch
 import transformers as hf
 
+from pelt_kernels.integrations import peft_lora
+
 WORDS = 64
 _SIZES = {"vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -50,3 +52,13 @@ def batch():
 def _quiet_and_repeatable():
     torch.manual_seed(0)
     hf.logging.set_verbosity_error()
+
+
+@pytest.fixture(params=["operator", "composed"])
+def way(request, monkeypatch):
+    """Both ways in which an accelerated layer of PEFT's LoRA computes: calls as small as those of
+    tests do not pay for the operator.
+    """
+    if request.param == "operator":
+        monkeypatch.setattr(peft_lora, "PAYS_FROM", 0)
+    return request.param

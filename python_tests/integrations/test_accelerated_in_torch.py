@@ -1,0 +1,100 @@
+"""Accelerated models of PEFT in what PyTorch and transformers do with a model."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+
+import pytest
+import torch
+import transformers as hf
+from closeness import assert_close
+from lora_models import pair, run, with_lora
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import pelt_kernels
+
+TARGETS = ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_compiled_as_one_graph(dropout):
+    model = nn.Sequential(OrderedDict(up=nn.Linear(8, 16), gelu=nn.GELU(), down=Conv1D(8, 16)))
+    model = with_lora(model, target_modules=["up", "down"], lora_dropout=dropout).double()
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+
+    def step(called):
+        model.zero_grad()
+        y = called(x)
+        y.square().sum().backward()
+        return y.detach(), [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    expected = step(model.eval())
+    pelt_kernels.accelerate(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(step(compiled), expected)
+    model.train()
+    first, second = step(compiled)[0], step(compiled)[0]
+    assert torch.equal(first, second) == (dropout == 0.0)  # a mask for each call
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_with_dropout(use_reentrant, way, make_model, batch):
+    """Dropout is drawn again as it was."""
+    model = with_lora(make_model("llama"), target_modules=TARGETS, lora_dropout=0.1)
+    model.enable_input_require_grads()
+    pelt_kernels.accelerate(model.train())
+    torch.manual_seed(3)
+    expected = run(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    torch.manual_seed(3)
+    torch.testing.assert_close(run(model, batch), expected, rtol=0, atol=0)
+
+
+def test_autocast(way):
+    """Of one layer, by the rule for all kernels: through a model rounding errors grow by chance."""
+    exact = nn.Sequential(OrderedDict(lin=nn.Linear(32, 16)))
+    exact = with_lora(exact, target_modules=["lin"])
+    model, fast = pair(copy.deepcopy(exact))
+    x = torch.randn(2, 7, 32)
+
+    def step(called, x):
+        x = x.clone().requires_grad_()
+        y = called(x)
+        y.square().sum().backward()
+        return [y, x.grad, *(p.grad for p in called.parameters() if p.requires_grad)]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        baseline, found = step(model, x), step(fast, x)
+    for each in zip(found, baseline, step(exact.double(), x.double())):
+        assert_close(*each, torch.bfloat16, "autocast")
+
+
+class _Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        ids = torch.arange(3, 11) + i
+        return {"input_ids": ids, "labels": i % 2}
+
+
+def test_ten_steps_of_a_trainer(way, make_model, tmp_path):
+    """The same losses, and a checkpoint that PEFT reads."""
+    model, fast = pair(with_lora(make_model("bert"), target_modules=["query", "value"]))
+    losses = []
+    for each in (model, fast):
+        arguments = hf.TrainingArguments(
+            tmp_path, max_steps=10, per_device_train_batch_size=2, logging_steps=1, seed=1,
+            learning_rate=1e-2, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True,
+        )  # fmt: skip
+        trainer = hf.Trainer(each, arguments, train_dataset=_Rows())
+        trainer.train()
+        trainer.save_model(tmp_path / type(each).__name__)
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert len(losses[0]) == 10
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0][0] != pytest.approx(losses[0][-1], rel=1e-2)
+    assert (tmp_path / "PeftModel" / "adapter_config.json").is_file()
