@@ -166,8 +166,9 @@ class AcceleratedLoraLinear(Accelerated, lora.Linear):
 
     def _is_small(self, x: Tensor) -> bool:
         """Whether a call costs less without the operator, and nobody asks for a backend."""
+        sizes: Any = self  # PEFT knows layers without them, which are no Linear
         return (
-            x.numel() * self.out_features < PAYS_FROM * self.in_features
+            x.numel() * sizes.out_features < PAYS_FROM * sizes.in_features
             and self.pelt_backend is None
             and not torch.compiler.is_compiling()  # which would make one graph for each side
             and not current_request()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 
 import peft
@@ -94,10 +95,15 @@ def test_checkpoints_stay_pefts(model, make_model, batch, tmp_path):
     torch.testing.assert_close(fast.state_dict(), model.state_dict(), rtol=0, atol=0)
     for each, folder in ((model, "plain"), (fast, "fast")):
         each.save_pretrained(tmp_path / folder)
-    written = [
-        {p.name: p.read_bytes() for p in (tmp_path / f).iterdir()} for f in ("plain", "fast")
-    ]
-    assert written[0] == written[1]
+    plain, written = (tmp_path / "plain", tmp_path / "fast")
+    names = sorted(path.name for path in plain.iterdir())
+    assert names == sorted(path.name for path in written.iterdir())
+    weights = "adapter_model.safetensors"
+    assert (plain / weights).read_bytes() == (written / weights).read_bytes()
+    configs = [json.loads((f / "adapter_config.json").read_text()) for f in (plain, written)]
+    for config in configs:
+        config["target_modules"].sort()  # written in the order of a set
+    assert configs[0] == configs[1]
     read = peft.PeftModel.from_pretrained(make_model("bert"), tmp_path / "fast")
     assert torch.equal(read(**batch).logits, model.eval()(**batch).logits)
 
