@@ -16,8 +16,9 @@ from typing import Any
 
 from pelt_kernels.ops import OPERATORS, support_table
 
-from . import counters_report, families_table, operator_tables
+from . import counters_report, families_table, operator_tables, peft_step, peft_tables
 from .checkout import ROOT
+from .peers import peft_tests
 from .rows import Rows, read
 
 README = ROOT / "README.md"
@@ -275,6 +276,8 @@ def rewritten(text: str) -> str:
     }
     if tasks:
         text = with_block(text, "tasks table", tasks_table(tasks))
+    if peft_step.RESULTS.is_file():
+        text = with_block(text, "peft table", peft_tables.headline(read(peft_step.RESULTS)))
     return with_block(text, "operators table", operator_tables.headline(operator_rows()))
 
 
@@ -288,6 +291,10 @@ def results_rewritten(text: str) -> str:
         text = with_block(text, "generation table", generation_table(read(GENERATION)))
     if BY_HEART.is_file():
         text = with_block(text, "by heart table", by_heart_table(read(BY_HEART)))
+    if peft_step.RESULTS.is_file():
+        text = with_block(text, "peft steps table", peft_tables.full(read(peft_step.RESULTS)))
+    if peft_tests.RESULTS.is_file():
+        text = with_block(text, "peft tests table", peft_tests.table(read(peft_tests.RESULTS)))
     return with_block(text, "every row", operator_tables.full(operator_rows()))
 
 

@@ -170,6 +170,13 @@ def spread(samples: list[float]) -> float:
     return (high - low) / statistics.median(samples)
 
 
+def paired(ratios: Sequence[float]) -> dict[str, float]:
+    """The median of the ratios of pairs, and the 20th and the 80th of a hundred."""
+    several = ratios if len(ratios) > 1 else [*ratios, *ratios]
+    low, *_, high = statistics.quantiles(several, n=5, method="inclusive")
+    return {"median": statistics.median(ratios), "low": low, "high": high}
+
+
 def peak_bytes(function: Function, device: str) -> int:
     """The most that one call has allocated at a time, beyond what was there before it.
 

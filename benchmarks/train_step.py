@@ -2,13 +2,20 @@
 alone.
 
     python -m benchmarks.train_step [--methods unipelt,head] [--steps 30] [--backend NAME]
-                                    [--device cuda] [--model bert-base] [--json FILE]
+                                    [--device cuda] [--model bert-base] [--against eager]
+                                    [--json FILE]
+    python -m benchmarks.train_step --peft [...]
 
-``--model bert-base`` has the sizes of BERT-base, random weights and random texts of up to 128
-tokens: it needs neither files nor a network. Each method runs in a process of its own, so that the
-peak is its own. ``saved`` is what autograd keeps from forward for backward in one step, counted
-once per storage. ``processor`` is the time of all threads together, which other work on the machine
-disturbs less than it does the clock.
+``--model`` has the sizes of BERT-base or of another model of `benchmarks.step_models`, random
+weights and random texts of up to 128 tokens: it needs neither files nor a network. Each method runs
+in a process of its own, so that the peak is its own. ``saved`` is what autograd keeps from forward
+for backward in one step, counted once per storage. ``processor`` is the time of all threads
+together, which other work on the machine disturbs less than it does the clock. ``--against`` has
+another backend take turns with the first, step by step on the same model: ``speedup`` is its
+processor time over the first one's, the median of the pairs.
+
+``--peft`` is a benchmark of its own, `benchmarks.peft_step`: PEFT's models as shipped against the
+same models accelerated.
 """
 
 from __future__ import annotations
@@ -24,33 +31,41 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from . import peft_step, step_models
 from .methods_table import METHODS
 from .rows import write
+from .timing import paired
 
-BATCH, WARM_UP = 16, 3
-BERT_BASE = "bert-base"
+BATCH, WARM_UP = 16, 3  # texts of the embedded task, and steps
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints a row for each method, and writes them with ``--json``."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--peft" in given:
+        given.remove("--peft")
+        return peft_step.main(given)
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--backend", help="ask every operator for one backend")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--model", choices=(BERT_BASE,), help="instead of the embedded one")
+    parser.add_argument("--model", choices=step_models.MODELS, help="instead of the embedded one")
+    parser.add_argument("--against", help="a backend that takes turns with the first")
     parser.add_argument("--json", type=Path, help="file for the rows")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
     if options.one:
         print(json.dumps(_measure(options)))
         return 0
     passed = ["--steps", str(options.steps), "--device", options.device]
     passed += ["--backend", options.backend] if options.backend else []
     passed += ["--model", options.model] if options.model else []
+    passed += ["--against", options.against] if options.against else []
     command = [sys.executable, "-m", "benchmarks.train_step", *passed]
     rows = []
-    columns = ("ms / step", "processor", "peak MiB", "saved MiB")
+    columns = ["ms / step", "processor", "peak MiB", "saved MiB"]
+    columns += ["speedup"] if options.against else []
     print(f"{'method':12} {' '.join(f'{name:>10}' for name in columns)}  backends")
     for method in options.methods.split(","):
         done = subprocess.run([*command, "--one", method], stdout=subprocess.PIPE, check=True)
@@ -58,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append(row)
         figures = [1e3 * row["seconds"], 1e3 * row["processor_seconds"]]
         figures += [row[key] / 2**20 for key in ("peak_bytes", "saved_bytes")]
-        shown = " ".join(f"{figure:10,.1f}" for figure in figures)
+        figures += [row["speedup"]["median"]] if options.against else []
+        shown = " ".join(f"{figure:10,.{2 if figure < 10 else 1}f}" for figure in figures)
         print(f"{method:12} {shown}  {row['backends']}", flush=True)
         if options.json:
             write(options.json, rows)
@@ -69,7 +85,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers.utils import logging
 
-    from pelt_kernels import get_pelt_model, make_config, use_backend
+    from pelt_kernels import get_pelt_model, make_config
     from pelt_kernels._hardware import hardware
     from pelt_kernels.training.base_model import EMBEDDED
     from pelt_kernels.training.report import backends_used, peak_memory, versions
@@ -77,8 +93,8 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     logging.set_verbosity_error()  # that the head is new is the point
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    make = _random_bert_base if options.model == BERT_BASE else _embedded
-    base, batches = make(WARM_UP + options.steps)
+    steps = WARM_UP + options.steps
+    base, batches = step_models.make(options.model, steps) if options.model else _embedded(steps)
     device = options.device
     model = get_pelt_model(base, make_config(options.one)).to(device).train()
     model.set_progress(1.0)
@@ -94,40 +110,40 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
             torch.cuda.synchronize()
         return time.perf_counter() - begun[0], time.process_time() - begun[1]
 
-    with use_backend(options.backend) if options.backend else nullcontext():
+    backends = {"": options.backend} | ({"other_": options.against} if options.against else {})
+    laps: dict[str, list[tuple[float, float]]] = {prefix: [] for prefix in backends}
+    with _asked(options.backend):
         saved = _saved_bytes(model, batches[0], device)
-        laps = [step(batch) for batch in batches][WARM_UP:]
-    return {
+    for number, batch in enumerate(batches):
+        # Whoever comes first at a step comes second at the next.
+        for prefix in list(backends) if number % 2 else reversed(backends):
+            with _asked(backends[prefix]):
+                laps[prefix].append(step(batch))
+    row = {
         "method": options.one,
         "model": options.model or EMBEDDED,
-        "seconds": statistics.median(clock for clock, _ in laps),
-        "processor_seconds": statistics.median(processor for _, processor in laps),
         "peak_bytes": peak_memory(),
         "saved_bytes": saved,
         "trainable_parameters": sum(parameter.numel() for parameter in parameters),
-        "batch": BATCH,
+        "batch": len(batches[0]["labels"]),
         "steps": options.steps,
         "backends": backends_used(),
         "hardware": hardware(),
         "versions": versions(),
     }
+    for prefix, all_laps in laps.items():
+        for index, name in enumerate(("seconds", "processor_seconds")):
+            row[prefix + name] = statistics.median(lap[index] for lap in all_laps[WARM_UP:])
+    if options.against:
+        pairs = zip(laps["other_"][WARM_UP:], laps[""][WARM_UP:])
+        row |= {"against": options.against, "speedup": paired([o[1] / m[1] for o, m in pairs])}
+    return row
 
 
-def _random_bert_base(count: int) -> tuple[Any, list[dict[str, Any]]]:
-    """A model, and as many batches."""
-    import torch
-    from transformers import BertConfig, BertForSequenceClassification
+def _asked(backend: str | None) -> Any:
+    from pelt_kernels import use_backend
 
-    config = BertConfig(num_labels=2)
-    batches = []
-    for _ in range(count):
-        lengths = torch.randint(32, 129, (BATCH, 1))
-        batches.append({
-            "input_ids": torch.randint(0, config.vocab_size, (BATCH, 128)),
-            "attention_mask": (torch.arange(128) < lengths).long(),
-            "labels": torch.randint(0, 2, (BATCH,)),
-        })  # fmt: skip
-    return BertForSequenceClassification(config), batches
+    return use_backend(backend) if backend else nullcontext()
 
 
 def _embedded(count: int) -> tuple[Any, list[dict[str, Any]]]:
