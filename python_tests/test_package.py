@@ -82,7 +82,7 @@ def test_the_code_of_the_readme_runs(tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(code.replace("bert-base-uncased", str(tiny_model)), {})
     assert "trainable params" in capsys.readouterr().out
-    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert (tmp_path / "adapter" / "pelt_config.json").is_file()
 
 
 def test_the_generated_tables_of_the_readme_are_current():

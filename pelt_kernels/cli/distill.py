@@ -63,8 +63,8 @@ def distill(
 
 def _digest(adapter: Path | None) -> str | None:
     """Of an adapter's weights, so that a command with others does not go on with these targets."""
-    from ..models.adapter_files import WEIGHTS_FILE
+    from ..models.adapter_files import files_in
 
     if adapter is None:
         return None
-    return hashlib.sha256((adapter / WEIGHTS_FILE).read_bytes()).hexdigest()
+    return hashlib.sha256(files_in(adapter).weights.read_bytes()).hexdigest()

@@ -11,6 +11,7 @@ from ._config import (
     Names,
     Numbers,
     check,
+    check_choice,
     check_dropout,
     check_flag,
     check_gate,
@@ -26,6 +27,7 @@ from ._config import (
 TARGETS = ("query", "key", "value", "attention_output", "ffn_in", "ffn_out")
 ALL_LINEAR = "all-linear"
 MAX_RANK = 256
+BIASES = ("none", "lora_only", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,8 @@ class LoraConfig(MethodConfig):
         layers: only the modules of these layers, by the first number in a module's name; an
             encoder's and a decoder's are both counted from 0. None given: of all.
         use_rslora: s = alpha / sqrt(r).
+        bias: which biases of the model are trained, too: ``none``, those of the Linears on which
+            LoRA works (``lora_only``), or ``all``.
 
     Raises:
         ValueError: a field outside its range.
@@ -76,6 +80,7 @@ class LoraConfig(MethodConfig):
     alpha_pattern: Numbers = ()
     layers: tuple[int, ...] = ()
     use_rslora: bool = False
+    bias: str = "none"
 
     def __post_init__(self) -> None:
         check_int(self, "r", 1)
@@ -100,6 +105,7 @@ class LoraConfig(MethodConfig):
                 check_pattern(self, name, pattern)
         set_layers(self, "layers")
         check_flag(self, "use_rslora")
+        check_choice(self, "bias", BIASES)
 
     @property
     def places(self) -> tuple[str, ...]:

@@ -7,17 +7,24 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .._version import __version__
 from ..methods import MethodConfig, config_from_dict
 from .tensor_files import DIGEST, digest, read_tensors, write_atomically, write_tensors
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "pelt_config.json"
+WEIGHTS_FILE = "pelt_model.safetensors"
+# What this package called its files before: PEFT's names, by which others took them for PEFT's.
+FORMER_CONFIG_FILE = "adapter_config.json"
+FORMER_WEIGHTS_FILE = "adapter_model.safetensors"
+# A model's state as transformers.Trainer writes it, and the entry in which it describes itself.
+STATE_FILE = "model.safetensors"
+STATE_ENTRY = "_extra_state"
 FORMAT = 2
 WITHOUT_DIGEST = 1  # of files from before the weights carried one
 HEADER = "pelt_kernels"
@@ -36,6 +43,53 @@ BASE_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 _log = logging.getLogger(__name__)
+
+
+class Files(NamedTuple):
+    """Where an adapter's config and its weights are: one file, where it is a model's state."""
+
+    config: Path
+    weights: Path
+
+
+def files_in(directory: str | os.PathLike[str]) -> Files:
+    """The files of the adapter in a folder, by the names that they have there; those of today where
+    there is none.
+    """
+    folder = Path(directory)
+    files = Files(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
+    former = Files(folder / FORMER_CONFIG_FILE, folder / FORMER_WEIGHTS_FILE)
+    state = folder / STATE_FILE
+    if files.config.is_file():
+        return files
+    if former.config.is_file():
+        return former
+    return Files(state, state) if _state_entry(state) is not None else files
+
+
+def _state_entry(path: Path) -> bytes | None:
+    """What a model's state says of itself, or None where it is no state of this package's."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            if STATE_ENTRY in file.keys():  # noqa: SIM118  # the file is no dictionary
+                return bytes(file.get_tensor(STATE_ENTRY).to(torch.uint8).numpy())
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(
+            f"from_pretrained: {path} cannot be read, it is damaged or cut short ({error})"
+        ) from error
+    return None
+
+
+def describe(config: MethodConfig, base: dict[str, Any]) -> dict[str, Any]:
+    """What an adapter's files say of it."""
+    return {
+        "format": FORMAT,
+        "pelt_kernels": __version__,
+        "config": config.to_dict(),
+        "base": base,
+    }
 
 
 def write_adapter(
@@ -62,37 +116,55 @@ def write_adapter(
             )
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
-    described = {
-        "format": FORMAT,
-        "pelt_kernels": __version__,
-        "config": config.to_dict(),
-        "base": base,
-    }
+    described = describe(config, base)
     text = json.dumps(described, indent=2, sort_keys=True)
     weights = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     write_tensors(target / WEIGHTS_FILE, weights, HEADER, {"config": described["config"]})
     write_atomically(target / CONFIG_FILE, text.encode() + b"\n")
+    _remove_former(target)
+
+
+def _remove_former(directory: Path) -> None:
+    """Removes the adapter that an earlier version wrote: what stands there now replaced it, and by
+    PEFT's names others would take the folder for PEFT's. Another library's adapter stays.
+    """
+    config = directory / FORMER_CONFIG_FILE
+    if config.is_file() and f'"{HEADER}":' in config.read_text(errors="replace"):
+        config.unlink()
+        (directory / FORMER_WEIGHTS_FILE).unlink(missing_ok=True)
+
+
+def read_described(path: Path) -> dict[str, Any]:
+    """The JSON of a config, of this package or of another, or of a model's state.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: a damaged one.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"from_pretrained: expected {path.name} in {path.parent}, found none"
+        )
+    try:
+        state = _state_entry(path) if path.name == STATE_FILE else None
+        described = json.loads(path.read_bytes() if state is None else state)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"from_pretrained: {path} is not JSON, it is damaged or cut short ({error})"
+        ) from error
+    # What is no dictionary is a config of nobody's.
+    return described if isinstance(described, dict) else {"format": type(described).__name__}
 
 
 def read_config(directory: str | os.PathLike[str]) -> tuple[MethodConfig, dict[str, Any]]:
     """The method's config and the description of the base model.
 
     Raises:
-        FileNotFoundError: no adapter_config.json. ValueError: a damaged one, one of another
+        FileNotFoundError: no config. ValueError: a damaged one, one of another
             program, or a value of a wrong type, with its key.
     """
-    path = Path(directory) / CONFIG_FILE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"from_pretrained: expected {CONFIG_FILE} in {directory}, found none"
-        )
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"from_pretrained: {path} is not JSON, it is damaged or cut short ({error})"
-        ) from error
-    found = described.get("format") if isinstance(described, dict) else type(described).__name__
+    path = files_in(directory).config
+    described = read_described(path)
+    found = described.get("format")
     if found not in (FORMAT, WITHOUT_DIGEST) or isinstance(found, bool):
         raise ValueError(
             f"from_pretrained: expected {path} in format {FORMAT} of pelt_kernels, got "
@@ -119,25 +191,24 @@ def read_weights(directory: str | os.PathLike[str], config: MethodConfig) -> dic
     """The tensors by parameter name, on the CPU.
 
     Raises:
-        FileNotFoundError: no adapter_model.safetensors. ValueError: a truncated file, weights of
+        FileNotFoundError: no weights. ValueError: a truncated file, weights of
             another save, bytes that are not what was written, or a tensor of other than
             floating-point numbers.
     """
-    path = Path(directory) / WEIGHTS_FILE
+    files = files_in(directory)
+    path = files.weights
     tensors, header = read_tensors(path, "from_pretrained", HEADER)
+    if files.config == path:
+        del tensors[STATE_ENTRY]
+        check_dtypes(tensors, path)
+        return tensors
     written, expected = _written_with(header)
     if written != config:
         raise ValueError(
-            f"from_pretrained: {CONFIG_FILE} and {WEIGHTS_FILE} in {directory} are not from the "
+            f"from_pretrained: {files.config.name} and {path.name} in {directory} are not from the "
             "same save; save the adapter again, or use an earlier checkpoint"
         )
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            raise ValueError(
-                f"from_pretrained: expected {name} in "
-                f"{', '.join(_dtype_name(dtype) for dtype in DTYPES[:-1])} or "
-                f"{_dtype_name(DTYPES[-1])}, got {_dtype_name(tensor.dtype)} in {path}"
-            )
+    check_dtypes(tensors, path)
     if expected is None:
         _log.info("%s was written without a digest: a flipped bit in it cannot be noticed", path)
     elif digest(tensors) != expected:
@@ -146,6 +217,17 @@ def read_weights(directory: str | os.PathLike[str], config: MethodConfig) -> dic
             f"{expected:.12}, got {digest(tensors):.12}; the file is damaged"
         )
     return tensors
+
+
+def check_dtypes(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises ValueError for a tensor of other than floating-point numbers."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise ValueError(
+                f"from_pretrained: expected {name} in "
+                f"{', '.join(_dtype_name(dtype) for dtype in DTYPES[:-1])} or "
+                f"{_dtype_name(DTYPES[-1])}, got {_dtype_name(tensor.dtype)} in {path}"
+            )
 
 
 def _written_with(header: Any) -> tuple[MethodConfig | None, str | None]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..methods import MethodConfig, PrefixTuningConfig, with_part_changes
+from ..methods import MethodConfig, PrefixTuningConfig, parts_of, with_part_changes
 from ..nn import PrefixAttention
-from .adapter_files import read_config, read_weights, write_adapter
+from .adapter_files import CONFIG_FILE, read_config, read_weights, write_adapter
+from .first_values import head_names, names_in_place
 from .formats import read_foreign
+from .lora_targets import biases_of_targets
 from .vocabulary import ADDED_ROWS, check_rows, vocabulary_of
+from .wrapped import BASE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,10 +55,12 @@ def read_adapter(
     """What `save_adapter` or a library of `formats` wrote, for a model like the one it was trained
     in, and of the expected method where there is one.
     """
-    foreign = read_foreign(directory, model)
+    is_own = (Path(directory) / CONFIG_FILE).is_file()
+    foreign = None if is_own else read_foreign(directory, model)
     if foreign is not None:
-        _check_method(foreign[0], expected, directory)
-        return Adapter(*foreign, rows=None)
+        config, tensors = foreign
+        _check_method(config, expected, directory)
+        return Adapter(config, _from_base(model, config) | tensors, rows=None)
     config, base = read_config(directory)
     check_base(model, base, directory)
     _check_method(config, expected, directory)
@@ -62,6 +68,17 @@ def read_adapter(
     rows = tensors.pop(ADDED_ROWS, None)
     check_rows(rows, base, model, directory)
     return Adapter(config, tensors, rows)
+
+
+def _from_base(model: PreTrainedModel, config: MethodConfig) -> dict[str, Tensor]:
+    """The parameters that a method trains in place as the base model has them: another library's
+    files need not hold all of them.
+    """
+    named = dict(model.named_parameters())
+    parts = parts_of(config)
+    others = biases_of_targets(model, parts.lora)
+    names = names_in_place(model, parts, head_names(model), others)
+    return {BASE + name: named[name].detach() for name in names}
 
 
 def _check_method(

@@ -28,8 +28,10 @@ def head_names(model: PreTrainedModel) -> frozenset[str]:
     )
 
 
-def names_in_place(model: PreTrainedModel, parts: Parts, head: Collection[str]) -> list[str]:
-    """The parameters of the base model that a method trains.
+def names_in_place(
+    model: PreTrainedModel, parts: Parts, head: Collection[str], others: Collection[str] = ()
+) -> list[str]:
+    """The parameters of the base model that a method trains: these others, too.
 
     Raises:
         ValueError: its biases, and its layers have none.
@@ -40,14 +42,16 @@ def names_in_place(model: PreTrainedModel, parts: Parts, head: Collection[str]) 
             "BitFitConfig: expected a model with biases, got "
             f"{type(model).__name__}, whose layers have none; use another method"
         )
+    tunes_biases = parts.tune == "bias" or (parts.lora is not None and parts.lora.bias == "all")
     norms = norm_names(model) if parts.tune_norms else frozenset()
     return [
         name
         for name, _ in model.named_parameters()
         if (name in head and parts.tune_head)
         or parts.tune == "all"
-        or (parts.tune == "bias" and name.endswith("bias"))
+        or (tunes_biases and name.endswith("bias"))
         or (parts.tune_norms and name in norms)
+        or name in others
     ]
 
 

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..methods import VLMConfig
-from .adapter_files import CONFIG_FILE, read_config, read_weights, write_adapter
+from .adapter_files import files_in, read_config, read_weights, write_adapter
 from .vocabulary import ADDED_ROWS
 
 _ADAPTERS = re.compile(r"task_adapters\.\d+\.(\w+)")
@@ -72,7 +71,7 @@ def join_adapters(
     """
     if len(directories) < 2:
         raise ValueError(f"join_adapters: expected two adapters at least, got {len(directories)}")
-    if (Path(output) / CONFIG_FILE).exists():
+    if files_in(output).config.exists():
         raise ValueError(f"join_adapters: expected a new directory, got {output} with an adapter")
     files = [_File(directory) for directory in directories]
     for file in files[1:]:

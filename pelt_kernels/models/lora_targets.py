@@ -15,7 +15,7 @@ from ..methods import LoraConfig
 from ..methods.lora import ALL_LINEAR, TARGETS
 from ..nn.original import is_transposed, linear_kind, why_not_replaceable
 from .first_values import head_names
-from .slots import Place, Slots, target_of
+from .slots import FAMILIES, Place, Slots, layers_of, stacks_of, target_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,6 +74,19 @@ def chosen_linears(
     if config is None:
         return {}
     return _Resolver(model, config, stacks).chosen()
+
+
+def biases_of_targets(model: PreTrainedModel, config: LoraConfig | None) -> frozenset[str]:
+    """The biases that ``bias="lora_only"`` has trained; of another config none."""
+    if config is None or config.bias != "lora_only":
+        return frozenset()
+    is_known = getattr(model.config, "model_type", None) in FAMILIES
+    slots = stacks_of(model) if is_known else ()
+    stacks = [(each, layers_of(model, each)) for each in slots]
+    chosen = chosen_linears(model, config, stacks).values()
+    return frozenset(
+        f"{c.name}.bias" for c in chosen if c.module._parameters.get("bias") is not None
+    )
 
 
 class _Resolver:
@@ -245,8 +258,8 @@ class _Resolver:
         for name, projections in found.items():
             branches[name] = {}
             for projection in projections:
-                rank = _fitting(config.ranks, name, projection)
-                alpha = _fitting(config.alphas, name, projection)
+                rank = fitting(config.ranks, name, projection)
+                alpha = fitting(config.alphas, name, projection)
                 r = config.r if rank is None else int(rank[1])
                 numerator = config.alpha if alpha is None else alpha[1]
                 # s = alpha / sqrt(r), in the terms of alpha / r.
@@ -303,7 +316,7 @@ def layer_number(name: str) -> int | None:
     return None if found is None else int(found[1])
 
 
-def _fitting(
+def fitting(
     pairs: Collection[tuple[str, float]], name: str, projection: str
 ) -> tuple[str, float] | None:
     """The first pair whose pattern is a projection's target or the end of a module's name."""

@@ -15,6 +15,7 @@ from .checkpoint import collapsed, read_adapter, save_adapter
 from .first_values import FirstValues, head_names, names_in_place
 from .inject import Injection, raise_occupied
 from .labelled import LabelledModel
+from .lora_targets import biases_of_targets
 from .mixture import compares_passes, consistent_forward
 from .pruning import check_progress, density, set_sparsity
 from .task_inputs import TaskInputs
@@ -69,7 +70,7 @@ class PeltModel(LabelledModel):
                 "classification, got "
                 f"{type(model).__name__}, which has no parameter outside its encoder"
             )
-        in_place = names_in_place(model, parts, head)
+        in_place = names_in_place(model, parts, head, biases_of_targets(model, parts.lora))
         first_values = None if parts.tune == "all" else FirstValues(model, in_place, head)
         tokens = TrainedTokens(model, words) if (words := parts.trainable_tokens) else None
         super().__init__(model)
@@ -177,7 +178,7 @@ class PeltModel(LabelledModel):
     def save_pretrained(
         self, directory: str | os.PathLike[str], *, collapse_prefix: bool = False, **ignored: Any
     ) -> None:
-        """Writes adapter_config.json and adapter_model.safetensors: what was trained, the head
+        """Writes pelt_config.json and pelt_model.safetensors: what was trained, the head
         included, nothing else but the word embeddings' rows that `resize_token_embeddings` added to
         what the base model was loaded from, as no other file has them.
 

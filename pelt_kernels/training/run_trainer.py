@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..methods import parts_of
 from ..models import PeltModel
+from ..models.adapter_files import CONFIG_FILE, WEIGHTS_FILE, files_in
 from ..models.callbacks import LastStep
 from .encode import Encoded, LengthGroups
 from .errors import RunError, reason
@@ -29,14 +30,8 @@ from .stopping import IS_PRUNING, best_evaluation
 from .storage import replacing
 
 STATE_FILE = "trainer_state.json"
-FILES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "optimizer.pt",
-    "scheduler.pt",
-    "rng_state.pth",
-    STATE_FILE,
-)
+BESIDE = ("optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_FILE)
+FILES = (CONFIG_FILE, WEIGHTS_FILE, *BESIDE)
 # What json, safetensors, torch and zip raise for a truncated or foreign file.
 _UNREADABLE = (
     ValueError,
@@ -277,7 +272,8 @@ def read_state(checkpoint: Path, metrics: Sequence[str]) -> TrainerState:
     these metrics. Raises RunError.
     """
     with _reading(checkpoint):
-        missing = [name for name in FILES if not (checkpoint / name).is_file()]
+        expected = (*files_in(checkpoint), *(checkpoint / name for name in BESIDE))
+        missing = [path.name for path in expected if not path.is_file()]
         if missing:
             raise FileNotFoundError(f"{', '.join(missing)} missing")
         path = checkpoint / STATE_FILE

@@ -148,7 +148,7 @@ def copy_adapter(trained: Path, folder: Path) -> Path:
     return Path(shutil.copytree(trained / "adapter", folder / "adapter"))
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "task.json"])
+@pytest.mark.parametrize("name", ["pelt_model.safetensors", "pelt_config.json", "task.json"])
 def test_a_truncated_adapter_ends_with_1(
     run: Run, trained: Path, tmp_path: Path, name: str
 ) -> None:
@@ -157,7 +157,7 @@ def test_a_truncated_adapter_ends_with_1(
     (adapter / name).write_bytes(content[: len(content) // 2])
     for command in (
         ["predict", "good film"],
-        *([["info"]] if name != "adapter_model.safetensors" else []),
+        *([["info"]] if name != "pelt_model.safetensors" else []),
     ):
         assert name in run(*command, "--adapter", adapter).refused(1)
 

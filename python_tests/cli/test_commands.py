@@ -217,7 +217,7 @@ def test_fields_of_a_method_are_set_kept_and_resumed(
     assert done.code == 0, done.err
     assert json.loads((tmp_path / "out" / "run.json").read_text())["options"] == fields
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())["method_config"]
-    saved = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    saved = json.loads((tmp_path / "out" / "adapter" / "pelt_config.json").read_text())
     assert saved["config"] == found
     assert (found["adapter"]["bottleneck"], found["lora"]["r"], found["prefix"]) == (4, 2, None)
     for again in ([], words, ["--set", "lora.r=02", "--set", "lora.alpha=16"]):

@@ -114,7 +114,7 @@ def test_what_no_plain_model_can_hold_is_an_adapter_for_inference(
     assert "an adapter and not a plain model, because of " in done.out
     expected = logits(tuned(adapter, tiny_model), tiny_model)
     assert torch.equal(logits(tuned(output, tiny_model), tiny_model), expected)
-    sizes = [(folder / "adapter_model.safetensors").stat().st_size for folder in (output, adapter)]
+    sizes = [(folder / "pelt_model.safetensors").stat().st_size for folder in (output, adapter)]
     assert sizes[0] < sizes[1]
     said = [run("predict", "--adapter", folder, *TEXTS).out for folder in (adapter, output)]
     assert said[0] == said[1] != ""
@@ -151,8 +151,8 @@ def test_wrong_folders(run: Run, adapter_of: Adapter, tmp_path: Path) -> None:
     assert "is there already" in refused(adapter_of("lora"), tmp_path, 2)
     assert "cannot be written" in refused(adapter_of("lora"), tmp_path / "kept" / "out", 1)
     damaged = Path(shutil.copytree(adapter_of("lora"), tmp_path / "damaged"))
-    (damaged / "adapter_model.safetensors").write_bytes(b"x")
-    assert "adapter_model.safetensors" in refused(damaged, tmp_path / "out", 1)
+    (damaged / "pelt_model.safetensors").write_bytes(b"x")
+    assert "pelt_model.safetensors" in refused(damaged, tmp_path / "out", 1)
     assert (tmp_path / "kept").read_text() == "mine" and not (tmp_path / "out").exists()
 
 

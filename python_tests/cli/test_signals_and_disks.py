@@ -57,7 +57,7 @@ def test_a_signal_keeps_a_checkpoint_from_which_the_same_end_is_reached(
     assert run("train", "--resume", "--output", output).code == 0
     assert run(*arguments, "--output", tmp_path / "whole").code == 0
     names = [
-        folder / "adapter" / "adapter_model.safetensors" for folder in (output, tmp_path / "whole")
+        folder / "adapter" / "pelt_model.safetensors" for folder in (output, tmp_path / "whole")
     ]
     one, two = map(load_file, names)
     assert one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)

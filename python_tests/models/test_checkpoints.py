@@ -58,8 +58,8 @@ def test_every_family_and_method(method, family, make_base, make_batch, randomis
         if not parameter.requires_grad:
             assert parameter.grad is None, name
     model.save_pretrained(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
-    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+    assert sorted(os.listdir(tmp_path)) == ["pelt_config.json", "pelt_model.safetensors"]
+    with safe_open(tmp_path / "pelt_model.safetensors", "pt") as file:
         assert set(file.keys()) == set(model.trained_parameters())
     again = PeltModel.from_pretrained(make_base(family), tmp_path)
     assert again.method_config == METHODS[method]
@@ -102,7 +102,7 @@ def test_a_collapsed_prefix_gives_the_same_logits(
     expected = model(**batch).logits
     model.save_pretrained(tmp_path, collapse_prefix=True)
     assert not model.prefix.is_collapsed and model.method_config == METHODS[method]
-    assert load_file(tmp_path / "adapter_model.safetensors")["prefix.table"].shape == (
+    assert load_file(tmp_path / "pelt_model.safetensors")["prefix.table"].shape == (
         2,
         2,
         3,
@@ -129,9 +129,9 @@ def saved(make_base, tmp_path, method="unipelt", family="bert"):
 
 def rewrite(folder, tensors):
     """Other tensors for the config that lies there, with a digest that is right."""
-    config = json.loads((folder / "adapter_config.json").read_text())["config"]
+    config = json.loads((folder / "pelt_config.json").read_text())["config"]
     header = json.dumps({"config": config, "sha256": digest(tensors)})
-    save_file(tensors, folder / "adapter_model.safetensors", {"pelt_kernels": header})
+    save_file(tensors, folder / "pelt_model.safetensors", {"pelt_kernels": header})
 
 
 def refuses(make_base, folder, match, error=ValueError, **base):
@@ -150,7 +150,7 @@ def refuses(make_base, folder, match, error=ValueError, **base):
 
 def test_truncated_files_are_refused(make_base, tmp_path):
     folder = saved(make_base, tmp_path)
-    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    weights, config = folder / "pelt_model.safetensors", folder / "pelt_config.json"
     whole = weights.read_bytes()
     for size in (0, 5, 100, len(whole) - 1):
         weights.write_bytes(whole[:size])
@@ -165,9 +165,9 @@ def test_truncated_files_are_refused(make_base, tmp_path):
         refuses(make_base, folder, "in format 2 of pelt_kernels, got")
     config.write_text(text)
     weights.unlink()
-    refuses(make_base, folder, "expected adapter_model.safetensors", FileNotFoundError)
+    refuses(make_base, folder, "expected pelt_model.safetensors", FileNotFoundError)
     config.unlink()
-    refuses(make_base, folder, "expected adapter_config.json", FileNotFoundError)
+    refuses(make_base, folder, "expected pelt_config.json", FileNotFoundError)
 
 
 def test_other_architectures_and_shapes_are_refused(make_base, tmp_path):
@@ -187,7 +187,7 @@ def test_other_architectures_and_shapes_are_refused(make_base, tmp_path):
 @pytest.mark.parametrize("method", ["unipelt", "full"])
 def test_missing_unknown_and_misshapen_tensors_are_refused(method, make_base, tmp_path):
     folder = saved(make_base, tmp_path, method)
-    path = folder / "adapter_model.safetensors"
+    path = folder / "pelt_model.safetensors"
     tensors = load_file(path)
     name = "base_model.classifier.bias"
     rewrite(folder, {k: v for k, v in tensors.items() if k != name})
@@ -219,7 +219,7 @@ VALUES = {
 def test_tensors_of_other_than_finite_numbers_are_refused(case, make_base, tmp_path):
     folder, name = saved(make_base, tmp_path, "lora"), "base_model.classifier.bias"
     value, sentence = VALUES[case]
-    rewrite(folder, load_file(folder / "adapter_model.safetensors") | {name: value})
+    rewrite(folder, load_file(folder / "pelt_model.safetensors") | {name: value})
     refuses(make_base, folder, sentence.format(name=name))
 
 
@@ -237,7 +237,7 @@ def test_what_is_not_finite_is_not_saved(make_base, tmp_path):
 @pytest.mark.parametrize("place", [0.3, 0.6, 0.9, 1.0])
 def test_a_flipped_bit_is_refused(place, make_base, tmp_path):
     folder = saved(make_base, tmp_path)
-    path = folder / "adapter_model.safetensors"
+    path = folder / "pelt_model.safetensors"
     content = bytearray(path.read_bytes())
     first = 8 + int.from_bytes(content[:8], "little")  # of the tensors, after the header
     content[first + int(place * (len(content) - first - 1))] ^= 1
@@ -250,11 +250,11 @@ def test_a_flipped_bit_is_refused(place, make_base, tmp_path):
 def test_weights_from_before_the_digest_load(make_base, make_batch, tmp_path):
     model = get_pelt_model(make_base(), METHODS["unipelt"])
     model.save_pretrained(tmp_path)
-    described = json.loads((tmp_path / "adapter_config.json").read_text())
+    described = json.loads((tmp_path / "pelt_config.json").read_text())
     header = {"format": "pt", "pelt_kernels": json.dumps(described["config"])}
-    weights = tmp_path / "adapter_model.safetensors"
+    weights = tmp_path / "pelt_model.safetensors"
     save_file(load_file(weights), weights, header)
-    (tmp_path / "adapter_config.json").write_text(json.dumps(described | {"format": 1}))
+    (tmp_path / "pelt_config.json").write_text(json.dumps(described | {"format": 1}))
     batch = make_batch()
     again = PeltModel.from_pretrained(make_base(), tmp_path)
     assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
@@ -304,7 +304,7 @@ WRONG_CONFIGS = {
 @pytest.mark.parametrize(("key", "text"), WRONG_CONFIGS)
 def test_wrong_types_in_the_config_are_named(key, text, make_base, tmp_path):
     folder = saved(make_base, tmp_path, "lora")
-    path = folder / "adapter_config.json"
+    path = folder / "pelt_config.json"
     described = json.loads(path.read_text())
     *parents, last = key.split(".")
     inner = described
@@ -331,12 +331,12 @@ def test_sizes_that_the_weights_do_not_have_are_refused_before_memory_is_taken(
     name = case.split()[0]
     small = AdaMixConfig(kind="lora", share_up=False) if name == "adamix" else METHODS[name]
     get_pelt_model(make_base(), small).save_pretrained(tmp_path)
-    path = tmp_path / "adapter_config.json"
+    path = tmp_path / "pelt_config.json"
     described = json.loads(path.read_text())
     described["config"] |= SIZES[case]
     path.write_text(json.dumps(described))
-    rewrite(tmp_path, load_file(tmp_path / "adapter_model.safetensors"))
-    held = sum(v.numel() for v in load_file(tmp_path / "adapter_model.safetensors").values())
+    rewrite(tmp_path, load_file(tmp_path / "pelt_model.safetensors"))
+    held = sum(v.numel() for v in load_file(tmp_path / "pelt_model.safetensors").values())
     refuses(make_base, tmp_path, f"to be those of its {held:,} numbers, got ")
 
 
@@ -345,7 +345,7 @@ def test_a_torn_pair_of_files_is_noticed(make_base, tmp_path):
     folder = saved(make_base, tmp_path / "a")
     other = get_pelt_model(make_base(), UniPELTConfig(**SMALL | {"lora": LoraConfig(r=4, alpha=1)}))
     other.save_pretrained(tmp_path / "b")
-    os.replace(tmp_path / "b" / "adapter_config.json", folder / "adapter_config.json")
+    os.replace(tmp_path / "b" / "pelt_config.json", folder / "pelt_config.json")
     refuses(make_base, folder, "not from the same save")
 
 
@@ -361,7 +361,7 @@ def test_a_failing_save_leaves_the_earlier_checkpoint(make_base, randomise, tmp_
         randomise(get_pelt_model(make_base(), METHODS["unipelt"])).save_pretrained(folder)
     assert {name: (folder / name).read_bytes() for name in os.listdir(folder)} == before
     with pytest.raises(OSError, match="exists|directory"):
-        get_pelt_model(make_base(), HeadConfig()).save_pretrained(folder / "adapter_config.json")
+        get_pelt_model(make_base(), HeadConfig()).save_pretrained(folder / "pelt_config.json")
 
 
 def test_load_adapter_takes_the_same_method_only(make_base, make_batch, randomise, tmp_path):
@@ -376,7 +376,7 @@ def test_load_adapter_takes_the_same_method_only(make_base, make_batch, randomis
 
 
 def test_the_config_file_can_be_read_by_people(make_base, tmp_path):
-    values = json.loads((saved(make_base, tmp_path) / "adapter_config.json").read_text())
+    values = json.loads((saved(make_base, tmp_path) / "pelt_config.json").read_text())
     assert values["config"]["method"] == "unipelt" and values["config"]["lora"]["r"] == 4
     assert values["base"]["model_type"] == "bert" and values["base"]["num_labels"] == 3
 

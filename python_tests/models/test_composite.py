@@ -146,11 +146,11 @@ def test_an_adapter_saved_before_a_field_came_still_loads(make_base, make_batch,
     """The placement of an adapter is younger than the format of its file."""
     model = get_pelt_model(make_base(), BottleneckAdapterConfig(bottleneck=4))
     model.save_pretrained(tmp_path)
-    described = json.loads((tmp_path / "adapter_config.json").read_text())
+    described = json.loads((tmp_path / "pelt_config.json").read_text())
     for name in ("placement", "scale", "start"):
         described["config"].pop(name)
-    (tmp_path / "adapter_config.json").write_text(json.dumps(described))
-    path = tmp_path / "adapter_model.safetensors"
+    (tmp_path / "pelt_config.json").write_text(json.dumps(described))
+    path = tmp_path / "pelt_model.safetensors"
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     header = json.dumps(described["config"], sort_keys=True)

@@ -87,7 +87,7 @@ def test_merged_experts_are_saved_loaded_and_trained_on(
     with torch.no_grad():
         assert torch.equal(merged(**batch).logits, expected)
     sizes = [
-        (tmp_path / name / "adapter_model.safetensors").stat().st_size
+        (tmp_path / name / "pelt_model.safetensors").stat().st_size
         for name in ("experts", "merged")
     ]
     assert sizes[1] < sizes[0]

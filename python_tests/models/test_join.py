@@ -98,6 +98,6 @@ def test_what_cannot_be_joined_gets_a_sentence(tmp_path):
             join_adapters([tmp_path / "a", tmp_path / name], tmp_path / "out")
     with pytest.raises(ValueError, match="two adapters at least, got 1"):
         join_adapters([tmp_path / "a"], tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="expected adapter_config.json"):
+    with pytest.raises(FileNotFoundError, match="expected pelt_config.json"):
         join_adapters([tmp_path / "a", tmp_path / "absent"], tmp_path / "out")
     assert not (tmp_path / "out").exists()

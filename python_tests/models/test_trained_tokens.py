@@ -131,7 +131,7 @@ def test_they_are_saved_loaded_resumed_and_left_out(make_tied, batch, randomise,
     model = randomise(get_pelt_model(make_tied(), WITH_LORA))
     plain, expected = with_head(make_tied(), model)(**batch).logits, model(**batch).logits
     model.save_pretrained(tmp_path)
-    assert load_file(tmp_path / "adapter_model.safetensors")["tokens.weight"].shape == (3, 32)
+    assert load_file(tmp_path / "pelt_model.safetensors")["tokens.weight"].shape == (3, 32)
     again = PeltModel.from_pretrained(make_tied(), tmp_path)
     assert torch.equal(again(**batch).logits, expected)
     other = get_pelt_model(make_tied(), WITH_LORA).eval()

@@ -107,7 +107,7 @@ def test_added_words_travel_with_the_adapter(method, source, make_batch, randomi
     again = PeltModel.from_pretrained(other, tmp_path / "adapter")
     assert torch.equal(again(**batch).logits, expected)
     again.save_pretrained(tmp_path / "second")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in ("pelt_config.json", "pelt_model.safetensors"):
         files = [(tmp_path / folder / name).read_bytes() for folder in ("adapter", "second")]
         assert files[0] == files[1]
     if method == "full":
@@ -158,7 +158,7 @@ def test_words_that_the_base_has_in_a_file_are_not_written_again(source, tmp_pat
     held = hf.BertForSequenceClassification.from_pretrained(tmp_path / "larger")
     for base in (held, make_base()):
         get_pelt_model(base, LORA).save_pretrained(tmp_path / "adapter")
-        tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        tensors = load_file(tmp_path / "adapter" / "pelt_model.safetensors")
         assert not [name for name in tensors if "vocabulary" in name]
 
 
@@ -176,7 +176,7 @@ def test_an_adapter_of_another_vocabulary_is_refused(source, tmp_path):
 
 def test_files_from_before_the_vocabulary_was_written_load(make_base, tmp_path):
     get_pelt_model(make_base(), LORA).save_pretrained(tmp_path)
-    path = tmp_path / "adapter_config.json"
+    path = tmp_path / "pelt_config.json"
     described = json.loads(path.read_text())
     assert described["base"].pop("vocab_size") == WORDS
     path.write_text(json.dumps(described))
@@ -186,7 +186,7 @@ def test_files_from_before_the_vocabulary_was_written_load(make_base, tmp_path):
 @pytest.mark.parametrize("added", [0, 4, -1, 1000, "5"])
 def test_added_words_are_those_that_the_file_promises(added, source, tmp_path):
     get_pelt_model(resized(source), LORA).save_pretrained(tmp_path / "adapter")
-    path = tmp_path / "adapter" / "adapter_config.json"
+    path = tmp_path / "adapter" / "pelt_config.json"
     described = json.loads(path.read_text())
     described["base"]["vocab_added"] = added
     path.write_text(json.dumps(described))

@@ -47,7 +47,7 @@ def test_resuming_repeats_draws_and_sparsities(method, tiny_model, toy_files, tm
     train(config, tmp_path / "again", resume=True)
 
     def weights(folder: Path):
-        return load_file(folder / "adapter" / "adapter_model.safetensors")
+        return load_file(folder / "adapter" / "pelt_model.safetensors")
 
     expected, repeated = weights(tmp_path / "whole"), weights(tmp_path / "again")
     assert expected.keys() == repeated.keys()

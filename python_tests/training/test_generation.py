@@ -121,10 +121,10 @@ def test_a_run_of_texts_is_resumed(
     writers: dict[str, Path], pair_files: tuple[Path, Path], trained: dict[str, Path]
 ) -> None:
     output = trained["gpt2"]
-    before = (output / "adapter" / "adapter_model.safetensors").read_bytes()
+    before = (output / "adapter" / "pelt_model.safetensors").read_bytes()
     next(output.glob("lr-*/result.json")).unlink()
     assert main(["train", "--resume", "--output", str(output)]) == 0
-    assert (output / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    assert (output / "adapter" / "pelt_model.safetensors").read_bytes() == before
 
 
 def test_a_card_of_texts_is_checked(trained: dict[str, Path], tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def run_folder(output: Path) -> Path:
 
 
 def weights(output: Path) -> dict[str, Any]:
-    return load_file(output / "adapter" / "adapter_model.safetensors")
+    return load_file(output / "adapter" / "pelt_model.safetensors")
 
 
 def assert_same_end(one: Path, two: Path) -> None:

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ...methods import MethodConfig
-from . import adapterhub
+from . import adapterhub, peft
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FORMATS = (adapterhub,)
+FORMATS = (adapterhub, peft)
 
 
 def read_foreign(
