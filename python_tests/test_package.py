@@ -77,11 +77,15 @@ def test_every_public_name_loads():
 
 
 def test_the_code_of_the_readme_runs(tiny_model, tmp_path, monkeypatch, capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert code.strip().count("\n") <= 11, "ten lines of use, with a blank one"
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) == 2
     monkeypatch.chdir(tmp_path)
-    exec(code.replace("bert-base-uncased", str(tiny_model)), {})
-    assert "trainable params" in capsys.readouterr().out
+    for code in blocks:
+        assert code.strip().count("\n") <= 11, "ten lines of use, with a blank one"
+        exec(code.replace("bert-base-uncased", str(tiny_model)), {})
+    printed = capsys.readouterr().out
+    assert "13 modules accelerated, 0 left alone" in printed
+    assert "trainable params" in printed
     assert (tmp_path / "adapter" / "pelt_config.json").is_file()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-TESTED = ("0.21", "0.22")  # from the first one, before the second one
+TESTED = ("0.18", "0.22")  # from the first one, before the second one
 
 
 def check_version(version: str) -> None:

@@ -8,6 +8,7 @@ The object, its parameters and its names stay, so state dicts, references, hooks
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -55,4 +56,5 @@ class Replacement:
 
 def library_class(module: nn.Module) -> type[nn.Module]:
     """The class that a library gave a module, whether it is accelerated now or not."""
-    return next(kind for kind in type(module).__mro__ if not issubclass(kind, Accelerated))
+    kinds: Any = type(module).__mro__
+    return next(kind for kind in kinds if not issubclass(kind, Accelerated))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .replacement import Replacement
 
-SHOWN = 3  # names in a line
+LAYER = re.compile(r"\.\d+(?=\.|$)")  # the number of a layer in a module's name
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,12 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{self.count} modules accelerated, {len(self.left_alone)} left alone"]
-        for operator, names in self.served.items():
-            lines.append(f"  {operator:<20} {_named(names)}")
-        for title, reasons in (("left alone", self.left_alone), ("except", self.exceptions)):
-            for reason, modules in _by_reason(reasons).items():
-                lines.append(f"  {title:<20} {_named(modules)}: {reason}")
+        rows = [(operator, name, "") for operator, names in self.served.items() for name in names]
+        rows += [("left alone", *pair) for pair in self.left_alone.items()]
+        rows += [("except", *pair) for pair in self.exceptions.items()]
+        alike = Counter((title, LAYER.sub(".*", name), reason) for title, name, reason in rows)
+        for (title, name, reason), count in alike.items():
+            lines.append(f"  {title:<17} {count:>3} x {name}{': ' if reason else ''}{reason}")
         return "\n".join(lines)
 
 
@@ -50,17 +53,3 @@ def report_of(found: Iterable[Replacement]) -> Report:
         if each.reason:
             report.exceptions[each.name] = each.reason
     return report
-
-
-def _by_reason(reasons: dict[str, str]) -> dict[str, list[str]]:
-    names: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        names.setdefault(reason, []).append(name)
-    return names
-
-
-def _named(names: Iterable[str]) -> str:
-    """A count and the first names."""
-    names = list(names)
-    more = ", ..." if len(names) > SHOWN else ""
-    return f"{len(names)} ({', '.join(names[:SHOWN])}{more})"
