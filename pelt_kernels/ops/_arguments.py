@@ -175,20 +175,25 @@ def draw_seed(operator: str, dropout_p: float, seed: int | None) -> Any:
     """A dropout's seed: the given one, or one from torch's default CPU generator, whose state
     activation checkpointing restores.
 
-    Where each operation is recorded it stays a tensor, so that a traced function draws again at
-    each call, and `torch.vmap` for each sample if it is asked to (``randomness="different"``).
-    Nothing is drawn without dropout, so that a model in evaluation leaves the generator as it was.
+    Where each operation is recorded it stays a tensor, so that a traced or compiled function draws
+    again at each call, and `torch.vmap` for each sample if it is asked to
+    (``randomness="different"``). Nothing is drawn without dropout, so that a model in evaluation leaves the generator as it was.
     """
     if seed is not None:
         return whole(operator, "seed", seed)
     if not dropout_p:
         return 0
-    drawn = torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
+    drawn = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
     return drawn if is_recorded() else int(drawn)
 
 
 def is_recorded() -> bool:
-    """Is each operation recorded: by a transform of `torch.func`, or by `torch.jit.trace`?"""
-    if torch._C._are_functorch_transforms_active():
-        return True
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+    """Is each operation recorded: by `torch.compile`, `torch.export` or `torch.jit.trace`, by a
+    transform of `torch.func`, or by a mode that may have no numbers, such as fake tensors'?
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
+    )

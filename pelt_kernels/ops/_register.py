@@ -3,7 +3,8 @@ the way that a call takes.
 
 ``torch.ops.pelt_kernels.<name>_fwd`` and ``_bwd`` take the contract's inputs and attributes, the
 seed, and the request for a backend. They carry a fake implementation and an autograd formula, so
-`torch.compile`, `opcheck` and `torch.export` see ordinary operators.
+`torch.compile`, `opcheck` and `torch.export` see ordinary operators. The seed is a tensor there, so
+that a graph draws one at each run and reads no number out of a tensor.
 
 Plain tensors outside of any mode or transform take `_short_way`. What needs more than an output and
 its gradient is served by `_formula`.
@@ -84,11 +85,11 @@ class Operator:
         return tuple(compress(outputs, contract.is_public))
 
     def _through_torch(
-        self, values: Sequence[Value], attributes: Sequence[Any], seed: int, request: str
+        self, values: Sequence[Value], attributes: Sequence[Any], seed: Any, request: str
     ) -> tuple[Any, ...]:
         self.contract.check_kinds(values)
         packed = pack(self.contract.input_rows, self.contract.with_own_indices(values))
-        output = self.fwd(*packed, *attributes, *self._seed(seed), request)
+        output = self.fwd(*packed, *attributes, *self._seed(attributes, seed), request)
         return tuple(compress(self._outputs(output), self.contract.is_public))
 
     def _define(self, name: str, schema: str, implementation: Any, fake: Any) -> Any:
@@ -101,8 +102,18 @@ class Operator:
         """All outputs, of which torch returns a single one as it is."""
         return (output,) if len(self.contract.output_rows) == 1 else output
 
-    def _seed(self, seed: int) -> tuple[int, ...]:
-        return (seed,) if self.contract.has_seed else ()
+    def _seed(self, attributes: Sequence[Any], seed: Any) -> tuple[Tensor | None, ...]:
+        """The seed as the registered operator takes it, where it has one: a tensor [] on the CPU;
+        None without dropout, as a graph for a GPU is captured whole only if all of it is there.
+        """
+        contract = self.contract
+        if not contract.has_seed:
+            return ()
+        if not attributes[contract.attribute_names.index("dropout_p")]:
+            return (None,)
+        if isinstance(seed, Tensor):
+            return (seed,)
+        return (torch.full((), seed, dtype=torch.int64, device="cpu"),)
 
     def _bind(self, args: Sequence[Any]) -> tuple[Signature, dict[str, Value]]:
         """The signature and the named inputs, from an operator's arguments."""
@@ -117,8 +128,8 @@ class Operator:
     def _select(self, args: Sequence[Any]) -> tuple[Chosen, dict[str, Value], int]:
         """What serves the call, its named inputs and its seed."""
         signature, inputs = self._bind(args)
-        seed = args[-2] if self.contract.has_seed else 0
-        return _dispatch.select(signature, args[-1]), inputs, seed
+        seed = args[-2] if self.contract.has_seed else None
+        return _dispatch.select(signature, args[-1]), inputs, 0 if seed is None else int(seed)
 
     def _forward(self, *args: Any) -> tuple[Any, ...]:
         if forward_ad._current_level >= 0:  # tangents do not come through torch to here
@@ -177,12 +188,13 @@ class Operator:
             tuple(flags) for _, *flags in packed
         ]  # of each row: none, or which elements of a list are there
         ctx.rest = list(rest)
+        seed = [ctx.rest.pop(-2)] if contract.has_seed else []
         kept = [
             value for (value, *_), row in zip(packed, contract.input_rows) if not row.grad_is_dy
         ]
         saved = [out for out, row in zip(output, contract.output_rows) if row.is_saved]
-        ctx.lengths = lengths_of([*saved, *kept])
-        ctx.save_for_backward(*flatten([*saved, *kept]))
+        ctx.lengths = lengths_of([*saved, *kept, *seed])
+        ctx.save_for_backward(*flatten([*saved, *kept, *seed]))
         ctx.likes = [
             like_of(out) for out, row in zip(output, contract.output_rows) if row.is_differentiable
         ]
@@ -200,6 +212,7 @@ class Operator:
         saved, kept = tensors[: len(contract.saved_rows)], iter(tensors[len(contract.saved_rows) :])
         dys = [grad for grad, row in zip(grads, contract.output_rows) if row.is_differentiable]
         values = [None if row.grad_is_dy else next(kept) for row in contract.input_rows]
+        rest = [*ctx.rest[:-1], *kept, ctx.rest[-1]]  # the attributes, the seed, the request
         needs_grad = iter(ctx.needs_input_grad)
         asked = []
         for flags in ctx.flags:
@@ -210,15 +223,15 @@ class Operator:
         fresh: Iterator[Tensor] = iter(())
         needs = [need for need, row in zip(asked, contract.input_rows) if not row.grad_is_dy]
         if any(needs) and _formula.needs_formula(flatten(dys)):
-            signature, inputs = self._bind([*chain(*packed), *ctx.rest])
-            seed = ctx.rest[-2] if contract.has_seed else 0
+            signature, inputs = self._bind([*chain(*packed), *rest])
+            seed = rest[-2] if contract.has_seed else None
             names = compress(contract.backward_names, needs)
             wanted = [found for name in names for found in _flat_names(name, inputs[name])]
             fresh = iter(_formula.backward(signature, wanted, flatten(dys), inputs, seed))
         elif any(needs):
             named = _named_grads(contract, dys, ctx.likes)
-            kept = chain(*(p for p, row in zip(packed, contract.input_rows) if not row.grad_is_dy))
-            fresh = iter(self.bwd(*named.values(), *saved, needs, *kept, *ctx.rest))
+            given = chain(*(p for p, row in zip(packed, contract.input_rows) if not row.grad_is_dy))
+            fresh = iter(self.bwd(*named.values(), *saved, needs, *given, *rest))
         result: list[Any] = []
         for row, need, value, flags in zip(contract.input_rows, asked, values, ctx.flags):
             if isinstance(value, list):
@@ -228,7 +241,7 @@ class Operator:
             else:
                 result.append(next(fresh) if need else None)
             result += map(no_gradient, flags)
-        return (*result, *map(no_gradient, ctx.rest))
+        return (*result, *map(no_gradient, rest))
 
 
 def _named_grads(contract: Contract, dys: Sequence[Any], likes: Sequence[Any]) -> dict[str, Any]:
@@ -288,7 +301,7 @@ def backward_schema(contract: Contract) -> str:
 def _arguments(contract: Contract, input_rows: Sequence[Input]) -> str:
     inputs = [_argument(row) for row in input_rows]
     attributes = [f"{row.type} {row.name}" for row in contract.attribute_rows]
-    seed = ["int seed"] if contract.has_seed else []
+    seed = ["Tensor? seed"] if contract.has_seed else []
     return ", ".join([*inputs, *attributes, *seed, "str backend"])
 
 

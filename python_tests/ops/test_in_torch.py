@@ -43,7 +43,7 @@ def with_gradients(value):
 def test_opcheck(operator, case_id):
     case, contract = case_of(operator, case_id), contract_of(operator).CONTRACT
     values = [with_gradients(value) for value in inputs_of(operator, case, "float32")]
-    seed = (SEED,) if contract.has_seed else ()
+    seed = (torch.tensor(SEED),) if contract.has_seed else ()
     opcheck(
         operator_of(operator).fwd,
         (*pack(contract.input_rows, values), *make_attributes(contract, case), *seed, "eager"),

@@ -97,7 +97,7 @@ def by_hand(operator, case_id, backend):
     case, contract = case_of(operator, case_id), contract_of(operator).CONTRACT
     values = inputs_of(operator, case, "float32")
     attributes = make_attributes(contract, case)
-    seed = (SEED,) if contract.has_seed else ()
+    seed = (torch.tensor(SEED),) if contract.has_seed else ()
     op = operator_of(operator)
     outputs = op.fwd(*pack(contract.input_rows, values), *attributes, *seed, backend)
     named = {
