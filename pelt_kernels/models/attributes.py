@@ -46,7 +46,7 @@ def labels_of_call(
                 f"{type(labels).__name__}"
             )
         is_wrong = labels.ndim != 1 or labels.dtype != torch.int64
-        if is_wrong or batch not in (None, len(labels)):
+        if is_wrong or batch not in (None, labels.shape[0]):
             raise ValueError(
                 f"PeltModel: expected attributes[{name!r}] int64 "
                 f"[{'B' if batch is None else batch}], one label for each sentence, got "
@@ -75,5 +75,5 @@ def batch_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
     """The number of sentences, where the call has them."""
     for value in (*args[:1], *(kwargs.get(name) for name in SENTENCES)):
         if isinstance(value, Tensor) and value.ndim:
-            return len(value)
+            return value.shape[0]  # len() would make a number of it, for which an export is fixed
     return None

@@ -48,14 +48,15 @@ class Call(threading.local):
                 f"{', '.join(self.labels) or 'none'}; call the PeltModel, not its base_model"
             )
         given = self.labels[name]
-        if batch == len(given):
+        samples = given.shape[0]
+        if batch == samples:
             return given
-        if not len(given) or batch % len(given):
+        if not samples or batch % samples:
             raise ValueError(
-                f"PeltModel: expected a batch of {len(given)} samples as {name!r} has labels, or a "
+                f"PeltModel: expected a batch of {samples} samples as {name!r} has labels, or a "
                 f"multiple (beams), got {batch}"
             )
-        return given.repeat_interleave(batch // len(given))
+        return given.repeat_interleave(batch // samples)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Call:
         return Call()

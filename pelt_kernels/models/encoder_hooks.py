@@ -57,7 +57,7 @@ def begin_forward(encoder: nn.Module, args: tuple[Any, ...]) -> None:
             or flight.ffn_input is not None
         ):
             waiting.append((flight, vars(flight).copy()))
-            vars(flight).clear()
+            flight.clear()
     forwards.waiting.append(waiting)
 
 
@@ -66,7 +66,6 @@ def end_forward(encoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     if torch.compiler.is_compiling():
         return
     for in_flight, values in getattr(encoder, FORWARDS_ATTRIBUTE).waiting.pop():
-        vars(in_flight).clear()
         vars(in_flight).update(values)
 
 

@@ -30,7 +30,7 @@ modules of one layer, because transformers checkpoints a layer's forward: hooks 
 outside of what is computed again, its modules and their hooks inside.
 
 `PrunedLinear` and `ExpertLoRALinear` need nothing of the state: they stand in a layer as they are.
-So does a `BranchedLinear`, which LoRA puts outside of the layers and in models of other families.
+So does a `LoRALinear`, which LoRA puts outside of the layers and in models of other families.
 `slots.py` says at which module of a family a step happens, `hooks_of` and `replacement.StandIns`
 put it there.
 """
@@ -156,28 +156,20 @@ class AdaptedLinear(LoRALinear):
         is_parallel: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(base, *args, **kwargs)
+        # What is trained is the model's to say: BitFit trains biases, and some train everything.
+        super().__init__(base, *args, freeze=False, **kwargs)
         self.state, self.target = state, target
         self.adapter, self.is_parallel = adapter, is_parallel
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """y [B, S, Dout], as the Linear it stands for."""
-        y, gates = super().forward(x, self.state.mask)
+        y, gates = super().forward(x, self.state.mask, return_gates=True)
         leave_gates(self.state, gates, self.target)
         if self.adapter is None:
             return y
         ffn_input = self.state.take_ffn_input()
         read = ffn_input if self.is_parallel else y
         return adapted(self.adapter, read, y, self.state)
-
-
-class BranchedLinear(LoRALinear):
-    """A `LoRALinear` without gates anywhere in a model: it needs nothing of a layer."""
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """y [..., Dout], as the Linear it stands for."""
-        y, _ = super().forward(x)
-        return y
 
 
 class AdaptedFusedLinear(FusedLoRALinear):
@@ -189,7 +181,7 @@ class AdaptedFusedLinear(FusedLoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """y [B, S, Dout], as the Linear it stands for."""
-        y, gates = super().forward(x, self.state.mask)
+        y, gates = super().forward(x, self.state.mask, return_gates=True)
         leave_gates(self.state, gates)
         return y
 

@@ -27,9 +27,16 @@ class InFlight(threading.local):
     replicated over them) does not mix sentences.
     """
 
-    mask: Tensor | None = None
-    prefix_gate: Tensor | None = None
-    ffn_input: Tensor | None = None
+    def __init__(self) -> None:
+        # No defaults in the class: torch.compile guards what the object holds, so a forward may not
+        # leave more in it than it found.
+        self.clear()
+
+    def clear(self) -> None:
+        """Nothing is in flight."""
+        self.mask: Tensor | None = None
+        self.prefix_gate: Tensor | None = None
+        self.ffn_input: Tensor | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InFlight:
         return InFlight()
@@ -115,4 +122,4 @@ class LayerPrefix:
         """The labels [B] that choose among the prefixes of attributes, where there are any."""
         if not self.prefixes.attributes:
             return None
-        return {name: state.call.label(name, len(query)) for name in self.prefixes.attributes}
+        return {name: state.call.label(name, query.shape[0]) for name in self.prefixes.attributes}

@@ -18,6 +18,7 @@ from ..nn import (
     FusedPrunedLinear,
     Gate,
     GatedAdapter,
+    LoRALinear,
     LowRank,
     PrunedLinear,
     Pruning,
@@ -28,7 +29,6 @@ from .layer import (
     AdaptedFusedLinear,
     AdaptedLinear,
     AdaptedNorm,
-    BranchedLinear,
     ExpertLinear,
 )
 from .layer_state import LayerState
@@ -293,12 +293,13 @@ def branched_linears(
     for linear in chosen:
         assert config is not None
         (branch,) = linear.branches.values()
-        adapted = BranchedLinear(
+        adapted = LoRALinear(
             linear.module,
             branch.r,
             branch.alpha,
             dropout=config.dropout,
             dtype=parameter_placement(linear.module)["dtype"],
+            freeze=False,
         )
         parent, _, name = linear.name.rpartition(".")
         yield Replacement(model.get_submodule(parent), name, linear.module, adapted)

@@ -77,10 +77,10 @@ class TaskInputs:
         if not self.is_written:
             return {TASKS: index}
         if features is not None:
-            entries = index.expand(len(features))
-            samples = torch.arange(len(features), device=device)
+            entries = index.expand(features.shape[0])
+            samples = torch.arange(features.shape[0], device=device)
             return {TASKS: samples, ENTRIES: entries, FEATURES: features.to(device)}
-        if len(index) == 1:
+        if index.shape[0] == 1:
             return {TASKS: torch.zeros_like(index), ENTRIES: index}
         if index.device.type == "cpu" and not torch.compiler.is_compiling():
             entries, index = index.unique(return_inverse=True)
@@ -111,11 +111,11 @@ class TaskInputs:
                 f"PeltModel: expected tasks as names, numbers or a tensor int64 [B], got {got}"
             )
         tasks = tasks.view(-1) if tasks.ndim == 0 else tasks
-        if batch not in (None, len(tasks)) and len(tasks) != 1:
+        if batch not in (None, tasks.shape[0]) and tasks.shape[0] != 1:
             raise ValueError(
-                f"PeltModel: expected tasks [{batch}], one for each sentence, got {len(tasks)}"
+                f"PeltModel: expected tasks [{batch}], one for each sentence, got {tasks.shape[0]}"
             )
-        if tasks.device.type == "cpu" and not torch.compiler.is_compiling() and len(tasks):
+        if tasks.device.type == "cpu" and not torch.compiler.is_compiling() and tasks.shape[0]:
             for edge in (int(tasks.min()), int(tasks.max())):
                 self.number(edge)
             if bool((tasks == tasks[0]).all()):
@@ -133,7 +133,7 @@ class TaskInputs:
                 features.ndim == 3
                 and features.shape[2] == self.features
                 and features.shape[1] > 0
-                and batch in (None, len(features))
+                and batch in (None, features.shape[0])
                 and features.is_floating_point()
             )
             if is_right:

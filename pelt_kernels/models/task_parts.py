@@ -74,7 +74,7 @@ class WrittenAdapter:
 
     def __call__(self, read: Tensor, ffn_output: Tensor) -> Tensor:
         """``FFN(x) + A(x)`` of what the FFN reads, x, and its output, both [B, S, D]."""
-        weights, index = self.written.adapter(self.stack, self.layer, len(read))
+        weights, index = self.written.adapter(self.stack, self.layer, read.shape[0])
         read = read.to(ffn_output.dtype)
         activation = self.written.activation
         return generated_adapter(read, weights, index, activation=activation, residual=ffn_output)
@@ -109,7 +109,7 @@ class WrittenPrefix:
         **options: Any,
     ) -> Tensor:
         """As `nn.PrefixAttention.forward`."""
-        out = prefix_attention(q, k, v, self.segments(layer, len(q)), **options)
+        out = prefix_attention(q, k, v, self.segments(layer, q.shape[0]), **options)
         assert isinstance(out, Tensor)
         return out
 
@@ -117,7 +117,7 @@ class WrittenPrefix:
         self, layer: int, q: Tensor, k: Tensor, *, labels: None = None, **options: Any
     ) -> Tensor:
         """As `nn.PrefixAttention.weights`."""
-        return attention_weights(q, k, self.segments(layer, len(q)), **options)
+        return attention_weights(q, k, self.segments(layer, q.shape[0]), **options)
 
 
 def make_task_adapters(
@@ -164,8 +164,8 @@ def make_written(
 def adapt_layer(adapters: TaskAdapters, call: Call, output: Any) -> Any:
     """A layer's output, or the first of its outputs, with the adapters of its samples' tasks."""
     x: Tensor = output[0] if isinstance(output, tuple) else output
-    tasks = call.label(TASKS, len(x))
-    if len(call.labels[TASKS]) == 1:
+    tasks = call.label(TASKS, x.shape[0])
+    if call.labels[TASKS].shape[0] == 1:
         tasks = call.labels[TASKS][0]  # one for the batch: nothing is gathered for each sample
     y = adapters(x, tasks)
     return (y, *output[1:]) if isinstance(output, tuple) else y

@@ -123,8 +123,11 @@ class FusedLoRALinear(nn.Module):
         self.offsets, self.dropout = dict(offsets), dropout
         self.extra_gates = nn.ModuleDict(dict(extra_gates or {}))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """y [..., Dout] and the values of the gates by name, the branches' by their projection's.
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, return_gates: bool = False
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """y [..., Dout]; with return_gates also the values of the gates by name, the branches' by
+        their projection's.
 
         mask is [B, S] bool, True for real tokens, read by gates that pool with ``masked_mean``.
         """
@@ -132,6 +135,8 @@ class FusedLoRALinear(nn.Module):
         branches = [member.branch(self.offsets[name], mask) for name, member in members.items()]
         extra = [cast(Gate, gate) for gate in self.extra_gates.values()]
         y, extra_values, own = with_branches(self, x, branches, extra, mask, self.dropout)
+        if not return_gates:
+            return y
         values = dict(zip(self.extra_gates, extra_values))
         values |= {name: value for name, value in zip(members, own) if value is not None}
         return y, values

@@ -39,7 +39,7 @@ class HyperCall(NamedTuple):
         samples than tasks is better told by its unique entries.
         """
         if features is not None or tasks.is_cuda:
-            return cls(tasks, torch.arange(len(tasks), device=tasks.device), features)
+            return cls(tasks, torch.arange(tasks.shape[0], device=tasks.device), features)
         return cls(*tasks.unique(return_inverse=True))
 
 
@@ -121,12 +121,12 @@ class GeneratedWeights(nn.Module):
     ) -> tuple[Weights, Tensor | None]:
         kept = self._kept
         # Where the whole batch has one entry, nothing is to be chosen for each sample.
-        is_one = len(call.entries) == 1
+        is_one = call.entries.shape[0] == 1
         if kept is None or call.features is not None or torch.is_grad_enabled():
             weights = write(call.entries, call.features)
             return (weights.only(), None) if is_one else (weights, call.index)
         if key not in kept:
-            all_tasks = torch.arange(len(self.tasks.adapter), device=call.entries.device)
+            all_tasks = torch.arange(self.tasks.adapter.shape[0], device=call.entries.device)
             kept[key] = write(all_tasks, None)
         if is_one:
             return kept[key].chosen(call.entries).only(), None

@@ -176,7 +176,7 @@ class HyperNetwork(nn.Module):
 
     def adapter(self, layer: int, rows: HyperRows) -> AdapterWeights:
         """The adapters beside one layer's FFN, a bank over the rows' entries."""
-        n, r = len(rows.adapter), self.bottleneck
+        n, r = rows.adapter.shape[0], self.bottleneck
         with torch.autocast(rows.adapter.device.type, enabled=False):
             embedding = self.controller(
                 rows.adapter, self.layer_embedding[layer], self.ffn_embedding
@@ -194,7 +194,7 @@ class HyperNetwork(nn.Module):
 
     def prefix(self, layer: int, block: int, rows: HyperRows) -> PrefixWeights:
         """Keys and values in front of one attention's own, tables over the rows' entries."""
-        shape = (len(rows.prefix), self.prefix_length, *self.stack[-2:])
+        shape = (rows.prefix.shape[0], self.prefix_length, *self.stack[-2:])
         with torch.autocast(rows.prefix.device.type, enabled=False):
             embedding = self.controller(
                 rows.prefix, self.prefix_layer_embedding[layer], self.attention_embedding[block]
@@ -257,7 +257,7 @@ class TaskEmbeddings(nn.Module):
         assert self.from_image is not None
         with torch.autocast(features.device.type, enabled=False):
             pooled = features.to(self.adapter.dtype).mean(1)
-            part = self.from_image(pooled).view(len(features), -1, self.adapter.shape[-1])
+            part = self.from_image(pooled).view(features.shape[0], -1, self.adapter.shape[-1])
         return HyperRows(rows.adapter + part[:, 0], rows.prefix + part[:, 1:])
 
 

@@ -81,7 +81,8 @@ class LoRALinear(nn.Module):
     replaces alpha / R.
 
     W [Dout, Din] (a Conv1D's: [Din, Dout]) and b [Dout] are the parameters of the Linear that it
-    replaces, under the same names, so the base model's state_dict does not change. lora_a [R, Din]
+    replaces, under the same names, so the base model's state_dict does not change; they are frozen,
+    also in the Linear itself, whose own they still are. lora_a [R, Din]
     starts as U(±1/sqrt(Din)) (Kaiming uniform with a = sqrt 5), lora_b [Dout, R] as 0: the branch
     is exactly 0 at the start. A Linear with hooks or a forward of its own is called for
     ``x Wᵀ + b``, which costs a second product; its hooks see that output, without the branch.
@@ -91,15 +92,17 @@ class LoRALinear(nn.Module):
     reads anyway). R = 0 means no branch.
 
     Args:
-        base: the Linear that it replaces.
+        base: the Linear that it replaces, or transformers' Conv1D (GPT-2).
         r, alpha, dropout: rank R, the numerator of the scale, dropout on the branch's input while
             training.
         gate_pooling: None (no gate), ``masked_mean``, ``mean`` or ``token``.
         extra_gates: name -> pooling.
+        dtype: of the new parameters; None: W's.
+        freeze: whether W and b stop requiring a gradient; False leaves that to the caller.
 
     Raises:
-        TypeError: base is not an `nn.Linear` with a floating-point weight. ValueError: r < 0,
-            dropout outside [0, 1).
+        TypeError: base is neither, or has no floating-point weight. ValueError: r < 0, dropout
+            outside [0, 1).
 
     Papers: Hu et al. 2022 (LoRA); Mao et al. 2022 (the gates).
     """
@@ -117,6 +120,7 @@ class LoRALinear(nn.Module):
         gate_pooling: str | None = None,
         extra_gates: Mapping[str, str] | None = None,
         dtype: torch.dtype | None = None,
+        freeze: bool = True,
     ) -> None:
         super().__init__()
         kind = linear_kind(base)
@@ -135,6 +139,8 @@ class LoRALinear(nn.Module):
         self.original = Original(base, kind)
         self.weight = base.weight
         self.register_parameter("bias", base.bias)
+        if freeze:
+            self.requires_grad_(False)
         placement: dict[str, Any] = {
             "device": base.weight.device,
             "dtype": dtype or base.weight.dtype,
@@ -169,16 +175,18 @@ class LoRALinear(nn.Module):
         gates = [cast(Gate, gate) for gate in self.extra_gates.values()]
         return gates if self.gate is None else [*gates, self.gate]
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """y [..., Dout] and the values [B] of the gates by name; the branch's own is
-        `BRANCH_GATE`.
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, return_gates: bool = False
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """y [..., Dout]; with return_gates also the values [B] of the gates by name, of which the
+        branch's own is `BRANCH_GATE`.
 
         mask is [B, S] bool, True for real tokens, read by gates that pool with ``masked_mean``.
         """
         if self._has_branch_alone:
             branch = LoraBranch(self.lora_a, self.lora_b, 0, self.alpha / self.r)
             y = _without_gates(self, x, (branch,), self.original.is_plain, self.dropout)
-            return y, {}
+            return (y, {}) if return_gates else y
         gates = self._gates()
         branches = []
         if self.r:
@@ -188,6 +196,8 @@ class LoRALinear(nn.Module):
         y, extra_values, own = with_branches(
             self, x, branches, gates[: len(self.extra_gates)], mask, self.dropout
         )
+        if not return_gates:
+            return y
         values = dict(zip(self.extra_gates, extra_values))
         if self.gate is not None and own[0] is not None:
             values[BRANCH_GATE] = own[0]

@@ -94,7 +94,7 @@ class TaskAdapters(Members):
             values = {name: bank[tasks] for name, bank in values.items()}
         else:
             # A gate of 0 removes the adapter of a passed sample from y and from every gradient.
-            index, gate = tasks.clamp(min=0), (tasks != BYPASS).to(x.dtype).expand(len(x))
+            index, gate = tasks.clamp(min=0), (tasks != BYPASS).to(x.dtype).expand(x.shape[0])
             if len(self.bottlenecks) == 1:
                 values, index = {name: bank[0] for name, bank in values.items()}, None
         y = gated_adapter(

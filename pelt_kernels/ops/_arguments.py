@@ -177,7 +177,8 @@ def draw_seed(operator: str, dropout_p: float, seed: int | None) -> Any:
 
     Where each operation is recorded it stays a tensor, so that a traced or compiled function draws
     again at each call, and `torch.vmap` for each sample if it is asked to
-    (``randomness="different"``). Nothing is drawn without dropout, so that a model in evaluation leaves the generator as it was.
+    (``randomness="different"``). Nothing is drawn without dropout, so that a model in evaluation
+    leaves the generator as it was.
     """
     if seed is not None:
         return whole(operator, "seed", seed)

@@ -87,7 +87,7 @@ def backward(
     wanted: Sequence[FlatName],
     dys: Sequence[Tensor | None],
     inputs: dict[str, Value],
-    seed: int,
+    seed: int | Tensor | None,
 ) -> list[Tensor]:
     """The gradients of the wanted tensors as autograd finds them in the formula; under
     ``create_graph=True`` they can be differentiated again, by the inputs and by ``dys``.
@@ -128,9 +128,14 @@ def backward(
 
 
 def _reference(
-    contract: Contract, values: Sequence[Value], attributes: dict[str, Any], seed: int | Tensor
+    contract: Contract,
+    values: Sequence[Value],
+    attributes: dict[str, Any],
+    seed: int | Tensor | None,
 ) -> Sequence[Any]:
-    """The formula, outside of autocast: it chooses its dtypes itself."""
+    """The formula, outside of autocast: it chooses its dtypes itself. Without dropout there may be
+    no seed.
+    """
     if contract.has_seed:
         attributes = {**attributes, "seed": seed}
     device = next(value for value in flatten(values) if value is not None).device

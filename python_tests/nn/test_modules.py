@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from pelt_kernels.nn import Gate, GatedAdapter, LoRALinear, PrefixAttention
 from pelt_kernels.ops import (
@@ -96,11 +97,10 @@ def test_lora_stands_for_its_linear(has_bias):
     assert abs(lora.lora_a.std() - bound / math.sqrt(3)) < 0.01
     assert not lora.lora_b.any()
     x = torch.randn(2, 5, 64)
-    y, gates = lora(x)
-    torch.testing.assert_close(y, base(x), rtol=0, atol=1e-6)
-    assert gates == {}
+    torch.testing.assert_close(lora(x), base(x), rtol=0, atol=1e-6)
     nn.init.normal_(lora.lora_b)
-    y, _ = lora(x)
+    y, gates = lora(x, return_gates=True)
+    assert torch.equal(y, lora(x)) and gates == {}
     expected = base(x) + 0.5 * (x @ lora.lora_a.T) @ lora.lora_b.T
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
 
@@ -114,7 +114,8 @@ def test_a_gate_replaces_alpha_and_extra_gates_come_out():
         nn.init.normal_(parameter)
     x = torch.randn(3, 5, 16)
     mask = torch.arange(5)[None] < torch.tensor([5, 2, 3])[:, None]
-    y, gates = lora(x, mask)
+    y, gates = lora(x, mask, return_gates=True)
+    assert torch.equal(lora(x, mask), y)
     assert set(gates) == {"", "prefix"}
     token = torch.sigmoid(x @ lora.gate.weight + lora.gate.bias)
     own = (token * mask).sum(1) / mask.sum(1)
@@ -134,7 +135,7 @@ def test_without_a_branch_only_the_extra_gates_are_left():
         "weight", "bias", "extra_gates.prefix.weight", "extra_gates.prefix.bias",
     }  # fmt: skip
     x = torch.randn(3, 5, 16)
-    y, gates = lora(x)
+    y, gates = lora(x, return_gates=True)
     assert set(gates) == {"prefix"} and torch.equal(y, lora_linear(x, base.weight, base.bias))
 
 
@@ -142,14 +143,30 @@ def test_lora_dropout_only_while_training():
     lora = LoRALinear(nn.Linear(16, 12), r=4, alpha=4, dropout=0.5)
     nn.init.normal_(lora.lora_b)
     x = torch.randn(3, 5, 16)
-    assert torch.equal(lora.eval()(x)[0], lora(x)[0])
+    assert torch.equal(lora.eval()(x), lora(x))
     lora.train()
-    assert not torch.equal(lora(x)[0], lora(x)[0])
+    assert not torch.equal(lora(x), lora(x))
     torch.manual_seed(1)
-    once = lora(x)[0]
+    once = lora(x)
     torch.manual_seed(1)
     branch = LoraBranch(lora.lora_a, lora.lora_b)
     assert torch.equal(once, lora_linear(x, lora.weight, lora.bias, [branch], dropout_p=0.5))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(16, 12), lambda: Conv1D(12, 16)])
+def test_lora_alone_in_a_sequence_trains_its_branch_only(make):
+    base = make()
+    layer = nn.Sequential(LoRALinear(base, r=4, alpha=4), nn.ReLU(), nn.Linear(12, 3))
+    nn.init.normal_(layer[0].lora_b)
+    x = torch.randn(2, 5, 16)
+    expected = base(x) + (x @ layer[0].lora_a.T) @ layer[0].lora_b.T
+    torch.testing.assert_close(layer[:1](x), expected, rtol=1e-5, atol=1e-5)
+    layer(x).sum().backward()
+    trained = {name for name, parameter in layer.named_parameters() if parameter.grad is not None}
+    assert trained == {"0.lora_a", "0.lora_b", "2.weight", "2.bias"}
+    assert not base.weight.requires_grad and not base.bias.requires_grad
+    base.requires_grad_(True)
+    assert LoRALinear(base, r=4, freeze=False).weight.requires_grad
 
 
 def test_what_modules_refuse():
