@@ -23,7 +23,8 @@ def export(
         str | None,
         typer.Option(
             "--format",
-            help="dense, 2:4 or csr (a plain model), or adapter (experts merged, prefix computed). "
+            help="dense, 2:4 or csr (a plain model), adapter (experts merged, prefix computed), or "
+            "peft (LoRA or a prefix in PEFT's files). "
             "Default dense, for AdaMix's adapters adapter.",
         ),
     ] = None,
@@ -32,7 +33,7 @@ def export(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write a trained adapter as a plain transformers model: merged, pruned, ready to serve."""
+    """Write a trained adapter as a plain transformers model, or for PEFT, ready to serve."""
     with errors_in_one_line(debug):
         from ..training import export as export_adapter
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ._config import MethodConfig, check_gate, check_int, set_layers
+from ._config import MethodConfig, check_flag, check_gate, check_int, set_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,8 @@ class PrefixTuningConfig(MethodConfig):
         gated: whether g (per sentence, from the attention's input) is learned; None: as the method
             says.
         gate_pooling: ``masked_mean`` or ``mean``.
+        shift_positions: whether the tokens' positions begin behind the prefix, at P, as in PEFT,
+            which keeps prefixes in a decoder's cache; in decoders only.
 
     Raises:
         ValueError: a field outside its range.
@@ -42,6 +44,7 @@ class PrefixTuningConfig(MethodConfig):
     skip_layers: tuple[int, ...] = ()
     gated: bool | None = None
     gate_pooling: str = "masked_mean"
+    shift_positions: bool = False
 
     def skips(self, site: str, number: int, in_stack: int) -> bool:
         """Whether an attention has no prefix: of a kind (encoder, decoder, cross), in a layer by
@@ -54,3 +57,4 @@ class PrefixTuningConfig(MethodConfig):
         check_int(self, "mid", 1, optional=True)
         set_layers(self, "skip_layers")
         check_gate(self)
+        check_flag(self, "shift_positions")

@@ -108,12 +108,7 @@ def write_adapter(
         ValueError: a tensor holds what is not finite. OSError: the directory cannot be made or
             written.
     """
-    for name, tensor in tensors.items():
-        if not _extremes(tensor).isfinite().all():
-            raise ValueError(
-                f"save_pretrained: expected finite numbers, got NaN or infinity in {name}; the "
-                "training has diverged, earlier files are as they were"
-            )
+    check_finite(tensors)
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     described = describe(config, base)
@@ -122,6 +117,16 @@ def write_adapter(
     write_tensors(target / WEIGHTS_FILE, weights, HEADER, {"config": described["config"]})
     write_atomically(target / CONFIG_FILE, text.encode() + b"\n")
     _remove_former(target)
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for a tensor that is to be saved and holds what is not finite."""
+    for name, tensor in tensors.items():
+        if not _extremes(tensor).isfinite().all():
+            raise ValueError(
+                f"save_pretrained: expected finite numbers, got NaN or infinity in {name}; the "
+                "training has diverged, earlier files are as they were"
+            )
 
 
 def _remove_former(directory: Path) -> None:

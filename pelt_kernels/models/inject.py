@@ -35,6 +35,7 @@ from .encoder_hooks import (
 from .layer import hooks_of
 from .layer_state import PREFIX_ATTRIBUTE, STATE_ATTRIBUTE, LayerPrefix
 from .lora_targets import chosen_linears
+from .positions import shifted_positions
 from .prefix_sets import key_heads, make_prefixes
 from .replacement import Replacement, StandIns, branched_linears, parameter_placement
 from .slots import Slots, stacks_of
@@ -88,6 +89,7 @@ class Injection:
         if self.stacks:
             query = self.stacks[0].slots.places("query")[0][1].path
             placement = parameter_placement(self.stacks[0].layers[0].get_submodule(query))
+        self.shifted = shifted_positions(model, self.stacks, parts.prefix)
         self.prefix = make_prefixes(model, self.stacks, parts.prefix, placement)
         self.task_adapters = self._make_task_adapters(placement)
         self.written = self._make_written(placement)
@@ -168,6 +170,9 @@ class Injection:
             self._mark(encoder, FORWARDS_ATTRIBUTE, Forwards(self.states))
             self._handles.append(encoder.register_forward_pre_hook(begin_forward))
             self._handles.append(encoder.register_forward_hook(end_forward, always_call=True))
+        if self.shifted is not None:
+            hook = self.model.base_model.register_forward_pre_hook(self.shifted, with_kwargs=True)
+            self._handles.append(hook)
         for replacement in self.replacements:
             replacement.put_in()
         if self.uses_pelt_attention:

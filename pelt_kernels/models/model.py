@@ -13,6 +13,7 @@ from .adapter_files import copy_weights
 from .allocation import check_size
 from .checkpoint import collapsed, read_adapter, save_adapter
 from .first_values import FirstValues, head_names, names_in_place
+from .formats.peft_writer import write_peft
 from .inject import Injection, raise_occupied
 from .labelled import LabelledModel
 from .lora_targets import biases_of_targets
@@ -20,12 +21,15 @@ from .mixture import compares_passes, consistent_forward
 from .pruning import check_progress, density, set_sparsity
 from .task_inputs import TaskInputs
 from .trained_tokens import TrainedTokens
-from .vocabulary import word_embeddings
+from .vocabulary import ADDED_ROWS, word_embeddings
 from .wrapped import BASE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
     from typing_extensions import Self
+
+PEFT = "peft"
+FILE_FORMATS = ("pelt", PEFT)
 
 
 class PeltModel(LabelledModel):
@@ -176,7 +180,12 @@ class PeltModel(LabelledModel):
         }
 
     def save_pretrained(
-        self, directory: str | os.PathLike[str], *, collapse_prefix: bool = False, **ignored: Any
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        format: str = "pelt",
+        collapse_prefix: bool = False,
+        **ignored: Any,
     ) -> None:
         """Writes pelt_config.json and pelt_model.safetensors: what was trained, the head
         included, nothing else but the word embeddings' rows that `resize_token_embeddings` added to
@@ -184,20 +193,39 @@ class PeltModel(LabelledModel):
 
         Args:
             directory: made if it is not there; earlier files are replaced whole, by os.replace.
+            format: ``pelt``, or ``peft`` for LoRA without gates and a decoder's prefix, collapsed:
+                adapter_config.json and adapter_model.safetensors, from which
+                ``peft.PeftModel.from_pretrained`` and servers that read PEFT's files have the same
+                outputs.
             collapse_prefix: write the prefixes' keys and values instead of their reparametrisation:
                 smaller, but training cannot resume from it. This model keeps its reparametrisation.
             ignored: further arguments that transformers passes to every model (``state_dict``,
                 ``is_main_process``).
 
         Raises:
-            ValueError: a trained number is not finite. OSError: the directory cannot be made or
+            ValueError: a trained number is not finite; an unknown format, or a method that PEFT's
+                files cannot hold, with the reason. OSError: the directory cannot be made or
                 written, or there is no space. Earlier files are as they were.
         """
         self._check_attached("save_pretrained")
-        config, tensors = self.method_config, dict[str, Tensor](self.trained_parameters())
-        if collapse_prefix and self.prefix is not None:
+        if format not in FILE_FORMATS:
+            raise ValueError(
+                f"save_pretrained: expected format as one of {', '.join(FILE_FORMATS)}, got "
+                f"{format!r:.80}"
+            )
+        config, tensors = self.method_config, self._tensors_to_save()
+        if (collapse_prefix or format == PEFT) and self.prefix is not None:
             config, tensors = collapsed(config, tensors, self.prefix)
-        save_adapter(directory, self.base_model, config, tensors, self._added_rows())
+        rows = self._added_rows()
+        if format == PEFT:
+            added = {} if rows is None else {ADDED_ROWS: rows}
+            write_peft(directory, self.base_model, config, tensors | added)
+        else:
+            save_adapter(directory, self.base_model, config, tensors, rows)
+
+    def _tensors_to_save(self) -> dict[str, Tensor]:
+        """What is trained, by parameter name, as files hold it."""
+        return dict(self.trained_parameters())
 
     def load_adapter(self, directory: str | os.PathLike[str]) -> None:
         """Loads what `save_pretrained` wrote into this model, which must have the same method.

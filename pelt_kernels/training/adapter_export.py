@@ -19,8 +19,8 @@ from .problems import PROBLEMS
 from .storage import replacing, require_writable, share, write_json
 
 FILE = "export.json"
-ADAPTER = "adapter"
-EXPORT_FORMS = (*FORMS, ADAPTER)
+ADAPTER, PEFT = "adapter", "peft"
+EXPORT_FORMS = (*FORMS, ADAPTER, PEFT)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def export(
     if form is None:
         mixture = parts_of(tuned.method_config).mixture
         form = ADAPTER if mixture is not None and mixture.kind == "adapter" else "dense"
-    if form != ADAPTER and refusal:
+    if form not in (ADAPTER, PEFT) and refusal:
         raise UsageError(
             f"export: expected parts that the weights of a plain model can hold, got {refusal}; "
             f"--format {ADAPTER} writes an adapter for inference"
@@ -80,6 +80,9 @@ def export(
             if form == ADAPTER:
                 tuned.save_pretrained(partial, collapse_prefix=True)
                 card.save(partial)
+            elif form == PEFT:
+                tuned.save_pretrained(partial, format="peft")
+                PROBLEMS[card.problem].tokenizer(name).save_pretrained(partial)
             else:
                 plain = tuned.export_dense()
                 if card.labels:

@@ -93,6 +93,23 @@ def test_pst_has_its_zeros_and_reports_them(
     assert done.out.count("0.250") == 12 and f"{4 * 768 + 2 * 1536:,}" in done.out
 
 
+def test_peft_reads_what_is_exported_for_it(
+    run: Run, adapter_of: Adapter, tiny_model: Path, tmp_path: Path
+) -> None:
+    import peft  # which takes seconds
+
+    adapter, output = adapter_of("lora"), tmp_path / "out"
+    done = run("export", "--adapter", adapter, "--output", output, "--format", "peft")
+    assert done.code == 0, done.err
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=2)
+    there = logits(peft.PeftModel.from_pretrained(base, output), output)
+    expected = logits(tuned(adapter, tiny_model), output)
+    torch.testing.assert_close(there, expected, rtol=0, atol=1e-5)
+    refused = run("export", "--adapter", adapter_of("mam"), "--output", output / "no",
+                  "--format", "peft")  # fmt: skip
+    assert refused.code == 2 and "format='peft', got an adapter" in refused.err
+
+
 def test_csr_is_another_folder_of_the_same_model(
     run: Run, adapter_of: Adapter, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -128,7 +145,11 @@ def test_what_no_plain_model_can_hold_is_an_adapter_for_inference(
         ("adamix", ["--format", "dense"], "got AdaMix's adapters, which are not linear"),
         ("pst", ["--format", "2:4"], "2:4 expects at most 2 entries that are not 0"),
         ("lora", ["--format", "csr"], "csr expects matrices that PST pruned"),
-        ("pst", ["--format", "coo"], "format: expected one of dense, 2:4, csr, adapter, got 'coo'"),
+        (
+            "pst",
+            ["--format", "coo"],
+            "format: expected one of dense, 2:4, csr, adapter, peft, got 'coo'",
+        ),
     ],
 )
 def test_what_cannot_be_exported_ends_with_2_and_leaves_nothing(

@@ -115,7 +115,11 @@ def test_a_pickled_adapter_is_read_and_trains_on(made, written, make_batch):
 REFUSED = {
     "DoRA": ({"use_dora": True}, {}, "use_dora=True"),
     "PiSSA": ({"init_lora_weights": "pissa"}, {}, "init_lora_weights.*'pissa'"),
-    "another type": ({"peft_type": "IA3"}, {}, "peft_type as one of LORA.*got 'IA3'"),
+    "another type": (
+        {"peft_type": "IA3"},
+        {},
+        "peft_type as one of LORA, PREFIX_TUNING, got 'IA3'",
+    ),
     "a later field": ({"use_magic": True}, {}, "use_magic=True"),
     "a saved embedding": ({}, {"bert.embeddings.word_embeddings.weight": (99, 32)}, "modules_to_"),
     "an unknown tensor": ({}, {"bert.nothing.weight": (3,)}, "bert.nothing.weight in .*not have"),

@@ -16,6 +16,7 @@ from ..first_values import head_names
 from ..tensor_files import read_tensors
 from ..wrapped import BASE
 from .peft_lora import LORA_FIELDS, read_lora
+from .peft_prefix import PREFIX_FIELDS, read_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +47,10 @@ SILENT_FIELDS = (
     "revision",
     "task_type",
 )
-TYPES: dict[str, tuple[Reader, tuple[str, ...]]] = {"LORA": (read_lora, LORA_FIELDS)}
+TYPES: dict[str, tuple[Reader, tuple[str, ...]]] = {
+    "LORA": (read_lora, LORA_FIELDS),
+    "PREFIX_TUNING": (read_prefix, PREFIX_FIELDS),
+}
 # How PEFT's names of a base model's modules begin, LoRA's and those of prompts.
 PREFIXES = ("base_model.model.", "base_model.")
 

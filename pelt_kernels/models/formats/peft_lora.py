@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ...methods import LoraConfig
+from ...methods import LoraConfig, Parts
+from ...nn import FusedLoRALinear, LoRALinear, LowRank
 from ..lora_targets import fitting
 from ..wrapped import BASE
 from .names import shortest_ends, with_patterns
@@ -88,6 +89,82 @@ def read_lora(
             scale = by_name[name] / (math.sqrt(pair.r) if config.use_rslora else pair.r)
             tensors[f"{name}.bias"] = _with_branch_bias(base, tensors, name, pair.bias * scale)
     return config, own
+
+
+def written_lora(
+    parts: Parts, model: PreTrainedModel, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """PEFT's fields and tensors, without its prefix of their names, of the branches and biases.
+
+    Args:
+        model: the base model, whose branches these are.
+        tensors: the branches' values, and all else that is saved, by the names of parameters.
+    """
+    assert parts.lora is not None
+    pairs: dict[str, _Pair] = {}
+    alphas: dict[str, float] = {}
+    are_transposed = []
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear) and module.r:
+            start = f"{BASE}{name}.lora_"
+            pairs[name] = _Pair(tensors[f"{start}a"], tensors[f"{start}b"], None)
+            alphas[name] = module.alpha
+        elif isinstance(module, FusedLoRALinear) and len(module.branches):
+            pairs[name], scale = _joined(name, module, tensors)
+            alphas[name] = scale * pairs[name].r
+        else:
+            continue
+        are_transposed.append(module.original.is_transposed)
+    alpha, alpha_pattern = with_patterns({n: _whole(value) for n, value in alphas.items()})
+    r, rank_pattern = with_patterns({name: pair.r for name, pair in pairs.items()})
+    modules = [name for name, module in model.named_modules() if ".original" not in name]
+    bias = "all" if parts.tune == "bias" else parts.lora.bias
+    fields = {
+        "r": r,
+        "lora_alpha": alpha,
+        "target_modules": list(shortest_ends(list(pairs), modules)),
+        "lora_dropout": parts.lora.dropout,
+        "rank_pattern": dict(rank_pattern),
+        "alpha_pattern": dict(alpha_pattern),
+        "use_rslora": False,
+        "bias": bias,
+        "fan_in_fan_out": all(are_transposed),
+        "init_lora_weights": True,
+    }
+    written = {}
+    for name, pair in pairs.items():
+        written |= {f"{name}.lora_A.weight": pair.a, f"{name}.lora_B.weight": pair.b}
+    for key, tensor in tensors.items():
+        name, _, last = key.removeprefix(BASE).rpartition(".")
+        if last == "bias" and bias != "none":
+            written[f"{name}.base_layer.bias" if name in pairs else f"{name}.bias"] = tensor
+    return fields, written
+
+
+def _joined(
+    name: str, module: FusedLoRALinear, tensors: Mapping[str, Tensor]
+) -> tuple[_Pair, float]:
+    """The branches of one Linear's projections as one branch into all of its columns, which is the
+    sum of theirs, and its scale.
+    """
+    rows, columns, scales = [], [], []
+    out = module.weight.shape[1 if module.original.is_transposed else 0]
+    for projection, member in module.branches.items():
+        start = f"{BASE}{name}.branches.{projection}.lora_"
+        b = tensors[f"{start}b"].detach()
+        whole = b.new_zeros(out, b.shape[1])
+        offset = module.offsets[projection]
+        whole[offset : offset + len(b)] = b
+        rows.append(tensors[f"{start}a"].detach())
+        columns.append(whole)
+        scales.append(cast(LowRank, member).scale)
+    columns = [whole * (scale / scales[0]) for whole, scale in zip(columns, scales, strict=True)]
+    return _Pair(torch.cat(rows), torch.cat(columns, 1), None), scales[0]
+
+
+def _whole(value: float) -> float:
+    """A number without the point where it is a whole one, as readers of alpha expect it."""
+    return int(value) if value == int(value) else value
 
 
 def _bias(described: Mapping[str, Any]) -> str:
