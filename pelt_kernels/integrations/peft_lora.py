@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -53,6 +54,7 @@ class AcceleratedLoraLinear(Accelerated, lora.Linear):
             not args
             and not self._disable_adapters
             and not self.merged_adapters
+            and _is_dense(x)
             and is_plain(base, Conv1D if is_transposed else nn.Linear)
         ):
             weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
@@ -222,6 +224,8 @@ def _why_left_alone(module: Any) -> str:
     if kind is not lora.Linear:
         return f"{kind.__name__} of {kind.__module__} is not PEFT's LoRA beside a plain Linear"
     base = module.base_layer
+    if _is_sharded(base._parameters.get("weight")):
+        return "its weight is a DTensor; call accelerate before the model is sharded"
     reason = why_not_replaceable(base, linear_kind(base))
     if reason:
         return f"expected a plain base layer, got {reason}"
@@ -236,6 +240,12 @@ def _why_left_alone(module: Any) -> str:
     if names and all(module.r[name] > MAX_RANK for name in names):
         return f"its ranks are above {MAX_RANK}"
     return ""
+
+
+def _is_sharded(weight: Tensor | None) -> bool:
+    # Whoever has a DTensor has loaded the module that defines it.
+    defining = sys.modules.get("torch.distributed.tensor")
+    return defining is not None and isinstance(weight, defining.DTensor)
 
 
 def _exception(module: Any) -> str:
@@ -265,19 +275,21 @@ def _check_backend(modules: Iterable[Any], backend: str) -> None:
     seen = set()
     for module in modules:
         weight, is_transposed = module.base_layer.weight, isinstance(module.base_layer, Conv1D)
-        ranks = tuple(module.r[name] for name in module.active_adapters if name in module.r)
-        key = (weight.shape, weight.dtype, weight.device, is_transposed, ranks)
-        if key in seen or not ranks:
-            continue
-        seen.add(key)
         x = weight.new_zeros(1, 1, module.in_features).requires_grad_()
-        branches = [
-            LoraBranch(module.lora_A[name].weight, module.lora_B[name].weight)
+        pairs = [
+            (module.lora_A[name].weight, module.lora_B[name].weight)
             for name in module.active_adapters
-            if name in module.r
+            if name in module.lora_A and name not in module.lora_variant
         ]
-        with torch.enable_grad():
-            lora_linear(x, weight, None, branches, transposed=is_transposed, backend=backend)
+        branches = [
+            LoraBranch(a, b) for a, b in pairs if len(a) <= MAX_RANK and _fits(a, x) and _fits(b, x)
+        ]
+        ranks = tuple(len(branch.a) for branch in branches)
+        key = (weight.shape, weight.dtype, weight.device, is_transposed, ranks)
+        if branches and key not in seen:
+            seen.add(key)
+            with torch.enable_grad():
+                lora_linear(x, weight, None, branches, transposed=is_transposed, backend=backend)
 
 
 def _is_served(branch: _Branch, activation: Tensor) -> bool:
@@ -293,11 +305,18 @@ def _fits(parameter: Tensor | None, activation: Tensor) -> bool:
     """Whether the operator takes a parameter, where there is one, beside an activation."""
     if parameter is None:
         return True
-    # A tensor of a class that dispatches itself, such as a DTensor, is none of the operator's.
-    is_own = parameter.__class__ is nn.Parameter or parameter.__class__ is Tensor
-    if not is_own or parameter.dtype is activation.dtype:
-        return is_own
-    return parameter.dtype is torch.float32 and activation.dtype in HALVES
+    dtype = parameter.dtype
+    is_read = dtype is activation.dtype or (dtype is torch.float32 and activation.dtype in HALVES)
+    return is_read and _is_dense(parameter)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Not of a class that dispatches itself, such as a DTensor, nor nested or sparse."""
+    return (
+        (tensor.__class__ is Tensor or tensor.__class__ is nn.Parameter)
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+    )
 
 
 def _rate(dropout: nn.Module) -> float | None:

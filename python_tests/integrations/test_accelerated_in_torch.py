@@ -7,13 +7,16 @@ from collections import OrderedDict
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers as hf
 from closeness import assert_close
 from lora_models import pair, run, with_lora
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers.pytorch_utils import Conv1D
 
 import pelt_kernels
+from pelt_kernels.integrations import peft_lora
 
 TARGETS = ["q_proj", "v_proj"]
 
@@ -70,6 +73,33 @@ def test_autocast(way):
         baseline, found = step(model, x), step(fast, x)
     for each in zip(found, baseline, step(exact.double(), x.double())):
         assert_close(*each, torch.bfloat16, "autocast")
+
+
+@pytest.fixture
+def mesh():
+    """One process on the CPU."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_sharded_after_it_was_accelerated(mesh, make_model, batch, monkeypatch):
+    monkeypatch.setattr(peft_lora, "PAYS_FROM", 0)
+    model = with_lora(make_model("llama"), target_modules=TARGETS)
+    expected = run(model, batch)
+    pelt_kernels.accelerate(model)
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    pelt_kernels.ops.forget_choices()
+    found = run(model, batch)
+    assert pelt_kernels.explain("lora_linear")
+    torch.testing.assert_close(found.pop("logits"), expected.pop("logits"))
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
+        torch.testing.assert_close(grad.full_tensor(), expected[name])
+    pelt_kernels.restore(model)
+    (reason,) = set(pelt_kernels.accelerate(model).left_alone.values())
+    assert reason == "its weight is a DTensor; call accelerate before the model is sharded"
 
 
 class _Rows(torch.utils.data.Dataset):

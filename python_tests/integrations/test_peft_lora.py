@@ -10,6 +10,7 @@ import torch
 from closeness import assert_close
 from lora_models import assert_same, lora_config, pair, run, with_lora
 from peft.tuners.lora import layer as lora
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
 
 import pelt_kernels
@@ -48,12 +49,16 @@ def test_settings_of_peft_hold(setting, way, make_model, batch):
 
 
 def test_scales_set_between_calls_hold(way, make_model, batch):
+    """Numbers, or tensors as for adapters that are swapped in a compiled model."""
     model, fast = pair(with_lora(make_model("llama")))
     for each in (model, fast):
         for layer in each.modules():
             if isinstance(layer, lora.Linear):
                 layer.set_scale("default", 3)
                 layer.scale_layer(0.5)
+    assert_same(model, fast, batch)
+    for each in (model, fast):
+        prepare_model_for_compiled_hotswap(each, target_rank=6)
     assert_same(model, fast, batch)
 
 
@@ -157,18 +162,28 @@ def test_adapters_in_float32_beside_bfloat16(way, make_model, batch):
         assert_close(found[name], baseline[name], truth[name], torch.bfloat16, name)
 
 
-def test_what_the_operator_does_not_take_goes_pefts_own_way(monkeypatch):
-    """bfloat16 adapters beside float32 activations, which PEFT casts to bfloat16."""
+@pytest.mark.parametrize("what", ["bfloat16-adapter", "nested-input", "high-rank"])
+def test_what_the_operator_does_not_take_goes_pefts_own_way(what, monkeypatch):
     monkeypatch.setattr(peft_lora, "PAYS_FROM", 0)
     model = nn.Sequential()
     model.add_module("lin", nn.Linear(8, 6))
     model = with_lora(model, target_modules=["lin"])
-    model.base_model.model.lin.lora_A.bfloat16()
-    model.base_model.model.lin.lora_B.bfloat16()
     x = torch.randn(3, 8)
+    if what == "bfloat16-adapter":  # for which PEFT casts x
+        model.base_model.model.lin.lora_A.bfloat16()
+        model.base_model.model.lin.lora_B.bfloat16()
+    elif what == "nested-input":
+        x = torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged)
+    else:
+        model.add_adapter("high", lora_config(r=257, target_modules=["lin"]))
+        model.set_adapter("high")
     expected = model(x)
     assert pelt_kernels.accelerate(model).count == 1
-    assert torch.equal(model(x), expected)
+    pelt_kernels.ops.forget_choices()
+    found = model(x)
+    assert pelt_kernels.explain() == []
+    for one, other in zip(found.unbind(), expected.unbind()):
+        assert torch.equal(one, other)
 
 
 def test_a_base_layer_with_hooks_is_called(way, make_model, batch):
@@ -190,6 +205,7 @@ def test_what_is_left_alone_is_named_with_the_reason(make_model, batch):
     model.base_model.set_adapter(["default", "dora"])
     fast = copy.deepcopy(model)
     report = pelt_kernels.accelerate(fast)
+    assert pelt_kernels.accelerate(fast, backend="eager") == report
     inside = "base_model.model.bert.encoder.layer.{}.attention.self.{}"
     assert report.served == {"lora_linear": tuple(inside.format(i, "query") for i in (0, 1))}
     embedding = "Embedding of peft.tuners.lora.layer is not PEFT's LoRA beside a plain Linear"
