@@ -85,7 +85,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for layer in ("ops", "methods", "models", "integrations"):  # the lower ones load less
+        for layer in ("ops", "methods", "integrations", "models"):  # the first ones load less
             found = import_module(f".{layer}", __name__)
             if hasattr(found, name):
                 globals()[name] = getattr(found, name)  # the next look-up does not come here

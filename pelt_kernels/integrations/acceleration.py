@@ -19,7 +19,10 @@ from .replacement import Accelerated, Replacement, library_class
 from .report import Report, report_of
 
 # The file of each library, by a module of the library's that is loaded wherever a model of it is.
-LIBRARIES = {"peft.tuners.lora.layer": "peft_lora"}
+LIBRARIES = {
+    "peft.tuners.lora.layer": "peft_lora",
+    "adapters.methods.adapter_layer_base": "adapters_library",
+}
 
 
 class _Before(NamedTuple):

@@ -6,8 +6,6 @@ import pytest
 import torch
 import transformers as hf
 
-from pelt_kernels.integrations import peft_lora
-
 WORDS = 64
 _SIZES = {"vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -59,6 +57,8 @@ def way(request, monkeypatch):
     """Both ways in which an accelerated layer of PEFT's LoRA computes: calls as small as those of
     tests do not pay for the operator.
     """
+    from pelt_kernels.integrations import peft_lora  # where PEFT is
+
     if request.param == "operator":
         monkeypatch.setattr(peft_lora, "PAYS_FROM", 0)
     return request.param

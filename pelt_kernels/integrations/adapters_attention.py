@@ -1,0 +1,151 @@
+"""Prefix tuning of the library ``adapters`` on `prefix_attention`, in BERT, RoBERTa and XLM-R.
+
+The library computes the prefixes of all layers before the model's forward, once for each sentence
+of the batch, and each attention joins its own to the tokens' keys. Here they are computed once for
+the batch, and the attention reads them as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from adapters.context import ForwardContext
+from adapters.methods.prefix_tuning import FlatPrefixTuning, PrefixTuning
+from adapters.models.bert.modeling_bert import BertSdpaSelfAttentionWithAdapters
+from adapters.models.roberta.modeling_roberta import RobertaSdpaSelfAttentionWithAdapters
+from adapters.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaSdpaSelfAttentionWithAdapters
+from torch import Tensor, nn
+
+from ..ops import Prefix, prefix_attention
+from .adapters_layers import names_in
+from .replacement import Accelerated, library_class
+
+
+class AcceleratedPrefixTuning(Accelerated, PrefixTuning):
+    """The library's prefixes, by their network, for the batch as one."""
+
+    def forward(self, batch_size: int) -> Any:
+        """For each layer keys and values [2, batch_size, H, P, E]."""
+        return _for_the_batch(self, PrefixTuning, batch_size)
+
+
+class AcceleratedFlatPrefixTuning(Accelerated, FlatPrefixTuning):
+    """The library's prefixes, as a table, for the batch as one."""
+
+    def forward(self, batch_size: int) -> Any:
+        """For each layer keys and values [2, batch_size, H, P, E]."""
+        return _for_the_batch(self, FlatPrefixTuning, batch_size)
+
+
+def _for_the_batch(module: Any, kind: Any, batch_size: int) -> Any:
+    if module.dropout.p and module.dropout.training:
+        return kind.forward(module, batch_size)  # a mask of its own for each sentence
+    return tuple(each.expand(-1, batch_size, -1, -1, -1) for each in kind.forward(module, 1))
+
+
+class _Own(NamedTuple):
+    """The prefix of one attention in one call."""
+
+    prefix: Prefix
+    gate: Tensor | None
+
+
+class _SelfAttention(Accelerated):
+    """An attention whose prefixes are not joined to its keys."""
+
+    prefix_tuning: Any
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        past_key_values: Any = None,
+        output_attentions: bool | None = False,
+        cache_position: Tensor | None = None,
+    ) -> Any:
+        """As the library's: (out [B, S, D], None)."""
+        module: Any = self
+        others = (head_mask, encoder_hidden_states, past_key_values)
+        is_plain = all(each is None for each in others) and not output_attentions
+        if module.is_decoder or module.position_embedding_type != "absolute":
+            is_plain = False
+        own = self._own(hidden_states) if is_plain else None
+        if own is None:
+            kind: Any = library_class(module)
+            return kind.forward(
+                self,
+                hidden_states,
+                attention_mask,
+                *others,
+                output_attentions,
+                cache_position,
+            )
+        batch, rows = hidden_states.shape[:2]
+        shape = (batch, rows, module.num_attention_heads, module.attention_head_size)
+        q, k, v = (
+            linear(hidden_states).view(shape).transpose(1, 2)
+            for linear in (module.query, module.key, module.value)
+        )
+        out = prefix_attention(
+            q,
+            k,
+            v,
+            [own.prefix],
+            gate=own.gate,
+            bias=attention_mask,
+            dropout_p=module.dropout_prob if module.training else 0.0,
+            backend=self.pelt_backend,
+        )
+        assert isinstance(out, Tensor)
+        return out.transpose(1, 2).reshape(batch, rows, module.all_head_size), None
+
+    def _own(self, hidden_states: Tensor) -> _Own | None:
+        """The prefix, where there is one that is the same for the batch."""
+        layer = self.prefix_tuning
+        names = names_in(layer.get_active_setup(), layer.prefixes)
+        context = ForwardContext.get_context()
+        if len(names) != 1 or context is None or hidden_states.ndim != 3:
+            return None
+        (name,) = names
+        keys, values = context.prefix_states[name][layer.location_key][layer.prefixes[name]]
+        batch = len(hidden_states)
+        is_shared = batch == 1 or (keys.stride(0) == 0 and values.stride(0) == 0)
+        if not is_shared or len(keys) != batch or getattr(context, "prompt_tokens_length", None):
+            return None
+        gate = None
+        if name in layer.prefix_gates:
+            if layer.prefix_gates[name].out_features != 1:
+                return None
+            pooled = torch.sigmoid(layer.prefix_gates[name](hidden_states)).mean(dim=1)
+            layer._store_gating_score(name, pooled)
+            gate = pooled[:, 0]
+        return _Own(Prefix(keys[0].transpose(0, 1), values[0].transpose(0, 1)), gate)
+
+
+class AcceleratedBertAttention(_SelfAttention, BertSdpaSelfAttentionWithAdapters):
+    """BERT's."""
+
+
+class AcceleratedRobertaAttention(_SelfAttention, RobertaSdpaSelfAttentionWithAdapters):
+    """RoBERTa's."""
+
+
+class AcceleratedXLMRobertaAttention(_SelfAttention, XLMRobertaSdpaSelfAttentionWithAdapters):
+    """XLM-R's."""
+
+
+ATTENTIONS: dict[type[nn.Module], type[nn.Module]] = {
+    kind.__bases__[-1]: kind
+    for kind in (
+        AcceleratedBertAttention,
+        AcceleratedRobertaAttention,
+        AcceleratedXLMRobertaAttention,
+    )
+}
+POOLS: dict[type[nn.Module], type[nn.Module]] = {
+    PrefixTuning: AcceleratedPrefixTuning,
+    FlatPrefixTuning: AcceleratedFlatPrefixTuning,
+}
