@@ -32,7 +32,8 @@ class _Before(NamedTuple):
 
 
 def accelerate(model: nn.Module, *, backend: str | None = None) -> Report:
-    """Has the layers of a model that PEFT made run on this project's operators, in place.
+    """Has the layers of a model that PEFT or AdapterHub's library ``adapters`` made run on this
+    project's operators, in place.
 
     The model keeps its objects, parameters, state dict and checkpoints, and each layer reads its
     library's state at every call, so adapters that are added, switched, merged or deleted later are
@@ -40,7 +41,7 @@ def accelerate(model: nn.Module, *, backend: str | None = None) -> Report:
     is. `restore` gives the library's own layers back.
 
     Args:
-        model: a `PeftModel`, or any model with PEFT's layers in it.
+        model: a `PeftModel`, or any model with layers of PEFT's or of ``adapters``' in it.
         backend: the backend that its layers ask for; None: the one in force at each call.
 
     Returns:
@@ -101,8 +102,8 @@ def _replacements(model: nn.Module, backend: str | None) -> list[Replacement]:
             found += library.replacements(model, backend)
     if not found:
         raise ValueError(
-            f"accelerate: expected a model with PEFT's layers, got {type(model).__name__} with "
-            "none; make one with peft.get_peft_model"
+            "accelerate: expected a model with adapters of PEFT's or of the library adapters, got "
+            f"{type(model).__name__} with none; make one with peft.get_peft_model or add_adapter"
         )
     return found
 

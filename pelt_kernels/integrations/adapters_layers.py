@@ -109,7 +109,10 @@ def why_not_lora(lora: Any) -> str:
         return f"{'DoRA' if type(lora) is LoRA else type(lora).__name__} is not plain LoRA"
     if lora.r > MAX_RANK:
         return f"its rank is above {MAX_RANK}"
-    if is_watched(lora) or (lora.use_gating and not _is_plain(lora.gate)):
+    if float(getattr(lora.lora_dropout, "p", 0.0)) >= 1.0:
+        return "its dropout leaves nothing"
+    inner = [lora, *lora.children()]
+    if any(map(is_watched, inner)) or (lora.use_gating and not _is_plain(lora.gate)):
         return "it has hooks, so it is called as the library does"
     if lora.use_gating and lora.gate.out_features != 1:
         return "it has several gates"
@@ -191,6 +194,8 @@ def why_not_adapter(adapter: Any) -> str:
         return "it has a scale for each channel"
     if not all(isinstance(each, nn.Linear) for each in (down, adapter.adapter_up)):
         return f"its projections are {type(down).__name__}"
+    if adapter.dropout.p >= 1.0:
+        return "its dropout leaves nothing"
     inner = [adapter.adapter_down, adapter.non_linearity, adapter.dropout]
     linears = [down, adapter.adapter_up, *([adapter.gate] if adapter.use_gating else [])]
     if any(map(is_watched, (adapter, *inner))) or not all(map(_is_plain, linears)):

@@ -32,7 +32,7 @@ def replacements(model: nn.Module, backend: str | None) -> list[Replacement]:
 
     Raises:
         ValueError: a version of the library that this was not compared with, an adapter that is
-            merged, or a layer that the backend cannot serve.
+            merged, weights on the meta device, or a layer that the backend cannot serve.
     """
     found = list(_found(model))
     if not found:
@@ -45,6 +45,12 @@ def replacements(model: nn.Module, backend: str | None) -> list[Replacement]:
             f"accelerate: expected adapters {TESTED}, with which its layers were compared, got "
             f"{version}; install such a version, or use the model as it is"
         )
+    for each in found:
+        if any(parameter.is_meta for parameter in each.module.parameters()):
+            raise ValueError(
+                f"accelerate: expected weights in memory, got {each.name} on the meta device; load "
+                "them first"
+            )
     if backend is not None:
         _check_backend(found, backend)
     return found

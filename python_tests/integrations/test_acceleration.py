@@ -158,7 +158,7 @@ def test_a_refusal_changes_nothing(spoil, options, sentence, make_model):
 
 def test_what_is_no_model_of_pefts_is_refused(make_model):
     with pytest.raises(
-        ValueError, match="with PEFT's layers, got BertForSequ.* with none; make one with"
+        ValueError, match="with adapters of PEFT's .*, got BertForSequ.* with none; make one with"
     ):
         pelt_kernels.accelerate(make_model("bert"))
     for call in (pelt_kernels.accelerate, pelt_kernels.restore):
