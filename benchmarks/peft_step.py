@@ -137,12 +137,14 @@ def measure(what: Configuration, seconds: float, options: argparse.Namespace) ->
     # The head's parameters stay in float32 where PEFT keeps them so: the model is cast before.
     base = base.to(device, dtype)
     batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
-    shipped = peft.get_peft_model(base, _config(what.method, base))
+    made = peft.get_peft_model(base, _config(what.method, base))
     with torch.no_grad():
-        for name, parameter in shipped.named_parameters():
+        for name, parameter in made.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.02)  # not zero, so that the branch does something
-    faster = copy.deepcopy(shipped)
+    # Both are copies, for where weights lie in memory counts.
+    shipped, faster = copy.deepcopy(made), copy.deepcopy(made)
+    del base, made
     forget_choices()
     report = pelt_kernels.accelerate(faster, backend=options.backend)
     models = {"peft": shipped, "accelerated": faster}

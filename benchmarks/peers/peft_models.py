@@ -4,8 +4,8 @@ with their own loading code and without a network.
 
     python -m benchmarks.peers.peft_models FOLDER
 
-Sizes follow what the tests say of a model, such as a name of a module or a number of layers; the
-weights are random.
+Sizes follow what the tests say of a model, such as a name of a module or a number of layers. The
+weights are random, and large enough that an adapter changes what such a small model says.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ GPT2 = {
 LLAMA = {
     "vocab_size": 1024, "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512,
-    "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2,
+    "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2, "initializer_range": 0.2,
 }  # fmt: skip
 GROUPED = LLAMA | {"num_key_value_heads": 2}
 GEMMA = GROUPED | {"hidden_size": 32, "head_dim": 8}
@@ -52,13 +52,13 @@ ROBERTA = BERT | {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 DEBERTA = BERT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "hidden_act": "gelu"}
 T5 = {
     "vocab_size": 1103, "d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 5, "num_heads": 4,
-    "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
+    "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "initializer_factor": 3.0,
 }  # fmt: skip
 BART = {
     "vocab_size": 1024, "d_model": WIDTH, "encoder_layers": 2, "decoder_layers": 2,
     "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 4,
     "decoder_ffn_dim": 4, "max_position_embeddings": 100, "pad_token_id": 1, "bos_token_id": 0,
-    "eos_token_id": 2, "decoder_start_token_id": 2,
+    "eos_token_id": 2, "decoder_start_token_id": 2, "init_std": 0.2,
 }  # fmt: skip
 CLIP_TEXT = {
     "vocab_size": 1024, "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 5,
@@ -71,6 +71,11 @@ FALCON_MAMBA = {
     "vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8,
     "conv_kernel": 4, "intermediate_size": 64, "time_step_rank": 2,
 }  # fmt: skip
+NEMOTRON = {
+    "vocab_size": 1024, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "mamba_num_heads": 4,
+    "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "hybrid_override_pattern": "M*-",
+}  # fmt: skip
 
 MODELS = {
     "peft-internal-testing/tiny-random-OPTForCausalLM": Made("OPTForCausalLM", OPT),
@@ -78,6 +83,7 @@ MODELS = {
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": Made("GPT2LMHeadModel", GPT2),
     "peft-internal-testing/tiny-random-gpt2": Made("GPT2LMHeadModel", GPT2),
     "hf-internal-testing/tiny-random-gpt2": Made("GPT2LMHeadModel", GPT2),
+    "gpt2": Made("GPT2LMHeadModel", GPT2),
     "peft-internal-testing/tiny-random-GPTJForCausalLM": Made(
         "GPTJForCausalLM", GPT2 | {"rotary_dim": 4}
     ),
@@ -106,6 +112,7 @@ MODELS = {
     ),
     "peft-internal-testing/tiny-random-BertModel": Made("BertModel", BERT),
     "hf-internal-testing/tiny-random-BertModel": Made("BertModel", BERT),
+    "bert-base-uncased": Made("BertModel", BERT),
     "peft-internal-testing/tiny-random-RobertaModel": Made("RobertaModel", ROBERTA),
     "peft-internal-testing/tiny-random-DebertaModel": Made("DebertaModel", DEBERTA),
     "peft-internal-testing/tiny-random-DebertaV2Model": Made("DebertaV2Model", DEBERTA),
@@ -116,6 +123,7 @@ MODELS = {
         "RobertaForSequenceClassification", ROBERTA
     ),
     "peft-internal-testing/tiny-clip-text-2": Made("CLIPTextModel", CLIP_TEXT, False),
+    "trl-internal-testing/tiny-NemotronHForCausalLM-nano": Made("NemotronHForCausalLM", NEMOTRON),
     "tiiuae/falcon-mamba-tiny-dev": Made("FalconMambaForCausalLM", FALCON_MAMBA),
 }
 
