@@ -34,6 +34,10 @@ class Accelerated:
     def pelt_detach(self) -> None:
         """Called before the library's class comes back: undoes `pelt_attach`."""
 
+    def _get_name(self) -> str:
+        """What a module is called where a model is printed: PEFT reads a layer's kind there."""
+        return library_class(self).__name__  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class Replacement:

@@ -42,6 +42,16 @@ def test_restore_leaves_no_trace(model):
     assert _state(model) == before
 
 
+def test_a_model_is_printed_as_before_and_peft_finds_its_layers(model):
+    def shown():
+        return repr(model), peft.get_layer_status(model), peft.get_model_status(model)
+
+    before = shown()
+    pelt_kernels.accelerate(model)
+    assert shown() == before
+    assert {status.module_type for status in before[1]} == {"lora.Linear"}
+
+
 def test_a_second_call_changes_nothing_but_the_backend(model, batch):
     first = pelt_kernels.accelerate(model)
     assert pelt_kernels.accelerate(model, backend="eager") == first
