@@ -21,6 +21,7 @@ from .report import Report, report_of
 # The file of each library, by a module of the library's that is loaded wherever a model of it is.
 LIBRARIES = {
     "peft.tuners.lora.layer": "peft_lora",
+    "peft.peft_model": "peft_prefix",
     "adapters.methods.adapter_layer_base": "adapters_library",
 }
 
