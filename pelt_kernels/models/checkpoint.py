@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,14 +96,18 @@ def collapsed(
     config: MethodConfig, trained: Mapping[str, Tensor], prefix: nn.Module
 ) -> tuple[MethodConfig, dict[str, Tensor]]:
     """The method and what is trained as they are after `PrefixAttention.collapse`, which is not
-    called: the prefixes' tables in the place of their reparametrisation.
+    called: the tables that these values of the prefixes give in the place of their
+    reparametrisation.
     """
     tensors = dict(trained)
     for path, prefixes in prefix_sets(prefix).items():
-        kept = prefixes.as_tables()
-        if "gate_bias" in prefixes._parameters:
-            kept["gate_bias"] = prefixes.gate_bias.detach()
         start = f"prefix.{path}." if path else "prefix."
+        given = copy.deepcopy(prefixes)  # the model's own may be sharded
+        values = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+        given.load_state_dict(values, assign=True)
+        kept = given.as_tables()
+        if "gate_bias" in given._parameters:
+            kept["gate_bias"] = given.gate_bias.detach()
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(start)}
         tensors |= {start + name: table for name, table in kept.items()}
     return without_reparametrisation(config), tensors

@@ -19,6 +19,7 @@ from .labelled import LabelledModel
 from .lora_targets import biases_of_targets
 from .mixture import compares_passes, consistent_forward
 from .pruning import check_progress, density, set_sparsity
+from .sharded import is_writer_of, trained_of, whole
 from .task_inputs import TaskInputs
 from .trained_tokens import TrainedTokens
 from .vocabulary import ADDED_ROWS, word_embeddings
@@ -185,6 +186,8 @@ class PeltModel(LabelledModel):
         *,
         format: str = "pelt",
         collapse_prefix: bool = False,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
         **ignored: Any,
     ) -> None:
         """Writes pelt_config.json and pelt_model.safetensors: what was trained, the head
@@ -199,13 +202,16 @@ class PeltModel(LabelledModel):
                 outputs.
             collapse_prefix: write the prefixes' keys and values instead of their reparametrisation:
                 smaller, but training cannot resume from it. This model keeps its reparametrisation.
-            ignored: further arguments that transformers passes to every model (``state_dict``,
-                ``is_main_process``).
+            is_main_process: False: this process writes nothing. Parameters that FSDP2 has sharded
+                are gathered, for which every process has to call this; the first of them writes.
+            state_dict: what to write instead of the model's own values, such as
+                ``accelerator.get_state_dict`` gives.
+            ignored: further arguments that transformers passes to every model.
 
         Raises:
-            ValueError: a trained number is not finite; an unknown format, or a method that PEFT's
-                files cannot hold, with the reason. OSError: the directory cannot be made or
-                written, or there is no space. Earlier files are as they were.
+            ValueError: a trained number is not finite, or missing in state_dict; an unknown format,
+                or a method that PEFT's files cannot hold, with the reason. OSError: the directory
+                cannot be made or written, or there is no space. Earlier files are as they were.
         """
         self._check_attached("save_pretrained")
         if format not in FILE_FORMATS:
@@ -213,19 +219,23 @@ class PeltModel(LabelledModel):
                 f"save_pretrained: expected format as one of {', '.join(FILE_FORMATS)}, got "
                 f"{format!r:.80}"
             )
-        config, tensors = self.method_config, self._tensors_to_save()
+        trained = self.trained_parameters()
+        is_writer = is_main_process and is_writer_of(trained.values())
+        if state_dict is None:
+            added = self._added_rows()  # gathered by every process, as the others are
+            tensors = whole(trained if added is None else {**trained, ADDED_ROWS: added})
+        if not is_writer:
+            return  # where accelerate's state may be empty
+        if state_dict is not None:
+            tensors = trained_of(state_dict, trained, ADDED_ROWS)
+        config, rows = self.method_config, tensors.pop(ADDED_ROWS, None)
         if (collapse_prefix or format == PEFT) and self.prefix is not None:
             config, tensors = collapsed(config, tensors, self.prefix)
-        rows = self._added_rows()
         if format == PEFT:
-            added = {} if rows is None else {ADDED_ROWS: rows}
-            write_peft(directory, self.base_model, config, tensors | added)
+            with_rows = {} if rows is None else {ADDED_ROWS: rows}
+            write_peft(directory, self.base_model, config, tensors | with_rows)
         else:
             save_adapter(directory, self.base_model, config, tensors, rows)
-
-    def _tensors_to_save(self) -> dict[str, Tensor]:
-        """What is trained, by parameter name, as files hold it."""
-        return dict(self.trained_parameters())
 
     def load_adapter(self, directory: str | os.PathLike[str]) -> None:
         """Loads what `save_pretrained` wrote into this model, which must have the same method.

@@ -5,6 +5,7 @@ whose state is what is trained and what no file of the model holds.
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention_config import viewed
+from .sharded import TrainedState
 from .vocabulary import ADDED_ROWS, check_count, held_words, vocabulary_of, word_embeddings
 
 if TYPE_CHECKING:
@@ -160,12 +162,18 @@ class WrappedModel(nn.Module):
         transformers.Trainer saves a model's state_dict, so its checkpoints hold what is trained and
         nothing else.
         """
+        if not frozen and not args and kwargs.get("destination") is None:
+            kwargs["destination"] = TrainedState()
+            kwargs["destination"]._metadata = OrderedDict()  # as torch's own state has
         state = super().state_dict(*args, **kwargs)
         if not frozen:
             prefix = kwargs.get("prefix", "")
             trained = {prefix + name for name in self._trained}
-            for key in [key for key in state if key.startswith(prefix) and key not in trained]:
+            others = [key for key in state if key.startswith(prefix) and key not in trained]
+            for key in others:
                 del state[key]
+            if isinstance(state, TrainedState):
+                state.frozen = frozenset(others)
             rows = self._added_rows()
             if rows is not None:
                 state[prefix + ADDED_ROWS] = rows
