@@ -4,7 +4,8 @@ the way that a call takes.
 ``torch.ops.pelt_kernels.<name>_fwd`` and ``_bwd`` take the contract's inputs and attributes, the
 seed, and the request for a backend. They carry a fake implementation and an autograd formula, so
 `torch.compile`, `opcheck` and `torch.export` see ordinary operators. The seed is a tensor there, so
-that a graph draws one at each run and reads no number out of a tensor.
+that a graph draws one at each run and reads no number out of a tensor. ``<name>`` itself is made of
+them, for whoever calls by name (`_entry`).
 
 Plain tensors outside of any mode or transform take `_short_way`. What needs more than an output and
 its gradient is served by `_formula`.
@@ -22,6 +23,7 @@ from torch.autograd import forward_ad
 
 from . import _dispatch, _formula, _short_way
 from ._contract import Chosen, Contract, Signature, output_dtype
+from ._entry import entry, entry_schema
 from ._rows import Input, check_count
 from ._short_way import filled, like_of, run_backward, run_forward
 from ._values import Value, flatten, lengths_of, unflatten
@@ -50,6 +52,8 @@ class Operator:
             setup_context=self._keep,
             lib=_LIBRARY,
         )
+        _LIBRARY.define(f"{contract.name}{entry_schema(contract)}")
+        _LIBRARY.impl(contract.name, entry(contract, self), "CompositeImplicitAutograd")
 
     def __call__(
         self, values: Sequence[Value], attributes: Sequence[Any], seed: Any, backend: str | None

@@ -23,7 +23,7 @@ from pelt_kernels.ops import (
 )
 from pelt_kernels.ops._contract import Contract
 from pelt_kernels.ops._register import Operator, pack
-from pelt_kernels.ops._values import flatten
+from pelt_kernels.ops._values import flatten, is_given
 
 # The others have no activations either that autocast would cast: a weight, and a loss in float32.
 WITH_DROPOUT = [operator for operator in OPERATORS if contract_of(operator).CONTRACT.has_seed]
@@ -64,6 +64,43 @@ def test_a_compiled_call_is_one_graph_with_the_same_numbers(operator, case_id):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize(("operator", "case_id"), QUICK)
+def test_the_entry_by_name_is_the_operator(operator, case_id, is_compiled):
+    """Called with the contract's names, without what has its default."""
+    case, contract = case_of(operator, case_id), contract_of(operator).CONTRACT
+    attributes = make_attributes(contract, case)
+    values = inputs_of(operator, case, "float32")
+    changed = {
+        row.name: value
+        for row, value in zip(contract.attribute_rows, attributes)
+        if value != row.default
+    } | ({"seed": SEED} if contract.has_seed else {})
+
+    def by_name(given):
+        named = {n: v for n, v in zip(contract.input_names, given) if is_given(v)}
+        outputs = getattr(torch.ops.pelt_kernels, operator)(**named, **changed, backend="eager")
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    op = operator_of(operator)
+    expected = evaluate(operator, case, values, lambda given: op(given, attributes, SEED, "eager"))
+    torch._dynamo.reset()
+    function = torch.compile(by_name, fullgraph=True, backend="aot_eager")
+    found = evaluate(operator, case, values, function if is_compiled else by_name)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_the_entry_draws_a_seed_where_none_is_given():
+    x, a, b = torch.randn(2, 5, 16), torch.randn(4, 16), torch.randn(16, 4)
+    torch.manual_seed(1)
+    expected = gated_adapter(x, a, b, dropout_p=0.5)
+    torch.manual_seed(1)
+    found = [torch.ops.pelt_kernels.gated_adapter(x, a, b, dropout_p=0.5)[0] for _ in range(2)]
+    assert torch.equal(found[0], expected) and not torch.equal(found[1], expected)
 
 
 def test_public_functions_compile_without_a_graph_break():
