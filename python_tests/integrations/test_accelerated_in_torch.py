@@ -21,8 +21,9 @@ from pelt_kernels.integrations import peft_lora
 TARGETS = ["q_proj", "v_proj"]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_compiled_as_one_graph(dropout):
+@pytest.mark.parametrize(("dropout", "backend"), [(0.1, None), (0.0, "eager"), (0.1, "eager")])
+def test_compiled_as_one_graph(dropout, backend):
+    """By PEFT's formula, or by the operator where a backend is asked for and nothing is drawn."""
     model = nn.Sequential(OrderedDict(up=nn.Linear(8, 16), gelu=nn.GELU(), down=Conv1D(8, 16)))
     model = with_lora(model, target_modules=["up", "down"], lora_dropout=dropout).double()
     x = torch.randn(2, 3, 8, dtype=torch.float64)
@@ -34,10 +35,12 @@ def test_compiled_as_one_graph(dropout):
         return y.detach(), [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
     expected = step(model.eval())
-    pelt_kernels.accelerate(model)
+    pelt_kernels.accelerate(model, backend=backend)
+    pelt_kernels.ops.forget_choices()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(step(compiled), expected)
+    assert bool(pelt_kernels.explain("lora_linear")) == (backend is not None)
     model.train()
     first, second = step(compiled)[0], step(compiled)[0]
     assert torch.equal(first, second) == (dropout == 0.0)  # a mask for each call
