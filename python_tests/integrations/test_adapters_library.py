@@ -20,6 +20,8 @@ adapters = pytest.importorskip(
 
 from adapters import composition as ac  # noqa: E402
 
+from pelt_kernels.integrations import adapters_layers  # noqa: E402
+
 UNIPELT = adapters.UniPELTConfig(
     adapters.PrefixTuningConfig(prefix_length=3, bottleneck_size=8, use_gating=True),
     adapters.SeqBnConfig(reduction_factor=4, use_gating=True),
@@ -76,6 +78,22 @@ def _model(*configs, family="bert", active=None):
             if parameter.requires_grad:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return model.double().eval()
+
+
+@pytest.fixture(autouse=True)
+def _on_operators(monkeypatch):
+    """Models as small as these do not pay for the operators."""
+    monkeypatch.setattr(adapters_layers, "PAYS_FROM", 0)
+
+
+def test_small_calls_go_the_librarys_way(run, monkeypatch):
+    model = _model(UNIPELT)
+    expected = run(model)
+    pelt_kernels.accelerate(model)
+    monkeypatch.setattr(adapters_layers, "PAYS_FROM", 1 << 20)
+    for name in ("lora_linear", "gated_adapter"):
+        monkeypatch.setattr(adapters_layers, name, None)
+    torch.testing.assert_close(run(model), expected)
 
 
 @pytest.fixture
