@@ -1,8 +1,8 @@
 """``torch.ops.pelt_kernels.<operator>``: an operator by its contract's names, with defaults.
 
-It is for programs that hold no Python of this package: exported graphs, and whoever calls through
-torch. It is made of the registered forward (composite), so autograd, `torch.compile` and
-`torch.export` see through it.
+It is made of PyTorch's own operations and the registered forward (CompositeImplicitAutograd), so
+autograd, `torch.compile` and `torch.export` see through it. The outputs are the contract's public
+ones.
 """
 
 from __future__ import annotations
