@@ -39,6 +39,7 @@ def test_outcomes_are_counted_by_test_and_what_differs_is_named(tmp_path):
         {"test": "tests/test_x.py::a", "outcome": "failed", "reason": "taken down"},
         {"test": "tests/test_x.py::d", "outcome": "passed", "reason": ""},
         {"served": {"lora_linear": 1200}, "refused": {}, "backends": {"lora_linear": "cpu"}},
+        {"commit": "0123456789abcdef"},
     ]
     found = {}
     for way, lines in (("before", before), ("after", after)):
@@ -57,7 +58,7 @@ def test_outcomes_are_counted_by_test_and_what_differs_is_named(tmp_path):
     table = peft_tests.table([row, row | {"file": "test_z", "differ": []}])
     assert "| `test_x` | 3, 1, 1 | 1, 3, 0 | 4 |" in table
     assert "| all | 6, 2, 2 | 2, 6, 0 | 4 |" in table
-    assert "2,400 by `lora_linear`" in table
+    assert "2,400 by `lora_linear`" in table and "commit 0123456789." in table
 
 
 def reports(**outcomes):

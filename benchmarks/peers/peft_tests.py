@@ -82,7 +82,7 @@ def _rows(folder: Path, files: Iterable[str]) -> Iterator[dict[str, Any]]:
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(source)]),
     }
     make = [python, "-m", peft_models.__name__, folder / "hub"]
-    subprocess.run(make, env=variables, check=True, cwd=source, stdout=subprocess.DEVNULL)
+    _run(make, source, variables)
     for file in files:
         found = {}
         for way, more in WAYS.items():
@@ -90,7 +90,10 @@ def _rows(folder: Path, files: Iterable[str]) -> Iterator[dict[str, Any]]:
             if not outcomes.is_file():
                 part = outcomes.with_suffix(".part")
                 part.unlink(missing_ok=True)
-                _run([python, *_pytest(source, file, part), *more], source, variables)
+                said = _run([python, *_pytest(source, file, part), *more], source, variables, 1)
+                print(f"{file}, {way}: {said.rpartition(chr(10))[2]}", flush=True)
+                with part.open("a") as stream:
+                    stream.write(json.dumps({"commit": commit()}) + "\n")
                 part.rename(outcomes)
             found[way] = read_outcomes(outcomes)
         yield row_of(file, found)
@@ -134,15 +137,17 @@ def _pytest(source: Path, file: str, outcomes: Path) -> list[Any]:
     return ["-m", "pytest", "-q", "--tb=no", *settings, *plugin, source / "tests" / f"{file}.py"]
 
 
-def _run(command: list[Any], source: Path, variables: dict[str, str]) -> None:
-    """Runs tests. Raises RuntimeError where they did not run at all: a failure is an outcome."""
+def _run(command: list[Any], source: Path, variables: dict[str, str], most: int = 0) -> str:
+    """What a command says. Raises RuntimeError where it ends with a code above ``most``: pytest's 1
+    is of tests that failed, which is an outcome.
+    """
     done = subprocess.run(
         command, cwd=source, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, check=False,
     )  # fmt: skip
-    if done.returncode not in (0, 1):  # that all passed, and that some failed
-        raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}")
-    print(done.stdout.rstrip().rpartition("\n")[2], flush=True)
+    if not 0 <= done.returncode <= most:
+        raise RuntimeError(f"{command[2]} ended with {done.returncode}:\n{done.stdout[-2000:]}")
+    return done.stdout.rstrip()
 
 
 def read_outcomes(file: Path) -> tuple[Outcomes, dict[str, Any]]:
@@ -155,7 +160,7 @@ def read_outcomes(file: Path) -> tuple[Outcomes, dict[str, Any]]:
     for text in file.read_text().splitlines():
         line = json.loads(text)
         if "test" not in line:
-            models = line
+            models |= line
         elif outcomes.get(line["test"], {}).get("outcome") != "failed":
             outcomes[line["test"]] = {name: line[name] for name in ("outcome", "reason")}
     return outcomes, models
@@ -186,7 +191,6 @@ def row_of(file: str, found: dict[str, tuple[Outcomes, dict[str, Any]]]) -> dict
         "versions": {
             name: importlib.metadata.version(name) for name in ("peft", "torch", "transformers")
         },
-        "commit": commit(),
     }
 
 
