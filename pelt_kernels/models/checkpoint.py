@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..methods import MethodConfig, PrefixTuningConfig, parts_of, with_part_changes
 from ..nn import PrefixAttention
-from .adapter_files import CONFIG_FILE, read_config, read_weights, write_adapter
+from .adapter_files import CONFIG_FILE, describe, read_config, read_weights, write_adapter
 from .first_values import head_names, names_in_place
 from .formats import read_foreign
 from .lora_targets import biases_of_targets
@@ -41,11 +43,22 @@ def save_adapter(
     rows: Tensor | None,
 ) -> None:
     """Writes what is trained, and the rows of words that no file of the base model holds."""
-    tensors = dict(trained)
+    tensors = dict(trained) | ({} if rows is None else {ADDED_ROWS: rows})
+    write_adapter(directory, config, _base_with_rows(model, rows), tensors)
+
+
+def state_entry(model: PreTrainedModel, config: MethodConfig, rows: Tensor | None) -> Tensor:
+    """What `save_adapter` writes of the method and the base model, as bytes: the entry by which a
+    model's state says what it is the state of.
+    """
+    described = describe(config, _base_with_rows(model, rows))
+    text = json.dumps(described, sort_keys=True)
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def _base_with_rows(model: PreTrainedModel, rows: Tensor | None) -> dict[str, Any]:
     base = describe_base(model)
-    if rows is not None:
-        base["vocab_added"], tensors[ADDED_ROWS] = len(rows), rows
-    write_adapter(directory, config, base, tensors)
+    return base if rows is None else base | {"vocab_added": len(rows)}
 
 
 def read_adapter(

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..methods import MethodConfig, parts_of
 from .adapter_files import copy_weights
 from .allocation import check_size
-from .checkpoint import collapsed, read_adapter, save_adapter
+from .checkpoint import collapsed, read_adapter, save_adapter, state_entry
 from .first_values import FirstValues, head_names, names_in_place
 from .formats.peft_writer import write_peft
 from .inject import Injection, raise_occupied
@@ -237,6 +237,15 @@ class PeltModel(LabelledModel):
         else:
             save_adapter(directory, self.base_model, config, tensors, rows)
 
+    def get_extra_state(self) -> Tensor:
+        """The method and the base model's sizes, as bytes in the state: transformers.Trainer saves
+        a model's state and nothing else of it, and `from_pretrained` opens that.
+        """
+        return state_entry(self.base_model, self.method_config, self._added_rows())
+
+    def set_extra_state(self, state: Any) -> None:
+        """Nothing: whether a state fits is for its names and shapes to say."""
+
     def load_adapter(self, directory: str | os.PathLike[str]) -> None:
         """Loads what `save_pretrained` wrote into this model, which must have the same method.
 
@@ -253,8 +262,9 @@ class PeltModel(LabelledModel):
     def from_pretrained(
         cls, model: PreTrainedModel, directory: str | os.PathLike[str], is_trainable: bool = False
     ) -> Self:
-        """The base model with an adapter that `save_pretrained` wrote. On an error the base model
-        is as it was.
+        """The base model with an adapter that `save_pretrained` wrote, a transformers.Trainer (its
+        checkpoints and what its save_model leaves) or another library (`formats`). On an error the
+        base model is as it was.
 
         Args:
             model: a model like the one the adapter was trained in, without a method.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .adapter_files import STATE_ENTRY
 from .attention_config import viewed
 from .sharded import TrainedState
 from .vocabulary import ADDED_ROWS, check_count, held_words, vocabulary_of, word_embeddings
@@ -160,7 +161,7 @@ class WrappedModel(nn.Module):
         the base model's; with ``frozen`` all of its weights.
 
         transformers.Trainer saves a model's state_dict, so its checkpoints hold what is trained and
-        nothing else.
+        nothing else but what says of which method it is (`PeltModel.get_extra_state`).
         """
         if not frozen and not args and kwargs.get("destination") is None:
             kwargs["destination"] = TrainedState()
@@ -168,7 +169,7 @@ class WrappedModel(nn.Module):
         state = super().state_dict(*args, **kwargs)
         if not frozen:
             prefix = kwargs.get("prefix", "")
-            trained = {prefix + name for name in self._trained}
+            trained = {prefix + name for name in (*self._trained, STATE_ENTRY)}
             others = [key for key in state if key.startswith(prefix) and key not in trained]
             for key in others:
                 del state[key]

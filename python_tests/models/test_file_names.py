@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainingArguments
 
 from pelt_kernels.methods import LoraConfig
 from pelt_kernels.models import PeltModel, get_pelt_model
@@ -32,3 +35,47 @@ def test_an_adapter_of_another_library_in_the_folder_stays(make_base, tmp_path):
     get_pelt_model(make_base(), METHOD).save_pretrained(tmp_path)
     assert len(os.listdir(tmp_path)) == 4
     assert PeltModel.from_pretrained(make_base(), tmp_path).method_config == METHOD
+
+
+@pytest.mark.parametrize("words", [0, 4])
+def test_what_a_plain_trainer_saves_opens(words, make_base, make_batch, tmp_path):
+    """Its checkpoints and save_model's folder: the state says which method it is of."""
+
+    def resized(model):
+        if words:
+            model.resize_token_embeddings(99 + words, mean_resizing=False)
+        return model
+
+    model = get_pelt_model(make_base(), METHOD)
+    resized(model)
+    batch = make_batch()
+    rows = [{name: value[i] for name, value in batch.items()} for i in range(3)]
+    options = {"max_steps": 2, "save_steps": 1, "report_to": "none", "use_cpu": True}
+    options |= {"disable_tqdm": True, "per_device_train_batch_size": 3, "learning_rate": 0.1}
+    trainer = Trainer(model, TrainingArguments(tmp_path, **options), train_dataset=rows)
+    trainer.train()
+    trainer.save_model(tmp_path / "last")
+    expected = model.eval()(**batch).logits
+    for folder in ("last", "checkpoint-2"):
+        again = PeltModel.from_pretrained(resized(make_base()), tmp_path / folder)
+        assert again.method_config == METHOD
+        assert torch.equal(again(**batch).logits, expected)
+    early = PeltModel.from_pretrained(resized(make_base()), tmp_path / "checkpoint-1")
+    assert not torch.equal(early(**batch).logits, expected)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    torch.testing.assert_close(model.eval()(**batch).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_a_state_that_says_nothing_of_itself_is_no_adapter(make_base, tmp_path):
+    model = get_pelt_model(make_base(), METHOD)
+    state = dict(model.state_dict())
+    save_file(
+        state | {"_extra_state": torch.zeros(3, dtype=torch.uint8)}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(ValueError, match="model.safetensors is not JSON, it is damaged"):
+        PeltModel.from_pretrained(make_base(), tmp_path)
+    del state["_extra_state"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(FileNotFoundError, match="expected pelt_config.json in"):
+        PeltModel.from_pretrained(make_base(), tmp_path)
+    assert model.load_state_dict(load_file(tmp_path / "model.safetensors")) == ([], [])

@@ -131,7 +131,7 @@ def written_lora(
         "fan_in_fan_out": all(are_transposed),
         "init_lora_weights": True,
     }
-    written = {}
+    written: dict[str, Tensor] = {}
     for name, pair in pairs.items():
         written |= {f"{name}.lora_A.weight": pair.a, f"{name}.lora_B.weight": pair.b}
     for key, tensor in tensors.items():
