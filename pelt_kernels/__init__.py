@@ -31,7 +31,16 @@ if TYPE_CHECKING:
         config_from_dict,
         make_config,
     )
-    from .models import PeltModel, get_pelt_model
+    from .models import (
+        AutoPeltModel,
+        AutoPeltModelForCausalLM,
+        AutoPeltModelForQuestionAnswering,
+        AutoPeltModelForSeq2SeqLM,
+        AutoPeltModelForSequenceClassification,
+        AutoPeltModelForTokenClassification,
+        PeltModel,
+        get_pelt_model,
+    )
     from .ops import (
         LearnedGate,
         LoraBranch,
@@ -49,6 +58,12 @@ if TYPE_CHECKING:
 __all__ = [
     "METHODS",
     "AdaMixConfig",
+    "AutoPeltModel",
+    "AutoPeltModelForCausalLM",
+    "AutoPeltModelForQuestionAnswering",
+    "AutoPeltModelForSeq2SeqLM",
+    "AutoPeltModelForSequenceClassification",
+    "AutoPeltModelForTokenClassification",
     "BitFitConfig",
     "BottleneckAdapterConfig",
     "CompositeConfig",

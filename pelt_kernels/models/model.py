@@ -14,6 +14,7 @@ from .allocation import check_size
 from .checkpoint import collapsed, read_adapter, save_adapter, state_entry
 from .first_values import FirstValues, head_names, names_in_place
 from .formats.peft_writer import write_peft
+from .hub import local_folder, push
 from .inject import Injection, raise_occupied
 from .labelled import LabelledModel
 from .lora_targets import biases_of_targets
@@ -258,9 +259,45 @@ class PeltModel(LabelledModel):
         copy_weights(self.trained_parameters(), adapter.tensors, directory)
         self._put_rows(adapter.rows)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload adapter",
+        revision: str | None = None,
+        create_pr: bool = False,
+        **options: Any,
+    ) -> str:
+        """Uploads the adapter and a card (README.md) to the hub, and never the base model.
+
+        Args:
+            repo_id: made if it is not there.
+            options: for `save_pretrained`, such as ``format="peft"``.
+
+        Returns:
+            The commit's address.
+        """
+        return push(
+            self,
+            repo_id,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            options=options,
+        )
+
     @classmethod
     def from_pretrained(
-        cls, model: PreTrainedModel, directory: str | os.PathLike[str], is_trainable: bool = False
+        cls,
+        model: PreTrainedModel,
+        directory: str | os.PathLike[str],
+        is_trainable: bool = False,
+        *,
+        revision: str | None = None,
     ) -> Self:
         """The base model with an adapter that `save_pretrained` wrote, a transformers.Trainer (its
         checkpoints and what its save_model leaves) or another library (`formats`). On an error the
@@ -268,6 +305,7 @@ class PeltModel(LabelledModel):
 
         Args:
             model: a model like the one the adapter was trained in, without a method.
+            directory: a folder, or the id of a repository on the hub.
             is_trainable: whether training goes on; if not, nothing requires a gradient and the
                 model is in evaluation.
 
@@ -275,7 +313,16 @@ class PeltModel(LabelledModel):
             FileNotFoundError: a file is missing.
             ValueError: a damaged or cut file, another architecture, shape or method, or a number
                 that is not finite.
+            TypeError: no model but the name of one.
         """
+        if isinstance(model, (str, os.PathLike)):
+            raise TypeError(
+                f"from_pretrained: expected the base model, got its name {os.fspath(model)!r}; "
+                "load it with transformers' AutoModelForSequenceClassification, "
+                "AutoModelForCausalLM, ..., or both with AutoPeltModelForSequenceClassification, "
+                "AutoPeltModelForCausalLM, ...from_pretrained(folder)"
+            )
+        directory = local_folder(directory, revision)
         adapter = read_adapter(directory, model)
         check_size(model, adapter.config, adapter.tensors, directory)
         made = cls(model, adapter.config)

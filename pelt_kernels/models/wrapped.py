@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .adapter_files import STATE_ENTRY
 from .attention_config import viewed
+from .forwarded import refusal
 from .sharded import TrainedState
 from .vocabulary import ADDED_ROWS, check_count, held_words, vocabulary_of, word_embeddings
 
@@ -33,7 +34,7 @@ class LoadResult(NamedTuple):
 
 
 class WrappedModel(nn.Module):
-    """Forwards calls and attributes to the model it holds.
+    """Forwards calls and attributes to the model it holds, methods as `forwarded` has them.
 
     Its class is made for that model's: `shown_as` says what others read from it.
 
@@ -78,6 +79,9 @@ class WrappedModel(nn.Module):
             # While a copy or a pickle is being filled there is no model yet to ask.
             if name == "base_model" or "base_model" not in self.__dict__.get("_modules", {}):
                 raise
+            reason = refusal(self.base_model, name)
+            if reason:
+                raise AttributeError(reason) from None
             return getattr(self.base_model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
