@@ -1,4 +1,4 @@
-"""What of the base model a `PeltModel` gives as its own: modules, data, and methods that suit it."""
+"""What of the base model a `PeltModel` gives as its own: modules, data, methods that suit it."""
 
 from __future__ import annotations
 

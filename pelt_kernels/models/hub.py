@@ -54,7 +54,7 @@ def push(
     create_pr: bool,
     options: dict[str, Any],
 ) -> str:
-    """Uploads what a `PeltModel`'s save_pretrained writes and a card; gives the commit's address."""
+    """Uploads what a `PeltModel` saves and a card; gives the commit's address."""
     api = huggingface_hub.HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, **options)
