@@ -59,7 +59,9 @@ def test_three_steps_of_two_processes_are_those_of_one(kind, trained, folder):
 
 def test_torchs_own_whole_state_is_what_is_trained(trained, folder):
     method, model = trained
-    compare(torch.load(folder / f"{method}.pt", weights_only=True), model)
+    state = torch.load(folder / f"{method}.pt", weights_only=True)
+    assert torch.equal(state.pop("_extra_state"), model.get_extra_state())
+    compare(state, model)
 
 
 def test_prefixes_that_were_sharded_are_written_as_tables(folder):
@@ -79,7 +81,7 @@ def test_a_given_state_is_written_instead_of_the_models(collapse, tmp_path):
     other.save_pretrained(tmp_path / "own", collapse_prefix=collapse)
     for name in sorted(path.name for path in (tmp_path / "own").iterdir()):
         assert (tmp_path / "given" / name).read_bytes() == (tmp_path / "own" / name).read_bytes()
-    missing = next(iter(state))
+    missing = next(iter(model.trained_parameters()))
     del state[missing]
     with pytest.raises(ValueError, match=f"got one without 1 of them .{missing}."):
         model.save_pretrained(tmp_path / "no", state_dict=state)
@@ -95,7 +97,8 @@ def test_a_state_gives_up_what_is_frozen():
     with pytest.raises(KeyError):
         state.pop("no such name")
     options = StateDictOptions(ignore_frozen_params=True)
-    assert set(get_model_state_dict(model, options=options)) == set(model.trained_parameters())
+    names = {*model.trained_parameters(), "_extra_state"}
+    assert set(get_model_state_dict(model, options=options)) == names
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
