@@ -6,6 +6,7 @@ with their own loading code and without a network.
 
 Sizes follow what the tests say of a model, such as a name of a module or a number of layers. The
 weights are random, and large enough that an adapter changes what such a small model says.
+A Llama pads with 0, as the tests write with 1 and 2 and a padding has no embedding.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ GPT2 = {
 LLAMA = {
     "vocab_size": 1024, "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512,
-    "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2, "initializer_range": 0.2,
+    "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 2, "initializer_range": 0.2,
 }  # fmt: skip
 GROUPED = LLAMA | {"num_key_value_heads": 2}
 GEMMA = GROUPED | {"hidden_size": 32, "head_dim": 8}
