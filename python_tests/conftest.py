@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--every-gpu",
         action="store_true",
-        help="compile Triton's kernels for a GPU of each generation, not only one of each maker",
+        help="compile Triton's kernels for a GPU of each generation, not only for sm_90 and gfx942",
     )
     parser.addoption(
         "--without-poison",

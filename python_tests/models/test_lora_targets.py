@@ -212,8 +212,10 @@ def test_a_name_of_a_place_is_the_same_by_its_modules_name():
     first, *others = models
     for other in others:
         assert list(first.gate_values()) == list(other.gate_values())
-        for name, value in other.state_dict().items():
-            assert torch.equal(value, first.state_dict()[name])
+        parameters = dict(other.named_parameters())  # the state also says by which names
+        assert parameters.keys() == dict(first.named_parameters()).keys()
+        for name, value in parameters.items():
+            assert torch.equal(value, first.get_parameter(name))
 
 
 def test_all_linear_leaves_the_trained_head_and_the_words_alone(make_base):
