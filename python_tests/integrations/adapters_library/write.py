@@ -10,6 +10,7 @@ random, so that nothing is 0 as at the start of a training.
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from adapters import (
 )
 from safetensors.torch import save_file
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 LABELS = 3
 SIZES = {
     "vocab_size": 32,
@@ -118,7 +119,7 @@ def write_base(name: str) -> None:
 
 def write_adapter(name: str, base: str, config: Any, is_safe: bool) -> torch.Tensor:
     """Writes an adapter with a head of its own; the logits that the library has with it."""
-    folder = HERE / "bases" / base
+    folder = Path("bases", base)  # in HERE: the library writes this name into the adapter's files
     if name.startswith("flexible"):
         model = adapters.AutoAdapterModel.from_pretrained(folder)
         model.add_classification_head(name, num_labels=LABELS, **FLEXIBLE_HEADS[base])
@@ -141,6 +142,7 @@ def write_adapter(name: str, base: str, config: Any, is_safe: bool) -> torch.Ten
 
 def main() -> None:
     torch.manual_seed(7)
+    os.chdir(HERE)
     shutil.rmtree(HERE / "bases", ignore_errors=True)
     for name in BASES:
         write_base(name)
