@@ -75,8 +75,8 @@ class AcceleratedLoraLinear(Accelerated, lora.Linear):
         if not branches or weight is None:
             return None
         p = max(branch.p for branch in branches)
-        # PEFT drops for each adapter by itself, and the operator once for all branches. And as it
-        # takes its seed as a number, a compiled graph could not draw one in each call.
+        # PEFT drops for each adapter by itself, and the operator once for all branches. A compiled
+        # graph drops by PyTorch, too, whatever backend is asked for.
         is_own_dropout = p and (len(branches) > 1 or torch.compiler.is_compiling())
         if is_own_dropout or self._is_cheaper_composed(x):
             return _composed(x, weight.T if is_transposed else weight, bias, branches)
