@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
+from .._version import __version__
 from .demo import demo
 from .distill import distill
 from .export import export
@@ -20,9 +22,26 @@ app = typer.Typer(
     name="pelt-kernels",
     help="Parameter-efficient tuning of transformers with fused kernels.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"pelt-kernels {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options_of_all(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
 for command in (train, predict, export, join, distill, info, demo):
     app.command()(command)
 

@@ -28,9 +28,11 @@ def demo(
 ) -> None:
     """Train UniPELT and a linear probe on the embedded task and model; compare; reload; predict."""
     with errors_in_one_line(debug):
+        from ..training.base_model import EMBEDDED, locate
         from ..training.storage import require_writable
 
         start = time.perf_counter()
+        locate(EMBEDDED)  # a missing one is noticed before the folder is made
         require_writable(output)
         common = ("--overwrite", "--train-examples", str(train_examples), *(["--debug"] * debug))
         for method, more in (("head", ("--lr", HEAD_RATES)), ("unipelt", ())):

