@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Any
 
-import torch
 from adapters.composition import Stack
 from adapters.context import ForwardContext
 from adapters.methods.bottleneck import BottleneckLayer
@@ -30,14 +29,13 @@ from adapters.models.xlm_roberta.modeling_xlm_roberta import (
 )
 from torch import Tensor, nn
 
-from ..nn.original import has_own_class, is_watched
+from ..nn.original import is_plain, is_watched
 from ..ops import LearnedGate, LoraBranch, gated_adapter, lora_linear
 from ..ops._arguments import cast_activation
-from ..ops._dispatch import current_request
 from ..ops.lora_linear.contract import MAX_RANK
+from .calls import dropout_rate, fits, is_cheaper_composed, is_dense
 from .replacement import Accelerated
 
-HALVES = (torch.float16, torch.bfloat16)
 # Elements of the output below which Python's part of an operator's call is more than it saves:
 # with 2048 a step with LoRA took 1.15 times the library's (2-core Intel with AVX-512, float32),
 # with 12288 as long.
@@ -80,8 +78,8 @@ class AcceleratedLoraLinear(Accelerated, LoRALinearTorch):
     def forward(self, input_states: Tensor) -> Tensor:
         """As the library's: y [B, S, Dout]."""
         y: Tensor
-        sizes = self.weight.shape[::-1] if self.fan_in_fan_out else self.weight.shape
-        if _is_small(input_states.numel() * sizes[0] // sizes[1], self.pelt_backend):
+        elements = input_states.shape[:-1].numel() * self.out_features
+        if is_cheaper_composed(elements, PAYS_FROM, self.pelt_backend):
             y = LoRALinearTorch.forward(self, input_states)
             return y
         activation = cast_activation(input_states)
@@ -92,6 +90,7 @@ class AcceleratedLoraLinear(Accelerated, LoRALinearTorch):
             lora is None
             or self.merged
             or why_not_lora(lora)
+            or not is_dense(activation)
             or not fits(activation, self.weight, self.bias, *lora.parameters())
             or (lora.use_gating and (keeps_gates() or activation.ndim != 3))
         ):
@@ -107,7 +106,7 @@ class AcceleratedLoraLinear(Accelerated, LoRALinearTorch):
             self.bias,
             [branch],
             transposed=self.fan_in_fan_out,
-            dropout_p=_rate(lora.lora_dropout),
+            dropout_p=_rate(lora.lora_dropout) or 0.0,
             backend=self.pelt_backend,
         )
         return served
@@ -119,10 +118,10 @@ def why_not_lora(lora: Any) -> str:
         return f"{'DoRA' if type(lora) is LoRA else type(lora).__name__} is not plain LoRA"
     if lora.r > MAX_RANK:
         return f"its rank is above {MAX_RANK}"
-    if float(getattr(lora.lora_dropout, "p", 0.0)) >= 1.0:
-        return "its dropout leaves nothing"
+    if _rate(lora.lora_dropout) is None:
+        return "its dropout leaves nothing, or is none of PyTorch's"
     inner = [lora, *lora.children()]
-    if any(map(is_watched, inner)) or (lora.use_gating and not _is_plain(lora.gate)):
+    if any(map(is_watched, inner)) or (lora.use_gating and not is_plain(lora.gate, nn.Linear)):
         return "it has hooks, so it is called as the library does"
     if lora.use_gating and lora.gate.out_features != 1:
         return "it has several gates"
@@ -145,7 +144,8 @@ class _Bottleneck(Accelerated):
         activation = cast_activation(hidden_states)
         if (
             not adapters
-            or _is_small(hidden_states.numel(), self.pelt_backend)
+            or is_cheaper_composed(hidden_states.numel(), PAYS_FROM, self.pelt_backend)
+            or not is_dense(activation)
             or residual_input is None
             or residual_input.shape != hidden_states.shape
             or residual_input.dtype != hidden_states.dtype
@@ -183,7 +183,7 @@ def _adapted(adapter: Any, read: Tensor, residual: Tensor, backend: str | None) 
         scale=scale.view(()) if isinstance(scale, Tensor) else scale,
         gate=learned_gate(adapter.gate) if adapter.use_gating else None,
         residual=None if isinstance(adapter, ParallelAdapter) else source,
-        dropout_p=_rate(adapter.dropout),
+        dropout_p=_rate(adapter.dropout) or 0.0,
         backend=backend,
     )
     assert isinstance(y, Tensor)
@@ -205,11 +205,13 @@ def why_not_adapter(adapter: Any) -> str:
         return "it has a scale for each channel"
     if not all(isinstance(each, nn.Linear) for each in (down, adapter.adapter_up)):
         return f"its projections are {type(down).__name__}"
-    if adapter.dropout.p >= 1.0:
-        return "its dropout leaves nothing"
+    if _rate(adapter.dropout) is None:
+        return "its dropout leaves nothing, or is none of PyTorch's"
     inner = [adapter.adapter_down, adapter.non_linearity, adapter.dropout]
     linears = [down, adapter.adapter_up, *([adapter.gate] if adapter.use_gating else [])]
-    if any(map(is_watched, (adapter, *inner))) or not all(map(_is_plain, linears)):
+    if any(map(is_watched, (adapter, *inner))) or not all(
+        is_plain(each, nn.Linear) for each in linears
+    ):
         return "it has hooks, so it is called as the library does"
     return ""
 
@@ -266,37 +268,11 @@ BOTTLENECKS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def _is_small(elements: int, backend: str | None) -> bool:
-    """Whether a call costs less without the operator, and nobody asks for a backend."""
-    return (
-        elements < PAYS_FROM
-        and backend is None
-        and not torch.compiler.is_compiling()  # which would make one graph for each side
-        and not current_request()
-    )
-
-
 def learned_gate(gate: Any) -> LearnedGate:
     """The library's gate: the mean over all tokens, padding included."""
     return LearnedGate(gate.weight[0], gate.bias, "mean")
 
 
-def fits(activation: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether an operator takes all these parameters beside an activation."""
-    for parameter in parameters:
-        if parameter is None:
-            continue
-        is_own = parameter.__class__ is nn.Parameter or parameter.__class__ is Tensor
-        is_float32 = parameter.dtype is torch.float32 and activation.dtype in HALVES
-        if not is_own or not (parameter.dtype is activation.dtype or is_float32):
-            return False
-    return True
-
-
-def _is_plain(module: nn.Module) -> bool:
-    return not (has_own_class(module, nn.Linear) or is_watched(module))
-
-
-def _rate(dropout: Any) -> float:
-    """The rate of a dropout in this call. Without any LoRA has a function in its place."""
-    return float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+def _rate(dropout: Any) -> float | None:
+    """The rate of a dropout in this call. Without any, LoRA has a function in its place."""
+    return dropout_rate(dropout) if isinstance(dropout, nn.Module) else 0.0

@@ -22,9 +22,8 @@ from torch import nn
 from ..ops import LoraBranch, Prefix, gated_adapter, lora_linear, prefix_attention
 from .adapters_attention import ATTENTIONS, POOLS
 from .adapters_layers import BOTTLENECKS, AcceleratedLoraLinear, why_not_adapter, why_not_lora
-from .replacement import Replacement, library_class
-
-TESTED = "1.3"  # the versions that begin so
+from .replacement import Replacement, check_in_memory, library_class
+from .versions import check_version
 
 
 def replacements(model: nn.Module, backend: str | None) -> list[Replacement]:
@@ -39,18 +38,9 @@ def replacements(model: nn.Module, backend: str | None) -> list[Replacement]:
         return []
     if not any(each.accelerated in ATTENTIONS.values() for each in found):
         found = [each for each in found if each.accelerated not in POOLS.values()]
-    version = adapters.__version__
-    if version.split(".")[:2] != TESTED.split("."):
-        raise ValueError(
-            f"accelerate: expected adapters {TESTED}, with which its layers were compared, got "
-            f"{version}; install such a version, or use the model as it is"
-        )
+    check_version("adapters", adapters.__version__)
     for each in found:
-        if any(parameter.is_meta for parameter in each.module.parameters()):
-            raise ValueError(
-                f"accelerate: expected weights in memory, got {each.name} on the meta device; load "
-                "them first"
-            )
+        check_in_memory(each.name, each.module)
     if backend is not None:
         _check_backend(found, backend)
     return found

@@ -17,13 +17,12 @@ from transformers.pytorch_utils import Conv1D
 from ..nn.original import has_own_class, is_plain, is_watched, linear_kind, why_not_replaceable
 from ..ops import LoraBranch, lora_linear
 from ..ops._arguments import cast_activation
-from ..ops._dispatch import current_request
 from ..ops.lora_linear.contract import MAX_RANK
-from .peft_versions import check_version
-from .replacement import Accelerated, Replacement, library_class
+from .calls import dropout_rate, fits, is_cheaper_composed, is_dense
+from .replacement import Accelerated, Replacement, check_in_memory, library_class
+from .versions import check_version
 
 OPERATOR = "lora_linear"
-HALVES = (torch.float16, torch.bfloat16)
 # Elements of y below which Python's part of an operator's call is more than what it saves.
 PAYS_FROM = 65536
 
@@ -54,7 +53,7 @@ class AcceleratedLoraLinear(Accelerated, lora.Linear):
             not args
             and not self._disable_adapters
             and not self.merged_adapters
-            and _is_dense(x)
+            and is_dense(x)
             and is_plain(base, Conv1D if is_transposed else nn.Linear)
         ):
             weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
@@ -75,15 +74,11 @@ class AcceleratedLoraLinear(Accelerated, lora.Linear):
         if not branches or weight is None:
             return None
         p = max(branch.p for branch in branches)
-        # PEFT drops for each adapter by itself, and the operator once for all branches. A compiled
-        # graph drops by PyTorch, too, whatever backend is asked for.
-        is_own_dropout = p and (len(branches) > 1 or torch.compiler.is_compiling())
-        if is_own_dropout or self._is_cheaper_composed(x):
+        # PEFT drops for each adapter by itself, and the operator once for all branches.
+        if (p and len(branches) > 1) or self._is_cheaper_composed(x):
             return _composed(x, weight.T if is_transposed else weight, bias, branches)
         activation = cast_activation(x)
-        if not all(_is_served(branch, activation) for branch in branches):
-            return None
-        if not _fits(weight, activation) or not _fits(bias, activation):
+        if not _are_served(activation, weight, bias, branches):
             return None
         for branch in branches:
             if branch.bias is not None:
@@ -117,9 +112,7 @@ class AcceleratedLoraLinear(Accelerated, lora.Linear):
         if not branches or weight is None or self._is_cheaper_composed(x):
             return None
         activation = cast_activation(x)
-        if not all(_is_served(branch, activation) for branch in branches):
-            return None
-        if not _fits(weight, activation) or not _fits(bias, activation):
+        if not _are_served(activation, weight, bias, branches):
             return None
         if any(branch.p or branch.bias is not None for branch in branches):
             return None
@@ -152,7 +145,7 @@ class AcceleratedLoraLinear(Accelerated, lora.Linear):
             if name not in downs:
                 continue
             down, up, dropout = downs[name], ups[name], dropouts[name]
-            p = _rate(dropout)
+            p = dropout_rate(dropout)
             if (
                 p is None
                 or name in self.lora_variant
@@ -167,18 +160,9 @@ class AcceleratedLoraLinear(Accelerated, lora.Linear):
         return branches
 
     def _is_cheaper_composed(self, x: Tensor) -> bool:
-        """Whether a call costs less without the operator, and nobody asks for a backend.
-
-        So does every call that torch.compile turns into code: it makes one pass of what is beside
-        the products, and a call of an operator in its code costs more than one from Python (of
-        PEFT's compiled layer it took 1.14 times the time at T = 512 and D = 384, float32, on a CPU
-        with AVX-512).
-        """
-        if self.pelt_backend is not None or current_request():
-            return False
         sizes: Any = self  # PEFT knows layers without them, which are no Linear
-        is_compiling = torch.compiler.is_compiling()
-        return is_compiling or x.numel() * sizes.out_features < PAYS_FROM * sizes.in_features
+        elements = x.shape[:-1].numel() * sizes.out_features
+        return is_cheaper_composed(elements, PAYS_FROM, self.pelt_backend)
 
 
 def _composed(x: Tensor, weight: Tensor, bias: Tensor | None, branches: list[_Branch]) -> Tensor:
@@ -206,7 +190,7 @@ def replacements(model: nn.Module, backend: str | None) -> list[Replacement]:
     ]
     if not layers:
         return []
-    check_version(peft.__version__)
+    check_version("peft", peft.__version__)
     found = []
     for name, module in layers:
         reason = _why_left_alone(module)
@@ -267,11 +251,7 @@ def _check_is_usable(name: str, module: Any) -> None:
             f"accelerate: expected no merged adapter, got {', '.join(module.merged_adapters)} in "
             f"{name}; call unmerge_adapter() first, or merge_and_unload() to keep the weights"
         )
-    if module.base_layer.weight.device.type == "meta":
-        raise ValueError(
-            f"accelerate: expected weights in memory, got {name} on the meta device; load them "
-            "first"
-        )
+    check_in_memory(name, module)
 
 
 def _check_backend(modules: Iterable[Any], backend: str) -> None:
@@ -285,9 +265,7 @@ def _check_backend(modules: Iterable[Any], backend: str) -> None:
             for name in module.active_adapters
             if name in module.lora_A and name not in module.lora_variant
         ]
-        branches = [
-            LoraBranch(a, b) for a, b in pairs if len(a) <= MAX_RANK and _fits(a, x) and _fits(b, x)
-        ]
+        branches = [LoraBranch(a, b) for a, b in pairs if len(a) <= MAX_RANK and fits(x, a, b)]
         ranks = tuple(len(branch.a) for branch in branches)
         key = (weight.shape, weight.dtype, weight.device, is_transposed, ranks)
         if branches and key not in seen:
@@ -296,39 +274,11 @@ def _check_backend(modules: Iterable[Any], backend: str) -> None:
                 lora_linear(x, weight, None, branches, transposed=is_transposed, backend=backend)
 
 
-def _is_served(branch: _Branch, activation: Tensor) -> bool:
-    return (
-        _fits(branch.a, activation)
-        and _fits(branch.b, activation)
-        and _fits(branch.bias, activation)
-        and branch.a.shape[0] <= MAX_RANK
+def _are_served(
+    activation: Tensor, weight: Tensor, bias: Tensor | None, branches: list[_Branch]
+) -> bool:
+    """Whether the operator takes a layer's own parameters and those of its branches."""
+    return fits(activation, weight, bias) and all(
+        fits(activation, branch.a, branch.b, branch.bias) and branch.a.shape[0] <= MAX_RANK
+        for branch in branches
     )
-
-
-def _fits(parameter: Tensor | None, activation: Tensor) -> bool:
-    """Whether the operator takes a parameter, where there is one, beside an activation."""
-    if parameter is None:
-        return True
-    dtype = parameter.dtype
-    is_read = dtype is activation.dtype or (dtype is torch.float32 and activation.dtype in HALVES)
-    return is_read and _is_dense(parameter)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Not of a class that dispatches itself, such as a DTensor, nor nested or sparse."""
-    return (
-        (tensor.__class__ is Tensor or tensor.__class__ is nn.Parameter)
-        and tensor.layout is torch.strided
-        and not tensor.is_nested
-    )
-
-
-def _rate(dropout: nn.Module) -> float | None:
-    """The rate of a dropout in this call; None where it is something else, or drops everything."""
-    kind = type(dropout)
-    if kind not in (nn.Identity, nn.Dropout) or is_watched(dropout):
-        return None
-    if kind is nn.Identity or not dropout.training:
-        return 0.0
-    p: float = dropout.p  # type: ignore[assignment]
-    return p if p < 1.0 else None

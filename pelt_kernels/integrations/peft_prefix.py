@@ -20,8 +20,8 @@ from .peft_prefix_model import (
     why_not,
     window_of,
 )
-from .peft_versions import check_version
 from .replacement import Replacement, library_class
+from .versions import check_version
 
 OPERATOR = "prefix_attention"
 # transformers' families that were compared with PEFT, or, of encoders, with the formula.
@@ -68,7 +68,7 @@ def replacements(model: nn.Module, backend: str | None) -> list[Replacement]:
         if isinstance(module, PeftModel) and module.active_peft_config.is_prompt_learning
     ]
     if models:
-        check_version(peft.__version__)
+        check_version("peft", peft.__version__)
     return [_replacement(name, module, backend) for name, module in models]
 
 

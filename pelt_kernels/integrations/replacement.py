@@ -62,3 +62,12 @@ def library_class(module: nn.Module) -> type[nn.Module]:
     """The class that a library gave a module, whether it is accelerated now or not."""
     kinds: Any = type(module).__mro__
     return next(kind for kind in kinds if not issubclass(kind, Accelerated))
+
+
+def check_in_memory(name: str, module: nn.Module) -> None:
+    """Raises ValueError for a module whose weights were not loaded."""
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise ValueError(
+            f"accelerate: expected weights in memory, got {name} on the meta device; load them "
+            "first"
+        )

@@ -281,5 +281,5 @@ def test_a_backend_that_is_asked_for(run):
 
 def test_another_version_is_refused(monkeypatch):
     monkeypatch.setattr(adapters, "__version__", "2.0.0")
-    with pytest.raises(ValueError, match="expected adapters 1.3.* got 2.0.0"):
+    with pytest.raises(ValueError, match="expected adapters>=1.3,<1.4.* got 2.0.0"):
         pelt_kernels.accelerate(_model(SEQUENTIAL))
