@@ -28,8 +28,6 @@ GENERAL = frozenset(
     }
 )  # fmt: skip
 INSTEAD = {
-    "add_adapter": "get_pelt_model puts a method into a plain model",
-    "delete_adapter": "remove() takes the method out",
     "disable_adapters": "disable_adapter() is a context without the method",
     "disable_adapter_layers": "disable_adapter() is a context without the method",
     "enable_adapters": "the method is in the model outside of disable_adapter()",
@@ -38,8 +36,7 @@ INSTEAD = {
     "get_base_model": "base_model is the model with the method in it, remove() gives it back plain",
     "merge_adapter": "export_dense() gives a plain model with what was learned",
     "merge_and_unload": "export_dense() gives a plain model with what was learned",
-    "peft_config": "method_config is the method's",
-    "set_adapter": "a model has one method; from_pretrained opens another one",
+    "peft_config": "method_config is the active adapter's, adapter_configs has those of all",
     "set_attn_implementation": "choose the base model's attention before get_pelt_model",
     "unload": "remove() gives the plain base model",
 }

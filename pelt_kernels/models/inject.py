@@ -4,16 +4,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..methods import HyperPELTConfig, Parts
 from ..nn import StackSizes, TaskAdapters
-from . import attention as _attention  # noqa: F401  # makes "pelt" known to transformers
-from .attention_config import with_pelt_attention
+from .attachment import Attachment
 from .call import Call, carry_no_more
 from .checks import (
     check_apart,
@@ -53,7 +50,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Injection:
+class Injection(Attachment):
     """The parts of a method inside one model. `attach` puts them in, `detach` takes them out; both
     may be repeated.
 
@@ -69,7 +66,8 @@ class Injection:
     """
 
     def __init__(self, model: PreTrainedModel, parts: Parts) -> None:
-        self.model, self.parts = model, parts
+        super().__init__(model)
+        self.parts = parts
         self.call = Call()
         self.stacks: list[Stack] = []
         for slots in _stacks_for(model, parts):
@@ -77,8 +75,6 @@ class Injection:
             self.stacks.append(Stack(model, slots, parts, number, self.call))
         self.states = [state for stack in self.stacks for state in stack.states]
         self._check()
-        self._handles: list[Any] = []
-        self._marked: list[tuple[nn.Module, str]] = []
         stacks = [(stack.slots, stack.layers) for stack in self.stacks]
         chosen = chosen_linears(model, parts.lora, stacks)
         for slots, layers in stacks:
@@ -96,7 +92,7 @@ class Injection:
         self.uses_pelt_attention = any(any(stack.prefixes) for stack in self.stacks) or any(
             stack.needs_mask and not stack.slots.attention.own_mask for stack in self.stacks
         )
-        self._views = self._make_views()
+        self._views = self.make_views()
         self.replacements: list[Replacement] = []
         for stack in self.stacks:
             stand_ins = StandIns(stack.slots, parts, chosen, placement, stack.is_causal)
@@ -167,16 +163,15 @@ class Injection:
         needs_mask = any(stack.needs_mask for stack in self.stacks)
         if self.uses_pelt_attention or needs_mask or self.parts.has_parallel_adapter:
             encoder = self.model.base_model
-            self._mark(encoder, FORWARDS_ATTRIBUTE, Forwards(self.states))
-            self._handles.append(encoder.register_forward_pre_hook(begin_forward))
-            self._handles.append(encoder.register_forward_hook(end_forward, always_call=True))
+            self.mark(encoder, FORWARDS_ATTRIBUTE, Forwards(self.states))
+            self.hook(encoder.register_forward_pre_hook(begin_forward))
+            self.hook(encoder.register_forward_hook(end_forward, always_call=True))
         if self.shifted is not None:
             hook = self.model.base_model.register_forward_pre_hook(self.shifted, with_kwargs=True)
-            self._handles.append(hook)
+            self.hook(hook)
         for replacement in self.replacements:
             replacement.put_in()
-        if self.uses_pelt_attention:
-            self._use_configs({id(base): view for base, view in self._views})
+        self.show_views()
         for stack in self.stacks:
             self._attach_stack(stack)
         if not self.stacks:
@@ -186,21 +181,21 @@ class Injection:
         for layer, state, prefixes in zip(stack.layers, stack.states, stack.prefixes, strict=True):
             for path, prefix in prefixes.items():
                 attention = layer.get_submodule(path)
-                self._mark(attention, PREFIX_ATTRIBUTE, prefix)
-                self._mark(attention, STATE_ATTRIBUTE, state)
+                self.mark(attention, PREFIX_ATTRIBUTE, prefix)
+                self.mark(attention, STATE_ATTRIBUTE, state)
             uses_mask = self.uses_pelt_attention
             for hook in hooks_of(stack.slots, self.parts, uses_mask, stack.needs_mask):
                 module = layer.get_submodule(hook.path)
-                self._mark(module, STATE_ATTRIBUTE, state)
+                self.mark(module, STATE_ATTRIBUTE, state)
                 register = (
                     module.register_forward_hook
                     if hook.is_after
                     else module.register_forward_pre_hook
                 )
-                self._handles.append(register(hook.call, with_kwargs=hook.takes_kwargs))
+                self.hook(register(hook.call, with_kwargs=hook.takes_kwargs))
         notes = StackNotes(stack.layers, self.call)
-        self._mark(stack.embeddings, STACK_ATTRIBUTE, notes)
-        self._handles.append(stack.embeddings.register_forward_hook(start_gradient))
+        self.mark(stack.embeddings, STACK_ATTRIBUTE, notes)
+        self.hook(stack.embeddings.register_forward_hook(start_gradient))
 
     def _attach_without_stacks(self) -> None:
         """A model of another family: what embeds its input begins the gradient of layers that are
@@ -208,17 +203,10 @@ class Injection:
         """
         layers = [m for m in self.model.modules() if hasattr(m, "gradient_checkpointing")][:1]
         notes = StackNotes(nn.ModuleList(layers), self.call)
-        self._mark(self.model.base_model, STACK_ATTRIBUTE, notes)
+        self.mark(self.model.base_model, STACK_ATTRIBUTE, notes)
         for module in _readers_of_the_input(self.model) if layers else ():
-            self._mark(module, STACK_ATTRIBUTE, notes)
-            self._handles.append(module.register_forward_hook(start_gradient))
-
-    def _mark(self, module: nn.Module, name: str, value: Any) -> None:
-        """Leaves a note on a module of the base model. One that is a module itself would be
-        registered as its child by setattr; a note is no ownership.
-        """
-        object.__setattr__(module, name, value)
-        self._marked.append((module, name))
+            self.mark(module, STACK_ATTRIBUTE, notes)
+            self.hook(module.register_forward_hook(start_gradient))
 
     def check_detachable(self, who: str) -> None:
         """Raises ValueError where `detach` would not leave the base model."""
@@ -227,59 +215,19 @@ class Injection:
 
     def detach(self) -> None:
         """Takes the parts out: the model has its own modules, configuration and attention."""
-        for handle in self._handles:
-            handle.remove()
-        for module, name in self._marked:
-            module.__dict__.pop(name, None)
-        self._handles, self._marked = [], []
+        self.clear()
         for stack in self.stacks:
             carry_no_more(stack.layers)
         for replacement in self.replacements:
             replacement.take_out()
-        if self.uses_pelt_attention:
-            self._use_configs({id(view): base for base, view in self._views})
-
-    def _make_views(self) -> list[tuple[Any, Any]]:
-        """The configurations in the model that name the attention, each with a view of it that
-        names "pelt": the modules of a stack share one.
-        """
-        if not self.uses_pelt_attention:
-            return []
-        found = {}
-        for module in self.model.base_model.modules():
-            config = getattr(module, "config", None)
-            if hasattr(config, "_attn_implementation"):
-                found[id(config)] = config
-        return [(config, with_pelt_attention(config)) for config in found.values()]
-
-    @contextmanager
-    def shown_to_generate(self) -> Iterator[None]:
-        """Inside, the model itself, whose generate() makes the masks for a cache of fixed size, is
-        seen with "pelt" attention, too.
-        """
-        base = self.model.config
-        for config, view in self._views if self._handles else ():
-            if config is base:
-                self.model.config = view
-        try:
-            yield
-        finally:
-            self.model.config = base
-
-    def _use_configs(self, instead: dict[int, Any]) -> None:
-        """The attention implementation is read from the configuration that a stack's modules share;
-        they are given a view of it, because another model may have been built from it.
-        """
-        for module in self.model.base_model.modules():
-            config = getattr(module, "config", None)
-            if id(config) in instead:
-                module.config = instead[id(config)]
+        self.hide_views()
 
 
 def raise_occupied() -> None:
     """The one answer to a second method in the same model."""
     raise ValueError(
-        "get_pelt_model: expected a plain model, got one that has a method in it; remove() it first"
+        "get_pelt_model: expected a plain model, got one that has a method in it; remove() it "
+        "first, or have PeltModel.add_adapter make another one beside it"
     )
 
 

@@ -25,7 +25,7 @@ def compares_passes(model: PreTrainedModel, config: AdaMixConfig) -> bool:
         warnings.warn(
             "AdaMixConfig: the consistency loss of a regression is 0; training makes one pass over "
             "each batch and leaves it out",
-            stacklevel=4,
+            stacklevel=5,
         )
     return True
 

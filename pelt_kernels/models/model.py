@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..methods import MethodConfig, parts_of
-from .adapter_files import copy_weights
 from .allocation import check_size
 from .checkpoint import collapsed, read_adapter, save_adapter, state_entry
-from .first_values import FirstValues, head_names, names_in_place
 from .formats.peft_writer import write_peft
 from .hub import local_folder, push
-from .inject import Injection, raise_occupied
-from .labelled import LabelledModel
-from .lora_targets import biases_of_targets
-from .mixture import compares_passes, consistent_forward
-from .pruning import check_progress, density, set_sparsity
+from .inject import raise_occupied
+from .mixture import consistent_forward
+from .pruning import check_progress, density
+from .several import DEFAULT, SeveralAdapters, check_config, check_name
 from .sharded import is_writer_of, trained_of, whole
-from .task_inputs import TaskInputs
-from .trained_tokens import TrainedTokens
-from .vocabulary import ADDED_ROWS, word_embeddings
-from .wrapped import BASE
+from .vocabulary import ADDED_ROWS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
@@ -34,7 +29,7 @@ PEFT = "peft"
 FILE_FORMATS = ("pelt", PEFT)
 
 
-class PeltModel(LabelledModel):
+class PeltModel(SeveralAdapters):
     """A frozen transformers model, a method's parts inside it, and its trained classification head,
     where it has one.
 
@@ -58,48 +53,19 @@ class PeltModel(LabelledModel):
         tokens: the trained rows of the word embeddings (`Parts.trainable_tokens`), or None.
     """
 
-    def __init__(self, model: PreTrainedModel, config: MethodConfig) -> None:
-        if not isinstance(config, MethodConfig):
-            raise TypeError(
-                "get_pelt_model: expected config as a method's config such as UniPELTConfig.apl(), "
-                f"got {type(config).__name__}"
-            )
+    def __init__(
+        self, model: PreTrainedModel, config: MethodConfig, adapter_name: str = DEFAULT
+    ) -> None:
+        check_config("get_pelt_model", config)
+        check_name("get_pelt_model", adapter_name)
         if isinstance(model, PeltModel):
             raise_occupied()
-        parts = parts_of(config)
-        injection = Injection(model, parts)
-        named = dict(model.named_parameters())
-        head = head_names(model)
-        if config.method == "head" and not head:
+        if not hasattr(model, "config"):
             raise ValueError(
-                "HeadConfig: expected a model with a head, such as one for sequence "
-                "classification, got "
-                f"{type(model).__name__}, which has no parameter outside its encoder"
+                f"get_pelt_model: expected a transformers model, got {type(model).__name__}"
             )
-        in_place = names_in_place(model, parts, head, biases_of_targets(model, parts.lora))
-        first_values = None if parts.tune == "all" else FirstValues(model, in_place, head)
-        tokens = TrainedTokens(model, words) if (words := parts.trainable_tokens) else None
         super().__init__(model)
-        self.prefix, self.tokens = injection.prefix, tokens
-        self.task_adapters = injection.task_adapters
-        self.written = None if injection.written is None else injection.written.weights
-        self._task_inputs = TaskInputs(parts)
-        self._compares_passes = parts.mixture is not None and compares_passes(model, parts.mixture)
-        self.method_config = config
-        self._requires_grad = {name: parameter.requires_grad for name, parameter in named.items()}
-        self._first_values = first_values
-        self._injection = injection
-        self._in_model = (injection,) if tokens is None else (injection, tokens)
-        self._is_detached = False
-        self._progress: float | None = None  # as `set_progress` was told; None: never
-        self._attach()
-        added = {
-            name for name, _ in self.named_parameters() if name.removeprefix(BASE) not in named
-        }
-        self._set_trained(added | {BASE + name for name in in_place})
-        self.requires_grad_(False)
-        for parameter in self.trained_parameters().values():
-            parameter.requires_grad_(True)
+        self._put_in(adapter_name, config)
 
     def forward(
         self, *args: Any, attributes: Mapping[str, Tensor] | None = None, **kwargs: Any
@@ -132,13 +98,6 @@ class PeltModel(LabelledModel):
             if is_training and parts.mixture is not None and self._compares_passes:
                 return consistent_forward(self.base_model, parts.mixture.consistency, args, kwargs)
             return self.base_model(*args, **kwargs)
-
-    def set_progress(self, progress: float) -> None:
-        """Tells the method which share of the training is done: PST's sparsity follows it, for
-        every forward from here on. A new model stands at 0, a loaded one at 1.
-        """
-        self._progress = progress
-        set_sparsity(self.base_model, self.method_config, progress)
 
     def density(self) -> dict[str, float]:
         """Of each matrix that PST prunes, by its Linear's name, the share that is not 0 now."""
@@ -189,6 +148,7 @@ class PeltModel(LabelledModel):
         collapse_prefix: bool = False,
         is_main_process: bool = True,
         state_dict: Mapping[str, Tensor] | None = None,
+        selected_adapters: Sequence[str] | None = None,
         **ignored: Any,
     ) -> None:
         """Writes pelt_config.json and pelt_model.safetensors: what was trained, the head
@@ -196,7 +156,9 @@ class PeltModel(LabelledModel):
         what the base model was loaded from, as no other file has them.
 
         Args:
-            directory: made if it is not there; earlier files are replaced whole, by os.replace.
+            directory: made if it is not there; earlier files are replaced whole, by os.replace. As
+                in PEFT, the adapter ``default`` is written there and any other one into a folder of
+                its name in it.
             format: ``pelt``, or ``peft`` for LoRA without gates and a decoder's prefix, collapsed:
                 adapter_config.json and adapter_model.safetensors, from which
                 ``peft.PeftModel.from_pretrained`` and servers that read PEFT's files have the same
@@ -206,13 +168,15 @@ class PeltModel(LabelledModel):
             is_main_process: False: this process writes nothing. Parameters that FSDP2 has sharded
                 are gathered, for which every process has to call this; the first of them writes.
             state_dict: what to write instead of the model's own values, such as
-                ``accelerator.get_state_dict`` gives.
+                ``accelerator.get_state_dict`` gives; it is the active adapter's.
+            selected_adapters: by name; None: all, or with state_dict the active one.
             ignored: further arguments that transformers passes to every model.
 
         Raises:
-            ValueError: a trained number is not finite, or missing in state_dict; an unknown format,
-                or a method that PEFT's files cannot hold, with the reason. OSError: the directory
-                cannot be made or written, or there is no space. Earlier files are as they were.
+            ValueError: a trained number is not finite, or missing in state_dict; an unknown format
+                or adapter, or a method that PEFT's files cannot hold, with the reason. OSError: the
+                directory cannot be made or written, or there is no space. Earlier files are as they
+                were, those of adapters before the one at fault apart.
         """
         self._check_attached("save_pretrained")
         if format not in FILE_FORMATS:
@@ -220,6 +184,34 @@ class PeltModel(LabelledModel):
                 f"save_pretrained: expected format as one of {', '.join(FILE_FORMATS)}, got "
                 f"{format!r:.80}"
             )
+        for name in self._selected(selected_adapters, state_dict is not None):
+            folder = directory if name == DEFAULT else Path(directory) / name
+            with self._activated(name):
+                self._save_active(folder, format, collapse_prefix, is_main_process, state_dict)
+
+    def _selected(self, names: Sequence[str] | None, has_state: bool) -> Sequence[str]:
+        """The adapters that are to be saved."""
+        if names is None:
+            return [self.active_adapter] if has_state else list(self.adapter_configs)
+        names = [names] if isinstance(names, str) else names
+        self._check_known("save_pretrained", names)
+        if has_state and list(names) != [self.active_adapter]:
+            raise ValueError(
+                "save_pretrained: expected selected_adapters to be the active adapter, "
+                f"{self.active_adapter!r}, whose values state_dict holds, got {', '.join(names)}; "
+                "leave state_dict out, or set_adapter() another one"
+            )
+        return names
+
+    def _save_active(
+        self,
+        directory: str | os.PathLike[str],
+        format: str,
+        collapse_prefix: bool,
+        is_main_process: bool,
+        state_dict: Mapping[str, Tensor] | None,
+    ) -> None:
+        """Writes the active adapter."""
         trained = self.trained_parameters()
         is_writer = is_main_process and is_writer_of(trained.values())
         if state_dict is None:
@@ -246,18 +238,6 @@ class PeltModel(LabelledModel):
 
     def set_extra_state(self, state: Any) -> None:
         """Nothing: whether a state fits is for its names and shapes to say."""
-
-    def load_adapter(self, directory: str | os.PathLike[str]) -> None:
-        """Loads what `save_pretrained` wrote into this model, which must have the same method.
-
-        Raises:
-            FileNotFoundError: a file is missing. ValueError: it is damaged, or of another method or
-                model.
-        """
-        self._check_attached("load_adapter")
-        adapter = read_adapter(directory, self.base_model, self.method_config)
-        copy_weights(self.trained_parameters(), adapter.tensors, directory)
-        self._put_rows(adapter.rows)
 
     def push_to_hub(
         self,
@@ -297,6 +277,7 @@ class PeltModel(LabelledModel):
         directory: str | os.PathLike[str],
         is_trainable: bool = False,
         *,
+        adapter_name: str = DEFAULT,
         revision: str | None = None,
     ) -> Self:
         """The base model with an adapter that `save_pretrained` wrote, a transformers.Trainer (its
@@ -308,6 +289,7 @@ class PeltModel(LabelledModel):
             directory: a folder, or the id of a repository on the hub.
             is_trainable: whether training goes on; if not, nothing requires a gradient and the
                 model is in evaluation.
+            adapter_name: what the adapter is called beside others.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -325,29 +307,23 @@ class PeltModel(LabelledModel):
         directory = local_folder(directory, revision)
         adapter = read_adapter(directory, model)
         check_size(model, adapter.config, adapter.tensors, directory)
-        made = cls(model, adapter.config)
+        made = cls(model, adapter.config, adapter_name)
         try:
-            copy_weights(made.trained_parameters(), adapter.tensors, directory)
+            made._fill(adapter, directory)
         except BaseException:
             made._take_out()
             if made._first_values is not None:
                 made._first_values.put(model, keep_head=False)
             raise
-        made._put_rows(adapter.rows)
-        made.set_progress(1.0)
         if not is_trainable:
             made.requires_grad_(False)
             made.eval()
         return made
 
-    def _put_rows(self, rows: Tensor | None) -> None:
-        """Gives the last words a file's embeddings; the base model's own come back with it."""
-        if rows is not None and self._first_values is not None:
-            self._first_values.add(*word_embeddings(self.base_model))
-        super()._put_rows(rows)
 
-
-def get_pelt_model(model: PreTrainedModel, config: MethodConfig) -> PeltModel:
+def get_pelt_model(
+    model: PreTrainedModel, config: MethodConfig, adapter_name: str = DEFAULT
+) -> PeltModel:
     """Freezes a transformers model and puts a method into it.
 
     Args:
@@ -355,10 +331,11 @@ def get_pelt_model(model: PreTrainedModel, config: MethodConfig) -> PeltModel:
             and Llama, encoder-decoders such as T5 and BART), with any head (or none); for LoRA
             without gates of any family. It is changed in place; `PeltModel.remove` undoes that.
         config: such as ``UniPELTConfig.apl()`` or ``LoraConfig(r=4)``.
+        adapter_name: what the adapter is called beside others (`PeltModel.add_adapter`).
 
     Raises:
         ValueError: an unknown family, what a family cannot have, a model with a method already in
             it, or sizes or targets that do not fit.
         TypeError: config is not a method's config.
     """
-    return PeltModel(model, config)
+    return PeltModel(model, config, adapter_name)

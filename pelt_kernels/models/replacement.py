@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 @dataclass
 class Replacement:
     """One module of the base model and the one that stands for it, which holds its weight and bias
-    under the same names.
+    under the same names as long as it does: one that is out of the model has its own parts only.
     """
 
     parent: nn.Module
@@ -52,6 +52,7 @@ class Replacement:
 
     def put_in(self) -> None:
         """The stand-in takes the original's place."""
+        self.lend()
         self.adapted.train(self.original.training)
         setattr(self.parent, self.name, self.adapted)
 
@@ -63,6 +64,17 @@ class Replacement:
             self.original.register_parameter(name, getattr(self.adapted, name))
         self.original.train(self.adapted.training)
         setattr(self.parent, self.name, self.original)
+        self.take_back()
+
+    def lend(self) -> None:
+        """The stand-in has the original's parameters, too."""
+        for name in NAMES:
+            self.adapted.register_parameter(name, getattr(self.original, name))
+
+    def take_back(self) -> None:
+        """The original alone has its parameters."""
+        for name in NAMES:
+            self.adapted.register_parameter(name, None)
 
     def check_removable(self, who: str) -> None:
         """Raises ValueError where the original cannot have its parameters back."""

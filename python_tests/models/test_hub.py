@@ -115,10 +115,8 @@ def test_an_adapter_that_names_no_base_model_is_refused(make_base, tmp_path):
 REFUSED = {
     "merge_and_unload": "export_dense",
     "unload": "remove",
-    "add_adapter": "get_pelt_model",
-    "set_adapter": "from_pretrained",
     "enable_adapters": "disable_adapter",
-    "active_adapters": "base_model",
+    "peft_config": "adapter_configs",
     "dequantize": "base_model",
     "set_attn_implementation": "before get_pelt_model",
 }
