@@ -9,6 +9,8 @@ export PELT_KERNELS_CUDA ?= auto
 BIN := .venv/bin
 # Without --no-compile pip compiles every file of torch and transformers, of which few are imported.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
+# Without compiling: what each install would build is another thing than build-sim, and would undo it.
+INSTALL := PELT_KERNELS_BUILD=0 $(PIP) --no-build-isolation --editable
 SETUP := .venv/.setup
 # A worker on each processor with one thread: what is tested is small.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
@@ -80,17 +82,16 @@ $(SETUP)-venv:
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-# Without isolation, so that the build folder keeps one CMake and one Ninja and stays incremental.
 $(SETUP)-package: $(SETUP)-venv pyproject.toml setup.py
 	@echo "setting up .venv: torch, transformers, build tools"
 	$(PIP) $(TORCH) setuptools cmake ninja pybind11
-	$(PIP) --no-build-isolation --editable .
+	$(INSTALL) .
 	@touch $@
 
 # CMakeLists.txt looks in the same places.
 $(SETUP)-nvcc: $(SETUP)-package
 	@PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cuda/bin" command -v nvcc >/dev/null \
-		|| { echo "setting up .venv: nvcc"; $(PIP) --no-build-isolation --editable '.[nvcc]'; } \
+		|| { echo "setting up .venv: nvcc"; $(INSTALL) '.[nvcc]'; } \
 		|| { echo "build-sim: expected nvcc on PATH, in CUDA_HOME/bin or from pip, found none"; exit 1; }
 	@touch $@
 
@@ -100,14 +101,14 @@ $(SETUP)-demo: $(SETUP)-package
 	@touch $@
 
 $(SETUP)-test: $(SETUP)-package
-	$(PIP) --no-build-isolation --editable '.[test]'
+	$(INSTALL) '.[test]'
 	@touch $@
 
 # What is measured against.
 $(SETUP)-bench: $(SETUP)-package
-	$(PIP) --no-build-isolation --editable '.[bench]'
+	$(INSTALL) '.[bench]'
 	@touch $@
 
 $(SETUP)-dev: $(SETUP)-package
-	$(PIP) --no-build-isolation --editable '.[dev]'
+	$(INSTALL) '.[dev]'
 	@touch $@

@@ -3,6 +3,7 @@
 PELT_KERNELS_CUDA=1 builds the CUDA kernels as a release holds them, "80;90" for these compute
 capabilities alone, 0 none; by default nvcc and this machine's GPUs decide (cmake/gpus.cmake).
 ``build_ext --inplace --sim`` also builds `_C_sim` for the tests, which no wheel holds.
+PELT_KERNELS_BUILD=0 installs without compiling anything: in a checkout, whose modules are built apart.
 """
 
 import os
@@ -57,4 +58,6 @@ class CMakeBuild(build_ext):
             shutil.copy2(next(build.glob(f"{name}.*")), target)
 
 
-setup(ext_modules=[Extension("pelt_kernels._C", [])], cmdclass={"build_ext": CMakeBuild})
+built_apart = os.environ.get("PELT_KERNELS_BUILD") == "0"
+modules = [] if built_apart else [Extension("pelt_kernels._C", [])]
+setup(ext_modules=modules, cmdclass={"build_ext": CMakeBuild})
