@@ -33,9 +33,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="a _C built with the CUDA kernels, whose machine code is to be checked",
     )
     parser.addoption(
-        "--every-gpu",
+        "--every-case",
         action="store_true",
-        help="compile Triton's kernels for a GPU of each generation, not only for sm_90 and gfx942",
+        help=(
+            "compile Triton's kernels for a GPU of each generation and all calls of the methods, not"
+            " only for sm_90 and gfx942 and a usual call"
+        ),
     )
     parser.addoption(
         "--without-poison",
