@@ -3,7 +3,7 @@
 PELT_KERNELS_CUDA=1 builds the CUDA kernels as a release holds them, "80;90" for these compute
 capabilities alone, 0 none; by default nvcc and this machine's GPUs decide (cmake/gpus.cmake).
 ``build_ext --inplace --sim`` also builds `_C_sim` for the tests, which no wheel holds.
-PELT_KERNELS_BUILD=0 installs without compiling anything: in a checkout, whose modules are built apart.
+PELT_KERNELS_BUILD=0 installs a checkout without compiling: its modules are built apart from that.
 """
 
 import os
