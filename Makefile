@@ -23,7 +23,7 @@ demo: build $(SETUP)-demo
 
 # On a machine without a GPU, Triton's kernels run in its interpreter, which has to be chosen before
 # Python starts.
-test: build-sim $(SETUP)-demo $(SETUP)-test
+test: build-sim $(SETUP)-demo $(SETUP)-test $(SETUP)-dev
 	$(PYTEST) --require-backend=cuda_sim,cpu_sim,cpu $(TEST_OPTIONS)
 	TRITON_INTERPRET=1 $(PYTEST) --require-backend=triton -k "triton and not ahead" \
 		python_tests/ops python_tests/triton $(TEST_OPTIONS)

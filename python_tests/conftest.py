@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
 
 import parity
 import pytest
@@ -15,6 +16,9 @@ from cases import Case
 from pelt_kernels.ops import BACKENDS, OPERATORS
 from pelt_kernels.ops import _dispatch as dispatch
 from pelt_kernels.ops import _native as native
+
+# An sdist tells what it is of in its root, as a package does once it is installed.
+IS_SDIST = (Path(__file__).resolve().parents[1] / "PKG-INFO").is_file()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -62,6 +66,7 @@ def pytest_configure(config: pytest.Config) -> None:
     parity.REQUIRED |= required_backends(config)
     config.addinivalue_line("markers", "quick: the short list of parity, for sanitizers")
     config.addinivalue_line("markers", "backend(name): there only where this backend can run")
+    config.addinivalue_line("markers", "checkout: reads what git or only the repository holds")
     # Workers of pytest-xdist share the processor; results do not depend on the number of threads.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
@@ -80,8 +85,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out tests marked with a backend that cannot run here and does not have to, and those of
-    float32 on tiles, which multiply bfloat16.
+    """Leaves out tests marked with a backend that cannot run here and does not have to, those of
+    float32 on tiles, which multiply bfloat16, and in an unpacked sdist those of a checkout.
     """
     out = [item for item in items if not _is_true_here(item)]
     if out:
@@ -93,6 +98,8 @@ def _is_true_here(item: pytest.Item) -> bool:
     marks = item.iter_markers("backend")
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     on_tiles = parameters.get("isa") == native.TILES and parameters.get("precision") == "float32"
+    if item.get_closest_marker("checkout") and IS_SDIST:
+        return False
     return not on_tiles and all(parity.can_run(OPERATORS[0], mark.args[0]) for mark in marks)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks import operator_tables, readme
 from pelt_kernels.ops import OPERATORS
 
@@ -63,6 +65,7 @@ def test_a_call_that_allocates_nothing():
     assert line.endswith("| 0 |")
 
 
+@pytest.mark.checkout
 def test_every_row_that_is_kept_has_what_the_tables_need():
     rows = readme.operator_rows()
     assert rows

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
+import pytest
 from tiny_encoder import tiny_model
 
 import pelt_kernels
 from benchmarks import readme
-from pelt_kernels.ops import _forms
 
 __all__ = ["tiny_model"]
 
@@ -89,6 +87,7 @@ def test_the_code_of_the_readme_runs(tiny_model, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "adapter" / "pelt_config.json").is_file()
 
 
+@pytest.mark.checkout
 def test_the_generated_tables_of_the_readme_are_current():
     for page, rewrite in (
         (readme.README, readme.rewritten),
@@ -96,17 +95,3 @@ def test_the_generated_tables_of_the_readme_are_current():
     ):
         text = page.read_text()
         assert rewrite(text) == text, "make table rewrites them"
-
-
-def test_a_wheel_holds_the_data_of_the_package(tmp_path):
-    """Without the compiled module, which takes minutes and is no data."""
-    folders = tmp_path / "setup.cfg"
-    folders.write_text(f"[build]\nbuild_base={tmp_path}/build\n[egg_info]\negg_base={tmp_path}\n")
-    subprocess.run(
-        [sys.executable, "setup.py", "--quiet", "build_py",
-         "bdist_wheel", "--skip-build", "--dist-dir", tmp_path],
-        cwd=ROOT, check=True, env={**os.environ, "DIST_EXTRA_CONFIG": str(folders)},
-    )  # fmt: skip
-    (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"pelt_kernels/py.typed", f"pelt_kernels/ops/{_forms.FILE.name}"} <= names
