@@ -16,7 +16,7 @@ SETUP := .venv/.setup
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 CXX_FILES = $(shell git ls-files '*.h' '*.cuh' '*.cu' '*.cpp')
 
-.PHONY: demo test sanitize cuda lint build build-sim bench table clean
+.PHONY: demo test sanitize cuda lint docs build build-sim bench table clean
 
 demo: build $(SETUP)-demo
 	$(BIN)/pelt-kernels demo
@@ -56,15 +56,21 @@ lint: $(SETUP)-package $(SETUP)-dev
 	$(BIN)/python python_tests/lint_house.py
 	$(BIN)/mypy
 
+# The pages as a site, in build/docs. A warning, such as a link that leads nowhere, is an error. The
+# variable silences an advertisement.
+docs: $(SETUP)-test $(SETUP)-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
+	$(PYTEST) -n 0 python_tests/test_site.py --site=build/docs
+
 # Times every operator on this machine, into the file of its kind of processor, and puts the figures
-# and plots into the README.
+# and plots into the pages.
 bench: build $(SETUP)-test $(SETUP)-bench
 	kind=$$($(BIN)/python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")'); \
 	KINETO_LOG_LEVEL=99 $(BIN)/python -m benchmarks.run --device $$kind \
 		--json benchmarks/results --plot benchmarks/results
 	$(BIN)/python -m benchmarks.readme
 
-# The README's generated tables.
+# The generated tables and pictures of the pages.
 table: $(SETUP)-package
 	$(BIN)/python -m benchmarks.readme
 
@@ -111,4 +117,8 @@ $(SETUP)-bench: $(SETUP)-package
 
 $(SETUP)-dev: $(SETUP)-package
 	$(INSTALL) '.[dev]'
+	@touch $@
+
+$(SETUP)-docs: $(SETUP)-package
+	$(INSTALL) '.[docs]'
 	@touch $@

@@ -189,7 +189,7 @@ def _write(runs: Path) -> None:
                 rows[family, method] = _row(folder, family)
     order = [(family, method) for family in FAMILIES for method in METHODS]
     write(path, [rows[key] for key in order if key in rows])
-    readme.RESULTS.write_text(readme.results_rewritten(readme.RESULTS.read_text()))
+    readme.main()
 
 
 def _row(folder: Path, family: str) -> dict[str, Any]:

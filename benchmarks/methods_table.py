@@ -1,4 +1,4 @@
-"""Every method on a task, 3 seeds each, into benchmarks/results and the README's tables.
+"""Every method on a task, 3 seeds each, into benchmarks/results and its page.
 
     python -m benchmarks.methods_table [--methods unipelt,head] [--runs FOLDER]
     python -m benchmarks.methods_table --name sst2 --train-examples 200
@@ -139,8 +139,7 @@ def _write(runs: Path, known: Sequence[str], name: str | None) -> None:
     stay = [row for row in read(path) if _conditions(row) in measured] if path.is_file() else []
     rows = {row["row"]: row for row in stay} | fresh
     write(path, [rows[r] for r in known if r in rows])
-    if readme.README.is_file():
-        readme.README.write_text(readme.rewritten(readme.README.read_text()))
+    readme.main()
 
 
 def _conditions(row: dict[str, Any]) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""How fast the operators are, in Markdown, from the rows that `benchmarks.run` wrote: the README's
+"""How fast the operators are, in Markdown, from the rows that `benchmarks.run` wrote: the
 short table, and the one of everything beside the rows.
 
 A row's speedup is a baseline's time over a backend's, a table has the geometric mean over the

@@ -1,5 +1,5 @@
 """PEFT's models accelerated against PEFT as shipped, in Markdown, from the rows that
-`benchmarks.peft_step` wrote: the README's short table, and the one of every row.
+`benchmarks.peft_step` wrote: the short table, and the one of every row.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Rewrites the generated tables of README.md and of benchmarks/results/README.md: what each backend
-supports, how fast it is, what its CUDA kernels issue, what each method reaches.
+"""Rewrites what is generated in the pages that people read: the tables (what each backend supports,
+which method works where, how fast an operator is, what its CUDA kernels issue, what each method
+reaches) and the pictures of the same rows.
 
     python -m benchmarks.readme
 
@@ -9,6 +10,7 @@ A table stands between two comments that name it; everything else in a file is l
 from __future__ import annotations
 
 import textwrap
+from importlib import import_module
 from math import hypot
 from pathlib import Path
 from statistics import mean
@@ -16,19 +18,19 @@ from typing import Any
 
 from pelt_kernels.ops import OPERATORS, support_table
 
-from . import counters_report, families_table, operator_tables, peft_step, peft_tables
+from . import counters_report, families_table, figures, operator_tables, peft_step, peft_tables
 from .checkout import ROOT
 from .peers import peft_tests
 from .rows import Rows, read
 
-README = ROOT / "README.md"
+FAMILIES = ROOT / "docs" / "families.md"
+BACKENDS = ROOT / "docs" / "operators" / "README.md"
 METHODS = ROOT / "benchmarks" / "results" / "methods.jsonl"
 STEPS = ROOT / "benchmarks" / "results" / "train_step.jsonl"
 COUNTERS = ROOT / "benchmarks" / "results" / "counters.jsonl"
 GENERATION = METHODS.with_name("generation.jsonl")
 BY_HEART = METHODS.with_name("overfit.jsonl")
 RESULTS = METHODS.with_name("README.md")
-METRIC_NAMES = {"accuracy": "accuracy", "f1": "F1", "matthews": "Matthews"}
 MODEL_NAMES = {"gpt2": "GPT-2", "t5": "T5"}
 
 
@@ -98,7 +100,7 @@ def tasks_table(tasks: dict[str, Rows]) -> str:
     """
     by_row = {name: {row["row"]: row for row in rows} for name, rows in tasks.items()}
     metrics = {name: rows[0]["metric"] for name, rows in tasks.items()}
-    titles = [f"{name}, {METRIC_NAMES[metric]}" for name, metric in metrics.items()]
+    titles = [f"{name}, {figures.METRIC_NAMES[metric]}" for name, metric in metrics.items()]
     lines = [
         f"| method | {' | '.join(titles)} | trained parameters |",
         "|---" * (len(tasks) + 2) + "|",
@@ -264,38 +266,54 @@ def by_heart_table(rows: Rows) -> str:
     return "\n".join(lines) + "\n"
 
 
-def rewritten(text: str) -> str:
-    """README.md as it should be."""
-    text = with_block(text, "support table", support_table(list(OPERATORS)))
-    text = with_block(text, "families", families_table.table())
-    if METHODS.is_file():
-        text = with_block(text, "methods table", methods_table(read(METHODS)))
-    tasks = {
-        path.stem.removeprefix("methods_"): read(path)
-        for path in sorted(METHODS.parent.glob("methods_*.jsonl"))
+def contract_text(operator: str) -> str:
+    """The tables of an operator's contract, as they stand in its file."""
+    contract = import_module(f"pelt_kernels.ops.{operator}.contract").CONTRACT
+    parts = []
+    for name in ("inputs", "attributes", "outputs"):
+        if table := textwrap.dedent(getattr(contract, name)).strip():
+            parts.append(f"{name}\n{textwrap.indent(table, '    ')}\n")
+    return f"```text\n{chr(10).join(parts)}```\n"
+
+
+def tasks() -> dict[str, Rows]:
+    """The rows of each task of files, by its name."""
+    paths = sorted(METHODS.parent.glob("methods_*.jsonl"))
+    return {path.stem.removeprefix("methods_"): read(path) for path in paths}
+
+
+def tables() -> dict[Path, dict[str, str]]:
+    """What stands in each page, by the tables' names; what nobody has measured is left alone."""
+    measured = {
+        "methods table": (METHODS, methods_table),
+        "steps table": (STEPS, steps_table),
+        "counters table": (COUNTERS, counters_report.counters_table),
+        "generation table": (GENERATION, generation_table),
+        "by heart table": (BY_HEART, by_heart_table),
+        "peft table": (peft_step.RESULTS, peft_tables.headline),
+        "peft steps table": (peft_step.RESULTS, peft_tables.full),
+        "peft tests table": (peft_tests.RESULTS, peft_tests.table),
     }
-    if tasks:
-        text = with_block(text, "tasks table", tasks_table(tasks))
-    if peft_step.RESULTS.is_file():
-        text = with_block(text, "peft table", peft_tables.headline(read(peft_step.RESULTS)))
-    return with_block(text, "operators table", operator_tables.headline(operator_rows()))
+    results = {
+        name: table(read(path)) for name, (path, table) in measured.items() if path.is_file()
+    }
+    results["operators table"] = operator_tables.headline(operator_rows())
+    results["every row"] = operator_tables.full(operator_rows())
+    if found := tasks():
+        results["tasks table"] = tasks_table(found)
+    return {
+        FAMILIES: {"families": families_table.table()},
+        BACKENDS: {"support table": support_table(list(OPERATORS))},
+        RESULTS: results,
+        **{BACKENDS.with_name(f"{op}.md"): {"contract": contract_text(op)} for op in OPERATORS},
+    }
 
 
-def results_rewritten(text: str) -> str:
-    """benchmarks/results/README.md as it should be."""
-    if STEPS.is_file():
-        text = with_block(text, "steps table", steps_table(read(STEPS)))
-    if COUNTERS.is_file():
-        text = with_block(text, "counters table", counters_report.counters_table(read(COUNTERS)))
-    if GENERATION.is_file():
-        text = with_block(text, "generation table", generation_table(read(GENERATION)))
-    if BY_HEART.is_file():
-        text = with_block(text, "by heart table", by_heart_table(read(BY_HEART)))
-    if peft_step.RESULTS.is_file():
-        text = with_block(text, "peft steps table", peft_tables.full(read(peft_step.RESULTS)))
-    if peft_tests.RESULTS.is_file():
-        text = with_block(text, "peft tests table", peft_tests.table(read(peft_tests.RESULTS)))
-    return with_block(text, "every row", operator_tables.full(operator_rows()))
+def rewritten(text: str, found: dict[str, str]) -> str:
+    """A page as it should be."""
+    for name, content in found.items():
+        text = with_block(text, name, content)
+    return text
 
 
 def operator_files() -> list[Path]:
@@ -309,9 +327,17 @@ def operator_rows() -> Rows:
 
 
 def main() -> None:
-    """Rewrites both pages in place."""
-    for page, rewrite in ((README, rewritten), (RESULTS, results_rewritten)):
-        page.write_text(rewrite(page.read_text()))
+    """Rewrites the pages in place, and draws the pictures."""
+    for page, found in tables().items():
+        page.write_text(rewritten(page.read_text(), found))
+    folder = METHODS.parent
+    by_task = ({"docstring-match": read(METHODS)} if METHODS.is_file() else {}) | tasks()
+    if by_task:
+        figures.draw_accuracy(by_task, folder / "accuracy.png")
+    if peft_step.RESULTS.is_file():
+        figures.draw_steps(read(peft_step.RESULTS), folder / "steps.png")
+    if STEPS.is_file():
+        figures.draw_methods(read(STEPS), folder / "methods.png")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="a _C built with the CUDA kernels, whose machine code is to be checked",
     )
     parser.addoption(
+        "--site", metavar="FOLDER", help="the pages as a site, which are to be checked"
+    )
+    parser.addoption(
         "--every-case",
         action="store_true",
         help=(

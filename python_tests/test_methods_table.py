@@ -1,4 +1,4 @@
-"""The table of methods on files of one's own: trained, resumed, written into a README."""
+"""The table of methods on files of one's own: trained, resumed, written into a page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny_encoder import tiny_model, toy_files
 
-from benchmarks import methods_table, readme
+from benchmarks import methods_table, peft_step, readme
 from benchmarks.rows import read, write
 
 __all__ = ["tiny_model", "toy_files"]
@@ -23,9 +23,9 @@ def test_rows_are_trained_once_and_stand_beside_each_other(
 ) -> None:
     page = tmp_path / "README.md"
     page.write_text("<!-- tasks table: begin -->\n<!-- tasks table: end -->\n")
-    monkeypatch.setattr(readme, "README", page)
     monkeypatch.setattr(readme, "METHODS", tmp_path / "results" / "methods.jsonl")
-    monkeypatch.setattr(readme, "rewritten", only_tasks)
+    monkeypatch.setattr(readme, "tables", lambda: {page: only_tasks()})
+    monkeypatch.setattr(peft_step, "RESULTS", tmp_path / "none.jsonl")
     common = ["--task", str(toy_files[0]), "--eval", str(toy_files[1]), "--model", str(tiny_model)]
     common += ["--train-examples", "48", "--seeds", "0", "--name", "toy", "--metric", "f1"]
     common += ["--runs", str(tmp_path / "runs"), "--methods", "bitfit,adamix-lora"]
@@ -50,11 +50,9 @@ def test_rows_are_trained_once_and_stand_beside_each_other(
     assert [r["row"] for r in read(tmp_path / "results" / "methods_toy.jsonl")] == ["adamix-lora"]
 
 
-def only_tasks(text: str) -> str:
-    """The README as it would be with no other table in it."""
-    path = readme.task_file("toy")
-    table = readme.tasks_table({"toy": read(path)})
-    return readme.with_block(text, "tasks table", table)
+def only_tasks() -> dict[str, str]:
+    """The tables of a page that has no other."""
+    return {"tasks table": readme.tasks_table({"toy": read(readme.task_file("toy"))})}
 
 
 def test_without_the_data_it_is_skipped_with_a_reason(

@@ -2,7 +2,7 @@
 
 A contract is written once, as three small tables, and everything else reads it: the checks of a
 call (`Contract.bind`), the schema and the fake implementation given to torch, the inputs that tests
-and benchmarks draw, the README's support table and the shape comments of
+and benchmarks draw, the table of backends and the shape comments of
 `csrc/ops/<operator>/params.h`.
 
 Attributes are what a backend may decide by; a dropout seed is none of them: it changes with every

@@ -363,7 +363,7 @@ def implementation(operator: str, backend: str) -> ModuleType:
 
 
 def support_table(operators: list[str]) -> str:
-    """The README's table of operators and backends, in Markdown, from the files that exist."""
+    """The table of operators and backends, in Markdown, from the files that exist."""
     columns = list(BACKENDS)
     head = f"| operator | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}\n"
     rows = (

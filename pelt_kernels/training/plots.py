@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from .storage import replacing
@@ -43,10 +44,11 @@ def draw_gates(path: Path, title: str, history: History) -> bool:
     figure = Figure(figsize=(max(5.0, 3.2 * len(lines)), 3.4), layout="constrained")
     panels = figure.subplots(1, len(lines), sharey=True, squeeze=False)[0]
     figure.suptitle(title)
+    viridis = colormaps["viridis"]
     for panel, (kind, layers) in zip(panels, lines.items(), strict=True):
         for layer, points in sorted(layers.items()):
-            shade = (layer + 1) / (max(layers) + 2)
-            panel.plot(*_columns(points), color=(shade, 0.25, 1 - shade), label=f"layer {layer}")
+            shade = viridis(layer / (max(layers) + 1))  # the lightest would be lost on white
+            panel.plot(*_columns(points), color=shade, label=f"layer {layer}")
         panel.set(title=kind, xlabel="step", ylim=(0, 1))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("mean gate")

@@ -1,4 +1,4 @@
-"""Every method in every family: what the README's table says of each pair."""
+"""Every method in every family: what the table says of each pair."""
 
 from __future__ import annotations
 
@@ -101,5 +101,5 @@ def test_the_table_names_what_there_is():
     assert set(CONFIGS) == set(PRESETS)
     for gap in families_table.GAPS:
         assert set(gap.methods) <= set(PRESETS) and set(gap.families) <= set(FAMILIES)
-    page = Path(readme.README).read_text()
+    page = Path(readme.FAMILIES).read_text()
     assert readme.block(page, "families") == families_table.table()
