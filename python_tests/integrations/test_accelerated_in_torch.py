@@ -80,6 +80,22 @@ def test_autocast(way):
         assert_close(*each, torch.bfloat16, "autocast")
 
 
+def test_adapters_side_by_side_by_vmap(way):
+    """The base layer knows nothing of what a transform stacks."""
+    model = nn.Sequential(OrderedDict(lin=nn.Linear(8, 16)))
+    model = with_lora(model, target_modules=["lin"]).double().eval()
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    stacked = {n: torch.randn(3, *p.shape, dtype=p.dtype) for n, p in trained.items()}
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+
+    def call(values):
+        return torch.func.functional_call(model, values, (x,))
+
+    expected = torch.stack([call({n: v[i] for n, v in stacked.items()}) for i in range(3)])
+    pelt_kernels.accelerate(model)
+    torch.testing.assert_close(torch.vmap(call)(stacked), expected)
+
+
 @pytest.fixture
 def mesh():
     """One process on the CPU."""
