@@ -79,7 +79,10 @@ def weight_grad(d: Tensor, a: Tensor, per_sample: bool) -> Tensor:
     """dᵀ a over all rows [O, I], or for each sample [B, O, I]; d is [B, S, O], a is [B, S, I]."""
     if per_sample:
         return d.transpose(1, 2) @ a
-    return d.flatten(0, 1).T @ a.flatten(0, 1)
+    d, a = d.flatten(0, 1), a.flatten(0, 1)
+    # MKL takes 2.5 times as long with the narrow one on the right (T = 512, 384 and 8 columns).
+    is_turned = d.is_cpu and a.shape[1] < d.shape[1]
+    return (a.T @ d).T.contiguous() if is_turned else d.T @ a
 
 
 def bias_grad(d: Tensor, per_sample: bool, accumulator: torch.dtype) -> Tensor:
