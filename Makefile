@@ -16,7 +16,7 @@ SETUP := .venv/.setup
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 CXX_FILES = $(shell git ls-files '*.h' '*.cuh' '*.cu' '*.cpp')
 
-.PHONY: demo test sanitize cuda lint docs build build-sim bench table clean
+.PHONY: demo test sanitize cuda lint docs build build-sim bench table wheel release clean
 
 demo: build $(SETUP)-demo
 	$(BIN)/pelt-kernels demo
@@ -80,6 +80,16 @@ build: $(SETUP)-package
 build-sim: $(SETUP)-nvcc
 	@$(BIN)/python setup.py --quiet build_ext --inplace --sim
 
+# An sdist and a wheel for this Python, in dist. cibuildwheel makes wheels for every Python, in
+# containers of manylinux: .github/workflows/wheels.yml.
+wheel: $(SETUP)-release
+	$(BIN)/python python_tests/release.py --build-only
+
+# Builds, checks in empty environments, dates the changelog and tags: RELEASE_OPTIONS=--dry-run tells
+# whether everything is ready, and changes nothing.
+release: $(SETUP)-release
+	PELT_KERNELS_CUDA=0 $(BIN)/python python_tests/release.py $(RELEASE_OPTIONS)
+
 clean:
 	rm -rf build .venv pelt_kernels/*.so *.egg-info
 
@@ -113,6 +123,10 @@ $(SETUP)-test: $(SETUP)-package
 # What is measured against.
 $(SETUP)-bench: $(SETUP)-package
 	$(INSTALL) '.[bench]'
+	@touch $@
+
+$(SETUP)-release: $(SETUP)-package
+	$(INSTALL) '.[release]'
 	@touch $@
 
 $(SETUP)-dev: $(SETUP)-package
