@@ -11,7 +11,8 @@ import pytest
 from tiny_encoder import tiny_model
 
 import pelt_kernels
-from benchmarks import readme
+from benchmarks import figures, peft_step, readme
+from benchmarks.rows import read
 
 __all__ = ["tiny_model"]
 
@@ -92,3 +93,12 @@ def test_the_generated_tables_of_the_pages_are_current():
     for page, tables in readme.tables().items():
         text = page.read_text()
         assert readme.rewritten(text, tables) == text, "make table rewrites them"
+
+
+@pytest.mark.checkout
+def test_pictures_are_drawn_from_the_rows_and_are_small(tmp_path):
+    figures.draw_accuracy(readme.tasks(), tmp_path / "accuracy.png")
+    figures.draw_steps(read(peft_step.RESULTS), tmp_path / "steps.png")
+    figures.draw_methods(read(readme.STEPS), tmp_path / "methods.png")
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert len(sizes) == 3 and max(sizes.values()) < 100_000, sizes

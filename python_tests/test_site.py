@@ -45,6 +45,18 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
         assert not re.search(r"(?:@import|url\()[ \"']*(?:https?:)?//", style.read_text()), style
 
 
+def test_links_lead_somewhere(site: Path) -> None:
+    """Also those to folders, of which mkdocs knows nothing."""
+    for page in site.rglob("index.html"):
+        for link in set(re.findall(r"<a [^>]*href=\"?([^\"#> ]+)", page.read_text())):
+            if "://" not in link:
+                target = page.parent / link
+                assert (target / "index.html" if target.is_dir() else target).is_file(), (
+                    page,
+                    link,
+                )
+
+
 @pytest.mark.parametrize("address", SEEN)
 def test_a_page_shows_its_text_and_fits_a_narrow_screen(
     site: Path, address: str, tmp_path: Path
