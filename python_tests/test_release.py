@@ -76,11 +76,27 @@ def test_a_dry_run_changes_nothing(repository, capsys):
     assert not release.git(repository, "tag")
 
 
-def test_a_release_dates_the_heading_and_tags_its_commit(repository):
-    version, changelog = release.ready(repository, datetime.date(2026, 3, 4))
-    release.record(repository, version, changelog)
-    assert "## 1.2.0, 2026-03-04\n" in release.git(repository, "show", "v1.2.0:CHANGELOG.md")
-    assert not release.git(repository, "status", "--porcelain")
+@pytest.mark.parametrize("works", [True, False])
+def test_only_what_works_is_recorded(repository, monkeypatch, capsys, works):
+    """Without the build and the environments, which take minutes."""
+    heading = f"## 1.2.0, {datetime.date.today().isoformat()}\n"
+
+    def distributions(source, folder):
+        assert heading in (source / "CHANGELOG.md").read_text()
+        folder.mkdir()
+        (folder / "a.whl").write_text("x")
+        return [folder / "a.whl"]
+
+    monkeypatch.setattr(release, "distributions", distributions)
+    monkeypatch.setattr(install_check, "main", lambda files: 0 if works else 1)
+    assert release.main([], repository) == (0 if works else 1)
+    if works:
+        assert heading in release.git(repository, "show", "v1.2.0:CHANGELOG.md")
+        assert release.git(repository, "status", "--porcelain") == "?? dist/\n"
+    else:
+        assert "what was built of 1.2.0 does not work" in capsys.readouterr().err
+        assert not release.git(repository, "status", "--porcelain", "--ignored")
+        assert not release.git(repository, "tag")
 
 
 @pytest.mark.checkout
