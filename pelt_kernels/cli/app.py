@@ -15,8 +15,10 @@ from .distill import distill
 from .export import export
 from .info import info
 from .join import join
+from .methods import methods
 from .predict import predict
 from .train import train
+from .train_options import usual_name
 
 app = typer.Typer(
     name="pelt-kernels",
@@ -42,7 +44,8 @@ def _options_of_all(
     pass
 
 
-for command in (train, predict, export, join, distill, info, demo):
+app.command(context_settings={"token_normalize_func": usual_name})(train)
+for command in (predict, export, join, distill, methods, info, demo):
     app.command()(command)
 
 # The base of typer's errors of usage, under its public name in no version of typer.

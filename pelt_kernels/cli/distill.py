@@ -11,12 +11,15 @@ from typing import Annotated
 import typer
 
 from .console import Debug, errors_in_one_line, notes, results
+from .predict_options import Backend, BatchSize, Device
 
 
 def distill(
     file: Annotated[Path, typer.Option(help="CSV, TSV or JSONL with sources and targets.")],
-    output: Annotated[Path, typer.Option(help="A new file of the same kind.")],
-    model: Annotated[str, typer.Option(help="Folder or hub id of the model that writes.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new file of the same kind.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Folder or hub id of the model that writes.")
+    ],
     adapter: Annotated[
         Path | None, typer.Option(help="A trained adapter for it; without one it writes itself.")
     ] = None,
@@ -25,9 +28,9 @@ def distill(
     target_column: Annotated[str, typer.Option(help="What is replaced.")] = "target",
     prefix: Annotated[str, typer.Option(help="Put in front of each text.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest target.")] = 150,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    backend: Annotated[str | None, typer.Option(help="Ask every operator for one backend.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    batch_size: BatchSize = 16,
+    backend: Backend = None,
+    device: Device = "auto",
     debug: Debug = False,
 ) -> None:
     """Replace the targets of a file by what a trained model writes greedily.
@@ -35,15 +38,12 @@ def distill(
     The output appears whole, at the end; a command that was broken off is taken up by the same one.
     """
     with errors_in_one_line(debug):
-        from ..ops import BACKENDS, use_backend
-        from ..training.config import check_choice
+        from ..ops import use_backend
         from ..training.distill import Writer, Writing
         from ..training.distill import distill as write_file
         from ..training.experiment import computing_device
         from .progress import counting
 
-        if backend is not None:
-            check_choice("backend", backend, tuple(BACKENDS))
         writing = Writing(model, adapter, task, prefix, max_new_tokens)
         console = notes()
         with use_backend(backend) if backend else nullcontext():

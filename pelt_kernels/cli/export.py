@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from . import choices
 from .console import Debug, errors_in_one_line, results
 
 if TYPE_CHECKING:
@@ -15,21 +16,24 @@ if TYPE_CHECKING:
 
 
 def export(
-    adapter: Annotated[Path, typer.Option(help="The folder adapter/ that training left.")] = Path(
-        "adapter"
-    ),
-    output: Annotated[Path, typer.Option(help="A new folder for the model.")] = Path("exported"),
+    adapter: Annotated[
+        Path, typer.Option("--adapter", "-a", help="The folder adapter/ that training left.")
+    ] = Path("adapter"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="A new folder for the model.")
+    ] = Path("exported"),
     form: Annotated[
-        str | None,
+        choices.Form | None,
         typer.Option(
             "--format",
             help="dense, 2:4 or csr (a plain model), adapter (experts merged, prefix computed), or "
-            "peft (LoRA or a prefix in PEFT's files). "
-            "Default dense, for AdaMix's adapters adapter.",
+            "peft (LoRA or a prefix in PEFT's files).",
+            show_default="dense, for AdaMix's adapters adapter",
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="The base model, where it has moved since training.")
+        str | None,
+        typer.Option("--model", "-m", help="The base model, where it has moved since training."),
     ] = None,
     debug: Debug = False,
 ) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from .console import Debug, errors_in_one_line, results
 
 
 def info(
-    model: Annotated[str | None, typer.Option(help="Also describe this model.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Also describe this model.")
+    ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Also describe this adapter.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="All of it as one JSON object.")] = False,
     debug: Debug = False,
 ) -> None:
     """Show versions, the machine, which backends can serve each operator and why others cannot."""
@@ -23,22 +28,55 @@ def info(
         from ..ops._native import build_info
         from ..training.report import versions
 
-        out = results()
-        facts = Table(show_header=False, title="pelt-kernels")
         built = {"cuda_kernels_for": build_info().get("cuda_capabilities")}
-        for name, value in (versions() | hardware() | built).items():
-            shown = ", ".join(value) if isinstance(value, list) else value
-            facts.add_row(name.replace("_", " "), str(shown or "none"))
-        out.print(facts)
-        backends = Table("operator", "backend", "able here", title="backends")
-        for operator, call in _probes().items():
-            for backend, able in _ability(operator, call).items():
-                backends.add_row(operator, backend, able)
-        out.print(backends)
+        able = {operator: _ability(operator, call) for operator, call in _probes().items()}
+        facts: dict[str, Any] = {"machine": versions() | hardware() | built, "backends": able}
         if model is not None:
-            out.print(_describe_model(model))
+            facts["model"] = _describe_model(model)
         if adapter is not None:
-            out.print(_describe_adapter(adapter))
+            facts["adapter"] = _describe_adapter(adapter)
+        if as_json:
+            typer.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+            return
+        out = results()
+        out.print(_table("pelt-kernels", facts["machine"]))
+        matrix, reasons = _matrix(able)
+        out.print(matrix)
+        for number, reason in enumerate(reasons, start=1):
+            out.print(f"({number}) {reason}", markup=False, soft_wrap=True)
+        for name, title in (("model", model), ("adapter", adapter)):
+            if name in facts:
+                out.print(_table(str(title), facts[name]))
+
+
+def _table(title: str, facts: dict[str, Any]) -> Table:
+    table = Table(show_header=False, title=title)
+    for name, value in _flat(facts):
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+        table.add_row(name.replace("_", " "), escape(str("none" if shown in (None, "") else shown)))
+    return table
+
+
+def _flat(facts: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """The facts inside facts by dotted names, as ``--set`` has them."""
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{name}.")
+        else:
+            yield before + name, value
+
+
+def _matrix(able: dict[str, dict[str, str]]) -> tuple[Table, list[str]]:
+    """Operators by backends, and the reasons to which the cells that are not able refer."""
+    reasons: dict[str, int] = {}
+    table = Table("operator", *next(iter(able.values())), title="backends")
+    for operator, by_backend in able.items():
+        cells = []
+        for answer in by_backend.values():
+            is_able, _, why = answer.partition("no: ")
+            cells.append(is_able or f"no ({reasons.setdefault(why, len(reasons) + 1)})")
+        table.add_row(operator, *cells)
+    return table, list(reasons)
 
 
 def _probes() -> dict[str, Callable[[str], Any]]:
@@ -83,21 +121,21 @@ def _ability(operator: str, call: Callable[[str], Any]) -> dict[str, str]:
     return able
 
 
-def _describe_model(name: str) -> Table:
+def _describe_model(name: str) -> dict[str, Any]:
     from ..models import FAMILIES
     from ..training.base_model import load_config, locate
 
     config = load_config(name)
-    table = Table(show_header=False, title=name)
-    table.add_row("found in", locate(name)[0])
     is_known = config.model_type in FAMILIES
-    table.add_row("family", config.model_type + ("" if is_known else " (not supported)"))
-    for field in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
-        table.add_row(field.replace("_", " "), str(getattr(config, field, "unknown")))
-    return table
+    sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+    return {
+        "found in": locate(name)[0],
+        "family": config.model_type + ("" if is_known else " (not supported)"),
+        **{size: getattr(config, size, "unknown") for size in sizes},
+    }
 
 
-def _describe_adapter(folder: Path) -> Table:
+def _describe_adapter(folder: Path) -> dict[str, Any]:
     from ..models.adapter_files import read_config
     from ..training import RunError
     from ..training.predictor import Card
@@ -107,16 +145,12 @@ def _describe_adapter(folder: Path) -> Table:
         config, base = read_config(folder)
     except (ValueError, OSError) as error:
         raise RunError(f"adapter {folder} cannot be used: {error}") from error
-    table = Table(show_header=False, title=str(folder))
-    for name, value in {
+    return {
         "task": card.task,
         "problem": card.problem,
-        "labels": ", ".join(card.labels) or "none",
+        "labels": list(card.labels),
         "model": card.model,
-    }.items():
-        table.add_row(name, value)
-    table.add_row("architecture", str(base.get("architecture")))
-    table.add_row("longest text", f"{card.max_length} tokens")
-    for name, value in config.to_dict().items():
-        table.add_row(name, str(value))
-    return table
+        "architecture": base.get("architecture"),
+        "longest_text": card.max_length,
+        **config.to_dict(),
+    }

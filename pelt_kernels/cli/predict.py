@@ -52,9 +52,8 @@ def predict(
     one line, separated by a tab.
     """
     with errors_in_one_line(debug):
-        from ..ops import BACKENDS, use_backend
+        from ..ops import use_backend
         from ..training import Predictor
-        from ..training.config import check_choice
         from ..training.experiment import computing_device
         from ..training.predictor import Card
         from ..training.problems import PROBLEMS
@@ -79,8 +78,6 @@ def predict(
 
         examples, total = _examples(texts, pair, file, columns, card, same, say)
         computing = computing_device(device)
-        if backend is not None:
-            check_choice("backend", backend, tuple(BACKENDS))
         with use_backend(backend) if backend else nullcontext():
             predictor = Predictor(
                 adapter, model, computing, beams=beams, max_new_tokens=max_new_tokens
@@ -108,7 +105,7 @@ def _examples(
     """
     from ..training import UsageError
     from ..training.tasks import iterate_examples, readable, with_known_labels
-    from ..training.tasks.files import SUFFIXES
+    from ..training.tasks.files import SUFFIXES, kind_of
 
     if texts and file:
         raise UsageError("give texts or --file, not both")
@@ -132,7 +129,7 @@ def _examples(
 
     def read(say: Callable[[str], None] = lambda sentence: None) -> Iterator[Example]:
         assert file is not None
-        if file.suffix.lower() in SUFFIXES:
+        if kind_of(file) in SUFFIXES:
             rows = iterate_examples(file, columns, needs_label=False, allows_empty=True)
             return same.checked(card, with_known_labels(readable(rows, say), card))
         return same.checked(card, _split(_lines(file), f"line of {file}", card.has_pairs))

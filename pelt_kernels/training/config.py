@@ -39,12 +39,16 @@ class TrainConfig:
         method: a name out of `recipes.RECIPES`.
         options: fields of the method's config as text, such as ``r=4`` or ``adapter.bottleneck=16``
             for a part's.
+        method_config: fields of it as values, a part's as a dictionary of its own, as in
+            `MethodConfig.to_dict`; `options` hold where both name a field.
         train_examples: how many training examples each seed draws; None takes all.
         seeds: one run for each; the result is their mean and standard deviation.
         lr: learning rates; of several, the best on dev with the first seed serves all seeds. Empty:
             the recipe's.
         epochs: None takes the recipe's for the number of training examples.
-        batch_size: None takes the recipe's.
+        batch_size: examples of one backward pass, shared out where there are several processes;
+            None takes the recipe's.
+        gradient_accumulation: backward passes of one step.
         max_length: tokens after which a text is cut; None takes 128, or what the model reads.
         problem: what the labels are, one of `problems.PROBLEMS`; None finds out, and asks where
             they may be either.
@@ -69,6 +73,10 @@ class TrainConfig:
         beams: with which texts are written on dev and test.
         no_header: the files have no line of names; columns are called 1, 2, 3 and so on.
         backend: the backend every operator must use; None chooses by itself.
+        gradient_checkpointing: activations are computed again in the backward pass, not kept.
+        compile: the training steps run under `torch.compile`.
+        report_to: trackers by transformers' names, such as ``tensorboard``; they get every log
+            entry.
     """
 
     task: str = "docstring-match"
@@ -76,11 +84,13 @@ class TrainConfig:
     model: str = EMBEDDED
     method: str = "unipelt"
     options: tuple[str, ...] = ()
+    method_config: dict[str, Any] | None = None
     train_examples: int | None = None
     seeds: tuple[int, ...] = (0,)
     lr: tuple[float, ...] = ()
     epochs: int | None = None
     batch_size: int | None = None
+    gradient_accumulation: int = 1
     max_length: int | None = None
     problem: str | None = None
     label_separator: str = SEPARATOR
@@ -105,6 +115,9 @@ class TrainConfig:
     backend: str | None = None
     device: str = "auto"
     precision: str = "fp32"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    report_to: tuple[str, ...] = ()
 
     @property
     def columns(self) -> Columns:
@@ -126,14 +139,14 @@ class TrainConfig:
         evals = self.more_evals or (None,) * len(self.more_tasks)
         return tuple(zip(self.more_tasks, evals, strict=True))
 
-    def method_config(self, conditions: Conditions = NO_CONDITIONS) -> MethodConfig:
+    def method_for(self, conditions: Conditions = NO_CONDITIONS) -> MethodConfig:
         """The method with the options in it, for a task's attributes and tasks. Raises
         UsageError.
         """
         return conditioned(self._plain_method_config(), conditions)
 
     def _plain_method_config(self) -> MethodConfig:
-        values: dict[str, str] = {}
+        values: dict[str, Any] = {}
         for option in self.options:
             field, equals, text = option.partition("=")
             if not field.strip() or not equals:
@@ -142,10 +155,12 @@ class TrainConfig:
                 raise UsageError(f"set: {field.strip()} is given twice")
             values[field.strip()] = text.strip()
         try:
-            return config_from_options(self.method, values)
+            return config_from_options(self.method, {**(self.method_config or {}), **values})
         except ValueError as error:
-            who = "set" if values else f"method {self.method}"
-            example = "" if values or self.method != "composite" else ", such as --set lora.r=8"
+            given = {"set": values, "method_config": self.method_config}
+            who = next((name for name, value in given.items() if value), f"method {self.method}")
+            is_empty = self.method == "composite" and not any(given.values())
+            example = ", such as --set lora.r=8" if is_empty else ""
             raise UsageError(f"{who}: {reason(error)}{example}") from error
 
     def resolved(self) -> TrainConfig:
@@ -158,13 +173,13 @@ class TrainConfig:
             seeds=tuple(self.seeds),
             options=tuple(self.options),
         )
-        config.method_config()
+        config.method_for()
         config._check()
         return config
 
     def _check(self) -> None:
-        counts = ("epochs", "batch_size", "max_length", "patience", "train_examples")
-        for name in (*counts, "max_target_length", "beams"):
+        counts = ("epochs", "batch_size", "max_length", "patience", "train_examples", "beams")
+        for name in (*counts, "max_target_length", "gradient_accumulation"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= LARGEST_COUNT:
                 most = f"at most {LARGEST_COUNT}" if value > 1 else "at least 1"
@@ -262,8 +277,12 @@ def load_config(folder: Path) -> TrainConfig:
     if not path.is_file():
         raise UsageError(f"resume: {folder} holds no run ({FILE} is missing)")
     values = read_record(path, get_type_hints(TrainConfig), "resume", has_defaults=True)
-    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return TrainConfig(**values)
+    return TrainConfig(**with_tuples(values))
+
+
+def with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with tuples in the place of lists, which JSON and YAML have."""
+    return {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
 
 
 def continued(folder: Path, options: dict[str, Any]) -> TrainConfig:
@@ -274,6 +293,13 @@ def continued(folder: Path, options: dict[str, Any]) -> TrainConfig:
     """
     stored = load_config(folder)
     _check_same_options(folder, stored, options.pop("options", ()))
+    values = options.pop("method_config", None)
+    before = stored.method_for()
+    if values is not None and replace(stored, method_config=values).method_for() != before:
+        raise UsageError(
+            f"method_config: the run in {folder} was begun with another; leave it out to resume, "
+            "or name another --output"
+        )
     for name, value in options.items():
         before = getattr(stored, name)
         if (tuple(value) if isinstance(before, tuple) else value) != before:
@@ -286,16 +312,21 @@ def continued(folder: Path, options: dict[str, Any]) -> TrainConfig:
 
 def _check_same_options(folder: Path, stored: TrainConfig, options: Sequence[str]) -> None:
     """Raises UsageError where an option would change the method of the run."""
-    before = stored.method_config()
+    before = stored.method_for()
     for option in options:
-        others = (old for old in stored.options if _field(old) != _field(option))
-        if replace(stored, options=(*others, option)).method_config() != before:
+        if replace(stored, options=with_options(stored.options, [option])).method_for() != before:
             own = [old for old in stored.options if _field(old) == _field(option)]
             raise UsageError(
                 f"set: the run in {folder} was begun with "
                 f"{own[0] if own else f'the default of {_field(option)}'}, not {option}; leave the "
                 "option out to resume, or name another --output"
             )
+
+
+def with_options(before: Sequence[str], later: Sequence[str]) -> tuple[str, ...]:
+    """Fields of a method as text, in which the later ones hold."""
+    named = {_field(option) for option in later}
+    return (*(option for option in before if _field(option) not in named), *later)
 
 
 def _field(option: str) -> str:

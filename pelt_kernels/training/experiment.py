@@ -32,6 +32,7 @@ from .stopping import rank
 from .storage import claimed, clear_partial, replacing, require_writable, write_json
 from .tasks import Task, labels_in, load_task
 from .tasks.examples import shortened
+from .trackers import check_trackers
 
 METRICS_FILE = "metrics.json"
 TASK_FILE = "data.json"
@@ -48,6 +49,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    wait: bool = False,
     watchers: Watchers | None = None,
 ) -> dict[str, Any]:
     """Trains and tests; returns what `metrics.json` holds.
@@ -57,7 +59,8 @@ def train(
     folder for each run. With `resume`, finished runs are read, and the unfinished one goes on from
     its last checkpoint and reaches the weights it would have reached without a break. With
     `overwrite`, an existing run is removed once everything else has been checked. One experiment at
-    a time writes in a folder; its lock ends with the process.
+    a time writes in a folder; its lock ends with the process. A second one is refused at once, or
+    with `wait` begins after it.
 
     Raises:
         UsageError: a request that cannot be served.
@@ -68,9 +71,11 @@ def train(
     config = config.resolved()
     computing_device(config.device)
     _check_machine(config)
+    check_trackers(config.report_to)
     _check_output(output, resume, overwrite)
+    waiting = watchers.say if wait else None
     if is_run(output):
-        with claimed(output):  # a run in progress is noticed before the data is read
+        with claimed(output, waiting):  # a run in progress is noticed before the data is read
             pass
     locate(config.model)  # a missing one is noticed before the data is read
     task = load_task(
@@ -83,7 +88,7 @@ def train(
     config = replace(config, epochs=_epochs(config, task))
     _check_method(config, task)
     require_writable(output)
-    with claimed(output):
+    with claimed(output, waiting):
         _check_output(output, resume, overwrite)  # another run may have ended meanwhile
         clear_partial(output)
         if overwrite and is_run(output):
@@ -235,7 +240,7 @@ def _check_method(config: TrainConfig, task: Task) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run itself shows them
-            get_pelt_model(empty, config.method_config(task.conditions))
+            get_pelt_model(empty, config.method_for(task.conditions))
     except ValueError as error:
         raise UsageError(f"method {config.method}: {reason(error)}") from error
 
@@ -246,7 +251,8 @@ def _epochs(config: TrainConfig, task: Task) -> int:
         return config.epochs
     assert config.batch_size is not None  # `resolved` set it
     examples = len(task.train) if config.train_examples is None else config.train_examples
-    return recipe(config.method).epochs_for(examples, config.batch_size)
+    step = config.batch_size * config.gradient_accumulation
+    return recipe(config.method).epochs_for(examples, step)
 
 
 def _check_draws(task: Task, config: TrainConfig, watchers: Watchers) -> None:

@@ -184,8 +184,10 @@ class Run:
 
     def _model(self) -> PeltModel:
         base = self.problem.load(self.config.model, self.task.labels)
+        if self.config.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
         try:
-            return get_pelt_model(base, self.config.method_config(self.task.conditions))
+            return get_pelt_model(base, self.config.method_for(self.task.conditions))
         except ValueError as error:
             raise UsageError(f"method {self.config.method}: {error}") from error
 
@@ -216,6 +218,7 @@ class Run:
         self, model: PeltModel, form: Form, train: Encoded, dev: Encoded, watchers: Watchers
     ) -> PeltTrainer:
         assert self.config.batch_size is not None and self.config.epochs is not None
+        step = self.config.batch_size * self.config.gradient_accumulation
         weights = None
         if self.config.class_weights == "balanced":
             numbers = [row["labels"] for row in train.rows]
@@ -227,7 +230,7 @@ class Run:
             score_texts = partial(problem.dev_scores, writer, self.task.dev)
         return PeltTrainer(
             model,
-            self._arguments(math.ceil(len(train) / self.config.batch_size)),
+            self._arguments(math.ceil(len(train) / step)),
             train,
             dev,
             data_collator=problem.collator(form),
@@ -256,6 +259,8 @@ class Run:
             num_train_epochs=config.epochs,
             per_device_train_batch_size=config.batch_size,
             per_device_eval_batch_size=max(32, config.batch_size),
+            gradient_accumulation_steps=config.gradient_accumulation,
+            torch_compile=config.compile,
             warmup_steps=config.warmup,
             weight_decay=config.weight_decay,
             eval_strategy=strategy,
@@ -272,7 +277,8 @@ class Run:
             label_names=["labels"],
             remove_unused_columns=False,
             dataloader_pin_memory=config.device != "cpu" and torch.cuda.is_available(),
-            report_to="none",
+            report_to=list(config.report_to) or "none",
+            run_name=self.title,
             disable_tqdm=True,
         )
         if arguments.n_gpu > 1:

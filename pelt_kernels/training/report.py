@@ -76,7 +76,7 @@ def metrics(
         "backends": used,
         "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
         "method": config.method,
-        "method_config": config.method_config(task.conditions).to_dict(),
+        "method_config": config.method_for(task.conditions).to_dict(),
         "model": config.model,
         "learning_rate": lr,
         "learning_rates_tried_on_dev": tried,

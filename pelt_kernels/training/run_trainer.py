@@ -191,16 +191,23 @@ class PeltTrainer(Trainer):
         return pruning.sparsity_at(state.global_step / state.max_steps) < pruning.sparsity
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        more: dict[str, Any] = {}
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
                 raise RunError(
                     f"the loss is {logs['loss']} at step {self.state.global_step}; a smaller --lr "
                     "may help"
                 )
-            logs = logs | {"gates": self._mean_gates(), "seconds_per_step": self._clock.lap()}
+            more = {"gates": self._mean_gates(), "seconds_per_step": self._clock.lap()}
         if f"eval_{self.metric}" in logs and self._is_pruning():
-            logs = logs | {IS_PRUNING: True}
-        super().log(logs, start_time)
+            more = {IS_PRUNING: True}
+        # Trackers take numbers, each by a name of its own.
+        gates = {f"gates/{name}": mean for name, mean in more.get("gates", {}).items()}
+        numbers = {name: value for name, value in more.items() if isinstance(value, float)}
+        super().log(logs | gates | numbers, start_time)
+        entry = self.state.log_history[-1]
+        kept = {name: value for name, value in entry.items() if name not in gates}
+        self.state.log_history[-1] = kept | more
 
     def _mean_gates(self) -> dict[str, float]:
         gates = self.pelt.gate_values()

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,19 +51,26 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
     """Holds a folder, which is there, for one writer until the block or the process ends, however
     that comes about. Readers are not kept out.
 
-    Raises RunError at once where another holds it, or where its file system has no locks.
+    Raises RunError where its file system has no locks, and at once where another holds it; with
+    `waiting`, which gets a sentence, it waits for the other.
     """
-    lock = FileLock(folder / LOCK_FILE, timeout=0)
+    lock = FileLock(folder / LOCK_FILE)
     try:
-        lock.acquire()
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if waiting is None:
+                raise
+            waiting(f"output: waiting for the run that is writing in {folder}")
+            lock.acquire()
     except Timeout as error:
         raise RunError(
-            f"output: another run is writing in {folder}; wait for its end, or name another "
-            "--output"
+            f"output: another run is writing in {folder}; wait for its end (--wait), or name "
+            "another --output"
         ) from error
     except (OSError, NotImplementedError) as error:
         raise RunError(

@@ -21,6 +21,14 @@ FILES = {
     "other.tsv": "text\tlabel\ngood film\t2\n",
     "one.tsv": "text\tlabel\n" + "x\t1\n" * 20,
     "good.tsv": GOOD,
+    "bad.yaml": "lr: [1e-3\n",
+    "list.yaml": "- lr\n",
+    "unknown.yaml": "batch_sizes: 8\n",
+    "twice.yaml": "lr: 1e-3\nlearning-rate: 1e-3\n",
+    "type.yaml": "patience: three\n",
+    "choice.yaml": "precision: int8\n",
+    "field.yaml": "method: lora\nmethod_config: {rank: 4}\n",
+    "method.yaml": "method: lora\nmethod_config: {method: lora, r: 4}\n",
 }
 
 WRONG = {
@@ -37,20 +45,20 @@ WRONG = {
         "line 2 of other.tsv: label '2' is not one of 0, 1",
     ),
     "one label": (["--task", "one.tsv"], "expected at least two labels"),
-    "unknown method": (["--method", "adaptor"], "method: expected one of unipelt, "),
+    "unknown method": (["--method", "adaptor"], "'adaptor' is not one of 'unipelt', "),
     "unknown metric": (
         ["--metric", "auc"],
-        "metric: expected one of accuracy, f1, matthews, spearman, pearson, ",
+        "'auc' is not one of 'accuracy', 'f1', 'matthews', 'spearman', 'pearson', ",
     ),
     "unknown class weights": (
         ["--class-weights", "inverse"],
-        "class-weights: expected one of none, balanced, got 'inverse'",
+        "'inverse' is not one of 'none', 'balanced'",
     ),
-    "unknown backend": (["--backend", "cudnn"], "backend: expected one of "),
-    "unknown device": (["--device", "tpu"], "device: expected one of "),
+    "unknown backend": (["--backend", "cudnn"], "'cudnn' is not one of 'cuda', "),
+    "unknown device": (["--device", "tpu"], "'tpu' is not one of 'auto', "),
     "an address": (["--task", "https://example.org/sst2"], "is an address; download the file"),
     "unknown task": (["--task", "docstring"], "'docstring' is neither a file nor docstring-match"),
-    "unknown option": (["--learning-rate", "1"], "No such option: --learning-rate"),
+    "unknown option": (["--rate", "1"], "No such option: --rate"),
     "unknown field": (
         ["--method", "lora", "--set", "rank=4"],
         "set: expected a field of LoraConfig (r, alpha, ",
@@ -95,9 +103,43 @@ WRONG = {
     ),
     "missing model": (["--model", "./nowhere"], "model: there is no folder ./nowhere"),
     "not a model": (["--model", "."], "holds no config.json"),
+    "unknown tracker": (["--report-to", "tensorbord"], "report-to: expected one of "),
     "two intents": (["--resume", "--overwrite", "--output", "x"], "contradict each other"),
     "resume what": (["--resume"], "--resume needs the --output"),
     "resume nothing": (["--resume", "--output", "x"], "x holds no run"),
+    "no file of options": (["--config", "no.yaml"], "config: no.yaml cannot be read (No such file"),
+    "a file that is none": (
+        ["--config", "bad.yaml"],
+        "config: bad.yaml is neither YAML nor JSON (",
+    ),
+    "a file of a list": (
+        ["--config", "list.yaml"],
+        "config: expected fields and values in list.yaml",
+    ),
+    "unknown field in a file": (
+        ["--config", "unknown.yaml"],
+        "config: unknown.yaml has the unknown field 'batch_sizes' (did you mean batch_size?); ",
+    ),
+    "a field of a file twice": (
+        ["--config", "twice.yaml"],
+        "config: twice.yaml gives lr twice, once as 'learning-rate'",
+    ),
+    "a wrong type in a file": (
+        ["--config", "type.yaml"],
+        "config: type.yaml: expected patience as a whole number, got 'three'",
+    ),
+    "an unknown choice in a file": (
+        ["--config", "choice.yaml"],
+        "precision: expected one of fp32, bf16, fp16, got 'int8'",
+    ),
+    "unknown field of the method in a file": (
+        ["--config", "field.yaml"],
+        "method_config: expected a field of LoraConfig (r, alpha, ",
+    ),
+    "another method than the file's": (
+        ["--config", "method.yaml", "--method", "adapter"],
+        "method_config: expected method to be 'adapter', got 'lora'",
+    ),
     "eval of the embedded task": (["--eval", "good.tsv"], "brings its own test part"),
 }
 
@@ -143,7 +185,7 @@ def test_without_the_default_models_package_nothing_is_begun(
         (["--adapter", "TRAINED", "--file", "column.tsv"], "no text column"),
         (["--adapter", "TRAINED", "--file", "other.tsv"], "label '2' is not one of 0, 1"),
         (["--adapter", "TRAINED", "--file", "other.tsv", "text"], "texts or --file, not both"),
-        (["--adapter", "TRAINED", "text", "--backend", "cudnn"], "backend: expected one of"),
+        (["--adapter", "TRAINED", "text", "--backend", "cudnn"], "'cudnn' is not one of 'cuda', "),
         (["--adapter", "TRAINED", "text", "--model", "./nowhere"], "there is no folder ./nowhere"),
     ],
 )

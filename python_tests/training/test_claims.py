@@ -100,6 +100,26 @@ def test_a_killed_process_leaves_no_claim(tmp_path: Path) -> None:
         pass
 
 
+def test_a_second_run_can_wait_for_the_first(tmp_path: Path) -> None:
+    reads, writes = os.pipe()
+    child = os.fork()
+    if not child:
+        with claimed(tmp_path):
+            os.write(writes, b"x")
+            signal.pause()
+        os._exit(0)
+    assert os.read(reads, 1) == b"x"
+    said: list[str] = []
+
+    def waiting(sentence: str) -> None:
+        said.append(sentence)
+        os.kill(child, signal.SIGKILL)
+
+    with claimed(tmp_path, waiting):
+        os.waitpid(child, 0)
+    assert said == [f"output: waiting for the run that is writing in {tmp_path}"]
+
+
 def test_readers_are_not_kept_out(run: Path) -> None:
     with claimed(run):
         found = Predictor(run / "adapter")([Example("a good film", None, None, "here")])

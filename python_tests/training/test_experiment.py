@@ -55,7 +55,7 @@ def test_every_method_trains_and_reports(
     }  # fmt: skip
     if method in used:
         assert set(found["backends"]) == used[method]
-    assert found["method_config"] == config.method_config().to_dict()
+    assert found["method_config"] == config.method_for().to_dict()
     assert all(name for name in found["backends"].values())
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "gates.png").exists() == method.startswith("unipelt")

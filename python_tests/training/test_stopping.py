@@ -230,7 +230,7 @@ def trainer_of(
     texts = [("good film", "1"), ("a bad song", "0"), ("so warm", "1"), ("very fine", "1")]
     examples = [Example(text, None, label, "") for text, label in texts]
     rows = encode(examples, tokenizer, 16, lambda example: ("0", "1").index(example.label))
-    config = TrainConfig(method=method).method_config()
+    config = TrainConfig(method=method).method_for()
     torch.manual_seed(0)
     model = get_pelt_model(load_classifier(str(tiny_model), 2), config)
     with torch.no_grad():

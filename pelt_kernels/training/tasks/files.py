@@ -1,18 +1,21 @@
-"""Tasks from files: CSV, TSV and JSON Lines with text, pair and label columns."""
+"""Tasks from files: CSV, TSV, JSON Lines and Parquet with text, pair and label columns."""
 
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from ..errors import UsageError
+from ..errors import UsageError, reason
+from .dataset_rows import read_parquet
 from .example import Example, Label
 from .labels import GENERATION, MULTI_LABEL
 
@@ -28,9 +31,8 @@ TEXT_COLUMNS = (
 )
 LABEL_COLUMNS = ("label", "labels", "class")
 SOURCE_COLUMN, TARGET_COLUMN = "source", "target"  # where texts are written
-SUFFIXES = (".csv", ".tsv", ".jsonl")
-
-
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+_GZIP = ".gz"
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -74,16 +76,18 @@ def iterate_examples(
     """
     if not path.is_file():
         raise UsageError(f"{path}: there is no such file")
-    read = _READERS.get(path.suffix.lower())
+    kind = kind_of(path)
+    read = _READERS.get(kind)
     if read is None:
         raise UsageError(
             f"{path}: expected a name ending in {', '.join(SUFFIXES)}, got '{path.suffix}'"
         )
+    place = "row" if kind == ".parquet" else "line"
     names: dict[str, None] = {}  # of columns, in the order in which they appear
     resolved = None
     try:
         for number, row in read(path, columns.has_header):
-            origin = f"line {number} of {path}"
+            origin = f"{place} {number} of {path}"
             if resolved is None or not row.keys() <= names.keys():
                 names |= dict.fromkeys(row)
                 now = resolve_columns(str(path), list(names), columns, needs_label=needs_label)
@@ -101,8 +105,9 @@ def iterate_examples(
         raise UsageError(
             f"{path}: expected UTF-8, got byte {error.object[error.start]:#04x}"
         ) from error
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+    except (OSError, EOFError, zlib.error) as error:
+        why = getattr(error, "strerror", None) or reason(error)
+        raise UsageError(f"{path}: cannot be read ({why})") from error
     if resolved is None:
         raise UsageError(f"{path}: the file holds no rows")
 
@@ -244,12 +249,12 @@ def shows_generation(path: Path, columns: Columns) -> bool:
     """Whether the file has a source and a target in its first row, and nothing that was asked for
     or is there by its usual name says that it is to be labelled.
     """
-    read = _READERS.get(path.suffix.lower())
+    read = _READERS.get(kind_of(path))
     if columns.problem or columns.text or columns.label or read is None or not path.is_file():
         return False
     try:
         present = next((set(row) for _, row in read(path, columns.has_header)), set[str]())
-    except (UsageError, OSError, UnicodeDecodeError):
+    except (UsageError, OSError, EOFError, zlib.error, UnicodeDecodeError):
         return False  # reading it whole says what is wrong
     named = {name for names in TEXT_COLUMNS for name in names} | {*LABEL_COLUMNS}
     return {SOURCE_COLUMN, TARGET_COLUMN} <= present and not named & present
@@ -274,10 +279,22 @@ def _generation_columns(
     return replace(chosen, text=text, label=label)
 
 
+def kind_of(path: Path) -> str:
+    """The suffix that says how the file is laid out, without that of a compressed one."""
+    name = path.with_suffix("") if path.suffix.lower() == _GZIP else path
+    return name.suffix.lower()
+
+
+def _opened(path: Path, newline: str | None = None) -> TextIO:
+    if path.suffix.lower() == _GZIP:
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
+    return path.open(encoding="utf-8-sig", newline=newline)
+
+
 def _read_csv(path: Path, has_header: bool) -> Iterator[tuple[int, dict[str, Any]]]:
     # A document may be longer than the 128 KiB that the csv module allows a field by default.
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with _opened(path, newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
             lines = ((reader.line_num, row) for row in reader if row)
@@ -288,7 +305,7 @@ def _read_csv(path: Path, has_header: bool) -> Iterator[tuple[int, dict[str, Any
 
 def _read_tsv(path: Path, has_header: bool) -> Iterator[tuple[int, dict[str, Any]]]:
     """Fields between tabs as they stand: quotation marks are text, as in the GLUE files."""
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
+    with _opened(path, newline="\n") as file:
         lines = ((number, line.rstrip("\r\n")) for number, line in enumerate(file, start=1))
         fields = ((number, line.split("\t")) for number, line in lines if line)
         yield from _named(path, fields, has_header)
@@ -317,7 +334,7 @@ def _named(
 def _read_json_lines(path: Path, has_header: bool) -> Iterator[tuple[int, dict[str, Any]]]:
     if not has_header:
         raise UsageError(f"no-header: expected a CSV or TSV file, got {path}, whose rows name all")
-    with path.open(encoding="utf-8-sig") as file:
+    with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -338,4 +355,4 @@ def _read_json_lines(path: Path, has_header: bool) -> Iterator[tuple[int, dict[s
             yield number, row
 
 
-_READERS = {".csv": _read_csv, ".tsv": _read_tsv, ".jsonl": _read_json_lines}
+_READERS = dict(zip(SUFFIXES, (_read_csv, _read_tsv, _read_json_lines, read_parquet)))

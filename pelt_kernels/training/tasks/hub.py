@@ -7,7 +7,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from ..errors import RunError, UsageError, reason
+from ..errors import RunError, reason
+from .dataset_rows import installed_datasets, named_rows
 from .example import Example
 from .files import Columns, example_from_row, resolve_columns
 
@@ -22,13 +23,9 @@ def read_splits(name: str, columns: Columns) -> dict[str, list[Example]]:
     `name` is ``glue/<subset>``, ``<owner>/<name>`` or ``<owner>/<name>:<subset>``. Raises
     UsageError without the package, RunError where the data set cannot be loaded.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise UsageError(
-            f"task '{name}' is neither a file nor docstring-match; to read it as the name of a "
-            "data set, install the package datasets (pip install datasets)"
-        ) from error
+    datasets = installed_datasets(
+        f"task '{name}' is neither a file nor docstring-match; to read it as the name of a data set"
+    )
     path, subset = split_name(name)
     # Versions before datasets 4 run a data set's script unless it is forbidden.
     runs_scripts = "trust_remote_code" in inspect.signature(datasets.load_dataset).parameters
@@ -55,26 +52,9 @@ def split_name(name: str) -> tuple[str, str | None]:
 
 def _examples(where: str, rows: Any, columns: Columns) -> list[Example]:
     resolved = resolve_columns(where, list(rows.column_names), columns, needs_label=True)
-    feature = rows.features[resolved.label]
-    # A ClassLabel numbers its classes; where a row has several, they are a sequence of it.
-    names = getattr(feature, "names", None) or getattr(
-        getattr(feature, "feature", None), "names", None
-    )
-    examples = []
-    for number, row in enumerate(rows):
-        label = row[resolved.label]
-        if names and isinstance(label, list):
-            label = [names[number] for number in label]
-        elif names:
-            label = names[label] if label is not None and label >= 0 else None
-        if label is None:
-            continue
-        examples.append(
-            example_from_row(
-                row | {resolved.label or "": label},
-                resolved,
-                f"row {number} of {where}",
-                needs_label=True,
-            )
-        )
-    return examples
+    assert resolved.label is not None  # it was needed
+    return [
+        example_from_row(row, resolved, f"row {number} of {where}", needs_label=True)
+        for number, row in enumerate(named_rows(rows))
+        if row[resolved.label] is not None
+    ]
