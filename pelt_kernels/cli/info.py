@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from .console import Debug, errors_in_one_line, results
 
@@ -69,7 +69,7 @@ def _flat(facts: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
 def _matrix(able: dict[str, dict[str, str]]) -> tuple[Table, list[str]]:
     """Operators by backends, and the reasons to which the cells that are not able refer."""
     reasons: dict[str, int] = {}
-    table = Table("operator", *next(iter(able.values())), title="backends")
+    table = Table(Column("operator", no_wrap=True), *next(iter(able.values())), title="backends")
     for operator, by_backend in able.items():
         cells = []
         for answer in by_backend.values():

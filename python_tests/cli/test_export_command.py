@@ -148,7 +148,7 @@ def test_what_no_plain_model_can_hold_is_an_adapter_for_inference(
         (
             "pst",
             ["--format", "coo"],
-            "format: expected one of dense, 2:4, csr, adapter, peft, got 'coo'",
+            "'coo' is not one of 'dense', '2:4', 'csr', 'adapter', 'peft'",
         ),
     ],
 )
