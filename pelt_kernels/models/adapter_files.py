@@ -54,17 +54,29 @@ class Files(NamedTuple):
 
 def files_in(directory: str | os.PathLike[str]) -> Files:
     """The files of the adapter in a folder, by the names that they have there; those of today where
-    there is none.
+    there is none. Of several the one that was written last.
     """
     folder = Path(directory)
-    files = Files(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
+    return next(iter(adapters_in(folder)), Files(folder / CONFIG_FILE, folder / WEIGHTS_FILE))
+
+
+def adapters_in(directory: str | os.PathLike[str]) -> list[Files]:
+    """The adapters that `save_pretrained`, a transformers.Trainer and other libraries left beside
+    each other in a folder, the latest first. A state that is older than another one is not opened.
+    """
+    folder = Path(directory)
+    own = Files(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
     former = Files(folder / FORMER_CONFIG_FILE, folder / FORMER_WEIGHTS_FILE)
-    state = folder / STATE_FILE
-    if files.config.is_file():
-        return files
-    if former.config.is_file():
-        return former
-    return Files(state, state) if _state_entry(state) is not None else files
+    state = Files(folder / STATE_FILE, folder / STATE_FILE)
+    found = [files for files in (own, former) if files.config.is_file()]
+    found.sort(key=_written, reverse=True)
+    is_latest = not found or _written(state) > _written(found[0])
+    return [state, *found] if is_latest and _state_entry(state.config) is not None else found
+
+
+def _written(files: Files) -> int:
+    """When an adapter was written, in ns. Its config is what a writer writes last; 0: not there."""
+    return files.config.stat().st_mtime_ns if files.config.is_file() else 0
 
 
 def _state_entry(path: Path) -> bytes | None:

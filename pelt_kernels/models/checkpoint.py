@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from ..methods import MethodConfig, PrefixTuningConfig, parts_of, with_part_changes
 from ..nn import PrefixAttention
-from .adapter_files import CONFIG_FILE, describe, read_config, read_weights, write_adapter
+from .adapter_files import (
+    FORMER_CONFIG_FILE,
+    adapters_in,
+    describe,
+    read_config,
+    read_weights,
+    write_adapter,
+)
 from .first_values import head_names, names_in_place
 from .formats import read_foreign
 from .lora_targets import biases_of_targets
@@ -25,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SHAPE_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
+
+_log = logging.getLogger(__name__)
 
 
 class Adapter(NamedTuple):
@@ -67,9 +76,19 @@ def read_adapter(
     expected: MethodConfig | None = None,
 ) -> Adapter:
     """What `save_adapter` or a library of `formats` wrote, for a model like the one it was trained
-    in, and of the expected method where there is one.
+    in, and of the expected method where there is one. Of several in the folder it is the one that
+    was written last, and the log names the others.
     """
-    is_own = (Path(directory) / CONFIG_FILE).is_file()
+    names = [files.config.name for files in adapters_in(directory)]
+    if names[1:]:
+        _log.warning(
+            "from_pretrained: %s holds several adapters; the one of %s is read, which was written "
+            "after %s",
+            directory,
+            names[0],
+            " and ".join(names[1:]),
+        )
+    is_own = bool(names) and names[0] != FORMER_CONFIG_FILE
     foreign = None if is_own else read_foreign(directory, model)
     if foreign is not None:
         config, tensors = foreign

@@ -37,6 +37,56 @@ def test_an_adapter_of_another_library_in_the_folder_stays(make_base, tmp_path):
     assert PeltModel.from_pretrained(make_base(), tmp_path).method_config == METHOD
 
 
+def _age(folder):
+    """Makes all files of a folder ten seconds older."""
+    for path in folder.iterdir():
+        then = path.stat().st_mtime_ns - 10 * 10**9
+        os.utime(path, ns=(then, then))
+
+
+def test_of_several_writers_in_a_folder_the_latest_is_read(make_base, tmp_path, caplog):
+    """save_pretrained, what a Trainer's save_model writes, PEFT, and save_pretrained again."""
+    states = []
+
+    def write(writer, name):
+        model = get_pelt_model(make_base(), METHOD)
+        with torch.no_grad():
+            for parameter in model.trained_parameters().values():
+                parameter.normal_(std=1.0 + len(states))
+        writer(model)
+        states.append(name)
+        caplog.clear()
+        again = PeltModel.from_pretrained(make_base(), tmp_path)
+        for name, value in again.trained_parameters().items():
+            assert torch.equal(value, model.trained_parameters()[name]), states
+        said = "".join(record.getMessage() for record in caplog.records)
+        others = dict.fromkeys(reversed(states[:-1]))
+        others.pop(states[-1], None)
+        assert (f"the one of {states[-1]} is read" in said) == bool(others)
+        _age(tmp_path)
+
+    def peft(model):
+        model.save_pretrained(tmp_path / "peft", format="peft")
+        for path in (tmp_path / "peft").iterdir():
+            os.rename(path, tmp_path / path.name)
+        (tmp_path / "peft").rmdir()
+
+    def trainer(model):
+        Trainer(model, TrainingArguments(tmp_path, report_to="none", use_cpu=True)).save_model()
+
+    write(lambda model: model.save_pretrained(tmp_path), "pelt_config.json")
+    write(trainer, "model.safetensors")
+    write(peft, "adapter_config.json")
+    write(trainer, "model.safetensors")
+    write(lambda model: model.save_pretrained(tmp_path), "pelt_config.json")
+    # A state that cannot be opened is no matter while it is older, and never passed over.
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="model.safetensors cannot be read, it is damaged"):
+        PeltModel.from_pretrained(make_base(), tmp_path)
+    os.utime(tmp_path / "model.safetensors", (0, 0))
+    assert PeltModel.from_pretrained(make_base(), tmp_path).method_config == METHOD
+
+
 @pytest.mark.parametrize("words", [0, 4])
 def test_what_a_plain_trainer_saves_opens(words, make_base, make_batch, tmp_path):
     """Its checkpoints and save_model's folder: the state says which method it is of."""

@@ -64,7 +64,7 @@ def write_peft(
     if (target / CONFIG_FILE).exists():
         raise ValueError(
             f"save_pretrained: expected a folder without {CONFIG_FILE} for format='peft', got "
-            f"{target}, whose readers would take that one; name another folder"
+            f"{target}, where two adapters would stand; name another folder"
         )
     check_finite(tensors)
     if parts.lora is not None:
