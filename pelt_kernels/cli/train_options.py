@@ -93,7 +93,7 @@ Epochs = Annotated[
 ]
 BatchSize = Annotated[
     int | None,
-    _option(default="by method", help="Examples of one backward pass, of all processes."),
+    _option(default="by method", help="Examples of one backward pass."),
 ]
 GradientAccumulation = Annotated[int, _option(help="Backward passes of one step.")]
 MaxLength = Annotated[
@@ -158,7 +158,7 @@ Backend = Annotated[
 ]
 Device = Annotated[
     choices.Device,
-    _option(help="One GPU, or all of them by `accelerate launch -m pelt_kernels.cli train ...`."),
+    _option(help="auto: a GPU if torch sees one. A run uses one GPU."),
 ]
 Precision = Annotated[choices.Precision, _option(help="bf16 and fp16 by autocast.")]
 GradientCheckpointing = Annotated[

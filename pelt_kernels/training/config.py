@@ -32,8 +32,8 @@ class TrainConfig:
     """One experiment: a task, a method on a model, and how to train.
 
     Attributes:
-        task: ``docstring-match``, a CSV, TSV or JSONL file, or the name of a data set such as
-            ``glue/sst2``.
+        task: ``docstring-match``, a CSV, TSV, JSONL or Parquet file, or the name of a data set such
+            as ``glue/sst2``.
         eval: a file with the test part; None takes the task's own or holds one out.
         model: a hub id, a folder, or the embedded default.
         method: a name out of `recipes.RECIPES`.
@@ -46,8 +46,7 @@ class TrainConfig:
         lr: learning rates; of several, the best on dev with the first seed serves all seeds. Empty:
             the recipe's.
         epochs: None takes the recipe's for the number of training examples.
-        batch_size: examples of one backward pass, shared out where there are several processes;
-            None takes the recipe's.
+        batch_size: examples of one backward pass; None takes the recipe's.
         gradient_accumulation: backward passes of one step.
         max_length: tokens after which a text is cut; None takes 128, or what the model reads.
         problem: what the labels are, one of `problems.PROBLEMS`; None finds out, and asks where
