@@ -1,4 +1,5 @@
-"""What two processes do for `test_sharded.py`: three steps under DDP and under FSDP2, and saving.
+"""What two processes do for `test_sharded.py`: three steps under DDP and under FSDP2, and saving;
+of an accelerated PEFT model the gradients of a batch.
 
 accelerate launch --multi_gpu --cpu --num_processes 2 sharded_steps.py FOLDER
 """
@@ -51,6 +52,25 @@ def make_optimizer(model):
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
 
 
+def make_accelerated():
+    """A PEFT model with LoRA whose layers run on the operator."""
+    import peft
+
+    import pelt_kernels
+
+    options = {"r": 4, "target_modules": ["query", "value"], "init_lora_weights": False}
+    model = peft.get_peft_model(make_base(), peft.LoraConfig(**options)).train()
+    pelt_kernels.accelerate(model, backend="eager")
+    return model
+
+
+def gradients(model, rows, backward=torch.Tensor.backward):
+    """What is trained of a model, by name: its gradients of these rows of a batch."""
+    ids = torch.arange(5, 5 + 7 * ROWS).view(ROWS, 7)
+    backward(model(input_ids=ids[rows], labels=torch.arange(ROWS)[rows] % 3).loss)
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
 def train(model, optimizer, rows, backward=torch.Tensor.backward):
     """Three steps on these rows of each batch."""
     generator = torch.Generator().manual_seed(1)
@@ -99,6 +119,11 @@ def main(folder: Path) -> None:
         state = get_model_state_dict(model, options=options)
         if accelerator.is_main_process:
             torch.save(state, folder / f"{method}.pt")
+    model = accelerator.prepare(make_accelerated())
+    found = gradients(model, rows, accelerator.backward)
+    if accelerator.is_main_process:
+        found = {name.removeprefix("module."): grad for name, grad in found.items()}
+        torch.save(found, folder / "accelerated.pt")
     destroy_process_group()
 
 

@@ -12,9 +12,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from sharded_steps import METHODS, make_base, make_model, make_optimizer, train
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from sharded_steps import (
+    METHODS,
+    gradients,
+    make_accelerated,
+    make_base,
+    make_model,
+    make_optimizer,
+    train,
+)
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 
+import pelt_kernels
 from pelt_kernels.models import PeltModel
 
 STEPS = Path(__file__).with_name("sharded_steps.py")
@@ -62,6 +75,26 @@ def test_torchs_own_whole_state_is_what_is_trained(trained, folder):
     state = torch.load(folder / f"{method}.pt", weights_only=True)
     assert torch.equal(state.pop("_extra_state"), model.get_extra_state())
     compare(state, model)
+
+
+def test_an_accelerated_peft_model_of_two_processes_has_the_gradients_of_one(folder):
+    found = torch.load(folder / "accelerated.pt", weights_only=True)
+    pelt_kernels.ops.forget_choices()
+    expected = gradients(make_accelerated(), slice(None))
+    assert pelt_kernels.explain("lora_linear")
+    assert sum("lora_" in name for name in expected) == 8
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_torchs_own_state_goes_back(trained):
+    """Of what is trained, and with the names of what is frozen."""
+    method, model = trained
+    for frozen in (True, False):
+        options = StateDictOptions(ignore_frozen_params=frozen, strict=not frozen)
+        state = get_model_state_dict(model, options=options)
+        other = make_model(method)
+        set_model_state_dict(other, dict(state), options=options)
+        compare(other.trained_parameters(), model)
 
 
 def test_prefixes_that_were_sharded_are_written_as_tables(folder):
