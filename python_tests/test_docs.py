@@ -65,6 +65,8 @@ WITH_CODE = [page for page in PAGES if page not in OTHERS and code_of(page)]
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_code_of_a_page_runs(page, tiny_model, writers, tmp_path, monkeypatch):
     """One block after the other, with tiny models under the names of the large ones."""
+    if page.name == "quantised.md":
+        pytest.importorskip("bitsandbytes")  # of the extra `quantised`
     monkeypatch.chdir(tmp_path)
     names = {"bert-base-uncased": tiny_model, "gpt2": writers["gpt2"], "t5-small": writers["t5"]}
     scope: dict[str, object] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import peft
 import torch
@@ -15,10 +15,13 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from ..nn.original import has_own_class, is_plain, is_watched, linear_kind, why_not_replaceable
+from ..nn.quantised import is_quantised
 from ..ops import LoraBranch, lora_linear
 from ..ops._arguments import cast_activation
 from ..ops.lora_linear.contract import MAX_RANK
-from .calls import dropout_rate, fits, is_cheaper_composed, is_dense
+from .calls import fits, is_cheaper_composed, is_dense
+from .peft_branches import Branch, added, branches_of
+from .peft_quantised import BESIDE, KINDS
 from .replacement import Accelerated, Replacement, check_in_memory, library_class
 from .versions import check_version
 
@@ -29,16 +32,6 @@ OPERATOR = "lora_linear"
 # of the time at rank 8, and 1.04 at rank 64; float32, AVX-512).
 PAYS_FROM = 1 << 16
 PAYS_FROM_ON_CPU = 1 << 20  # and twice as many at rank 32, and so on
-
-
-class _Branch(NamedTuple):
-    """An active adapter in one call: ``scale · (dropout(x) Aᵀ Bᵀ + bias)``."""
-
-    a: Tensor  # [R, Din]
-    b: Tensor  # [Dout, R]
-    bias: Tensor | None  # [Dout]
-    scale: Any  # a number, or a tensor []
-    p: float
 
 
 class AcceleratedLoraLinear(Accelerated, lora.Linear):
@@ -74,7 +67,7 @@ class AcceleratedLoraLinear(Accelerated, lora.Linear):
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, is_transposed: bool
     ) -> Tensor | None:
         """y with the active adapters; None where that is PEFT's to compute."""
-        branches = self._branches(self.active_adapters)
+        branches = branches_of(self, self.active_adapters)
         if not branches or weight is None:
             return None
         p = max(branch.p for branch in branches)
@@ -112,7 +105,7 @@ class AcceleratedLoraLinear(Accelerated, lora.Linear):
         """
         modules: Any = self._modules
         used = [name for name in dict.fromkeys(adapter_names) if name in modules["lora_A"]]
-        branches = self._branches(used)
+        branches = branches_of(self, used)
         if not branches or weight is None or self._is_cheaper_composed(x, ()):
             return None
         activation = cast_activation(x)
@@ -138,32 +131,7 @@ class AcceleratedLoraLinear(Accelerated, lora.Linear):
         )
         return y[:, 0] if x.ndim == 2 else y
 
-    def _branches(self, names: Iterable[str]) -> list[_Branch] | None:
-        """The adapters of this layer among some; None where one of them computes something else."""
-        # Past nn.Module's look-up of attributes, which takes a small layer as long as its products.
-        modules: Any = self._modules
-        downs, ups = modules["lora_A"]._modules, modules["lora_B"]._modules
-        dropouts = modules["lora_dropout"]._modules
-        branches = []
-        for name in names:
-            if name not in downs:
-                continue
-            down, up, dropout = downs[name], ups[name], dropouts[name]
-            p = dropout_rate(dropout)
-            if (
-                p is None
-                or name in self.lora_variant
-                or not is_plain(down, nn.Linear)
-                or not is_plain(up, nn.Linear)
-            ):
-                return None
-            a, b = down._parameters.get("weight"), up._parameters.get("weight")
-            if a is None or b is None:
-                return None
-            branches.append(_Branch(a, b, up._parameters.get("bias"), self.scaling[name], p))
-        return branches
-
-    def _is_cheaper_composed(self, x: Tensor, branches: Sequence[_Branch]) -> bool:
+    def _is_cheaper_composed(self, x: Tensor, branches: Sequence[Branch]) -> bool:
         """Of branches that samples share; PEFT's own way takes a pass for each of the others."""
         sizes: Any = self  # PEFT knows layers without them, which are no Linear
         elements = x.shape[:-1].numel() * sizes.out_features
@@ -174,23 +142,14 @@ class AcceleratedLoraLinear(Accelerated, lora.Linear):
         return is_cheaper_composed(elements, pays_from, self.pelt_backend)
 
 
-def _composed(x: Tensor, weight: Tensor, bias: Tensor | None, branches: list[_Branch]) -> Tensor:
+def _composed(x: Tensor, weight: Tensor, bias: Tensor | None, branches: list[Branch]) -> Tensor:
     """PEFT's formula in PyTorch's operations, without a call of a module."""
     rows = x.reshape(-1, x.shape[-1])
     y = functional.linear(rows, weight, bias)
-    dtype = y.dtype
-    # A product that adds to y saves two passes over it. A compiled graph has one in any case, and
-    # torch.func refuses to write what a transform knows into what it does not.
-    adds = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-    for a, b, own_bias, scale, p in branches:
-        s = rows if rows.dtype is a.dtype else rows.to(a.dtype)
-        s = functional.linear(functional.dropout(s, p) if p else s, a)
-        is_one_dtype = s.dtype is y.dtype and b.dtype is y.dtype
-        if adds and is_one_dtype and own_bias is None and isinstance(scale, (int, float)):
-            y.addmm_(s, b.t(), alpha=scale)
-        else:
-            y = y + functional.linear(s, b, own_bias) * scale
-    y = y if y.dtype is dtype else y.to(dtype)
+    # torch.func refuses to write what a transform knows into what it does not, and a compiled graph
+    # chooses by itself where to write.
+    in_place = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    y = added(y, rows, branches, in_place=in_place)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -216,9 +175,13 @@ def replacements(model: nn.Module, backend: str | None) -> list[Replacement]:
             found.append(Replacement(name, module, None, reason=reason))
             continue
         _check_is_usable(name, module)
+        if is_quantised(module.base_layer):
+            kind = KINDS[library_class(module)]
+            found.append(Replacement(name, module, kind, BESIDE, _exception(module)))
+            continue
         found.append(Replacement(name, module, AcceleratedLoraLinear, OPERATOR, _exception(module)))
     if backend is not None:
-        _check_backend((each.module for each in found if each.accelerated), backend)
+        _check_backend((each.module for each in found if each.operator == OPERATOR), backend)
     return found
 
 
@@ -227,7 +190,7 @@ def _why_left_alone(module: Any) -> str:
     kind = library_class(module)
     if not isinstance(module, lora.LoraLayer):
         return f"{kind.__name__} of {kind.__module__} is no layer of LoRA"
-    if kind is not lora.Linear:
+    if kind not in KINDS:
         return f"{kind.__name__} of {kind.__module__} is not PEFT's LoRA beside a plain Linear"
     base = module.base_layer
     if _is_sharded(base._parameters.get("weight")):
@@ -235,7 +198,7 @@ def _why_left_alone(module: Any) -> str:
     reason = why_not_replaceable(base, linear_kind(base))
     if reason:
         return f"expected a plain base layer, got {reason}"
-    if has_own_class(base, linear_kind(base)):
+    if has_own_class(base, linear_kind(base)) and not is_quantised(base):
         return f"its base layer, {type(base).__name__}, has a forward of its own"
     if "forward" in module.__dict__:
         return "its forward was replaced, as by hooks that load its weights at each call"
@@ -293,7 +256,7 @@ def _check_backend(modules: Iterable[Any], backend: str) -> None:
 
 
 def _are_served(
-    activation: Tensor, weight: Tensor, bias: Tensor | None, branches: list[_Branch]
+    activation: Tensor, weight: Tensor, bias: Tensor | None, branches: list[Branch]
 ) -> bool:
     """Whether the operator takes a layer's own parameters and those of its branches."""
     return fits(activation, weight, bias) and all(

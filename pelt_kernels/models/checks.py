@@ -9,6 +9,7 @@ from torch import nn
 
 from ..methods import Parts
 from ..nn.original import linear_kind, why_not_replaceable
+from ..nn.quantised import is_quantised, why_no_gradient
 from .lora_targets import Chosen
 from .replacement import expert_targets
 from .slots import Slots
@@ -29,6 +30,17 @@ def check_in_memory(model: PreTrainedModel) -> None:
             )
 
 
+def check_quantised(model: PreTrainedModel) -> None:
+    """Raises ValueError where a quantised Linear of the model cannot be trained beside."""
+    for name, module in model.named_modules():
+        reason = why_no_gradient(module) if is_quantised(module) else ""
+        if reason:
+            raise ValueError(
+                f"get_pelt_model: expected {name} to be quantised so that a gradient passes it, "
+                f"got {reason}"
+            )
+
+
 def check_places(model: PreTrainedModel, layers: nn.ModuleList, slots: Slots, parts: Parts) -> None:
     """Raises ValueError unless every module that the parts replace in some layers, other than
     LoRA's, may be replaced, with the first one's name.
@@ -43,6 +55,15 @@ def check_places(model: PreTrainedModel, layers: nn.ModuleList, slots: Slots, pa
                 raise ValueError(
                     f"get_pelt_model: expected {names[id(module)]} as an nn.{kind.__name__} with "
                     f"floating-point weight and bias, got {reason}"
+                )
+    pruned = () if parts.pruning is None else parts.pruning.targets
+    for layer in layers:
+        for path, _ in slots.linears(pruned):
+            module = layer.get_submodule(path)
+            if is_quantised(module):
+                raise ValueError(
+                    "PSTConfig: expected floating-point weights, which it prunes, got "
+                    f"{names[id(module)]} quantised; load the base model without quantisation"
                 )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..methods import Parts
+from ..nn.quantised import is_quantised
 from .vocabulary import vocabulary_of
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def names_in_place(
     """The parameters of the base model that a method trains: these others, too.
 
     Raises:
-        ValueError: its biases, and its layers have none.
+        ValueError: its biases, and its layers have none; or a quantised weight.
     """
     has_biases = any(name.endswith("bias") for name, _ in model.base_model.named_parameters())
     if parts.tune == "bias" and not has_biases:
@@ -44,7 +45,7 @@ def names_in_place(
         )
     tunes_biases = parts.tune == "bias" or (parts.lora is not None and parts.lora.bias == "all")
     norms = norm_names(model) if parts.tune_norms else frozenset()
-    return [
+    in_place = [
         name
         for name, _ in model.named_parameters()
         if (name in head and parts.tune_head)
@@ -53,6 +54,21 @@ def names_in_place(
         or (parts.tune_norms and name in norms)
         or name in others
     ]
+    _check_trainable(model, in_place)
+    return in_place
+
+
+def _check_trainable(model: PreTrainedModel, names: Collection[str]) -> None:
+    """Raises ValueError where one of the parameters is a quantised weight."""
+    held = {f"{name}.weight": m for name, m in model.named_modules() if is_quantised(m)}
+    quantised = [name for name in names if name in held]
+    if quantised:
+        raise ValueError(
+            "get_pelt_model: expected floating-point weights where the base model is trained in "
+            f"place, got {quantised[0]} quantised in {type(held[quantised[0]]).__name__}; use a "
+            "method that leaves it alone, or, of a head, load the base model with it left out of "
+            "the quantisation (BitsAndBytesConfig(llm_int8_skip_modules=[...]))"
+        )
 
 
 def norm_names(model: PreTrainedModel) -> frozenset[str]:

@@ -19,6 +19,7 @@ from .checks import (
     check_in_memory,
     check_own_attention,
     check_places,
+    check_quantised,
 )
 from .encoder_hooks import (
     FORWARDS_ATTRIBUTE,
@@ -153,6 +154,7 @@ class Injection(Attachment):
         if any(STACK_ATTRIBUTE in module.__dict__ for module in self.model.modules()):
             raise_occupied()
         check_in_memory(self.model)
+        check_quantised(self.model)
         for stack in self.stacks:
             check_places(self.model, stack.layers, stack.slots, self.parts)
         if self.stacks:

@@ -23,7 +23,8 @@ from ..nn import (
     PrunedLinear,
     Pruning,
 )
-from ..nn.original import NAMES, sizes_of
+from ..nn.original import NAMES, WAY_OUT, dtype_beside, sizes_of
+from ..nn.quantised import is_quantised
 from .layer import (
     PREFIX_GATE,
     AdaptedFusedLinear,
@@ -318,16 +319,20 @@ def branched_linears(
 
 
 def parameter_placement(linear: nn.Module) -> dict[str, Any]:
-    """Where new parameters live; float32 beside 16-bit weights, which would lose small updates."""
-    weight = linear.weight
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+    """Where new parameters live; float32 beside 16-bit weights, which would lose small updates, and
+    beside quantised ones.
+    """
+    weight: Any = linear.weight
+    if not is_quantised(linear) and not (isinstance(weight, Tensor) and weight.is_floating_point()):
+        kind = type(linear)
         raise ValueError(
             "get_pelt_model: expected a model with floating-point weights, got "
-            f"{type(linear).__name__} with "
-            f"{getattr(weight, 'dtype', type(weight).__name__)}"
+            f"{kind.__name__} of {kind.__module__} with "
+            f"{getattr(weight, 'dtype', type(weight).__name__)}; load the base model {WAY_OUT}"
         )
-    is_sixteen_bit = weight.dtype in (torch.float16, torch.bfloat16)
-    return {"device": weight.device, "dtype": torch.float32 if is_sixteen_bit else weight.dtype}
+    dtype = dtype_beside(linear)
+    is_sixteen_bit = dtype in (torch.float16, torch.bfloat16)
+    return {"device": weight.device, "dtype": torch.float32 if is_sixteen_bit else dtype}
 
 
 def expert_targets(parts: Parts) -> tuple[str, ...]:

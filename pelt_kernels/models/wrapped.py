@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..nn.original import stands_for_quantised
+from ..nn.quantised import entries
 from .adapter_files import STATE_ENTRY
 from .attention_config import viewed
 from .forwarded import refusal
@@ -112,6 +114,13 @@ class WrappedModel(nn.Module):
         parameters = inspect.signature(model.forward).parameters.values()
         return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
+    @property
+    def _hf_peft_config_loaded(self) -> bool:
+        """Whether there is more than the base model: transformers.Trainer, which trains nothing in
+        a quantised one, asks for PEFT's adapters by this name.
+        """
+        return True
+
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
@@ -144,11 +153,9 @@ class WrappedModel(nn.Module):
         return {name: named[name] for name in self._trained}
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """The numbers of parameters that require a gradient, and of all."""
+        """The numbers of parameters that require a gradient, and of all, quantised ones too."""
         parameters = list(self.parameters())
-        return sum(p.numel() for p in parameters if p.requires_grad), sum(
-            p.numel() for p in parameters
-        )
+        return sum(p.numel() for p in parameters if p.requires_grad), sum(map(entries, parameters))
 
     def print_trainable_parameters(self) -> None:
         """Prints both numbers and their ratio."""
@@ -166,7 +173,16 @@ class WrappedModel(nn.Module):
 
         transformers.Trainer saves a model's state_dict, so its checkpoints hold what is trained and
         nothing else but what says of which method it is (`PeltModel.get_extra_state`).
+
+        Raises:
+            ValueError: with ``frozen``, weights are quantised, whose scales have no place in it.
         """
+        if frozen and any(map(stands_for_quantised, self.modules())):
+            raise ValueError(
+                "state_dict: expected frozen=True of a base model with floating-point weights, got "
+                "quantised ones; save the base model by itself (remove(), then its own "
+                "save_pretrained)"
+            )
         if not frozen and not args and kwargs.get("destination") is None:
             kwargs["destination"] = TrainedState()
             kwargs["destination"]._metadata = OrderedDict()  # as torch's own state has

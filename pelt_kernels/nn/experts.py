@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..ops import LoraBranch, gated_adapter
 from .lora_linear import with_branches
-from .original import Original, linear_kind, sizes_of
+from .original import Original, dtype_beside, linear_kind, sizes_of
 
 
 class Members(nn.Module):
@@ -156,7 +156,7 @@ class ExpertLoRALinear(Bank):
         self.original = Original(base, linear_kind(base))
         self.weight = base.weight
         self.register_parameter("bias", base.bias)
-        device, dtype = base.weight.device, dtype or base.weight.dtype
+        device, dtype = base.weight.device, dtype or dtype_beside(base)
         into, out = sizes_of(base)
         self.lora_a, self.lora_b = expert_banks(
             into, out, r, sizes, identical_start, device=device, dtype=dtype

@@ -10,8 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import LearnedGate, LoraBranch, lora_linear
+from .beside import add_branches
 from .gate import Gate
-from .original import Original, linear_kind, product, sizes_of, why_not_replaceable
+from .original import (
+    Original,
+    dtype_beside,
+    linear_kind,
+    product,
+    sizes_of,
+    why_not_replaceable,
+)
 
 BRANCH_GATE = ""  # the name of the branch's own gate among those of its input
 
@@ -31,49 +39,51 @@ def with_branches(
         linear: holds `original`, `weight` and `bias`.
     """
     original = linear.original
-    is_plain = original.is_plain
     if not branches and not extra_gates:
-        if not is_plain:
+        if not original.is_plain:
             return original(linear, x), (), ()
         return product(x, linear.weight, linear.bias, original.is_transposed), (), ()
     if not extra_gates and all(branch.gate is None for branch in branches):
-        y = _without_gates(linear, x, branches, is_plain, dropout)
+        y = _without_gates(linear, x, branches, dropout)
         return y, (), (None,) * len(branches)
     wants_mask = [gate.mask_for(mask) is not None for gate in extra_gates]
     wants_mask += [
         isinstance(branch.gate, LearnedGate) and branch.gate.pooling == "masked_mean"
         for branch in branches
     ]
+    read_mask = mask if any(wants_mask) else None
+    learned = tuple(gate.learned(mask) for gate in extra_gates)
+    p = dropout if linear.training else 0.0
+    if not original.is_plain:
+        return add_branches(original(linear, x), x, branches, learned, read_mask, p)
     y, extra_values, own_values = lora_linear(
         x,
-        linear.weight if is_plain else torch.zeros_like(linear.weight),
-        linear.bias if is_plain else None,
+        linear.weight,
+        linear.bias,
         branches,
-        extra_gates=tuple(gate.learned(mask) for gate in extra_gates),
-        mask=mask if any(wants_mask) else None,
+        extra_gates=learned,
+        mask=read_mask,
         transposed=original.is_transposed,
-        dropout_p=dropout if linear.training else 0.0,
+        dropout_p=p,
         return_gates=True,
     )
-    return y if is_plain else original(linear, x) + y, extra_values, own_values
+    return y, extra_values, own_values
 
 
 def _without_gates(
-    linear: Any, x: Tensor, branches: Sequence[LoraBranch], is_plain: bool, dropout: float
+    linear: Any, x: Tensor, branches: Sequence[LoraBranch], dropout: float
 ) -> Tensor:
     """`with_branches` where no gate is: the shortest way, as a narrow layer is done within what the
     other takes.
     """
     original = linear.original
+    p = dropout if linear.training else 0.0
+    if not original.is_plain:
+        return add_branches(original(linear, x), x, branches, dropout_p=p)[0]
     y: Tensor = lora_linear(
-        x,
-        linear.weight if is_plain else torch.zeros_like(linear.weight),
-        linear.bias if is_plain else None,
-        branches,
-        transposed=original.is_transposed,
-        dropout_p=dropout if linear.training else 0.0,
+        x, linear.weight, linear.bias, branches, transposed=original.is_transposed, dropout_p=p
     )
-    return y if is_plain else original(linear, x) + y
+    return y
 
 
 class LoRALinear(nn.Module):
@@ -84,20 +94,21 @@ class LoRALinear(nn.Module):
     replaces, under the same names, so the base model's state_dict does not change; they are frozen,
     also in the Linear itself, whose own they still are. lora_a [R, Din]
     starts as U(±1/sqrt(Din)) (Kaiming uniform with a = sqrt 5), lora_b [Dout, R] as 0: the branch
-    is exactly 0 at the start. A Linear with hooks or a forward of its own is called for
-    ``x Wᵀ + b``, which costs a second product; its hooks see that output, without the branch.
+    is exactly 0 at the start. A Linear with hooks or a forward of its own, and a quantised one, is
+    called for ``x Wᵀ + b``, to which the branch is added; its hooks see that output.
 
     Extra gates do not scale this layer; their values are returned for another part whose gate has
     the same input (UniPELT's prefix is gated by the attention's input, which the query's Linear
     reads anyway). R = 0 means no branch.
 
     Args:
-        base: the Linear that it replaces, or transformers' Conv1D (GPT-2).
+        base: the Linear that it replaces, or transformers' Conv1D (GPT-2); bitsandbytes' and
+            torchao's quantised Linears, too.
         r, alpha, dropout: rank R, the numerator of the scale, dropout on the branch's input while
             training.
         gate_pooling: None (no gate), ``masked_mean``, ``mean`` or ``token``.
         extra_gates: name -> pooling.
-        dtype: of the new parameters; None: W's.
+        dtype: of the new parameters; None: W's, float32 beside a quantised W.
         freeze: whether W and b stop requiring a gradient; False leaves that to the caller.
 
     Raises:
@@ -143,7 +154,7 @@ class LoRALinear(nn.Module):
             self.requires_grad_(False)
         placement: dict[str, Any] = {
             "device": base.weight.device,
-            "dtype": dtype or base.weight.dtype,
+            "dtype": dtype or dtype_beside(base),
         }
         self.gate = (
             None
@@ -185,7 +196,7 @@ class LoRALinear(nn.Module):
         """
         if self._has_branch_alone:
             branch = LoraBranch(self.lora_a, self.lora_b, 0, self.alpha / self.r)
-            y = _without_gates(self, x, (branch,), self.original.is_plain, self.dropout)
+            y = _without_gates(self, x, (branch,), self.dropout)
             return (y, {}) if return_gates else y
         gates = self._gates()
         branches = []

@@ -5,13 +5,17 @@ from __future__ import annotations
 import sys
 import threading
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
+from .quantised import is_quantised
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NAMES = ("weight", "bias")
+WAY_OUT = "without quantization, or with bitsandbytes' (Linear4bit, Linear8bitLt) or torchao's"
 # While a module computes with another weight, every thread would see that weight: one at a time.
 _weight_lock = threading.RLock()
 
@@ -32,10 +36,20 @@ def is_transposed(module: nn.Module) -> bool:
 
 def sizes_of(module: nn.Module) -> tuple[int, int]:
     """Din and Dout of a Linear."""
+    if is_quantised(module):
+        linear: Any = module
+        return linear.in_features, linear.out_features
     weight = module.weight
     assert isinstance(weight, Tensor)
     into, out = weight.shape if is_transposed(module) else weight.shape[::-1]
     return into, out
+
+
+def dtype_beside(module: nn.Module) -> torch.dtype:
+    """The dtype of new parameters beside a Linear: its weight's; float32 beside a quantised one."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return torch.float32 if is_quantised(module) else weight.dtype
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
@@ -96,7 +110,8 @@ class Original:
     def __init__(self, module: nn.Module, kind: type[nn.Module]) -> None:
         self.module = module
         self.is_transposed = is_transposed(module)
-        self._has_own_class = has_own_class(module, kind)
+        self.is_quantised = is_quantised(module)
+        self._has_own_class = self.is_quantised or has_own_class(module, kind)
 
     @property
     def has_own_forward(self) -> bool:
@@ -152,6 +167,12 @@ class Original:
 
     def check_mergeable(self) -> None:
         """Raises ValueError where an update of the weight is not an update of the output."""
+        if self.is_quantised:
+            raise ValueError(
+                "merging: expected a floating-point weight, got the quantised one of "
+                f"{type(self.module).__name__}, whose steps would round the update; keep the "
+                "method in the model, or load its adapter into the base model in float32"
+            )
         if self.has_own_forward:
             raise ValueError(
                 "merging: expected a Linear with nn.Linear's own forward, got "
@@ -160,10 +181,18 @@ class Original:
             )
 
 
+def stands_for_quantised(module: nn.Module) -> bool:
+    """Whether a module stands for a quantised Linear."""
+    original = getattr(module, "original", None)
+    return isinstance(original, Original) and original.is_quantised
+
+
 def why_not_replaceable(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> str:
     """Empty where a module with the same weight and bias may replace this one, else what it is and
     the way out, as the rest of a sentence.
     """
+    if kind is nn.Linear and is_quantised(module):
+        return ""
     described = f"{type(module).__name__} of {type(module).__module__}"
     if hasattr(module, "base_layer"):
         return (
@@ -171,7 +200,7 @@ def why_not_replaceable(module: nn.Module, kind: type[nn.Module] = nn.Linear) ->
             "weight first (PEFT: merge_and_unload())"
         )
     if not isinstance(module, kind):
-        return f"{described}; load the base model with plain modules, without quantization"
+        return f"{described}; load the base model with plain modules, {WAY_OUT}"
     tensors = [name for name, _ in module.named_parameters()]
     tensors += [name for name, _ in module.named_buffers()]
     is_unknown = set(tensors) - set(NAMES) or any(True for _ in module.children())
@@ -186,12 +215,15 @@ def why_not_replaceable(module: nn.Module, kind: type[nn.Module] = nn.Linear) ->
         if tensor is None:
             continue
         if tensor.dtype not in DTYPES:
-            return f"a {name} of {tensor.dtype}; load the base model without quantization"
+            return (
+                f"a {name} of {tensor.dtype}; load the base model with floating-point weights, "
+                f"{WAY_OUT}"
+            )
         # A tensor class with its own dispatch does not support this package's operators.
         has_own_dispatch = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
         if has_own_dispatch and not isinstance(tensor, FakeTensor):
             return (
                 f"a {name} of the tensor class {type(tensor).__name__}; load the base model with "
-                "plain tensors, without quantization"
+                f"plain tensors, {WAY_OUT}"
             )
     return ""

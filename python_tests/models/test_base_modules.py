@@ -247,12 +247,6 @@ def _packed(model):
     query.weight = nn.Parameter(Packed(query.weight.detach()), requires_grad=False)
 
 
-def _torchao(model):
-    quantization = pytest.importorskip("torchao.quantization")
-    config = quantization.Int8WeightOnlyConfig()
-    quantization.quantize_(model, config, lambda module, name: name == QUERY)
-
-
 def _int8(model):
     query = model.get_submodule(QUERY)
     query.weight = nn.Parameter(query.weight.detach().to(torch.int8), requires_grad=False)
@@ -275,7 +269,6 @@ def _of_query(change):
 NOT_PLAIN = {
     "peft": (_peft, r"another method put around a Linear; .*merge_and_unload"),
     "tensor class": (_packed, "tensor class Packed; .*without quantization"),
-    "torchao": (_torchao, "tensor class .*without quantization"),
     "int8": (_int8, "a weight of torch.int8"),
     "float8": (_float8, "a weight of torch.float8"),
     "quantised module": (_dynamic, "Linear of torch.ao.*without quantization"),

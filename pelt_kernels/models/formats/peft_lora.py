@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...methods import LoraConfig, Parts
 from ...nn import FusedLoRALinear, LoRALinear, LowRank
+from ...nn.original import sizes_of
 from ..lora_targets import fitting
 from ..wrapped import BASE
 from .names import shortest_ends, with_patterns
@@ -148,7 +149,7 @@ def _joined(
     sum of theirs, and its scale.
     """
     rows, columns, scales = [], [], []
-    out = module.weight.shape[1 if module.original.is_transposed else 0]
+    _, out = sizes_of(module.original.module)
     for projection, member in module.branches.items():
         start = f"{BASE}{name}.branches.{projection}.lora_"
         b = tensors[f"{start}b"].detach()
