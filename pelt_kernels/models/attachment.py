@@ -23,6 +23,7 @@ class Attachment:
     Attributes:
         model: the model.
         uses_pelt_attention: whether its attention is "pelt" meanwhile.
+        views: its configurations that name the attention, each with a view of it.
     """
 
     uses_pelt_attention: bool
@@ -31,7 +32,7 @@ class Attachment:
         self.model = model
         self._handles: list[Any] = []
         self._marked: list[tuple[nn.Module, str]] = []
-        self._views: list[tuple[Any, Any]] = []
+        self.views: list[tuple[Any, Any]] = []
 
     def hook(self, handle: Any) -> None:
         """Keeps the handle of a hook, to remove it."""
@@ -67,11 +68,11 @@ class Attachment:
 
     def show_views(self) -> None:
         """The modules read "pelt" as their attention."""
-        self._use_configs({id(base): view for base, view in self._views})
+        self._use_configs({id(base): view for base, view in self.views})
 
     def hide_views(self) -> None:
         """The modules read the base model's attention."""
-        self._use_configs({id(view): base for base, view in self._views})
+        self._use_configs({id(view): base for base, view in self.views})
 
     @contextmanager
     def shown_to_generate(self) -> Iterator[None]:
@@ -79,7 +80,7 @@ class Attachment:
         seen with "pelt" attention, too.
         """
         base = self.model.config
-        for config, view in self._views if self._handles else ():
+        for config, view in self.views if self._handles else ():
             if config is base:
                 self.model.config = view
         try:

@@ -20,6 +20,7 @@ from ..ops.prefix_attention.weights import attention_weights
 from .attention_config import PELT, AttentionView
 from .attention_masks import check_mask, mask_for, padding_mask, window_bias
 from .layer_state import PREFIX_ATTRIBUTE, STATE_ATTRIBUTE, LayerPrefix, LayerState
+from .samples import MixedState, Rows
 
 logger = logging.get_logger(__name__)
 
@@ -50,7 +51,7 @@ def attention_forward(
     Raises:
         ValueError: a mask that is not a padding mask; scores that are capped or have sinks.
     """
-    state: LayerState | None = getattr(module, STATE_ATTRIBUTE, None)
+    state: LayerState | MixedState | None = getattr(module, STATE_ATTRIBUTE, None)
     # Without a state: a model of its own, built from the configuration of one with a method.
     if state is None and not isinstance(module.config, AttentionView):
         raise ValueError(
@@ -64,25 +65,38 @@ def attention_forward(
         key, value = key[:, :, :filled], value[:, :, :filled]
         if kwargs.get("position_bias") is not None:
             kwargs["position_bias"] = kwargs["position_bias"][..., :filled]
-    # Keys from a cache hold no prefix: it joins them at each step anew.
     causal = bool(getattr(module, "is_causal", False))
+    inputs = (module, query, key, value, attention_mask, causal, scaling, dropout, kwargs)
     own: LayerPrefix | None = getattr(module, PREFIX_ATTRIBUTE, None)
-    if state is None or own is None:
-        out, weights = base_attention(
-            module, query, key, value, attention_mask, causal, scaling, dropout, kwargs
-        )
-        if weights is None and wants_weights(module, kwargs):
-            bias = token_bias(query, key, causal, kwargs)
-            weights = attention_weights(
-                query, key, key_mask=attention_mask, is_causal=causal, scale=scaling, bias=bias
-            )
-        return out, weights
+    if own is not None and isinstance(state, LayerState):
+        return prefixed_attention(own, state, *inputs)
+    if isinstance(state, MixedState) and state.prefixes:
+        return mixed_attention(state, *inputs)
+    return base_attention(*inputs)
+
+
+def prefixed_attention(
+    own: LayerPrefix,
+    state: LayerState,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """The attention to a prefix and the tokens. Keys from a cache hold no prefix: it joins them at
+    each step anew.
+    """
     check_scores(module, kwargs)
     # The same for the kernel and for the weights of those who want to see them.
     options: dict[str, Any] = {
         "gate": prefix_gate(own, state, query),
         "labels": own.labels(state, query),
-        "key_mask": attention_mask,
+        "key_mask": mask,
         "is_causal": causal,
         "scale": scaling,
         # Over an encoder there is none: T5 passes zeros.
@@ -93,6 +107,54 @@ def attention_forward(
     if wants_weights(module, kwargs):
         weights = own.prefixes.weights(own.row, query, key, **options)
     return out.transpose(1, 2), weights
+
+
+def mixed_attention(
+    mixed: MixedState,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """The attention of a mixed batch: each sample's with its adapter's prefix, or without.
+
+    Raises:
+        ValueError: the weights are wanted, and prefixes differ in how many columns they have.
+    """
+    found: list[Tensor] = []
+
+    def attend(name: str, rows: Rows) -> Tensor:
+        own, state = mixed.prefixes.get(name), mixed.states.get(name)
+        options = dict(kwargs)
+        bias: Tensor | None = kwargs.get("position_bias")
+        if bias is not None and bias.shape[0] > 1:
+            options["position_bias"] = bias[rows]
+        seen = None if mask is None else mask[rows]
+        part = (query[rows], key[rows], value[rows], seen, causal, scaling, dropout, options)
+        if own is None or state is None:
+            out, weights = base_attention(module, *part)
+        else:
+            out, weights = prefixed_attention(own, state, module, *part)
+        if weights is not None:
+            found.append(weights)
+        return out
+
+    out = mixed.samples.each(query, attend)
+    if not found:
+        return out, None
+    columns = [weights.shape[-1] for weights in found]
+    if len(set(columns)) > 1:
+        raise ValueError(
+            "pelt attention: expected prefixes of one length for the attention weights of a batch, "
+            f"got weights of {columns} columns; call each adapter by itself for them"
+        )
+    parts = iter(found)
+    return out, mixed.samples.each(query, lambda name, rows: next(parts))
 
 
 def prefix_gate(own: LayerPrefix, state: LayerState, query: Tensor) -> Tensor | None:
@@ -157,7 +219,7 @@ def base_attention(
     dropout: float,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention the base model was loaded with, and the mask in the form that one wants."""
+    """The attention the base model was loaded with, with the mask in the form that one wants."""
     config: Any = module.config
     name = config.base_attention
     if name == "eager":
@@ -170,8 +232,17 @@ def base_attention(
     else:
         function = AttentionInterface()[name]
     window = kwargs.get("sliding_window")
+    padding = mask
     mask = mask_for(name, module, query, key, mask, causal, window)
-    return function(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+    out, weights = function(
+        module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs
+    )
+    if weights is None and wants_weights(module, kwargs):
+        bias = token_bias(query, key, causal, kwargs)
+        weights = attention_weights(
+            query, key, key_mask=padding, is_causal=causal, scale=scaling, bias=bias
+        )
+    return out, weights
 
 
 # Without a mask function of the same name transformers would drop the mask in silence. Here and not

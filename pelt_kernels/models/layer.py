@@ -49,6 +49,7 @@ from ..nn.original import Original, linear_kind, product
 from .attention_config import PELT
 from .attention_masks import check_mask
 from .layer_state import STATE_ATTRIBUTE, LayerState
+from .samples import MixedState
 from .slots import ADDED, PRODUCT, Slots
 from .task_parts import adapt_layer
 
@@ -114,7 +115,7 @@ def read_mask(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         )
     mask = kwargs.get("attention_mask", kwargs.get("mask", args[1] if len(args) > 1 else None))
     check_mask(mask)
-    state: LayerState = getattr(attention, STATE_ATTRIBUTE)
+    state: LayerState | MixedState = getattr(attention, STATE_ATTRIBUTE)
     state.leave_mask(mask)
 
 
@@ -122,13 +123,13 @@ def read_product_mask(attention: nn.Module, args: tuple[Any, ...]) -> None:
     """Forward pre-hook of an attention that computes its own scores: a token sees itself where it
     is real, so the padding mask is the diagonal of the mask [B, 1, N, N] of this very call.
     """
-    state: LayerState = getattr(attention, STATE_ATTRIBUTE)
+    state: LayerState | MixedState = getattr(attention, STATE_ATTRIBUTE)
     state.leave_mask(_diagonal(args[1]) != 0)
 
 
 def read_added_mask(attention: nn.Module, args: tuple[Any, ...]) -> None:
     """As `read_product_mask`, of a mask that is added to the scores, or None."""
-    state: LayerState = getattr(attention, STATE_ATTRIBUTE)
+    state: LayerState | MixedState = getattr(attention, STATE_ATTRIBUTE)
     state.leave_mask(None if args[1] is None else _diagonal(args[1]) == 0)
 
 
@@ -212,7 +213,7 @@ def adapted(
 
 def keep_ffn_input(ffn_in: nn.Module, args: tuple[Any, ...]) -> None:
     """Forward pre-hook of the FFN's first Linear, for a parallel adapter."""
-    state: LayerState = getattr(ffn_in, STATE_ATTRIBUTE)
+    state: LayerState | MixedState = getattr(ffn_in, STATE_ATTRIBUTE)
     state.leave_ffn_input(args[0])
 
 

@@ -15,9 +15,10 @@ from .checkpoint import collapsed, read_adapter, save_adapter, state_entry
 from .formats.peft_writer import write_peft
 from .hub import local_folder, push
 from .inject import raise_occupied
+from .mixed_batch import MixingModel
 from .mixture import consistent_forward
 from .pruning import check_progress, density
-from .several import DEFAULT, SeveralAdapters, check_config, check_name
+from .several import DEFAULT, check_config, check_name
 from .sharded import is_writer_of, trained_of, whole
 from .vocabulary import ADDED_ROWS
 
@@ -29,7 +30,7 @@ PEFT = "peft"
 FILE_FORMATS = ("pelt", PEFT)
 
 
-class PeltModel(SeveralAdapters):
+class PeltModel(MixingModel):
     """A frozen transformers model, a method's parts inside it, and its trained classification head,
     where it has one.
 
@@ -68,7 +69,11 @@ class PeltModel(SeveralAdapters):
         self._put_in(adapter_name, config)
 
     def forward(
-        self, *args: Any, attributes: Mapping[str, Tensor] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        attributes: Mapping[str, Tensor] | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
     ) -> Any:
         """The base model's forward: its arguments, which `inspect.signature` shows, and its
         outputs, as they are without a method.
@@ -85,11 +90,20 @@ class PeltModel(SeveralAdapters):
         A method for several tasks takes ``tasks``, a name, a number or int64 [B] (`set_task` sets
         one for all calls), and HyperPELT with `features` takes ``image_features`` [B, cells, F].
 
+        adapter_names are the names of B adapters, one for each sample, in evaluation; ``__base__``
+        is the base model without any, its own head included. Each sample's outputs are those of its
+        adapter alone. None: the active adapter, for all.
+
         Raises:
             ValueError: a mask of another shape; attributes that are missing, unknown or no labels
                 of theirs; tasks or features that are missing or wrong; PST in training where
-                nothing says how far the training is (`set_progress`, `callbacks`).
+                nothing says how far the training is (`set_progress`, `callbacks`). adapter_names
+                that are unknown or not as many as the samples, in training, or of an adapter
+                that cannot serve some samples of a batch only, with the reason.
         """
+        if adapter_names is not None:
+            with self._mixed(adapter_names, args, {"attributes": attributes, **kwargs}):
+                return self.base_model(*args, **kwargs)
         parts = parts_of(self.method_config)
         is_training = self.base_model.training and not self._is_detached
         if is_training:
