@@ -206,7 +206,7 @@ def _why_left_alone(module: Any) -> str:
     variants = {type(module.lora_variant[name]).__name__ for name in module.lora_variant}
     if names and all(name in module.lora_variant for name in names):
         return f"its adapters are variants of LoRA ({', '.join(sorted(variants))})"
-    if names and all(module.r[name] > MAX_RANK for name in names):
+    if names and all(module.r[name] > MAX_RANK for name in names) and not is_quantised(base):
         return f"its ranks are above {MAX_RANK}"
     return ""
 
@@ -219,10 +219,11 @@ def _is_sharded(weight: Tensor | None) -> bool:
 
 def _exception(module: Any) -> str:
     """Which calls of a layer that is served go PEFT's own way now."""
-    if is_watched(module.base_layer):
-        return "its base layer has hooks, so PEFT calls it"
     others = [name for name in module.lora_A if name in module.lora_variant]
-    others += [name for name, rank in module.r.items() if rank > MAX_RANK]
+    if not is_quantised(module.base_layer):  # which is called, at any rank
+        if is_watched(module.base_layer):
+            return "its base layer has hooks, so PEFT calls it"
+        others += [name for name, rank in module.r.items() if rank > MAX_RANK]
     return f"calls with {', '.join(others)} go PEFT's own way" if others else ""
 
 

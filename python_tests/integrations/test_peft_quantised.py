@@ -66,6 +66,22 @@ def test_branches_in_float32_are_rounded_where_peft_rounds_them(kind, folder):
 
 
 @needs("bitsandbytes")
+def test_hooks_and_wide_branches_are_served(folder):
+    """The base is called, which runs its hooks, and no kernel bounds the rank."""
+    options = {"target_modules": ["q_proj"], "r": 257}
+    theirs, ours = (with_lora(load(folder, "nf4"), **options) for _ in range(2))
+    seen = []
+    for module in ours.modules():
+        if type(module).__name__ == "Linear4bit" and hasattr(module, "lora_A"):
+            module.base_layer.register_forward_hook(lambda *call: seen.append(call))
+    report = pelt_kernels.accelerate(ours)
+    assert len(report.served["torch.addmm"]) == 2
+    assert not report.left_alone and not report.exceptions
+    torch.testing.assert_close(run(ours), run(theirs))
+    assert len(seen) == 2
+
+
+@needs("bitsandbytes")
 def test_adapters_switched_disabled_and_mixed(folder):
     theirs, ours = with_lora(load(folder, "nf4")), with_lora(load(folder, "nf4"))
     for model in (theirs, ours):
