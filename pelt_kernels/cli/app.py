@@ -65,6 +65,8 @@ def run(arguments: Sequence[str] | None) -> int:
             standalone_mode=False,
         )
     except _WrongUsage as error:  # type: ignore[misc]
-        print(f"pelt-kernels: {error.format_message()}", file=sys.stderr)
+        # The words in front of a wrong choice are pydantic's.
+        sentence = error.format_message().replace(": Value error, ", ": ")
+        print(f"pelt-kernels: {sentence}", file=sys.stderr)
         return 2
     return code if isinstance(code, int) else 0

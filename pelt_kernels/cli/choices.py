@@ -6,7 +6,7 @@ which help and completion would wait.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 Method = Literal[
     "unipelt", "unipelt-ap", "adapter", "prefix", "control_prefixes", "lora", "adamix", "pst",
@@ -22,3 +22,9 @@ Backend = Literal["cuda", "triton", "cpu", "cuda_sim", "cpu_sim", "eager"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Form = Literal["dense", "2:4", "csr", "adapter", "peft"]
+
+VALUES = frozenset(
+    value
+    for kind in (Method, Problem, Metric, ClassWeights, Backend, Device, Precision, Form)
+    for value in get_args(kind)
+)

@@ -29,7 +29,11 @@ OTHER_NAMES = {
 
 
 def usual_name(name: str) -> str:
-    """The option's name for one that was typed."""
+    """The option's name for one that was typed. What an option can be is given here, too, and kept
+    as it is.
+    """
+    if name in choices.VALUES:
+        return name
     plain = name.replace("_", "-")
     return OTHER_NAMES.get(plain, plain)
 

@@ -45,7 +45,11 @@ WRONG = {
         "line 2 of other.tsv: label '2' is not one of 0, 1",
     ),
     "one label": (["--task", "one.tsv"], "expected at least two labels"),
-    "unknown method": (["--method", "adaptor"], "'adaptor' is not one of 'unipelt', "),
+    "unknown method": (
+        ["--method", "adaptor"],
+        "pelt-kernels: Invalid value for '--method': 'adaptor' is not one of 'unipelt', "
+        "'unipelt-ap', 'adapter', 'prefix', 'control_prefixes', ",
+    ),
     "unknown metric": (
         ["--metric", "auc"],
         "'auc' is not one of 'accuracy', 'f1', 'matthews', 'spearman', 'pearson', ",
