@@ -9,17 +9,22 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 import yaml
 from command import Run, options
+from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
+from transformers import TrainingArguments
 
 from pelt_kernels.cli import choices
 from pelt_kernels.cli.train import train as command
 from pelt_kernels.methods import config_from_options, make_config
 from pelt_kernels.ops import BACKENDS
-from pelt_kernels.training import TrainConfig, config
+from pelt_kernels.training import RunError, TrainConfig, config
 from pelt_kernels.training.adapter_export import EXPORT_FORMS
 from pelt_kernels.training.problems import PROBLEMS
 from pelt_kernels.training.recipes import RECIPES
+from pelt_kernels.training.run_trainer import PeltTrainer
 
 FILE = """
 learning-rate: 1e-3
@@ -116,7 +121,7 @@ def test_trackers_get_the_log_of_a_run(
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    more = ["--report-to", "tensorboard", "--gradient-accumulation", 2, "--gradient-checkpointing"]
+    more = ["--report-to", "tensorboard", "--gradient-accumulation", 2]
     done = run("train", *options(tiny_model, toy_files), *more, "-o", tmp_path / "out")
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())["seeds"][0]
@@ -135,3 +140,50 @@ def test_a_tracker_that_is_not_installed_is_one_sentence(
     words = run("train", "--report-to", "wandb", "--task", "no.tsv", "-o", tmp_path / "out")
     assert "report-to: WandbCallback requires wandb to be installed" in words.refused(2)
     assert not (tmp_path / "out").exists()
+
+
+def test_activations_computed_twice_give_the_same_weights(
+    run: Run,
+    trained: Path,
+    tiny_model: Path,
+    toy_files: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recomputed: list[object] = []
+
+    def counted(function: Any, *args: Any, **kwargs: Any) -> Any:
+        recomputed.append(function)
+        return checkpoint(function, *args, **kwargs)
+
+    monkeypatch.setattr("transformers.modeling_utils.checkpoint", counted)
+    given = [*options(tiny_model, toy_files), "--gradient-checkpointing", "-o", tmp_path / "out"]
+    done = run("train", *given)
+    assert done.code == 0, done.err
+    assert recomputed
+    file = "adapter/pelt_model.safetensors"
+    found, expected = load_file(tmp_path / "out" / file), load_file(trained / file)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_compile_reaches_the_trainer(
+    run: Run,
+    tiny_model: Path,
+    toy_files: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What it then does is transformers' own."""
+    asked: list[TrainingArguments] = []
+
+    def stop(*given: Any, **_: object) -> None:
+        asked.append(given[2])  # after the trainer and its model
+        raise RunError("as far as here")
+
+    monkeypatch.setattr(PeltTrainer, "__init__", stop)
+    for more in ([], ["--compile"]):
+        given = ["train", *options(tiny_model, toy_files), *more, "-o", tmp_path / str(len(more))]
+        assert "as far as here" in run(*given).refused(1)
+    assert [arguments.torch_compile for arguments in asked] == [False, True]
