@@ -15,12 +15,12 @@ from .checkpoint import collapsed, read_adapter, save_adapter, state_entry
 from .formats.peft_writer import write_peft
 from .hub import local_folder, push
 from .inject import raise_occupied
-from .mixed_batch import MixingModel
 from .mixture import consistent_forward
 from .pruning import check_progress, density
 from .several import DEFAULT, check_config, check_name
 from .sharded import is_writer_of, trained_of, whole
 from .vocabulary import ADDED_ROWS
+from .weighted import WeightedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
@@ -30,7 +30,7 @@ PEFT = "peft"
 FILE_FORMATS = ("pelt", PEFT)
 
 
-class PeltModel(MixingModel):
+class PeltModel(WeightedModel):
     """A frozen transformers model, a method's parts inside it, and its trained classification head,
     where it has one.
 
