@@ -149,3 +149,27 @@ def test_ten_steps_of_a_trainer(way, make_model, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert losses[0][0] != pytest.approx(losses[0][-1], rel=1e-2)
     assert (tmp_path / "PeftModel" / "adapter_config.json").is_file()
+
+
+def test_a_trainer_that_compiles_takes_the_same_steps(make_model, tmp_path):
+    """By the operator, and by PEFT's layers as they are, not compiled."""
+    model = with_lora(make_model("bert"), target_modules=["query", "value"])
+    fast = copy.deepcopy(model)
+    pelt_kernels.accelerate(fast, backend="eager")
+    pelt_kernels.ops.forget_choices()
+    torch._dynamo.reset()
+    losses = []
+    for each in (model, fast):
+        arguments = hf.TrainingArguments(
+            tmp_path, max_steps=3, per_device_train_batch_size=2, logging_steps=1, seed=1,
+            learning_rate=1e-2, report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True,
+            torch_compile=each is fast,
+            torch_compile_backend="aot_eager" if each is fast else None,
+        )  # fmt: skip
+        trainer = hf.Trainer(each, arguments, train_dataset=_Rows())
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert isinstance(trainer.model_wrapped, torch._dynamo.OptimizedModule)
+    assert pelt_kernels.explain("lora_linear")
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
