@@ -83,15 +83,21 @@ def test_of_two_that_begin_in_one_new_folder_one_goes_on(
     train(config, output, resume=True)
 
 
-def test_a_killed_process_leaves_no_claim(tmp_path: Path) -> None:
+def claiming_child(folder: Path) -> int:
+    """A process that holds the claim of a folder until it is killed."""
     reads, writes = os.pipe()
     child = os.fork()
     if not child:
-        with claimed(tmp_path):
+        with claimed(folder):
             os.write(writes, b"x")
             signal.pause()
         os._exit(0)
     assert os.read(reads, 1) == b"x"
+    return child
+
+
+def test_a_killed_process_leaves_no_claim(tmp_path: Path) -> None:
+    child = claiming_child(tmp_path)
     with pytest.raises(RunError, match="another run is writing"), claimed(tmp_path):
         pass
     os.kill(child, signal.SIGKILL)
@@ -101,14 +107,7 @@ def test_a_killed_process_leaves_no_claim(tmp_path: Path) -> None:
 
 
 def test_a_second_run_can_wait_for_the_first(tmp_path: Path) -> None:
-    reads, writes = os.pipe()
-    child = os.fork()
-    if not child:
-        with claimed(tmp_path):
-            os.write(writes, b"x")
-            signal.pause()
-        os._exit(0)
-    assert os.read(reads, 1) == b"x"
+    child = claiming_child(tmp_path)
     said: list[str] = []
 
     def waiting(sentence: str) -> None:
