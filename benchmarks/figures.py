@@ -92,6 +92,25 @@ def draw_methods(rows: Rows, path: Path) -> None:
     _save(figure, path)
 
 
+def draw_bars(
+    path: Path,
+    labels: Sequence[str],
+    columns: Sequence[tuple[str, Sequence[float], Any]],
+    colours: Sequence[str],
+    words: str,
+    rows: Rows,
+) -> None:
+    """A picture of `_bars` with the words and the machines of the rows below it; a line at 100 in
+    the panels of shares.
+    """
+    figure, panels = _bars(labels, columns, colours)
+    for panel, (title, *_) in zip(panels, columns):
+        if "%" in title:
+            panel.axvline(100.0, color=BLACK, lw=1)
+    _caption(figure, rows, words)
+    _save(figure, path)
+
+
 def _bars(
     labels: Sequence[str],
     columns: Sequence[tuple[str, Sequence[float], Any]],

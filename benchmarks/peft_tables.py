@@ -11,6 +11,7 @@ from typing import Any
 NAMES = {
     "minilm": "MiniLM, 6 layers of 384",
     "bert-base": "BERT-base, 12 of 768",
+    "roberta-large": "RoBERTa-large, 24 of 1024",
     "llama": "Llama, 8 of 512",
     "gpt2": "GPT-2, 12 of 768",
     "t5": "T5-small, 6 + 6 of 512",

@@ -18,11 +18,21 @@ from typing import Any
 
 from pelt_kernels.ops import OPERATORS, support_table
 
-from . import counters_report, families_table, figures, operator_tables, peft_step, peft_tables
+from . import (
+    counters_report,
+    efficiency,
+    efficiency_table,
+    families_table,
+    figures,
+    operator_tables,
+    peft_step,
+    peft_tables,
+)
 from .checkout import ROOT
 from .peers import peft_tests
 from .rows import Rows, read
 
+README = ROOT / "README.md"
 FAMILIES = ROOT / "docs" / "families.md"
 BACKENDS = ROOT / "docs" / "operators" / "README.md"
 METHODS = ROOT / "benchmarks" / "results" / "methods.jsonl"
@@ -292,6 +302,7 @@ def tables() -> dict[Path, dict[str, str]]:
         "by heart table": (BY_HEART, by_heart_table),
         "peft table": (peft_step.RESULTS, peft_tables.headline),
         "peft steps table": (peft_step.RESULTS, peft_tables.full),
+        "efficiency rows": (efficiency.RESULTS, efficiency_table.full),
         "peft tests table": (peft_tests.RESULTS, peft_tests.table),
     }
     results = {
@@ -301,7 +312,11 @@ def tables() -> dict[Path, dict[str, str]]:
     results["every row"] = operator_tables.full(operator_rows())
     if found := tasks():
         results["tasks table"] = tasks_table(found)
-    return {
+    pages: dict[Path, dict[str, str]] = {}
+    if efficiency.RESULTS.is_file():
+        paper = efficiency_table.paper_table(read(efficiency.RESULTS))
+        pages = {README: {"efficiency table": paper}}
+    return pages | {
         FAMILIES: {"families": families_table.table()},
         BACKENDS: {"support table": support_table(list(OPERATORS))},
         RESULTS: results,
@@ -336,6 +351,8 @@ def main() -> None:
         figures.draw_accuracy(by_task, folder / "accuracy.png")
     if peft_step.RESULTS.is_file():
         figures.draw_steps(read(peft_step.RESULTS), folder / "steps.png")
+    if efficiency.RESULTS.is_file():
+        efficiency_table.draw(read(efficiency.RESULTS), folder / "efficiency.png")
     if STEPS.is_file():
         figures.draw_methods(read(STEPS), folder / "methods.png")
 

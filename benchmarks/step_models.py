@@ -41,6 +41,21 @@ def _bert_base() -> Any:
     return BertForSequenceClassification(BertConfig())
 
 
+def _roberta_large() -> Any:
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    config = RobertaConfig(
+        vocab_size=50265,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+    )
+    return RobertaForSequenceClassification(config)
+
+
 def _gpt2() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -70,6 +85,7 @@ def _llama() -> Any:
 MODELS = {
     "minilm": StepModel(_minilm, 16, 128, writes=False),
     "bert-base": StepModel(_bert_base, 16, 128, writes=False),
+    "roberta-large": StepModel(_roberta_large, 4, 128, writes=False),
     "llama": StepModel(_llama, 4, 128, writes=True),
     "gpt2": StepModel(_gpt2, 4, 128, writes=True),
     "t5": StepModel(_t5, 4, 128, writes=True),
