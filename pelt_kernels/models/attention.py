@@ -163,6 +163,8 @@ def prefix_gate(own: LayerPrefix, state: LayerState, query: Tensor) -> Tensor | 
     if own.gate == "number":
         assert isinstance(own.prefixes, PrefixAttention)
         gate = own.prefixes.gate(own.row).expand(query.shape[0])
+        if state.rule is not None:
+            gate = state.ruled(own.kind, gate)
         state.record(own.kind, gate)
         return gate
     if own.gate == "pooled" and pooled is None:

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from ..methods import Parts
 from ..nn import ExpertAdapter, FusedLoRALinear, GatedAdapter, LoRALinear
-from ..nn.lora_linear import BRANCH_GATE
+from ..nn.gate import BRANCH_GATE, GateRule
 from ..nn.original import Original, linear_kind, product
 from .attention_config import PELT
 from .attention_masks import check_mask
@@ -164,7 +164,8 @@ class AdaptedLinear(LoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """y [B, S, Dout], as the Linear it stands for."""
-        y, gates = super().forward(x, self.state.mask, return_gates=True)
+        rule = rule_of(self.state, self.target)
+        y, gates = super().forward(x, self.state.mask, return_gates=True, rule=rule)
         leave_gates(self.state, gates, self.target)
         if self.adapter is None:
             return y
@@ -182,7 +183,8 @@ class AdaptedFusedLinear(FusedLoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """y [B, S, Dout], as the Linear it stands for."""
-        y, gates = super().forward(x, self.state.mask, return_gates=True)
+        rule = rule_of(self.state)
+        y, gates = super().forward(x, self.state.mask, return_gates=True, rule=rule)
         leave_gates(self.state, gates)
         return y
 
@@ -192,9 +194,21 @@ def leave_gates(state: LayerState, gates: dict[str, Tensor], target: str = "") -
     for name, value in gates.items():
         if name == PREFIX_GATE:
             state.leave_prefix_gate(value)
-            state.record("prefix", value)
-        else:
-            state.record(f"lora_{target if name == BRANCH_GATE else name}", value)
+        state.record(_kind(name, target), value)
+
+
+def rule_of(state: LayerState, target: str = "") -> GateRule | None:
+    """The rule for the gates of a Linear, where the layer has one."""
+    if state.rule is None:
+        return None
+    return lambda name, value: state.ruled(_kind(name, target), value)
+
+
+def _kind(name: str, target: str) -> str:
+    """Under which kind the gates of a Linear are recorded."""
+    if name == PREFIX_GATE:
+        return "prefix"
+    return f"lora_{target if name == BRANCH_GATE else name}"
 
 
 def adapted(
@@ -204,7 +218,10 @@ def adapted(
     mask = state.take_mask()
     is_gated = adapter.gate is not None
     source = "input" if read is residual else residual
-    y, gate = adapter(read, residual=source, mask=mask if is_gated else None, return_gate=True)
+    rule = None if state.rule is None else lambda _, value: state.ruled("adapter", value)
+    y, gate = adapter(
+        read, residual=source, mask=mask if is_gated else None, return_gate=True, rule=rule
+    )
     if is_gated:
         state.record("adapter", gate)
     out: Tensor = y

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 # Attributes under which modules of the base model hold what a layer's steps need.
 STATE_ATTRIBUTE = "_pelt_state"
 PREFIX_ATTRIBUTE = "_pelt_prefix"
+
+# A layer's number, a gate's kind and its value -> what takes the value's place.
+Rule = Callable[[int, str, Tensor], Tensor]
 
 
 class InFlight(threading.local):
@@ -58,6 +62,7 @@ class LayerState:
         self.number, self.needs_mask, self.call = number, needs_mask, call
         self.in_flight = InFlight()
         self.is_recording = False
+        self.rule: Rule | None = None
         self.gate_values: dict[str, Tensor] = {}
         self.task_adapters: TaskAdapters | None = None
         self.written_adapter: WrittenAdapter | None = None
@@ -93,10 +98,31 @@ class LayerState:
         x, self.in_flight.ffn_input = self.in_flight.ffn_input, None
         return x
 
+    def ruled(self, kind: str, value: Tensor) -> Tensor:
+        """What the layer's rule makes of a gate.
+
+        Raises:
+            ValueError: it is no gate like the one that the rule was given.
+        """
+        assert self.rule is not None
+        found = self.rule(self.number, kind, value)
+        if not isinstance(found, Tensor) or _form(found) != _form(value):
+            got = _form(found) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                "set_gate_rule: expected a rule that gives a gate like the one it takes, "
+                f"{_form(value)} (layer {self.number}, {kind}), got {got}"
+            )
+        return found
+
     def record(self, kind: str, value: Tensor) -> None:
         """Keeps the latest value of a gate, on its device, without waiting for it."""
         if self.is_recording:
             self.gate_values[kind] = value.detach()
+
+
+def _form(gate: Tensor) -> str:
+    """A gate's dtype, shape and device."""
+    return f"{gate.dtype} {list(gate.shape)} on {gate.device}"
 
 
 @dataclass

@@ -13,6 +13,7 @@ from ..methods import MethodConfig, parts_of
 from .allocation import check_size
 from .checkpoint import collapsed, read_adapter, save_adapter, state_entry
 from .formats.peft_writer import write_peft
+from .gated import GatedModel
 from .hub import local_folder, push
 from .inject import raise_occupied
 from .mixture import consistent_forward
@@ -20,7 +21,6 @@ from .pruning import check_progress, density
 from .several import DEFAULT, check_config, check_name
 from .sharded import is_writer_of, trained_of, whole
 from .vocabulary import ADDED_ROWS
-from .weighted import WeightedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
@@ -30,7 +30,7 @@ PEFT = "peft"
 FILE_FORMATS = ("pelt", PEFT)
 
 
-class PeltModel(WeightedModel):
+class PeltModel(GatedModel):
     """A frozen transformers model, a method's parts inside it, and its trained classification head,
     where it has one.
 
@@ -133,26 +133,6 @@ class PeltModel(WeightedModel):
         from .callbacks import callbacks_for
 
         return callbacks_for(self, parts_of(self.method_config))
-
-    def record_gates(self, enabled: bool = True) -> None:
-        """Keeps the gates of the latest forward for `gate_values`, or stops. Off by default."""
-        for state in self._injection.states:
-            state.is_recording = enabled
-            state.gate_values = {}
-
-    def gate_values(self) -> dict[tuple[int, str], Tensor]:
-        """The gates of the latest forward while `record_gates` was on: (layer, kind) -> [B],
-        float32, on the device.
-
-        Kinds: ``adapter``, ``prefix``, ``lora_query``, ``lora_value`` and so on, as far as they are
-        gated. Nothing waits for the device and nothing accumulates: the next forward replaces the
-        tensors.
-        """
-        return {
-            (state.number, kind): value
-            for state in self._injection.states
-            for kind, value in state.gate_values.items()
-        }
 
     def save_pretrained(
         self,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..ops import LoraBranch, gated_adapter
+from .gate import BRANCH_GATE
 from .lora_linear import with_branches
 from .original import Original, dtype_beside, linear_kind, sizes_of
 
@@ -164,7 +165,7 @@ class ExpertLoRALinear(Bank):
 
     def forward(self, x: Tensor) -> Tensor:
         """y [..., Dout]."""
-        return with_branches(self, x, [self._branch()], dropout=self.dropout)[0]
+        return with_branches(self, x, {BRANCH_GATE: self._branch()}, dropout=self.dropout)[0]
 
     def _branch(self) -> LoraBranch:
         """The branch of this forward."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import LoraBranch
 from .experts import Bank, expert_banks
-from .gate import Gate
+from .gate import Gate, GateRule
 from .lora_linear import with_branches
 from .original import Original, linear_kind
 
@@ -124,22 +124,24 @@ class FusedLoRALinear(nn.Module):
         self.extra_gates = nn.ModuleDict(dict(extra_gates or {}))
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, *, return_gates: bool = False
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        return_gates: bool = False,
+        rule: GateRule | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """y [..., Dout]; with return_gates also the values of the gates by name, the branches' by
         their projection's.
 
         mask is [B, S] bool, True for real tokens, read by gates that pool with ``masked_mean``.
+        With a rule the gates are computed first, and what the rule makes of them are the gates.
         """
         members = cast("dict[str, LowRank]", dict(self.branches.items()))
-        branches = [member.branch(self.offsets[name], mask) for name, member in members.items()]
-        extra = [cast(Gate, gate) for gate in self.extra_gates.values()]
-        y, extra_values, own = with_branches(self, x, branches, extra, mask, self.dropout)
-        if not return_gates:
-            return y
-        values = dict(zip(self.extra_gates, extra_values))
-        values |= {name: value for name, value in zip(members, own) if value is not None}
-        return y, values
+        branches = {n: member.branch(self.offsets[n], mask) for n, member in members.items()}
+        extra = cast("dict[str, Gate]", dict(self.extra_gates.items()))
+        y, values = with_branches(self, x, branches, extra, mask, self.dropout, rule)
+        return (y, values) if return_gates else y
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

@@ -1,12 +1,19 @@
-"""The parameters of a learned gate."""
+"""The parameters of a learned gate, and its value where an operator is not to compute it."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import LearnedGate
-from ..ops._gate import POOLINGS
+from ..ops._arguments import cast_activation
+from ..ops._gate import POOLINGS, learned_gate
+
+BRANCH_GATE = ""  # the name of a part's own gate among those of its input
+# A gate's name among those of its input, and its value -> what takes the value's place.
+GateRule = Callable[[str, Tensor], Tensor]
 
 
 class Gate(nn.Module):
@@ -63,3 +70,16 @@ class Gate(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, pooling={self.pooling!r}"
+
+
+def value_of(gate: LearnedGate, x: Tensor, mask: Tensor | None) -> Tensor:
+    """The value of a gate of x [..., D] by the operators' formula, composed of PyTorch operations:
+    [B], or [B, S] for ``token``; float32, and float64 of a float64 x. It carries gradients.
+
+    An operator computes the same on its own read of x; this is for a value that something is done
+    to before it scales a part.
+    """
+    x = cast_activation(x)
+    x = x.flatten(1, -2) if x.ndim > 3 else x.reshape((1,) * (3 - x.ndim) + x.shape)
+    with torch.autocast(x.device.type, enabled=False):
+        return learned_gate(x, gate.weight, gate.bias, gate.pooling, mask)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import gated_adapter
-from .gate import Gate
+from .gate import BRANCH_GATE, Gate, GateRule, value_of
 
 
 class GatedAdapter(nn.Module):
@@ -92,9 +92,17 @@ class GatedAdapter(nn.Module):
         residual: str | Tensor | None = "input",
         mask: Tensor | None = None,
         return_gate: bool = False,
+        rule: GateRule | None = None,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
-        """y [B, S, D]; with return_gate also the gate's value (None without a gate)."""
-        return gated_adapter(
+        """y [B, S, D]; with return_gate also the gate's value (None without a gate).
+
+        With a rule the gate is computed first, and what the rule makes of it is the gate.
+        """
+        learned = None if self.gate is None else self.gate.learned(mask)
+        ruled = None
+        if rule is not None and learned is not None:
+            ruled = rule(BRANCH_GATE, value_of(learned, x, mask))
+        y = gated_adapter(
             x,
             self.w_down,
             self.w_up,
@@ -102,12 +110,16 @@ class GatedAdapter(nn.Module):
             b_up=self.b_up,
             activation=self.activation,
             scale=self.scale,
-            gate=None if self.gate is None else self.gate.learned(mask),
+            gate=learned if ruled is None else ruled,
             mask=None if self.gate is None else self.gate.mask_for(mask),
             residual=residual,
             dropout_p=self.dropout if self.training else 0.0,
-            return_gate=return_gate,
+            return_gate=return_gate and ruled is None,
         )
+        if ruled is None or not return_gate:
+            return y
+        assert isinstance(y, Tensor)
+        return y, ruled.detach()
 
     def extra_repr(self) -> str:
         bottleneck, hidden_size = self.w_down.shape

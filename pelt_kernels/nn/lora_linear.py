@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import LearnedGate, LoraBranch, lora_linear
 from .beside import add_branches
-from .gate import Gate
+from .gate import BRANCH_GATE, Gate, GateRule, value_of
 from .original import (
     Original,
     dtype_beside,
@@ -21,23 +21,58 @@ from .original import (
     why_not_replaceable,
 )
 
-BRANCH_GATE = ""  # the name of the branch's own gate among those of its input
-
 
 def with_branches(
     linear: Any,
     x: Tensor,
-    branches: Sequence[LoraBranch],
-    extra_gates: Sequence[Gate] = (),
+    branches: Mapping[str, LoraBranch],
+    extra_gates: Mapping[str, Gate] | None = None,
     mask: Tensor | None = None,
     dropout: float = 0.0,
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-    """A stand-in's Linear and its branches on one read of x: y, the values of the extra gates and
-    those of the branches' own.
+    rule: GateRule | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A stand-in's Linear and its branches on one read of x: y, and the values of the gates by
+    name, the extra gates' with gradients and the branches' own without.
 
     Args:
         linear: holds `original`, `weight` and `bias`.
+        rule: what it makes of a gate's value is the gate.
     """
+    if rule is not None:
+        branches = {name: _ruled(rule, name, branch, x, mask) for name, branch in branches.items()}
+    extra_gates = extra_gates or {}
+    y, extra_values, own_values = _with_branches(
+        linear, x, tuple(branches.values()), tuple(extra_gates.values()), mask, dropout
+    )
+    values = dict(zip(extra_gates, extra_values))
+    if rule is not None:
+        values = {name: rule(name, value) for name, value in values.items()}
+    for (name, branch), value in zip(branches.items(), own_values):
+        if value is not None:
+            values[name] = value
+        elif isinstance(branch.gate, Tensor):
+            values[name] = branch.gate.detach()
+    return y, values
+
+
+def _ruled(
+    rule: GateRule, name: str, branch: LoraBranch, x: Tensor, mask: Tensor | None
+) -> LoraBranch:
+    """The branch with what the rule makes of its gate."""
+    if not isinstance(branch.gate, LearnedGate):
+        return branch
+    return branch._replace(gate=rule(name, value_of(branch.gate, x, mask)))
+
+
+def _with_branches(
+    linear: Any,
+    x: Tensor,
+    branches: Sequence[LoraBranch],
+    extra_gates: Sequence[Gate],
+    mask: Tensor | None,
+    dropout: float,
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """y, the values of the extra gates, and those of the branches' learned gates."""
     original = linear.original
     if not branches and not extra_gates:
         if not original.is_plain:
@@ -187,32 +222,32 @@ class LoRALinear(nn.Module):
         return gates if self.gate is None else [*gates, self.gate]
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, *, return_gates: bool = False
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        return_gates: bool = False,
+        rule: GateRule | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """y [..., Dout]; with return_gates also the values [B] of the gates by name, of which the
         branch's own is `BRANCH_GATE`.
 
         mask is [B, S] bool, True for real tokens, read by gates that pool with ``masked_mean``.
+        With a rule the gates are computed first, and what the rule makes of them are the gates.
         """
         if self._has_branch_alone:
             branch = LoraBranch(self.lora_a, self.lora_b, 0, self.alpha / self.r)
             y = _without_gates(self, x, (branch,), self.dropout)
             return (y, {}) if return_gates else y
-        gates = self._gates()
-        branches = []
+        branches = {}
         if self.r:
             scale = self.alpha / self.r if self.gate is None else 1.0
             learned = None if self.gate is None else self.gate.learned(mask)
-            branches.append(LoraBranch(self.lora_a, self.lora_b, scale=scale, gate=learned))
-        y, extra_values, own = with_branches(
-            self, x, branches, gates[: len(self.extra_gates)], mask, self.dropout
-        )
-        if not return_gates:
-            return y
-        values = dict(zip(self.extra_gates, extra_values))
-        if self.gate is not None and own[0] is not None:
-            values[BRANCH_GATE] = own[0]
-        return y, values
+            branch = LoraBranch(self.lora_a, self.lora_b, scale=scale, gate=learned)
+            branches[BRANCH_GATE] = branch
+        extra = cast("Mapping[str, Gate]", dict(self.extra_gates.items()))
+        y, values = with_branches(self, x, branches, extra, mask, self.dropout, rule)
+        return (y, values) if return_gates else y
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
