@@ -13,6 +13,7 @@ from .._version import __version__
 from .demo import demo
 from .distill import distill
 from .export import export
+from .gates import gates
 from .info import info
 from .join import join
 from .methods import methods
@@ -45,7 +46,7 @@ def _options_of_all(
 
 
 app.command(context_settings={"token_normalize_func": usual_name})(train)
-for command in (predict, export, join, distill, methods, info, demo):
+for command in (predict, gates, export, join, distill, methods, info, demo):
     app.command()(command)
 
 # The base of typer's errors of usage, under its public name in no version of typer.

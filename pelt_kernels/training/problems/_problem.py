@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from ..base_model import empty_classifier, load_classifier, load_tokenizer
@@ -127,3 +128,19 @@ class HeadProblem(Problem):
     @abstractmethod
     def answers(self, logits: Tensor, labels: Sequence[str]) -> Sequence[Answer]:
         """The model's answers, from its logits [B, C]."""
+
+    @abstractmethod
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss [B] of each row, whose mean is the model's, from logits [B, C] in float32 and
+        labels as `batch` makes them.
+        """
+
+    @abstractmethod
+    def confidence(self, logits: Tensor) -> Tensor | None:
+        """The probability [B] that the model gives its answers; None where it gives none."""
+
+    @abstractmethod
+    def right(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
+        """Which answers [B] are right, whose mean is the accuracy; None where a score is no mean
+        over rows.
+        """

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from ..metrics import ANSWERS, NAMES, score
 from ..tasks import CLASSIFICATION, Example
@@ -74,6 +75,16 @@ class Classification(HeadProblem):
         predicted = np.array([numbers[answer.label] for answer in answers])
         expected = np.array([numbers[str(example.label)] for example in examples])
         return score(predicted, expected, len(labels))
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(logits, labels, reduction="none")
+
+    def confidence(self, logits: Tensor) -> Tensor:
+        return logits.softmax(dim=-1).amax(dim=-1)
+
+    def right(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        found: np.ndarray = logits.argmax(axis=-1) == labels
+        return found
 
     def tally(self, labels: Sequence[str]) -> _Accuracy:
         return _Accuracy()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from ..metrics import ANSWERS, SET_SCORES, set_scores
 from ..tasks import MULTI_LABEL, Example
@@ -77,6 +78,20 @@ class MultiLabel(HeadProblem):
         predicted = [[label in answer.labels for label in labels] for answer in answers]
         expected = [[label in (example.label or ()) for label in labels] for example in examples]
         return set_scores(np.array(predicted), np.array(expected))
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        by_label = binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        return by_label.mean(dim=-1)
+
+    def confidence(self, logits: Tensor) -> Tensor:
+        """The mean over the labels: of a label that is not given, the probability that it is not
+        one of them.
+        """
+        return logits.abs().sigmoid().mean(dim=-1)
+
+    def right(self, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        found: np.ndarray = ((logits >= 0) == (labels > 0)).all(axis=-1)
+        return found
 
     def tally(self, labels: Sequence[str]) -> _SetCounts:
         return _SetCounts()

@@ -66,6 +66,15 @@ class Regression(HeadProblem):
         predicted = np.array([answer.score for answer in answers])
         return correlations(predicted, np.array([score_of(example) for example in examples]))
 
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return (logits[:, 0] - labels).square()
+
+    def confidence(self, logits: Tensor) -> None:
+        return None
+
+    def right(self, logits: np.ndarray, labels: np.ndarray) -> None:
+        return None
+
     def tally(self, labels: Sequence[str]) -> _Pairs:
         return _Pairs()
 
