@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 
 from ..nn import PrefixAttention
+from ..nn.gate import may_select
 from ..ops.prefix_attention.weights import attention_weights
 from .attention_config import PELT, AttentionView
 from .attention_masks import check_mask, mask_for, padding_mask, window_bias
@@ -89,13 +90,57 @@ def prefixed_attention(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """The attention to a prefix and the tokens. Keys from a cache hold no prefix: it joins them at
-    each step anew.
+    each step anew. A sample whose gate is below the layer's `skip_below` attends to tokens only.
     """
     check_scores(module, kwargs)
+    gate, labels = prefix_gate(own, state, query), own.labels(state, query)
+    inputs = (module, query, key, value, mask, causal, scaling, dropout, kwargs)
+    if gate is None or state.skip_below is None:
+        return attention_with(own, gate, labels, *inputs)
+    is_skipped = gate < state.skip_below
+    if not may_select(query):
+        out, weights = attention_with(own, gate, labels, *inputs)
+        plain, plain_weights = attention_without(own, *inputs)
+        chooses = is_skipped[:, None, None, None]
+        if weights is not None and plain_weights is not None:
+            weights = torch.where(chooses, plain_weights, weights)
+        return torch.where(chooses, plain, out), weights
+    if not is_skipped.any():
+        return attention_with(own, gate, labels, *inputs)
+    if is_skipped.all():
+        return attention_without(own, *inputs)
+    kept, skipped = (~is_skipped).nonzero()[:, 0], is_skipped.nonzero()[:, 0]
+    if labels is not None:
+        labels = {name: each[kept] for name, each in labels.items()}
+    found = (
+        attention_with(own, gate[kept], labels, *rows_of(kept, *inputs)),
+        attention_without(own, *rows_of(skipped, *inputs)),
+    )
+    back = torch.cat([kept, skipped]).argsort()
+    out = torch.cat([each for each, _ in found])[back]
+    parts = [weights for _, weights in found if weights is not None]
+    return out, torch.cat(parts)[back] if parts else None
+
+
+def attention_with(
+    own: LayerPrefix,
+    gate: Tensor | None,
+    labels: dict[str, Tensor] | None,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """The attention to a prefix, which its gate scales, and the tokens."""
     # The same for the kernel and for the weights of those who want to see them.
     options: dict[str, Any] = {
-        "gate": prefix_gate(own, state, query),
-        "labels": own.labels(state, query),
+        "gate": gate,
+        "labels": labels,
         "key_mask": mask,
         "is_causal": causal,
         "scale": scaling,
@@ -107,6 +152,38 @@ def prefixed_attention(
     if wants_weights(module, kwargs):
         weights = own.prefixes.weights(own.row, query, key, **options)
     return out.transpose(1, 2), weights
+
+
+def attention_without(own: LayerPrefix, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+    """The attention of a layer that has a prefix to the tokens only; the prefix's columns of the
+    weights are zeros.
+    """
+    out, weights = base_attention(*inputs)
+    if weights is None:
+        return out, None
+    assert isinstance(own.prefixes, PrefixAttention)  # others have no gate
+    return out, nn.functional.pad(weights, (own.prefixes.columns, 0))
+
+
+def rows_of(
+    rows: Rows,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[Any, ...]:
+    """The inputs of an attention for some samples of the batch."""
+    options = dict(kwargs)
+    bias: Tensor | None = kwargs.get("position_bias")
+    if bias is not None and bias.shape[0] > 1:
+        options["position_bias"] = bias[rows]
+    seen = None if mask is None else mask[rows]
+    return module, query[rows], key[rows], value[rows], seen, causal, scaling, dropout, options
 
 
 def mixed_attention(
@@ -126,20 +203,16 @@ def mixed_attention(
     Raises:
         ValueError: the weights are wanted, and prefixes differ in how many columns they have.
     """
+    inputs = (module, query, key, value, mask, causal, scaling, dropout, kwargs)
     found: list[Tensor] = []
 
     def attend(name: str, rows: Rows) -> Tensor:
         own, state = mixed.prefixes.get(name), mixed.states.get(name)
-        options = dict(kwargs)
-        bias: Tensor | None = kwargs.get("position_bias")
-        if bias is not None and bias.shape[0] > 1:
-            options["position_bias"] = bias[rows]
-        seen = None if mask is None else mask[rows]
-        part = (query[rows], key[rows], value[rows], seen, causal, scaling, dropout, options)
+        part = rows_of(rows, *inputs)
         if own is None or state is None:
-            out, weights = base_attention(module, *part)
+            out, weights = base_attention(*part)
         else:
-            out, weights = prefixed_attention(own, state, module, *part)
+            out, weights = prefixed_attention(own, state, *part)
         if weights is not None:
             found.append(weights)
         return out

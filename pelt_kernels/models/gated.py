@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ..methods import parts_of
-from .weighted import WeightedModel
+from .several import SeveralAdapters
 
 
-class GatedModel(WeightedModel):
+class GatedModel(SeveralAdapters):
     """What a `PeltModel` does about the gates of the active adapter."""
 
     def record_gates(self, enabled: bool = True) -> None:
@@ -64,10 +65,67 @@ class GatedModel(WeightedModel):
                 "set_gate_rule: expected a function of a layer's number, a kind and a gate, or "
                 f"None, got {type(rule).__name__}"
             )
-        if rule is not None and not parts_of(self.method_config).gated:
-            raise ValueError(
-                "set_gate_rule: expected a method with gates, such as UniPELTConfig.apl(), got "
-                f"{self.method_config.method!r} without any"
-            )
+        if rule is not None:
+            self._check_gated("set_gate_rule")
         for state in self._injection.states:
             state.rule = rule
+
+    @property
+    def skip_below(self) -> float | None:
+        """A part whose gate for a sentence is below this number does no work for that sentence (for
+        a token, where each has its own gate). None, at first: every part works for all. A rule
+        (`set_gate_rule`) is asked before.
+
+        An adapter leaves its residual as it is, and a LoRA branch adds nothing: what a gate of 0
+        gives. A prefix is taken out of the sentence's attention, which is not what a gate of 0
+        gives: keys of zeros keep their share of the softmax, and computing that share is the work
+        that is to be saved. So at the threshold a prefix's effect ends in a step, and a model is as
+        good with a prefix skipped as it is without it.
+
+        What a sentence gives does not depend on which others are in its batch. On a CPU the rows
+        that skip an adapter are not computed, nor is a prefix's attention for sentences without it;
+        a LoRA branch is left out where all rows skip it. On a GPU the host does not wait to see
+        what can be left out: the adapter's kernel skips tiles of rows, a LoRA branch is multiplied
+        by 0, and the attention is computed with and without the prefix, which costs more than it
+        saves; under torch.compile that is so on a CPU, too.
+
+        For inference: a forward or generate with it raises ValueError in training, and where a
+        gradient could be wanted. It belongs to the active adapter, and no file holds it.
+        """
+        states = self._injection.states
+        return states[0].skip_below if states else None
+
+    @skip_below.setter
+    def skip_below(self, threshold: float | None) -> None:
+        if threshold is not None:
+            is_number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+            if not is_number or not 0 <= threshold <= 1:
+                raise ValueError(
+                    "skip_below: expected a number from 0 to 1, as gates are, or None, got "
+                    f"{threshold!r:.80}"
+                )
+            self._check_gated("skip_below")
+        for state in self._injection.states:
+            state.skip_below = threshold
+
+    def _check_gated(self, who: str) -> None:
+        """Raises ValueError for a method without gates."""
+        if not parts_of(self.method_config).gated:
+            raise ValueError(
+                f"{who}: expected a method with gates, such as UniPELTConfig.apl(), got "
+                f"{self.method_config.method!r} without any"
+            )
+
+    def _check_skipping(self) -> None:
+        """Raises ValueError for a call that is no inference of a model that skips parts."""
+        if self.skip_below is None:
+            return
+        wants_grad = torch.is_grad_enabled() and any(
+            parameter.requires_grad for parameter in self.trained_parameters().values()
+        )
+        if self.base_model.training or wants_grad:
+            got = "one in training" if self.base_model.training else "one that keeps gradients"
+            raise ValueError(
+                f"PeltModel: expected skip_below={self.skip_below:g} in inference, by a model in "
+                f"evaluation under torch.no_grad(), got {got}; set skip_below to None to train"
+            )

@@ -164,8 +164,13 @@ class AdaptedLinear(LoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """y [B, S, Dout], as the Linear it stands for."""
-        rule = rule_of(self.state, self.target)
-        y, gates = super().forward(x, self.state.mask, return_gates=True, rule=rule)
+        y, gates = super().forward(
+            x,
+            self.state.mask,
+            return_gates=True,
+            rule=rule_of(self.state, self.target),
+            skip_below=self.state.skip_below,
+        )
         leave_gates(self.state, gates, self.target)
         if self.adapter is None:
             return y
@@ -183,8 +188,13 @@ class AdaptedFusedLinear(FusedLoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """y [B, S, Dout], as the Linear it stands for."""
-        rule = rule_of(self.state)
-        y, gates = super().forward(x, self.state.mask, return_gates=True, rule=rule)
+        y, gates = super().forward(
+            x,
+            self.state.mask,
+            return_gates=True,
+            rule=rule_of(self.state),
+            skip_below=self.state.skip_below,
+        )
         leave_gates(self.state, gates)
         return y
 
@@ -220,7 +230,12 @@ def adapted(
     source = "input" if read is residual else residual
     rule = None if state.rule is None else lambda _, value: state.ruled("adapter", value)
     y, gate = adapter(
-        read, residual=source, mask=mask if is_gated else None, return_gate=True, rule=rule
+        read,
+        residual=source,
+        mask=mask if is_gated else None,
+        return_gate=True,
+        rule=rule,
+        skip_below=state.skip_below,
     )
     if is_gated:
         state.record("adapter", gate)

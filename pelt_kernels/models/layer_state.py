@@ -63,6 +63,7 @@ class LayerState:
         self.in_flight = InFlight()
         self.is_recording = False
         self.rule: Rule | None = None
+        self.skip_below: float | None = None
         self.gate_values: dict[str, Tensor] = {}
         self.task_adapters: TaskAdapters | None = None
         self.written_adapter: WrittenAdapter | None = None

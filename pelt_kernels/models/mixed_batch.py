@@ -16,12 +16,13 @@ from ..methods import Parts, parts_of
 from .attachment import Attachment
 from .attributes import batch_of
 from .encoder_hooks import FORWARDS_ATTRIBUTE, Forwards, begin_forward, end_forward
+from .gated import GatedModel
 from .inject import Injection
 from .layer import READ_OWN_MASK, Hook, hooks_of, keep_ffn_input, read_mask
 from .layer_state import STATE_ATTRIBUTE
 from .replacement import Replacement
 from .samples import MixedModule, MixedState, Samples
-from .several import BASE_ADAPTER, SeveralAdapters
+from .several import BASE_ADAPTER
 from .task_inputs import FEATURES, TASKS
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def _with_values(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     return made
 
 
-class MixingModel(SeveralAdapters):
+class MixingModel(GatedModel):
     """What a `PeltModel` does about a call whose samples have different adapters."""
 
     def generate(
@@ -190,6 +191,7 @@ class MixingModel(SeveralAdapters):
                 `forward`: all beams and samples of a sentence have its own. The others are the base
                 model's.
         """
+        self._check_skipping()
         if adapter_names is None:
             return super().generate(*args, **kwargs)
         with self._mixed(adapter_names, args, kwargs) as mixed, mixed.shown_to_generate():

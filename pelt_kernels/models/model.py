@@ -13,7 +13,6 @@ from ..methods import MethodConfig, parts_of
 from .allocation import check_size
 from .checkpoint import collapsed, read_adapter, save_adapter, state_entry
 from .formats.peft_writer import write_peft
-from .gated import GatedModel
 from .hub import local_folder, push
 from .inject import raise_occupied
 from .mixture import consistent_forward
@@ -21,6 +20,7 @@ from .pruning import check_progress, density
 from .several import DEFAULT, check_config, check_name
 from .sharded import is_writer_of, trained_of, whole
 from .vocabulary import ADDED_ROWS
+from .weighted import WeightedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainerCallback
@@ -30,7 +30,7 @@ PEFT = "peft"
 FILE_FORMATS = ("pelt", PEFT)
 
 
-class PeltModel(GatedModel):
+class PeltModel(WeightedModel):
     """A frozen transformers model, a method's parts inside it, and its trained classification head,
     where it has one.
 
@@ -101,6 +101,7 @@ class PeltModel(GatedModel):
                 that are unknown or not as many as the samples, in training, or of an adapter
                 that cannot serve some samples of a batch only, with the reason.
         """
+        self._check_skipping()
         if adapter_names is not None:
             with self._mixed(adapter_names, args, {"attributes": attributes, **kwargs}):
                 return self.base_model(*args, **kwargs)

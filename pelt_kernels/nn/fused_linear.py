@@ -130,17 +130,19 @@ class FusedLoRALinear(nn.Module):
         *,
         return_gates: bool = False,
         rule: GateRule | None = None,
+        skip_below: float | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """y [..., Dout]; with return_gates also the values of the gates by name, the branches' by
         their projection's.
 
         mask is [B, S] bool, True for real tokens, read by gates that pool with ``masked_mean``.
-        With a rule the gates are computed first, and what the rule makes of them are the gates.
+        With a rule the gates are computed first, and what the rule makes of them are the gates. A
+        branch counts for no row whose gate is below skip_below.
         """
         members = cast("dict[str, LowRank]", dict(self.branches.items()))
         branches = {n: member.branch(self.offsets[n], mask) for n, member in members.items()}
         extra = cast("dict[str, Gate]", dict(self.extra_gates.items()))
-        y, values = with_branches(self, x, branches, extra, mask, self.dropout, rule)
+        y, values = with_branches(self, x, branches, extra, mask, self.dropout, rule, skip_below)
         return (y, values) if return_gates else y
 
     @torch.no_grad()

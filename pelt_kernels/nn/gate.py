@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops import LearnedGate
 from ..ops._arguments import cast_activation
-from ..ops._gate import POOLINGS, learned_gate
+from ..ops._gate import POOLINGS, learned_gate, pool, quick_row_gates
 
 BRANCH_GATE = ""  # the name of a part's own gate among those of its input
 # A gate's name among those of its input, and its value -> what takes the value's place.
@@ -82,4 +82,13 @@ def value_of(gate: LearnedGate, x: Tensor, mask: Tensor | None) -> Tensor:
     x = cast_activation(x)
     x = x.flatten(1, -2) if x.ndim > 3 else x.reshape((1,) * (3 - x.ndim) + x.shape)
     with torch.autocast(x.device.type, enabled=False):
-        return learned_gate(x, gate.weight, gate.bias, gate.pooling, mask)
+        if torch.is_grad_enabled():
+            return learned_gate(x, gate.weight, gate.bias, gate.pooling, mask)
+        return pool(quick_row_gates(x, gate.weight, gate.bias), gate.pooling, mask)
+
+
+def may_select(x: Tensor) -> bool:
+    """Whether the rows of x that a gate keeps may be looked for: on a CPU. On a GPU the host would
+    wait for it, and torch.compile would break its graph.
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -93,10 +93,12 @@ class GatedAdapter(nn.Module):
         mask: Tensor | None = None,
         return_gate: bool = False,
         rule: GateRule | None = None,
+        skip_below: float | None = None,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """y [B, S, D]; with return_gate also the gate's value (None without a gate).
 
-        With a rule the gate is computed first, and what the rule makes of it is the gate.
+        With a rule the gate is computed first, and what the rule makes of it is the gate. Rows
+        whose gate is below skip_below have their residual as it is (without gradients only).
         """
         learned = None if self.gate is None else self.gate.learned(mask)
         ruled = None
@@ -114,6 +116,7 @@ class GatedAdapter(nn.Module):
             mask=None if self.gate is None else self.gate.mask_for(mask),
             residual=residual,
             dropout_p=self.dropout if self.training else 0.0,
+            skip_below=None if learned is None else skip_below,
             return_gate=return_gate and ruled is None,
         )
         if ruled is None or not return_gate:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import LearnedGate, LoraBranch, lora_linear
 from .beside import add_branches
-from .gate import BRANCH_GATE, Gate, GateRule, value_of
+from .gate import BRANCH_GATE, Gate, GateRule, may_select, value_of
 from .original import (
     Original,
     dtype_beside,
@@ -30,6 +30,7 @@ def with_branches(
     mask: Tensor | None = None,
     dropout: float = 0.0,
     rule: GateRule | None = None,
+    skip_below: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """A stand-in's Linear and its branches on one read of x: y, and the values of the gates by
     name, the extra gates' with gradients and the branches' own without.
@@ -37,31 +38,44 @@ def with_branches(
     Args:
         linear: holds `original`, `weight` and `bias`.
         rule: what it makes of a gate's value is the gate.
+        skip_below: a branch counts for no row whose gate is below it.
     """
-    if rule is not None:
-        branches = {name: _ruled(rule, name, branch, x, mask) for name, branch in branches.items()}
     extra_gates = extra_gates or {}
+    gates: dict[str, Tensor] = {}
+    if rule is not None or skip_below is not None:
+        for name, branch in branches.items():
+            if isinstance(branch.gate, LearnedGate):
+                value = value_of(branch.gate, x, mask)
+                gates[name] = value if rule is None else rule(name, value)
+        branches = _with_values(branches, gates, skip_below)
     y, extra_values, own_values = _with_branches(
         linear, x, tuple(branches.values()), tuple(extra_gates.values()), mask, dropout
     )
     values = dict(zip(extra_gates, extra_values))
     if rule is not None:
         values = {name: rule(name, value) for name, value in values.items()}
-    for (name, branch), value in zip(branches.items(), own_values):
-        if value is not None:
-            values[name] = value
-        elif isinstance(branch.gate, Tensor):
-            values[name] = branch.gate.detach()
+    values |= {name: value.detach() for name, value in gates.items()}
+    values |= {name: own for name, own in zip(branches, own_values) if own is not None}
     return y, values
 
 
-def _ruled(
-    rule: GateRule, name: str, branch: LoraBranch, x: Tensor, mask: Tensor | None
-) -> LoraBranch:
-    """The branch with what the rule makes of its gate."""
-    if not isinstance(branch.gate, LearnedGate):
-        return branch
-    return branch._replace(gate=rule(name, value_of(branch.gate, x, mask)))
+def _with_values(
+    branches: Mapping[str, LoraBranch], gates: Mapping[str, Tensor], skip_below: float | None
+) -> dict[str, LoraBranch]:
+    """The branches with these values as their gates. Where it may be asked, one that no row has is
+    left out; a row of another one has 0, since gathering the other rows takes longer than the
+    branch's narrow products do.
+    """
+    made = {}
+    for name, branch in branches.items():
+        gate = gates.get(name)
+        if gate is not None and skip_below is not None:
+            is_skipped = gate < skip_below
+            if may_select(gate) and is_skipped.all():
+                continue
+            gate = gate.masked_fill(is_skipped, 0.0)
+        made[name] = branch if gate is None else branch._replace(gate=gate)
+    return made
 
 
 def _with_branches(
@@ -228,12 +242,14 @@ class LoRALinear(nn.Module):
         *,
         return_gates: bool = False,
         rule: GateRule | None = None,
+        skip_below: float | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """y [..., Dout]; with return_gates also the values [B] of the gates by name, of which the
         branch's own is `BRANCH_GATE`.
 
         mask is [B, S] bool, True for real tokens, read by gates that pool with ``masked_mean``.
-        With a rule the gates are computed first, and what the rule makes of them are the gates.
+        With a rule the gates are computed first, and what the rule makes of them are the gates. The
+        branch counts for no row whose gate is below skip_below.
         """
         if self._has_branch_alone:
             branch = LoraBranch(self.lora_a, self.lora_b, 0, self.alpha / self.r)
@@ -246,7 +262,7 @@ class LoRALinear(nn.Module):
             branch = LoraBranch(self.lora_a, self.lora_b, scale=scale, gate=learned)
             branches[BRANCH_GATE] = branch
         extra = cast("Mapping[str, Gate]", dict(self.extra_gates.items()))
-        y, values = with_branches(self, x, branches, extra, mask, self.dropout, rule)
+        y, values = with_branches(self, x, branches, extra, mask, self.dropout, rule, skip_below)
         return (y, values) if return_gates else y
 
     @torch.no_grad()

@@ -122,6 +122,11 @@ class PrefixAttention(nn.Module):
         self.reset_parameters()
 
     @property
+    def columns(self) -> int:
+        """How many keys a sentence has in front of its tokens'."""
+        return self.prefix_length + sum(length for _, length in self.attributes.values())
+
+    @property
     def is_collapsed(self) -> bool:
         """True where the tables are the parameters and there is no reparametrisation."""
         return "table" in self._parameters

@@ -32,27 +32,67 @@ def supports(signature: Signature, backend: str, form: str, needs_grad: bool = T
 def forward(chosen: Chosen, seed: int, **inputs: Value) -> tuple[Tensor, Tensor, Tensor]:
     """y [B, S, D], the learned gate's value (or [0]), and h [B, S, R] for backward."""
     t, x, at = SimpleNamespace(**inputs), inputs["x"], chosen.attributes
-    z, (pre_norm, post_norm) = x, _norms(t)
-    if pre_norm is not None:
-        z = layer_norm(x, *pre_norm, at["pre_norm_eps"])
+    gate, gate_value = t.gate, x.new_empty(0, dtype=accumulator(x.dtype))
+    if t.gate_weight is not None:
+        gates = quick_row_gates(x, t.gate_weight, t.gate_bias)
+        gate = gate_value = pool(gates, at["pooling"], t.mask)
+    residual = x if at["residual_from"] == "input" else t.residual
+    is_skipped = None
+    if gate is not None and at["skip_below"] > NEVER_SKIP:
+        is_skipped = over_rows(gate) < at["skip_below"]
+        if _may_gather(chosen, t) and is_skipped.any():
+            return _of_kept_rows(chosen, t, residual, gate, is_skipped), gate_value, _no_h(t)
+    h, u = _projected(chosen, t, x)
+    if at["dropout_p"]:
+        u = u.mul_(_dropout(chosen, seed, u))
+    if is_skipped is not None:
+        u = u.masked_fill_(is_skipped, 0.0)
+    return _added(residual, u, _factor(chosen, t.scale, gate)), gate_value, h
+
+
+def _projected(chosen: Chosen, t: SimpleNamespace, x: Tensor) -> tuple[Tensor, Tensor]:
+    """h [B, S, R] and the adapter's output before dropout [B, S, D]."""
+    at, (pre_norm, post_norm) = chosen.attributes, _norms(t)
+    z = x if pre_norm is None else layer_norm(x, *pre_norm, at["pre_norm_eps"])
     h = linear(z, member(t.w_down, t.down_index, 2), member(t.b_down, t.down_index, 1))
     u = linear(
         ACTIVATIONS[at["activation"]](h),
         member(t.w_up, t.up_index, 2),
         member(t.b_up, t.up_index, 1),
     )
-    if post_norm is not None:
-        u = layer_norm(u, *post_norm, at["post_norm_eps"])
-    if at["dropout_p"]:
-        u = u.mul_(_dropout(chosen, seed, u))
-    gate, gate_value = t.gate, x.new_empty(0, dtype=accumulator(x.dtype))
-    if t.gate_weight is not None:
-        gates = quick_row_gates(x, t.gate_weight, t.gate_bias)
-        gate = gate_value = pool(gates, at["pooling"], t.mask)
-    if gate is not None and at["skip_below"] > NEVER_SKIP:
-        u = u.masked_fill_(over_rows(gate) < at["skip_below"], 0.0)
-    residual = x if at["residual_from"] == "input" else t.residual
-    return _added(residual, u, _factor(chosen, t.scale, gate)), gate_value, h
+    return h, u if post_norm is None else layer_norm(u, *post_norm, at["post_norm_eps"])
+
+
+def _may_gather(chosen: Chosen, t: SimpleNamespace) -> bool:
+    """Whether rows may be picked out of x: on a CPU, where nobody waits for the choice, and where
+    what a row is multiplied by does not depend on its place.
+    """
+    indices = (t.down_index, t.up_index)
+    has_own = any(index is not None and index.ndim for index in indices)
+    return chosen.device.type == "cpu" and not has_own and not chosen.attributes["dropout_p"]
+
+
+def _of_kept_rows(
+    chosen: Chosen,
+    t: SimpleNamespace,
+    residual: Tensor | None,
+    gate: Tensor,
+    is_skipped: Tensor,
+) -> Tensor:
+    """y [B, S, D] where only the rows that do not skip are computed."""
+    y = torch.zeros_like(t.x) if residual is None else residual.clone()
+    kept = ~is_skipped.expand(*t.x.shape[:2], 1)[..., 0]
+    gates = over_rows(gate).expand(*t.x.shape[:2], 1)[kept][None, :, 0]
+    if gates.numel():
+        u = _projected(chosen, t, t.x[kept][None])[1]
+        rows = None if residual is None else residual[kept][None]
+        y[kept] = _added(rows, u, _factor(chosen, t.scale, gates))[0]
+    return y
+
+
+def _no_h(t: SimpleNamespace) -> Tensor:
+    """What stands for h, which only a gradient reads: none is wanted where rows are skipped."""
+    return t.x.new_zeros(*t.x.shape[:2], t.w_down.shape[-2])
 
 
 def backward(
