@@ -40,6 +40,8 @@ class Parts(NamedTuple):
     vlm: VLMConfig | None = None
     hyper: HyperPELTConfig | None = None
     tune_norms: bool = False
+    gate_penalty: float = 0.0
+    gate_penalty_kind: str = "entropy"
 
     @property
     def attributes(self) -> dict[str, int]:
@@ -99,6 +101,8 @@ def parts_of(config: MethodConfig) -> Parts:
                 prefix=config.prefix,
                 lora=config.lora,
                 trainable_tokens=_tokens(config.prefix),
+                gate_penalty=config.gate_penalty,
+                gate_penalty_kind=config.gate_penalty_kind,
             )
         case CompositeConfig():
             return Parts(

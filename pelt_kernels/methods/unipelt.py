@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
-from ._config import GATE_POOLINGS, MethodConfig, check_choice, check_parts, with_changes
+from ._config import (
+    GATE_POOLINGS,
+    MethodConfig,
+    check,
+    check_choice,
+    check_number,
+    check_parts,
+    with_changes,
+)
 from .adapter import BottleneckAdapterConfig
 from .lora import LoraConfig
 from .prefix import PrefixTuningConfig
@@ -15,6 +23,7 @@ PARTS: dict[str, type[MethodConfig]] = {
     "prefix": PrefixTuningConfig,
     "lora": LoraConfig,
 }
+GATE_PENALTIES = ("entropy", "l1")
 Part = TypeVar("Part", BottleneckAdapterConfig, PrefixTuningConfig, LoraConfig)
 
 
@@ -32,6 +41,17 @@ class UniPELTConfig(MethodConfig):
     and LoRA, ``g_t = sigmoid(w · x_t + b)``, whatever the pooling, and a prefix has the gate that
     `PrefixTuningConfig` describes.
 
+    With `gate_penalty` c > 0 a training loss has one more term: c times the mean over all gates, of
+    layers, parts and sentences, of
+
+        entropy: H(g) = -g ln g - (1 - g) ln(1 - g), least at 0 and 1, largest (0.69) at 1/2
+        l1:      g
+
+    ``entropy`` has each sentence's gates decide, ``l1`` closes what does not pay for itself. Either
+    makes gates fall below a threshold, so that `PeltModel.skip_below` has something to skip. In a
+    decoder, where each token has gates, the mean is over all rows, padding included. This is of
+    this package, not of the paper.
+
     Presets: `UniPELTConfig.apl()` (adapter, prefix, LoRA: the paper's main model) and
     `UniPELTConfig.ap()`.
 
@@ -39,7 +59,8 @@ class UniPELTConfig(MethodConfig):
     off by default there), and gradient checkpointing keeps the prefixes, which are dropped there.
 
     Raises:
-        ValueError: no part at all, a part of the wrong type, or a pooling that a part contradicts.
+        ValueError: no part at all, a part of the wrong type, a pooling that a part contradicts, or
+            a penalty of gates where no part has one.
     """
 
     method: ClassVar[str] = "unipelt"
@@ -48,9 +69,14 @@ class UniPELTConfig(MethodConfig):
     prefix: PrefixTuningConfig | None = field(default_factory=PrefixTuningConfig)
     lora: LoraConfig | None = field(default_factory=LoraConfig)
     gate_pooling: str = "masked_mean"
+    gate_penalty: float = 0.0
+    gate_penalty_kind: str = "entropy"
 
     def __post_init__(self) -> None:
         check_choice(self, "gate_pooling", GATE_POOLINGS)
+        check_choice(self, "gate_penalty_kind", GATE_PENALTIES)
+        check_number(self, "gate_penalty")
+        check(self.gate_penalty >= 0, self, "gate_penalty", ">= 0")
         check_parts(self, PARTS)
         for name in PARTS:
             part = getattr(self, name)
@@ -59,6 +85,12 @@ class UniPELTConfig(MethodConfig):
         if self.adapter is None and self.prefix is None and self.lora is None:
             raise ValueError(
                 "UniPELTConfig: expected at least one of adapter, prefix and lora, got none"
+            )
+        parts = [part for name in PARTS if (part := getattr(self, name)) is not None]
+        if self.gate_penalty and not any(part.gated for part in parts):
+            raise ValueError(
+                "UniPELTConfig: expected a gated part for gate_penalty to act on, got none; set "
+                "gate_penalty to 0 or leave gated=False out"
             )
 
     def _resolved(self, name: str, part: Part) -> Part:

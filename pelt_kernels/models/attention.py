@@ -93,7 +93,7 @@ def prefixed_attention(
     each step anew. A sample whose gate is below the layer's `skip_below` attends to tokens only.
     """
     check_scores(module, kwargs)
-    gate, labels = prefix_gate(own, state, query), own.labels(state, query)
+    gate, labels = prefix_gate(own, state, query, module.training), own.labels(state, query)
     inputs = (module, query, key, value, mask, causal, scaling, dropout, kwargs)
     if gate is None or state.skip_below is None:
         return attention_with(own, gate, labels, *inputs)
@@ -230,13 +230,15 @@ def mixed_attention(
     return out, mixed.samples.each(query, lambda name, rows: next(parts))
 
 
-def prefix_gate(own: LayerPrefix, state: LayerState, query: Tensor) -> Tensor | None:
+def prefix_gate(
+    own: LayerPrefix, state: LayerState, query: Tensor, is_training: bool
+) -> Tensor | None:
     """What scales the prefix, [B], or None."""
     pooled = state.take_prefix_gate()
     if own.gate == "number":
         assert isinstance(own.prefixes, PrefixAttention)
         gate = own.prefixes.gate(own.row).expand(query.shape[0])
-        if state.rule is not None:
+        if state.wants_values(is_training):
             gate = state.ruled(own.kind, gate)
         state.record(own.kind, gate)
         return gate

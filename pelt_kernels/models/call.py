@@ -21,10 +21,12 @@ class Call(threading.local):
 
     Attributes:
         labels: int64 [B] by name.
+        gates: those of this forward, with gradients; None where nothing is made of them.
     """
 
     def __init__(self) -> None:
         self.labels: Mapping[str, Tensor] = {}
+        self.gates: list[Tensor] | None = None
 
     @contextmanager
     def given(self, labels: Mapping[str, Tensor]) -> Iterator[None]:
@@ -34,6 +36,16 @@ class Call(threading.local):
             yield
         finally:
             self.labels = before
+
+    @contextmanager
+    def gathering(self) -> Iterator[list[Tensor]]:
+        """Inside, which is one forward, the layers add their gates to a list."""
+        gates: list[Tensor] = []
+        self.gates = gates
+        try:
+            yield gates
+        finally:
+            self.gates = None
 
     def label(self, name: str, batch: int) -> Tensor:
         """The labels [batch] of a name. Where the batch is a multiple of the call's samples, as in

@@ -168,7 +168,7 @@ class AdaptedLinear(LoRALinear):
             x,
             self.state.mask,
             return_gates=True,
-            rule=rule_of(self.state, self.target),
+            rule=rule_of(self, self.target),
             skip_below=self.state.skip_below,
         )
         leave_gates(self.state, gates, self.target)
@@ -192,7 +192,7 @@ class AdaptedFusedLinear(FusedLoRALinear):
             x,
             self.state.mask,
             return_gates=True,
-            rule=rule_of(self.state),
+            rule=rule_of(self),
             skip_below=self.state.skip_below,
         )
         leave_gates(self.state, gates)
@@ -207,9 +207,10 @@ def leave_gates(state: LayerState, gates: dict[str, Tensor], target: str = "") -
         state.record(_kind(name, target), value)
 
 
-def rule_of(state: LayerState, target: str = "") -> GateRule | None:
-    """The rule for the gates of a Linear, where the layer has one."""
-    if state.rule is None:
+def rule_of(linear: AdaptedLinear | AdaptedFusedLinear, target: str = "") -> GateRule | None:
+    """What is done to the gates of a Linear before they scale something, if anything."""
+    state = linear.state
+    if not state.wants_values(linear.training):
         return None
     return lambda name, value: state.ruled(_kind(name, target), value)
 
@@ -228,7 +229,9 @@ def adapted(
     mask = state.take_mask()
     is_gated = adapter.gate is not None
     source = "input" if read is residual else residual
-    rule = None if state.rule is None else lambda _, value: state.ruled("adapter", value)
+    rule: GateRule | None = None
+    if state.wants_values(adapter.training):
+        rule = lambda _, value: state.ruled("adapter", value)  # noqa: E731
     y, gate = adapter(
         read,
         residual=source,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..nn import PrefixAttention, TaskAdapters
@@ -56,10 +57,12 @@ class LayerState:
         number: the layer's, from 0; a decoder's layers are counted on from its encoder's.
         needs_mask: whether a gate of this layer pools over real tokens only.
         call: what the present call of the model gives its layers.
+        is_penalised: whether the loss of a training has a term of the gates.
     """
 
-    def __init__(self, number: int, needs_mask: bool, call: Call) -> None:
+    def __init__(self, number: int, needs_mask: bool, call: Call, is_penalised: bool) -> None:
         self.number, self.needs_mask, self.call = number, needs_mask, call
+        self.is_penalised = is_penalised
         self.in_flight = InFlight()
         self.is_recording = False
         self.rule: Rule | None = None
@@ -99,13 +102,30 @@ class LayerState:
         x, self.in_flight.ffn_input = self.in_flight.ffn_input, None
         return x
 
+    def wants_values(self, is_training: bool) -> bool:
+        """Whether gates are computed before the operators: a rule changes them, or a loss reads
+        them. A checkpointed layer that is computed again has to do as its forward did, so it is not
+        asked whether a loss is being made now.
+        """
+        return self.rule is not None or (self.is_penalised and is_training)
+
     def ruled(self, kind: str, value: Tensor) -> Tensor:
-        """What the layer's rule makes of a gate.
+        """What the layer's rule makes of a gate, where there is one; and adds the gate to those of
+        which the loss has a term.
 
         Raises:
-            ValueError: it is no gate like the one that the rule was given.
+            ValueError: it is no gate like the one that the rule was given; or it belongs to a loss
+                and has no gradient.
         """
-        assert self.rule is not None
+        if self.call.gates is not None:
+            if not torch.is_grad_enabled():
+                raise ValueError(
+                    "UniPELTConfig: expected gradient checkpointing with use_reentrant=False for "
+                    "gate_penalty, got a layer whose forward keeps no gradients"
+                )
+            self.call.gates.append(value)
+        if self.rule is None:
+            return value
         found = self.rule(self.number, kind, value)
         if not isinstance(found, Tensor) or _form(found) != _form(value):
             got = _form(found) if isinstance(found, Tensor) else type(found).__name__

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ..methods import MethodConfig, parts_of
 from .allocation import check_size
 from .checkpoint import collapsed, read_adapter, save_adapter, state_entry
 from .formats.peft_writer import write_peft
+from .gate_penalty import penalised_forward
 from .hub import local_folder, push
 from .inject import raise_occupied
 from .mixture import consistent_forward
@@ -85,7 +87,7 @@ class PeltModel(WeightedModel):
         An attention_mask is [B, N], 1 for tokens, 0 for padding; None: no padding; the gates pool
         over tokens by it. With output_attentions=True the weights of a layer with a prefix are [B,
         H, S, P + S], prefix columns first. AdaMix in training makes two passes and adds its
-        consistency to the loss, see `AdaMixConfig`.
+        consistency to the loss, see `AdaMixConfig`; UniPELT's `gate_penalty` is a term of it, too.
 
         A method for several tasks takes ``tasks``, a name, a number or int64 [B] (`set_task` sets
         one for all calls), and HyperPELT with `features` takes ``image_features`` [B, cells, F].
@@ -112,6 +114,9 @@ class PeltModel(WeightedModel):
         with self._labels(attributes, args, kwargs):
             if is_training and parts.mixture is not None and self._compares_passes:
                 return consistent_forward(self.base_model, parts.mixture.consistency, args, kwargs)
+            if is_training and parts.gate_penalty and torch.is_grad_enabled():
+                call = self._injection.call
+                return penalised_forward(self.base_model, parts, call, args, kwargs)
             return self.base_model(*args, **kwargs)
 
     def density(self) -> dict[str, float]:
@@ -121,9 +126,10 @@ class PeltModel(WeightedModel):
     @property
     def accepts_loss_kwargs(self) -> bool:
         """Whether the base model's loss takes num_items_in_batch; transformers.Trainer asks. A
-        consistency, which is a mean over the batch, does not.
+        consistency and a penalty of gates, which are means over the batch, do not.
         """
-        return not self._compares_passes and super().accepts_loss_kwargs
+        has_mean = self._compares_passes or bool(parts_of(self.method_config).gate_penalty)
+        return not has_mean and super().accepts_loss_kwargs
 
     def callbacks(self) -> list[TrainerCallback]:
         """What a transformers.Trainer needs to train the method as its paper does, for its

@@ -34,7 +34,8 @@ class Stack:
             part.gate_pooling == "masked_mean" for part in parts.gated
         )
         self.states = [
-            LayerState(first_number + i, self.needs_mask, call) for i in range(len(self.layers))
+            LayerState(first_number + i, self.needs_mask, call, parts.gate_penalty > 0)
+            for i in range(len(self.layers))
         ]
         self.prefixes: list[dict[str, LayerPrefix]] = [{} for _ in self.layers]
 
