@@ -1,4 +1,5 @@
-"""The command `pelt-kernels`: train, predict, gates, export, join, distill, methods, info, demo."""
+"""The command `pelt-kernels`: train, compare, predict, gates, export, join, distill, methods, info,
+demo."""
 
 from __future__ import annotations
 

@@ -4,4 +4,6 @@ import sys
 
 from . import main
 
-sys.exit(main())
+# The worker processes of `compare` import this module under another name.
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
+from .compare import compare
 from .demo import demo
 from .distill import distill
 from .export import export
@@ -46,7 +47,7 @@ def _options_of_all(
 
 
 app.command(context_settings={"token_normalize_func": usual_name})(train)
-for command in (predict, gates, export, join, distill, methods, info, demo):
+for command in (compare, predict, gates, export, join, distill, methods, info, demo):
     app.command()(command)
 
 # The base of typer's errors of usage, under its public name in no version of typer.

@@ -1,4 +1,4 @@
-"""The three errors that end a run early, each with one sentence for a person."""
+"""The errors that end a run early, each with one sentence for a person."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ class UsageError(ValueError):
 class RunError(RuntimeError):
     """The request is valid but the run cannot go on: a damaged checkpoint, a full disk, a loss
     that is not a number."""
+
+
+class DivergedError(RunError):
+    """Training has left the finite numbers, which another learning rate may prevent."""
 
 
 class Interrupted(KeyboardInterrupt):

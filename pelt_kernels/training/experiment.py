@@ -71,7 +71,7 @@ def train(
     watchers = watchers or Watchers()
     config = config.resolved()
     computing_device(config.device)
-    _check_machine(config)
+    check_machine(config)
     check_trackers(config.report_to)
     _check_output(output, resume, overwrite)
     waiting = watchers.say if wait else None
@@ -86,8 +86,8 @@ def train(
     tokenizer = PROBLEMS[task.problem].tokenizer(config.model)
     config = with_lengths(config, tokenizer, task)
     _check_draws(task, config, watchers)
-    config = replace(config, epochs=_epochs(config, task))
-    _check_method(config, task)
+    config = replace(config, epochs=epochs_of(config, task))
+    check_method(config, task)
     require_writable(output)
     with claimed(output, waiting):
         _check_output(output, resume, overwrite)  # another run may have ended meanwhile
@@ -171,7 +171,7 @@ def _train_all(
             watchers.say(note)
     best = max(config.seeds, key=lambda seed: on_dev(results[seed]))
     for seed, run in runs.items():
-        results[seed] |= _test(run, output / PREDICTIONS_FILE if seed == best else None)
+        results[seed] |= tested(run, output / PREDICTIONS_FILE if seed == best else None)
     with replacing(output / ADAPTER_FOLDER) as partial:
         shutil.copytree(runs[best].adapter, partial)
     histories = {f"seed {seed}": result.pop("history") for seed, result in results.items()}
@@ -185,7 +185,7 @@ def _train_all(
     return summary
 
 
-def _test(run: Run, predictions_path: Path | None) -> dict[str, float]:
+def tested(run: Run, predictions_path: Path | None) -> dict[str, float]:
     """The scores on the test part, of the adapter read back from disk."""
     examples = run.task.test
     device = computing_device(run.config.device)
@@ -218,7 +218,8 @@ def _describe(task: Task, config: TrainConfig, watchers: Watchers) -> None:
     )
 
 
-def _check_machine(config: TrainConfig) -> None:
+def check_machine(config: TrainConfig) -> None:
+    """Raises UsageError for what this machine or this process cannot do."""
     if config.precision == "fp16" and computing_device(config.device) == "cpu":
         raise UsageError("precision: fp16 needs a GPU; bf16 and fp32 work here")
     check_environment()
@@ -233,7 +234,7 @@ def check_environment() -> None:
         check_choice("PELT_KERNELS_BACKEND", backend_of(requested), tuple(BACKENDS))
 
 
-def _check_method(config: TrainConfig, task: Task) -> None:
+def check_method(config: TrainConfig, task: Task) -> None:
     """Raises UsageError where the method does not fit the model, before anything is written."""
     empty = PROBLEMS[task.problem].empty(config.model, task.labels)
     if empty is None:
@@ -246,7 +247,7 @@ def _check_method(config: TrainConfig, task: Task) -> None:
         raise UsageError(f"method {config.method}: {reason(error)}") from error
 
 
-def _epochs(config: TrainConfig, task: Task) -> int:
+def epochs_of(config: TrainConfig, task: Task) -> int:
     """The config's number, else the recipe's for so many training examples."""
     if config.epochs is not None:
         return config.epochs

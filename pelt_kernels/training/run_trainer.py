@@ -23,7 +23,7 @@ from ..models import PeltModel
 from ..models.adapter_files import CONFIG_FILE, WEIGHTS_FILE, files_in
 from ..models.callbacks import LastStep
 from .encode import Encoded, LengthGroups
-from .errors import RunError, reason
+from .errors import DivergedError, RunError, reason
 from .metrics import ANSWERS
 from .records import mismatch, read_record
 from .stopping import IS_PRUNING, best_evaluation
@@ -194,7 +194,7 @@ class PeltTrainer(Trainer):
         more: dict[str, Any] = {}
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
-                raise RunError(
+                raise DivergedError(
                     f"the loss is {logs['loss']} at step {self.state.global_step}; a smaller --lr "
                     "may help"
                 )
@@ -233,7 +233,8 @@ class PeltTrainer(Trainer):
         # torch.save reports a failed write as RuntimeError, which RunError is too; weights that are
         # not finite are a ValueError.
         except (RuntimeError, ValueError) as error:
-            raise RunError(
+            kind = DivergedError if isinstance(error, ValueError) else RunError
+            raise kind(
                 f"checkpoint {checkpoint} cannot be written ({reason(error)}); earlier checkpoints "
                 "are intact"
             ) from error

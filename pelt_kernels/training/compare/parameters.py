@@ -1,0 +1,30 @@
+"""How many parameters a method trains, and how many of them are left to store."""
+
+from __future__ import annotations
+
+from ...methods import parts_of
+from ...models import get_pelt_model
+from ..problems import PROBLEMS
+from .runs import Runner
+
+
+def stored_parameters(runner: Runner, method: str) -> dict[str, int]:
+    """``trained``, with the head of the first task; ``stored``, what is left of them after
+    training: of a prefix its keys and values instead of the network that computes them, of AdaMix's
+    experts their average; ``total`` of the model in training.
+    """
+    comparison = runner.comparison
+    source = comparison.tasks[0]
+    task = runner.task(source.name)
+    problem = PROBLEMS[task.problem]
+    base = problem.empty(comparison.model, task.labels)
+    if base is None:
+        base = problem.load(comparison.model, task.labels)
+    model = get_pelt_model(base, comparison.config(source, method).method_for(task.conditions))
+    trained, total = model.get_nb_trainable_parameters()
+    if model.prefix is not None:
+        model.collapse_prefix()
+    if parts_of(model.method_config).mixture is not None:
+        model.merge_experts()
+    stored = sum(parameter.numel() for parameter in model.trained_parameters().values())
+    return {"trained": trained, "stored": stored, "total": total}
