@@ -22,9 +22,10 @@ Backend = Literal["cuda", "triton", "cpu", "cuda_sim", "cpu_sim", "eager"]
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16", "fp16"]
 Form = Literal["dense", "2:4", "csr", "adapter", "peft"]
+Preset = Literal["unipelt", "adamix", "pst"]
 
 VALUES = frozenset(
     value
-    for kind in (Method, Problem, Metric, ClassWeights, Backend, Device, Precision, Form)
+    for kind in (Method, Problem, Metric, ClassWeights, Backend, Device, Precision, Form, Preset)
     for value in get_args(kind)
 )

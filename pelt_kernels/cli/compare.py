@@ -11,12 +11,15 @@ from . import compare_options as given
 from .console import Debug, errors_in_one_line, notes, results
 
 if TYPE_CHECKING:
-    from ..training.compare import Source
+    from collections.abc import Sequence
+
+    from ..training.compare import Comparison, Source
 
 
 def compare(
     tasks: given.Tasks = None,
     evals: given.Evals = None,
+    preset: given.Preset = None,
     methods: given.Methods = None,
     train_examples: given.TrainExamples = None,
     seeds: given.Seeds = None,
@@ -38,20 +41,27 @@ def compare(
     precision: given.Precision = None,
     jobs: given.Jobs = None,
     output: given.Output = Path("runs/compare"),
+    report: given.Report = False,
     wait: given.Wait = False,
     debug: Debug = False,
 ) -> None:
     """Train methods on tasks with few and many examples, and tell what is more than chance.
 
-    The same command goes on where it was stopped.
+    The same command goes on where it was stopped; --report shows what is finished meanwhile.
     """
     with errors_in_one_line(debug):
         from ..training import Watchers, stoppable
-        from ..training.compare import Comparison
-        from ..training.compare import compare as run_comparison
+        from ..training import compare as comparing
         from ..training.compare.protocol import named, numbers, with_changes
-        from ..training.compare.tables import conditions, tables
 
+        console = notes()
+
+        def say(sentence: str) -> None:
+            console.print(sentence, markup=False, soft_wrap=True)
+
+        if report:
+            _show(comparing.report(output, watchers=Watchers(say=say)), output)
+            return
         values: dict[str, Any] = {
             "data_seed": data_seed, "dev_examples": dev_examples, "model": model, "epochs": epochs,
             "batch_size": batch_size, "max_length": max_length, "patience": patience,
@@ -65,25 +75,36 @@ def compare(
             "metrics": named("metric", metrics) if metrics else None,
             "lr": {k: numbers("lr", v, float) for k, v in named("lr", lr).items()} if lr else None,
         }  # fmt: skip
-        comparison = with_changes(
-            Comparison(), {name: value for name, value in values.items() if value is not None}
-        )
-        console = notes()
-
-        def say(sentence: str) -> None:
-            console.print(sentence, markup=False, soft_wrap=True)
-
+        plain = _of_preset(preset, values["tasks"])
+        if values["metrics"] is not None:
+            values["metrics"] = {**plain.metrics, **values["metrics"]}
+        comparison = with_changes(plain, {k: v for k, v in values.items() if v is not None})
         with stoppable(say) as stop:
-            summary = run_comparison(
-                comparison, output, jobs=jobs, wait=wait, watchers=Watchers(say=say, stop=stop)
-            )
-        for each in tables(summary):
-            table = Table(*each.columns, title=each.title)
-            for row in each.rows:
-                table.add_row(*row)
-            results().print(table)
-        results().print(conditions(summary), markup=False)
-        results().print(f"results.jsonl, compare.json, .md and .png: {output}", markup=False)
+            watchers = Watchers(say=say, stop=stop)
+            summary = comparing.compare(comparison, output, jobs=jobs, wait=wait, watchers=watchers)
+        _show(summary, output)
+
+
+def _of_preset(name: str | None, tasks: Sequence[Source] | None) -> Comparison:
+    """The paper's protocol, or the defaults."""
+    from ..training.compare import Comparison
+    from ..training.compare.presets import preset
+    from ..training.compare.protocol import with_changes
+
+    plain = Comparison()
+    return plain if name is None else with_changes(plain, preset(name, tasks or plain.tasks))
+
+
+def _show(summary: dict[str, Any], output: Path) -> None:
+    from ..training.compare.tables import conditions, tables
+
+    for each in tables(summary):
+        table = Table(*each.columns, title=each.title)
+        for row in each.rows:
+            table.add_row(*row)
+        results().print(table)
+    results().print(conditions(summary), markup=False)
+    results().print(f"results.jsonl, compare.json, .md and .png: {output}", markup=False)
 
 
 def _sources(tasks: list[str] | None, evals: list[str] | None) -> tuple[Source, ...]:

@@ -30,6 +30,13 @@ Evals = Annotated[
     list[str] | None,
     _option("--eval", default="held out", help="A file with the test part, for each --task."),
 ]
+Preset = Annotated[
+    choices.Preset | None,
+    _option(
+        default="none",
+        help="A paper's protocol; options given here replace its values.",
+    ),
+]
 Methods = Annotated[
     str | None,
     _option(
@@ -100,4 +107,5 @@ Jobs = Annotated[
 Output = Annotated[
     Path, _option("--output", "-o", help="Folder for the results; what is there goes on.")
 ]
+Report = Annotated[bool, _option("--report", help="Sum up what is finished in --output, and end.")]
 Wait = Annotated[bool, _option("--wait", help="Wait where another command writes in --output.")]

@@ -93,6 +93,30 @@ def test_what_is_finished_is_read_and_more_can_be_added(
     assert scores_in(output)[:2] == scores_in(compared)[:2]
 
 
+def test_a_report_sums_up_what_is_finished(compared: Path, run: Run, tmp_path: Path) -> None:
+    for name in ("comparison.json", "results.jsonl"):
+        shutil.copy(compared / name, tmp_path / name)
+    before = json.loads((compared / "compare.json").read_text())
+    outcome = run("compare", "--report", "--output", tmp_path)
+    assert outcome.code == 0
+    assert json.loads((tmp_path / "compare.json").read_text())["cells"] == before["cells"]
+    lines = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "results.jsonl").write_text("".join(lines[:4]))  # one cell and a trial of another
+    assert run("compare", "--report", "--output", tmp_path).code == 0
+    assert len(json.loads((tmp_path / "compare.json").read_text())["cells"]) == 1
+    assert "holds no comparison" in run("compare", "--report", "--output", "absent").refused(2)
+
+
+def test_a_preset_is_replaced_by_what_is_given(
+    run: Run, tiny_model: Path, toy_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    asked = arguments(tiny_model, toy_files, "--jobs", 1, "--output", tmp_path / "out")
+    assert run(*asked, "--preset", "adamix", "--methods", "head", "--dev-examples", 30).code == 0
+    settings = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert settings["weight_decay"] == 0.1 and settings["dev_examples"] == 30
+    assert settings["lr_factors"] == [0.3, 1] and settings["methods"] == ["head"]
+
+
 def test_other_settings_are_refused(
     compared: Path, run: Run, tiny_model: Path, toy_files: tuple[Path, Path]
 ) -> None:

@@ -22,6 +22,7 @@ from pelt_kernels.methods import config_from_options, make_config
 from pelt_kernels.ops import BACKENDS
 from pelt_kernels.training import RunError, TrainConfig, config
 from pelt_kernels.training.adapter_export import EXPORT_FORMS
+from pelt_kernels.training.compare.presets import PRESETS
 from pelt_kernels.training.problems import PROBLEMS
 from pelt_kernels.training.recipes import RECIPES
 from pelt_kernels.training.run_trainer import PeltTrainer
@@ -91,6 +92,7 @@ def test_choices_and_defaults_of_help_are_those_of_a_run() -> None:
     assert get_args(choices.Device) == config.DEVICES
     assert get_args(choices.Precision) == config.PRECISIONS
     assert set(get_args(choices.Form)) == set(EXPORT_FORMS)
+    assert get_args(choices.Preset) == tuple(PRESETS)
     parameters = inspect.signature(command).parameters
     told = {name: parameter.default for name, parameter in parameters.items()}
     for field in fields(TrainConfig):

@@ -6,7 +6,7 @@ keeps their `rows`; `summary`, `tables` and `plots` say what they show.
 
 from __future__ import annotations
 
-from .comparison import compare
+from .comparison import compare, report
 from .protocol import Comparison, Source
 
-__all__ = ["Comparison", "Source", "compare"]
+__all__ = ["Comparison", "Source", "compare", "report"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..._hardware import hardware
 from ..base_model import locate
 from ..config import for_problem
 from ..errors import Interrupted, RunError, UsageError
@@ -20,14 +21,15 @@ from ..experiment_run import Watchers
 from ..lengths import with_lengths
 from ..problems import PROBLEMS
 from ..records import read_record
+from ..report import versions
 from ..stopping import rank
-from ..storage import claimed, clear_partial, require_writable, write_json
+from ..storage import claimed, clear_partial, replacing, require_writable, write_json
 from .parameters import stored_parameters
 from .plots import draw_scores
 from .protocol import GROWING, Comparison, Job, size_name
 from .rows import Key, Row, read_rows, write_rows
 from .runs import RUNS_FOLDER, Runner, cell_folder
-from .summary import summarised
+from .summary import cells_of, summed_up
 from .tables import markdown
 from .workers import workers_for
 
@@ -85,7 +87,27 @@ def compare(
             raise Interrupted(stopped.number, sentence) from stopped
         except RunError as error:
             raise RunError(f"{error}; {work.how_to_go_on()}") from error
-        return _write_summary(work, settings)
+        if (output / RUNS_FOLDER).is_dir():
+            shutil.rmtree(output / RUNS_FOLDER)
+        return _write_summary(runner, work.rows, settings)
+
+
+def report(output: Path, *, watchers: Watchers | None = None) -> dict[str, Any]:
+    """Sums up what is finished of the comparison in `output`, which may go on meanwhile.
+
+    Raises UsageError where there is none, or where its data is no longer what it was.
+    """
+    path = output / SETTINGS_FILE
+    if not path.is_file():
+        raise UsageError(f"output: {output} holds no comparison ({SETTINGS_FILE} is missing)")
+    comparison = Comparison.restored(read_record(path, {"tasks": list[dict[str, Any]]}, "output"))
+    runner = Runner(comparison, output, watchers or Watchers())
+    settings = _settings(runner)
+    _check_same(output, settings)
+    rows = read_rows(output)
+    if not rows:
+        raise UsageError(f"output: no run of the comparison in {output} is finished yet")
+    return _write_summary(runner, rows, settings)
 
 
 @dataclass
@@ -206,14 +228,15 @@ def cells(comparison: Comparison) -> Iterator[Cell]:
 def chosen_rate(
     rates: Sequence[float], seed: int, cell: Cell, rows: dict[Key, Row]
 ) -> float | None:
-    """Of the rates the one that is best on dev with a seed, the earliest of equals; None where all
-    of them diverge.
+    """Of the rates the one that is best on dev with a seed, the earliest of equals; None where not
+    all were tried yet, or all diverge.
     """
     if len(rates) == 1:
         return rates[0]
-    task, count, method = cell
-    found = {lr: rows[task, count, method, lr, seed] for lr in rates}
-
+    keys = {lr: (*cell, lr, seed) for lr in rates}
+    if not all(key in rows for key in keys.values()):
+        return None
+    found = {lr: rows[key] for lr, key in keys.items()}
     trained = [lr for lr, row in found.items() if row["error"] is None]
 
     def on_dev(lr: float) -> tuple[float, float]:
@@ -274,18 +297,26 @@ def _check_same(output: Path, settings: dict[str, Any]) -> None:
             )
 
 
-def _write_summary(work: _Work, settings: dict[str, Any]) -> dict[str, Any]:
-    runner, output = work.runner, work.runner.output
-    if (output / RUNS_FOLDER).is_dir():
-        shutil.rmtree(output / RUNS_FOLDER)
-    stored = {method: stored_parameters(runner, method) for method in runner.comparison.methods}
+def _write_summary(
+    runner: Runner, rows: dict[Key, Row], settings: dict[str, Any]
+) -> dict[str, Any]:
+    comparison, output = runner.comparison, runner.output
     chosen = {
-        cell: chosen_rate(work.comparison.rates(cell[2]), work.comparison.seeds[0], cell, work.rows)
-        for cell in work.cells
+        cell: chosen_rate(comparison.rates(cell[2]), comparison.seeds[0], cell, rows)
+        for cell in cells(comparison)
     }
-    summary = summarised(runner.comparison, work.rows, chosen, stored) | {"settings": settings}
+    finished = list(cells_of(comparison, rows, chosen))
+    summary = {
+        **summed_up(finished),
+        "cells": finished,
+        "parameters": {method: stored_parameters(runner, method) for method in comparison.methods},
+        "settings": settings,
+        "hardware": hardware(),
+        "versions": versions(),
+    }
     write_json(output / SUMMARY_FILE, summary)
-    (output / TABLE_FILE).write_text(markdown(summary), encoding="utf-8")
+    with replacing(output / TABLE_FILE) as partial:
+        partial.write_text(markdown(summary), encoding="utf-8")
     draw_scores(output / PLOT_FILE, summary)
     return summary
 

@@ -11,7 +11,7 @@ from .runs import Runner
 def stored_parameters(runner: Runner, method: str) -> dict[str, int]:
     """``trained``, with the head of the first task; ``stored``, what is left of them after
     training: of a prefix its keys and values instead of the network that computes them, of AdaMix's
-    experts their average; ``total`` of the model in training.
+    experts their average; ``base``, those of the model without the method.
     """
     comparison = runner.comparison
     source = comparison.tasks[0]
@@ -20,11 +20,13 @@ def stored_parameters(runner: Runner, method: str) -> dict[str, int]:
     base = problem.empty(comparison.model, task.labels)
     if base is None:
         base = problem.load(comparison.model, task.labels)
+    of_base = sum(parameter.numel() for parameter in base.parameters())
     model = get_pelt_model(base, comparison.config(source, method).method_for(task.conditions))
-    trained, total = model.get_nb_trainable_parameters()
+    trained, _ = model.get_nb_trainable_parameters()
     if model.prefix is not None:
+        model.prefix.to_empty(device="cpu")  # torch has no autocast without a device
         model.collapse_prefix()
     if parts_of(model.method_config).mixture is not None:
         model.merge_experts()
     stored = sum(parameter.numel() for parameter in model.trained_parameters().values())
-    return {"trained": trained, "stored": stored, "total": total}
+    return {"trained": trained, "stored": stored, "base": of_base}

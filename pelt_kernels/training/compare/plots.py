@@ -31,7 +31,7 @@ def draw_scores(path: Path, summary: dict[str, Any]) -> None:
         found = (
             summary["averages"]
             if is_average
-            else [cell for cell in summary["cells"] if cell["task"] == title and "mean" in cell]
+            else [cell for cell in summary["cells"] if cell["task"] == title]
         )
         for number, method in enumerate(summary["methods"]):
             mine = {row["train_examples"]: row for row in found if row["method"] == method}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -163,6 +163,14 @@ class Comparison:
         values = asdict(self) | {"tasks": [source._asdict() for source in self.tasks]}
         values["lr"] = {name: list(rates) for name, rates in self.lr.items()}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def restored(cls, values: Mapping[str, Any]) -> Comparison:
+        """From what `stored` has written."""
+        mine = {each.name: values[each.name] for each in fields(cls) if each.name in values}
+        mine["tasks"] = [Source(**source) for source in mine["tasks"]]
+        mine["lr"] = {name: tuple(rates) for name, rates in mine.get("lr", {}).items()}
+        return with_changes(cls(), mine)
 
 
 def with_changes(comparison: Comparison, values: Mapping[str, Any]) -> Comparison:

@@ -4,79 +4,83 @@ whether a difference is more than chance.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 from scipy.stats import permutation_test
 
-from ..._hardware import hardware
 from ..metrics import summarise
-from ..report import versions
 from .protocol import SINGLE_METHODS, Comparison
 from .rows import Key, Row
 
 UPPER_BOUND = "upper bound"  # the best of SINGLE_METHODS on each task
 TESTED_AGAINST = ("lora", UPPER_BOUND)
 RESAMPLES, LEVEL = 9999, 0.05
-Scores = dict[int, float]  # by seed
+Scores = dict[str, float]  # by seed
 Table = dict[tuple[str, int | None, str], Scores]
 
 
-def summarised(
+def cells_of(
     comparison: Comparison,
     rows: Mapping[Key, Row],
     chosen: Mapping[tuple[str, int | None, str], float | None],
-    parameters: Mapping[str, Mapping[str, int]],
-) -> dict[str, Any]:
-    """What `compare.json` holds, of the runs that are finished."""
-    table: Table = {}
-    cells = []
-    metrics: dict[str, str] = {}
+) -> Iterator[dict[str, Any]]:
+    """For each task, K and method with a tested run: the rate, the scores by seed, their mean and
+    deviation, how many of its runs diverged or kept a model of one answer, and what all cost.
+    """
     for cell, lr in chosen.items():
-        keys = [(*cell, lr, seed) for seed in comparison.seeds]
-        found = {key[4]: rows[key] for key in keys if key in rows and rows[key]["is_tested"]}
-        for row in found.values():
-            metrics[cell[0]] = row["metric"]
-        table[cell] = {s: r["test"][r["metric"]] for s, r in found.items() if r["test"]}
         task, count, method = cell
         own = [row for key, row in rows.items() if key[:3] == cell]
-        cells.append(
-            {
-                "task": task,
-                "train_examples": count,
-                "method": method,
-                "lr": lr,
-                "scores": table[cell],
-                **(summarise(list(table[cell].values())) if table[cell] else {}),
-                "diverged": sum(row["error"] is not None for row in own),
-                "constant": sum(bool(row["notes"]) for row in found.values() if not row["error"]),
-                "processor_seconds": sum(row["processor_seconds"] for row in own),
-            }
-        )
-    tasks = [source.name for source in comparison.tasks]
-    bounds = _with_upper_bounds(table, tasks, comparison.train_examples)
-    columns = [*comparison.methods, *([UPPER_BOUND] if bounds else [])]
+        keys = [(task, count, method, lr, seed) for seed in comparison.seeds]
+        found = [rows[key] for key in keys if key in rows and rows[key]["test"]]
+        if not found:
+            continue
+        metric = found[0]["metric"]
+        scores = {str(row["seed"]): row["test"][metric] for row in found}
+        yield {
+            "task": task,
+            "train_examples": count,
+            "method": method,
+            "metric": metric,
+            "lr": lr,
+            "scores": scores,
+            **summarise(list(scores.values())),
+            "steps": [row["steps"] for row in found],
+            "dev_examples": found[0]["dev_examples"],
+            "test_examples": found[0]["test_examples"],
+            "diverged": sum(row["error"] is not None for row in own),
+            "constant": sum(bool(row["notes"]) for row in found),
+            "processor_seconds": sum(row["processor_seconds"] for row in own),
+        }
+
+
+def summed_up(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What cells say together; tasks, sizes and methods in the order in which they come."""
+    table: Table = {
+        (cell["task"], cell["train_examples"], cell["method"]): dict(cell["scores"])
+        for cell in cells
+    }
+    tasks = _different(cell["task"] for cell in cells)
+    counts = _different(cell["train_examples"] for cell in cells)
+    methods = _different(cell["method"] for cell in cells)
+    bounds = _with_upper_bounds(table, tasks, counts)
+    columns = [*methods, *([UPPER_BOUND] if bounds else [])]
     return {
         "tasks": tasks,
-        "methods": list(comparison.methods),
-        "train_examples": list(comparison.train_examples),
-        "seeds": list(comparison.seeds),
-        "metrics": metrics,
-        "cells": cells,
+        "methods": methods,
+        "train_examples": counts,
+        "seeds": _different(seed for cell in cells for seed in cell["scores"]),
+        "metrics": {cell["task"]: cell["metric"] for cell in cells},
         "upper_bounds": bounds,
-        "averages": [
-            {"train_examples": count, "method": method, **average}
-            for count in comparison.train_examples
-            for method in columns
-            if (average := _average(table, tasks, count, method))
-        ],
-        "tests": _tests(table, tasks, comparison.train_examples, comparison.methods),
-        "parameters": {name: dict(counts) for name, counts in parameters.items()},
-        "hardware": hardware(),
-        "versions": versions(),
+        "averages": list(_averages(table, tasks, counts, columns)),
+        "tests": list(_tests(table, tasks, counts, methods)),
     }
+
+
+def _different(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))
 
 
 def _with_upper_bounds(
@@ -93,38 +97,38 @@ def _with_upper_bounds(
                 continue
             best = max(single, key=lambda method: fmean(single[method].values()))
             table[task, count, UPPER_BOUND] = single[best]
-            mean = fmean(single[best].values())
-            found.append({"task": task, "train_examples": count, "method": best, "mean": mean})
+            spread = summarise(list(single[best].values()))
+            found.append({"task": task, "train_examples": count, "method": best, **spread})
     return found
 
 
-def _average(table: Table, tasks: Sequence[str], count: int | None, method: str) -> dict[str, Any]:
-    """The mean over tasks of each seed, and its spread over seeds; nothing before every task has
-    it.
-    """
-    scores = [table.get((task, count, method), {}) for task in tasks]
-    seeds = [seed for seed in scores[0] if all(seed in found for found in scores)]
-    if not seeds:
-        return {}
-    return {**summarise([fmean(found[seed] for found in scores) for seed in seeds])}
+def _averages(
+    table: Table, tasks: Sequence[str], counts: Sequence[int | None], methods: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """The mean over tasks of each seed, and its spread over seeds, where every task has it."""
+    for count in counts:
+        for method in methods:
+            scores = [table.get((task, count, method), {}) for task in tasks]
+            seeds = [seed for seed in scores[0] if all(seed in found for found in scores)]
+            if seeds:
+                means = [fmean(found[seed] for found in scores) for seed in seeds]
+                yield {"train_examples": count, "method": method, **summarise(means)}
 
 
 def _tests(
     table: Table, tasks: Sequence[str], counts: Sequence[int | None], methods: Sequence[str]
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """UniPELT's variants against `TESTED_AGAINST`, for each K and over all of them."""
-    made = []
-    for method in (name for name in methods if name.partition(":")[0].startswith("unipelt")):
+    sizes = [[count] for count in counts] + ([list(counts)] if len(counts) > 1 else [])
+    for method in methods:
+        if not method.startswith("unipelt"):
+            continue
         for other in TESTED_AGAINST:
-            for of in (*([count] for count in counts), counts):
+            for of in sizes:
                 differences = _differences(table, tasks, of, method, other)
-                if len(differences) > 1 and (len(of) == 1 or len(counts) > 1):
-                    sizes = list(of)
-                    made.append(
-                        {"method": method, "against": other, "train_examples": sizes}
-                        | _compared(differences)
-                    )
-    return made
+                if len(differences) > 1:
+                    compared = compared_in_pairs(differences)
+                    yield {"method": method, "against": other, "train_examples": of, **compared}
 
 
 def _differences(
@@ -139,9 +143,9 @@ def _differences(
     return [one[seed] - two[seed] for one, two in pairs for seed in one if seed in two]
 
 
-def _compared(differences: Sequence[float]) -> dict[str, Any]:
-    """The mean difference, and the share of sign changes that give one as large: exact for few
-    pairs, else of `RESAMPLES` draws with a fixed seed.
+def compared_in_pairs(differences: Sequence[float]) -> dict[str, Any]:
+    """The mean of differences, and p: the share of their changes of sign that give a mean as far
+    from 0, of all of them where there are few pairs, else of `RESAMPLES` draws with a fixed seed.
     """
     values = np.array(differences)
     p = 1.0
@@ -156,4 +160,4 @@ def _compared(differences: Sequence[float]) -> dict[str, Any]:
         ).pvalue
     mean = float(values.mean())
     verdict = "no difference shown" if p >= LEVEL else ("higher" if mean > 0 else "lower")
-    return {"mean": mean, "pairs": len(differences), "p": float(p), "verdict": verdict}
+    return {"mean": mean, "pairs": len(values), "p": float(p), "verdict": verdict}

@@ -26,13 +26,12 @@ def tables(summary: dict[str, Any]) -> Iterator[Table]:
         average = {(row["train_examples"], row["method"]): row for row in summary["averages"]}
         yield _scores(f"average over {len(summary['tasks'])} tasks", names, summary, average)
     for task in summary["tasks"]:
-        cells = [cell for cell in summary["cells"] if cell["task"] == task and "mean" in cell]
+        cells = [cell for cell in summary["cells"] if cell["task"] == task]
         found = {(cell["train_examples"], cell["method"]): cell for cell in cells}
         for bound in summary["upper_bounds"]:
             if bound["task"] == task:
-                best = found[bound["train_examples"], bound["method"]]
-                found[bound["train_examples"], UPPER_BOUND] = best
-        title = f"{task}, {summary['metrics'].get(task, 'no run is finished')}"
+                found[bound["train_examples"], UPPER_BOUND] = bound
+        title = f"{task}, {summary['metrics'][task]}"
         yield _scores(title, names, summary, found)
     if summary["tests"]:
         yield _tests(summary["tests"])
@@ -98,11 +97,11 @@ def _cost(summary: dict[str, Any]) -> Table:
         seconds = sum(
             cell["processor_seconds"] for cell in summary["cells"] if cell["method"] == name
         )
-        share = f"{100 * counts['stored'] / counts['total']:.2g} %"
+        share = f"{100 * counts['stored'] / counts['base']:.2g} %"
         rows.append(
             [name, f"{counts['trained']:,}", f"{counts['stored']:,}", share, f"{seconds:,.0f} s"]
         )
-    columns = ["method", "trained parameters", "stored", "of all", "processor time"]
+    columns = ["method", "trained parameters", "stored", "of the model's", "processor time"]
     return Table("cost", columns, rows)
 
 
