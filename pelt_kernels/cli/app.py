@@ -17,6 +17,7 @@ from .export import export
 from .gates import gates
 from .info import info
 from .join import join
+from .launched import SECONDS_FOR_ERRORS, let_main_tell
 from .methods import methods
 from .predict import predict
 from .train import train
@@ -67,6 +68,9 @@ def run(arguments: Sequence[str] | None) -> int:
             standalone_mode=False,
         )
     except _WrongUsage as error:  # type: ignore[misc]
+        context = getattr(error, "ctx", None)
+        if context is not None and context.info_name == "train":
+            let_main_tell(SECONDS_FOR_ERRORS)
         # The words in front of a wrong choice are pydantic's.
         sentence = error.format_message().replace(": Value error, ", ": ")
         print(f"pelt-kernels: {sentence}", file=sys.stderr)

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .launched import SECONDS_FOR_ERRORS, SECONDS_FOR_SIGNALS, is_main, let_main_tell
 from .signals import signals_handled_by
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, warnings and debug logs.")]
@@ -29,8 +30,10 @@ def notes() -> Console:
 
 
 @contextmanager
-def errors_in_one_line(debug: bool) -> Iterator[None]:
-    """Ends the command with one sentence and an exit code on any error; `debug` lets it pass."""
+def errors_in_one_line(debug: bool, in_processes: bool = False) -> Iterator[None]:
+    """Ends the command with one sentence and an exit code on any error; `debug` lets it pass. With
+    `in_processes` the command is one of several processes, which have most errors in common.
+    """
     from ..ops import BackendError
     from ..training import Interrupted, RunError, UsageError
     from ..training.experiment import check_environment
@@ -45,7 +48,11 @@ def errors_in_one_line(debug: bool) -> Iterator[None]:
     except (UsageError, RunError, Interrupted, BackendError) as error:
         if debug:
             raise
-        print(f"pelt-kernels: {error}", file=sys.stderr)
+        is_signal = isinstance(error, Interrupted)
+        if in_processes:
+            let_main_tell(SECONDS_FOR_SIGNALS if is_signal else SECONDS_FOR_ERRORS)
+        if not (in_processes and is_signal) or is_main():
+            print(f"pelt-kernels: {error}", file=sys.stderr)
         code = error.exit_code if isinstance(error, Interrupted) else 1
         raise typer.Exit(2 if isinstance(error, UsageError) else code) from None
     except BrokenPipeError:
@@ -56,6 +63,8 @@ def errors_in_one_line(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
+        if in_processes:
+            let_main_tell(SECONDS_FOR_ERRORS)
         first = (str(error).strip().splitlines() or ["no message"])[0]
         print(
             f"pelt-kernels: unexpected {type(error).__name__}: {first} (--debug shows where)",

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from .launched import is_main
+
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -17,7 +19,8 @@ def end_at_once(number: int, _frame: FrameType | None = None) -> None:
     """Ends the process with one line. For the time before and after a command's work, when there is
     nothing to clear away: an exception would come out of the middle of another library's import.
     """
-    os.write(2, f"pelt-kernels: stopped by {signal.Signals(number).name}\n".encode())
+    if is_main():
+        os.write(2, f"pelt-kernels: stopped by {signal.Signals(number).name}\n".encode())
     os._exit(128 + number)
 
 

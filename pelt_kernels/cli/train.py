@@ -10,6 +10,7 @@ from rich.table import Table
 
 from . import train_options as given
 from .console import Debug, errors_in_one_line, notes, results
+from .launched import is_main
 
 if TYPE_CHECKING:
     from ..training import TrainConfig
@@ -72,7 +73,7 @@ def train(
 
     Options are understood by transformers' names, too: --learning_rate, --output_dir, --seed, ...
     """
-    with errors_in_one_line(debug):
+    with errors_in_one_line(debug, in_processes=True):
         from ..training import TrainConfig, UsageError
         from ..training.config import continued
         from ..training.config_file import as_yaml
@@ -86,7 +87,8 @@ def train(
         is_resumed = resume and folder is not None
         whole = continued(Path(folder), chosen) if is_resumed else TrainConfig(**chosen).resolved()
         if print_config:
-            typer.echo(as_yaml(whole), nl=False)
+            if is_main():
+                typer.echo(as_yaml(whole), nl=False)
             return
         output = Path(folder) if folder is not None else _free_folder(whole)
         _run_experiment(whole, output, resume=resume, overwrite=overwrite, wait=wait)
@@ -95,16 +97,21 @@ def train(
 def _run_experiment(config: TrainConfig, folder: Path, **how: bool) -> None:
     from ..training import Watchers, stoppable
     from ..training import train as train_experiment
+    from ..training.processes import leave
     from .progress import progress_bars
 
     console = notes()
 
     def say(sentence: str) -> None:
-        console.print(sentence, markup=False, soft_wrap=True)
+        if is_main():
+            console.print(sentence, markup=False, soft_wrap=True)
 
     with stoppable(say) as stop, progress_bars(console) as bars:
         watchers = Watchers(say=say, progress=bars, stop=stop)
         metrics = train_experiment(config, folder, watchers=watchers, **how)
+    leave()
+    if not is_main():
+        return
     results().print(_table(metrics))
     results().print(f"adapter, metrics.json and plots: {folder}", markup=False)
 

@@ -97,7 +97,7 @@ Epochs = Annotated[
 ]
 BatchSize = Annotated[
     int | None,
-    _option(default="by method", help="Examples of one backward pass."),
+    _option(default="by method", help="Examples of one backward pass, in all processes."),
 ]
 GradientAccumulation = Annotated[int, _option(help="Backward passes of one step.")]
 MaxLength = Annotated[
@@ -162,7 +162,7 @@ Backend = Annotated[
 ]
 Device = Annotated[
     choices.Device,
-    _option(help="auto: a GPU if torch sees one. A run uses one GPU."),
+    _option(help="auto: a GPU if torch sees one. Several: accelerate launch, or torchrun."),
 ]
 Precision = Annotated[choices.Precision, _option(help="bf16 and fp16 by autocast.")]
 GradientCheckpointing = Annotated[

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import BatchSampler, Dataset, Sampler
 
 from .tasks import ATTRIBUTES, NO_CONDITIONS, TASKS, Conditions, Example
 
@@ -162,3 +162,18 @@ class LengthGroups(Sampler[int]):
         short = [batches.pop()] if batches and len(batches[-1]) < self.batch_size else []
         draw.shuffle(batches)
         return iter([index for batch in batches + short for index in batch])
+
+
+class Shares(BatchSampler):
+    """The rows that one of several processes has in each batch: every n-th, so that the processes'
+    rows have like lengths. A batch with fewer rows than processes goes whole to each of them.
+    """
+
+    def __init__(self, order: Sampler[int], batch_size: int, process: int, processes: int):
+        super().__init__(order, batch_size, drop_last=False)
+        self.process, self.processes = process, processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in super().__iter__():
+            is_whole = len(batch) < self.processes
+            yield batch if is_whole else batch[self.process :: self.processes]

@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import warnings
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from ..models import get_pelt_model
 from ..ops import BACKENDS, use_backend
 from ..ops._dispatch import backend_of
+from . import processes
 from .base_model import locate
 from .config import DEVICES, TrainConfig, check_choice, for_problem, save_config
 from .config import FILE as CONFIG_FILE
@@ -63,20 +65,52 @@ def train(
     a time writes in a folder; its lock ends with the process. A second one is refused at once, or
     with `wait` begins after it.
 
+    Processes that a distributed launcher has started train together: each of them calls this, the
+    main one's arguments hold and only its watchers are told, but for `stop`, which each needs.
+
     Raises:
         UsageError: a request that cannot be served.
         RunError: the run cannot go on.
         Interrupted: `watchers.stop` got a signal.
     """
     watchers = watchers or Watchers()
+    processes.join(config.device)
+    if processes.index() > 0:
+        watchers = Watchers(stop=watchers.stop)
+    with ExitStack() as until_the_end:
+        how = Beginning(resume, overwrite, watchers.say if wait else None)
+        config, output, task, tokenizer = processes.of_main(
+            lambda: _begin(config, output, how, watchers, until_the_end)
+        )
+        # Without a name the environment's request holds.
+        with use_backend(config.backend) if config.backend else nullcontext():
+            return _train_all(config, task, tokenizer, output, watchers)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What becomes of a run that is in the folder: `train`'s arguments of these names; `waiting`
+    gets a sentence about another one that is in progress.
+    """
+
+    resume: bool
+    overwrite: bool
+    waiting: Callable[[str], None] | None
+
+
+def _begin(
+    config: TrainConfig, output: Path, how: Beginning, watchers: Watchers, until_the_end: ExitStack
+) -> tuple[TrainConfig, Path, Task, Any]:
+    """Checks all that can be checked before the work, claims the folder until the end, and writes
+    there what the experiment is.
+    """
     config = config.resolved()
     computing_device(config.device)
     check_machine(config)
     check_trackers(config.report_to)
-    _check_output(output, resume, overwrite)
-    waiting = watchers.say if wait else None
+    _check_output(output, how)
     if is_run(output):
-        with claimed(output, waiting):  # a run in progress is noticed before the data is read
+        with claimed(output, how.waiting):  # a run in progress is noticed before the data is read
             pass
     locate(config.model)  # a missing one is noticed before the data is read
     task = load_task(
@@ -89,19 +123,17 @@ def train(
     config = replace(config, epochs=epochs_of(config, task))
     check_method(config, task)
     require_writable(output)
-    with claimed(output, waiting):
-        _check_output(output, resume, overwrite)  # another run may have ended meanwhile
-        clear_partial(output)
-        if overwrite and is_run(output):
-            _clear_run(output)
-        if resume:
-            task = _with_labels_of_run(task, output)
-        save_config(config, output)
-        write_json(output / TASK_FILE, {"fingerprint": task.fingerprint, "labels": task.labels})
-        _describe(task, config, watchers)
-        # Without a name the environment's request holds.
-        with use_backend(config.backend) if config.backend else nullcontext():
-            return _train_all(config, task, tokenizer, output, watchers)
+    until_the_end.enter_context(claimed(output, how.waiting))
+    _check_output(output, how)  # another run may have ended meanwhile
+    clear_partial(output)
+    if how.overwrite and is_run(output):
+        _clear_run(output)
+    if how.resume:
+        task = _with_labels_of_run(task, output)
+    save_config(config, output)
+    write_json(output / TASK_FILE, {"fingerprint": task.fingerprint, "labels": task.labels})
+    _describe(task, config, watchers)
+    return config, output, task, tokenizer
 
 
 def is_run(folder: Path) -> bool:
@@ -109,12 +141,12 @@ def is_run(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file()
 
 
-def _check_output(folder: Path, resume: bool, overwrite: bool) -> None:
+def _check_output(folder: Path, how: Beginning) -> None:
     if is_run(folder):
-        if not (resume or overwrite):
+        if not (how.resume or how.overwrite):
             raise UsageError(f"output: {folder} holds a run already; --resume or --overwrite it")
         linked = [path for path in _folders_of(folder) if path.is_symlink()]
-        if overwrite and linked:
+        if how.overwrite and linked:
             raise UsageError(
                 f"output: {linked[0]} is a link, and what it leads to is not overwritten; remove "
                 "the link, or name another --output"
@@ -170,16 +202,30 @@ def _train_all(
         for note in result["notes"]:
             watchers.say(note)
     best = max(config.seeds, key=lambda seed: on_dev(results[seed]))
-    for seed, run in runs.items():
-        results[seed] |= tested(run, output / PREDICTIONS_FILE if seed == best else None)
+    tried_by_name = {rate_name(rate): value for rate, value in tried.items()}
+    return processes.of_main(lambda: _finish(runs, results, best, tried_by_name))
+
+
+def _finish(
+    runs: dict[int, Run],
+    results: dict[int, dict[str, Any]],
+    best: int,
+    tried: dict[str, float],
+) -> dict[str, Any]:
+    """Tests the seeds' runs, keeps the adapter of the best, and writes what the experiment found,
+    which it returns.
+    """
+    run = runs[best]
+    config, task, output = run.config, run.task, run.output
+    for seed, each in runs.items():
+        results[seed] |= tested(each, output / PREDICTIONS_FILE if seed == best else None)
     with replacing(output / ADAPTER_FOLDER) as partial:
-        shutil.copytree(runs[best].adapter, partial)
+        shutil.copytree(run.adapter, partial)
     histories = {f"seed {seed}": result.pop("history") for seed, result in results.items()}
     title = f"{config.method} on {task.name}"
-    draw_curves(output / "curves.png", title, histories, config.metric)
+    draw_curves(output / "curves.png", title, histories, run.metric)
     draw_gates(output / "gates.png", f"{title}, seed {best}", histories[f"seed {best}"])
-    tried_by_name = {rate_name(rate): value for rate, value in tried.items()}
-    summary = metrics(config, task, lr, tried_by_name, list(results.values()))
+    summary = metrics(config, task, run.lr, tried, list(results.values()))
     summary["adapter_seed"] = best
     write_json(output / METRICS_FILE, summary)
     return summary
@@ -223,8 +269,13 @@ def check_machine(config: TrainConfig) -> None:
     if config.precision == "fp16" and computing_device(config.device) == "cpu":
         raise UsageError("precision: fp16 needs a GPU; bf16 and fp32 work here")
     check_environment()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("train runs in one process; start it without a distributed launcher")
+    assert config.batch_size is not None  # `resolved` set it
+    count = processes.count()
+    if config.batch_size % count:
+        raise UsageError(
+            f"batch-size: expected a multiple of {count}, the number of processes that share each "
+            f"batch, got {config.batch_size}"
+        )
 
 
 def check_environment() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy
 
 from ..models import PeltModel, get_pelt_model
 from ..ops import forget_choices
+from . import processes
 from .config import TrainConfig
 from .encode import Encoded, Form
 from .errors import Interrupted, RunError, UsageError
@@ -24,7 +26,7 @@ from .predictor import Card
 from .problems import PROBLEMS, Generation, HeadProblem, Problem
 from .records import read_record
 from .report import backends_used, peak_memory, seconds_per_step
-from .run_trainer import PeltTrainer, check_history, checkpoints, read_state
+from .run_trainer import PeltTrainer, check_history, checkpoints, processes_of, read_state
 from .stopping import (
     EarlyStopping,
     Stop,
@@ -115,16 +117,14 @@ class Run:
 
     def result(self, watchers: Watchers) -> dict[str, Any]:
         """What the run reached: read if it is finished, else trained."""
-        path = self.folder / RESULT_FILE
-        if path.is_file():
-            return self._read_result(path)
-        result = self._trained(watchers)
-        write_json(path, result)
-        for checkpoint in checkpoints(self.folder):
-            shutil.rmtree(checkpoint)  # no longer needed: the adapter is saved
-        return result
+        finished = processes.of_main(self._read_result)
+        return self._trained(watchers) if finished is None else finished
 
-    def _read_result(self, path: Path) -> dict[str, Any]:
+    def _read_result(self) -> dict[str, Any] | None:
+        """None: the run is not finished."""
+        path = self.folder / RESULT_FILE
+        if not path.is_file():
+            return None
         try:
             metrics = self.problem.metrics
             types = RESULT | {f"dev_{name}": float for name in metrics}
@@ -142,11 +142,8 @@ class Run:
             torch.cuda.reset_peak_memory_stats()
         set_seed(self.seed)
         model = self._model()
-        trainable, total = model.get_nb_trainable_parameters()
-        # In float32: weights and two Adam moments for two checkpoints and for a third while it is
-        # written, and the weights of the adapter.
-        require_writable(self.folder, needed_bytes=trainable * 4 * (3 * 3 + 1) + 2**24)
-        clear_partial(self.folder)
+        trainable, _ = model.get_nb_trainable_parameters()
+        processes.of_main(lambda: self._make_folder(trainable))
         examples = self.task.draw_train(self.config.train_examples, self.seed)
         form = self._form(is_causal=not model.config.is_encoder_decoder)
         train = self.problem.encoded(examples, form)
@@ -158,15 +155,27 @@ class Run:
             self._fit(trainer, watchers)
         except Interrupted as stopped:
             raise Interrupted(stopped.number, self._how_to_continue(stopped)) from stopped
+        peak = processes.largest(peak_memory())
+        return processes.of_main(lambda: self._kept(trainer, peak))
+
+    def _make_folder(self, trainable: int) -> None:
+        # In float32: weights and two Adam moments for two checkpoints and for a third while it is
+        # written, and the weights of the adapter.
+        require_writable(self.folder, needed_bytes=trainable * 4 * (3 * 3 + 1) + 2**24)
+        clear_partial(self.folder)
+
+    def _kept(self, trainer: PeltTrainer, peak_memory_bytes: int) -> dict[str, Any]:
+        """Writes the best weights and the result, which it returns."""
         trainer.load_best()
         with replacing(self.adapter) as partial:
             partial.mkdir()
-            model.save_pretrained(partial)
+            trainer.pelt.save_pretrained(partial)
             self._card().save(partial)
         history = trainer.state.log_history
         best = best_evaluation(history, self.metric)
         assert best is not None  # the last step was evaluated
-        return {
+        trainable, total = trainer.pelt.get_nb_trainable_parameters()
+        result = {
             "seed": self.seed,
             "learning_rate": self.lr,
             **{f"dev_{name}": best[f"eval_{name}"] for name in (*self.problem.metrics, "loss")},
@@ -175,12 +184,16 @@ class Run:
             "seconds_per_step": seconds_per_step(history),
             "trainable_parameters": trainable,
             "total_parameters": total,
-            "train_examples": len(train),
+            "train_examples": self.config.train_examples or len(self.task.train),
             "backends": backends_used(),
-            "peak_memory_bytes": peak_memory(),
-            "notes": [self._constant_answer(len(dev))] if is_constant(best) else [],
+            "peak_memory_bytes": peak_memory_bytes,
+            "notes": [self._constant_answer(len(self.task.dev))] if is_constant(best) else [],
             "history": history,
         }
+        write_json(self.folder / RESULT_FILE, result)
+        for checkpoint in checkpoints(self.folder):
+            shutil.rmtree(checkpoint)  # no longer needed: the adapter is saved
+        return result
 
     def _model(self) -> PeltModel:
         base = self.problem.load(self.config.model, self.task.labels)
@@ -257,7 +270,7 @@ class Run:
             seed=self.seed,
             learning_rate=self.lr,
             num_train_epochs=config.epochs,
-            per_device_train_batch_size=config.batch_size,
+            per_device_train_batch_size=config.batch_size // processes.count(),
             per_device_eval_batch_size=max(32, config.batch_size),
             gradient_accumulation_steps=config.gradient_accumulation,
             torch_compile=config.compile,
@@ -286,18 +299,34 @@ class Run:
         return arguments
 
     def _fit(self, trainer: PeltTrainer, watchers: Watchers) -> None:
-        saved = checkpoints(self.folder)
-        if not saved:
+        if processes.index() > 0:
+            # Other draws than the main process, which has those of a run of one.
+            set_seed(random.Random(f"process {processes.index()} of {self.seed}").getrandbits(32))
+        found = processes.of_main(self._latest)
+        if found is None:
             trainer.train()
             return
-        state = read_state(saved[-1], self.problem.metrics)
-        watchers.say(f"{self.title}: going on from {saved[-1]}")
+        checkpoint, state, writers = found
+        watchers.say(f"{self.title}: going on from {checkpoint}")
+        if writers != processes.count():
+            watchers.say(
+                f"{self.title}: {checkpoint.name} was written in {writers} processes, and here are "
+                f"{processes.count()}: dropout and other draws differ from those of a run without "
+                "a break"
+            )
         without_gain = evaluations_without_gain(state.log_history, self.metric)
         is_stopped = without_gain >= self.config.patience
         if state.global_step >= state.max_steps or is_stopped:
             trainer.state = state
         else:
-            trainer.train(resume_from_checkpoint=str(saved[-1]))
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+
+    def _latest(self) -> tuple[Path, TrainerState, int] | None:
+        """The last checkpoint, its state, and how many processes wrote it."""
+        saved = checkpoints(self.folder)
+        if not saved:
+            return None
+        return saved[-1], read_state(saved[-1], self.problem.metrics), processes_of(saved[-1])
 
     def _constant_answer(self, examples: int) -> str:
         in_use = (self.metric, self.config.class_weights)

@@ -16,6 +16,7 @@ import transformers
 from .._hardware import hardware
 from .._version import __version__
 from ..ops import explain
+from . import processes
 from .config import TrainConfig
 from .metrics import summarise
 from .problems import PROBLEMS
@@ -92,6 +93,7 @@ def metrics(
             "sources": task.sources,
         },
         "hardware": hardware(),
+        "processes": processes.count(),
         "versions": versions(),
         "torch": torch.__version__,
         "config": asdict(config),

@@ -7,6 +7,7 @@ import math
 import pickle
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import recursively_apply
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -22,16 +26,19 @@ from ..methods import parts_of
 from ..models import PeltModel
 from ..models.adapter_files import CONFIG_FILE, WEIGHTS_FILE, files_in
 from ..models.callbacks import LastStep
-from .encode import Encoded, LengthGroups
+from . import processes
+from .encode import Encoded, LengthGroups, Shares
 from .errors import DivergedError, RunError, reason
 from .metrics import ANSWERS
 from .records import mismatch, read_record
 from .stopping import IS_PRUNING, best_evaluation
 from .storage import replacing
+from .texts import NO_LOSS
 
 STATE_FILE = "trainer_state.json"
-BESIDE = ("optimizer.pt", "scheduler.pt", "rng_state.pth", STATE_FILE)
-FILES = (CONFIG_FILE, WEIGHTS_FILE, *BESIDE)
+BESIDE = ("optimizer.pt", "scheduler.pt", STATE_FILE)
+RANDOM_STATE_FILE = "rng_state.pth"  # of several processes rng_state_<number>.pth
+FILES = (CONFIG_FILE, WEIGHTS_FILE, *BESIDE, RANDOM_STATE_FILE)
 # What json, safetensors, torch and zip raise for a truncated or foreign file.
 _UNREADABLE = (
     ValueError,
@@ -98,7 +105,8 @@ class PeltTrainer(Trainer):
 
     Each log entry of a training step also holds ``gates`` (the mean over the last batch, by
     ``<layer>.<kind>``) and ``seconds_per_step``. A checkpoint appears whole or not at all; the best
-    on dev and the latest are kept.
+    on dev and the latest are kept. Several processes share each batch and take the steps that one
+    would take.
 
     Raises RunError for a loss that is not a number, a checkpoint that cannot be written, and one
     that cannot be read.
@@ -118,11 +126,12 @@ class PeltTrainer(Trainer):
     ):
         super().__init__(model, arguments, train_dataset=train, eval_dataset=dev, **kwargs)
         self.pelt = model
-        self._lengths = train.lengths
+        self._train = train
+        batch_size = self.args.train_batch_size * processes.count()
+        self._order = LengthGroups(train.lengths, batch_size, order_seed)
         self.remove_callback(PrinterCallback)
         # A loss over classes takes no number of items, though BERT's forward accepts anything.
         self.model_accepts_loss_kwargs = False
-        self._order_seed = order_seed
         self._class_weights = None if class_weights is None else torch.tensor(class_weights)
         self._score_texts = score_texts
         self._clock = StepClock()
@@ -166,15 +175,42 @@ class PeltTrainer(Trainer):
     ) -> Any:
         """The model's own loss. With class weights ``sum(w_i l_i) / sum(w_i)``, w_i the weight of
         the example's class, replaces its cross-entropy ``mean(l_i)``; other terms of the model's
-        loss (AdaMix's consistency) stay.
+        loss (AdaMix's consistency) stay. Several processes' losses have the loss of the whole batch
+        as their mean.
         """
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        labels = inputs["labels"]
+        is_shared = model.training and processes.count() > 1
+        share: Any = 1
+        if is_shared:
+            share = self._share(labels.ne(NO_LOSS).sum())
+            loss = loss * share
         if self._class_weights is not None:
-            logits, labels = outputs["logits"].float(), inputs["labels"]
+            logits = outputs["logits"].float()
             weights = self._class_weights.to(logits.device)
             plain, weighted = cross_entropy(logits, labels), cross_entropy(logits, labels, weights)
-            loss = loss + (weighted - plain)
+            weighted_share = self._share(weights[labels].sum()) if is_shared else 1
+            loss = loss + (weighted * weighted_share - plain * share)
         return (loss, outputs) if return_outputs else loss
+
+    def _share(self, items: torch.Tensor) -> torch.Tensor:
+        """What part of a batch's items this process has, times the number of processes: of their
+        gradients torch takes the plain mean.
+        """
+        return items * processes.count() / self.accelerator.reduce(items, "sum")
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Without the rows by which accelerate makes the processes' last batches equally long: they
+        are in no loss, and what stands for their answers is dropped again.
+        """
+        rows, loader = len(inputs["input_ids"]), self.accelerator.gradient_state
+        if not (loader.end_of_dataloader and loader.remainder > 0):
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        own = min(max(loader.remainder - processes.index() * rows, 1), rows)
+        inputs = recursively_apply(lambda tensor: tensor[:own], inputs)
+        loss, *answers = super().prediction_step(model, inputs, *args, **kwargs)
+        filled = torch.arange(rows).clamp(max=own - 1)
+        return loss, *recursively_apply(lambda tensor: tensor[filled], answers)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The loss and the scores of answers, or of texts that the model writes."""
@@ -182,6 +218,7 @@ class PeltTrainer(Trainer):
         if self._score_texts is not None:
             scores = {f"eval_{name}": value for name, value in self._score_texts().items()}
             output.metrics.update(scores)
+        output.metrics.update(processes.of_main(lambda: output.metrics))  # equal to the last bit
         return output
 
     def _is_pruning(self) -> bool:
@@ -214,13 +251,37 @@ class PeltTrainer(Trainer):
         if not gates:
             return {}
         # One copy from the device for all of them.
-        means = torch.stack([value.float().mean() for value in gates.values()]).tolist()
+        means = torch.stack([value.float().mean() for value in gates.values()])
+        means = self.accelerator.reduce(means, "mean").tolist()
         return {f"{layer}.{kind}": mean for (layer, kind), mean in zip(gates, means, strict=True)}
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroups:
-        return LengthGroups(self._lengths, self.args.train_batch_size, self._order_seed)
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The process's share of each batch. accelerate's own shares are equal: it fills the last
+        batch up with rows of the first one, which then count twice.
+        """
+        batches = Shares(self._order, self._order.batch_size, processes.index(), processes.count())
+        loader: Any = DataLoader(
+            self._train,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return prepare_data_loader(
+            loader, self.accelerator.device, num_processes=1, put_on_device=True
+        )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        random_states = processes.gathered(self._random_state())
+        processes.of_main(lambda: self._write_checkpoint(random_states))
+
+    def _random_state(self) -> tuple[str, bytes]:
+        """The file with this process's random state: its name, as the Trainer's, and content."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._save_rng_state(folder)
+            (path,) = Path(folder).iterdir()
+            return path.name, path.read_bytes()
+
+    def _write_checkpoint(self, random_states: Sequence[tuple[str, bytes]]) -> None:
         checkpoint = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             with replacing(checkpoint) as partial:
@@ -228,7 +289,8 @@ class PeltTrainer(Trainer):
                 self.pelt.save_pretrained(partial)
                 self._save_optimizer_and_scheduler(str(partial))
                 self._save_scaler(str(partial))
-                self._save_rng_state(str(partial))
+                for name, content in random_states:
+                    (partial / name).write_bytes(content)
                 self.state.save_to_json(str(partial / STATE_FILE))
         # torch.save reports a failed write as RuntimeError, which RunError is too; weights that are
         # not finite are a ValueError.
@@ -282,11 +344,17 @@ def read_state(checkpoint: Path, metrics: Sequence[str]) -> TrainerState:
     with _reading(checkpoint):
         expected = (*files_in(checkpoint), *(checkpoint / name for name in BESIDE))
         missing = [path.name for path in expected if not path.is_file()]
+        missing += [] if processes_of(checkpoint) else [RANDOM_STATE_FILE]
         if missing:
             raise FileNotFoundError(f"{', '.join(missing)} missing")
         path = checkpoint / STATE_FILE
         check_history(path, read_record(path, _STATE, "state")["log_history"], metrics)
         return TrainerState.load_from_json(str(path))
+
+
+def processes_of(checkpoint: Path) -> int:
+    """How many processes wrote it."""
+    return sum(1 for _ in checkpoint.glob("rng_state*.pth"))
 
 
 def check_history(path: Path, history: list[dict[str, Any]], metrics: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from . import processes
 from .errors import Interrupted
 from .metrics import ANSWERS
 
@@ -26,7 +27,8 @@ class Stop(TrainerCallback):
 
     While training runs, after the first signal the current step (and the evaluation, where one is
     due) ends and a checkpoint is written; a second signal ends the run at once. Outside training
-    every signal does. `say` gets a sentence about the wait.
+    every signal does. `say` gets a sentence about the wait. Several processes stop together, at the
+    end of the step by which one of them has got its signal.
     """
 
     def __init__(self, say: Callable[[str], None] = lambda sentence: None) -> None:
@@ -51,7 +53,7 @@ class Stop(TrainerCallback):
         self._end_if_requested()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.number is None:
+        if self._requested() is None:
             return
         steps_per_epoch = state.max_steps // state.num_train_epochs
         if (
@@ -64,10 +66,15 @@ class Stop(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._end_if_requested()
 
+    def _requested(self) -> int | None:
+        """The signal that this process or another has got. Every process has to ask together."""
+        return processes.largest(self.number or 0) or None
+
     def _end_if_requested(self) -> None:
-        if self.number is not None:
+        number = self._requested()
+        if number is not None:
             self._can_wait = False
-            raise Interrupted(self.number)
+            raise Interrupted(number)
 
 
 @contextmanager

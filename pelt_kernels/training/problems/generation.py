@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .. import processes
 from ..base_model import empty_writer, load_writer, load_writing_tokenizer
 from ..encode import Encoded, Form
 from ..errors import UsageError
@@ -58,8 +59,10 @@ class Generation(Problem):
         return TextPad(form)
 
     def dev_scores(self, writer: TextWriter, examples: Sequence[Example]) -> dict[str, float]:
-        """`metrics` on dev, and how many different texts are written."""
-        texts, _ = writer(examples)
+        """`metrics` on dev, and how many different texts are written; several processes share the
+        writing.
+        """
+        texts = processes.in_shares(lambda share: writer(share)[0], examples)
         scores = self.score(examples, [Text(text) for text in texts], ())
         return scores | {ANSWERS: len(set(texts))}
 
