@@ -31,7 +31,7 @@ def gates(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for both files.", show_default="RUN"),
+        typer.Option("--output", "-o", help="Folder for the files.", show_default="RUN"),
     ] = None,
     text_column: given.TextColumn = None,
     pair_column: given.PairColumn = None,
@@ -46,7 +46,7 @@ def gates(
     device: given.Device = "auto",
     debug: Debug = False,
 ) -> None:
-    """Tell what an adapter's gates do, and what they are worth: gates.json and gates.html.
+    """Tell what an adapter's gates do, and what they are worth: gates.json, gates.html, gates.csv.
 
     The gates of every text, what they follow (label, length, loss, confidence), and the scores
     with gates held, shuffled and parts removed.
@@ -91,7 +91,7 @@ def gates(
         out.print(_table(report))
         for sentence in (report["findings"]["headline"], report["findings"]["lead"]):
             out.print(sentence, markup=False, soft_wrap=True)
-        out.print(f"gates.json and gates.html: {folder}", markup=False, soft_wrap=True)
+        out.print(f"gates.html, gates.json and gates.csv: {folder}", markup=False, soft_wrap=True)
 
 
 def _table(report: dict[str, Any]) -> Table:

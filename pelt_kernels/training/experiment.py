@@ -40,7 +40,7 @@ METRICS_FILE = "metrics.json"
 TASK_FILE = "data.json"
 PREDICTIONS_FILE = "test_predictions.jsonl"
 ADAPTER_FOLDER = "adapter"
-GATE_FILES = ("gates.json", "gates.html")  # a report on the adapter's gates
+GATE_FILES = ("gates.json", "gates.html", "gates.csv")  # a report on the adapter's gates
 _OWN_FILES = (
     CONFIG_FILE, METRICS_FILE, TASK_FILE, PREDICTIONS_FILE, "curves.png", "gates.png", *GATE_FILES,
 )  # fmt: skip

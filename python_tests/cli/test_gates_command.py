@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -79,6 +80,17 @@ def test_the_numbers_are_those_of_single_forwards(report, trained):
             chosen = values[[row["label"] == label for row in alone]]
             assert summary["rows"] == len(chosen)
             assert summary["mean"] == pytest.approx(chosen.mean(), **close)
+
+
+def test_each_text_has_a_row(report, trained):
+    with (report / "gates.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    for row, alone in zip(table, one_by_one(trained), strict=True):
+        assert (row["label"], int(row["length"])) == (alone["label"], alone["length"])
+        assert (row["label"] == row["predicted"]) == alone["is_right"]
+        assert float(row["loss"]) == pytest.approx(alone["loss"], rel=1e-3, abs=1e-6)
+        for (layer, kind), value in alone["gates"].items():
+            assert float(row[f"{layer}.{kind}"]) == pytest.approx(value, rel=1e-4)
 
 
 def test_the_history_is_that_of_the_run(report, trained):

@@ -95,7 +95,7 @@ def distributions(gates: Sequence[Json], group: str, names: Sequence[str], axis:
     """Of one kind of gate: for each layer and group (label or task) the middle nine tenths as a
     line, the middle half as a bar, the median as a dot.
     """
-    width, row, gap, top = 360.0, 9.0, 9.0, 6.0
+    width, row, gap, top = 360.0, 7.5, 8.0, 6.0
     parts, y = [], top
     for gate in gates:
         height = row * len(names)

@@ -11,15 +11,16 @@ Json = dict[str, Any]
 # Below this standard deviation between texts a gate passes for a constant: it scales its part by
 # within one hundredth of the same number for two texts of three.
 CONSTANT = 0.01
-CHOICES = (OWN_MEAN, SHUFFLED)  # what takes the choice by text away and leaves the level
+NOT_SHOWN = "no effect is shown"
 
 
 def findings(report: Json) -> Json:
     """``headline`` and ``lead``, the finding in two sentences, and a paragraph for each topic."""
-    choice = _rows(report, CHOICES)
+    held = _rows(report, [OWN_MEAN])
+    twin = [row for row in report["ablation"]["rows"] if row["change"] == UNGATED]
     return {
-        "headline": _headline(report, choice),
-        "lead": " ".join([_spread(report), *(_of_row(row, report) for row in choice[:1])]),
+        "headline": _headline(report, held),
+        "lead": " ".join([_spread(report), *(_of_row(row, report) for row in (*held, *twin))]),
         "openness": " ".join(_openness(report)),
         "variation": _spread(report),
         "relations": {name: _relation(name, report) for name in report["relations"]["traits"]},
@@ -94,26 +95,32 @@ def _rows(report: Json, changes: Sequence[str], of: str | None = None) -> list[J
 
 
 def _headline(report: Json, choice: Sequence[Json]) -> str:
-    metric = report["metric"]
-    related = sum(trait["found"] for trait in report["relations"]["traits"].values())
-    harmed = [row for row in choice if row["difference"]["is_effect"]]
-    by_loss = [row for row in choice if row["loss_difference"]["is_effect"]]
-    if not choice:
-        return "What the gates do, without a test of what they are worth."
-    if any(row["difference"]["value"] < 0 for row in harmed):
-        return f"The gates choose by text, and {metric} depends on it."
-    if harmed:
-        return f"The gates choose by text, and {metric} is better without that choice."
-    if typical_spread(report) < CONSTANT:
-        return "The gates are levels for each layer and part; they hardly differ between texts."
-    if by_loss:
-        better = "lower" if by_loss[0]["loss_difference"]["value"] > 0 else "higher"
+    """Whether the gates choose by text, and what that choice is worth: the difference that holding
+    every gate at its own mean makes.
+    """
+    metric, traits = report["metric"], report["relations"]["traits"]
+    related = [name for name, trait in traits.items() if trait["found"]]
+    strongest = max(related, key=lambda name: traits[name]["largest_share"], default="")
+    (held,) = choice
+    if held["difference"]["is_effect"]:
+        depends = held["difference"]["value"] < 0
         return (
-            f"The gates differ between texts and make the loss {better} by it, but no effect on "
+            f"The gates choose by text, and {metric} depends on it."
+            if depends
+            else f"The gates choose by text, and {metric} is better without that choice."
+        )
+    if typical_spread(report) < CONSTANT:
+        return "The gates are levels for each layer and part: they hardly differ between texts."
+    if held["loss_difference"]["is_effect"]:
+        change = "raises" if held["loss_difference"]["value"] > 0 else "lowers"
+        return (
+            f"The gates choose by text; holding them still {change} the loss, but no effect on "
             f"{metric} is shown."
         )
-    follow = "follow the text" if related else "differ between texts"
-    return f"The gates {follow}, but no effect of that on {metric} is shown."
+    if not related:
+        return f"The gates follow nothing that was looked at, and {metric} does not need it."
+    most = f", most of all {trait_words(strongest)}," if len(related) > 1 else ""
+    return f"The gates follow the text{most} but no effect of that on {metric} is shown."
 
 
 def _openness(report: Json) -> Iterator[str]:
@@ -132,7 +139,7 @@ def _spread(report: Json) -> str:
     variance = report["variance"]
     whole = variance["between_gates"] + variance["between_texts"]
     typical = typical_spread(report)
-    start = f"Between texts a gate's standard deviation is {typical:.3f} in the middle"
+    start = f"Between texts a typical gate varies by a standard deviation of {typical:.3f}"
     if not whole:
         return f"{start}: no gate differs at all."
     share = 100 * variance["between_texts"] / whole
@@ -150,7 +157,7 @@ def _relation(name: str, report: Json) -> str:
     permutations = f"{relations['permutations']:,} permutations"
     if not trait["found"]:
         return (
-            f"No relation to {_trait_words(name)} is found in any of {count} gates (the strongest: "
+            f"No relation to {trait_words(name)} is found in any of {count} gates (the strongest: "
             f"{place(strongest)}, {figure}, corrected p {strongest['p']:.2f}, {permutations})."
         )
     gates = "gate relates" if trait["found"] == 1 else "gates relate"
@@ -158,12 +165,13 @@ def _relation(name: str, report: Json) -> str:
     p = len(relations["traits"]) / least
     shown = f"< {1.1 * p:.3f}" if strongest["p"] <= p * 1.01 else f"{strongest['p']:.3f}"
     return (
-        f"{trait['found']} of {count} {gates} to {_trait_words(name)}; the strongest is "
+        f"{trait['found']} of {count} {gates} to {trait_words(name)}; the strongest is "
         f"{place(strongest)} ({figure}, corrected p {shown}, {permutations})."
     )
 
 
-def _trait_words(name: str) -> str:
+def trait_words(name: str) -> str:
+    """A trait as it stands in a sentence."""
     return {
         "label": "the label",
         "length": "the text's length",
@@ -179,23 +187,22 @@ def _of_row(row: Json, report: Json) -> str:
     subject = {
         OWN_MEAN: f"Holding {_the(of)} at their own means",
         SHUFFLED: f"Giving each text {_the(of)} of another text",
-        REMOVED: f"Removing {words(of) if of == 'lora' else f'the {of}'}",
+        REMOVED: f"Removing {_part(of)}",
         UNGATED: "The model trained without gates",
         **{name: f"Setting {_the(of)} to {name}" for name in CONSTANTS},
     }[change]
-    metric, points_of = report["metric"], points(row["difference"]["value"])
+    metric, score, loss = report["metric"], row["difference"], row["loss_difference"]
     verb = "differs in" if change == UNGATED else "changes"
-    sentence = f"{subject} {verb} {metric} by {points_of} points (95 % interval {interval(row)})"
-    loss = row["loss_difference"]
-    beside = f"the loss by {_signed(loss['value'])} ({interval(row, 'loss_difference')})"
-    verdicts = [
-        ("an effect" if each["is_effect"] else "no effect is shown")
-        for each in (row["difference"], loss)
-    ]
-    if verdicts[0] == verdicts[1]:
-        both = verdicts[0] + (" on both" if row["difference"]["is_effect"] else " on either")
-        return f"{sentence} and {beside}: {both}."
-    return f"{sentence}: {verdicts[0]}; and {beside}: {verdicts[1]}."
+    on_score = f"{metric} by {points(score['value'])} points (95 % interval {interval(row)})"
+    on_loss = f"the loss by {_signed(loss['value'])} ({interval(row, 'loss_difference')})"
+    if score["is_effect"] == loss["is_effect"]:
+        both = "effects that are more than noise" if score["is_effect"] else NOT_SHOWN
+        return f"{subject} {verb} {on_score} and {on_loss}: {both}."
+    if score["is_effect"]:
+        return (
+            f"{subject} {verb} {on_score}, which is more than noise, and {on_loss}, which is not."
+        )
+    return f"{subject} {verb} {on_score}, {NOT_SHOWN}, and {on_loss}, which is more than noise."
 
 
 def _the(of: str) -> str:
@@ -203,11 +210,35 @@ def _the(of: str) -> str:
 
 
 def _worth(report: Json) -> Iterator[str]:
-    for row in _rows(report, (*CHOICES, *CONSTANTS)):
-        yield _of_row(row, report)
-    for row in report["ablation"]["rows"]:
-        if row["change"] in (REMOVED, UNGATED):
-            yield _of_row(row, report)
+    rows = report["ablation"]["rows"]
+    yield (
+        f"An effect is shown only where it stands out among all {len(rows)} comparisons that are "
+        "made here."
+    )
+    for row in _rows(report, (OWN_MEAN, SHUFFLED)):
+        yield "The choice by text: " + _lowered(_of_row(row, report))
+    for row in _rows(report, ("0.5", "1")):
+        yield "The levels: " + _lowered(_of_row(row, report))
+    removed = [row for row in rows if row["change"] == REMOVED]
+    if removed:
+        parts = "; ".join(
+            f"without {_part(row['of'])} {report['metric']} changes by "
+            f"{points(row['difference']['value'])} points ({interval(row)}"
+            f"{'' if row['difference']['is_effect'] else ', ' + NOT_SHOWN})"
+            for row in removed
+        )
+        yield f"The parts: {parts}."
+    for row in rows:
+        if row["change"] == UNGATED:
+            yield "No gates at all: " + _lowered(_of_row(row, report))
+
+
+def _lowered(sentence: str) -> str:
+    return sentence[0].lower() + sentence[1:]
+
+
+def _part(name: str) -> str:
+    return "LoRA" if name == "lora" else f"the {name}"
 
 
 def _drift(report: Json) -> str:

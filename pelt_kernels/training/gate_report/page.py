@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
@@ -49,6 +49,16 @@ def _section(name: str, title: str, *parts: str) -> str:
 
 def _said(*sentences: str) -> str:
     return "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
+
+
+def _listed(sentences: Sequence[str]) -> str:
+    """The first as a paragraph, the others as a list whose topics are bold."""
+    first, *others = sentences
+    items = (sentence.partition(":") for sentence in others)
+    listed = "".join(
+        f"<li><b>{escape(topic)}{colon}</b>{escape(rest)}</li>" for topic, colon, rest in items
+    )
+    return f"{_said(first)}<ul>{listed}</ul>"
 
 
 def _panel(content: str) -> str:
@@ -216,7 +226,7 @@ def _worth(report: Json) -> str:
     return _section(
         "worth",
         "What the gates are worth",
-        _said(*report["findings"]["worth"]),
+        _listed(report["findings"]["worth"]),
         _panel(f"<table class=worth><thead>{head}</thead><tbody>{body}</tbody></table>"),
         "<p class=note>Differences from the untouched model "
         f"({metric} {ablation['score']:.3f}, loss {ablation['loss']:.3f}) on the same texts, on a "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..._hardware import hardware
 from ...methods import parts_of
@@ -27,7 +29,7 @@ from .page import page
 from .relations import Relation, Trait
 from .source import Say, Source
 
-NUMBERS_FILE, PAGE_FILE = GATE_FILES
+NUMBERS_FILE, PAGE_FILE, TEXTS_FILE = GATE_FILES
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 FEWEST_ROWS = 8
 Json = dict[str, Any]
@@ -54,7 +56,8 @@ def report_gates(
     device: str = "cpu",
     watch: Watch | None = None,
 ) -> Json:
-    """Writes ``gates.json`` and ``gates.html`` into `output` and returns what the first holds.
+    """Writes ``gates.json``, ``gates.html`` and ``gates.csv`` into `output` and returns what the
+    first holds. The last has a row for each text.
 
     Args:
         folder: of a finished run, or of an adapter.
@@ -105,6 +108,7 @@ def report_gates(
         "versions": versions(),
     }
     numbers["findings"] = findings(numbers)
+    _write_texts(output / TEXTS_FILE, source, parts, rows, untouched)
     write_json(output / NUMBERS_FILE, numbers)
     with replacing(output / PAGE_FILE) as partial:
         partial.write_text(page(numbers), encoding="utf-8")
@@ -192,6 +196,36 @@ def _gate_numbers(
             "traits": {each.trait.name: _of_trait(each, untouched) for each in found},
         },
     }
+
+
+def _write_texts(
+    path: Path,
+    source: Source,
+    parts: Mapping[str, Sequence[Example]],
+    rows: Rows,
+    untouched: Outcome,
+) -> None:
+    """A row for each text: its task, label, length, what the model says of it, and its gates."""
+    answers = source.problem.answers(torch.from_numpy(untouched.logits), source.card.labels)
+    tasks = [name for name, part in parts.items() for _ in part]
+    labels = [_label(example) for part in parts.values() for example in part]
+    confidence = [""] * len(rows) if untouched.confidence is None else untouched.confidence
+    gates = [f"{layer}.{kind}" for layer, kind in untouched.names]
+    with (
+        replacing(path) as partial,
+        partial.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file)
+        head = ("task", "label", "predicted", "length", "loss", "confidence")
+        writer.writerow((*head, *gates))
+        for n, (task, label, answer) in enumerate(zip(tasks, labels, answers, strict=True)):
+            figures = (untouched.loss[n], confidence[n], *untouched.gates[n])
+            rounded = (value if value == "" else f"{value:.6g}" for value in figures)
+            writer.writerow((task, label, answer.columns[0], rows.lengths[n], *rounded))
+
+
+def _label(example: Example) -> str:
+    return example.label if isinstance(example.label, str) else ",".join(example.label or ())
 
 
 def _members(source: Source, labels: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

@@ -28,6 +28,8 @@ h1 { font-size: clamp(1.6rem, 4.2vw, 2.5rem); line-height: 1.18; margin: 0.4rem 
 h2 { font-size: 1.35rem; margin: 3rem 0 0.5rem; letter-spacing: -0.01em; }
 h3 { font-size: 0.95rem; margin: 0 0 0.6rem; font-weight: 600; }
 p { max-width: 46rem; margin: 0.5rem 0; }
+ul { max-width: 46rem; margin: 0.6rem 0 1rem; padding-left: 1.1rem; }
+li { margin: 0.3rem 0; }
 .above, .note, figcaption, dt { color: var(--soft); font-size: 0.875rem; }
 .above { margin: 0; overflow-wrap: anywhere; }
 .lead { font-size: 1.1rem; }
