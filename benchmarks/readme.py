@@ -19,6 +19,7 @@ from typing import Any
 from pelt_kernels.ops import OPERATORS, support_table
 
 from . import (
+    compared,
     counters_report,
     efficiency,
     efficiency_table,
@@ -300,6 +301,7 @@ def tables() -> dict[Path, dict[str, str]]:
         "counters table": (COUNTERS, counters_report.counters_table),
         "generation table": (GENERATION, generation_table),
         "by heart table": (BY_HEART, by_heart_table),
+        "compared methods": (compared.RESULTS, compared.table),
         "peft table": (peft_step.RESULTS, peft_tables.headline),
         "peft steps table": (peft_step.RESULTS, peft_tables.full),
         "efficiency rows": (efficiency.RESULTS, efficiency_table.full),
@@ -351,6 +353,8 @@ def main() -> None:
         figures.draw_accuracy(by_task, folder / "accuracy.png")
     if peft_step.RESULTS.is_file():
         figures.draw_steps(read(peft_step.RESULTS), folder / "steps.png")
+    if compared.RESULTS.is_file():
+        compared.draw(read(compared.RESULTS), folder / compared.PICTURE)
     if efficiency.RESULTS.is_file():
         efficiency_table.draw(read(efficiency.RESULTS), folder / "efficiency.png")
     if STEPS.is_file():

@@ -105,13 +105,13 @@ def _with_upper_bounds(
 def _averages(
     table: Table, tasks: Sequence[str], counts: Sequence[int | None], methods: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """The mean over tasks of each seed, and its spread over seeds, where every task has it."""
+    """The mean over tasks of each seed, and its spread over seeds, where every task has all."""
+    wanted = {seed for found in table.values() for seed in found}
     for count in counts:
         for method in methods:
             scores = [table.get((task, count, method), {}) for task in tasks]
-            seeds = [seed for seed in scores[0] if all(seed in found for found in scores)]
-            if seeds:
-                means = [fmean(found[seed] for found in scores) for seed in seeds]
+            if all(wanted == set(found) for found in scores):
+                means = [fmean(found[seed] for found in scores) for seed in scores[0]]
                 yield {"train_examples": count, "method": method, **summarise(means)}
 
 

@@ -72,7 +72,11 @@ def _scores(
 
 
 def _score(cell: dict[str, Any] | None) -> str:
-    return "–" if cell is None else f"{100 * cell['mean']:.1f} ± {100 * cell['std']:.1f}"
+    """A mean with its deviation, which one seed does not have."""
+    if cell is None:
+        return "–"
+    deviation = "" if len(cell.get("scores", "")) == 1 else f" ± {100 * cell['std']:.1f}"
+    return f"{100 * cell['mean']:.1f}{deviation}"
 
 
 def _tests(tests: Sequence[dict[str, Any]]) -> Table:
@@ -97,7 +101,7 @@ def _cost(summary: dict[str, Any]) -> Table:
         seconds = sum(
             cell["processor_seconds"] for cell in summary["cells"] if cell["method"] == name
         )
-        share = f"{100 * counts['stored'] / counts['base']:.2g} %"
+        share = f"{100 * counts['stored'] / counts['base']:.3g} %"
         rows.append(
             [name, f"{counts['trained']:,}", f"{counts['stored']:,}", share, f"{seconds:,.0f} s"]
         )
