@@ -32,7 +32,7 @@ TITLES = {
     "unipelt": "UniPELT, with LoRA",
     "mam": "mix and match",
 }
-WAYS = {"": "", "eager": ", eager", "compiled": ", eager under torch.compile",
+WAYS = {"": "", "eager": ", eager", "compiled": ", torch.compile",
         "accelerated": ", accelerated"}  # fmt: skip
 COLOURS = {"transformers": "#999999", "pelt_kernels": figures.BLUE, "PEFT": "#009E73",
            "adapters": figures.ORANGE}  # fmt: skip
@@ -179,17 +179,17 @@ def draw(rows: Rows, path: Path) -> None:
     model = "bert-base" if "bert-base" in models else models[0]
     chosen = [row for row in rows if row["model"] == model and row["contender"] != "full"]
     columns: list[tuple[str, list[float], Any]] = []
-    for kind, title in zip(KINDS, ("training step", "forward")):
+    for kind, title in zip(KINDS, ("training", "forward")):
         shares = [list(_percent(row[kind]["share"])) for row in chosen]
         spread = [[m - low for m, low, _ in shares], [high - m for m, _, high in shares]]
-        columns.append((f"{title}, % of full fine-tuning", [m for m, *_ in shares], spread))
+        columns.append((f"{title}, % of full", [m for m, *_ in shares], spread))
     peaks = [row["peak_bytes"] / 2**30 for row in chosen]
-    columns.append(("peak of the process, GiB", peaks, None))
+    columns.append(("peak memory, GiB", peaks, None))
     figures.draw_bars(
         path,
         [name(row) for row in chosen],
         columns,
         [COLOURS[row["library"]] for row in chosen],
-        f"{MODEL_NAMES[model]}; shorter is better",
+        f"{MODEL_NAMES[model]}, shares of full fine-tuning; shorter is better",
         chosen,
     )
