@@ -8,7 +8,7 @@ dense.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,51 @@ from .layer_state import PREFIX_ATTRIBUTE, STATE_ATTRIBUTE, LayerPrefix, LayerSt
 from .samples import MixedState, Rows
 
 logger = logging.get_logger(__name__)
+
+
+class AttentionCall(NamedTuple):
+    """What one call of an attention is given.
+
+    Attributes:
+        module: the attention, whose configuration and class say how scores are made.
+        query, key, value: [B, H, S, E] and [B, G, N, E] views.
+        mask: [B, N] bool, True for real tokens, or None.
+        scaling: of the scores; None: 1 / sqrt(E).
+        options: transformers' further arguments, such as ``position_bias`` and ``sliding_window``.
+    """
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    is_causal: bool
+    scaling: float | None
+    dropout: float
+    options: dict[str, Any]
+
+    def of_rows(self, rows: Rows) -> AttentionCall:
+        """The same for some samples of the batch."""
+        options = dict(self.options)
+        bias: Tensor | None = options.get("position_bias")
+        if bias is not None and bias.shape[0] > 1:
+            options["position_bias"] = bias[rows]
+        return self._replace(
+            query=self.query[rows],
+            key=self.key[rows],
+            value=self.value[rows],
+            mask=None if self.mask is None else self.mask[rows],
+            options=options,
+        )
+
+    def token_bias(self) -> Tensor | None:
+        """What is added to the scores of the tokens: relative positions, or a window's bounds."""
+        position_bias: Tensor | None = self.options.get("position_bias")
+        span = self.options.get("sliding_window")
+        window = window_bias(self.query, self.key.shape[2], span, self.is_causal)
+        if position_bias is None or window is None:
+            return window if position_bias is None else position_bias
+        return position_bias + window
 
 
 def attention_forward(
@@ -67,54 +112,45 @@ def attention_forward(
         if kwargs.get("position_bias") is not None:
             kwargs["position_bias"] = kwargs["position_bias"][..., :filled]
     causal = bool(getattr(module, "is_causal", False))
-    inputs = (module, query, key, value, attention_mask, causal, scaling, dropout, kwargs)
+    call = AttentionCall(
+        module, query, key, value, attention_mask, causal, scaling, dropout, kwargs
+    )
     own: LayerPrefix | None = getattr(module, PREFIX_ATTRIBUTE, None)
     if own is not None and isinstance(state, LayerState):
-        return prefixed_attention(own, state, *inputs)
+        return prefixed_attention(own, state, call)
     if isinstance(state, MixedState) and state.prefixes:
-        return mixed_attention(state, *inputs)
-    return base_attention(*inputs)
+        return mixed_attention(state, call)
+    return base_attention(call)
 
 
 def prefixed_attention(
-    own: LayerPrefix,
-    state: LayerState,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scaling: float | None,
-    dropout: float,
-    kwargs: dict[str, Any],
+    own: LayerPrefix, state: LayerState, call: AttentionCall
 ) -> tuple[Tensor, Tensor | None]:
     """The attention to a prefix and the tokens. Keys from a cache hold no prefix: it joins them at
     each step anew. A sample whose gate is below the layer's `skip_below` attends to tokens only.
     """
-    check_scores(module, kwargs)
-    gate, labels = prefix_gate(own, state, query, module.training), own.labels(state, query)
-    inputs = (module, query, key, value, mask, causal, scaling, dropout, kwargs)
+    check_scores(call)
+    gate, labels = prefix_gate(own, state, call), own.labels(state, call.query)
     if gate is None or state.skip_below is None:
-        return attention_with(own, gate, labels, *inputs)
+        return attention_with(own, gate, labels, call)
     is_skipped = gate < state.skip_below
-    if not may_select(query):
-        out, weights = attention_with(own, gate, labels, *inputs)
-        plain, plain_weights = attention_without(own, *inputs)
+    if not may_select(call.query):
+        out, weights = attention_with(own, gate, labels, call)
+        plain, plain_weights = attention_without(own, call)
         chooses = is_skipped[:, None, None, None]
         if weights is not None and plain_weights is not None:
             weights = torch.where(chooses, plain_weights, weights)
         return torch.where(chooses, plain, out), weights
     if not is_skipped.any():
-        return attention_with(own, gate, labels, *inputs)
+        return attention_with(own, gate, labels, call)
     if is_skipped.all():
-        return attention_without(own, *inputs)
+        return attention_without(own, call)
     kept, skipped = (~is_skipped).nonzero()[:, 0], is_skipped.nonzero()[:, 0]
     if labels is not None:
         labels = {name: each[kept] for name, each in labels.items()}
     found = (
-        attention_with(own, gate[kept], labels, *rows_of(kept, *inputs)),
-        attention_without(own, *rows_of(skipped, *inputs)),
+        attention_with(own, gate[kept], labels, call.of_rows(kept)),
+        attention_without(own, call.of_rows(skipped)),
     )
     back = torch.cat([kept, skipped]).argsort()
     out = torch.cat([each for each, _ in found])[back]
@@ -126,98 +162,57 @@ def attention_with(
     own: LayerPrefix,
     gate: Tensor | None,
     labels: dict[str, Tensor] | None,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scaling: float | None,
-    dropout: float,
-    kwargs: dict[str, Any],
+    call: AttentionCall,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention to a prefix, which its gate scales, and the tokens."""
     # The same for the kernel and for the weights of those who want to see them.
     options: dict[str, Any] = {
         "gate": gate,
         "labels": labels,
-        "key_mask": mask,
-        "is_causal": causal,
-        "scale": scaling,
+        "key_mask": call.mask,
+        "is_causal": call.is_causal,
+        "scale": call.scaling,
         # Over an encoder there is none: T5 passes zeros.
-        "bias": None if own.is_cross else token_bias(query, key, causal, kwargs),
+        "bias": None if own.is_cross else call.token_bias(),
     }
-    out = own.prefixes(own.row, query, key, value, dropout_p=dropout, **options)
+    out = own.prefixes(own.row, call.query, call.key, call.value, dropout_p=call.dropout, **options)
     weights = None
-    if wants_weights(module, kwargs):
-        weights = own.prefixes.weights(own.row, query, key, **options)
+    if wants_weights(call):
+        weights = own.prefixes.weights(own.row, call.query, call.key, **options)
     return out.transpose(1, 2), weights
 
 
-def attention_without(own: LayerPrefix, *inputs: Any) -> tuple[Tensor, Tensor | None]:
+def attention_without(own: LayerPrefix, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """The attention of a layer that has a prefix to the tokens only; the prefix's columns of the
     weights are zeros.
     """
-    out, weights = base_attention(*inputs)
+    out, weights = base_attention(call)
     if weights is None:
         return out, None
     assert isinstance(own.prefixes, PrefixAttention)  # others have no gate
     return out, nn.functional.pad(weights, (own.prefixes.columns, 0))
 
 
-def rows_of(
-    rows: Rows,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scaling: float | None,
-    dropout: float,
-    kwargs: dict[str, Any],
-) -> tuple[Any, ...]:
-    """The inputs of an attention for some samples of the batch."""
-    options = dict(kwargs)
-    bias: Tensor | None = kwargs.get("position_bias")
-    if bias is not None and bias.shape[0] > 1:
-        options["position_bias"] = bias[rows]
-    seen = None if mask is None else mask[rows]
-    return module, query[rows], key[rows], value[rows], seen, causal, scaling, dropout, options
-
-
-def mixed_attention(
-    mixed: MixedState,
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scaling: float | None,
-    dropout: float,
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, Tensor | None]:
+def mixed_attention(mixed: MixedState, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """The attention of a mixed batch: each sample's with its adapter's prefix, or without.
 
     Raises:
         ValueError: the weights are wanted, and prefixes differ in how many columns they have.
     """
-    inputs = (module, query, key, value, mask, causal, scaling, dropout, kwargs)
     found: list[Tensor] = []
 
     def attend(name: str, rows: Rows) -> Tensor:
         own, state = mixed.prefixes.get(name), mixed.states.get(name)
-        part = rows_of(rows, *inputs)
+        part = call.of_rows(rows)
         if own is None or state is None:
-            out, weights = base_attention(*part)
+            out, weights = base_attention(part)
         else:
-            out, weights = prefixed_attention(own, state, *part)
+            out, weights = prefixed_attention(own, state, part)
         if weights is not None:
             found.append(weights)
         return out
 
-    out = mixed.samples.each(query, attend)
+    out = mixed.samples.each(call.query, attend)
     if not found:
         return out, None
     columns = [weights.shape[-1] for weights in found]
@@ -227,18 +222,16 @@ def mixed_attention(
             f"got weights of {columns} columns; call each adapter by itself for them"
         )
     parts = iter(found)
-    return out, mixed.samples.each(query, lambda name, rows: next(parts))
+    return out, mixed.samples.each(call.query, lambda name, rows: next(parts))
 
 
-def prefix_gate(
-    own: LayerPrefix, state: LayerState, query: Tensor, is_training: bool
-) -> Tensor | None:
+def prefix_gate(own: LayerPrefix, state: LayerState, call: AttentionCall) -> Tensor | None:
     """What scales the prefix, [B], or None."""
     pooled = state.take_prefix_gate()
     if own.gate == "number":
         assert isinstance(own.prefixes, PrefixAttention)
-        gate = own.prefixes.gate(own.row).expand(query.shape[0])
-        if state.wants_values(is_training):
+        gate = own.prefixes.gate(own.row).expand(call.query.shape[0])
+        if state.wants_values(call.module.training):
             gate = state.ruled(own.kind, gate)
         state.record(own.kind, gate)
         return gate
@@ -250,31 +243,22 @@ def prefix_gate(
     return pooled
 
 
-def token_bias(query: Tensor, key: Tensor, causal: bool, kwargs: dict[str, Any]) -> Tensor | None:
-    """What is added to the scores of the tokens: relative positions, or the bounds of a window."""
-    position_bias: Tensor | None = kwargs.get("position_bias")
-    window = window_bias(query, key.shape[2], kwargs.get("sliding_window"), causal)
-    if position_bias is None or window is None:
-        return window if position_bias is None else position_bias
-    return position_bias + window
-
-
-def check_scores(module: nn.Module, kwargs: dict[str, Any]) -> None:
+def check_scores(call: AttentionCall) -> None:
     """Raises ValueError for scores that `prefix_attention` does not compute."""
     for name in ("softcap", "s_aux"):
-        if kwargs.get(name) is not None:
+        if call.options.get(name) is not None:
             raise ValueError(
                 f"pelt attention: expected the softmax of plain scores for a prefix, got {name} of "
-                f"{type(module).__name__}; leave the prefix out for this model"
+                f"{type(call.module).__name__}; leave the prefix out for this model"
             )
 
 
-def wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+def wants_weights(call: AttentionCall) -> bool:
     """Whether this call is asked for attention weights, as transformers decides it; then says once
     what that costs.
     """
-    default = getattr(module.config, "output_attentions", False)
-    if not kwargs.get("output_attentions", default):
+    default = getattr(call.module.config, "output_attentions", False)
+    if not call.options.get("output_attentions", default):
         return False
     if not torch.compiler.is_compiling():
         logger.warning_once(
@@ -285,20 +269,10 @@ def wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     return True
 
 
-def base_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scaling: float | None,
-    dropout: float,
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, Tensor | None]:
+def base_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     """The attention the base model was loaded with, with the mask in the form that one wants."""
-    config: Any = module.config
-    name = config.base_attention
+    module: Any = call.module
+    name = module.config.base_attention
     if name == "eager":
         function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         if function is None:
@@ -308,16 +282,27 @@ def base_attention(
             )
     else:
         function = AttentionInterface()[name]
-    window = kwargs.get("sliding_window")
-    padding = mask
-    mask = mask_for(name, module, query, key, mask, causal, window)
+    query, key, is_causal = call.query, call.key, call.is_causal
+    window = call.options.get("sliding_window")
+    mask = mask_for(name, module, query, key, call.mask, is_causal, window)
     out, weights = function(
-        module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs
+        module,
+        query,
+        key,
+        call.value,
+        mask,
+        scaling=call.scaling,
+        dropout=call.dropout,
+        **call.options,
     )
-    if weights is None and wants_weights(module, kwargs):
-        bias = token_bias(query, key, causal, kwargs)
+    if weights is None and wants_weights(call):
         weights = attention_weights(
-            query, key, key_mask=padding, is_causal=causal, scale=scaling, bias=bias
+            query,
+            key,
+            key_mask=call.mask,
+            is_causal=is_causal,
+            scale=call.scaling,
+            bias=call.token_bias(),
         )
     return out, weights
 

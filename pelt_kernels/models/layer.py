@@ -209,10 +209,14 @@ def leave_gates(state: LayerState, gates: dict[str, Tensor], target: str = "") -
 
 def rule_of(linear: AdaptedLinear | AdaptedFusedLinear, target: str = "") -> GateRule | None:
     """What is done to the gates of a Linear before they scale something, if anything."""
-    state = linear.state
-    if not state.wants_values(linear.training):
+    return _rule(linear.state, linear, lambda name: _kind(name, target))
+
+
+def _rule(state: LayerState, part: nn.Module, kind_of: Callable[[str], str]) -> GateRule | None:
+    """What is done to the gates of a part, of whose names `kind_of` makes kinds."""
+    if not state.wants_values(part.training):
         return None
-    return lambda name, value: state.ruled(_kind(name, target), value)
+    return lambda name, value: state.ruled(kind_of(name), value)
 
 
 def _kind(name: str, target: str) -> str:
@@ -229,15 +233,12 @@ def adapted(
     mask = state.take_mask()
     is_gated = adapter.gate is not None
     source = "input" if read is residual else residual
-    rule: GateRule | None = None
-    if state.wants_values(adapter.training):
-        rule = lambda _, value: state.ruled("adapter", value)  # noqa: E731
     y, gate = adapter(
         read,
         residual=source,
         mask=mask if is_gated else None,
         return_gate=True,
-        rule=rule,
+        rule=_rule(state, adapter, lambda name: "adapter"),
         skip_below=state.skip_below,
     )
     if is_gated:

@@ -63,8 +63,7 @@ def _with_values(
     branches: Mapping[str, LoraBranch], gates: Mapping[str, Tensor], skip_below: float | None
 ) -> dict[str, LoraBranch]:
     """The branches with these values as their gates. Where it may be asked, one that no row has is
-    left out; a row of another one has 0, since gathering the other rows takes longer than the
-    branch's narrow products do.
+    left out; a row of another one has 0, because the operator multiplies all rows of x at once.
     """
     made = {}
     for name, branch in branches.items():
