@@ -97,7 +97,7 @@ def _key(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def _able(model: str, names: Sequence[str], options: argparse.Namespace) -> Iterator[str]:
-    """The contenders that can run with a model; says why another cannot."""
+    """The contenders that can run with a model."""
     writes = step_models.MODELS[model].writes
     for name in names:
         library, method, _ = CONTENDERS[name]

@@ -22,13 +22,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import step_models
 from .checkout import ROOT, commit
 from .rows import Rows, read, write
-from .timing import paired, peak_bytes
+from .timing import lap, paired, peak_bytes
 
 BATCH, BATCHES, ROUNDS = 4, 4, (3, 60)  # texts; batches that take turns; at least and at most
 PREFIX_LENGTH = 30
@@ -150,10 +151,10 @@ def measure(what: Configuration, seconds: float, options: argparse.Namespace) ->
     report = pelt_kernels.accelerate(faster, backend=options.backend)
     models = {"peft": shipped, "accelerated": faster}
     _check(what, models, batches[0])
-    steps = {name: _training_step(model) for name, model in models.items()}
+    steps = {name: step_models.training_step(model) for name, model in models.items()}
     peaks = {name: peak_bytes(lambda step=step: step(batches[0]), device) for name, step in
              steps.items()}  # fmt: skip
-    reads = {name: _forward(model) for name, model in models.items()}
+    reads = {name: step_models.forward(model) for name, model in models.items()}
     left = max(0.0, seconds - (time.perf_counter() - begun))
     row: dict[str, Any] = {**what._asdict()}
     for kind, contenders, share in (("training", steps, 0.7), ("inference", reads, 0.3)):
@@ -177,7 +178,7 @@ def _config(method: str, base: Any) -> Any:
     """PEFT's own defaults, but for what the method's name says."""
     import peft
 
-    task = {"bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}.get(base.config.model_type, "CAUSAL_LM")
+    task = step_models.peft_task(base)
     if method == "prefix":
         return peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=PREFIX_LENGTH)
     _, rank, *everywhere = method.split("-")
@@ -198,32 +199,6 @@ def _check(what: Configuration, models: dict[str, Any], batch: dict[str, Any]) -
         )
 
 
-def _training_step(model: Any) -> Callable[[dict[str, Any]], None]:
-    import torch
-
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
-
-    def step(batch: dict[str, Any]) -> None:
-        model.train()
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def _forward(model: Any) -> Callable[[dict[str, Any]], None]:
-    import torch
-
-    def forward(batch: dict[str, Any]) -> None:
-        model.eval()
-        with torch.no_grad():
-            model(**batch)
-
-    return forward
-
-
 Laps = dict[str, list[tuple[float, float]]]
 
 
@@ -236,8 +211,6 @@ def _in_turns(
     """Seconds on the clock and of the processor, for each contender a pair per round. All have
     been called before.
     """
-    import torch
-
     laps: Laps = {name: [] for name in contenders}
     end = time.perf_counter() + seconds
     for number in range(ROUNDS[1]):
@@ -245,11 +218,8 @@ def _in_turns(
             break
         # Whoever comes first in a round comes second in the next.
         for name in list(contenders) if number % 2 else reversed(contenders):
-            begun = time.perf_counter(), time.process_time()
-            contenders[name](batches[number % len(batches)])
-            if device == "cuda":
-                torch.cuda.synchronize()
-            laps[name].append((time.perf_counter() - begun[0], time.process_time() - begun[1]))
+            call = partial(contenders[name], batches[number % len(batches)])
+            laps[name].append(lap(call, device))
     return laps
 
 
@@ -257,7 +227,7 @@ def compared(laps: Laps) -> dict[str, Any]:
     """How much faster the accelerated model is, on the clock and in the processor's time."""
     figures: dict[str, Any] = {"rounds": len(laps["peft"])}
     for index, name in enumerate(("", "processor_")):
-        theirs, ours = ([lap[index] for lap in laps[who]] for who in ("peft", "accelerated"))
+        theirs, ours = ([each[index] for each in laps[who]] for who in ("peft", "accelerated"))
         figures[f"{name}speedup"] = paired([a / b for a, b in zip(theirs, ours)])
         figures[f"{name}seconds"] = statistics.median(ours)
         figures[f"peft_{name}seconds"] = statistics.median(theirs)

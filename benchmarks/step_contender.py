@@ -15,14 +15,14 @@ from __future__ import annotations
 import json
 import resource
 import sys
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from . import step_models
+from .timing import lap
 
 BATCHES, WARM_UP = 4, 2  # different texts, which take turns; calls before the first that is timed
 PREFIX_LENGTH, RANK, REDUCTION = 10, 8, 16  # the paper's, in every library
@@ -97,8 +97,7 @@ def _ours(contender: Contender, base: Any) -> Any:
 def _peft(method: str, base: Any) -> Any:
     import peft
 
-    kinds = {"bert": "SEQ_CLS", "roberta": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
-    task = kinds.get(base.config.model_type, "CAUSAL_LM")
+    task = step_models.peft_task(base)
     if method == "prefix":
         config: Any = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=PREFIX_LENGTH)
     else:
@@ -138,7 +137,7 @@ def _adapters(contender: Contender, base: Any) -> Any:
 
 
 class Worker:
-    """A contender's model, its optimizer and the batches."""
+    """A contender's model, what is taken of it, and the batches."""
 
     def __init__(self, contender: Contender, model: str, batch: int, device: str) -> None:
         torch.manual_seed(0)
@@ -147,7 +146,8 @@ class Worker:
         self.model = make(contender, base).to(device)
         self.batches = [{k: v.to(device) for k, v in each.items()} for each in batches]
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
+        self.step = step_models.training_step(self.model)
+        self.forward = step_models.forward(self.model)
 
     def about(self) -> dict[str, Any]:
         """What is known before anything runs."""
@@ -162,32 +162,12 @@ class Worker:
         }
 
     def training(self, number: int = 0) -> tuple[float, float]:
-        """Forward, backward and AdamW on a batch."""
-        self.model.train()
-
-        def step(batch: dict[str, Any]) -> None:
-            self.model(**batch).loss.backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-
-        return self._timed(step, number)
+        """A training step on a batch."""
+        return lap(partial(self.step, self.batches[number % len(self.batches)]), self.device)
 
     def inference(self, number: int = 0) -> tuple[float, float]:
         """A forward without gradients on a batch."""
-        self.model.eval()
-
-        def forward(batch: dict[str, Any]) -> None:
-            with torch.no_grad():
-                self.model(**batch)
-
-        return self._timed(forward, number)
-
-    def _timed(self, call: Callable[[dict[str, Any]], None], number: int) -> tuple[float, float]:
-        begun = time.perf_counter(), time.process_time()
-        call(self.batches[number % len(self.batches)])
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begun[0], time.process_time() - begun[1]
+        return lap(partial(self.forward, self.batches[number % len(self.batches)]), self.device)
 
     def peak(self) -> int:
         """Bytes at the peak of a training step: of the GPU's allocator, or resident in the process,

@@ -112,3 +112,37 @@ def make(name: str, batches: int, size: int | None = None) -> tuple[Any, list[Ba
             "labels": labels if chosen.writes else torch.randint(0, 2, (texts,)),
         })  # fmt: skip
     return model, made
+
+
+def training_step(model: Any, rate: float = 1e-4) -> Callable[[Batch], None]:
+    """Forward, backward and AdamW on a batch."""
+    import torch
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate)
+
+    def step(batch: Batch) -> None:
+        model.train()
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def forward(model: Any) -> Callable[[Batch], None]:
+    """A forward without gradients on a batch."""
+    import torch
+
+    def call(batch: Batch) -> None:
+        model.eval()
+        with torch.no_grad():
+            model(**batch)
+
+    return call
+
+
+def peft_task(model: Any) -> str:
+    """PEFT's name for what a model does."""
+    kinds = {"bert": "SEQ_CLS", "roberta": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
+    return kinds.get(model.config.model_type, "CAUSAL_LM")

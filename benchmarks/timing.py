@@ -159,6 +159,15 @@ def host_seconds(function: Function, repeats: int = 5) -> float:
     return min(laps)
 
 
+def lap(call: Callable[[], Any], device: str) -> tuple[float, float]:
+    """Seconds on the clock and of the processor, until the device has done the call."""
+    begun = time.perf_counter(), time.process_time()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun[0], time.process_time() - begun[1]
+
+
 def median(samples: list[float]) -> float:
     """The middle sample."""
     return statistics.median(samples)

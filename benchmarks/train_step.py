@@ -25,16 +25,16 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import peft_step, step_models
 from .methods_table import METHODS
 from .rows import write
-from .timing import paired
+from .timing import lap, paired
 
 BATCH, WARM_UP = 16, 3  # texts of the embedded task, and steps
 
@@ -101,14 +101,10 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3)
 
-    def step(batch: dict[str, Any]) -> tuple[float, float]:
-        begun = time.perf_counter(), time.process_time()
+    def step(batch: dict[str, Any]) -> None:
         model(**{name: value.to(device) for name, value in batch.items()}).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begun[0], time.process_time() - begun[1]
 
     backends = {"": options.backend} | ({"other_": options.against} if options.against else {})
     laps: dict[str, list[tuple[float, float]]] = {prefix: [] for prefix in backends}
@@ -118,7 +114,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         # Whoever comes first at a step comes second at the next.
         for prefix in list(backends) if number % 2 else reversed(backends):
             with _asked(backends[prefix]):
-                laps[prefix].append(step(batch))
+                laps[prefix].append(lap(partial(step, batch), device))
     row = {
         "method": options.one,
         "model": options.model or EMBEDDED,
@@ -133,7 +129,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     }
     for prefix, all_laps in laps.items():
         for index, name in enumerate(("seconds", "processor_seconds")):
-            row[prefix + name] = statistics.median(lap[index] for lap in all_laps[WARM_UP:])
+            row[prefix + name] = statistics.median(each[index] for each in all_laps[WARM_UP:])
     if options.against:
         pairs = zip(laps["other_"][WARM_UP:], laps[""][WARM_UP:])
         row |= {"against": options.against, "speedup": paired([o[1] / m[1] for o, m in pairs])}
