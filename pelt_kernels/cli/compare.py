@@ -52,7 +52,8 @@ def compare(
     with errors_in_one_line(debug):
         from ..training import Watchers, stoppable
         from ..training import compare as comparing
-        from ..training.compare.protocol import named, numbers, with_changes
+        from ..training.compare.protocol import named, with_changes
+        from ..training.config import numbers
 
         console = notes()
 
@@ -129,7 +130,7 @@ def _sources(tasks: list[str] | None, evals: list[str] | None) -> tuple[Source, 
 
 
 def _sizes(text: str) -> tuple[int | None, ...]:
-    from ..training.compare.protocol import numbers
+    from ..training.config import numbers
 
     return tuple(
         None if part.strip() == "all" else numbers("train-examples", part, int)[0]

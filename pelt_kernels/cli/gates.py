@@ -96,8 +96,10 @@ def gates(
 
 def _table(report: dict[str, Any]) -> Table:
     """The mean gate of each layer and kind."""
+    from ..training.gate_report.findings import kinds_of
+
     gates = report["gates"]
-    kinds = list(dict.fromkeys(gate["kind"] for gate in gates))
+    kinds = kinds_of(report)
     means = {(gate["layer"], gate["kind"]): f"{gate['mean']:.3f}" for gate in gates}
     titles = [kind.replace("_", " ") for kind in kinds]
     table = Table("layer", *titles, title=f"mean gates on {report['task']}")

@@ -118,7 +118,7 @@ def _run_experiment(config: TrainConfig, folder: Path, **how: bool) -> None:
 
 def _chosen(context: typer.Context, file: Path | None) -> dict[str, Any]:
     """The fields of a config that stand on the command line or else in the file, and the output."""
-    from ..training.config import with_options
+    from ..training.config import numbers, with_options
     from ..training.config_file import read_options
 
     fields = {"tasks": "task", "evals": "eval"}
@@ -143,19 +143,10 @@ def _chosen(context: typer.Context, file: Path | None) -> dict[str, Any]:
             here |= {one: first, f"more_{several}": tuple(more)}
     for name, kind in (("seeds", int), ("lr", float)):
         if name in here:
-            here[name] = _numbers(name, here[name], kind)
+            here[name] = numbers(name, here[name], kind)
     if "options" in here:
         here["options"] = with_options(values.get("options", ()), here["options"])
     return values | {k: tuple(v) if isinstance(v, list) else v for k, v in here.items()}
-
-
-def _numbers(option: str, text: str, kind: type[int] | type[float]) -> tuple[Any, ...]:
-    from ..training import UsageError
-
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError as error:
-        raise UsageError(f"{option}: expected numbers such as 0,1,2, got '{text}'") from error
 
 
 def _free_folder(config: TrainConfig) -> Path:

@@ -259,6 +259,14 @@ def for_problem(config: TrainConfig, problem: str) -> TrainConfig:
     return replace(config, problem=problem, metric=metric)
 
 
+def numbers(option: str, text: str, kind: type[int] | type[float]) -> tuple[Any, ...]:
+    """Numbers with commas between them. Raises UsageError."""
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{option}: expected numbers such as 0,1,2, got '{text}'") from error
+
+
 def check_choice(name: str, value: str, known: Sequence[str]) -> None:
     """Raises UsageError unless the value is known."""
     if value not in known:

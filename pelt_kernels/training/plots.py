@@ -29,16 +29,22 @@ def draw_curves(path: Path, title: str, histories: dict[str, History], metric: s
         panel.grid(alpha=0.3)
     if len(histories) > 1:
         panels[0].legend(fontsize="small")
-    _save(figure, path)
+    save(figure, path)
 
 
-def draw_gates(path: Path, title: str, history: History) -> bool:
-    """Mean gate per layer over steps, one panel for each kind; False where nothing is gated."""
+def gates_over_steps(history: History) -> dict[str, dict[int, list[tuple[int, float]]]]:
+    """(step, mean gate) of each layer, by kind."""
     lines: dict[str, dict[int, list[tuple[int, float]]]] = {}
     for entry in history:
         for name, value in entry.get("gates", {}).items():
             layer, _, kind = name.partition(".")
             lines.setdefault(kind, {}).setdefault(int(layer), []).append((entry["step"], value))
+    return lines
+
+
+def draw_gates(path: Path, title: str, history: History) -> bool:
+    """Mean gate per layer over steps, one panel for each kind; False where nothing is gated."""
+    lines = gates_over_steps(history)
     if not lines:
         return False
     figure = Figure(figsize=(max(5.0, 3.2 * len(lines)), 3.4), layout="constrained")
@@ -53,7 +59,7 @@ def draw_gates(path: Path, title: str, history: History) -> bool:
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("mean gate")
     panels[-1].legend(fontsize="x-small")
-    _save(figure, path)
+    save(figure, path)
     return True
 
 
@@ -61,6 +67,7 @@ def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG whole or not at all. Raises RunError."""
     with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=120)

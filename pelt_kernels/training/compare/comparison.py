@@ -14,19 +14,16 @@ import torch
 
 from ..._hardware import hardware
 from ..base_model import locate
-from ..config import for_problem
 from ..errors import Interrupted, RunError, UsageError
 from ..experiment import check_machine, check_method, computing_device
 from ..experiment_run import Watchers
-from ..lengths import with_lengths
-from ..problems import PROBLEMS
 from ..records import read_record
 from ..report import versions
 from ..stopping import rank
 from ..storage import claimed, clear_partial, replacing, require_writable, write_json
 from .parameters import stored_parameters
 from .plots import draw_scores
-from .protocol import GROWING, Comparison, Job, size_name
+from .protocol import GROWING, Cell, Comparison, Job, size_name
 from .rows import Key, Row, read_rows, write_rows
 from .runs import RUNS_FOLDER, Runner, cell_folder
 from .summary import cells_of, summed_up
@@ -214,9 +211,6 @@ class _Work:
         )
 
 
-Cell = tuple[str, int | None, str]  # task, number of training examples, method
-
-
 def cells(comparison: Comparison) -> Iterator[Cell]:
     """What is filled, few examples of all tasks first."""
     for count in comparison.train_examples:
@@ -258,15 +252,14 @@ def _check_all(runner: Runner) -> None:
                     f"{source.name}: no row of {len(absent)} of {len(task.labels)} classes is "
                     f"among the {size_name(count)} for training: {', '.join(absent)}"
                 )
-        tokenizer = PROBLEMS[task.problem].tokenizer(comparison.model)
         for method in comparison.methods:
-            config = for_problem(comparison.config(source, method), task.problem)
+            config = runner.config(task, method)
             check_machine(config)
-            check_method(with_lengths(config, tokenizer, task), task)
+            check_method(config, task)
 
 
 def _settings(runner: Runner) -> dict[str, Any]:
-    """What `comparison.json` holds: the comparison, its data and what its methods store."""
+    """What `comparison.json` holds: the comparison and the fingerprints of its data."""
     comparison = runner.comparison
     prints = {source.name: runner.task(source.name).fingerprint for source in comparison.tasks}
     return comparison.stored() | {"fingerprints": prints}

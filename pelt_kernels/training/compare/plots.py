@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from ..storage import replacing
+from ..plots import save
 from .protocol import size_name
 
 COLUMNS = 3
@@ -57,5 +57,4 @@ def draw_scores(path: Path, summary: dict[str, Any]) -> None:
         ncols=5,
         fontsize="small",
     )
-    with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)
+    save(figure, path)

@@ -23,6 +23,8 @@ SINGLE_METHODS = ("adapter", "prefix", "lora")  # the parts of UniPELT, each a m
 # A comparison can get more of these later; everything else stays as it was begun.
 GROWING = ("tasks", "methods", "train_examples", "seeds")
 
+Cell = tuple[str, int | None, str]  # task, number of training examples, method
+
 
 class Source(NamedTuple):
     """A task by its name in the tables, where its rows are, and the file of its test part."""
@@ -205,14 +207,6 @@ class Job(NamedTuple):
     def title(self) -> str:
         size = size_name(self.train_examples)
         return f"{self.task}, K={size}, {self.method}, lr {rate_name(self.lr)}, seed {self.seed}"
-
-
-def numbers(option: str, text: str, kind: type[int] | type[float]) -> tuple[Any, ...]:
-    """Numbers with commas between them. Raises UsageError."""
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError as error:
-        raise UsageError(f"{option}: expected numbers such as 0,1,2, got '{text}'") from error
 
 
 def named(option: str, texts: Sequence[str]) -> dict[str, str]:

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ...ops import use_backend
-from ..config import for_problem
+from ..config import TrainConfig, for_problem
 from ..errors import DivergedError, UsageError
 from ..experiment import epochs_of, tested
 from ..experiment_run import Run, Watchers
 from ..lengths import with_lengths
 from ..problems import PROBLEMS
 from ..tasks import Task, load_task
-from .protocol import Comparison, Job, size_name
+from .protocol import Comparison, Job, Source, size_name
 
 RUNS_FOLDER = "runs"
 DEV_KEPT = ("best_step", "steps", "trainable_parameters", "total_parameters", "notes", "backends")
@@ -69,10 +69,14 @@ class Runner:
     def task(self, name: str) -> Task:
         """A task by its name in the comparison. Raises UsageError, RunError."""
         if name not in self._tasks:
-            (source,) = (each for each in self.comparison.tasks if each.name == name)
+            source = self.source(name)
             task = load_task(source.task, source.eval, say=self.watchers.say)
             self._tasks[name] = replace(task, name=name)
         return self._tasks[name]
+
+    def source(self, name: str) -> Source:
+        """Where a task comes from."""
+        return next(each for each in self.comparison.tasks if each.name == name)
 
     def part(self, name: str, count: int | None) -> Task:
         """The task as runs with `count` training examples have it."""
@@ -81,17 +85,26 @@ class Runner:
             self._parts[name, count] = split(self.task(name), count, seed, dev)
         return self._parts[name, count]
 
+    def tokenizer(self, task: Task) -> Any:
+        """That of the model, for a task's problem."""
+        if task.problem not in self._tokenizers:
+            problem = PROBLEMS[task.problem]
+            self._tokenizers[task.problem] = problem.tokenizer(self.comparison.model)
+        return self._tokenizers[task.problem]
+
+    def config(self, task: Task, method: str) -> TrainConfig:
+        """What runs of a method on a task, or a part of it, have in common. Raises UsageError."""
+        config = self.comparison.config(self.source(task.name), method)
+        config = for_problem(config, task.problem)
+        return with_lengths(config, self.tokenizer(task), task)
+
     def run(self, job: Job) -> Run:
         """The run of a job, which `Run.result` trains. Raises UsageError."""
         task = self.part(job.task, job.train_examples)
-        (source,) = (each for each in self.comparison.tasks if each.name == job.task)
-        config = for_problem(self.comparison.config(source, job.method), task.problem)
-        if task.problem not in self._tokenizers:
-            self._tokenizers[task.problem] = PROBLEMS[task.problem].tokenizer(config.model)
-        tokenizer = self._tokenizers[task.problem]
-        config = with_lengths(config, tokenizer, task)
+        config = self.config(task, job.method)
         config = replace(config, epochs=epochs_of(config, task))
-        return Run(config, task, tokenizer, cell_folder(self.output, job), job.lr, job.seed)
+        folder = cell_folder(self.output, job)
+        return Run(config, task, self.tokenizer(task), folder, job.lr, job.seed)
 
     def row(self, job: Job) -> dict[str, Any]:
         """Trains, or reads what an earlier process has trained; tests where the job says so."""

@@ -12,20 +12,20 @@ import numpy as np
 from scipy.stats import permutation_test
 
 from ..metrics import summarise
-from .protocol import SINGLE_METHODS, Comparison
+from .protocol import SINGLE_METHODS, Cell, Comparison
 from .rows import Key, Row
 
 UPPER_BOUND = "upper bound"  # the best of SINGLE_METHODS on each task
 TESTED_AGAINST = ("lora", UPPER_BOUND)
 RESAMPLES, LEVEL = 9999, 0.05
 Scores = dict[str, float]  # by seed
-Table = dict[tuple[str, int | None, str], Scores]
+Table = dict[Cell, Scores]
 
 
 def cells_of(
     comparison: Comparison,
     rows: Mapping[Key, Row],
-    chosen: Mapping[tuple[str, int | None, str], float | None],
+    chosen: Mapping[Cell, float | None],
 ) -> Iterator[dict[str, Any]]:
     """For each task, K and method with a tested run: the rate, the scores by seed, their mean and
     deviation, how many of its runs diverged or kept a model of one answer, and what all cost.

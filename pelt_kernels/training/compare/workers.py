@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from ..errors import RunError, UsageError, reason
 from ..experiment_run import Watchers
 from .protocol import Comparison, Job
+from .rows import Row
 from .runs import Runner
-
-Row = dict[str, Any]
 
 
 class Workers(Protocol):

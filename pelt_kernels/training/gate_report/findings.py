@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from statistics import median
 from typing import Any
 
 from .ablation import ALL, CONSTANTS, OWN_MEAN, REMOVED, SHUFFLED, UNGATED
@@ -16,13 +17,13 @@ NOT_SHOWN = "no effect is shown"
 
 def findings(report: Json) -> Json:
     """``headline`` and ``lead``, the finding in two sentences, and a paragraph for each topic."""
-    held = _rows(report, [OWN_MEAN])
+    held, spread = _rows(report, [OWN_MEAN]), _spread(report)
     twin = [row for row in report["ablation"]["rows"] if row["change"] == UNGATED]
     return {
         "headline": _headline(report, held),
-        "lead": " ".join([_spread(report), *(_of_row(row, report) for row in (*held, *twin))]),
+        "lead": " ".join([spread, *(_of_row(row, report) for row in (*held, *twin))]),
         "openness": " ".join(_openness(report)),
-        "variation": _spread(report),
+        "variation": spread,
         "relations": {name: _relation(name, report) for name in report["relations"]["traits"]},
         "worth": list(_worth(report)),
         "drift": _drift(report),
@@ -79,10 +80,7 @@ def _signed(value: float) -> str:
 
 def typical_spread(report: Json) -> float:
     """The median of the gates' standard deviations between texts."""
-    deviations = sorted(gate["std"] for gate in report["gates"])
-    middle = len(deviations) // 2
-    pair = deviations[middle - (len(deviations) % 2 == 0) : middle + 1]
-    return float(sum(pair) / len(pair))
+    return float(median(gate["std"] for gate in report["gates"]))
 
 
 def _rows(report: Json, changes: Sequence[str], of: str | None = None) -> list[Json]:

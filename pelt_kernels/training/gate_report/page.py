@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
+from ..plots import gates_over_steps
 from . import charts
+from .ablation import ALL, OWN_MEAN
 from .charts import Axis, Cell
 from .findings import interval, kind_mean, kinds_of, points, typical_spread, words
 from .style import STYLE
@@ -86,7 +88,7 @@ def _tiles(report: Json) -> str:
         (ablation["metric"], f"{ablation['score']:.3f}", f"with loss {ablation['loss']:.3f}"),
     ]
     for row in ablation["rows"]:
-        if row["of"] == "all gates" and row["change"] == "own mean":
+        if row["of"] == ALL and row["change"] == OWN_MEAN:
             value = points(row["difference"]["value"])
             tiles.append(("gates held at own mean", value, f"points, {interval(row)}"))
     return (
@@ -263,12 +265,7 @@ def _drift(report: Json) -> str:
     said = _said(report["findings"]["drift"])
     if len(history) < 2:
         return _section("drift", "Over training", said)
-    series: dict[str, dict[int, list[tuple[float, float]]]] = {}
-    for entry in history:
-        for name, value in entry["gates"].items():
-            layer, _, kind = name.partition(".")
-            lines = series.setdefault(kind, {}).setdefault(int(layer), [])
-            lines.append((entry["step"], value))
+    series = gates_over_steps(history)
     values = [value for entry in history for value in entry["gates"].values()]
     axis = Axis.around(values, 172.0, 8.0)
     panels = [
