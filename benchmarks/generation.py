@@ -203,6 +203,7 @@ def _row(folder: Path, family: str) -> dict[str, Any]:
     return {
         "family": family,
         **{key: found[key] for key in kept},
+        "stored_parameters": found.get("stored_parameters"),
         "steps": run["steps"],
         "train_examples": found["task"]["examples"]["train"],
         "test_examples": found["task"]["examples"]["test"],

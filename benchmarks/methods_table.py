@@ -169,6 +169,7 @@ def _row(folder: Path) -> dict[str, Any]:
                 "peak_memory_bytes", "backends", "hardware", "torch", "adapter_seed",
             )
         },
+        "stored_parameters": metrics.get("stored_parameters"),
         "task": task["name"],
         "task_fingerprint": task["fingerprint"],
         "train_examples": task["examples"]["train"],

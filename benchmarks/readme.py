@@ -72,16 +72,19 @@ def _digits(share: float) -> str:
 def methods_table(rows: Rows) -> str:
     """The methods' accuracy and cost, in Markdown, from what `benchmarks.methods_table` wrote."""
     head = rows[0]
-    lines = [
-        "| method | test accuracy | trained parameters | of all |",
-        "|---|---|---|---|",
-    ]
+    stored = _stored(rows)
+    titles = ["method", "test accuracy", "trained parameters", "of all", *stored]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
         share = 100 * row["trainable_parameters"] / row["total_parameters"]
-        lines.append(
-            f"| `{row['method']}` | {row['accuracy']['mean']:.3f} ± {row['accuracy']['std']:.3f} "
-            f"| {row['trainable_parameters']:,} | {_digits(share)} % |"
-        )
+        cells = [
+            f"`{row['method']}`",
+            f"{row['accuracy']['mean']:.3f} ± {row['accuracy']['std']:.3f}",
+            f"{row['trainable_parameters']:,}",
+            f"{_digits(share)} %",
+            *(_stored_in([row]) for _ in stored),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     seeds = len(head["seeds"])
     commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
     lines += [
@@ -91,6 +94,19 @@ def methods_table(rows: Rows) -> str:
         f"torch {head['torch']}; commit {commits}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _stored(rows: Rows) -> list[str]:
+    """The title of a column of what is stored, where a row says it: those from before it was
+    counted do not.
+    """
+    return ["stored"] if any(row.get("stored_parameters") for row in rows) else []
+
+
+def _stored_in(rows: Rows) -> str:
+    """That column's cell: the most of some rows, which differ by their heads."""
+    counts = [count for row in rows if (count := row.get("stored_parameters"))]
+    return f"{max(counts):,}" if counts else "–"
 
 
 def _machines(rows: Rows) -> str:
@@ -111,19 +127,20 @@ def tasks_table(tasks: dict[str, Rows]) -> str:
     """
     by_row = {name: {row["row"]: row for row in rows} for name, rows in tasks.items()}
     metrics = {name: rows[0]["metric"] for name, rows in tasks.items()}
+    stored = _stored([row for rows in tasks.values() for row in rows])
     titles = [f"{name}, {figures.METRIC_NAMES[metric]}" for name, metric in metrics.items()]
-    lines = [
-        f"| method | {' | '.join(titles)} | trained parameters |",
-        "|---" * (len(tasks) + 2) + "|",
-    ]
+    titles = ["method", *titles, "trained parameters", *stored]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name in dict.fromkeys(row for rows in by_row.values() for row in rows):
         cells = {task: by_row[task].get(name) for task in tasks}
         shown = [
             "{mean:.3f} ± {std:.3f}".format(**row[metrics[task]]) if row else "–"
             for task, row in cells.items()
         ]
-        trained = max(row["trainable_parameters"] for row in cells.values() if row)
-        lines.append(f"| `{name}` | {' | '.join(shown)} | {trained:,} |")
+        found = [row for row in cells.values() if row]
+        shown.append(f"{max(row['trainable_parameters'] for row in found):,}")
+        shown += [_stored_in(found) for _ in stored]
+        lines.append(f"| `{name}` | {' | '.join(shown)} |")
     lines.append("")
     for task, metric in metrics.items():
         lines += _beside_the_probe(task, metric, by_row[task])
@@ -223,17 +240,20 @@ def generation_table(rows: Rows) -> str:
     """How well each method writes text from data, in Markdown, from what `benchmarks.generation`
     wrote.
     """
-    lines = [
-        "| model | method | BLEU | chrF | ROUGE-L | trained parameters | of all |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    stored = _stored(rows)
+    titles = ["model", "method", "BLEU", "chrF", "ROUGE-L", "trained parameters", "of all", *stored]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
         share = 100 * row["trainable_parameters"] / row["total_parameters"]
-        lines.append(
-            f"| {MODEL_NAMES[row['family']]} | `{row['method']}` | {row['bleu']:.1f} "
-            f"| {row['chrf']:.1f} | {row['rouge_l']:.1f} | {row['trainable_parameters']:,} "
-            f"| {_digits(share)} % |"
-        )
+        cells = [
+            MODEL_NAMES[row["family"]],
+            f"`{row['method']}`",
+            *(f"{row[score]:.1f}" for score in ("bleu", "chrf", "rouge_l")),
+            f"{row['trainable_parameters']:,}",
+            f"{_digits(share)} %",
+            *(_stored_in([row]) for _ in stored),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     first = rows[0]
     sizes = first["sizes"]
     steps = ", ".join(map(str, sorted({row["steps"] for row in rows})))

@@ -31,7 +31,7 @@ def test_rows_are_trained_once_and_stand_beside_each_other(
     common += ["--runs", str(tmp_path / "runs"), "--methods", "bitfit,adamix-lora"]
     assert methods_table.main(common) == 0
     first = page.read_text()
-    assert "| method | toy, F1 | trained parameters |" in first
+    assert "| method | toy, F1 | trained parameters | stored |" in first
     assert "| `bitfit` | 0." in first and "| `adamix-lora` | 0." in first
     assert "With one random expert for each module (mean of 5 draws), " in first
     assert "`adamix-lora` on toy 0." in first.replace("\n", " ")
@@ -76,6 +76,16 @@ def test_a_task_without_a_row_has_a_dash() -> None:
     table = readme.tasks_table({"one": [row_of("head", 0.5)], "two": [row_of("lora", 0.5)]})
     assert "| `head` | 0.500 ± 0.010 | – | 7 |" in table
     assert "| `lora` | – | 0.500 ± 0.010 | 7 |" in table
+
+
+def test_a_row_from_before_it_was_counted_has_a_dash_for_what_is_stored():
+    rows = [row_of("head", 0.5), row_of("lora", 0.5) | {"stored_parameters": 5}]
+    table = readme.tasks_table({"one": rows, "two": [rows[1] | {"stored_parameters": 6}]})
+    assert "| method | one, accuracy | two, accuracy | trained parameters | stored |" in table
+    assert "| `head` | 0.500 ± 0.010 | – | 7 | – |" in table
+    assert "| `lora` | 0.500 ± 0.010 | 0.500 ± 0.010 | 7 | 6 |" in table
+    rows = [row | {"total_parameters": 70, "method": row["row"]} for row in rows]
+    assert "| 7 | 10 % | – |" in (table := readme.methods_table(rows)) and "| 5 |" in table
 
 
 def test_every_processor_that_measured_is_named_once() -> None:

@@ -66,7 +66,7 @@ def _side_by_side(metrics: dict[str, dict[str, Any]]) -> Table:
     head, unipelt = metrics["head"], metrics["unipelt"]
     for key in ("accuracy", "f1", "matthews", "seconds_per_step", "learning_rate"):
         table.add_row(key.replace("_", " "), f"{head[key]:.3f}", f"{unipelt[key]:.3f}")
-    for key in ("trainable_parameters", "peak_memory_bytes"):
+    for key in ("trainable_parameters", "stored_parameters", "peak_memory_bytes"):
         table.add_row(key.replace("_", " "), f"{head[key]:,}", f"{unipelt[key]:,}")
     for operator, backend in unipelt["backends"].items():
         table.add_row(operator, head["backends"].get(operator, "-"), backend)

@@ -169,6 +169,8 @@ def _table(metrics: dict[str, Any]) -> Table:
         table.add_row(f"test {METRIC_TITLES.get(key, key)}", f"{spread['mean']:.3f}{deviation}")
     trained, total = metrics["trainable_parameters"], metrics["total_parameters"]
     table.add_row("trainable parameters", f"{trained:,} ({100 * trained / total:.2g} % of all)")
+    stored = metrics["stored_parameters"]
+    table.add_row("stored parameters", "not counted" if stored is None else f"{stored:,}")
     table.add_row("learning rate", f"{metrics['learning_rate']:g}")
     seconds = metrics["seconds_per_step"]
     table.add_row("seconds per step", "not timed" if seconds is None else f"{seconds:.3f}")

@@ -17,6 +17,7 @@ from .export import merged_weights, why_not_mergeable
 from .first_values import FirstValues, put_values
 from .inject import Injection
 from .task_inputs import TaskInputs
+from .vocabulary import ADDED_ROWS, word_embeddings
 from .wrapped import WrappedModel
 
 if TYPE_CHECKING:
@@ -35,6 +36,49 @@ class ConvertibleModel(WrappedModel):
     _requires_grad: dict[str, bool]
     _is_detached: bool
     _compares_passes: bool
+
+    def get_nb_stored_parameters(self) -> int:
+        """How many numbers are stored of the active adapter once its training is over: those of
+        `trained_parameters`, but of prefixes their keys and values in the place of the network that
+        computes them (`collapse_prefix`), of AdaMix's experts their average (`merge_experts`); and
+        the rows of words that no file of the base model holds. Nothing is computed or changed, so
+        it holds of a model without values, too.
+
+        It is what ``merge_experts()`` and ``save_pretrained(collapse_prefix=True)`` write. PST's
+        masks are not stored: what they and the update come from is, its factors and scores. Of
+        HyperPELT its networks are counted, which write for all its tasks; `materialize` leaves what
+        they write for one.
+
+        Raises:
+            ValueError: the method is not in the model.
+        """
+        self._check_attached("get_nb_stored_parameters")
+        counts = {name: p.numel() for name, p in self.trained_parameters().items()}
+        if self.prefix is not None:
+            counts = {name: n for name, n in counts.items() if not name.startswith("prefix.")}
+            sets = prefix_sets(self.prefix).values()
+            counts["prefix"] = sum(prefixes.collapsed_numbers for prefixes in sets)
+        for path, module in self.named_modules():
+            for name, bank in module.banks().items() if isinstance(module, Bank) else ():
+                if f"{path}.{name}" in counts:  # those of an adapter that waits are not
+                    counts[f"{path}.{name}"] //= len(bank)
+        added = self._added_words()
+        if added:
+            counts[ADDED_ROWS] = added * word_embeddings(self.base_model)[1].shape[1]
+        return sum(counts.values())
+
+    def print_trainable_parameters(self) -> None:
+        """Prints the two numbers of `get_nb_trainable_parameters` and their ratio, as PEFT does,
+        and then what is stored (`get_nb_stored_parameters`) of a method that is in the model.
+        """
+        trainable, total = self.get_nb_trainable_parameters()
+        line = (
+            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: "
+            f"{100 * trainable / total:.4f}"
+        )
+        if not self._is_detached:
+            line += f" || stored params: {self.get_nb_stored_parameters():,}"
+        print(line)
 
     def collapse_prefix(self) -> None:
         """Replaces the prefix's reparametrisation by the keys and values it computes: the same

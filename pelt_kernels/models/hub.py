@@ -12,7 +12,6 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from .._version import __version__
-from ..methods import MethodConfig
 
 # What an adapter's files are called, this package's and others'.
 FILES = ("pelt_*", "adapter*", "model.safetensors", "head_config.json", "*model_head.*")
@@ -58,7 +57,7 @@ def push(
     api = huggingface_hub.HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, **options)
-        card = card_of(model.base_model, model.method_config, repo_id)
+        card = card_of(model, repo_id)
         Path(folder, CARD_FILE).write_text(card, encoding="utf-8")
         name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         return str(
@@ -72,8 +71,21 @@ def push(
         )
 
 
-def card_of(base: Any, config: MethodConfig, repo_id: str) -> str:
-    """A model card: its base model, its method, and how it is opened."""
+def _size(model: Any) -> str:
+    """How many parameters were trained, and how many are left to store, in a sentence."""
+    trained = sum(parameter.numel() for parameter in model.trained_parameters().values())
+    stored = model.get_nb_stored_parameters()
+    if trained == stored:
+        return f"These are {trained:,} parameters."
+    return (
+        f"{trained:,} parameters were trained; {stored:,} are enough to use it, and "
+        "`pelt-kernels export --format adapter` leaves those."
+    )
+
+
+def card_of(model: Any, repo_id: str) -> str:
+    """A `PeltModel`'s card: its base model, its method, its size, and how it is opened."""
+    base, config = model.base_model, model.method_config
     name = getattr(base.config, "_name_or_path", "") or ""
     has_id = bool(re.fullmatch(rf"{_ID.pattern}|[\w][\w.-]*", name)) and not Path(name).exists()
     front = ["library_name: pelt_kernels", f"tags: [pelt_kernels, {config.method}]"]
@@ -87,7 +99,7 @@ def card_of(base: Any, config: MethodConfig, repo_id: str) -> str:
         "",
         f"An adapter of the method `{config.method}` for {f'`{name}`' if has_id else 'a model'} "
         f"(`{type(base).__name__}`), saved by pelt_kernels {__version__}. It holds what was "
-        "trained; the base model is not in it.",
+        f"trained; the base model is not in it. {_size(model)}",
         "",
         "```python",
         "from pelt_kernels import PeltModel",

@@ -157,14 +157,6 @@ class WrappedModel(nn.Module):
         parameters = list(self.parameters())
         return sum(p.numel() for p in parameters if p.requires_grad), sum(map(entries, parameters))
 
-    def print_trainable_parameters(self) -> None:
-        """Prints both numbers and their ratio."""
-        trainable, total = self.get_nb_trainable_parameters()
-        print(
-            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: "
-            f"{100 * trainable / total:.4f}"
-        )
-
     def state_dict(  # type: ignore[override]
         self, *args: Any, frozen: bool = False, **kwargs: Any
     ) -> dict[str, Any]:
@@ -229,12 +221,19 @@ class WrappedModel(nn.Module):
         """The rows of words beyond those that the base model's own files hold; None where there are
         none, or where the embeddings are trained as a whole.
         """
+        added = self._added_words()
+        if not added:
+            return None
+        # A copy: torch.save writes the whole memory of a view.
+        return word_embeddings(self.base_model)[1].detach()[-added:].clone()
+
+    def _added_words(self) -> int:
+        """How many rows those are."""
         added = vocabulary_of(self.base_model) - self._held_words
         if added <= 0:
-            return None
-        name, weight = word_embeddings(self.base_model)
-        # A copy: torch.save writes the whole memory of a view.
-        return None if BASE + name in self._trained else weight.detach()[-added:].clone()
+            return 0
+        name, _ = word_embeddings(self.base_model)
+        return 0 if BASE + name in self._trained else added
 
     def _put_rows(self, rows: Tensor | None) -> None:
         """Gives the last words a file's embeddings."""

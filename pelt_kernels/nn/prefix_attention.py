@@ -131,6 +131,13 @@ class PrefixAttention(nn.Module):
         """True where the tables are the parameters and there is no reparametrisation."""
         return "table" in self._parameters
 
+    @property
+    def collapsed_numbers(self) -> int:
+        """How many numbers it holds after `collapse`: the tables, and the gates."""
+        rows = self.prefix_length + sum(math.prod(sizes) for sizes in self.attributes.values())
+        of_each = 2 * rows * self.num_heads * self.head_size + ("gate_bias" in self._parameters)
+        return self.num_layers * of_each
+
     def reset_parameters(self) -> None:
         """Every parameter as `start` says; rows of unseen labels and gates' biases are zeros."""
         if "gate_bias" in self._parameters:

@@ -40,6 +40,8 @@ from .texts import TextWriter
 
 RESULT_FILE = "result.json"
 # The keys that it must hold, with their types, beside ``dev_<metric>`` for each of the problem's.
+# Files from before STORED was counted have none.
+STORED = "stored_parameters"
 RESULT: dict[str, Any] = {
     "seed": int,
     "learning_rate": float,
@@ -48,6 +50,7 @@ RESULT: dict[str, Any] = {
     "steps": int,
     "seconds_per_step": float | None,
     "trainable_parameters": int,
+    STORED: int,
     "total_parameters": int,
     "train_examples": int,
     "backends": dict[str, str],
@@ -128,7 +131,7 @@ class Run:
         try:
             metrics = self.problem.metrics
             types = RESULT | {f"dev_{name}": float for name in metrics}
-            result = read_record(path, types, "resume")
+            result = read_record(path, types, "resume", optional=(STORED,))
             check_history(path, result["history"], metrics)
             if (result["seed"], result["learning_rate"]) != (self.seed, self.lr):
                 raise RunError(f"resume: {path} is of another run")
@@ -183,6 +186,7 @@ class Run:
             "steps": trainer.state.global_step,
             "seconds_per_step": seconds_per_step(history),
             "trainable_parameters": trainable,
+            STORED: trainer.pelt.get_nb_stored_parameters(),
             "total_parameters": total,
             "train_examples": self.config.train_examples or len(self.task.train),
             "backends": backends_used(),

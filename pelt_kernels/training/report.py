@@ -73,6 +73,7 @@ def metrics(
         "summary": summary,
         "seconds_per_step": median(timed) if timed else None,
         "trainable_parameters": runs[0]["trainable_parameters"],
+        "stored_parameters": runs[0].get("stored_parameters"),
         "total_parameters": runs[0]["total_parameters"],
         "backends": used,
         "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),

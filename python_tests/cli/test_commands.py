@@ -25,7 +25,8 @@ def test_train_tells_figures_and_leaves_everything(
     assert done.code == 0, done.err
     found = json.loads((output / "metrics.json").read_text())
     assert f"{found['accuracy']:.3f} ± {found['summary']['accuracy']['std']:.3f}" in done.out
-    assert f"{found['trainable_parameters']:,}" in done.out
+    for counted in ("trainable_parameters", "stored_parameters"):
+        assert f"{found[counted]:,}" in done.out
     for operator, backend in found["backends"].items():
         assert operator in done.out and backend in done.out
     assert [run["seed"] for run in found["seeds"]] == [0, 3]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import pelt_kernels
-from pelt_kernels.methods import LoraConfig
+from pelt_kernels.methods import LoraConfig, PrefixTuningConfig
 from pelt_kernels.models import PeltModel, get_pelt_model
 
 METHOD = LoraConfig(r=4)
@@ -56,6 +56,19 @@ def test_pushed_is_the_adapter_with_a_card_and_never_the_base_model(format, make
     assert hub["upload_folder"]["repo_id"] == "me/mine"
     for line in ("library_name: pelt_kernels", "base_model: org/base", "`lora`", "BertFor"):
         assert line in hub["card"]
+
+
+def test_a_card_tells_what_was_trained_and_what_is_enough(make_base, hub):
+    model = get_pelt_model(make_base(), METHOD)
+    trained, _ = model.get_nb_trainable_parameters()
+    model.push_to_hub("mine")
+    assert f"These are {trained:,} parameters." in hub["card"]
+    model = get_pelt_model(make_base(), PrefixTuningConfig(prefix_length=3, mid=8))
+    trained, _ = model.get_nb_trainable_parameters()
+    model.push_to_hub("mine")
+    head = 3 * 32 + 3
+    stored = 2 * 2 * 3 * 32 + head
+    assert f"{trained:,} parameters were trained; {stored:,} are enough" in hub["card"]
 
 
 def cached(root, source, repo="someone/adapter"):

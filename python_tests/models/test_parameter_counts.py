@@ -1,4 +1,4 @@
-"""Numbers of trained parameters against the formulas and totals of UniPELT's BERT-base."""
+"""Numbers of trained and of stored parameters against the formulas and totals of UniPELT's BERT-base."""
 
 from __future__ import annotations
 
@@ -60,15 +60,18 @@ def test_trained_parameters_of_bert_base(case, bert_base, capsys):
     model = get_pelt_model(bert_base, config)
     trainable, total = model.get_nb_trainable_parameters()
     added = sum(p.numel() for p in model.parameters()) - 109_483_778
+    stored = model.get_nb_stored_parameters()
     model.print_trainable_parameters()
     model.remove()
     assert trainable - HEAD == expected
+    has_network = "prefix_length" in str(config) and "mid=512" in str(config)
+    assert stored - HEAD == expected - has_network * (PREFIX_TRAINED - PREFIX_KEPT)
     assert total == 109_483_778 + added
     assert added == (0 if case in ("head", "bitfit") else expected)
     printed = capsys.readouterr().out
-    assert (
-        f"trainable params: {trainable:,} ||" in printed and f"all params: {total:,} ||" in printed
-    )
+    for part in (f"trainable params: {trainable:,}", f"all params: {total:,}"):
+        assert f"{part} ||" in printed
+    assert printed.endswith(f" || stored params: {stored:,}\n")
 
 
 def test_everything_of_bert_base(bert_base):

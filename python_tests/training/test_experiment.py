@@ -46,6 +46,9 @@ def test_every_method_trains_and_reports(
     assert found["hardware"]["threads"] >= 1 and found["torch"]
     assert found["learning_rate"] == RECIPES[method].lr
     assert 0 < found["trainable_parameters"] <= found["total_parameters"]
+    has_network = method in ("prefix", "mam", "adamix", "control_prefixes")
+    is_less = has_network or method.startswith("unipelt")
+    assert is_less == (found["stored_parameters"] < found["trainable_parameters"])
     used = {
         "unipelt": {"gated_adapter", "prefix_attention", "lora_linear"},
         "adapter": {"gated_adapter"}, "prefix": {"prefix_attention"}, "lora": {"lora_linear"},

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from ...methods import parts_of
 from ...models import get_pelt_model
 from ..problems import PROBLEMS
 from .runs import Runner
 
 
 def stored_parameters(runner: Runner, method: str) -> dict[str, int]:
-    """``trained``, with the head of the first task; ``stored``, what is left of them after
-    training: of a prefix its keys and values instead of the network that computes them, of AdaMix's
-    experts their average; ``base``, those of the model without the method.
+    """``trained``, with the head of the first task; ``stored``, what is left of them after training
+    (`PeltModel.get_nb_stored_parameters`); ``base``, those of the model without the method.
     """
     comparison = runner.comparison
     source = comparison.tasks[0]
@@ -23,10 +21,4 @@ def stored_parameters(runner: Runner, method: str) -> dict[str, int]:
     of_base = sum(parameter.numel() for parameter in base.parameters())
     model = get_pelt_model(base, comparison.config(source, method).method_for(task.conditions))
     trained, _ = model.get_nb_trainable_parameters()
-    if model.prefix is not None:
-        model.prefix.to_empty(device="cpu")  # torch has no autocast without a device
-        model.collapse_prefix()
-    if parts_of(model.method_config).mixture is not None:
-        model.merge_experts()
-    stored = sum(parameter.numel() for parameter in model.trained_parameters().values())
-    return {"trained": trained, "stored": stored, "base": of_base}
+    return {"trained": trained, "stored": model.get_nb_stored_parameters(), "base": of_base}
