@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from ..methods import parts_of
+from .active import Active, count_active, why_not_countable
 from .several import SeveralAdapters
 
 
@@ -107,6 +108,42 @@ class GatedModel(SeveralAdapters):
             self._check_gated("skip_below")
         for state in self._injection.states:
             state.skip_below = threshold
+
+    def count_active(
+        self,
+        gates: Mapping[tuple[int, str], Tensor],
+        lengths: Tensor,
+        threshold: float | None = None,
+    ) -> Active:
+        """What works for texts with these gates when `skip_below` is a threshold: the parameters of
+        the parts that work, and their FLOPs beside the frozen layers', by formula::
+
+            model.record_gates()
+            model(**batch)
+            found = model.count_active(model.gate_values(), batch["attention_mask"].sum(1), 0.1)
+            print(found.means())
+
+        Nothing runs, and the model does not change. It is what a text needs by itself: in a batch a
+        LoRA branch works for all rows where it works for one, and a GPU computes more (see
+        `skip_below`). Parts without a gate, the gates themselves and the head always count, and a
+        prefix by its keys and values, whether it is collapsed or not.
+
+        Args:
+            gates: as `gate_values` gives them, [n] each.
+            lengths: the real tokens of each text, [n].
+            threshold: a part with a smaller gate does not work; None: all work.
+
+        Raises:
+            ValueError: a gate is missing or of another shape; a method without gates, a decoder,
+                whose tokens have gates of their own, or layers that are used several times.
+        """
+        return count_active(
+            self._injection, self.get_nb_stored_parameters(), gates, lengths, threshold
+        )
+
+    def why_not_countable(self) -> str:
+        """Empty where `count_active` can serve, else the reason it cannot, as one clause."""
+        return why_not_countable(self._injection)
 
     def _check_gated(self, who: str) -> None:
         """Raises ValueError for a method without gates."""

@@ -204,12 +204,12 @@ def leave_gates(state: LayerState, gates: dict[str, Tensor], target: str = "") -
     for name, value in gates.items():
         if name == PREFIX_GATE:
             state.leave_prefix_gate(value)
-        state.record(_kind(name, target), value)
+        state.record(gate_kind(name, target), value)
 
 
 def rule_of(linear: AdaptedLinear | AdaptedFusedLinear, target: str = "") -> GateRule | None:
     """What is done to the gates of a Linear before they scale something, if anything."""
-    return _rule(linear.state, linear, lambda name: _kind(name, target))
+    return _rule(linear.state, linear, lambda name: gate_kind(name, target))
 
 
 def _rule(state: LayerState, part: nn.Module, kind_of: Callable[[str], str]) -> GateRule | None:
@@ -219,7 +219,7 @@ def _rule(state: LayerState, part: nn.Module, kind_of: Callable[[str], str]) -> 
     return lambda name, value: state.ruled(kind_of(name), value)
 
 
-def _kind(name: str, target: str) -> str:
+def gate_kind(name: str, target: str = "") -> str:
     """Under which kind the gates of a Linear are recorded."""
     if name == PREFIX_GATE:
         return "prefix"

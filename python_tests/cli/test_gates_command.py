@@ -93,6 +93,27 @@ def test_each_text_has_a_row(report, trained):
             assert float(row[f"{layer}.{kind}"]) == pytest.approx(value, rel=1e-4)
 
 
+def test_what_works_at_a_threshold_is_counted_over_the_texts(report, trained):
+    found, alone = numbers(report)["active"], one_by_one(trained)
+    model = Predictor(trained / "adapter").model
+    assert found["trained"] == sum(p.numel() for p in model.trained_parameters().values())
+    assert found["stored"] == model.get_nb_stored_parameters() < found["trained"]
+    gates = np.array([list(row["gates"].values()) for row in alone])
+    for row in found["thresholds"]:
+        assert row["parts"] == pytest.approx((gates >= row["threshold"]).mean())
+    whole, *_, last = found["thresholds"]
+    assert [whole["threshold"], last["threshold"]] == [0.0, 0.5]
+    assert whole["parameters"] == found["stored"] > last["parameters"]
+    assert whole["added_flops"] > last["added_flops"] and whole["base_flops"] == last["base_flops"]
+    sentences = numbers(report)["findings"]["active"]
+    assert (
+        f"{found['trained']:,} parameters are trained and {found['stored']:,} stored"
+        in sentences[0]
+    )
+    page = Page((report / "gates.html").read_text())
+    assert f"{last['parameters']:,.0f}" in page.words and " ".join(sentences) in page.words
+
+
 def test_the_history_is_that_of_the_run(report, trained):
     (result,) = trained.glob("lr-*/result.json")
     entries = [e for e in json.loads(result.read_text())["history"] if e.get("gates")]
@@ -209,7 +230,7 @@ class Page(HTMLParser):
         self.words += data
 
 
-SECTIONS = ["openness", "relations", "distributions", "worth", "drift", "method"]
+SECTIONS = ["openness", "relations", "distributions", "worth", "active", "drift", "method"]
 
 
 def test_the_page_stands_alone_and_says_what_was_found(report):

@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from pelt_kernels.training.gate_report import comparison
+from pelt_kernels.training.gate_report.active import active_findings, active_rows
 from pelt_kernels.training.gate_report.comparison import differences
 from pelt_kernels.training.gate_report.measure import Outcome
 from pelt_kernels.training.gate_report.relations import Trait, relations
@@ -115,3 +116,31 @@ def test_accuracy_by_means_is_accuracy_by_scores(monkeypatch):
     ((slow, _),) = differences(replace(first, right=None), [second], "accuracy")
     assert quick.value == pytest.approx(slow.value)
     assert quick.interval == pytest.approx(slow.interval, abs=0.02)
+
+
+def test_sentences_on_what_is_skipped_follow_from_the_numbers():
+    def rows(*parts):
+        return [
+            {"threshold": t, "parts": p, "parameters": 100 * p, "added_flops": p, "base_flops": 4.0,
+             "flops_share": p / 4}
+            for t, p in zip((0.0, 0.1, 0.5), parts, strict=True)
+        ]  # fmt: skip
+
+    active = {"trained": 500, "stored": 100, "why_not": "", "thresholds": rows(1, 1, 1)}
+    assert active_findings(active) == [
+        "500 parameters are trained and 100 stored.",
+        "No gate is below 0.5, so up to that threshold there is nothing to skip.",
+        "All that the method adds is 25 % of what the layers multiply without it, so skipping "
+        "everything would save 20 % of the operations.",
+    ]
+    active = active | {"trained": 100, "thresholds": rows(1, 0.9999, 0.25)}
+    size, skipped, _ = active_findings(active)
+    assert size == "100 parameters are trained and stored."
+    assert skipped == (
+        "At 0.1 a text skips 0.1 % of its parts and uses 99.9 % of the stored parameters. At 0.5 a "
+        "text skips 75 % of its parts and uses 25 % of the stored parameters."
+    )
+    skipped = active_findings(active | {"thresholds": rows(1, 1, 0.25)})[1]
+    assert skipped.startswith("Up to a threshold of 0.1 nothing is skipped. At 0.5 a text skips")
+    assert active_rows(active)[2] == ("0.5", "25 %", "25", "25 %", "0.0 M", "6.2 %")
+    assert "is not counted: a reason." in active_findings(active | {"why_not": "a reason"})[1]

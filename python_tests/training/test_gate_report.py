@@ -90,6 +90,8 @@ def test_the_gates_of_a_decoders_tokens_are_pooled_over_real_ones(tmp_path):
         table = list(csv.DictReader(file))
     texts = [line.split("\t")[0] for line in files[1].read_text().splitlines()[1:]]
     assert {gate["kind"] for gate in report["gates"]} > {"adapter", "prefix"}
+    assert report["active"]["thresholds"] == [] and "decoder" in report["active"]["why_not"]
+    assert "What works for a text is not counted: " in (tmp_path / "gates.html").read_text()
     for row, text in zip(table, texts, strict=True):
         with torch.inference_mode():
             predictor.model(**predictor.tokenizer(text, return_tensors="pt"))

@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from .ablation import ALL, CONSTANTS, OWN_MEAN, REMOVED, SHUFFLED, UNGATED
+from .active import active_findings
 
 Json = dict[str, Any]
 # Below this standard deviation between texts a gate passes for a constant: it scales its part by
@@ -26,6 +27,7 @@ def findings(report: Json) -> Json:
         "variation": spread,
         "relations": {name: _relation(name, report) for name in report["relations"]["traits"]},
         "worth": list(_worth(report)),
+        "active": active_findings(report["active"]),
         "drift": _drift(report),
     }
 

@@ -9,6 +9,7 @@ from typing import Any
 from ..plots import gates_over_steps
 from . import charts
 from .ablation import ALL, OWN_MEAN
+from .active import COLUMNS, active_rows
 from .charts import Axis, Cell
 from .findings import interval, kind_mean, kinds_of, points, typical_spread, words
 from .style import STYLE
@@ -41,7 +42,7 @@ def page(report: Json) -> str:
         f"<h1>{escape(found['headline'])}</h1><p class=lead>{escape(found['lead'])}</p>"
         f"{_tiles(report)}</header>"
     )
-    sections = (_openness, _relations, _distributions, _worth, _drift, _method)
+    sections = (_openness, _relations, _distributions, _worth, _active, _drift, _method)
     return head + top + "".join(section(report) for section in sections) + "</main></body></html>\n"
 
 
@@ -258,6 +259,25 @@ def _worth_rows(report: Json, place: Any) -> Iterator[str]:
             f"<td{on_loss}>{loss['value']:+.3f}</td>".replace(">-", ">−")
             + f"<td class={kind}>{'no effect shown' if kind == 'none' else kind}</td></tr>"
         )
+
+
+def _active(report: Json) -> str:
+    said = _said(" ".join(report["findings"]["active"]))
+    rows = active_rows(report["active"])
+    if not rows:
+        return _section("active", "What works for a text", said)
+    head = "".join(f"<th>{escape(title)}</th>" for title in COLUMNS)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>" for row in rows)
+    return _section(
+        "active",
+        "What works for a text",
+        said,
+        _panel(f"<table class=worth><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"),
+        "<p class=note>Means over the texts, by formula, of parts whose gate is not below the "
+        "threshold (skip_below); gates, the head and parts without a gate always work. FLOPs are "
+        "two for each multiply-add. A GPU skips less. What skipping does to the score is not "
+        "measured here.</p>",
+    )
 
 
 def _drift(report: Json) -> str:

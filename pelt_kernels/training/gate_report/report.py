@@ -22,6 +22,7 @@ from ..storage import replacing, require_writable, write_json
 from ..tasks import CLASSIFICATION, MULTI_LABEL, REGRESSION, Columns, Example
 from . import ablation, comparison, relations
 from .ablation import Altered
+from .active import active_numbers
 from .comparison import Difference
 from .findings import findings
 from .measure import Outcome, Rows
@@ -99,6 +100,7 @@ def report_gates(
         "method_config": tuned.method_config.to_dict(),
         **_gate_numbers(source, parts, rows, untouched),
         "ablation": _ablation_numbers(untouched, altered, source.metric),
+        "active": active_numbers(tuned, untouched, rows.lengths),
         "history": [
             {"step": entry["step"], "gates": entry["gates"]}
             for entry in source.history
