@@ -8,6 +8,9 @@ export PELT_KERNELS_CUDA ?= auto
 
 BIN := .venv/bin
 # Without --no-compile pip compiles every file of torch and transformers, of which few are imported.
+# Those few are compiled by the first import, also where the environment forbids it: else every
+# process of the tests compiles them anew, which takes it as long as all else that it imports.
+export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 # Without compiling: what each install would build is another thing than build-sim, and would undo it.
 INSTALL := PELT_KERNELS_BUILD=0 $(PIP) --no-build-isolation --editable
