@@ -25,6 +25,7 @@ from . import (
     efficiency_table,
     families_table,
     figures,
+    gates_table,
     operator_tables,
     peft_step,
     peft_tables,
@@ -325,6 +326,7 @@ def tables() -> dict[Path, dict[str, str]]:
         "peft table": (peft_step.RESULTS, peft_tables.headline),
         "peft steps table": (peft_step.RESULTS, peft_tables.full),
         "efficiency rows": (efficiency.RESULTS, efficiency_table.full),
+        "gates table": (gates_table.RESULTS, gates_table.followed),
         "peft tests table": (peft_tests.RESULTS, peft_tests.table),
     }
     results = {
@@ -334,11 +336,13 @@ def tables() -> dict[Path, dict[str, str]]:
     results["every row"] = operator_tables.full(operator_rows())
     if found := tasks():
         results["tasks table"] = tasks_table(found)
-    pages: dict[Path, dict[str, str]] = {}
-    if efficiency.RESULTS.is_file():
-        paper = efficiency_table.paper_table(read(efficiency.RESULTS))
-        pages = {README: {"efficiency table": paper}}
-    return pages | {
+    on_front = {
+        "efficiency table": (efficiency.RESULTS, efficiency_table.paper_table),
+        "gates' worth": (gates_table.RESULTS, gates_table.worth),
+    }
+    front = {name: table(read(path)) for name, (path, table) in on_front.items() if path.is_file()}
+    return {
+        README: front,
         FAMILIES: {"families": families_table.table()},
         BACKENDS: {"support table": support_table(list(OPERATORS))},
         RESULTS: results,
