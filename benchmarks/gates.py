@@ -1,15 +1,16 @@
 """What UniPELT's gates do and what they are worth, of real runs, into benchmarks/results and its
 page.
 
-    python -m benchmarks.gates --data ../shared/data [--tasks sst2,trec] [--variants unipelt,ungated]
-                               [--seeds 0,1,2] [--runs runs/gates]
+    python -m benchmarks.gates --data ../shared/data [--tasks sst2,trec] [--seeds 0,1,2]
+                               [--variants ungated,unipelt] [--runs runs/gates]
 
 Each run is `pelt-kernels train`, in a folder of its own, `<task>/<variant>-seed<seed>`; each with
 gates gets the report of `pelt-kernels gates` on the test part, beside the run without gates of the
 same seed where there is one. Variants are ``unipelt``, ``ungated``, and ``entropy-0.01`` or
 ``l1-0.01`` with a penalty of that kind and weight. Finished runs are read and unfinished ones
 resumed, so the command can be stopped and started again; it needs each task's train.tsv, and its
-dev.tsv, else test.tsv, to test on. A row takes the place of an older one of the same task, variant and seed.
+dev.tsv, else test.tsv, to test on. A row takes the place of an older one of the same task, variant
+and seed.
 """
 
 from __future__ import annotations
