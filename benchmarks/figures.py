@@ -51,10 +51,8 @@ def draw_accuracy(tasks: dict[str, Rows], path: Path) -> None:
     labels = [f"{name}  {_short(trained[name])}" for name in order]
     panels[0][0].set_yticks(range(len(order)), labels)
     panels[0][0].set_ylabel("method, trained parameters")
-    _caption(
-        figure, [row for rows in tasks.values() for row in rows], "mean and deviation of seeds"
-    )
-    _save(figure, path)
+    every = [row for rows in tasks.values() for row in rows]
+    finish(figure, every, "mean and deviation of seeds", path)
 
 
 def draw_steps(rows: Rows, path: Path) -> None:
@@ -76,8 +74,7 @@ def draw_steps(rows: Rows, path: Path) -> None:
     figure, panels = _bars(labels, columns, colours)
     for panel in panels:
         panel.axvline(1.0, color=BLACK, lw=1)
-    _caption(figure, rows, "PEFT as shipped = 1; shorter is better")
-    _save(figure, path)
+    finish(figure, rows, "PEFT as shipped = 1; shorter is better", path)
 
 
 def draw_methods(rows: Rows, path: Path) -> None:
@@ -88,8 +85,7 @@ def draw_methods(rows: Rows, path: Path) -> None:
         ("peak of the process, MiB", [row["peak_bytes"] / 2**20 for row in rows], None),
     ]
     figure, _ = _bars([row["method"] for row in rows], columns, [BLUE] * len(rows))
-    _caption(figure, rows, f"one step of {rows[0]['batch']} texts; shorter is better")
-    _save(figure, path)
+    finish(figure, rows, f"one step of {rows[0]['batch']} texts; shorter is better", path)
 
 
 def draw_bars(
@@ -107,8 +103,7 @@ def draw_bars(
     for panel, (title, *_) in zip(panels, columns):
         if "%" in title:
             panel.axvline(100.0, color=BLACK, lw=1)
-    _caption(figure, rows, words)
-    _save(figure, path)
+    finish(figure, rows, words, path)
 
 
 def _bars(
@@ -155,12 +150,11 @@ def _short(count: int) -> str:
     return f"{count / 1e6:.3g} M" if count >= 9.95e6 else f"{count / 1e6:.1f} M"
 
 
-def _caption(figure: Any, rows: Rows, words: str) -> None:
+def finish(figure: Any, rows: Rows, words: str, path: Path) -> None:
+    """Writes the words and the machines of the rows below a figure, and saves it."""
     machines = dict.fromkeys(row["hardware"]["gpu"] or row["hardware"]["cpu"] for row in rows)
-    lines = textwrap.wrap(f"{words}. {'; '.join(machines)}", 120)
+    width = min(120, round(12.6 * figure.get_figwidth()))  # as many letters are as wide
+    lines = textwrap.wrap(f"{words}. {'; '.join(machines)}", width)
     figure.supxlabel("\n".join(lines), fontsize="small")
-
-
-def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=DPI)
     pyplot.close(figure)

@@ -19,6 +19,7 @@ from typing import Any
 from pelt_kernels.ops import OPERATORS, support_table
 
 from . import (
+    active_table,
     compared,
     counters_report,
     efficiency,
@@ -322,6 +323,7 @@ def tables() -> dict[Path, dict[str, str]]:
         "counters table": (COUNTERS, counters_report.counters_table),
         "generation table": (GENERATION, generation_table),
         "by heart table": (BY_HEART, by_heart_table),
+        "active table": (active_table.RESULTS, active_table.table),
         "compared methods": (compared.RESULTS, compared.table),
         "peft table": (peft_step.RESULTS, peft_tables.headline),
         "peft steps table": (peft_step.RESULTS, peft_tables.full),
@@ -381,6 +383,8 @@ def main() -> None:
         compared.draw(read(compared.RESULTS), folder / compared.PICTURE)
     if efficiency.RESULTS.is_file():
         efficiency_table.draw(read(efficiency.RESULTS), folder / "efficiency.png")
+    if active_table.RESULTS.is_file():
+        active_table.draw(read(active_table.RESULTS), folder / active_table.PICTURE)
     if STEPS.is_file():
         figures.draw_methods(read(STEPS), folder / "methods.png")
 

@@ -63,7 +63,9 @@ def _with_values(
     branches: Mapping[str, LoraBranch], gates: Mapping[str, Tensor], skip_below: float | None
 ) -> dict[str, LoraBranch]:
     """The branches with these values as their gates. Where it may be asked, one that no row has is
-    left out; a row of another one has 0, because the operator multiplies all rows of x at once.
+    left out; a row of another one has 0, because the operator multiplies all rows of x at once: to
+    pick out the rows that keep a branch took from 0.94 to 1.05 of that, where a quarter to three
+    quarters of 32 texts keep it (18 and 128 tokens, D = 384, R = 8, a thread of an AMD EPYC, AVX2).
     """
     made = {}
     for name, branch in branches.items():

@@ -57,8 +57,8 @@ def _skipped(active: Json) -> str:
     start = f"Up to a threshold of {before[-1]:g} nothing is skipped. " if before[-1] else ""
     said = [first] if first is rows[-1] else [first, rows[-1]]
     return start + " ".join(
-        f"At {row['threshold']:g} a text skips {_percent(1 - row['parts'])} of its parts and uses "
-        f"{_percent(row['parameters'] / active['stored'])} of the stored parameters."
+        f"At {row['threshold']:g} a text skips {percent(1 - row['parts'])} of its parts and uses "
+        f"{percent(row['parameters'] / active['stored'])} of the stored parameters."
         for row in said
     )
 
@@ -67,8 +67,8 @@ def _bound(active: Json) -> str:
     """What skipping could save at most."""
     whole = active["thresholds"][0]["flops_share"]
     return (
-        f"All that the method adds is {_percent(whole)} of what the layers multiply without it, so "
-        f"skipping everything would save {_percent(whole / (1 + whole))} of the operations."
+        f"All that the method adds is {percent(whole)} of what the layers multiply without it, so "
+        f"skipping everything would save {percent(whole / (1 + whole))} of the operations."
     )
 
 
@@ -79,11 +79,11 @@ def active_rows(active: Json) -> list[tuple[str, ...]]:
     return [
         (
             f"{row['threshold']:g}",
-            _percent(row["parts"]),
+            percent(row["parts"]),
             f"{row['parameters']:,.0f}",
-            _percent(row["parameters"] / active["stored"]),
+            percent(row["parameters"] / active["stored"]),
             f"{row['added_flops'] / 1e6:,.1f} M",
-            _percent(row["flops_share"]),
+            percent(row["flops_share"]),
         )
         for row in active["thresholds"]
     ]
@@ -99,7 +99,7 @@ COLUMNS = (
 )
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     """A share without a digit that says nothing: 0 % and 100 % are exact."""
     shown = f"{100 * share:.1f}"
     if shown == "100.0" and share < 1:
