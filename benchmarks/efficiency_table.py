@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from . import figures
 from .peft_tables import NAMES as MODEL_NAMES
-from .rows import Rows
+from .rows import Rows, stored_cell, stored_title
 
 # UniPELT's Table 4 (Mao et al., ACL 2022), BERT-base: training and inference, in percent of full
 # fine-tuning.
@@ -97,16 +97,17 @@ def goals(rows: Rows) -> Iterator[str]:
 def paper_table(rows: Rows) -> str:
     """BERT-base in the paper's layout: the paper's shares, this library's, and the peers'."""
     chosen = {row["contender"]: row for row in rows if row["model"] == "bert-base"}
-    lines = [
-        "| method | trained parameters | training: the paper's | here | `adapters` | PEFT "
-        "| inference: the paper's | here | `adapters` | PEFT |",
-        "|---" * 10 + "|",
-    ]
+    stored = stored_title([chosen[method] for method in PAPER if method in chosen])
+    titles = ["method", "trained parameters", *stored]
+    for kind in KINDS:
+        titles += [f"{kind}: the paper's", "here", "`adapters`", "PEFT"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for method, shares in PAPER.items():
         if method not in chosen:
             continue
         own = chosen[method]
         cells = [TITLES[method], f"{own['trainable_parameters']:,}"]
+        cells += [stored_cell([own]) for _ in stored]
         for kind, paper in zip(KINDS, shares):
             cells.append(f"{paper} %")
             for contender in (method, f"adapters-{method}", f"peft-{method}"):
@@ -119,14 +120,14 @@ def paper_table(rows: Rows) -> str:
 
 def full(rows: Rows) -> str:
     """Every row, in Markdown."""
-    lines = [
-        "| model | who | trained parameters | training step | share of full | tokens/s | forward "
-        "| share of full | peak of the process |",
-        "|---" * 9 + "|",
-    ]
+    stored = stored_title(rows)
+    titles = ["model", "who", "trained parameters", *stored, "training step", "share of full"]
+    titles += ["tokens/s", "forward", "share of full", "peak of the process"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
         tokens = row["batch"] * row["length"] / row["training"]["seconds"]
         cells = [MODEL_NAMES[row["model"]], name(row), f"{row['trainable_parameters']:,}"]
+        cells += [stored_cell([row]) for _ in stored]
         for kind in KINDS:
             cells.append(f"{1e3 * row[kind]['seconds']:,.0f} ms")
             cells.append("{:.0f} % ({:.0f}–{:.0f})".format(*_percent(row[kind]["share"])))

@@ -33,7 +33,7 @@ from . import (
 )
 from .checkout import ROOT
 from .peers import peft_tests
-from .rows import Rows, read
+from .rows import Rows, read, stored_cell, stored_title
 
 README = ROOT / "README.md"
 FAMILIES = ROOT / "docs" / "families.md"
@@ -74,7 +74,7 @@ def _digits(share: float) -> str:
 def methods_table(rows: Rows) -> str:
     """The methods' accuracy and cost, in Markdown, from what `benchmarks.methods_table` wrote."""
     head = rows[0]
-    stored = _stored(rows)
+    stored = stored_title(rows)
     titles = ["method", "test accuracy", "trained parameters", "of all", *stored]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
@@ -84,7 +84,7 @@ def methods_table(rows: Rows) -> str:
             f"{row['accuracy']['mean']:.3f} ± {row['accuracy']['std']:.3f}",
             f"{row['trainable_parameters']:,}",
             f"{_digits(share)} %",
-            *(_stored_in([row]) for _ in stored),
+            *(stored_cell([row]) for _ in stored),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     seeds = len(head["seeds"])
@@ -96,19 +96,6 @@ def methods_table(rows: Rows) -> str:
         f"torch {head['torch']}; commit {commits}.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _stored(rows: Rows) -> list[str]:
-    """The title of a column of what is stored, where a row says it: those from before it was
-    counted do not.
-    """
-    return ["stored"] if any(row.get("stored_parameters") for row in rows) else []
-
-
-def _stored_in(rows: Rows) -> str:
-    """That column's cell: the most of some rows, which differ by their heads."""
-    counts = [count for row in rows if (count := row.get("stored_parameters"))]
-    return f"{max(counts):,}" if counts else "–"
 
 
 def _machines(rows: Rows) -> str:
@@ -129,7 +116,7 @@ def tasks_table(tasks: dict[str, Rows]) -> str:
     """
     by_row = {name: {row["row"]: row for row in rows} for name, rows in tasks.items()}
     metrics = {name: rows[0]["metric"] for name, rows in tasks.items()}
-    stored = _stored([row for rows in tasks.values() for row in rows])
+    stored = stored_title([row for rows in tasks.values() for row in rows])
     titles = [f"{name}, {figures.METRIC_NAMES[metric]}" for name, metric in metrics.items()]
     titles = ["method", *titles, "trained parameters", *stored]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
@@ -141,7 +128,7 @@ def tasks_table(tasks: dict[str, Rows]) -> str:
         ]
         found = [row for row in cells.values() if row]
         shown.append(f"{max(row['trainable_parameters'] for row in found):,}")
-        shown += [_stored_in(found) for _ in stored]
+        shown += [stored_cell(found) for _ in stored]
         lines.append(f"| `{name}` | {' | '.join(shown)} |")
     lines.append("")
     for task, metric in metrics.items():
@@ -242,7 +229,7 @@ def generation_table(rows: Rows) -> str:
     """How well each method writes text from data, in Markdown, from what `benchmarks.generation`
     wrote.
     """
-    stored = _stored(rows)
+    stored = stored_title(rows)
     titles = ["model", "method", "BLEU", "chrF", "ROUGE-L", "trained parameters", "of all", *stored]
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
@@ -253,7 +240,7 @@ def generation_table(rows: Rows) -> str:
             *(f"{row[score]:.1f}" for score in ("bleu", "chrf", "rouge_l")),
             f"{row['trainable_parameters']:,}",
             f"{_digits(share)} %",
-            *(_stored_in([row]) for _ in stored),
+            *(stored_cell([row]) for _ in stored),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     first = rows[0]

@@ -22,3 +22,16 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     temporary = path.with_suffix(".part")
     temporary.write_text("".join(f"{json.dumps(row, separators=(',', ':'))}\n" for row in rows))
     temporary.replace(path)
+
+
+def stored_title(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The title of a column of the parameters that are stored after training, where a row says it:
+    those from before it was counted do not, nor do other libraries'.
+    """
+    return ["stored"] if any(row.get("stored_parameters") for row in rows) else []
+
+
+def stored_cell(rows: Sequence[dict[str, Any]]) -> str:
+    """That column's cell: the most of some rows, which differ by their heads."""
+    counts = [count for row in rows if (count := row.get("stored_parameters"))]
+    return f"{max(counts):,}" if counts else "–"

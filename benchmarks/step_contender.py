@@ -154,8 +154,10 @@ class Worker:
         import transformers
 
         whole = sum(parameter.numel() for parameter in self.model.parameters())
+        stored = getattr(self.model, "get_nb_stored_parameters", None)  # others do not count them
         return {
             "trainable_parameters": sum(parameter.numel() for parameter in self.trained),
+            "stored_parameters": None if stored is None else stored(),
             "total_parameters": whole,
             "threads": torch.get_num_threads(),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -60,6 +60,7 @@ def test_a_process_answers_line_by_line(tiny_model, monkeypatch):
     step_contender.main()
     about, training, inference = map(json.loads, answers.getvalue().splitlines())
     assert 0 < about["trainable_parameters"] < about["total_parameters"]
+    assert about["stored_parameters"] == about["trainable_parameters"]  # LoRA's
     assert len(training) == len(inference) == 2
 
 
@@ -129,6 +130,10 @@ def test_the_tables_hold_the_papers_shares_beside_ours(tmp_path):
     assert "| 67 % | **60 %** | 90 % | – | 127 % | **104 %** | 130 % | – |" in line
     whole = efficiency_table.full(rows)
     assert "| UniPELT, with LoRA (adapters) | 1,234 | 9,000 ms | 90 % (89–91) | 114 |" in whole
+    rows[1]["stored_parameters"] = 56
+    whole, paper = efficiency_table.full(rows), efficiency_table.paper_table(rows)
+    assert "| UniPELT, with LoRA (adapters) | 1,234 | – | 9,000 ms |" in whole
+    assert "| 1,234 | 56 | 6,000 ms |" in whole and "| 1,234 | 56 | 67 % |" in paper
     efficiency_table.draw(rows, tmp_path / "bars.png")
     assert (tmp_path / "bars.png").stat().st_size > 10_000
     assert readme.tables().keys() >= {readme.RESULTS}
