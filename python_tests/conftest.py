@@ -207,6 +207,7 @@ def between_guards(monkeypatch):
             return memory[64 : 64 + count].view(shape)
 
         monkeypatch.setattr(native, "empty", empty)
+        monkeypatch.setattr(native, "fresh", lambda t: empty(t.shape, t.dtype, t.device))
         yield
         monkeypatch.undo()
         assert len(pieces) >= at_least

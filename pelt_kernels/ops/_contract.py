@@ -67,6 +67,7 @@ class Layout:
     output_lengths: tuple[int, ...]
     saved_lengths: tuple[int, ...]
     differentiable_lengths: tuple[int, ...]
+    likes: tuple[Any, ...]  # shape, dtype and device of each output that is differentiable
 
     def by_name(self, tensors: Sequence[Tensor | None]) -> dict[str, Value]:
         """The inputs, from the tensors that are there."""
@@ -281,6 +282,11 @@ class Contract:
             output_lengths=tuple(lengths[row.name] for row in self.public_rows),
             saved_lengths=tuple(lengths[row.name] for row in self.saved_rows),
             differentiable_lengths=tuple(lengths[row.name] for row in self.differentiable_rows),
+            likes=tuple(
+                (shape, output_dtype(signature, row), signature.device)
+                for row in self.differentiable_rows
+                for shape in (shapes[row.name] if row.is_list else [shapes[row.name]])
+            ),
         )
 
     def scan(self, values: Sequence[Value]) -> tuple[list[Any], list[Tensor], bool, bool]:

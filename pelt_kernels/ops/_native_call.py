@@ -120,6 +120,8 @@ class Plan:
         self.native = _native_plan(chosen, chosen.backend, chosen.form)
         self.device, self._is_on_gpu = chosen.device, chosen.device.type == "cuda"
         self._is_simulated = chosen.backend == "cuda_sim"
+        # A call on a CPU has ended when it returns.
+        self._lends = chosen.backend == "cpu"
         self.is_empty = 0 in chosen.tensors[0][0]  # no row: then no kernel runs
         self._flat_names = chosen.flat_names
         # Of each input's tensor also how it is made readable for the kernels.
@@ -142,7 +144,11 @@ class Plan:
             for i in (range(length) if length >= 0 else [-1])
         ]
         self._outputs = [
-            (shapes[row.name] if i < 0 else shapes[row.name][i], output_dtype(chosen, row))
+            _native.shaped(
+                shapes[row.name] if i < 0 else shapes[row.name][i],
+                output_dtype(chosen, row),
+                self.device,
+            )
             for row, i in flat
         ]
         self._saved = [(row.name, i) if row.is_saved else None for row, i in flat]
@@ -171,8 +177,8 @@ class Plan:
         where kernels add to it.
         """
         flat = [] if first is None else [first]
-        for shape, dtype in self._outputs[len(flat) :]:
-            out = _native.empty(shape, dtype, self.device)
+        for like in self._outputs[len(flat) :]:
+            out = _native.fresh(like)
             flat.append(out.zero_() if self.is_empty else out)
         return unflatten(iter(flat), self._lengths) if self._has_lists else flat
 
@@ -224,6 +230,7 @@ class Plan:
             0 if workspace is None else workspace.data_ptr(),
             inputs.get("seed", 0) & _SIXTY_FOUR_BITS, run_on,
         )  # fmt: skip
+        self._give_back(workspace)
 
     def _run_backward(
         self,
@@ -250,6 +257,7 @@ class Plan:
             0 if workspace is None else workspace.data_ptr(),
             values.get("seed", 0) & _SIXTY_FOUR_BITS, run_on,
         )  # fmt: skip
+        self._give_back(workspace)
 
     def _readable(self, values: dict[str, Value]) -> list[Tensor | None]:
         """The inputs that are there as kernels read them, copied where they are not so."""
@@ -286,7 +294,13 @@ class Plan:
         size = self._bytes.get(key)
         if size is None:
             size = self._bytes[key] = self.native.workspace_bytes(is_backward, wanted, run_on)
+        if self._lends and size:
+            return _native.lent_workspace(size)
         return _native.workspace(size, self.device) if size else None
+
+    def _give_back(self, workspace: Tensor | None) -> None:
+        if self._lends and workspace is not None:
+            _native.give_back(workspace)
 
 
 def _native_plan(signature: Signature, backend: str, form: str) -> Any:

@@ -36,7 +36,6 @@ class _Node(torch.autograd.Function):
         ctx.chosen, ctx.seed = chosen, seed
         ctx.save_for_backward(*compress(given, layout.kept), *compress(flat, layout.saved))
         ctx.set_materialize_grads(False)
-        ctx.likes = [like_of(out) for out in compress(flat, layout.differentiable)]
         ctx.mark_non_differentiable(*compress(flat, layout.frozen))
         return tuple(compress(flat, layout.public))
 
@@ -51,7 +50,7 @@ class _Node(torch.autograd.Function):
         if _formula.needs_formula(flat_grads):
             return _by_formula(ctx, inputs, flat_grads)
         dys = compress(flat_grads, compress(layout.differentiable, layout.public))
-        whole = iter([filled(dy, like) for dy, like in zip(dys, ctx.likes)])
+        whole = iter([filled(dy, like) for dy, like in zip(dys, layout.likes)])
         named = dict(zip(contract.gradient_names, unflatten(whole, layout.differentiable_lengths)))
         named.update(zip(contract.saved_names, unflatten(tensors, layout.saved_lengths)))
         dy = named[contract.gradient_names[0]]
@@ -122,7 +121,10 @@ def run_forward(chosen: Chosen, inputs: dict[str, Value], seed: int) -> Sequence
             outputs = chosen.forward(chosen, **inputs)
     else:
         outputs = chosen.forward(chosen, **inputs)
-    return [_no_view(output) for output in outputs]
+    return [
+        output if output.__class__ is Tensor and not output._is_view() else _no_view(output)
+        for output in outputs
+    ]
 
 
 def _no_view(output: Any) -> Any:

@@ -87,32 +87,36 @@ def scan(values: Sequence[Value]) -> tuple[list[Any], list[Tensor], bool, bool]:
     given: list[Tensor] = []
     is_plain, requires_grad = True, False
     for value in values:
+        kind = value.__class__
         if value is None:
             signature.append(None)
-        elif value.__class__ is Tensor or value.__class__ is Parameter:
+        elif kind is Tensor or kind is Parameter:
             given.append(value)
             signature += (value.shape, value.dtype, value.device)
             if value.layout is not torch.strided:
                 is_plain = False
-            requires_grad = requires_grad or value.requires_grad
+            if value.requires_grad:
+                requires_grad = True
         elif isinstance(value, (list, tuple)):
             signature.append(len(value))
             for element in value:
+                kind = element.__class__
                 if element is None:
                     signature.append(None)
-                elif isinstance(element, Tensor):
+                elif kind is Tensor or kind is Parameter or isinstance(element, Tensor):
                     given.append(element)
                     signature += (element.shape, element.dtype, element.device)
-                    requires_grad = requires_grad or element.requires_grad
+                    if element.requires_grad:
+                        requires_grad = True
                     if element.layout is not torch.strided or (
-                        element.__class__ is not Tensor and element.__class__ is not Parameter
+                        kind is not Tensor and kind is not Parameter
                     ):
                         is_plain = False
                 else:
-                    signature.append(type(element))
+                    signature.append(kind)
         elif isinstance(value, Tensor):
             is_plain = False
             signature += (value.shape, value.dtype, value.device)
         else:
-            signature.append(type(value))
+            signature.append(kind)
     return signature, given, is_plain, requires_grad
