@@ -257,8 +257,11 @@ def wants_weights(call: AttentionCall) -> bool:
     """Whether this call is asked for attention weights, as transformers decides it; then says once
     what that costs.
     """
-    default = getattr(call.module.config, "output_attentions", False)
-    if not call.options.get("output_attentions", default):
+    if "output_attentions" in call.options:
+        is_asked = call.options["output_attentions"]
+    else:  # a configuration answers slowly
+        is_asked = getattr(call.module.config, "output_attentions", False)
+    if not is_asked:
         return False
     if not torch.compiler.is_compiling():
         logger.warning_once(

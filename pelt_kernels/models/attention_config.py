@@ -32,7 +32,8 @@ class AttentionView:
     @property
     def _attn_implementation(self) -> Any:
         """ "pelt" as long as the base model's attention is what it was."""
-        found = self._attn_implementation_internal
+        # Asked for in each layer, twice, and each look-up in a configuration takes long.
+        found = self.__dict__["_attn_implementation_internal"]
         return PELT if found == self.base_attention else found
 
     @_attn_implementation.setter

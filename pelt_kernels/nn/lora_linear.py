@@ -96,13 +96,11 @@ def _with_branches(
     if not extra_gates and all(branch.gate is None for branch in branches):
         y = _without_gates(linear, x, branches, dropout)
         return y, (), (None,) * len(branches)
-    wants_mask = [gate.mask_for(mask) is not None for gate in extra_gates]
-    wants_mask += [
-        isinstance(branch.gate, LearnedGate) and branch.gate.pooling == "masked_mean"
-        for branch in branches
-    ]
-    read_mask = mask if any(wants_mask) else None
-    learned = tuple(gate.learned(mask) for gate in extra_gates)
+    learned = tuple([gate.learned(mask) for gate in extra_gates])
+    read_mask = None
+    for each in (*learned, *[branch.gate for branch in branches]):
+        if isinstance(each, LearnedGate) and each.pooling == "masked_mean":
+            read_mask = mask
     p = dropout if linear.training else 0.0
     if not original.is_plain:
         return add_branches(original(linear, x), x, branches, learned, read_mask, p)
@@ -258,8 +256,9 @@ class LoRALinear(nn.Module):
             return (y, {}) if return_gates else y
         branches = {}
         if self.r:
-            scale = self.alpha / self.r if self.gate is None else 1.0
-            learned = None if self.gate is None else self.gate.learned(mask)
+            gate = self.gate
+            scale = self.alpha / self.r if gate is None else 1.0
+            learned = None if gate is None else gate.learned(mask)
             branch = LoraBranch(self.lora_a, self.lora_b, scale=scale, gate=learned)
             branches[BRANCH_GATE] = branch
         extra = cast("Mapping[str, Gate]", dict(self.extra_gates.items()))

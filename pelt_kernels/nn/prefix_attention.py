@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Prefix, prefix_attention
+from ..ops._values import is_autocast
 from ..ops.prefix_attention.contract import MAX_SEGMENTS
 from ..ops.prefix_attention.weights import attention_weights
 
@@ -189,17 +190,25 @@ class PrefixAttention(nn.Module):
             return [(table[layer, 0], table[layer, 1]) for table in tables]
         embeddings = [self.embedding.weight, *map(self._own, self.attributes)]
         joined = embeddings[0] if len(embeddings) == 1 else torch.cat(embeddings)
-        with torch.autocast(joined.device.type, enabled=False):
-            hidden = torch.tanh(self.down(joined))
-            rows = nn.functional.linear(hidden, self.up_weight[layer], self.up_bias[layer])
-        parts = rows.view(len(rows), 2, self.num_heads, self.head_size).split(
-            [math.prod(shape) for shape in shapes]
-        )
+        if is_autocast(joined.device):
+            with torch.autocast(joined.device.type, enabled=False):
+                rows = self._rows(joined, layer)
+        else:  # the usual case, in which the block would take longer than a product in it
+            rows = self._rows(joined, layer)
+        rows = rows.view(len(rows), 2, self.num_heads, self.head_size)
+        if len(shapes) == 1:
+            keys, values = rows.unbind(1)
+            return [(keys, values)]
         keys_values = []
-        for part, shape in zip(parts, shapes):
+        for part, shape in zip(rows.split([math.prod(shape) for shape in shapes]), shapes):
             keys, values = part.unbind(1)
             keys_values.append((keys.unflatten(0, shape), values.unflatten(0, shape)))
         return keys_values
+
+    def _rows(self, embeddings: Tensor, layer: int) -> Tensor:
+        """Keys and values [ΣP, 2·G·E] of one layer, from the embeddings."""
+        hidden = torch.tanh(self.down(embeddings))
+        return nn.functional.linear(hidden, self.up_weight[layer], self.up_bias[layer])
 
     def segments(self, layer: int, labels: Mapping[str, Tensor] | None = None) -> list[Prefix]:
         """What `prefix_attention` takes for one layer: ``[C_an ; ... ; C_a1 ; P]``.
