@@ -135,7 +135,7 @@ def started(name: str, model: str, options: argparse.Namespace) -> Iterator[Proc
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env=os.environ | CONTENDERS[name].environment,
+        env=os.environ | {"KINETO_LOG_LEVEL": "99"} | CONTENDERS[name].environment,
     )
     try:
         yield Process(process, name, batch)

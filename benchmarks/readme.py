@@ -30,6 +30,7 @@ from . import (
     operator_tables,
     peft_step,
     peft_tables,
+    step_profile,
 )
 from .checkout import ROOT
 from .peers import peft_tests
@@ -315,6 +316,7 @@ def tables() -> dict[Path, dict[str, str]]:
         "peft table": (peft_step.RESULTS, peft_tables.headline),
         "peft steps table": (peft_step.RESULTS, peft_tables.full),
         "efficiency rows": (efficiency.RESULTS, efficiency_table.full),
+        "profile table": (step_profile.RESULTS, step_profile.table),
         "gates table": (gates_table.RESULTS, gates_table.followed),
         "peft tests table": (peft_tests.RESULTS, peft_tests.table),
     }

@@ -5,9 +5,10 @@ step or a forward when it is told to.
 
 It reads a JSON list from each line of its input and answers with a JSON value: ``["training", n]``
 and ``["inference", n]`` with seconds on the clock and of the processor for the n-th batch,
-``["peak"]`` with the most memory of a training step in bytes, ``["backends"]`` with what served the
-operators. It imports what its own contender needs and nothing else of this project, as the library
-`adapters` asks for a transformers of its own.
+``["profile", kind]`` with what torch's profiler says of one of these, ``["peak"]`` with the most
+memory of a training step in bytes, ``["backends"]`` with what served the operators. It imports what
+its own contender needs and nothing else of this project, as the library `adapters` asks for a
+transformers of its own.
 """
 
 from __future__ import annotations
@@ -170,6 +171,22 @@ class Worker:
     def inference(self, number: int = 0) -> tuple[float, float]:
         """A forward without gradients on a batch."""
         return lap(partial(self.forward, self.batches[number % len(self.batches)]), self.device)
+
+    def profile(self, kind: str) -> dict[str, Any]:
+        """Of a training step or a forward, ``seconds`` on the clock, those in the optimizer among
+        them, and those in each operator without the ones that it calls.
+        """
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            seconds, _ = getattr(self, kind)()
+        events = {event.key: event for event in found.key_averages()}
+        optimizer = [
+            e.cpu_time_total for name, e in events.items() if name.startswith("Optimizer.step")
+        ]
+        return {
+            "seconds": seconds,
+            "optimizer": sum(optimizer) / 1e6,
+            "operators": {name: e.self_cpu_time_total / 1e6 for name, e in events.items()},
+        }
 
     def peak(self) -> int:
         """Bytes at the peak of a training step: of the GPU's allocator, or resident in the process,
