@@ -34,7 +34,7 @@ def worth(rows: Rows) -> str:
     """What changes of the gates do to accuracy on each task, in Markdown."""
     by_task = _by_task([row for row in rows if row["variant"] == GATED])
     lines = [
-        f"| | {' | '.join(f'{task}, accuracy' for task in by_task)} |",
+        f"| | {' | '.join(f'{task}, {_seeds(found)}' for task, found in by_task.items())} |",
         "|---" * (1 + len(by_task)) + "|",
     ]
     as_trained = [_score(found) for found in by_task.values()]
@@ -78,9 +78,14 @@ def _by_task(rows: Rows) -> dict[str, Rows]:
     }
 
 
+def _seeds(rows: Rows) -> str:
+    return f"{len(rows)} seeds" if len(rows) > 1 else "one seed"
+
+
 def _score(rows: Rows) -> str:
     scores = [100 * row["score"] for row in rows]
-    return f"{mean(scores):.1f} ({min(scores):.1f} to {max(scores):.1f})"
+    spread = f" ({min(scores):.1f} to {max(scores):.1f})" if len(scores) > 1 else ""
+    return f"{mean(scores):.1f}{spread}"
 
 
 def _change(rows: Rows, of: str, change: str) -> str:
@@ -95,9 +100,9 @@ def _change(rows: Rows, of: str, change: str) -> str:
         return "–"
     values = [entry["difference"]["value"] for entry in found]
     shown = sum(entry["difference"]["is_effect"] for entry in found)
-    effect = f", shown in {shown} of {len(found)}" if shown else ""
-    spread = f"({points(min(values))} to {points(max(values))}{effect})"
-    return f"{points(mean(values))} {spread}"
+    notes = [f"{points(min(values))} to {points(max(values))}"] if len(values) > 1 else []
+    notes += [f"shown in {shown} of {len(found)}"] if shown else []
+    return points(mean(values)) + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _mean(row: Row, kind: str) -> float:
@@ -110,14 +115,13 @@ def _the(part: str) -> str:
 
 def _conditions(rows: Rows) -> str:
     """The sentence below a table."""
-    seeds = len({row["seed"] for row in rows})
     sizes = dict.fromkeys(
         f"{row['train_examples']:,} training and {row['test_examples']:,} test examples "
         f"({row['task']})"
         for row in rows
     )
     return (
-        f"{seeds} seeds; {', '.join(sizes)}; {'; '.join(_once(_machine(row) for row in rows))}; "
+        f"{', '.join(sizes)}; {'; '.join(_once(_machine(row) for row in rows))}; "
         f"torch {rows[0]['versions']['torch']}; commit "
         f"{', '.join(_once(row['commit'][:10] for row in rows))}."
     )

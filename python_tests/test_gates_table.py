@@ -95,10 +95,13 @@ def test_a_change_stands_with_its_range_and_the_seeds_that_show_it() -> None:
     assert "| as trained | 75.5 (75.0 to 76.0) |" in table
     assert "| every gate held at its own mean | −0.5 (−2.0 to +1.0, shown in 1 of 2) |" in table
     assert "| trained without gates | – |" in table
-    assert "2 seeds; 500 training and 60 test examples (toy); x, 1 thread(s); " in table
+    assert "| | toy, 2 seeds |" in table
+    assert "\n500 training and 60 test examples (toy); x, 1 thread(s); " in table
 
 
 def test_runs_with_a_penalty_are_not_in_the_table_of_worth() -> None:
     rows = rows_of((0.0, False), (0.0, False))
     rows[1]["variant"] = "l1-0.01"
-    assert "| as trained | 75.0 (75.0 to 75.0) |" in gates_table.worth(rows)
+    table = gates_table.worth(rows)
+    assert "| | toy, one seed |" in table and "| as trained | 75.0 |" in table
+    assert "| every gate held at its own mean | 0.0 |" in table
