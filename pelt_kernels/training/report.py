@@ -64,6 +64,8 @@ def metrics(
     names = PROBLEMS[task.problem].metrics
     summary = {name: summarise([run[name] for run in runs]) for name in names}
     timed = [run["seconds_per_step"] for run in runs if run["seconds_per_step"] is not None]
+    # A run from before it was counted does not say it; all of one experiment have the same.
+    stored = [run["stored_parameters"] for run in runs if "stored_parameters" in run]
     used: dict[str, str] = {}
     for run in runs:
         used |= run["backends"]
@@ -73,7 +75,7 @@ def metrics(
         "summary": summary,
         "seconds_per_step": median(timed) if timed else None,
         "trainable_parameters": runs[0]["trainable_parameters"],
-        "stored_parameters": runs[0].get("stored_parameters"),
+        "stored_parameters": stored[0] if stored else None,
         "total_parameters": runs[0]["total_parameters"],
         "backends": used,
         "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),

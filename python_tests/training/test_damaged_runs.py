@@ -85,6 +85,18 @@ def test_wrong_types_in_a_result_are_named(
     refused(config, run, f"remove {path.parent} to train again")
 
 
+def test_a_result_from_before_the_stored_were_counted_is_read(
+    config: TrainConfig, run: Path
+) -> None:
+    (path,) = run.glob("lr-*-seed-0/result.json")
+    values = json.loads(path.read_text())
+    stored = values.pop("stored_parameters")
+    path.write_text(json.dumps(values))
+    found = train(config, run, resume=True)
+    assert found["stored_parameters"] == stored == found["trainable_parameters"]  # LoRA's
+    assert "stored_parameters" not in found["seeds"][0]
+
+
 def test_a_result_holds_what_is_checked(run: Path) -> None:
     (path,) = run.glob("lr-*-seed-0/result.json")
     assert set(json.loads(path.read_text())) >= set(RESULT)
