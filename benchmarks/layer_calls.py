@@ -29,9 +29,10 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .checkout import commit
+from .checkout import ROOT, commit
 from .rows import Rows, read, write
 
+RESULTS = ROOT / "benchmarks" / "results" / "layer_calls.jsonl"
 FEW, MANY, ROUNDS = 1, 5, 60
 PARTS = ("inference", "forward", "backward")
 HIDDEN, HEADS, WORDS, BATCH = 64, 2, 8, 2
@@ -228,6 +229,21 @@ def joined(old: Rows, new: Rows) -> Rows:
 
     replaced = {of(row) for row in new}
     return [*(row for row in old if of(row) not in replaced), *new]
+
+
+def table(rows: Rows) -> str:
+    """Calls, those of this package among them, and microseconds of a layer, in Markdown."""
+    lines = [
+        "| processor | commit | method | inference | forward | backward |",
+        "|---" * 6 + "|",
+    ]
+    for row in rows:
+        cells = [row["hardware"]["kind"], row["commit"][:10], f"`{row['method']}`"]
+        for part in PARTS:
+            own = sum(row[part]["own"].values())
+            cells.append(f"{row[part]['calls']} ({own}), {row[part]['us']:,.0f} us")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
