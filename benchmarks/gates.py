@@ -23,14 +23,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pelt_kernels.training.gate_report.ablation import ALL, REMOVED, UNGATED
+from pelt_kernels.training.gate_report.ablation import ALL, PARTS, REMOVED, UNGATED
+from pelt_kernels.training.gate_report.report import NUMBERS_FILE as REPORT
 
 from . import gates_table, readme
 from .checkout import commit
-from .gates_table import GATED, PARTS
+from .gates_table import GATED
 from .rows import read, write
 
-REPORT = "gates.json"
 TRAINED, REPORTED = "commit", "gates-commit"  # files with the commit that did it
 WITHOUT = "ungated"
 Row = dict[str, Any]

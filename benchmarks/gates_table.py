@@ -10,18 +10,24 @@ from pelt_kernels.training.gate_report.ablation import (
     ALL,
     CONSTANTS,
     OWN_MEAN,
+    PARTS,
     REMOVED,
     SHUFFLED,
     UNGATED,
 )
-from pelt_kernels.training.gate_report.findings import points, words
+from pelt_kernels.training.gate_report.findings import (
+    kind_mean,
+    kinds_of,
+    points,
+    typical_spread,
+    words,
+)
 
 from .checkout import ROOT
 from .rows import Rows
 
 RESULTS = ROOT / "benchmarks" / "results" / "gates.jsonl"
 GATED = "unipelt"  # the variant that is the method as it is
-PARTS = ("adapter", "prefix", "lora")
 TITLES = {
     OWN_MEAN: "every gate held at its own mean",
     SHUFFLED: "every text with the gates of another",
@@ -57,11 +63,9 @@ def followed(rows: Rows) -> str:
         "|---" * 10 + "|",
     ]
     for row in rows:
-        kinds = dict.fromkeys(gate["kind"] for gate in row["gates"])
-        means = (f"{words(kind)} {_mean(row, kind):.2f}" for kind in kinds)
-        spread = sorted(gate["std"] for gate in row["gates"])[len(row["gates"]) // 2]
+        means = (f"{words(kind)} {kind_mean(row, kind):.2f}" for kind in kinds_of(row))
         cells = [row["task"], f"`{row['variant']}`", str(row["seed"]), f"{row['score']:.3f}"]
-        cells += [", ".join(means), f"± {spread:.3f}"]
+        cells += [", ".join(means), f"± {typical_spread(row):.3f}"]
         for trait in ("label", "length", "loss", "confidence"):
             found = row["relations"]["traits"][trait]
             strongest = found["strongest"]["value"]
@@ -103,10 +107,6 @@ def _change(rows: Rows, of: str, change: str) -> str:
     notes = [f"{points(min(values))} to {points(max(values))}"] if len(values) > 1 else []
     notes += [f"shown in {shown} of {len(found)}"] if shown else []
     return points(mean(values)) + (f" ({', '.join(notes)})" if notes else "")
-
-
-def _mean(row: Row, kind: str) -> float:
-    return mean(gate["mean"] for gate in row["gates"] if gate["kind"] == kind)
 
 
 def _the(part: str) -> str:

@@ -10,7 +10,7 @@ from tiny_encoder import tiny_model, toy_files
 
 from benchmarks import gates, gates_table, readme
 from benchmarks.rows import Rows, read
-from pelt_kernels.training.gate_report.ablation import ALL, OWN_MEAN, REMOVED, UNGATED
+from pelt_kernels.training.gate_report.ablation import ALL, OWN_MEAN, PARTS, REMOVED, UNGATED
 
 __all__ = ["tiny_model", "toy_files"]
 
@@ -52,7 +52,7 @@ def test_runs_are_trained_and_reported_once(
     assert changes >= {
         (ALL, OWN_MEAN),
         (ALL, UNGATED),
-        *((part, REMOVED) for part in gates_table.PARTS),
+        *((part, REMOVED) for part in PARTS),
     }
     assert f"| {task.name} | `unipelt` | 0 | 0." in gates_table.followed([row])
     before = results.read_text()
@@ -62,7 +62,7 @@ def test_runs_are_trained_and_reported_once(
 
 def test_a_variant_is_the_method_with_its_fields() -> None:
     assert gates.method_of("unipelt") == ["--method", "unipelt"]
-    assert gates.method_of("ungated").count("--set") == len(gates_table.PARTS)
+    assert gates.method_of("ungated").count("--set") == len(PARTS)
     assert "gate_penalty=0.01" in gates.method_of("l1-0.01")
     for unknown in ("l2-0.01", "l1", "lora"):
         with pytest.raises(SystemExit, match="expected a variant"):
