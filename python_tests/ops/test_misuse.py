@@ -142,7 +142,11 @@ def test_expanded_inputs_are_their_copies(backend, need):
     x, weight = torch.randn(1, 1, D).expand(B, S, D), torch.randn(R, 1).expand(R, D)
     y = gated_adapter(x, weight, weight.T, backend=backend)
     copies = (x.contiguous(), weight.contiguous(), weight.T.contiguous())
-    assert torch.equal(y, gated_adapter(*copies, backend=backend))
+    of_copies = gated_adapter(*copies, backend=backend)
+    # The kernel makes these copies itself. PyTorch adds the terms of a product in another order
+    # where a stride is 0, on some processors.
+    exact = {"rtol": 0, "atol": 0} if backend == "cpu" else {}
+    torch.testing.assert_close(y, of_copies, **exact)
 
 
 def on_meta(value):
