@@ -15,7 +15,7 @@ from pelt_kernels.training.gate_report.active import percent
 
 from . import figures
 from .checkout import ROOT
-from .rows import Rows
+from .rows import Rows, measured_by
 
 RESULTS = ROOT / "benchmarks" / "results" / "active.jsonl"
 PICTURE = "active.png"
@@ -79,9 +79,6 @@ def _share(found: dict[str, float]) -> str:
 
 
 def _conditions(rows: Sequence[dict[str, Any]]) -> str:
-    machines = dict.fromkeys(
-        f"{row['hardware']['cpu']}, {row['hardware']['threads']} thread(s)" for row in rows
-    )
     sizes = dict.fromkeys(
         f"{row['task']}: {row['texts']:,} test texts, {row['train_examples'] or 'all'} to train on"
         for row in rows
@@ -91,14 +88,12 @@ def _conditions(rows: Sequence[dict[str, Any]]) -> str:
         for row in rows
         for batch, found in row["times"].items()
     ]
-    commits = dict.fromkeys(row["commit"][:10] for row in rows)
     return (
         f"{'; '.join(sizes)}. Parts, parameters and operations are means over the test texts, by "
         f"formula; operations are those of the layers with the method, without a threshold 100 %. "
         f"Times are of the processor, as shares of the run's own without a threshold: medians of "
         f"{', '.join(dict.fromkeys(timed))}, in turns, in brackets the 20th and 80th of a hundred; "
-        f"the machine was shared. {'; '.join(machines)}; torch "
-        f"{rows[0]['versions']['torch']}; commit {', '.join(commits)}."
+        f"the machine was shared. {measured_by(rows)}."
     )
 
 

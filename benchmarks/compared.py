@@ -9,7 +9,7 @@ from pelt_kernels.training.compare.summary import summed_up
 from pelt_kernels.training.compare.tables import markdown
 
 from .checkout import ROOT
-from .rows import Rows
+from .rows import Rows, commits
 
 RESULTS = ROOT / "benchmarks" / "results" / "compare.jsonl"
 PICTURE = "compare.png"
@@ -25,9 +25,8 @@ def table(rows: Rows) -> str:
         "cells": rows,
         "parameters": {row["method"]: row["parameters"] for row in rows},
     }
-    commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
     picture = f"![Scores of each method by the number of training examples]({PICTURE})"
-    return f"{markdown(summary).rstrip()} Commit {commits}.\n\n{picture}\n"
+    return f"{markdown(summary).rstrip()} Commit {commits(rows)}.\n\n{picture}\n"
 
 
 def draw(rows: Rows, path: Path) -> None:

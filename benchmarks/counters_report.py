@@ -13,7 +13,7 @@ from rich.table import Table
 from . import pipes
 from .instructions import family_of
 from .pipes import ALIKE, GPUS, Launch
-from .rows import Rows
+from .rows import Rows, commits
 
 WHAT = (
     "Counts of PTX instructions on the simulator and a lower bound from them, not a measurement: "
@@ -141,5 +141,4 @@ def counters_table(rows: Rows) -> str:
             f"| {row['issued'] / 1e6:,.2f} M | {row['per_16_bytes']:.1f} "
             f"| {' | '.join(cells + bounds)} |"
         )
-    commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
-    return "\n".join([*lines, "", f"{WHAT} Commit {commits}."]) + "\n"
+    return "\n".join([*lines, "", f"{WHAT} Commit {commits(rows)}."]) + "\n"

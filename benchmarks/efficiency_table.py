@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from . import figures
 from .peft_tables import NAMES as MODEL_NAMES
-from .rows import Rows, stored_cell, stored_title
+from .rows import Rows, measured_by, stored_cell, stored_title
 
 # UniPELT's Table 4 (Mao et al., ACL 2022), BERT-base: training and inference, in percent of full
 # fine-tuning.
@@ -156,21 +156,15 @@ def _conditions(rows: Sequence[dict[str, Any]]) -> str:
             (row["model"], row["batch"], row["length"]) for row in rows
         )
     )
-    machines = dict.fromkeys(
-        f"{row['hardware']['gpu'] or row['hardware']['cpu']}, {row['threads']} thread(s)"
-        for row in rows
-    )
     versions = dict.fromkeys(
         f"transformers {row['versions']['transformers']} ({row['library']})"
         for row in rows
         if row["library"] in ("pelt_kernels", "adapters")
     )
-    commits = dict.fromkeys(row["commit"][:10] for row in rows)
     rounds = [row["training"]["rounds"] for row in rows]
     return (
         f"Medians of {min(rounds)} to {max(rounds)} rounds in turns, float32; texts x tokens: "
-        f"{sizes}; {'; '.join(machines)}; torch {rows[0]['versions']['torch']}, "
-        f"{', '.join(versions)}; commit {', '.join(commits)}."
+        f"{sizes}; {', '.join(versions)}; {measured_by(rows)}."
     )
 
 

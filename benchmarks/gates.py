@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any
 from pelt_kernels.training.gate_report.ablation import ALL, PARTS, REMOVED, UNGATED
 from pelt_kernels.training.gate_report.report import NUMBERS_FILE as REPORT
 
-from . import gates_table, readme
+from . import gates_table, readme, training_runs
 from .checkout import commit
 from .gates_table import GATED
 from .rows import read, write
@@ -95,8 +94,7 @@ def method_of(variant: str) -> list[str]:
 def _train(folder: Path, options: Sequence[str]) -> int:
     if (folder / TRAINED).is_file():
         return 0
-    begun = ["--resume"] if (folder / "run.json").is_file() else []
-    code = _command("train", *options, "--output", str(folder), *begun)
+    code = training_runs.trained(folder, options)
     if code == 0:
         (folder / TRAINED).write_text(commit())
     return code
@@ -107,7 +105,7 @@ def _report(folder: Path, ungated: Path | None) -> int:
     if done.is_file() and (ungated is None or has_twin(json.loads((folder / REPORT).read_text()))):
         return 0
     beside = [] if ungated is None else ["--ungated", str(ungated)]
-    code = _command("gates", str(folder), *beside)
+    code = training_runs.command("gates", str(folder), *beside)
     if code == 0:
         done.write_text(commit())
     return code
@@ -116,11 +114,6 @@ def _report(folder: Path, ungated: Path | None) -> int:
 def has_twin(report: Row) -> bool:
     """Whether a report has a run without gates to compare with."""
     return any(row["change"] == UNGATED for row in report["ablation"]["rows"])
-
-
-def _command(*words: str) -> int:
-    command = [sys.executable, "-m", "pelt_kernels.cli", *words]
-    return subprocess.run(command, check=False).returncode
 
 
 def _write(runs: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from statistics import mean
 from typing import Any
 
@@ -24,7 +23,7 @@ from pelt_kernels.training.gate_report.findings import (
 )
 
 from .checkout import ROOT
-from .rows import Rows
+from .rows import Rows, measured_by, once
 
 RESULTS = ROOT / "benchmarks" / "results" / "gates.jsonl"
 GATED = "unipelt"  # the variant that is the method as it is
@@ -115,21 +114,9 @@ def _the(part: str) -> str:
 
 def _conditions(rows: Rows) -> str:
     """The sentence below a table."""
-    sizes = dict.fromkeys(
+    sizes = once(
         f"{row['train_examples']:,} training and {row['test_examples']:,} test examples "
         f"({row['task']})"
         for row in rows
     )
-    return (
-        f"{', '.join(sizes)}; {'; '.join(_once(_machine(row) for row in rows))}; "
-        f"torch {rows[0]['versions']['torch']}; commit "
-        f"{', '.join(_once(row['commit'][:10] for row in rows))}."
-    )
-
-
-def _machine(row: Row) -> str:
-    return f"{row['hardware']['cpu']}, {row['hardware']['threads']} thread(s)"
-
-
-def _once(names: Iterator[str]) -> Sequence[str]:
-    return list(dict.fromkeys(names))
+    return f"{', '.join(sizes)}; {measured_by(rows)}."

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from pelt_kernels.training.metrics import NAMES, score
 from . import readme
 from .checkout import commit
 from .rows import read, write
+from .training_runs import trained
 
 EXAMPLES = 1000
 SEEDS = "0,1,2"
@@ -82,12 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _train_row(row: str, folder: Path, common: Sequence[str]) -> int:
     if (folder / "commit").is_file():
         return 0
-    begun = ["--resume"] if (folder / "run.json").is_file() else []
-    command = [sys.executable, "-m", "pelt_kernels.cli", "train", "--output", str(folder)]
     method = VARIANTS.get(row, ("--method", row))
-    code = subprocess.run(
-        [*command, *method, *common, *MORE.get(row, ()), *begun], check=False
-    ).returncode
+    code = trained(folder, [*method, *common, *MORE.get(row, ())])
     if code:
         return code
     if row.startswith("adamix"):

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from statistics import geometric_mean
 from typing import Any
 
+from .rows import measured_by, once
+
 NAMES = {
     "minilm": "MiniLM, 6 layers of 384",
     "bert-base": "BERT-base, 12 of 768",
@@ -86,17 +88,9 @@ def _mean_and_range(speedups: list[float]) -> str:
 
 def _conditions(rows: Rows) -> str:
     """Texts, machine, versions and commits, each once."""
-
-    def each(*found: str) -> str:
-        return ", ".join(dict.fromkeys(found))
-
-    machines = each(
-        *(f"{row['hardware']['cpu']}, {row['hardware']['threads']} thread(s)" for row in rows)
-    )
-    libraries = ("peft", "transformers", "torch")
     versions = "; ".join(
-        f"{name} {each(*(row['versions'][name] for row in rows))}" for name in libraries
+        f"{name} {', '.join(once(row['versions'][name] for row in rows))}"
+        for name in ("peft", "transformers")
     )
-    sizes = each(*(f"{row['batch']} texts of up to {row['length']} tokens" for row in rows))
-    commits = each(*(row["commit"][:10] for row in rows))
-    return f"{sizes}; {machines}; {versions}; commit {commits}."
+    sizes = once(f"{row['batch']} texts of up to {row['length']} tokens" for row in rows)
+    return f"{', '.join(sizes)}; {versions}; {measured_by(rows)}."

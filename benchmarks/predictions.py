@@ -30,7 +30,7 @@ from pelt_kernels.ops import _dispatch as dispatch
 from . import counters, pipes, roofline, shapes
 from .checkout import ROOT, commit
 from .from_tests import Case, parity
-from .rows import Rows, read, write
+from .rows import Rows, commits, read, write
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = RESULTS / "predictions_h200.md"
@@ -145,8 +145,7 @@ def page(before: Rows, after: Rows, module: Path | None = None) -> str:
     lines = ["# What the CUDA kernels do, counted", "", WHAT, "", HOW]
     for name, rows in ((BEFORE, before), (AFTER, after)):
         if rows:
-            commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
-            lines.append(f"`{name}` is commit {commits}, all in {DTYPE}.  ")
+            lines.append(f"`{name}` is commit {commits(rows)}, all in {DTYPE}.  ")
     if both:
         lines += ["", "## After over before", "", *_overall(pairs)]
     for operator in OPERATORS:

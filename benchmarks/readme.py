@@ -35,7 +35,7 @@ from . import (
 )
 from .checkout import ROOT
 from .peers import peft_tests
-from .rows import Rows, read, stored_cell, stored_title
+from .rows import Rows, measured_by, read, stored_cell, stored_title
 
 README = ROOT / "README.md"
 FAMILIES = ROOT / "docs" / "families.md"
@@ -90,20 +90,12 @@ def methods_table(rows: Rows) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     seeds = len(head["seeds"])
-    commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
     lines += [
         "",
         f"Mean and standard deviation of {seeds} seeds, {head['train_examples']:,} training "
-        f"examples, {head['test_examples']:,} test examples; {_machines(rows)}; "
-        f"torch {head['torch']}; commit {commits}.",
+        f"examples, {head['test_examples']:,} test examples; {measured_by(rows)}.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _machines(rows: Rows) -> str:
-    """The processors that measured the rows, each once."""
-    found = (f"{row['hardware']['cpu']}, {row['hardware']['threads']} thread(s)" for row in rows)
-    return "; ".join(dict.fromkeys(found))
 
 
 def task_file(name: str) -> Path:
@@ -139,14 +131,12 @@ def tasks_table(tasks: dict[str, Rows]) -> str:
     lines += _random_experts(metrics, by_row)
     rows = [row for rows in tasks.values() for row in rows]
     first = rows[0]
-    commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
     trained_on = ", ".join(dict.fromkeys(f"{row['train_examples']:,}" for row in rows))
     sizes = ", ".join(f"{rows[0]['test_examples']:,} ({name})" for name, rows in tasks.items())
     lines += [
         "",
         f"Mean and standard deviation of {len(first['seeds'])} seeds, {trained_on} "
-        f"training examples each, test examples: {sizes}; {_machines(rows)}; "
-        f"torch {first['torch']}; commit {commits}.",
+        f"training examples each, test examples: {sizes}; {measured_by(rows)}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -249,14 +239,12 @@ def generation_table(rows: Rows) -> str:
     sizes = first["sizes"]
     steps = ", ".join(map(str, sorted({row["steps"] for row in rows})))
     before = ", ".join(map(str, sorted({row["steps_before"] for row in rows})))
-    commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
     lines += [
         "",
         f"{sizes['layers']} layers (T5: as many twice) of width {sizes['width']}, {before} steps "
         f"on the targets alone; then one seed, {first['train_examples']:,} training examples, "
         f"{steps} steps, "
-        f"{first['test_examples']:,} test examples, written greedily; {_machines(rows)}; "
-        f"torch {first['torch']}; commit {commits}.",
+        f"{first['test_examples']:,} test examples, written greedily; {measured_by(rows)}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -278,12 +266,10 @@ def by_heart_table(rows: Rows) -> str:
             cells.append("" if row is None else f"{row['exact']} ({row['loss']:.3f})")
         lines.append(f"| {' | '.join(cells)} |")
     first = rows[0]
-    commits = ", ".join(dict.fromkeys(row["commit"][:10] for row in rows))
     lines += [
         "",
         f"Of {first['pairs']} targets those that {first['beams']} beams write word for word, in "
-        f"batches of 16; in brackets the loss per word. {_machines(rows)}; torch {first['torch']}; "
-        f"commit {commits}.",
+        f"batches of 16; in brackets the loss per word. {measured_by(rows)}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -5,7 +5,7 @@ commits shows the rows that changed.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,30 @@ def write(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     temporary = path.with_suffix(".part")
     temporary.write_text("".join(f"{json.dumps(row, separators=(',', ':'))}\n" for row in rows))
     temporary.replace(path)
+
+
+def once(words: Iterable[str]) -> list[str]:
+    """Words in their order, each once."""
+    return list(dict.fromkeys(words))
+
+
+def commits(rows: Sequence[dict[str, Any]]) -> str:
+    """The commits that rows were measured at."""
+    return ", ".join(once(row["commit"][:10] for row in rows))
+
+
+def measured_by(rows: Sequence[dict[str, Any]]) -> str:
+    """The end of the sentence below a table: processors with their threads, versions of torch,
+    commits.
+    """
+    machines = once(
+        f"{hardware.get('gpu') or hardware['cpu']}, "
+        f"{row.get('threads') or hardware['threads']} thread(s)"
+        for row in rows
+        for hardware in (row["hardware"],)
+    )
+    torch = once(row.get("torch") or row["versions"]["torch"] for row in rows)
+    return f"{'; '.join(machines)}; torch {', '.join(torch)}; commit {commits(rows)}"
 
 
 def stored_title(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -22,7 +22,7 @@ from pelt_kernels._hardware import hardware
 from . import efficiency, step_models
 from .checkout import ROOT, commit
 from .peft_tables import NAMES as MODEL_NAMES
-from .rows import Rows, read, write
+from .rows import Rows, measured_by, read, write
 
 RESULTS = ROOT / "benchmarks" / "results" / "step_profile.jsonl"
 CHOSEN = "full,head,unipelt,adapters-unipelt,lora,peft-lora"
@@ -87,9 +87,7 @@ def table(rows: Rows) -> str:
     first = rows[0]
     lines += [
         "",
-        f"Batch {first['batch']} x {first['length']}, float32; {first['hardware']['cpu']}, "
-        f"{first['threads']} thread(s); torch {first['versions']['torch']}; commit "
-        f"{', '.join(dict.fromkeys(row['commit'][:10] for row in rows))}.",
+        f"Batch {first['batch']} x {first['length']}, float32; {measured_by(rows)}.",
     ]
     return "\n".join(lines) + "\n"
 

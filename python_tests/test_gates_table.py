@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tiny_encoder import tiny_model, toy_files
 
-from benchmarks import gates, gates_table, readme
+from benchmarks import gates, gates_table, readme, training_runs
 from benchmarks.rows import Rows, read
 from pelt_kernels.training.gate_report.ablation import ALL, OWN_MEAN, PARTS, REMOVED, UNGATED
 
@@ -40,7 +40,7 @@ def test_runs_are_trained_and_reported_once(
     task = toy_files[0].parent
     command = ["--data", str(task.parent), "--tasks", task.name, "--model", str(tiny_model)]
     command += ["--seeds", "0", "--train-examples", "48", "--runs", str(tmp_path / "runs")]
-    monkeypatch.setattr(gates, "_command", briefly)
+    monkeypatch.setattr(training_runs, "command", briefly)
     # The run with gates is there first, so its report has to be made anew beside the other.
     assert gates.main([*command, "--variants", "unipelt"]) == 0
     (row,) = read(results)
@@ -56,7 +56,7 @@ def test_runs_are_trained_and_reported_once(
     }
     assert f"| {task.name} | `unipelt` | 0 | 0." in gates_table.followed([row])
     before = results.read_text()
-    monkeypatch.setattr(gates, "_command", lambda *words: pytest.fail(f"again: {words}"))
+    monkeypatch.setattr(training_runs, "command", lambda *words: pytest.fail(f"again: {words}"))
     assert gates.main(command) == 0 and results.read_text() == before
 
 
