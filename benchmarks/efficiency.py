@@ -13,8 +13,8 @@ does not hold every contender at once, so they run in groups, full fine-tuning i
 
 Without ``--adapters`` the contenders of the library `adapters` are left out, which asks for another
 transformers; the environment must have the same Python where ``adapters-unipelt-accelerated`` is to
-run. ``--resume`` keeps the rows that are in the file. At the end the goals are compared with what
-was found, in words.
+run. Rows of other kinds of processors stay in the file, and with ``--resume`` those of this one,
+which are not measured again. At the end the goals are compared with what was found, in words.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+from pelt_kernels._hardware import hardware
 
 from . import efficiency_table, step_models
 from .checkout import ROOT, commit
@@ -73,27 +75,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in names:
         if name not in CONTENDERS:
             parser.error(f"--contenders: expected of {', '.join(CONTENDERS)}, got {name}")
-    rows: Rows = read(options.json) if options.resume and options.json.is_file() else []
+    rows: Rows = read(options.json) if options.json and options.json.is_file() else []
+    here = hardware()["kind"]
+    if not options.resume:
+        rows = [row for row in rows if row["hardware"]["kind"] != here]
+    done = {row_key(row)[1:] for row in rows if row_key(row)[0] == here}
     wanted = [(model, name) for model in options.models for name in _able(model, names, options)]
-    groups = list(_groups(wanted, {(row["model"], row["contender"]) for row in rows}))
+    groups = list(_groups(wanted, done))
     end = time.perf_counter() + 60 * options.minutes
     for number, (model, group) in enumerate(groups):
         seconds = (end - time.perf_counter()) / (len(groups) - number)
         for row in measure(model, group, seconds, options):
-            rows = [r for r in rows if _key(r) != _key(row)] + [row]
+            rows = [r for r in rows if row_key(r) != row_key(row)] + [row]
             print(efficiency_table.line(row), flush=True)
-        rows.sort(key=lambda row: (MODELS_ORDER.index(row["model"]), ORDER.index(row["contender"])))
+        rows.sort(key=_order)
         if options.json:
             write(options.json, rows)
     print(*efficiency_table.goals(rows), sep="\n")
     return 0
 
 
-MODELS_ORDER, ORDER = list(step_models.MODELS), list(CONTENDERS)
+def row_key(row: dict[str, Any]) -> tuple[str, str, str]:
+    """What a row is measured of: the kind of processor, the model, the contender."""
+    return row["hardware"]["kind"], row["model"], row["contender"]
 
 
-def _key(row: dict[str, Any]) -> tuple[str, str]:
-    return row["model"], row["contender"]
+def _order(row: dict[str, Any]) -> tuple[bool, str, int, int]:
+    """Of a row in the file: AVX-512 first, then models and contenders in their order."""
+    kind, model, contender = row_key(row)
+    return (
+        "avx512" not in kind,
+        kind,
+        list(step_models.MODELS).index(model),
+        list(CONTENDERS).index(contender),
+    )
 
 
 def _able(model: str, names: Sequence[str], options: argparse.Namespace) -> Iterator[str]:
@@ -169,8 +184,6 @@ def measure(
     model: str, names: Sequence[str], seconds: float, options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """A row for full fine-tuning and for each of the contenders."""
-    from pelt_kernels._hardware import hardware
-
     begun = time.perf_counter()
     with ExitStack() as stack:
         workers = [stack.enter_context(started(name, model, options)) for name in (BASE, *names)]

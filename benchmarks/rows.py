@@ -29,6 +29,12 @@ def once(words: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(words))
 
 
+def by_processor(rows: Sequence[dict[str, Any]]) -> list[Rows]:
+    """The rows of each kind of processor, in their order."""
+    kinds = once(row["hardware"]["kind"] for row in rows)
+    return [[row for row in rows if row["hardware"]["kind"] == kind] for kind in kinds]
+
+
 def commits(rows: Sequence[dict[str, Any]]) -> str:
     """The commits that rows were measured at."""
     return ", ".join(once(row["commit"][:10] for row in rows))
