@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from . import figures
 from .peft_tables import NAMES as MODEL_NAMES
-from .rows import Rows, measured_by, stored_cell, stored_title
+from .rows import Rows, by_processor, measured_by, stored_cell, stored_title
 
 # UniPELT's Table 4 (Mao et al., ACL 2022), BERT-base: training and inference, in percent of full
 # fine-tuning.
@@ -77,9 +77,14 @@ def line(row: dict[str, Any]) -> str:
 
 
 def goals(rows: Rows) -> Iterator[str]:
-    """A sentence for each goal that the rows decide."""
-    for model in dict.fromkeys(row["model"] for row in rows):
-        found = {row["contender"]: row for row in rows if row["model"] == model}
+    """A sentence for each goal that the rows decide, on each processor."""
+    places = dict.fromkeys((row["hardware"]["kind"], row["model"]) for row in rows)
+    for place in places:
+        found = {
+            row["contender"]: row
+            for row in rows
+            if (row["hardware"]["kind"], row["model"]) == place
+        }
         for contender, kind, over, most in GOALS:
             figures_of = found.get(contender, {}).get(kind)
             if figures_of is None:
@@ -89,14 +94,22 @@ def goals(rows: Rows) -> Iterator[str]:
                 continue
             verdict = "holds" if ratio["median"] <= most else "MISSED"
             yield (
-                f"{verdict}: {model}, {contender}, {kind} over {over}: {ratio['median']:.2f} "
-                f"({ratio['low']:.2f} to {ratio['high']:.2f}), goal {most:.2f}"
+                f"{verdict}: {', '.join(place)}, {contender}, {kind} over {over}: "
+                f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}), "
+                f"goal {most:.2f}"
             )
 
 
 def paper_table(rows: Rows) -> str:
-    """BERT-base in the paper's layout: the paper's shares, this library's, and the peers'."""
-    chosen = {row["contender"]: row for row in rows if row["model"] == "bert-base"}
+    """BERT-base in the paper's layout: the paper's shares, this library's, and the peers'; a table
+    for each kind of processor.
+    """
+    bert = [row for row in rows if row["model"] == "bert-base"]
+    return "\n".join(_paper_table(found) for found in by_processor(bert))
+
+
+def _paper_table(rows: Rows) -> str:
+    chosen = {row["contender"]: row for row in rows}
     stored = stored_title([chosen[method] for method in PAPER if method in chosen])
     titles = ["method", "trained parameters", *stored]
     for kind in KINDS:
@@ -119,7 +132,11 @@ def paper_table(rows: Rows) -> str:
 
 
 def full(rows: Rows) -> str:
-    """Every row, in Markdown."""
+    """Every row, in Markdown: a table for each kind of processor."""
+    return "\n".join(map(_full, by_processor(rows)))
+
+
+def _full(rows: Rows) -> str:
     stored = stored_title(rows)
     titles = ["model", "who", "trained parameters", *stored, "training step", "share of full"]
     titles += ["tokens/s", "forward", "share of full", "peak of the process"]
@@ -169,7 +186,10 @@ def _conditions(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Bars for each contender of BERT-base, or of the first model: shares of full fine-tuning."""
+    """Bars for each contender of BERT-base, or of the first model: shares of full fine-tuning, on
+    the first processor.
+    """
+    rows = by_processor(rows)[0]
     models = list(dict.fromkeys(row["model"] for row in rows))
     model = "bert-base" if "bert-base" in models else models[0]
     chosen = [row for row in rows if row["model"] == model and row["contender"] != "full"]

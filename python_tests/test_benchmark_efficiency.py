@@ -91,7 +91,7 @@ def row(contender, seconds, over=None, model="bert-base"):
         "threads": 2,
         "load": 0.1,
         "versions": {"torch": "2.13.0", "transformers": "5.24.0"},
-        "hardware": {"cpu": "some processor", "threads": 2, "gpu": None},
+        "hardware": {"cpu": "some processor", "kind": "some avx2", "threads": 2, "gpu": None},
         "commit": "0123456789abcdef",
     }
 
@@ -103,10 +103,10 @@ def test_goals_hold_or_are_missed_by_the_medians():
         row("lora", (0.5, 1.0), {"peft-lora": 0.9}),
     ]
     said = list(efficiency_table.goals(rows))
-    assert said[0].startswith("holds: bert-base, unipelt, training over full: 0.59")
-    assert said[1].startswith("MISSED: bert-base, unipelt, inference over full: 1.05")
-    assert said[2].startswith("MISSED: bert-base, unipelt, training over adapters-unipelt: 0.80")
-    assert said[3].startswith("holds: bert-base, lora, training over peft-lora: 0.90")
+    assert said[0].startswith("holds: some avx2, bert-base, unipelt, training over full: 0.59")
+    assert said[1].startswith("MISSED: some avx2, bert-base, unipelt, inference over full: 1.05")
+    assert "MISSED: some avx2, bert-base, unipelt, training over adapters-unipelt: 0.80" in said[2]
+    assert said[3].startswith("holds: some avx2, bert-base, lora, training over peft-lora: 0.90")
 
 
 def test_a_method_is_compared_with_the_others_in_its_own_rounds():
@@ -134,6 +134,8 @@ def test_the_tables_hold_the_papers_shares_beside_ours(tmp_path):
     whole, paper = efficiency_table.full(rows), efficiency_table.paper_table(rows)
     assert "| UniPELT, with LoRA (adapters) | 1,234 | – | 9,000 ms |" in whole
     assert "| 1,234 | 56 | 6,000 ms |" in whole and "| 1,234 | 56 | 67 % |" in paper
+    elsewhere = [r | {"hardware": r["hardware"] | {"kind": "another avx512"}} for r in rows]
+    assert efficiency_table.full(rows + elsewhere) == f"{whole}\n{efficiency_table.full(elsewhere)}"
     efficiency_table.draw(rows, tmp_path / "bars.png")
     assert (tmp_path / "bars.png").stat().st_size > 10_000
     assert readme.tables().keys() >= {readme.RESULTS}

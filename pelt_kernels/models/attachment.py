@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from . import attention as _attention  # noqa: F401  # makes "pelt" known to transformers
-from .attention_config import with_pelt_attention
+from .attention_config import PELT, PELT_SDPA, with_attention
+from .sdpa import SDPA
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,19 +56,20 @@ class Attachment:
 
     def make_views(self) -> list[tuple[Any, Any]]:
         """The configurations in the model that name the attention, each with a view of it that
-        names "pelt": the modules of a stack share one.
+        names "pelt", or "pelt_sdpa" where that is all that is asked: the modules of a stack share
+        one.
         """
-        if not self.uses_pelt_attention:
-            return []
-        found = {}
+        own, found = PELT if self.uses_pelt_attention else PELT_SDPA, {}
         for module in self.model.base_model.modules():
-            config = getattr(module, "config", None)
-            if hasattr(config, "_attn_implementation"):
+            config: Any = getattr(module, "config", None)
+            if not hasattr(config, "_attn_implementation"):
+                continue
+            if own == PELT or config._attn_implementation == SDPA:
                 found[id(config)] = config
-        return [(config, with_pelt_attention(config)) for config in found.values()]
+        return [(config, with_attention(config, own)) for config in found.values()]
 
     def show_views(self) -> None:
-        """The modules read "pelt" as their attention."""
+        """The modules read the views' attention."""
         self._use_configs({id(base): view for base, view in self.views})
 
     def hide_views(self) -> None:
@@ -80,7 +82,7 @@ class Attachment:
         seen with "pelt" attention, too.
         """
         base = self.model.config
-        for config, view in self.views if self._handles else ():
+        for config, view in self.views if self._handles and self.uses_pelt_attention else ():
             if config is base:
                 self.model.config = view
         try:

@@ -22,6 +22,7 @@ from .attention_config import PELT, AttentionView
 from .attention_masks import check_mask, mask_for, padding_mask, window_bias
 from .layer_state import PREFIX_ATTRIBUTE, STATE_ATTRIBUTE, LayerPrefix, LayerState
 from .samples import MixedState, Rows
+from .sdpa import SDPA, sdpa_forward
 
 logger = logging.get_logger(__name__)
 
@@ -284,7 +285,7 @@ def base_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
                 "eager_attention_forward, got none"
             )
     else:
-        function = AttentionInterface()[name]
+        function = sdpa_forward if name == SDPA else AttentionInterface()[name]
     query, key, is_causal = call.query, call.key, call.is_causal
     window = call.options.get("sliding_window")
     mask = mask_for(name, module, query, key, call.mask, is_causal, window)

@@ -1,5 +1,5 @@
-"""One configuration seen from two sides: the encoder reads "pelt" as its attention, everyone else
-reads and writes the base model's own object.
+"""One configuration seen from two sides: the encoder reads an attention of this package, "pelt" or
+"pelt_sdpa", everyone else reads and writes the base model's own object.
 """
 
 from __future__ import annotations
@@ -7,18 +7,19 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-PELT = "pelt"
+PELT, PELT_SDPA = "pelt", "pelt_sdpa"
 
 
 class AttentionView:
     """What a view of a configuration adds to the configuration's class: the name of the attention.
 
     A view has no attributes of its own: its ``__dict__`` is the configuration's, so whatever is
-    written through one is read through the other, and "pelt" is written nowhere.
+    written through one is read through the other, and the name is written nowhere.
     """
 
-    __slots__ = ("_viewed", "base_attention")
+    __slots__ = ("_viewed", "base_attention", "own_attention")
     _viewed: Any
+    own_attention: str  # the name that the view gives
     base_attention: str  # the attention of the base model when the view was made
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -31,10 +32,10 @@ class AttentionView:
 
     @property
     def _attn_implementation(self) -> Any:
-        """ "pelt" as long as the base model's attention is what it was."""
+        """The view's name as long as the base model's attention is what it was."""
         # Asked for in each layer, twice, and each look-up in a configuration takes long.
         found = self.__dict__["_attn_implementation_internal"]
-        return PELT if found == self.base_attention else found
+        return self.own_attention if found == self.base_attention else found
 
     @_attn_implementation.setter
     def _attn_implementation(self, value: Any) -> None:
@@ -47,23 +48,23 @@ class AttentionView:
 
     @_attn_implementation_internal.setter
     def _attn_implementation_internal(self, value: Any) -> None:
-        if value != PELT:
+        if value != self.own_attention:
             self.__dict__["_attn_implementation_internal"] = value
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         """A copy is a view of the copied configuration."""
-        return with_pelt_attention, (self._viewed, self.base_attention)
+        return with_attention, (self._viewed, self.own_attention, self.base_attention)
 
 
-def with_pelt_attention(config: Any, attention: str | None = None) -> Any:
-    """A view of a configuration that names the attention "pelt" where the configuration names
-    `attention` (None: the one it names now).
+def with_attention(config: Any, own: str, base: str | None = None) -> Any:
+    """A view of a configuration that names the attention `own` where the configuration names `base`
+    (None: the one it names now).
     """
     view: Any = object.__new__(_view_class(config.__class__))
     object.__setattr__(view, "__dict__", config.__dict__)
     object.__setattr__(view, "_viewed", config)
-    chosen = config._attn_implementation if attention is None else attention
-    object.__setattr__(view, "base_attention", chosen)
+    object.__setattr__(view, "own_attention", own)
+    object.__setattr__(view, "base_attention", config._attn_implementation if base is None else base)
     return view
 
 

@@ -93,7 +93,7 @@ class Injection(Attachment):
         self.uses_pelt_attention = any(any(stack.prefixes) for stack in self.stacks) or any(
             stack.needs_mask and not stack.slots.attention.own_mask for stack in self.stacks
         )
-        self.views = self.make_views()
+        self.views = self.make_views() if self.stacks else []
         self.replacements: list[Replacement] = []
         for stack in self.stacks:
             stand_ins = StandIns(stack.slots, parts, chosen, placement, stack.is_causal)

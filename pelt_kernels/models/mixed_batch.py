@@ -75,7 +75,7 @@ class MixedBatch(Attachment):
         self.injections, self.samples = injections, samples
         pelt = [each for each in injections.values() if each.uses_pelt_attention]
         self.uses_pelt_attention = bool(pelt)
-        self.views = pelt[0].views if pelt else []
+        self.views = next(iter([*pelt, *injections.values()])).views if injections else []
         self.states = [state for each in injections.values() for state in each.states]
         self._replacements = [*self._parts(), *self._heads(heads)]
 
