@@ -64,7 +64,9 @@ def with_attention(config: Any, own: str, base: str | None = None) -> Any:
     object.__setattr__(view, "__dict__", config.__dict__)
     object.__setattr__(view, "_viewed", config)
     object.__setattr__(view, "own_attention", own)
-    object.__setattr__(view, "base_attention", config._attn_implementation if base is None else base)
+    object.__setattr__(
+        view, "base_attention", config._attn_implementation if base is None else base
+    )
     return view
 
 

@@ -2,8 +2,8 @@
 `prefix_attention` without a prefix where that takes less time.
 
 PyTorch's scaled_dot_product_attention makes every score there if it has to drop some, and visits
-keys that a mask hides. The masks are those of "sdpa", so a call of any other kind goes to it as it
-came.
+keys that a mask hides. The masks have the values of those of "sdpa", so a call of any other kind
+goes to it as it came.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from ..ops import prefix_attention
 from ..ops._dispatch import backend_of, current_request, why_not
@@ -73,6 +73,47 @@ def sdpa_forward(
         **kwargs,
     )
     return found
+
+
+def padding_or_sdpa_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    allow_is_bidirectional_skip: bool = False,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask function of "pelt_sdpa": `sdpa_mask`'s values [B, 1, S, N], or None.
+
+    A mask of padding alone is a view of the tokens' [B, N], which says so: every query reads the
+    same memory.
+    """
+    if (
+        mask_function is bidirectional_mask_function
+        and isinstance(attention_mask, Tensor)
+        and attention_mask.device.type == "cpu"
+        and attention_mask.dtype == torch.bool
+        and attention_mask.shape == (batch_size, kv_length)
+        and kv_offset == 0
+        and _is_plain_call(attention_mask)
+    ):
+        if allow_is_bidirectional_skip and attention_mask.all():
+            return None
+        return attention_mask[:, None, None].expand(batch_size, 1, q_length, kv_length)
+    made: Tensor | None = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip,
+        **kwargs,
+    )
+    return made
 
 
 def _is_for_kernels(
@@ -135,4 +176,4 @@ def _why_not(request: str, size: int, dtype: torch.dtype, needs_grad: bool) -> s
 
 
 AttentionInterface.register(PELT_SDPA, sdpa_forward)
-AttentionMaskInterface.register(PELT_SDPA, sdpa_mask)
+AttentionMaskInterface.register(PELT_SDPA, padding_or_sdpa_mask)
