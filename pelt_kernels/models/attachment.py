@@ -56,8 +56,7 @@ class Attachment:
 
     def make_views(self) -> list[tuple[Any, Any]]:
         """The configurations in the model that name the attention, each with a view of it that
-        names "pelt", or "pelt_sdpa" where that is all that is asked: the modules of a stack share
-        one.
+        names "pelt", or "pelt_sdpa" where no part needs it: the modules of a stack share one.
         """
         own, found = PELT if self.uses_pelt_attention else PELT_SDPA, {}
         for module in self.model.base_model.modules():

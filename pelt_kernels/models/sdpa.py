@@ -126,10 +126,12 @@ def _is_for_kernels(
     options: dict[str, Any],
 ) -> bool:
     """Whether the kernels compute the same in less time."""
+    # First, so that no compiled graph depends on the sizes below.
+    if query.device.type != "cpu" or not _is_plain_call(query, key, value):
+        return False
     scores = query.shape[:3].numel() * key.shape[2]
     if (
-        query.device.type != "cpu"
-        or scores < (PAYS_FROM_WITH_DROPOUT if dropout else PAYS_FROM)
+        scores < (PAYS_FROM_WITH_DROPOUT if dropout else PAYS_FROM)
         or query.dtype not in DTYPES
         or not query.dtype == key.dtype == value.dtype
         # A cache of fixed size has room behind the queries, which torch counts from the first key.
@@ -137,7 +139,7 @@ def _is_for_kernels(
         or query.shape[-1] != value.shape[-1]
         or any(options.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
         or not (mask is None or _hides_keys(mask))
-        or not _is_plain_call(query, key, value)
+        or query.shape[2] == 1  # a step of generate(), which nobody has measured
     ):
         return False
     request = current_request()
