@@ -79,14 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     here = hardware()["kind"]
     if not options.resume:
         rows = [row for row in rows if row["hardware"]["kind"] != here]
-    done = {row_key(row)[1:] for row in rows if row_key(row)[0] == here}
+    done = {_key(row)[1:] for row in rows if _key(row)[0] == here}
     wanted = [(model, name) for model in options.models for name in _able(model, names, options)]
     groups = list(_groups(wanted, done))
     end = time.perf_counter() + 60 * options.minutes
     for number, (model, group) in enumerate(groups):
         seconds = (end - time.perf_counter()) / (len(groups) - number)
         for row in measure(model, group, seconds, options):
-            rows = [r for r in rows if row_key(r) != row_key(row)] + [row]
+            rows = [r for r in rows if _key(r) != _key(row)] + [row]
             print(efficiency_table.line(row), flush=True)
         rows.sort(key=_order)
         if options.json:
@@ -95,14 +95,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def row_key(row: dict[str, Any]) -> tuple[str, str, str]:
+def _key(row: dict[str, Any]) -> tuple[str, str, str]:
     """What a row is measured of: the kind of processor, the model, the contender."""
     return row["hardware"]["kind"], row["model"], row["contender"]
 
 
 def _order(row: dict[str, Any]) -> tuple[bool, str, int, int]:
     """Of a row in the file: AVX-512 first, then models and contenders in their order."""
-    kind, model, contender = row_key(row)
+    kind, model, contender = _key(row)
     return (
         "avx512" not in kind,
         kind,

@@ -78,13 +78,11 @@ def line(row: dict[str, Any]) -> str:
 
 def goals(rows: Rows) -> Iterator[str]:
     """A sentence for each goal that the rows decide, on each processor."""
-    places = dict.fromkeys((row["hardware"]["kind"], row["model"]) for row in rows)
-    for place in places:
-        found = {
-            row["contender"]: row
-            for row in rows
-            if (row["hardware"]["kind"], row["model"]) == place
-        }
+    places: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        place = row["hardware"]["kind"], row["model"]
+        places.setdefault(place, {})[row["contender"]] = row
+    for place, found in places.items():
         for contender, kind, over, most in GOALS:
             figures_of = found.get(contender, {}).get(kind)
             if figures_of is None:

@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from ..ops import prefix_attention
+from ..ops._arguments import is_recorded
 from ..ops._dispatch import backend_of, current_request, why_not
 from ..ops.prefix_attention.contract import CONTRACT
 from .attention_config import PELT_SDPA
@@ -160,13 +161,7 @@ def _is_plain_call(*tensors: Tensor) -> bool:
     """Whether tensors are torch's own, and no compiler, tracer, transform or mode is at work, which
     know PyTorch's attention better.
     """
-    return (
-        all(type(t) is Tensor for t in tensors)
-        and not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
-    )
+    return not is_recorded() and all(type(t) is Tensor for t in tensors)
 
 
 @cache
