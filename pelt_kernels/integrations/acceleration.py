@@ -27,9 +27,12 @@ LIBRARIES = {
 
 
 class _Before(NamedTuple):
+    """A module, and what it was before it became `now`."""
+
     module: Any
     kind: type[nn.Module]
     backend: str | None
+    now: type[nn.Module]
 
 
 def accelerate(model: nn.Module, *, backend: str | None = None) -> Report:
@@ -76,7 +79,7 @@ def restore(model: nn.Module) -> None:
     _check_module("restore", model)
     for module in model.modules():
         if isinstance(module, Accelerated):
-            _put_back(module, library_class(module))
+            _become(module, library_class(module), None)
 
 
 def _accelerate(model: nn.Module, backend: str | None) -> tuple[Report, list[_Before]]:
@@ -87,8 +90,8 @@ def _accelerate(model: nn.Module, backend: str | None) -> tuple[Report, list[_Be
     before: list[_Before] = []
     try:
         for each in found:
-            if each.accelerated is not None:
-                before.append(_swap(each.module, each.accelerated, backend))
+            kind = each.accelerated or library_class(each.module)
+            before.append(_swap(each.module, kind, backend))
     except BaseException:
         _undo(before)
         raise
@@ -110,38 +113,35 @@ def _replacements(model: nn.Module, backend: str | None) -> list[Replacement]:
 
 
 def _swap(module: Any, kind: Any, backend: str | None) -> _Before:
-    """Gives a module another class and backend."""
-    before = _Before(module, type(module), getattr(module, "pelt_backend", None))
-    module.__class__ = kind
-    module.pelt_backend = backend
-    if before.kind is not kind:
-        try:
-            module.pelt_attach()
-        except BaseException:
-            _forget(module, before.kind)
-            raise
+    """Gives a module another class, its library's or a subclass of that one, and the backend."""
+    before = _Before(module, type(module), getattr(module, "pelt_backend", None), kind)
+    _become(module, kind, backend)
     return before
 
 
 def _undo(before: list[_Before]) -> None:
-    """Gives modules back what they were, the last one first."""
-    for module, kind, backend in reversed(before):
-        if not isinstance(module, Accelerated):
-            continue  # restored since
-        if issubclass(kind, Accelerated):
-            module.pelt_backend = backend
-        else:
-            _put_back(module, kind)
+    """Gives modules back what they were, the last one first, unless they changed since."""
+    for module, kind, backend, now in reversed(before):
+        if type(module) is now:
+            _become(module, kind, backend)
 
 
-def _put_back(module: Any, kind: type[nn.Module]) -> None:
-    module.pelt_detach()
-    _forget(module, kind)
-
-
-def _forget(module: Any, kind: type[nn.Module]) -> None:
-    module.__dict__.pop("pelt_backend", None)
+def _become(module: Any, kind: Any, backend: str | None) -> None:
+    was = type(module)
+    if was is not kind and issubclass(was, Accelerated):
+        module.pelt_detach()
     module.__class__ = kind
+    if not issubclass(kind, Accelerated):
+        module.__dict__.pop("pelt_backend", None)
+        return
+    module.pelt_backend = backend
+    if was is not kind:
+        try:
+            module.pelt_attach()
+        except BaseException:
+            module.__dict__.pop("pelt_backend", None)
+            module.__class__ = library_class(module)
+            raise
 
 
 def _check_module(who: str, model: Any) -> None:

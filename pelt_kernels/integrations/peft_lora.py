@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers on `lora_linear`."""
+"""PEFT's LoRA layers on `lora_linear`, and the attention of the model around them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ..ops import LoraBranch, lora_linear
 from ..ops._arguments import cast_activation
 from ..ops.lora_linear.contract import MAX_RANK
 from .calls import fits, is_cheaper_composed, is_dense
+from .peft_attention import replacement
 from .peft_branches import Branch, added, branches_of
 from .peft_quantised import BESIDE, KINDS
 from .replacement import Accelerated, Replacement, check_in_memory, library_class
@@ -180,6 +181,9 @@ def replacements(model: nn.Module, backend: str | None) -> list[Replacement]:
             found.append(Replacement(name, module, kind, BESIDE, _exception(module)))
             continue
         found.append(Replacement(name, module, AcceleratedLoraLinear, OPERATOR, _exception(module)))
+    for name, module in model.named_modules():
+        if library_class(module) is peft.LoraModel:
+            found.append(replacement(name, module, backend))
     if backend is not None:
         _check_backend((each.module for each in found if each.operator == OPERATOR), backend)
     return found

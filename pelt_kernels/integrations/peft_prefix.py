@@ -8,9 +8,9 @@ import peft
 import torch
 from peft import PeftModel, PeftType
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..ops import Prefix, prefix_attention
+from .peft_families import why_unknown
 from .peft_prefix_attention import SERVED, base_name
 from .peft_prefix_model import (
     CLASSES,
@@ -24,35 +24,6 @@ from .replacement import Replacement, library_class
 from .versions import check_version
 
 OPERATOR = "prefix_attention"
-# transformers' families that were compared with PEFT, or, of encoders, with the formula.
-DECODERS = (
-    "cohere",
-    "gemma",
-    "gpt2",
-    "gpt_neox",
-    "granite",
-    "llama",
-    "mistral",
-    "olmo2",
-    "opt",
-    "phi",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-    "starcoder2",
-)
-ENCODERS = (
-    "bert",
-    "camembert",
-    "data2vec-text",
-    "distilbert",
-    "electra",
-    "ernie",
-    "roberta",
-    "xlm-roberta",
-)
-WRITERS = ("bart", "mbart", "mt5", "t5")  # an encoder with a decoder, which has the prefixes
 
 
 def replacements(model: nn.Module, backend: str | None) -> list[Replacement]:
@@ -105,13 +76,8 @@ def _why_left_alone(model: Any) -> str:
         return f"{kind.__name__} hands no prefix to its model; give the config a task_type"
     if "forward" in model.__dict__ and not has_own_forward(model):
         return "its forward was replaced, as by disable_adapter()"
-    if not isinstance(base, PreTrainedModel):
-        return f"its base model, {type(base).__name__}, is not one of transformers'"
-    family = base.config.model_type
-    if not base._can_set_attn_implementation():
-        return f"the attention of {family} does not go through transformers' AttentionInterface"
-    if family not in DECODERS + ENCODERS + WRITERS:
-        return f"{family} is not among the families that were compared with PEFT"
+    if unknown := why_unknown(base):
+        return unknown
     if base.config.is_encoder_decoder != (kind is peft.PeftModelForSeq2SeqLM):
         return f"{kind.__name__} does not fit {type(base).__name__}"
     names = {base_name(config._attn_implementation_internal) for config in configs_of(base)}

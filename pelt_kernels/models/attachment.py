@@ -27,7 +27,7 @@ class Attachment:
         views: its configurations that name the attention, each with a view of it.
     """
 
-    uses_pelt_attention: bool
+    uses_pelt_attention: bool = False
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model

@@ -58,8 +58,9 @@ class AttentionView:
 
 def with_attention(config: Any, own: str, base: str | None = None) -> Any:
     """A view of a configuration that names the attention `own` where the configuration names `base`
-    (None: the one it names now).
+    (None: the one it names now). Of a view it is another one of what that one is of.
     """
+    config = viewed(config)
     view: Any = object.__new__(_view_class(config.__class__))
     object.__setattr__(view, "__dict__", config.__dict__)
     object.__setattr__(view, "_viewed", config)

@@ -30,7 +30,10 @@ def _kinds(model):
 
 def _state(model):
     """What a call could have changed of a model's layers."""
-    return [(type(module), sorted(module.__dict__)) for module in model.modules()]
+    return [
+        (type(module), sorted(module.__dict__), type(getattr(module, "config", None)))
+        for module in model.modules()
+    ]
 
 
 def test_restore_leaves_no_trace(model):
@@ -53,9 +56,9 @@ def test_a_model_is_printed_as_before_and_peft_finds_its_layers(model):
 
 
 def test_a_second_call_changes_nothing_but_the_backend(model, batch):
-    first = pelt_kernels.accelerate(model)
-    assert pelt_kernels.accelerate(model, backend="eager") == first
-    assert first.count == 4
+    first = pelt_kernels.accelerate(model).served
+    assert pelt_kernels.accelerate(model, backend="eager").served.items() <= first.items()
+    assert len(first["lora_linear"]) == 4
     model.eval()
     pelt_kernels.ops.forget_choices()
     run(model, batch)
@@ -66,7 +69,7 @@ def test_a_second_call_changes_nothing_but_the_backend(model, batch):
 
 def test_a_block_ends_as_it_began(model):
     with pelt_kernels.accelerated(model) as report:
-        assert report.count == 4
+        assert report.count == 5  # with the model's attention
         assert _kinds(model) == {AcceleratedLoraLinear}
     assert _kinds(model) == {lora.Linear}
     pelt_kernels.accelerate(model, backend="eager")
@@ -126,7 +129,7 @@ def test_layers_that_are_wrapped_later_need_another_call(model, batch):
         each.add_adapter("more", more)
         each.set_adapter("more")
     assert_same(model, fast, batch)
-    assert pelt_kernels.accelerate(fast).count == 6
+    assert pelt_kernels.accelerate(fast).count == 7
     assert_same(model, fast, batch)
 
 
@@ -209,7 +212,7 @@ def test_a_subclass_of_somebody_elses_stays(model):
     layer = next(m for m in model.modules() if isinstance(m, lora.Linear))
     layer.__class__ = Other
     report = pelt_kernels.accelerate(model)
-    assert report.count == 3
+    assert report.count == 4
     assert [*report.left_alone.values()] == [
         f"Other of {__name__} is not PEFT's LoRA beside a plain Linear"
     ]

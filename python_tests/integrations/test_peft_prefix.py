@@ -11,49 +11,18 @@ import pytest
 import torch
 import transformers as hf
 from closeness import assert_close
+from family_models import L, make_decoder, make_writer
 
 import pelt_kernels
-from pelt_kernels.integrations import peft_prefix, peft_prefix_attention, peft_prefix_model
+from pelt_kernels.integrations import (
+    peft_families,
+    peft_prefix_attention,
+    peft_prefix_model,
+)
 
 # PEFT, and this, name things as transformers did before.
 pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated:FutureWarning")
-P, L = 3, 2
-SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": L}
-SIZES |= {"num_attention_heads": 4, "initializer_range": 0.2, "pad_token_id": 0}
-SIZES |= {"bos_token_id": 1, "eos_token_id": 2}
-ONE_HEAD_PER_QUERY = ("gpt2", "gpt_neox", "opt", "phi")
-EXTRA = {"gpt2": {"intermediate_size": None}, "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48}}
-EXTRA |= {"gemma": {"head_dim": 8}, "qwen3": {"head_dim": 8}}
-STACKS = {"encoder_layers": L, "decoder_layers": L, "encoder_attention_heads": 4, "d_model": 32}
-STACKS |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
-STACKS |= {"vocab_size": 64, "init_std": 0.2, "decoder_start_token_id": 2}
-T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": L, "num_heads": 4}
-T5 |= {"decoder_start_token_id": 0}
-WRITERS = {"bart": STACKS, "mbart": STACKS, "t5": T5, "mt5": T5}
-
-
-def _still(model):
-    """Without dropout, so that training and evaluation give the same numbers."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name in ("dropout", "attention_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-    return model.double().eval()
-
-
-def _decoder(family, kind=hf.AutoModelForCausalLM, **changes):
-    torch.manual_seed(0)
-    heads = {} if family in ONE_HEAD_PER_QUERY else {"num_key_value_heads": 2}
-    sizes = SIZES | heads | EXTRA.get(family, {}) | changes
-    return _still(kind.from_config(hf.AutoConfig.for_model(family, **sizes)))
-
-
-def _writer(family, **changes):
-    torch.manual_seed(0)
-    config = hf.AutoConfig.for_model(family, **WRITERS[family] | changes)
-    return _still(hf.AutoModelForSeq2SeqLM.from_config(config))
+P = 3
 
 
 def _with_prefix(model, task="CAUSAL_LM", **changes):
@@ -91,10 +60,10 @@ def calls(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("family", peft_prefix.DECODERS)
+@pytest.mark.parametrize("family", peft_families.DECODERS)
 def test_decoders_are_those_of_peft(family, batch, calls):
     """Whose positions begin at P; with gradient checkpointing, where PEFT fails, too."""
-    model = _with_prefix(_decoder(family))
+    model = _with_prefix(make_decoder(family))
     expected, keys = _run(model, batch), list(model.state_dict())
     report = pelt_kernels.accelerate(model)
     assert report.served == {"prefix_attention": ("PeftModelForCausalLM",)}
@@ -111,7 +80,7 @@ def test_decoders_are_those_of_peft(family, batch, calls):
     assert len(calls) == 3 * L
 
 
-@pytest.mark.parametrize("family", peft_prefix.WRITERS)
+@pytest.mark.parametrize("family", peft_families.WRITERS)
 def test_writers_are_those_of_peft(family, batch, calls):
     """The decoder's attention has the prefix, T5's with positions of its own, as in PEFT's cache;
     a layer's is the one that PEFT's cache gives it.
@@ -119,7 +88,7 @@ def test_writers_are_those_of_peft(family, batch, calls):
     labels, seen = batch["input_ids"][:, :5].contiguous(), batch["attention_mask"][:, 1:6].flip(1)
     batch = batch | {"labels": labels, "decoder_attention_mask": seen}
     options = {"prefix_projection": True, "encoder_hidden_size": 8} if family == "t5" else {}
-    model = _with_prefix(_writer(family), "SEQ_2_SEQ_LM", **options)
+    model = _with_prefix(make_writer(family), "SEQ_2_SEQ_LM", **options)
     expected = _run(model, batch)
     pelt_kernels.accelerate(model)
     torch.testing.assert_close(_run(model, batch), expected)
@@ -138,7 +107,7 @@ HEADS = [
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_heads_are_the_models_own_on_pefts_cache(family, task, kind, batch):
     """PEFT finds no argument for its cache in these models; what it means is computed here."""
-    model = _with_prefix(_decoder(family, kind), task)
+    model = _with_prefix(make_decoder(family, kind), task)
     seen = torch.cat([torch.ones(2, P), batch["attention_mask"]], 1)
     name = "start_logits" if task == "QUESTION_ANS" else "logits"
     cache = {model_argument(model): model.get_prompt(2), "use_cache": False}
@@ -154,7 +123,7 @@ def model_argument(model):
 
 
 def test_features_are_those_of_peft(batch):
-    model = _with_prefix(_decoder("gpt2", hf.AutoModel), "FEATURE_EXTRACTION")
+    model = _with_prefix(make_decoder("gpt2", hf.AutoModel), "FEATURE_EXTRACTION")
     expected = model(**batch).last_hidden_state
     pelt_kernels.accelerate(model)
     torch.testing.assert_close(model(**batch).last_hidden_state, expected)
@@ -163,7 +132,7 @@ def test_features_are_those_of_peft(batch):
 @pytest.mark.parametrize("is_reentrant", [False, True])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_reparametrised_prefix(family, is_reentrant, batch):
-    model = _with_prefix(_decoder(family), prefix_projection=True, encoder_hidden_size=8)
+    model = _with_prefix(make_decoder(family), prefix_projection=True, encoder_hidden_size=8)
     expected = _run(model, batch)
     pelt_kernels.accelerate(model)
     torch.testing.assert_close(_run(model, batch), expected)
@@ -173,7 +142,7 @@ def test_a_reparametrised_prefix(family, is_reentrant, batch):
 
 
 def test_without_a_mask_or_with_positions_or_embeddings(batch):
-    model, ids = _with_prefix(_decoder("llama")), batch["input_ids"]
+    model, ids = _with_prefix(make_decoder("llama")), batch["input_ids"]
     inputs = [
         {"input_ids": ids},
         {"input_ids": ids, "position_ids": torch.arange(7)[None] + 2},
@@ -204,7 +173,7 @@ def test_a_backward_after_another_adapter_was_chosen(batch):
         grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         return {"loss": loss.detach(), "plain": plain} | grads
 
-    model = _with_prefix(_decoder("gpt2"))
+    model = _with_prefix(make_decoder("gpt2"))
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P + 2)
     model.add_adapter("long", config)
     model.double()
@@ -224,7 +193,7 @@ def test_a_backward_after_another_adapter_was_chosen(batch):
 def test_a_float32_prefix_beside_a_bfloat16_model(batch):
     def made(dtype):
         model = peft.get_peft_model(
-            _decoder("llama").to(dtype),
+            make_decoder("llama").to(dtype),
             peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P),
         )
         with torch.no_grad():
@@ -260,8 +229,8 @@ def test_generation_is_what_the_forwards_say(family, batch):
     """Greedy it writes the likeliest token at each step, and of beams it knows the scores. PEFT's
     own prefix does not reach the model where transformers has another name for the cache.
     """
-    is_writer = family in WRITERS
-    model = _writer(family) if is_writer else _decoder(family)
+    is_writer = family in peft_families.WRITERS
+    model = make_writer(family) if is_writer else make_decoder(family)
     model = _with_prefix(model, "SEQ_2_SEQ_LM" if is_writer else "CAUSAL_LM")
     model.generation_config.eos_token_id = model.generation_config.forced_eos_token_id = None
     report = pelt_kernels.accelerate(model)
@@ -279,7 +248,7 @@ def test_generation_is_what_the_forwards_say(family, batch):
 
 
 def test_copies_and_files(batch, tmp_path):
-    model = _with_prefix(_decoder("gpt2").float())
+    model = _with_prefix(make_decoder("gpt2").float())
     model.save_pretrained(tmp_path / "before")
     pelt_kernels.accelerate(model)
     model.save_pretrained(tmp_path / "after")
@@ -299,22 +268,22 @@ def test_copies_and_files(batch, tmp_path):
         torch.testing.assert_close(_run(each, batch), expected)
     assert type(model) is peft_prefix_model.AcceleratedPrefixCausalLM
     assert model.base_model.config._attn_implementation == "pelt_prefix_sdpa"
-    opened = peft.PeftModel.from_pretrained(_decoder("gpt2").float(), tmp_path / "after")
+    opened = peft.PeftModel.from_pretrained(make_decoder("gpt2").float(), tmp_path / "after")
     pelt_kernels.accelerate(opened)
     assert torch.equal(opened(**batch).logits, expected["logits"])
 
 
 def test_a_saved_reparametrisation_is_read_as_the_table_it_gave(batch, tmp_path):
-    model = _with_prefix(_decoder("llama").float(), prefix_projection=True)
+    model = _with_prefix(make_decoder("llama").float(), prefix_projection=True)
     pelt_kernels.accelerate(model)
     model.save_pretrained(tmp_path)
-    opened = peft.PeftModel.from_pretrained(_decoder("llama").float(), tmp_path)
+    opened = peft.PeftModel.from_pretrained(make_decoder("llama").float(), tmp_path)
     pelt_kernels.accelerate(opened)
     torch.testing.assert_close(opened(**batch).logits, model(**batch).logits)
 
 
 def test_weights_and_caches_are_given_where_they_are_asked_for(batch, calls):
-    model = _with_prefix(_decoder("gpt2", attn_implementation="eager"))
+    model = _with_prefix(make_decoder("gpt2", attn_implementation="eager"))
     expected = model(**batch, output_attentions=True)
     pelt_kernels.accelerate(model)
     found = model(**batch, output_attentions=True)
@@ -325,7 +294,7 @@ def test_weights_and_caches_are_given_where_they_are_asked_for(batch, calls):
 
 
 def test_a_window_that_hides_keys_is_pefts(batch, calls):
-    model = _with_prefix(_decoder("mistral", sliding_window=P + 6))
+    model = _with_prefix(make_decoder("mistral", sliding_window=P + 6))
     short = {name: value[:, :6] for name, value in batch.items()}
     expected = [model(**each).logits for each in (batch, short)]
     report = pelt_kernels.accelerate(model)

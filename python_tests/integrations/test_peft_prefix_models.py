@@ -8,29 +8,18 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from family_models import ENCODER, L, make_encoder
 
 import pelt_kernels
-from pelt_kernels.integrations import peft_prefix, peft_prefix_attention
+from pelt_kernels.integrations import peft_families, peft_prefix_attention
 from pelt_kernels.methods import PrefixTuningConfig
 from pelt_kernels.models import get_pelt_model
 
 # PEFT, and this, name things as transformers did before.
 pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated:FutureWarning")
-P, L = 3, 2
-SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": L}
-SIZES |= {"num_attention_heads": 4, "initializer_range": 0.2, "max_position_embeddings": 40}
-SIZES |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": 1}
-DISTILBERT = {"vocab_size": 64, "dim": 32, "hidden_dim": 48, "n_layers": L, "n_heads": 4}
-DISTILBERT |= {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
+P = 3
 # PEFT cannot read these in its config.
 READ = {"token_dim": 32, "num_attention_heads": 4, "num_layers": L}
-
-
-def _encoder(family, kind=hf.AutoModelForSequenceClassification, **changes):
-    torch.manual_seed(0)
-    sizes = DISTILBERT if family == "distilbert" else SIZES
-    config = hf.AutoConfig.for_model(family, num_labels=2, **sizes | changes)
-    return kind.from_config(config).double().eval()
 
 
 def _with_prefix(model, task="SEQ_CLS", **changes):
@@ -43,12 +32,12 @@ def _gradients(model, out):
     return model.prompt_encoder["default"].embedding.weight.grad
 
 
-@pytest.mark.parametrize("family", peft_prefix.ENCODERS)
+@pytest.mark.parametrize("family", peft_families.ENCODERS)
 def test_encoders_are_those_of_this_project(family, batch):
     """With the positions of PEFT's cache, which begin at P, given to this project's model."""
-    base = _encoder(family)
+    base = make_encoder(family)
     config = PrefixTuningConfig(prefix_length=P, mid=None)
-    own = get_pelt_model(_encoder(family), config).eval()
+    own = get_pelt_model(make_encoder(family), config).eval()
     model = _with_prefix(base)
     table = model.prompt_encoder["default"].embedding.weight
     with torch.no_grad():  # [P, L · 2 · G · E] -> [L, 2, P, G, E]
@@ -77,7 +66,7 @@ def _positions(model, batch):
 
 def test_an_encoder_is_the_formula(batch, monkeypatch):
     """softmax( Q [Pk ; K]ᵀ / √E ) [Pv ; V], joined and written out, in every layer."""
-    model = _with_prefix(_encoder("bert"))
+    model = _with_prefix(make_encoder("bert"))
     pelt_kernels.accelerate(model)
     found = model(**batch, token_type_ids=batch["attention_mask"]).logits
     table = model.prompt_encoder["default"].embedding.weight.view(P, 2 * L, 4, 8)
@@ -100,7 +89,7 @@ def test_an_encoder_is_the_formula(batch, monkeypatch):
 
 def test_features_of_an_encoder_are_those_of_peft(batch):
     """The one kind of encoder that PEFT serves: it is where the positions come from."""
-    model = _with_prefix(_encoder("bert", hf.AutoModel), "FEATURE_EXTRACTION")
+    model = _with_prefix(make_encoder("bert", hf.AutoModel), "FEATURE_EXTRACTION")
     expected = model(**batch).last_hidden_state
     wanted = _gradients(model, expected)
     model.zero_grad()
@@ -117,9 +106,9 @@ def test_features_of_an_encoder_are_those_of_peft(batch):
         ("QUESTION_ANS", hf.AutoModelForQuestionAnswering, "start_logits"),
     ],
 )
-def test_other_heads_of_an_encoder(task, kind, name, batch):
+def test_other_heads_of_anmake_encoder(task, kind, name, batch):
     """They read all that the model reads: the second sentence's type, positions."""
-    model = _with_prefix(_encoder("bert", kind), task)
+    model = _with_prefix(make_encoder("bert", kind), task)
     pelt_kernels.accelerate(model)
     types = {"token_type_ids": batch["attention_mask"]}
     positions = {"position_ids": torch.arange(7)[None]}
@@ -134,7 +123,7 @@ def test_other_heads_of_an_encoder(task, kind, name, batch):
 
 
 def test_a_trainer_with_gradient_checkpointing(tmp_path, batch):
-    model = _with_prefix(_encoder("bert").float())
+    model = _with_prefix(make_encoder("bert").float())
     report = pelt_kernels.accelerate(model)
     assert report.count == 1
     row = {name: value[0] for name, value in batch.items()} | {"labels": 1}
@@ -154,7 +143,7 @@ def test_a_trainer_with_gradient_checkpointing(tmp_path, batch):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.2 * losses[0]
     trainer.save_model(tmp_path / "saved")
-    opened = peft.PeftModel.from_pretrained(_encoder("bert").float(), tmp_path / "saved")
+    opened = peft.PeftModel.from_pretrained(make_encoder("bert").float(), tmp_path / "saved")
     pelt_kernels.accelerate(opened)
     row = {name: value[:1] for name, value in batch.items()}
     torch.testing.assert_close(opened(**row).logits, model.eval()(**row).logits)
@@ -162,7 +151,7 @@ def test_a_trainer_with_gradient_checkpointing(tmp_path, batch):
 
 def test_a_compiled_training_step(batch):
     torch._dynamo.reset()
-    model = _with_prefix(_encoder("bert", num_hidden_layers=1).float(), num_layers=1)
+    model = _with_prefix(make_encoder("bert", num_hidden_layers=1).float(), num_layers=1)
     pelt_kernels.accelerate(model)
     model.train()
     expected = _gradients(model, model(**batch).logits)
@@ -180,7 +169,7 @@ def test_dropout_of_attention_is_that_of_the_model(batch, monkeypatch):
         return pelt_kernels.prefix_attention(*args, **kwargs)
 
     monkeypatch.setattr(peft_prefix_attention, "prefix_attention", watched)
-    model = _with_prefix(_encoder("bert", attention_probs_dropout_prob=0.25))
+    model = _with_prefix(make_encoder("bert", attention_probs_dropout_prob=0.25))
     pelt_kernels.accelerate(model)
     model(**batch)
     model.train()(**batch)
@@ -190,7 +179,7 @@ def test_dropout_of_attention_is_that_of_the_model(batch, monkeypatch):
 def _left_alone():
     gpt2 = {"vocab_size": 64, "n_embd": 32, "n_layer": L, "n_head": 4}
     writer = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": L}
-    bert = {**SIZES, "num_labels": 2}
+    bert = {**ENCODER, "num_labels": 2}
     lm = {"task_type": "CAUSAL_LM", "num_virtual_tokens": P}
     prefix = {"num_virtual_tokens": P, **READ}
     return {
@@ -245,7 +234,7 @@ def test_what_is_left_alone_is_named(reason):
 
 
 def test_a_backend_that_cannot_serve_changes_nothing():
-    model = _with_prefix(_encoder("bert").float())
+    model = _with_prefix(make_encoder("bert").float())
     with pytest.raises(ValueError, match="prefix_attention: backend 'cuda' was asked for"):
         pelt_kernels.accelerate(model, backend="cuda")
     assert type(model) is peft.PeftModelForSequenceClassification
@@ -260,7 +249,7 @@ def test_a_backend_is_asked_for_at_each_call(batch, monkeypatch):
         return pelt_kernels.prefix_attention(*args, **kwargs)
 
     monkeypatch.setattr(peft_prefix_attention, "prefix_attention", watched)
-    model = _with_prefix(_encoder("bert").float())
+    model = _with_prefix(make_encoder("bert").float())
     with pelt_kernels.accelerated(model, backend="eager"):
         model(**batch)
     assert asked == ["eager"] * L
