@@ -36,7 +36,7 @@ from pelt_kernels._hardware import hardware
 
 from . import efficiency_table, step_models
 from .checkout import ROOT, commit
-from .rows import Rows, read, write
+from .rows import Rows, processor_order, read, write
 from .step_contender import CONTENDERS
 from .timing import paired
 
@@ -100,12 +100,11 @@ def _key(row: dict[str, Any]) -> tuple[str, str, str]:
     return row["hardware"]["kind"], row["model"], row["contender"]
 
 
-def _order(row: dict[str, Any]) -> tuple[bool, str, int, int]:
-    """Of a row in the file: AVX-512 first, then models and contenders in their order."""
-    kind, model, contender = _key(row)
+def _order(row: dict[str, Any]) -> tuple[tuple[bool, str], int, int]:
+    """Of a row in the file: by processor, then models and contenders in their order."""
+    _, model, contender = _key(row)
     return (
-        "avx512" not in kind,
-        kind,
+        processor_order(row),
         list(step_models.MODELS).index(model),
         list(CONTENDERS).index(contender),
     )

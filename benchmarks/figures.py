@@ -15,7 +15,7 @@ matplotlib.use("Agg")  # there need not be a screen
 from matplotlib import pyplot
 
 from . import peft_tables
-from .rows import Rows
+from .rows import Rows, by_processor
 
 # Okabe and Ito's, which the colour-blind tell apart.
 BLUE, ORANGE, BLACK = "#0072B2", "#E69F00", "#000000"
@@ -59,9 +59,11 @@ def draw_steps(rows: Rows, path: Path) -> None:
     """What an accelerated PEFT model takes of what PEFT's own takes: time of a training step and of
     a forward, with the 20th and 80th of a hundred rounds, and peak memory of a step.
     """
+    several = len(by_processor(rows)) > 1
     labels = [
         f"{peft_tables.NAMES[row['model']].split(',')[0]}, "
         f"{peft_tables.METHODS[row['method']]}, {row['dtype']}"
+        + (f", {row['hardware']['kind']}" if several else "")
         for row in rows
     ]
     shares = [row["peak_bytes"] / max(row["peft_peak_bytes"], 1) for row in rows]

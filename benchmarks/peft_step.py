@@ -7,7 +7,8 @@ without gradients, in one process, in turns.
 Both models are copies of one; before they are timed their outputs are compared. A figure is PEFT's
 time over the accelerated model's in the same round, the median of the rounds and the 20th and 80th
 of a hundred. The time is shared out among the configurations, and each has three rounds at least;
-those that it does not reach are named, and ``--resume`` goes on with them. ``lora-8-all`` has LoRA
+those that it does not reach are named, and ``--resume`` goes on with them. Rows of other kinds of
+processors stay in the file. ``lora-8-all`` has LoRA
 on every Linear and is measured on request.
 ``memory`` is the share of PEFT's peak in a training step, beyond what is there before it. PEFT's
 prefix tuning refuses BERT, so there is nothing to compare with.
@@ -26,9 +27,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pelt_kernels._hardware import hardware
+
 from . import step_models
 from .checkout import ROOT, commit
-from .rows import Rows, read, write
+from .rows import Rows, processor_order, read, write
 from .timing import lap, paired, peak_bytes
 
 BATCH, BATCHES, ROUNDS = 4, 4, (3, 60)  # texts; batches that take turns; at least and at most
@@ -86,10 +89,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="file for the rows")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are in the file")
     options = parser.parse_args(arguments)
-    rows: Rows = read(options.json) if options.resume and options.json.is_file() else []
-    done = {_of(row) for row in rows}
+    rows: Rows = read(options.json) if options.json and options.json.is_file() else []
+    here = hardware()["kind"]
+    if not options.resume:
+        rows = [row for row in rows if row["hardware"]["kind"] != here]
+    done = {_of(row) for row in rows if row["hardware"]["kind"] == here}
     wanted = configurations(options.models, options.methods, options.dtypes)
-    order = configurations(tuple(step_models.MODELS), METHODS, DTYPES)
     waiting = [each for each in wanted if each not in done]
     end = time.perf_counter() + 60 * options.minutes
     for number, each in enumerate(waiting):
@@ -101,8 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append(row)
         print(line(row), flush=True)
         if options.json:
-            write(options.json, sorted(rows, key=lambda row: order.index(_of(row))))
-    slow = [what for row in rows for what in slower(row)]
+            write(options.json, sorted(rows, key=_order))
+    slow = [what for row in rows if row["hardware"]["kind"] == here for what in slower(row)]
     print(*slow, sep="\n")
     return 1 if slow else 0
 
@@ -122,13 +127,18 @@ def _of(row: dict[str, Any]) -> Configuration:
     return Configuration(row["model"], row["method"], row["dtype"])
 
 
+def _order(row: dict[str, Any]) -> tuple[tuple[bool, str], int]:
+    """Of a row in the file."""
+    order = configurations(tuple(step_models.MODELS), METHODS, DTYPES)
+    return processor_order(row), order.index(_of(row))
+
+
 def measure(what: Configuration, seconds: float, options: argparse.Namespace) -> dict[str, Any]:
     """A row: what the configuration takes as shipped and accelerated."""
     import peft
     import torch
 
     import pelt_kernels
-    from pelt_kernels._hardware import hardware
     from pelt_kernels.ops._dispatch import forget_choices
     from pelt_kernels.training.report import backends_used, versions
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from statistics import geometric_mean
 from typing import Any
 
-from .rows import measured_by, once
+from .rows import by_processor, measured_by, once
 
 NAMES = {
     "minilm": "MiniLM, 6 layers of 384",
@@ -38,7 +38,13 @@ Rows = Sequence[dict[str, Any]]
 
 
 def headline(rows: Rows) -> str:
-    """A line for each model: the geometric mean over the ranks, the least and the most of them."""
+    """For each processor a line for each model: the geometric mean over the ranks, the least and
+    the most of them.
+    """
+    return "\n".join(map(_headline, by_processor(rows)))
+
+
+def _headline(rows: Rows) -> str:
     shown = [column for column in COLUMNS if any(_speedups(rows, column, None))]
     lines = [
         f"| model | {' | '.join(title for title, *_ in shown)} |",
@@ -51,7 +57,13 @@ def headline(rows: Rows) -> str:
 
 
 def full(rows: Rows) -> str:
-    """Every row: the median of the rounds' ratios, and the 20th and 80th of a hundred of them."""
+    """Every row, those of a processor in a table: the median of the rounds' ratios, and the 20th
+    and 80th of a hundred of them.
+    """
+    return "\n".join(map(_full, by_processor(rows)))
+
+
+def _full(rows: Rows) -> str:
     lines = [
         "| model | method | dtype | training step | PEFT's | forward | PEFT's | memory | load |",
         "|---" * 9 + "|",

@@ -35,6 +35,12 @@ def by_processor(rows: Sequence[dict[str, Any]]) -> list[Rows]:
     return [[row for row in rows if row["hardware"]["kind"] == kind] for kind in kinds]
 
 
+def processor_order(row: dict[str, Any]) -> tuple[bool, str]:
+    """Of a row in a file that holds those of several kinds of processors: AVX-512 first."""
+    kind = row["hardware"]["kind"]
+    return "avx512" not in kind, kind
+
+
 def commits(rows: Sequence[dict[str, Any]]) -> str:
     """The commits that rows were measured at."""
     return ", ".join(once(row["commit"][:10] for row in rows))

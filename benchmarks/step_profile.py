@@ -22,7 +22,7 @@ from pelt_kernels._hardware import hardware
 from . import efficiency, step_models
 from .checkout import ROOT, commit
 from .peft_tables import NAMES as MODEL_NAMES
-from .rows import Rows, measured_by, read, write
+from .rows import Rows, by_processor, measured_by, read, write
 
 RESULTS = ROOT / "benchmarks" / "results" / "step_profile.jsonl"
 CHOSEN = "full,head,unipelt,adapters-unipelt,lora,peft-lora"
@@ -70,7 +70,13 @@ def measure(model: str, name: str, options: argparse.Namespace) -> Row:
 
 
 def table(rows: Rows) -> str:
-    """The parts of each contender's step as shares of full fine-tuning's, in Markdown."""
+    """The parts of each contender's step as shares of full fine-tuning's, in Markdown, those of a
+    processor in a table.
+    """
+    return "\n".join(map(_table, by_processor(rows)))
+
+
+def _table(rows: Rows) -> str:
     kinds = (PRODUCTS, ATTENTION, OTHER, OPTIMIZER, REST)
     lines = [f"| model | who | step | {' | '.join(kinds)} |", "|---" * (3 + len(kinds)) + "|"]
     for row in rows:
@@ -93,7 +99,9 @@ def table(rows: Rows) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the table, and replaces the rows of the same model and contender in a file."""
+    """Prints the table, and replaces the rows of this kind of processor with the same model and
+    contender in a file.
+    """
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--models", default="bert-base")
     parser.add_argument("--contenders", default=CHOSEN)
@@ -107,12 +115,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in options.contenders.split(","):
             if efficiency.CONTENDERS[name].library == "adapters" and options.adapters is None:
                 continue
-            rows = [r for r in rows if (r["model"], r["contender"]) != (model, name)]
-            rows.append(measure(model, name, options))
+            row = measure(model, name, options)
+            rows = [r for r in rows if _key(r) != _key(row)] + [row]
             if options.json:
                 write(options.json, rows)
     print(table(rows))
     return 0
+
+
+def _key(row: Row) -> tuple[str, str, str]:
+    """What a row is measured of."""
+    return row["hardware"]["kind"], row["model"], row["contender"]
 
 
 if __name__ == "__main__":

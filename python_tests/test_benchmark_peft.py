@@ -145,17 +145,23 @@ def test_the_short_table_has_a_line_for_each_model_and_no_empty_column():
         f"| {peft_tables.NAMES['llama']} | prefix, 30 tokens | float32 | **1.30x"
     )
     assert full[5].endswith("| 0.50x | 0.1 |")
+    rows.append(made("minilm", "lora-8", "float32", 1.7, 1.8, "Intel avx512"))
+    assert peft_tables.headline(rows).startswith("\n".join(lines))
+    assert "| **1.70x** | **1.80x** |" in peft_tables.headline(rows[-1:])
+    assert peft_tables.full(rows) == peft_tables.full(rows[:-1]) + "\n" + peft_tables.full(
+        rows[-1:]
+    )
     assert set(peft_tables.NAMES) == set(step_models.MODELS)
     assert set(peft_tables.METHODS) == set(peft_step.METHODS)
 
 
-def made(model, method, dtype, training, inference):
+def made(model, method, dtype, training, inference, kind="AMD avx2"):
     row = {"model": model, "method": method, "dtype": dtype, "peak_bytes": 1, "peft_peak_bytes": 2}
-    for kind, speedup in (("training", training), ("inference", inference)):
+    for what, speedup in (("training", training), ("inference", inference)):
         figures = {"median": speedup, "low": speedup, "high": speedup}
-        row[kind] = {"speedup": figures, "peft_seconds": 0.1}
+        row[what] = {"speedup": figures, "peft_seconds": 0.1}
     versions = {"peft": "1", "torch": "2", "transformers": "3"}
-    machine = {"cpu": "a processor", "threads": 2}
+    machine = {"cpu": "a processor", "kind": kind, "threads": 2}
     return row | {
         "batch": 4, "length": 128, "load": 0.1, "hardware": machine, "versions": versions,
         "commit": "0123456789abcdef",

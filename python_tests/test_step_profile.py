@@ -16,7 +16,7 @@ def row(contender: str, seconds: float, **kinds: float) -> dict[str, Any]:
     found = {"seconds": seconds, "kinds": dict.fromkeys(step_profile.KINDS, 0.0) | kinds}
     found["kinds"] |= {"other operators": 0.0, "optimizer": 0.0, step_profile.REST: 0.0}
     about = {"batch": 8, "length": 128, "commit": "0" * 40, "threads": 2}
-    about |= {"hardware": {"cpu": "x"}, "versions": {"torch": "2"}}
+    about |= {"hardware": {"cpu": "x", "kind": "AMD avx2"}, "versions": {"torch": "2"}}
     contending = CONTENDERS[contender]._asdict()
     return {"model": "minilm", "contender": contender, "training": found, **contending, **about}
 
@@ -30,9 +30,12 @@ def test_the_parts_sum_up_to_the_step() -> None:
 
 
 def test_shares_are_of_full_fine_tuning() -> None:
-    table = step_profile.table([row("full", 4.0, products=3.0), row("lora", 2.0, products=1.0)])
+    rows = [row("full", 4.0, products=3.0), row("lora", 2.0, products=1.0)]
+    table = step_profile.table(rows)
     assert "| MiniLM, 6 layers of 384 | full fine-tuning | 100 % | 75.0 % |" in table
     assert "| MiniLM, 6 layers of 384 | LoRA (pelt_kernels) | 50 % | 25.0 % |" in table
+    other = row("full", 8.0) | {"hardware": {"cpu": "y", "kind": "Intel avx512"}}
+    assert step_profile.table([*rows, other]) == f"{table}\n{step_profile.table([other])}"
 
 
 def test_a_worker_profiles_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
