@@ -118,9 +118,16 @@ class Acceleration:
         from peft.tuners.tuners_utils import BaseTuner
 
         from pelt_kernels.integrations import peft_lora
+        from pelt_kernels.models import sdpa
 
-        assert peft_lora.PAYS_FROM > 0
-        peft_lora.PAYS_FROM = 0  # the tests' models are small, and each call shall be an operator's
+        # The tests' models are small, and each call shall be an operator's.
+        for module, name in (
+            (peft_lora, "PAYS_FROM"),
+            (sdpa, "PAYS_FROM"),
+            (sdpa, "PAYS_FROM_WITH_DROPOUT"),
+        ):
+            assert getattr(module, name) > 0
+            setattr(module, name, 0)
 
         self._after(BaseTuner, "inject_adapter", lambda tuner, model, *_, **__: model)
         for kind in (PeftModel, PeftMixedModel):
