@@ -57,13 +57,13 @@ def draw_accuracy(tasks: dict[str, Rows], path: Path) -> None:
 
 def draw_steps(rows: Rows, path: Path) -> None:
     """What an accelerated PEFT model takes of what PEFT's own takes: time of a training step and of
-    a forward, with the 20th and 80th of a hundred rounds, and peak memory of a step.
+    a forward, with the 20th and 80th of a hundred rounds, and peak memory of a step; on the
+    processor with the most rows.
     """
-    several = len(by_processor(rows)) > 1
+    rows = max(by_processor(rows), key=len)
     labels = [
         f"{peft_tables.NAMES[row['model']].split(',')[0]}, "
         f"{peft_tables.METHODS[row['method']]}, {row['dtype']}"
-        + (f", {row['hardware']['kind']}" if several else "")
         for row in rows
     ]
     shares = [row["peak_bytes"] / max(row["peft_peak_bytes"], 1) for row in rows]

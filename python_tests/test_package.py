@@ -83,7 +83,7 @@ def test_the_code_of_the_readme_runs(tiny_model, tmp_path, monkeypatch, capsys):
         assert code.strip().count("\n") <= 11, "ten lines of use, with a blank one"
         exec(code.replace("bert-base-uncased", str(tiny_model)), {})
     printed = capsys.readouterr().out
-    assert "13 modules accelerated, 0 left alone" in printed
+    assert "14 modules accelerated, 0 left alone" in printed
     assert "trainable params" in printed
     assert (tmp_path / "adapter" / "pelt_config.json").is_file()
 
