@@ -36,7 +36,7 @@ from pelt_kernels._hardware import hardware
 
 from . import efficiency_table, step_models
 from .checkout import ROOT, commit
-from .rows import Rows, processor_order, read, write
+from .rows import kept, processor_order, write
 from .step_contender import CONTENDERS
 from .timing import paired
 
@@ -75,18 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in names:
         if name not in CONTENDERS:
             parser.error(f"--contenders: expected of {', '.join(CONTENDERS)}, got {name}")
-    rows: Rows = read(options.json) if options.json and options.json.is_file() else []
     here = hardware()["kind"]
-    if not options.resume:
-        rows = [row for row in rows if row["hardware"]["kind"] != here]
-    done = {_key(row)[1:] for row in rows if _key(row)[0] == here}
+    rows = kept(options.json, here, options.resume)
+    done = {key(row)[1:] for row in rows if key(row)[0] == here}
     wanted = [(model, name) for model in options.models for name in _able(model, names, options)]
     groups = list(_groups(wanted, done))
     end = time.perf_counter() + 60 * options.minutes
     for number, (model, group) in enumerate(groups):
         seconds = (end - time.perf_counter()) / (len(groups) - number)
         for row in measure(model, group, seconds, options):
-            rows = [r for r in rows if _key(r) != _key(row)] + [row]
+            rows = [r for r in rows if key(r) != key(row)] + [row]
             print(efficiency_table.line(row), flush=True)
         rows.sort(key=_order)
         if options.json:
@@ -95,14 +93,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _key(row: dict[str, Any]) -> tuple[str, str, str]:
+def key(row: dict[str, Any]) -> tuple[str, str, str]:
     """What a row is measured of: the kind of processor, the model, the contender."""
     return row["hardware"]["kind"], row["model"], row["contender"]
 
 
 def _order(row: dict[str, Any]) -> tuple[tuple[bool, str], int, int]:
     """Of a row in the file: by processor, then models and contenders in their order."""
-    _, model, contender = _key(row)
+    _, model, contender = key(row)
     return (
         processor_order(row),
         list(step_models.MODELS).index(model),

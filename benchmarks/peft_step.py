@@ -8,8 +8,7 @@ Both models are copies of one; before they are timed their outputs are compared.
 time over the accelerated model's in the same round, the median of the rounds and the 20th and 80th
 of a hundred. The time is shared out among the configurations, and each has three rounds at least;
 those that it does not reach are named, and ``--resume`` goes on with them. Rows of other kinds of
-processors stay in the file. ``lora-8-all`` has LoRA
-on every Linear and is measured on request.
+processors stay in the file. ``lora-8-all`` has LoRA on every Linear and is measured on request.
 ``memory`` is the share of PEFT's peak in a training step, beyond what is there before it. PEFT's
 prefix tuning refuses BERT, so there is nothing to compare with.
 """
@@ -31,7 +30,7 @@ from pelt_kernels._hardware import hardware
 
 from . import step_models
 from .checkout import ROOT, commit
-from .rows import Rows, processor_order, read, write
+from .rows import kept, processor_order, write
 from .timing import lap, paired, peak_bytes
 
 BATCH, BATCHES, ROUNDS = 4, 4, (3, 60)  # texts; batches that take turns; at least and at most
@@ -89,12 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="file for the rows")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are in the file")
     options = parser.parse_args(arguments)
-    rows: Rows = read(options.json) if options.json and options.json.is_file() else []
     here = hardware()["kind"]
-    if not options.resume:
-        rows = [row for row in rows if row["hardware"]["kind"] != here]
+    rows = kept(options.json, here, options.resume)
     done = {_of(row) for row in rows if row["hardware"]["kind"] == here}
     wanted = configurations(options.models, options.methods, options.dtypes)
+    order = configurations(tuple(step_models.MODELS), METHODS, DTYPES)
     waiting = [each for each in wanted if each not in done]
     end = time.perf_counter() + 60 * options.minutes
     for number, each in enumerate(waiting):
@@ -106,7 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append(row)
         print(line(row), flush=True)
         if options.json:
-            write(options.json, sorted(rows, key=_order))
+            rows.sort(key=lambda row: (processor_order(row), order.index(_of(row))))
+            write(options.json, rows)
     slow = [what for row in rows if row["hardware"]["kind"] == here for what in slower(row)]
     print(*slow, sep="\n")
     return 1 if slow else 0
@@ -125,12 +124,6 @@ def _some_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
 
 def _of(row: dict[str, Any]) -> Configuration:
     return Configuration(row["model"], row["method"], row["dtype"])
-
-
-def _order(row: dict[str, Any]) -> tuple[tuple[bool, str], int]:
-    """Of a row in the file."""
-    order = configurations(tuple(step_models.MODELS), METHODS, DTYPES)
-    return processor_order(row), order.index(_of(row))
 
 
 def measure(what: Configuration, seconds: float, options: argparse.Namespace) -> dict[str, Any]:

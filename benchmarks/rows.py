@@ -35,6 +35,14 @@ def by_processor(rows: Sequence[dict[str, Any]]) -> list[Rows]:
     return [[row for row in rows if row["hardware"]["kind"] == kind] for kind in kinds]
 
 
+def kept(path: Path | None, kind: str, resume: bool) -> Rows:
+    """The rows that a file keeps when this kind of processor is measured: those of others, and its
+    own where it goes on.
+    """
+    rows = read(path) if path is not None and path.is_file() else []
+    return [row for row in rows if resume or row["hardware"]["kind"] != kind]
+
+
 def processor_order(row: dict[str, Any]) -> tuple[bool, str]:
     """Of a row in a file that holds those of several kinds of processors: AVX-512 first."""
     kind = row["hardware"]["kind"]

@@ -116,16 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if efficiency.CONTENDERS[name].library == "adapters" and options.adapters is None:
                 continue
             row = measure(model, name, options)
-            rows = [r for r in rows if _key(r) != _key(row)] + [row]
+            rows = [r for r in rows if efficiency.key(r) != efficiency.key(row)] + [row]
             if options.json:
                 write(options.json, rows)
     print(table(rows))
     return 0
-
-
-def _key(row: Row) -> tuple[str, str, str]:
-    """What a row is measured of."""
-    return row["hardware"]["kind"], row["model"], row["contender"]
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ from typing import Any
 from peft import LoraModel
 
 from ..models.attachment import Attachment
-from ..models.attention_config import PELT_SDPA
+from ..models.attention_config import PELT_SDPA, configs_of
 from ..models.sdpa import SDPA
+from ..ops._dispatch import backend_of
 from .peft_families import why_unknown
-from .peft_prefix_model import configs_of
 from .replacement import Accelerated, Replacement
 
 OPERATOR = "prefix_attention"
@@ -68,6 +68,6 @@ def _why_left_alone(base: Any, backend: str | None) -> str:
         return f"its attention is {', '.join(sorted(names))}; {SDPA} is served"
     if base.device.type != "cpu":
         return f"it is on {base.device}; on a CPU its attention is served"
-    if backend not in (None, "cpu"):
+    if backend is not None and backend_of(backend) != "cpu":
         return f"its attention is served by the backend cpu, and {backend} was asked for"
     return ""

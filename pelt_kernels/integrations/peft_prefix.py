@@ -9,13 +9,13 @@ import torch
 from peft import PeftModel, PeftType
 from torch import nn
 
+from ..models.attention_config import configs_of
 from ..ops import Prefix, prefix_attention
 from .peft_families import why_unknown
 from .peft_prefix_attention import SERVED, base_name
 from .peft_prefix_model import (
     CLASSES,
     attentions_of,
-    configs_of,
     has_own_forward,
     why_not,
     window_of,

@@ -8,7 +8,7 @@ positions begin, so positions are PEFT's, and the prefix goes to the layers' att
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import nn
 from transformers import EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..models.attention_config import configs_of
 from .peft_prefix_attention import (
     ARGUMENT,
     ROW,
@@ -268,16 +269,6 @@ def _layers(base: Any) -> list[Any]:
     if base.config.is_encoder_decoder:
         return []
     return [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-
-def configs_of(base: Any) -> Iterator[Any]:
-    """The configs in which the modules of a model look up their attention, each once."""
-    seen: set[int] = set()
-    for module in base.modules():
-        config = getattr(module, "config", None)
-        if hasattr(config, "_attn_implementation_internal") and id(config) not in seen:
-            seen.add(id(config))
-            yield config
 
 
 def has_own_forward(model: Any) -> bool:

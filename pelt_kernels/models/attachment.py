@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from . import attention as _attention  # noqa: F401  # makes "pelt" known to transformers
-from .attention_config import PELT, PELT_SDPA, with_attention
+from .attention_config import PELT, PELT_SDPA, configs_of, with_attention
 from .sdpa import SDPA
 
 if TYPE_CHECKING:
@@ -58,14 +58,12 @@ class Attachment:
         """The configurations in the model that name the attention, each with a view of it that
         names "pelt", or "pelt_sdpa" where no part needs it: the modules of a stack share one.
         """
-        own, found = PELT if self.uses_pelt_attention else PELT_SDPA, {}
-        for module in self.model.base_model.modules():
-            config: Any = getattr(module, "config", None)
-            if not hasattr(config, "_attn_implementation"):
-                continue
-            if own == PELT or config._attn_implementation == SDPA:
-                found[id(config)] = config
-        return [(config, with_attention(config, own)) for config in found.values()]
+        own = PELT if self.uses_pelt_attention else PELT_SDPA
+        return [
+            (config, with_attention(config, own))
+            for config in configs_of(self.model.base_model)
+            if own == PELT or config._attn_implementation == SDPA
+        ]
 
     def show_views(self) -> None:
         """The modules read the views' attention."""

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -69,6 +70,16 @@ def with_attention(config: Any, own: str, base: str | None = None) -> Any:
         view, "base_attention", config._attn_implementation if base is None else base
     )
     return view
+
+
+def configs_of(model: Any) -> Iterator[Any]:
+    """The configurations in which the modules of a model look up their attention, each once."""
+    seen: set[int] = set()
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal") and id(config) not in seen:
+            seen.add(id(config))
+            yield config
 
 
 def viewed(config: Any) -> Any:

@@ -106,7 +106,7 @@ def test_features_of_an_encoder_are_those_of_peft(batch):
         ("QUESTION_ANS", hf.AutoModelForQuestionAnswering, "start_logits"),
     ],
 )
-def test_other_heads_of_anmake_encoder(task, kind, name, batch):
+def test_other_heads_of_an_encoder(task, kind, name, batch):
     """They read all that the model reads: the second sentence's type, positions."""
     model = _with_prefix(make_encoder("bert", kind), task)
     pelt_kernels.accelerate(model)
