@@ -18,7 +18,7 @@ from .replacement import Accelerated, Replacement
 OPERATOR = "prefix_attention"
 EXCEPTION = (
     "attention is PyTorch's in small calls, on other devices than a CPU, and beside a mask that is "
-    "neither of padding nor causal"
+    "not causal, of padding, or both"
 )
 
 

@@ -3,7 +3,8 @@ that a model may have been loaded with.
 
 A layer with a prefix attends to it by `prefix_attention`; every other call (of an encoder beside
 the decoder that has prefixes, of a step of `generate` on PEFT's cache, with the adapter disabled)
-goes to the attention that the model was loaded with, with the mask that one wants.
+goes to the attention that the model was loaded with, with the mask that one wants. Beside prefixes
+that is "pelt_sdpa" for "sdpa".
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.masking_utils import causal_mask_function
 
+from ..models.attention_config import PELT_SDPA
 from ..models.attention_masks import check_mask
+from ..models.sdpa import SDPA
 from ..ops import Prefix, prefix_attention
+from ..ops._dispatch import backend_of
 from ..ops.prefix_attention.weights import attention_weights
 
 ARGUMENT = "pelt_prefix"  # under which a call's prefixes travel through a model to its attention
@@ -59,6 +63,8 @@ class PrefixCall:
         self.length, self.pairs = config.num_virtual_tokens, config.num_layers
         self.heads = config.num_attention_heads
         self.backend, self.has_two_stacks, self.relative = backend, has_two_stacks, relative
+        # Layers without a prefix have kernels on a CPU alone.
+        self.is_for_cpu = backend is None or backend_of(backend) == "cpu"
         self.wants_weights = wants_weights
         self.inputs: dict[str, Tensor] = {}
         self.hidden = getattr(encoder, "transform", None)
@@ -169,7 +175,8 @@ def attention_forward(
         if base == "eager":
             function = sys.modules[type(module).__module__].eager_attention_forward
         else:
-            function = AttentionInterface()[base]
+            by_kernels = base == SDPA and call is not None and call.is_for_cpu
+            function = AttentionInterface()[PELT_SDPA if by_kernels else base]
         return function(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
@@ -233,7 +240,7 @@ def attention_mask(base: str, *args: Any, **kwargs: Any) -> Any:
     if call is None or (
         call.has_two_stacks and kwargs["mask_function"] is not causal_mask_function
     ):
-        return AttentionMaskInterface()[base](*args, **kwargs)
+        return AttentionMaskInterface()[PELT_SDPA if base == SDPA else base](*args, **kwargs)
     mask: Tensor | None = kwargs["attention_mask"]
     return None if mask is None else mask[:, -kwargs["q_length"] :]
 

@@ -22,7 +22,7 @@ from .attention_config import PELT, AttentionView
 from .attention_masks import check_mask, mask_for, padding_mask, window_bias
 from .layer_state import PREFIX_ATTRIBUTE, STATE_ATTRIBUTE, LayerPrefix, LayerState
 from .samples import MixedState, Rows
-from .sdpa import SDPA, sdpa_forward
+from .sdpa import SDPA, SeenKeys, attend, pays
 
 logger = logging.get_logger(__name__)
 
@@ -285,20 +285,28 @@ def base_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
                 "eager_attention_forward, got none"
             )
     else:
-        function = sdpa_forward if name == SDPA else AttentionInterface()[name]
-    query, key, is_causal = call.query, call.key, call.is_causal
+        function = AttentionInterface()[name]
+    query, key, value, is_causal = call.query, call.key, call.value, call.is_causal
     window = call.options.get("sliding_window")
-    mask = mask_for(name, module, query, key, call.mask, is_causal, window)
-    out, weights = function(
-        module,
-        query,
-        key,
-        call.value,
-        mask,
-        scaling=call.scaling,
-        dropout=call.dropout,
-        **call.options,
-    )
+    weights: Tensor | None = None
+    if (
+        name == SDPA
+        and (window is None or key.shape[2] <= window)
+        and pays(query, key, value, call.dropout, call.options)
+    ):
+        seen = SeenKeys(call.mask, is_causal)
+        out = attend(query, key, value, seen, call.scaling, call.dropout)
+    else:
+        out, weights = function(
+            module,
+            query,
+            key,
+            value,
+            mask_for(name, module, query, key, call.mask, is_causal, window),
+            scaling=call.scaling,
+            dropout=call.dropout,
+            **call.options,
+        )
     if weights is None and wants_weights(call):
         weights = attention_weights(
             query,

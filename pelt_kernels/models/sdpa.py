@@ -2,14 +2,14 @@
 `prefix_attention` without a prefix where that takes less time.
 
 PyTorch's scaled_dot_product_attention makes every score there if it has to drop some, and visits
-keys that a mask hides. The masks have the values of those of "sdpa", so a call of any other kind
-goes to it as it came.
+keys that a mask hides, of a causal batch with padding all that stand behind a query. The masks have
+the values of those of "sdpa", so a call of any other kind goes to it as it came.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,21 +47,11 @@ def sdpa_forward(
     As transformers' ``sdpa_attention_forward``, whose arguments these are. A query that sees no key
     gets 0 from the kernels.
     """
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    causal = causal and attention_mask is None and query.shape[2] > 1
-    if _is_for_kernels(query, key, value, attention_mask, dropout, causal, kwargs):
-        out = prefix_attention(
-            query,
-            key,
-            value,
-            key_mask=None if attention_mask is None else attention_mask[:, 0, 0],
-            is_causal=causal,
-            scale=scaling,
-            dropout_p=dropout,
-            backend=None if current_request() else "cpu",
-        )
-        assert isinstance(out, Tensor)
-        return out.transpose(1, 2).contiguous(), None
+    if pays(query, key, value, dropout, kwargs):
+        is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        seen = seen_keys(query, key, attention_mask, is_causal)
+        if seen is not None:
+            return attend(query, key, value, seen, scaling, dropout), None
     found: tuple[Tensor, None] = sdpa_attention_forward(
         module,
         query,
@@ -74,6 +64,41 @@ def sdpa_forward(
         **kwargs,
     )
     return found
+
+
+class SeenKeys(NamedTuple):
+    """Which keys the queries of an attention see.
+
+    Attributes:
+        key_mask: [B, N] bool, False for those that none sees, or None.
+        is_causal: whether row i sees keys j <= i + N - S only.
+    """
+
+    key_mask: Tensor | None
+    is_causal: bool
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: SeenKeys,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    """The attention by the kernels, [B, S, H, E]."""
+    out = prefix_attention(
+        query,
+        key,
+        value,
+        key_mask=seen.key_mask,
+        is_causal=seen.is_causal,
+        scale=scaling,
+        dropout_p=dropout,
+        backend=None if current_request() else "cpu",
+    )
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2).contiguous()
 
 
 def padding_or_sdpa_mask(
@@ -117,16 +142,12 @@ def padding_or_sdpa_mask(
     return made
 
 
-def _is_for_kernels(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    causal: bool,
-    options: dict[str, Any],
+def pays(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, options: dict[str, Any]
 ) -> bool:
-    """Whether the kernels compute the same in less time."""
+    """Whether the kernels compute an attention in less time, of whichever keys the queries see;
+    `options` are transformers' further arguments.
+    """
     # First, so that no compiled graph depends on the sizes below.
     if query.device.type != "cpu" or not _is_plain_call(query, key, value):
         return False
@@ -135,11 +156,8 @@ def _is_for_kernels(
         scores < (PAYS_FROM_WITH_DROPOUT if dropout else PAYS_FROM)
         or query.dtype not in DTYPES
         or not query.dtype == key.dtype == value.dtype
-        # A cache of fixed size has room behind the queries, which torch counts from the first key.
-        or (causal and query.shape[2] != key.shape[2])
         or query.shape[-1] != value.shape[-1]
         or any(options.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
-        or not (mask is None or _hides_keys(mask))
         or query.shape[2] == 1  # a step of generate(), which nobody has measured
     ):
         return False
@@ -150,11 +168,28 @@ def _is_for_kernels(
     return not _why_not(request or "cpu", query.shape[-1], query.dtype, needs_grad)
 
 
-def _hides_keys(mask: Tensor) -> bool:
-    """Whether a mask is that of padding, [B, 1, 1, N], repeated for every query or not."""
-    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1:
-        return False
-    return mask.shape[2] == 1 or mask.stride(2) == 0
+def seen_keys(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> SeenKeys | None:
+    """What a mask of "sdpa" lets queries see, where the kernels can be told so: all, all but
+    padding, or of those the ones up to a query's own.
+
+    It is told by the mask's values, since one who wraps a layer, as checkpointing does, may hand on
+    another tensor than the mask function made. That takes about a hundredth of the attention's
+    time. `is_causal` counts where there is no mask, from the first key on.
+    """
+    s, n = query.shape[2], key.shape[2]
+    if mask is None:
+        # A cache of fixed size has room behind the queries.
+        return SeenKeys(None, is_causal) if not is_causal or s == n else None
+    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[3] != n:
+        return None
+    rows = mask[:, 0]
+    last = rows[:, -1]
+    if rows.shape[1] == 1 or rows.stride(1) == 0:
+        return SeenKeys(last, False)
+    causal = torch.ones(s, n, dtype=torch.bool).tril_(n - s)
+    if rows.shape[1] == s and torch.equal(rows, last[:, None] & causal):
+        return SeenKeys(None if last.all() else last, True)
+    return None
 
 
 def _is_plain_call(*tensors: Tensor) -> bool:

@@ -57,12 +57,17 @@ def _adapted(family, seed=1):
 ALL = (*peft_families.DECODERS, *peft_families.ENCODERS, *peft_families.WRITERS)
 
 
-@pytest.mark.parametrize("family", ALL)
-def test_outputs_and_gradients_are_those_of_sdpa(family, batch):
-    """Of a decoder without padding, whose mask says no more than that it is causal."""
-    inputs = {"input_ids": batch["input_ids"].flip(1)}
-    if family not in peft_families.DECODERS:
-        inputs["attention_mask"] = batch["attention_mask"].flip(1)
+PADDED = [(family, side) for family in ALL for side in ("right", "left")]
+ALONE = [(family, None) for family in peft_families.DECODERS]
+
+
+@pytest.mark.parametrize(("family", "padding"), PADDED + ALONE)
+def test_outputs_and_gradients_are_those_of_sdpa(family, padding, batch):
+    inputs = {"input_ids": batch["input_ids"]}
+    if padding:
+        inputs["attention_mask"] = batch["attention_mask"]
+    if padding != "left":
+        inputs = {name: each.flip(1) for name, each in inputs.items()}
     if family in peft_families.WRITERS:
         inputs["labels"] = batch["input_ids"][:, :5].contiguous()
 

@@ -8,12 +8,12 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from family_models import ENCODER, L, make_encoder
+from family_models import ENCODER, L, make_encoder, make_writer
 
 import pelt_kernels
 from pelt_kernels.integrations import peft_families, peft_prefix_attention
 from pelt_kernels.methods import PrefixTuningConfig
-from pelt_kernels.models import get_pelt_model
+from pelt_kernels.models import get_pelt_model, sdpa
 
 # PEFT, and this, name things as transformers did before.
 pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated:FutureWarning")
@@ -254,3 +254,22 @@ def test_a_backend_is_asked_for_at_each_call(batch, monkeypatch):
         model(**batch)
     assert asked == ["eager"] * L
     assert type(model) is peft.PeftModelForSequenceClassification
+
+
+@pytest.mark.backend("cpu")
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_layers_without_a_prefix_are_the_kernels_too(backend, batch, monkeypatch):
+    """Of an encoder beside the decoder that has prefixes, unless another backend is asked for."""
+    monkeypatch.setattr(sdpa, "PAYS_FROM", 0)
+    model = _with_prefix(make_writer("bart").float(), "SEQ_2_SEQ_LM")
+    batch = batch | {"labels": batch["input_ids"][:, :5].contiguous()}
+    expected = model(**batch).logits
+    wanted = _gradients(model, expected)
+    model.zero_grad()
+    pelt_kernels.ops.forget_choices()
+    pelt_kernels.accelerate(model, backend=backend)
+    found = model(**batch).logits
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(_gradients(model, found), wanted)
+    plain = [c for c in pelt_kernels.explain("prefix_attention") if "P_i" not in c.call]
+    assert {c.backend for c in plain} == ({"cpu"} if backend is None else set())

@@ -24,6 +24,7 @@ from pelt_kernels.ops import forget_choices
 
 pytestmark = pytest.mark.backend("cpu")
 NEVER = 1 << 62
+PARTLY_PREFIX = PREFIX.__class__(prefix_length=3, mid=8, skip_layers=(0,))
 
 
 @pytest.fixture
@@ -98,18 +99,24 @@ def test_encoders_give_what_sdpa_gives(
 
 
 @pytest.mark.parametrize("family", ("gpt2", "llama"))
-def test_writers_give_what_sdpa_gives(randomise, pays_from, family):
+@pytest.mark.parametrize("padding", (None, "left", "right"))
+@pytest.mark.parametrize("config", (LORA, PARTLY_PREFIX))
+def test_writers_give_what_sdpa_gives(randomise, pays_from, family, padding, config):
     batch = {"input_ids": torch.randint(6, 99, (3, 8), generator=torch.Generator().manual_seed(1))}
+    if padding:
+        batch["attention_mask"] = torch.ones(3, 8, dtype=torch.long)
+        hidden = slice(0, 3) if padding == "left" else slice(5, 8)
+        batch["attention_mask"][1, hidden] = 0
 
     def make(dtype, seed):
         torch.manual_seed(0)
-        return randomise(get_pelt_model(make_writer(family).to(dtype), LORA), seed=seed)
+        return randomise(get_pelt_model(make_writer(family).to(dtype), config), seed=seed)
 
     check(make, batch, pays_from)
 
 
 def test_masks_of_other_kinds_go_to_sdpa(make_base, make_batch, randomise, pays_from):
-    """Sentences packed into one, and a writer's padding."""
+    """Sentences packed into one."""
     model = randomise(get_pelt_model(make_base(), LORA))
     batch = make_batch((8, 8), with_labels=False)
     of = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1])
@@ -118,14 +125,49 @@ def test_masks_of_other_kinds_go_to_sdpa(make_base, make_batch, randomise, pays_
     expected = model(**batch).logits
     pays_from(0)
     assert torch.equal(model(**batch).logits, expected) and not calls()
-    torch.manual_seed(0)
-    writer = randomise(get_pelt_model(make_writer("gpt2"), LORA))
-    batch = {"input_ids": torch.full((2, 6), 7), "attention_mask": torch.ones(2, 6).long()}
-    batch["attention_mask"][0, :2] = 0
-    pays_from(NEVER)
-    expected = writer(**batch).logits
-    pays_from(0)
-    assert torch.equal(writer(**batch).logits, expected) and not calls()
+
+
+CAUSAL = torch.ones(4, 6, dtype=torch.bool).tril(2)  # the queries stand at the last keys
+TOKENS = torch.tensor([[False, True, True, True, True, True], [True] * 4 + [False] * 2])[:, None]
+SENTENCES = torch.tensor([0, 0, 0, 0, 1, 1])
+OTHERS = {
+    "a window": CAUSAL & ~CAUSAL.tril(-1),
+    "causal from the first key on": torch.ones(4, 6, dtype=torch.bool).tril(),
+    "packed sentences": CAUSAL & (SENTENCES[2:, None] == SENTENCES),
+    "one key hidden from one query": TOKENS.expand(2, 4, 6).clone().index_fill(
+        1, torch.tensor(1), False),
+    "heads that differ": TOKENS[:, None].expand(2, 3, 4, 6),
+    "numbers": torch.zeros(2, 1, 4, 6),
+}  # fmt: skip
+
+
+def four(mask):
+    """[2, 1, 4, 6]."""
+    return mask if mask.ndim == 4 else mask.expand(2, 4, 6)[:, None]
+
+
+@pytest.mark.parametrize("mask", (CAUSAL, CAUSAL & TOKENS, TOKENS))
+def test_what_a_mask_lets_queries_see_is_told_by_its_values(mask):
+    query, key = torch.empty(2, 3, 4, 8), torch.empty(2, 3, 6, 8)
+    for given in (four(mask), four(mask).detach()):
+        seen = sdpa.seen_keys(query, key, given, True)
+        found = CAUSAL if seen.is_causal else torch.ones_like(CAUSAL)
+        if seen.key_mask is not None:
+            found = found & seen.key_mask[:, None]
+        assert torch.equal(four(found), four(mask))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_mask_that_shows_other_keys_is_for_sdpa(name):
+    query, key = torch.empty(2, 3, 4, 8), torch.empty(2, 3, 6, 8)
+    assert sdpa.seen_keys(query, key, four(OTHERS[name]), True) is None
+
+
+def test_without_a_mask_causal_queries_count_from_the_first_key():
+    query, key = torch.empty(2, 3, 4, 8), torch.empty(2, 3, 6, 8)
+    assert sdpa.seen_keys(query, key, None, True) is None
+    assert sdpa.seen_keys(query, key, None, False) == (None, False)
+    assert sdpa.seen_keys(query, query, None, True) == (None, True)
 
 
 def test_a_writer_goes_on_from_its_cache(randomise, pays_from):
@@ -141,9 +183,10 @@ def test_a_writer_goes_on_from_its_cache(randomise, pays_from):
 
 def test_layers_beside_those_with_a_prefix(make_base, make_batch, randomise, pays_from):
     """Their masks come from another mask function."""
-    config = PREFIX.__class__(prefix_length=3, mid=8, skip_layers=(0,))
     check(
-        lambda dtype, seed: randomise(get_pelt_model(make_base(dtype=dtype), config), seed=seed),
+        lambda dtype, seed: randomise(
+            get_pelt_model(make_base(dtype=dtype), PARTLY_PREFIX), seed=seed
+        ),
         make_batch(with_labels=False),
         pays_from,
     )
