@@ -226,24 +226,37 @@ constexpr int64_t pair_blocks_of(int64_t rows, int64_t columns) {
   return (rows + kPairBlockRows - 1) / kPairBlockRows * (pair_columns(columns) / kPairColumns);
 }
 
+// The panels of B, packed for `packed_depth` rows, of which the first `depth` are multiplied.
+struct PairPanels {
+  const bf16* data;
+  int64_t packed_depth;
+  int64_t depth;
+};
+
 // C [rows, columns] float32 = or += A B. C has room for whole tiles: rows for a multiple of
 // kTileSide and columns for whole panels; what lies there beyond the result is anything.
-inline void multiply_pairs_into(const PairRows& a, const bf16* panels, int64_t depth, int64_t rows,
+inline void multiply_pairs_into(const PairRows& a, const PairPanels& b, int64_t rows,
                                 int64_t columns, float* c, int64_t stride, bool accumulate,
                                 Ahead ahead = {}) {
-  const int64_t pitch = pair_depth(depth) * kPairColumns;
+  const int64_t pitch = pair_depth(b.packed_depth) * kPairColumns;
   for (int64_t column = 0; column < columns; column += kPairColumns) {
-    const bf16* panel = panels + column / kPairColumns * pitch;
+    const bf16* panel = b.data + column / kPairColumns * pitch;
 #if defined(PELT_HAS_TILES)
     for (int64_t row = 0; row < rows; row += kPairBlockRows) {
       ahead.step();
-      multiply_pair_tiles(a, row, rows, panel, depth, columns - column, c + row * stride + column,
+      multiply_pair_tiles(a, row, rows, panel, b.depth, columns - column, c + row * stride + column,
                           stride, accumulate);
     }
 #else
     (void)a, (void)panel, (void)rows, (void)c, (void)stride, (void)accumulate, (void)ahead;
 #endif
   }
+}
+
+inline void multiply_pairs_into(const PairRows& a, const bf16* panels, int64_t depth, int64_t rows,
+                                int64_t columns, float* c, int64_t stride, bool accumulate,
+                                Ahead ahead = {}) {
+  multiply_pairs_into(a, {panels, depth, depth}, rows, columns, c, stride, accumulate, ahead);
 }
 
 }  // namespace

@@ -38,6 +38,12 @@ CASES = [
         "gate per head",
         attributes={"is_causal": True},
     ),
+    scaled(
+        "causal_blocks",  # of columns, of which the queries see parts
+        {**_SIZES, "H": 1, "G": 1, "S": 150, "N": 150, "E": 128},
+        UNIPELT,
+        attributes={"is_causal": True},
+    ),
     scaled("causal_more_queries", {**_NO_PREFIX, "S": 9, "N": 5}, attributes={"is_causal": True}),
     scaled("control_prefixes", _TABLE, f"{TABLE_AND_SHARED}, gate, key_mask", is_quick=True),
     scaled("tables", {**_TABLE, "S": 40, "N": 40, "E": 96}, f"{TABLE_AND_SHARED}, gate"),

@@ -27,6 +27,8 @@ using namespace pelt::cpu;
 using CpuInputs = Inputs<int64_t>;
 
 constexpr int64_t kBlockVector = 16384;  // numbers of one packed operand: 64 KB of float32
+constexpr int64_t kColumnUnit = 32;      // what is seen of a block is rounded up to
+static_assert(kColumnUnit % kPanel == 0 && kColumnUnit % kPairColumns == 0, "whole panels");
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 // ---- products ----
@@ -57,10 +59,12 @@ struct FloatProducts {
     }
   }
 
-  // C [rows, columns] = or += A B. A has rows up to a multiple of kRowUnit, C too.
-  static void multiply(const float* a, int64_t stride, const float* b, int64_t depth, int64_t rows,
-                       int64_t columns, float* c, int64_t ldc, bool accumulate) {
-    multiply_into(a, stride, 1, {b, depth, 0, depth}, c, ldc, round_up(rows, kRowUnit),
+  // C [rows, columns] = or += A B, of B's `packed` rows the first `depth`. A has rows up to a
+  // multiple of kRowUnit, C too.
+  static void multiply(const float* a, int64_t stride, const float* b, int64_t packed,
+                       int64_t depth, int64_t rows, int64_t columns, float* c, int64_t ldc,
+                       bool accumulate) {
+    multiply_into(a, stride, 1, {b, packed, 0, depth}, c, ldc, round_up(rows, kRowUnit),
                   round_up(columns, kWidth), accumulate);
   }
 };
@@ -92,9 +96,9 @@ struct PairProducts {
   }
 
   // C has room for whole blocks.
-  static void multiply(const bf16* a, int64_t stride, const bf16* b, int64_t depth, int64_t rows,
-                       int64_t columns, float* c, int64_t ldc, bool accumulate) {
-    multiply_pairs_into({a, stride}, b, depth, rows, columns, c, ldc, accumulate);
+  static void multiply(const bf16* a, int64_t stride, const bf16* b, int64_t packed, int64_t depth,
+                       int64_t rows, int64_t columns, float* c, int64_t ldc, bool accumulate) {
+    multiply_pairs_into({a, stride}, {b, packed, depth}, rows, columns, c, ldc, accumulate);
   }
 };
 
@@ -308,8 +312,9 @@ inline void scale_row(float* row, int64_t width, float factor) {
 
 // How many columns go into a block: its operands stay in the second cache.
 inline int64_t block_columns(const CpuInputs& in, const Columns& all) {
-  const int64_t fitting = std::max<int64_t>(kBlockVector / round_up(in.E, 32) / 32 * 32, 32);
-  return std::min(fitting, round_up(std::max<int64_t>(all.count(), 1), 32));
+  const int64_t rows = kBlockVector / round_up(in.E, 32) / kColumnUnit * kColumnUnit;
+  return std::min(std::max(rows, kColumnUnit),
+                  round_up(std::max<int64_t>(all.count(), 1), kColumnUnit));
 }
 
 // What forward and backward do alike: they take the columns that a sample sees in blocks, and
@@ -363,14 +368,20 @@ struct Blocks {
     Products::pack_transposed(rows, width, in.E, block.count(), keys);
   }
 
-  // scores = Q K^T of `count` queries from `first` on; false where none of them sees the block. On
-  // tiles the scale comes afterwards (finish_scores): it would round bfloat16 queries once more.
-  bool multiply_keys(const Head<T>& head, int64_t first, int64_t count, const Block& block) {
-    if (columns.seen_by(in, first + count - 1) <= block.begin) return false;
-    const int64_t padded = Products::columns(block.count());
+  // The columns of a block up to the last that one of `count` queries from `first` on sees, in whole
+  // panels; none where they see nothing of it.
+  Block seen_part(int64_t first, int64_t count, const Block& block) const {
+    const int64_t seen = columns.seen_by(in, first + count - 1) - block.begin;
+    const int64_t whole = round_up(std::max<int64_t>(seen, 0), kColumnUnit);
+    return {block.begin, std::min(block.end, block.begin + whole)};
+  }
+
+  // scores = Q K^T of `count` queries from `first` on and the block's columns in `part`. On tiles the
+  // scale comes afterwards (finish_scores): it would round bfloat16 queries once more.
+  void multiply_keys(const Head<T>& head, int64_t first, int64_t count, const Block& part) {
+    const int64_t padded = Products::columns(part.count());
     head.read_queries(first, first + count, width, kOnTiles ? 1.0f : in.scale, q);
-    Products::multiply(q, width, keys, in.E, count, padded, scores, padded, false);
-    return true;
+    Products::multiply(q, width, keys, in.E, in.E, count, padded, scores, padded, false);
   }
 
   // A query's products become scores: scale, bias, and -inf for columns that it does not see and

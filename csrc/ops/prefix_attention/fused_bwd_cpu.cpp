@@ -232,14 +232,16 @@ struct Backward : Blocks<T, Products> {
 
   // The queries from `first` on against a block of columns.
   void attend(const Head<T>& head, int64_t first, const Block& block) {
-    const int64_t count = std::min(kRows, in.S - first), used = block.count();
-    const int64_t padded = Products::columns(used);
-    if (!this->multiply_keys(head, first, count, block)) return;
+    const int64_t count = std::min(kRows, in.S - first);
+    const Block part = this->seen_part(first, count, block);
+    const int64_t used = part.count(), padded = Products::columns(used);
+    if (used == 0) return;
+    this->multiply_keys(head, first, count, part);
     for (int64_t i = 0; i < count; ++i) read_dout(head, first + i, width, d + i * width);
-    Products::multiply(d, width, values, in.E, count, padded, ds, padded, false);
+    Products::multiply(d, width, values, in.E, in.E, count, padded, ds, padded, false);
     float* p = scores;
     for (int64_t i = 0; i < count; ++i) {
-      row_backward(head, first + i, block, p + i * padded, ds + i * padded);
+      row_backward(head, first + i, part, p + i * padded, ds + i * padded);
     }
     float* to = dq + first * out_width;
     if constexpr (kOnTiles) {
@@ -248,15 +250,17 @@ struct Backward : Blocks<T, Products> {
         read_row(ds + i * padded, used, depth, 1.0f, ds_rows + i * distance);
         read_row(p + i * padded, used, depth, 1.0f, p_rows + i * distance);
       }
-      Products::multiply(ds_rows, distance, keys_by_row, depth, count, in.E, to, out_width, true);
+      Products::multiply(ds_rows, distance, keys_by_row, block.count(), depth, count, in.E, to,
+                         out_width, true);
       Products::pack(ds_rows, distance, count, used, packed_ds);
       Products::pack(p_rows, distance, count, used, packed_p);
-      Products::multiply(q_transposed + first, query_distance(), packed_ds, kRows,
+      Products::multiply(q_transposed + first, query_distance(), packed_ds, kRows, kRows,
                          round_up(in.E, kTileSide), used, dk_transposed, largest, true);
-      Products::multiply(d_transposed + first, query_distance(), packed_p, kRows,
+      Products::multiply(d_transposed + first, query_distance(), packed_p, kRows, kRows,
                          round_up(in.E, kTileSide), used, dv_transposed, largest, true);
     } else {
-      Products::multiply(ds, padded, keys_by_row, used, count, in.E, to, out_width, true);
+      Products::multiply(ds, padded, keys_by_row, block.count(), used, count, in.E, to, out_width,
+                         true);
       Products::pack(q, width, count, in.E, packed_q);
       Products::pack(d, width, count, in.E, packed_d);
       // ds and p as left sides, read along their columns: nothing is transposed.

@@ -67,23 +67,26 @@ struct Forward : Blocks<T, Products> {
   // The queries from `first` on against a block of columns.
   void attend(int64_t first, const Block& block) {
     const int64_t count = std::min(kRows, in.S - first);
-    if (!this->multiply_keys(head, first, count, block)) return;
-    const int64_t padded = Products::columns(block.count());
+    const Block part = this->seen_part(first, count, block);
+    if (part.count() == 0) return;
+    this->multiply_keys(head, first, count, part);
+    const int64_t padded = Products::columns(part.count());
     for (int64_t i = 0; i < count; ++i) {
       float *row = scores + i * padded, *sums = acc + (first + i) * out_width;
-      const float shrink = soften(first + i, block, row);
-      if (block.begin) scale_row(sums, out_width, shrink);
+      const float shrink = soften(first + i, part, row);
+      if (part.begin) scale_row(sums, out_width, shrink);
       if (kOnTiles) {
-        read_row(row, block.count(), pair_depth(block.count()), 1.0f,
+        read_row(row, part.count(), pair_depth(part.count()), 1.0f,
                  p + i * Products::width(largest));
       }
     }
     float* sums = acc + first * out_width;
     if constexpr (kOnTiles) {
-      Products::multiply(p, Products::width(largest), values, pair_depth(block.count()), count,
-                         in.E, sums, out_width, true);
+      Products::multiply(p, Products::width(largest), values, block.count(),
+                         pair_depth(part.count()), count, in.E, sums, out_width, true);
     } else {
-      Products::multiply(scores, padded, values, block.count(), count, in.E, sums, out_width, true);
+      Products::multiply(scores, padded, values, block.count(), part.count(), count, in.E, sums,
+                         out_width, true);
     }
   }
 
