@@ -31,6 +31,7 @@ from . import (
     operator_tables,
     peft_step,
     peft_tables,
+    plain_attention,
     step_profile,
 )
 from .checkout import ROOT
@@ -305,6 +306,7 @@ def tables() -> dict[Path, dict[str, str]]:
         "efficiency rows": (efficiency.RESULTS, efficiency_table.full),
         "calls table": (layer_calls.RESULTS, layer_calls.table),
         "profile table": (step_profile.RESULTS, step_profile.table),
+        "attention table": (plain_attention.RESULTS, plain_attention.table),
         "gates table": (gates_table.RESULTS, gates_table.followed),
         "peft tests table": (peft_tests.RESULTS, peft_tests.table),
     }
