@@ -29,7 +29,7 @@ demo: build $(SETUP)-demo
 test: build-sim $(SETUP)-demo $(SETUP)-test $(SETUP)-dev
 	$(PYTEST) --require-backend=cuda_sim,cpu_sim,cpu $(TEST_OPTIONS)
 	TRITON_INTERPRET=1 $(PYTEST) --require-backend=triton -k "triton and not ahead" \
-		python_tests/ops python_tests/triton $(TEST_OPTIONS)
+		python_tests/ops python_tests/triton_kernels $(TEST_OPTIONS)
 
 # The simulator, which watches the memory of CUDA kernels itself, and the CPU kernels on simulated
 # tiles, compiled with the address and undefined-behaviour sanitizers. The kernels' PTX is that of

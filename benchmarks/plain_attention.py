@@ -5,8 +5,9 @@
 
 Both are attention functions of transformers', "sdpa" and, with its thresholds at 0, "pelt_sdpa",
 with the mask that the mask function of each makes. `SHAPES` stand on both sides of the thresholds
-of `pelt_kernels.models.sdpa`, from which "pelt_sdpa" calls the kernels: below them a row says what
-they would do. The two take turns, and ratios are of pairs: below 1 the kernels take less time.
+from which "pelt_sdpa" calls the kernels (pelt_kernels/ops/prefix_attention/without_prefix.py):
+below them a row says what they would do. The two take turns, and ratios are of pairs: below 1 the
+kernels take less time.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from transformers.masking_utils import (
 
 from pelt_kernels._hardware import hardware
 from pelt_kernels.models import sdpa
+from pelt_kernels.ops.prefix_attention import without_prefix
 
 from .checkout import ROOT, commit
 from .rows import Rows, by_processor, kept, measured_by, processor_order, write
@@ -138,8 +140,8 @@ def calls(
 def measure(name: str, is_padded: bool, way: Way, dtype: str, seconds: float) -> Row:
     """A row: the two beside each other."""
     shape = SHAPES[name]
-    threshold = sdpa.PAYS_FROM_WITH_DROPOUT if way.dropout else sdpa.PAYS_FROM
-    with mock.patch.multiple(sdpa, PAYS_FROM=0, PAYS_FROM_WITH_DROPOUT=0):
+    threshold = without_prefix.PAYS_FROM_WITH_DROPOUT if way.dropout else without_prefix.PAYS_FROM
+    with mock.patch.multiple(without_prefix, PAYS_FROM=0, PAYS_FROM_WITH_DROPOUT=0):
         samples = interleaved(calls(shape, is_padded, way, DTYPES[dtype]), "cpu", seconds)
     ratios = [ours / theirs for ours, theirs in zip(samples["kernels"], samples["torch"])]
     return {

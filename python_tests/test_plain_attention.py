@@ -12,6 +12,7 @@ from benchmarks.plain_attention import SHAPES, WAYS, Shape
 from pelt_kernels import explain
 from pelt_kernels.models import sdpa
 from pelt_kernels.ops import forget_choices
+from pelt_kernels.ops.prefix_attention import without_prefix
 
 
 def row(shape: str, ratio: float, chosen: bool, **changes: Any) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def test_the_contenders_are_the_kernels_and_torch(
 
     for module, name in ((sdpa, "sdpa_forward"), (plain_attention, "sdpa_attention_forward")):
         monkeypatch.setattr(module, name, kept(getattr(module, name)))
-    monkeypatch.setattr(sdpa, "PAYS_FROM", 0)
+    monkeypatch.setattr(without_prefix, "PAYS_FROM", 0)
     contenders = plain_attention.calls(shape, is_padded, WAYS[1], torch.float32)
     forget_choices()
     contenders["torch"]()
@@ -52,7 +53,7 @@ def test_the_contenders_are_the_kernels_and_torch(
 
 def test_shapes_stand_on_both_sides_of_the_thresholds() -> None:
     scores = [shape.scores for shape in SHAPES.values()]
-    for threshold in (sdpa.PAYS_FROM, sdpa.PAYS_FROM_WITH_DROPOUT):
+    for threshold in (without_prefix.PAYS_FROM, without_prefix.PAYS_FROM_WITH_DROPOUT):
         assert min(scores) < threshold < max(scores)
 
 

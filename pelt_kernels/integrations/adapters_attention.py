@@ -1,8 +1,9 @@
-"""Prefix tuning of the library ``adapters`` on `prefix_attention`, in BERT, RoBERTa and XLM-R.
+"""The attention of BERT, RoBERTa and XLM-R in the library ``adapters`` on `prefix_attention`.
 
 The library computes the prefixes of all layers before the model's forward, once for each sentence
 of the batch, and each attention joins its own to the tokens' keys. Here they are computed once for
-the batch, and the attention reads them as they are.
+the batch, and the attention reads them as they are. Without a prefix it is PyTorch's, as the
+library's is, or on a CPU the kernels' where they take less time.
 """
 
 from __future__ import annotations
@@ -16,8 +17,12 @@ from adapters.models.bert.modeling_bert import BertSdpaSelfAttentionWithAdapters
 from adapters.models.roberta.modeling_roberta import RobertaSdpaSelfAttentionWithAdapters
 from adapters.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaSdpaSelfAttentionWithAdapters
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from ..ops import Prefix, prefix_attention
+from ..ops._arguments import is_recorded
+from ..ops._dispatch import backend_of
+from ..ops.prefix_attention.without_prefix import SeenKeys, attend, pays
 from .adapters_layers import names_in
 from .replacement import Accelerated, library_class
 
@@ -51,6 +56,25 @@ class _Own(NamedTuple):
     gate: Tensor | None
 
 
+def _seen_keys(mask: Tensor | None) -> SeenKeys | None:
+    """What an additive mask [B, 1, S, N] lets queries see, where it is on a CPU and holds the zeros
+    and lowest numbers of padding: keys that none sees are not visited then. None for any other.
+    """
+    if mask is None:
+        return SeenKeys(None, False)
+    if mask.device.type != "cpu" or is_recorded() or mask.ndim != 4 or mask.shape[1] != 1:
+        return None
+    rows = mask[:, 0]
+    first = rows[:, 0]
+    is_seen = first == 0
+    is_padding = (
+        (is_seen | (first == torch.finfo(mask.dtype).min)).all()
+        and is_seen.any(-1).all()  # where all is hidden, the library sees all
+        and torch.equal(rows, first[:, None].expand_as(rows))
+    )
+    return SeenKeys(is_seen, False) if is_padding else None
+
+
 class _SelfAttention(Accelerated):
     """An attention whose prefixes are not joined to its keys."""
 
@@ -73,7 +97,7 @@ class _SelfAttention(Accelerated):
         if module.is_decoder or module.position_embedding_type != "absolute":
             is_plain = False
         own = self._own(hidden_states) if is_plain else None
-        if own is None:
+        if own is None and not (is_plain and self._has_none(hidden_states)):
             kind: Any = library_class(module)
             return kind.forward(
                 self,
@@ -89,18 +113,51 @@ class _SelfAttention(Accelerated):
             linear(hidden_states).view(shape).transpose(1, 2)
             for linear in (module.query, module.key, module.value)
         )
-        out = prefix_attention(
-            q,
-            k,
-            v,
-            [own.prefix],
-            gate=own.gate,
-            bias=attention_mask,
-            dropout_p=module.dropout_prob if module.training else 0.0,
-            backend=self.pelt_backend,
-        )
-        assert isinstance(out, Tensor)
-        return out.transpose(1, 2).reshape(batch, rows, module.all_head_size), None
+        seen, dropout = _seen_keys(attention_mask), module.dropout_prob if module.training else 0.0
+        if own is None:
+            out = self._without_prefix(q, k, v, attention_mask, seen, dropout)
+        else:
+            found = prefix_attention(
+                q,
+                k,
+                v,
+                [own.prefix],
+                gate=own.gate,
+                bias=attention_mask if seen is None else None,
+                key_mask=None if seen is None else seen.key_mask,
+                dropout_p=dropout,
+                backend=self.pelt_backend,
+            )
+            assert isinstance(found, Tensor)
+            out = found.transpose(1, 2)
+        return out.reshape(batch, rows, module.all_head_size), None
+
+    def _without_prefix(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        seen: SeenKeys | None,
+        dropout: float,
+    ) -> Tensor:
+        """The attention to the tokens, [B, S, H, E]."""
+        is_for_cpu = self.pelt_backend is None or backend_of(self.pelt_backend) == "cpu"
+        if seen is not None and is_for_cpu and pays(q, k, v, dropout):
+            return attend(q, k, v, seen, None, dropout)
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return out.transpose(1, 2)
+
+    def _has_none(self, hidden_states: Tensor) -> bool:
+        """Whether no prefix is active here, and each text is there once."""
+        layer = self.prefix_tuning
+        setup, context = layer.get_active_setup(), ForwardContext.get_context()
+        if hidden_states.ndim != 3 or getattr(context, "prompt_tokens_length", None):
+            return False
+        if setup is None:
+            return True
+        has_one = any(name in layer.prefixes for name in setup.flatten())
+        return setup.parallel_channels == 1 and not has_one
 
     def _own(self, hidden_states: Tensor) -> _Own | None:
         """The prefix, where there is one that is the same for the batch."""

@@ -1,8 +1,9 @@
 """Which layers of the library ``adapters`` (AdapterHub) run on which operator.
 
 LoRA in a Linear runs on `lora_linear`, bottlenecks on `gated_adapter`, gates included; prefixes in
-BERT, RoBERTa and XLM-R on `prefix_attention`. Layers that hold no adapter are not looked at: one
-that is added later is served after another call.
+BERT, RoBERTa and XLM-R on `prefix_attention`, and on a CPU their attention without a prefix, too.
+Other layers that hold no adapter are not looked at: one that is added later is served after another
+call.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from adapters.methods.prefix_tuning import PrefixTuningLayer
 from torch import nn
 
 from ..ops import LoraBranch, Prefix, gated_adapter, lora_linear, prefix_attention
+from ..ops._dispatch import backend_of
 from .adapters_attention import ATTENTIONS, POOLS
 from .adapters_layers import BOTTLENECKS, AcceleratedLoraLinear, why_not_adapter, why_not_lora
 from .replacement import Replacement, check_in_memory, library_class
 from .versions import check_version
+
+SMALL = "in small calls, and with composed adapters, it goes the library's own way"
 
 
 def replacements(model: nn.Module, backend: str | None) -> list[Replacement]:
@@ -36,6 +40,8 @@ def replacements(model: nn.Module, backend: str | None) -> list[Replacement]:
     found = list(_found(model))
     if not found:
         return []
+    if backend is None or backend_of(backend) == "cpu":
+        found += _plain_attentions(model)
     if not any(each.accelerated in ATTENTIONS.values() for each in found):
         found = [each for each in found if each.accelerated not in POOLS.values()]
     check_version("adapters", adapters.__version__)
@@ -79,6 +85,16 @@ def _attention(name: str, module: Any, kind: type[nn.Module]) -> Replacement:
     several = [each for each in gates if gates[each].out_features != 1]
     reason = f"with {', '.join(several)}, whose keys and values have a gate each" if several else ""
     return Replacement(name, module, ATTENTIONS[kind], "prefix_attention", reason)
+
+
+def _plain_attentions(model: nn.Module) -> Iterator[Replacement]:
+    """The attentions without a prefix on a CPU."""
+    for name, module in model.named_modules():
+        kind = library_class(module)
+        if kind not in ATTENTIONS or module.prefix_tuning.prefixes:
+            continue
+        if module.query.weight.device.type == "cpu":
+            yield Replacement(name, module, ATTENTIONS[kind], "prefix_attention", SMALL)
 
 
 def _lora(name: str, module: Any, kind: type[nn.Module]) -> Replacement:

@@ -18,11 +18,12 @@ from transformers.utils import logging
 from ..nn import PrefixAttention
 from ..nn.gate import may_select
 from ..ops.prefix_attention.weights import attention_weights
+from ..ops.prefix_attention.without_prefix import SeenKeys, attend, pays
 from .attention_config import PELT, AttentionView
 from .attention_masks import check_mask, mask_for, padding_mask, window_bias
 from .layer_state import PREFIX_ATTRIBUTE, STATE_ATTRIBUTE, LayerPrefix, LayerState
 from .samples import MixedState, Rows
-from .sdpa import SDPA, SeenKeys, attend, pays
+from .sdpa import SDPA, has_plain_scores
 
 logger = logging.get_logger(__name__)
 
@@ -292,7 +293,8 @@ def base_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     if (
         name == SDPA
         and (window is None or key.shape[2] <= window)
-        and pays(query, key, value, call.dropout, call.options)
+        and has_plain_scores(call.options)
+        and pays(query, key, value, call.dropout)
     ):
         seen = SeenKeys(call.mask, is_causal)
         out = attend(query, key, value, seen, call.scaling, call.dropout)

@@ -8,8 +8,7 @@ the values of those of "sdpa", so a call of any other kind goes to it as it came
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +16,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
-from ..ops import prefix_attention
-from ..ops._arguments import is_recorded
-from ..ops._dispatch import backend_of, current_request, why_not
-from ..ops.prefix_attention.contract import CONTRACT
+from ..ops.prefix_attention.without_prefix import SeenKeys, attend, is_plain_call, pays
 from .attention_config import PELT_SDPA
 
 SDPA = "sdpa"
-DTYPES = (torch.float32, torch.bfloat16)
-# Scores, B·H·S·N, from which the kernels take less time than PyTorch's attention: without dropout
-# 1.0 of it at 2^17 and 0.7 to 0.97 above, with dropout 0.8 to 1.0 at 2^15 and 0.5 to 0.9 above
-# (float32, one and two threads, forward alone and with backward; EPYC Zen 1, torch 2.13).
-PAYS_FROM, PAYS_FROM_WITH_DROPOUT = 1 << 17, 1 << 15
 
 
 def sdpa_forward(
@@ -47,7 +38,7 @@ def sdpa_forward(
     As transformers' ``sdpa_attention_forward``, whose arguments these are. A query that sees no key
     gets 0 from the kernels.
     """
-    if pays(query, key, value, dropout, kwargs):
+    if has_plain_scores(kwargs) and pays(query, key, value, dropout):
         is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         seen = seen_keys(query, key, attention_mask, is_causal)
         if seen is not None:
@@ -66,39 +57,9 @@ def sdpa_forward(
     return found
 
 
-class SeenKeys(NamedTuple):
-    """Which keys the queries of an attention see.
-
-    Attributes:
-        key_mask: [B, N] bool, False for those that none sees, or None.
-        is_causal: whether row i sees keys j <= i + N - S only.
-    """
-
-    key_mask: Tensor | None
-    is_causal: bool
-
-
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    seen: SeenKeys,
-    scaling: float | None,
-    dropout: float,
-) -> Tensor:
-    """The attention by the kernels, [B, S, H, E]."""
-    out = prefix_attention(
-        query,
-        key,
-        value,
-        key_mask=seen.key_mask,
-        is_causal=seen.is_causal,
-        scale=scaling,
-        dropout_p=dropout,
-        backend=None if current_request() else "cpu",
-    )
-    assert isinstance(out, Tensor)
-    return out.transpose(1, 2).contiguous()
+def has_plain_scores(options: dict[str, Any]) -> bool:
+    """Whether transformers' further arguments of an attention change no score."""
+    return all(options.get(name) is None for name in ("position_bias", "softcap", "s_aux"))
 
 
 def padding_or_sdpa_mask(
@@ -124,7 +85,7 @@ def padding_or_sdpa_mask(
         and attention_mask.dtype == torch.bool
         and attention_mask.shape == (batch_size, kv_length)
         and kv_offset == 0
-        and _is_plain_call(attention_mask)
+        and is_plain_call(attention_mask)
     ):
         if allow_is_bidirectional_skip and attention_mask.all():
             return None
@@ -140,32 +101,6 @@ def padding_or_sdpa_mask(
         **kwargs,
     )
     return made
-
-
-def pays(
-    query: Tensor, key: Tensor, value: Tensor, dropout: float, options: dict[str, Any]
-) -> bool:
-    """Whether the kernels compute an attention in less time, of whichever keys the queries see;
-    `options` are transformers' further arguments.
-    """
-    # First, so that no compiled graph depends on the sizes below.
-    if query.device.type != "cpu" or not _is_plain_call(query, key, value):
-        return False
-    scores = query.shape[:3].numel() * key.shape[2]
-    if (
-        scores < (PAYS_FROM_WITH_DROPOUT if dropout else PAYS_FROM)
-        or query.dtype not in DTYPES
-        or not query.dtype == key.dtype == value.dtype
-        or query.shape[-1] != value.shape[-1]
-        or any(options.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
-        or query.shape[2] == 1  # a step of generate(), which nobody has measured
-    ):
-        return False
-    request = current_request()
-    if request and backend_of(request) != "cpu":
-        return False
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    return not _why_not(request or "cpu", query.shape[-1], query.dtype, needs_grad)
 
 
 def seen_keys(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> SeenKeys | None:
@@ -190,21 +125,6 @@ def seen_keys(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) 
     if rows.shape[1] == s and torch.equal(rows, last[:, None] & causal):
         return SeenKeys(None if last.all() else last, True)
     return None
-
-
-def _is_plain_call(*tensors: Tensor) -> bool:
-    """Whether tensors are torch's own, and no compiler, tracer, transform or mode is at work, which
-    know PyTorch's attention better.
-    """
-    return not is_recorded() and all(type(t) is Tensor for t in tensors)
-
-
-@cache
-def _why_not(request: str, size: int, dtype: torch.dtype, needs_grad: bool) -> str:
-    """Why the kernels do not serve heads of a size; empty if they do."""
-    blank = torch.empty(1, 1, 2, size, dtype=dtype)
-    values: list[Any] = [blank, blank, blank, [], [], [], None, None, None, None]
-    return why_not(request, CONTRACT.bind(values, (False, 1.0, 0.0)), needs_grad)
 
 
 AttentionInterface.register(PELT_SDPA, sdpa_forward)

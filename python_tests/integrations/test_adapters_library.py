@@ -11,6 +11,7 @@ import copy
 import pytest
 import torch
 import transformers as hf
+from closeness import assert_close
 
 import pelt_kernels
 
@@ -20,7 +21,8 @@ adapters = pytest.importorskip(
 
 from adapters import composition as ac  # noqa: E402
 
-from pelt_kernels.integrations import adapters_layers  # noqa: E402
+from pelt_kernels.integrations import adapters_attention, adapters_layers  # noqa: E402
+from pelt_kernels.ops.prefix_attention import without_prefix  # noqa: E402
 
 UNIPELT = adapters.UniPELTConfig(
     adapters.PrefixTuningConfig(prefix_length=3, bottleneck_size=8, use_gating=True),
@@ -32,12 +34,13 @@ PARALLEL = adapters.ParBnConfig(reduction_factor=4, use_gating=True)
 SEQUENTIAL = adapters.SeqBnConfig(reduction_factor=4)
 DOUBLE = adapters.DoubleSeqBnConfig(reduction_factor=4)
 LORA = adapters.LoRAConfig(r=4, alpha=6, intermediate_lora=True, output_lora=True)
+# Each of two layers' attentions, without a prefix too; with one also what makes the prefixes.
 SERVED = {
     "unipelt": (UNIPELT, {"lora_linear": 4, "prefix_attention": 3, "gated_adapter": 2}),
-    "seq_bn": (SEQUENTIAL, {"gated_adapter": 2}),
-    "double_seq_bn": (DOUBLE, {"gated_adapter": 4}),
-    "par_bn": (PARALLEL, {"gated_adapter": 2}),
-    "lora": (LORA, {"lora_linear": 8}),
+    "seq_bn": (SEQUENTIAL, {"gated_adapter": 2, "prefix_attention": 2}),
+    "double_seq_bn": (DOUBLE, {"gated_adapter": 4, "prefix_attention": 2}),
+    "par_bn": (PARALLEL, {"gated_adapter": 2, "prefix_attention": 2}),
+    "lora": (LORA, {"lora_linear": 8, "prefix_attention": 2}),
     "prefix": (PREFIX, {"prefix_attention": 3}),
     "prefix_flat": (
         adapters.PrefixTuningConfig(prefix_length=3, flat=True),
@@ -46,7 +49,7 @@ SERVED = {
     "mam": (adapters.MAMConfig(PREFIX, PARALLEL), {"prefix_attention": 3, "gated_adapter": 2}),
     "learned_scale": (
         adapters.SeqBnConfig(reduction_factor=4, scaling="learned", non_linearity="gelu_new"),
-        {"gated_adapter": 2},
+        {"gated_adapter": 2, "prefix_attention": 2},
     ),
 }
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
@@ -127,6 +130,56 @@ def test_outputs_and_gradients_are_the_librarys(name, family, run):
     assert list(model.state_dict()) == keys
     pelt_kernels.restore(model)
     assert [type(module) for module in model.modules()] == kinds
+
+
+@pytest.mark.backend("cpu")
+@pytest.mark.parametrize("is_padded", [True, False])
+@pytest.mark.parametrize("name", ["lora", "seq_bn", "unipelt"])
+def test_attention_is_the_kernels_on_a_cpu(name, is_padded, batch, monkeypatch):
+    """Of texts that end early they visit no padding: it is a mask of keys, and no bias."""
+    monkeypatch.setattr(without_prefix, "PAYS_FROM", 0)
+    given = {"input_ids": batch["input_ids"]}
+    if is_padded:
+        given["attention_mask"] = batch["attention_mask"].flip(1)
+
+    def results(model):
+        model.zero_grad()
+        logits = model(**given).logits
+        (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits).to(logits)).sum().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        return {"logits": logits.detach()} | grads
+
+    def pair(model):
+        return results(copy.deepcopy(model).float()), results(model)
+
+    def another(seed):
+        model = _model(SERVED[name][0])
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        return pair(model)
+
+    model = _model(SERVED[name][0])
+    baseline, truth = pair(model)
+    model.float()
+    pelt_kernels.accelerate(model)
+    asked = []
+
+    def watched(*args, **options):
+        asked.append(options)
+        return pelt_kernels.prefix_attention(*args, **options)
+
+    for module in (adapters_attention, without_prefix):
+        monkeypatch.setattr(module, "prefix_attention", watched)
+    found = results(model)
+    assert len(asked) == 2 and not any(options.get("bias") is not None for options in asked)
+    assert all((options["key_mask"] is not None) == is_padded for options in asked)
+    others = [another(seed) for seed in range(1, 5)]
+    for key, value in found.items():
+        near = ([each[key] for each in made] for made in others)
+        assert_close(value, baseline[key], truth[key], torch.float32, key, near)
 
 
 @pytest.mark.parametrize("family", ["electra", "gpt2"])
@@ -270,6 +323,8 @@ def test_its_life_goes_on(run, tmp_path):
 
 
 def test_a_backend_that_is_asked_for(run):
+    served = pelt_kernels.accelerate(_model(LORA), backend="eager").served
+    assert list(served) == ["lora_linear"]  # attention without a prefix has kernels on a CPU alone
     model = _model(UNIPELT)
     expected = run(model)
     with pelt_kernels.integrations.accelerated(model, backend="eager"):

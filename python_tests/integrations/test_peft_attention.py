@@ -18,14 +18,15 @@ import pelt_kernels
 from pelt_kernels.integrations import peft_families
 from pelt_kernels.integrations.peft_attention import AcceleratedLoraModel
 from pelt_kernels.methods import PrefixTuningConfig
-from pelt_kernels.models import get_pelt_model, sdpa
+from pelt_kernels.models import get_pelt_model
+from pelt_kernels.ops.prefix_attention import without_prefix
 
 pytestmark = pytest.mark.backend("cpu")
 
 
 @pytest.fixture(autouse=True)
 def _pays_from_the_first_score(monkeypatch):
-    monkeypatch.setattr(sdpa, "PAYS_FROM", 0)
+    monkeypatch.setattr(without_prefix, "PAYS_FROM", 0)
     pelt_kernels.ops.forget_choices()
 
 

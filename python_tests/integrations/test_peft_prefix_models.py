@@ -13,7 +13,8 @@ from family_models import ENCODER, L, make_encoder, make_writer
 import pelt_kernels
 from pelt_kernels.integrations import peft_families, peft_prefix_attention
 from pelt_kernels.methods import PrefixTuningConfig
-from pelt_kernels.models import get_pelt_model, sdpa
+from pelt_kernels.models import get_pelt_model
+from pelt_kernels.ops.prefix_attention import without_prefix
 
 # PEFT, and this, name things as transformers did before.
 pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated:FutureWarning")
@@ -260,7 +261,7 @@ def test_a_backend_is_asked_for_at_each_call(batch, monkeypatch):
 @pytest.mark.parametrize("backend", [None, "eager"])
 def test_layers_without_a_prefix_are_the_kernels_too(backend, batch, monkeypatch):
     """Of an encoder beside the decoder that has prefixes, unless another backend is asked for."""
-    monkeypatch.setattr(sdpa, "PAYS_FROM", 0)
+    monkeypatch.setattr(without_prefix, "PAYS_FROM", 0)
     model = _with_prefix(make_writer("bart").float(), "SEQ_2_SEQ_LM")
     batch = batch | {"labels": batch["input_ids"][:, :5].contiguous()}
     expected = model(**batch).logits

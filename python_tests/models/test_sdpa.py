@@ -21,6 +21,7 @@ from pelt_kernels import explain, use_backend
 from pelt_kernels.methods import BitFitConfig
 from pelt_kernels.models import get_pelt_model, sdpa
 from pelt_kernels.ops import forget_choices
+from pelt_kernels.ops.prefix_attention import without_prefix
 
 pytestmark = pytest.mark.backend("cpu")
 NEVER = 1 << 62
@@ -32,8 +33,8 @@ def pays_from(monkeypatch):
     """Sets the scores from which the kernels are asked."""
 
     def pays_from(scores: int) -> None:
-        monkeypatch.setattr(sdpa, "PAYS_FROM", scores)
-        monkeypatch.setattr(sdpa, "PAYS_FROM_WITH_DROPOUT", scores)
+        monkeypatch.setattr(without_prefix, "PAYS_FROM", scores)
+        monkeypatch.setattr(without_prefix, "PAYS_FROM_WITH_DROPOUT", scores)
         forget_choices()
 
     return pays_from
@@ -232,7 +233,7 @@ def test_small_calls_go_to_sdpa(make_base, make_batch, monkeypatch):
     model, batch = get_pelt_model(make_base(), LORA), make_batch(with_labels=False)
     model(**batch)
     assert not calls()
-    monkeypatch.setattr(sdpa, "PAYS_FROM", 3 * 4 * 9 * 9)
+    monkeypatch.setattr(without_prefix, "PAYS_FROM", 3 * 4 * 9 * 9)
     model(**batch)
     assert calls()
 

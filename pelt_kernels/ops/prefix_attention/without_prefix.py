@@ -1,0 +1,96 @@
+"""Attention without a prefix on a CPU: where the kernels take less time than PyTorch's
+scaled_dot_product_attention, which makes every score if it has to drop some, and visits keys that a
+mask hides.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._arguments import is_recorded
+from .._dispatch import backend_of, current_request, why_not
+from . import prefix_attention
+from .contract import CONTRACT
+
+DTYPES = (torch.float32, torch.bfloat16)
+# Scores, B·H·S·N, from which the kernels take less time than PyTorch's attention: without dropout
+# 1.0 of it at 2^17 and 0.7 to 0.97 above, with dropout 0.8 to 1.0 at 2^15 and 0.5 to 0.9 above
+# (float32, one and two threads, forward alone and with backward; EPYC Zen 1, torch 2.13).
+PAYS_FROM, PAYS_FROM_WITH_DROPOUT = 1 << 17, 1 << 15
+
+
+class SeenKeys(NamedTuple):
+    """Which keys the queries of an attention see.
+
+    Attributes:
+        key_mask: [B, N] bool, False for those that none sees, or None.
+        is_causal: whether row i sees keys j <= i + N - S only.
+    """
+
+    key_mask: Tensor | None
+    is_causal: bool
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: SeenKeys,
+    scaling: float | None,
+    dropout: float,
+) -> Tensor:
+    """The attention by the kernels, [B, S, H, E]."""
+    out = prefix_attention(
+        query,
+        key,
+        value,
+        key_mask=seen.key_mask,
+        is_causal=seen.is_causal,
+        scale=scaling,
+        dropout_p=dropout,
+        backend=None if current_request() else "cpu",
+    )
+    assert isinstance(out, Tensor)
+    return out.transpose(1, 2).contiguous()
+
+
+def pays(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
+    """Whether the kernels compute an attention in less time, whichever keys the queries see: query
+    [B, H, S, E], key and value [B, G, N, E].
+    """
+    # First, so that no compiled graph depends on the sizes below.
+    if query.device.type != "cpu" or not is_plain_call(query, key, value):
+        return False
+    scores = query.shape[:3].numel() * key.shape[2]
+    if (
+        scores < (PAYS_FROM_WITH_DROPOUT if dropout else PAYS_FROM)
+        or query.dtype not in DTYPES
+        or not query.dtype == key.dtype == value.dtype
+        or query.shape[-1] != value.shape[-1]
+        or query.shape[2] == 1  # a step of generate(), which nobody has measured
+    ):
+        return False
+    request = current_request()
+    if request and backend_of(request) != "cpu":
+        return False
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    return not _why_not(request or "cpu", query.shape[-1], query.dtype, needs_grad)
+
+
+def is_plain_call(*tensors: Tensor) -> bool:
+    """Whether tensors are torch's own, and no compiler, tracer, transform or mode is at work, which
+    know PyTorch's attention better.
+    """
+    return not is_recorded() and all(type(t) is Tensor for t in tensors)
+
+
+@cache
+def _why_not(request: str, size: int, dtype: torch.dtype, needs_grad: bool) -> str:
+    """Why the kernels do not serve heads of a size; empty if they do."""
+    blank = torch.empty(1, 1, 2, size, dtype=dtype)
+    values: list[Any] = [blank, blank, blank, [], [], [], None, None, None, None]
+    return why_not(request, CONTRACT.bind(values, (False, 1.0, 0.0)), needs_grad)
