@@ -12,9 +12,9 @@ does not hold every contender at once, so they run in groups, full fine-tuning i
 ``head`` trains a classifier on the frozen model; its forward is the frozen model's.
 
 Without ``--adapters`` the contenders of the library `adapters` are left out, which asks for another
-transformers; the environment must have the same Python where ``adapters-unipelt-accelerated`` is to
-run. Rows of other kinds of processors stay in the file, and with ``--resume`` those of this one,
-which are not measured again. At the end the goals are compared with what was found, in words.
+transformers; the environment must have the same Python where its models are to be accelerated. Rows
+of other kinds of processors stay in the file, and with ``--resume`` those of this one, which are
+not measured again. At the end the goals are compared with what was found, in words.
 """
 
 from __future__ import annotations
@@ -47,8 +47,10 @@ BATCH = {"minilm": 16, "bert-base": 8, "roberta-large": 2}
 GROUPS = (
     ("unipelt", "unipelt-eager", "unipelt-compiled", "adapters-unipelt",
      "adapters-unipelt-accelerated"),
-    ("lora", "peft-lora", "adapters-lora", "bitfit", "head"),
-    ("adapter", "adapters-adapter", "prefix", "peft-prefix", "adapters-prefix"),
+    ("lora", "peft-lora", "peft-lora-accelerated", "adapters-lora", "adapters-lora-accelerated",
+     "bitfit", "head"),
+    ("adapter", "adapters-adapter", "adapters-adapter-accelerated", "prefix", "peft-prefix",
+     "adapters-prefix"),
     ("unipelt-ap", "adapters-unipelt-ap", "mam", "adapters-mam"),
 )  # fmt: skip
 ROUNDS = (3, 40)  # at least and at most

@@ -55,9 +55,12 @@ CONTENDERS = {
     "bitfit": Contender("pelt_kernels", "bitfit"),
     "lora": Contender("pelt_kernels", "lora"),
     "peft-lora": Contender("PEFT", "lora"),
+    "peft-lora-accelerated": Contender("PEFT", "lora", "accelerated"),
     "adapters-lora": Contender("adapters", "lora"),
+    "adapters-lora-accelerated": Contender("adapters", "lora", "accelerated"),
     "adapter": Contender("pelt_kernels", "adapter"),
     "adapters-adapter": Contender("adapters", "adapter"),
+    "adapters-adapter-accelerated": Contender("adapters", "adapter", "accelerated"),
     "prefix": Contender("pelt_kernels", "prefix"),
     "peft-prefix": Contender("PEFT", "prefix"),
     "adapters-prefix": Contender("adapters", "prefix"),
@@ -80,11 +83,14 @@ def make(contender: Contender, base: Any) -> Any:
             base.requires_grad_(False)
             base.classifier.requires_grad_(True)
         return base
-    if contender.library == "PEFT":
-        return _peft(contender.method, base)
-    if contender.library == "adapters":
-        return _adapters(contender, base)
-    return _ours(contender, base)
+    if contender.library == "pelt_kernels":
+        return _ours(contender, base)
+    model = (_peft if contender.library == "PEFT" else _adapters)(contender.method, base)
+    if contender.way == "accelerated":
+        import pelt_kernels
+
+        pelt_kernels.accelerate(model)
+    return model
 
 
 def _ours(contender: Contender, base: Any) -> Any:
@@ -106,7 +112,7 @@ def _peft(method: str, base: Any) -> Any:
     return peft.get_peft_model(base, config)
 
 
-def _adapters(contender: Contender, base: Any) -> Any:
+def _adapters(method: str, base: Any) -> Any:
     import adapters
 
     def parts(is_gated: bool) -> dict[str, Any]:
@@ -118,7 +124,6 @@ def _adapters(contender: Contender, base: Any) -> Any:
             "adapter": adapters.SeqBnConfig(reduction_factor=REDUCTION, use_gating=is_gated),
         }
 
-    method = contender.method
     if method == "mam":
         config: Any = adapters.MAMConfig()
     elif method.startswith("unipelt"):
@@ -130,10 +135,6 @@ def _adapters(contender: Contender, base: Any) -> Any:
     adapters.init(base)
     base.add_adapter("a", config=config)
     base.train_adapter("a")
-    if contender.way == "accelerated":
-        import pelt_kernels
-
-        pelt_kernels.accelerate(base)
     return base
 
 

@@ -31,9 +31,12 @@ def tiny_model(monkeypatch):
     monkeypatch.setitem(step_models.MODELS, "tiny", step_models.StepModel(tiny, 2, 8, False))
 
 
-@pytest.mark.parametrize("name", ["full", "head", "lora", "unipelt", "peft-lora"])
+PLAIN = ["full", "head", "lora", "unipelt"]
+
+
+@pytest.mark.parametrize("name", [*PLAIN, "peft-lora", "peft-lora-accelerated"])
 def test_a_contender_trains_what_its_method_trains(tiny_model, name):
-    if name == "peft-lora":
+    if name.startswith("peft-"):
         pytest.importorskip("peft")
     forget_choices()
     worker = step_contender.Worker(step_contender.CONTENDERS[name], "tiny", 2, "cpu")
