@@ -17,9 +17,8 @@ from . import prefix_attention
 from .contract import CONTRACT
 
 DTYPES = (torch.float32, torch.bfloat16)
-# Scores, B·H·S·N, from which the kernels take less time than PyTorch's attention: without dropout
-# 1.0 of it at 2^17 and 0.7 to 0.97 above, with dropout 0.8 to 1.0 at 2^15 and 0.5 to 0.9 above
-# (float32, one and two threads, forward alone and with backward; EPYC Zen 1, torch 2.13).
+# Scores, B·H·S·N, from which the kernels take no longer than PyTorch's attention, forward alone and
+# with backward, on one thread and on two: what benchmarks/plain_attention.py measures.
 PAYS_FROM, PAYS_FROM_WITH_DROPOUT = 1 << 17, 1 << 15
 
 
