@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 INSTALL := PELT_KERNELS_BUILD=0 $(PIP) --no-build-isolation --editable
 SETUP := .venv/.setup
 # A worker on each processor with one thread: what is tested is small.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 CXX_FILES = $(shell git ls-files '*.h' '*.cuh' '*.cu' '*.cpp')
 
 .PHONY: demo test sanitize cuda lint docs build build-sim bench table wheel release clean
