@@ -112,10 +112,12 @@ def _order(row: dict[str, Any]) -> tuple[tuple[bool, str], int, int]:
 
 def _able(model: str, names: Sequence[str], options: argparse.Namespace) -> Iterator[str]:
     """The contenders that can run with a model."""
-    writes = step_models.MODELS[model].writes
+    writes, has_biases = step_models.MODELS[model].writes, step_models.MODELS[model].has_biases
     for name in names:
         library, method, _ = CONTENDERS[name]
         if library == "adapters" and options.adapters is None:
+            continue
+        if method == "bitfit" and not has_biases:
             continue
         if writes and method == "head":
             continue  # its head is the embedding, which belongs to the base model

@@ -18,12 +18,14 @@ class StepModel(NamedTuple):
         batch: texts in a batch.
         length: tokens in the longest text.
         writes: whether it predicts tokens, each a label, and not one of two classes for a text.
+        has_biases: whether BitFit finds something to train.
     """
 
     make: Callable[[], Any]
     batch: int
     length: int
     writes: bool
+    has_biases: bool = True
 
 
 def _minilm() -> Any:
@@ -86,7 +88,7 @@ MODELS = {
     "minilm": StepModel(_minilm, 16, 128, writes=False),
     "bert-base": StepModel(_bert_base, 16, 128, writes=False),
     "roberta-large": StepModel(_roberta_large, 4, 128, writes=False),
-    "llama": StepModel(_llama, 4, 128, writes=True),
+    "llama": StepModel(_llama, 4, 128, writes=True, has_biases=False),
     "gpt2": StepModel(_gpt2, 4, 128, writes=True),
     "t5": StepModel(_t5, 4, 128, writes=True),
 }

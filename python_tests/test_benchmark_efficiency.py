@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import sys
@@ -73,6 +74,17 @@ def test_every_contender_is_in_one_group():
     wanted = [("minilm", name) for name in ("full", "lora", "peft-lora", "unipelt")]
     found = list(efficiency._groups(wanted, {("minilm", "lora")}))
     assert found == [("minilm", ["unipelt"]), ("minilm", ["peft-lora"])]
+
+
+def test_a_model_has_the_contenders_that_can_run_with_it():
+    options = argparse.Namespace(adapters=None)
+    names = ["head", "bitfit", "lora", "peft-prefix", "adapters-lora"]
+    for model, able in (
+        ("minilm", ["head", "bitfit", "lora"]),
+        ("gpt2", ["bitfit", "lora", "peft-prefix"]),
+        ("llama", ["lora", "peft-prefix"]),
+    ):
+        assert list(efficiency._able(model, names, options)) == able
 
 
 def row(contender, seconds, over=None, model="bert-base"):
