@@ -43,7 +43,9 @@ Row = dict[str, Any]
 
 
 class Shape(NamedTuple):
-    """B texts of N tokens, H heads of queries and G of keys, of size E; causal in a decoder."""
+    """B texts of N tokens, H heads of queries and G of keys, of size E; causal in a decoder; with a
+    bias, as T5's relative positions.
+    """
 
     b: int
     h: int
@@ -51,6 +53,7 @@ class Shape(NamedTuple):
     n: int
     e: int
     is_causal: bool
+    has_bias: bool = False
 
     @property
     def scores(self) -> int:
@@ -70,6 +73,9 @@ SHAPES = {
     "GPT-2": Shape(8, 12, 12, 128, 64, True),
     "GPT-2, long": Shape(2, 12, 12, 512, 64, True),
     "Llama 1B": Shape(1, 32, 8, 512, 64, True),
+    "T5-small, one text": Shape(1, 8, 8, 64, 64, False, has_bias=True),
+    "T5-small, encoder": Shape(8, 8, 8, 128, 64, False, has_bias=True),
+    "T5-small, decoder": Shape(8, 8, 8, 128, 64, True, has_bias=True),
 }
 
 
@@ -110,6 +116,10 @@ def calls(
 
     q, k, v = made(shape.h), made(shape.g), made(shape.g)
     weights = made(shape.h).detach().transpose(1, 2)
+    options: dict[str, Any] = {"dropout": way.dropout}
+    if shape.has_bias:
+        bias = torch.randn(1, shape.h, shape.n, shape.n, generator=generator)
+        options["position_bias"] = bias.to(dtype)
     module: Any = SimpleNamespace(
         is_causal=shape.is_causal, num_key_value_groups=shape.h // shape.g
     )
@@ -125,7 +135,7 @@ def calls(
 
         def step() -> None:
             with torch.set_grad_enabled(way.with_backward):
-                out, _ = function(module, q, k, v, seen, dropout=way.dropout)
+                out, _ = function(module, q, k, v, seen, **options)
                 if way.with_backward:
                     torch.autograd.grad(out, (q, k, v), weights)
 
@@ -140,8 +150,8 @@ def calls(
 def measure(name: str, is_padded: bool, way: Way, dtype: str, seconds: float) -> Row:
     """A row: the two beside each other."""
     shape = SHAPES[name]
-    threshold = without_prefix.PAYS_FROM_WITH_DROPOUT if way.dropout else without_prefix.PAYS_FROM
-    with mock.patch.multiple(without_prefix, PAYS_FROM=0, PAYS_FROM_WITH_DROPOUT=0):
+    threshold = without_prefix.pays_from(way.dropout, shape.has_bias)
+    with mock.patch.multiple(without_prefix, PAYS_FROM=0, PAYS_FROM_WITH_MATRIX=0):
         samples = interleaved(calls(shape, is_padded, way, DTYPES[dtype]), "cpu", seconds)
     ratios = [ours / theirs for ours, theirs in zip(samples["kernels"], samples["torch"])]
     return {
@@ -177,13 +187,14 @@ def _table(rows: Rows) -> str:
     columns = [(way.name, count) for way in WAYS for count in threads]
     titles = [f"{way}, {count} thread(s)" for way, count in columns]
     lines = [
-        f"| {rows[0]['dtype']} | keys seen | scores | {' | '.join(titles)} |",
+        f"| {rows[0]['dtype']} | attention | scores | {' | '.join(titles)} |",
         "|---" * (3 + len(titles)) + "|",
     ]
     cells = {(r["shape"], r["padded"], r["way"], r["threads"]): r for r in rows}
     for name, padded in dict.fromkeys((row["shape"], row["padded"]) for row in rows):
         shape = SHAPES[name]
         seen = ["causal"] * shape.is_causal + ["padded"] * padded or ["all"]
+        seen += ["bias"] * shape.has_bias
         line = [name, ", ".join(seen), f"{shape.scores:,}"]
         for way, count in columns:
             row = cells.get((name, padded, way, count))

@@ -22,9 +22,16 @@ def row(shape: str, ratio: float, chosen: bool, **changes: Any) -> dict[str, Any
     return about | changes
 
 
+SMALL = [
+    Shape(3, 4, 4, 9, 8, False),
+    Shape(3, 4, 2, 9, 8, True),
+    Shape(3, 4, 4, 9, 8, True, has_bias=True),
+]
+
+
 @pytest.mark.backend("cpu")
 @pytest.mark.parametrize("is_padded", [False, True])
-@pytest.mark.parametrize("shape", [Shape(3, 4, 4, 9, 8, False), Shape(3, 4, 2, 9, 8, True)])
+@pytest.mark.parametrize("shape", SMALL)
 def test_the_contenders_are_the_kernels_and_torch(
     shape: Shape, is_padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -41,7 +48,8 @@ def test_the_contenders_are_the_kernels_and_torch(
 
     for module, name in ((sdpa, "sdpa_forward"), (plain_attention, "sdpa_attention_forward")):
         monkeypatch.setattr(module, name, kept(getattr(module, name)))
-    monkeypatch.setattr(without_prefix, "PAYS_FROM", 0)
+    for name in ("PAYS_FROM", "PAYS_FROM_WITH_MATRIX"):
+        monkeypatch.setattr(without_prefix, name, 0)
     contenders = plain_attention.calls(shape, is_padded, WAYS[1], torch.float32)
     forget_choices()
     contenders["torch"]()
@@ -53,7 +61,7 @@ def test_the_contenders_are_the_kernels_and_torch(
 
 def test_shapes_stand_on_both_sides_of_the_thresholds() -> None:
     scores = [shape.scores for shape in SHAPES.values()]
-    for threshold in (without_prefix.PAYS_FROM, without_prefix.PAYS_FROM_WITH_DROPOUT):
+    for threshold in (without_prefix.PAYS_FROM, without_prefix.PAYS_FROM_WITH_MATRIX):
         assert min(scores) < threshold < max(scores)
 
 

@@ -124,7 +124,7 @@ class Acceleration:
         for module, name in (
             (peft_lora, "PAYS_FROM"),
             (sdpa, "PAYS_FROM"),
-            (sdpa, "PAYS_FROM_WITH_DROPOUT"),
+            (sdpa, "PAYS_FROM_WITH_MATRIX"),
         ):
             assert getattr(module, name) > 0
             setattr(module, name, 0)

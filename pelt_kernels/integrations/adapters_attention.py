@@ -113,10 +113,11 @@ class _SelfAttention(Accelerated):
             linear(hidden_states).view(shape).transpose(1, 2)
             for linear in (module.query, module.key, module.value)
         )
-        seen, dropout = _seen_keys(attention_mask), module.dropout_prob if module.training else 0.0
+        dropout = module.dropout_prob if module.training else 0.0
         if own is None:
-            out = self._without_prefix(q, k, v, attention_mask, seen, dropout)
+            out = self._without_prefix(q, k, v, attention_mask, dropout)
         else:
+            seen = _seen_keys(attention_mask)
             found = prefix_attention(
                 q,
                 k,
@@ -133,17 +134,12 @@ class _SelfAttention(Accelerated):
         return out.reshape(batch, rows, module.all_head_size), None
 
     def _without_prefix(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
-        seen: SeenKeys | None,
-        dropout: float,
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
     ) -> Tensor:
         """The attention to the tokens, [B, S, H, E]."""
         is_for_cpu = self.pelt_backend is None or backend_of(self.pelt_backend) == "cpu"
-        if seen is not None and is_for_cpu and pays(q, k, v, dropout):
+        seen = _seen_keys(mask) if is_for_cpu and pays(q, k, v, dropout) else None
+        if seen is not None:
             return attend(q, k, v, seen, None, dropout)
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return out.transpose(1, 2)

@@ -8,6 +8,7 @@ dense.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +19,12 @@ from transformers.utils import logging
 from ..nn import PrefixAttention
 from ..nn.gate import may_select
 from ..ops.prefix_attention.weights import attention_weights
-from ..ops.prefix_attention.without_prefix import SeenKeys, attend, pays
+from ..ops.prefix_attention.without_prefix import SeenKeys
 from .attention_config import PELT, AttentionView
 from .attention_masks import check_mask, mask_for, padding_mask, window_bias
 from .layer_state import PREFIX_ATTRIBUTE, STATE_ATTRIBUTE, LayerPrefix, LayerState
 from .samples import MixedState, Rows
-from .sdpa import SDPA, has_plain_scores
+from .sdpa import SDPA, by_kernels
 
 logger = logging.get_logger(__name__)
 
@@ -289,16 +290,12 @@ def base_attention(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         function = AttentionInterface()[name]
     query, key, value, is_causal = call.query, call.key, call.value, call.is_causal
     window = call.options.get("sliding_window")
+    out: Tensor | None = None
     weights: Tensor | None = None
-    if (
-        name == SDPA
-        and (window is None or key.shape[2] <= window)
-        and has_plain_scores(call.options)
-        and pays(query, key, value, call.dropout)
-    ):
-        seen = SeenKeys(call.mask, is_causal)
-        out = attend(query, key, value, seen, call.scaling, call.dropout)
-    else:
+    if name == SDPA and (window is None or key.shape[2] <= window):
+        find = partial(SeenKeys, call.mask, is_causal)
+        out = by_kernels(query, key, value, find, call.scaling, call.dropout, call.options)
+    if out is None:
         out, weights = function(
             module,
             query,

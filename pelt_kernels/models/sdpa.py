@@ -8,6 +8,8 @@ the values of those of "sdpa", so a call of any other kind goes to it as it came
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,11 +40,11 @@ def sdpa_forward(
     As transformers' ``sdpa_attention_forward``, whose arguments these are. A query that sees no key
     gets 0 from the kernels.
     """
-    if has_plain_scores(kwargs) and pays(query, key, value, dropout):
-        is_causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        seen = seen_keys(query, key, attention_mask, is_causal)
-        if seen is not None:
-            return attend(query, key, value, seen, scaling, dropout), None
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    find = partial(seen_keys, query, key, attention_mask, causal)
+    out = by_kernels(query, key, value, find, scaling, dropout, kwargs)
+    if out is not None:
+        return out, None
     found: tuple[Tensor, None] = sdpa_attention_forward(
         module,
         query,
@@ -57,9 +59,37 @@ def sdpa_forward(
     return found
 
 
-def has_plain_scores(options: dict[str, Any]) -> bool:
-    """Whether transformers' further arguments of an attention change no score."""
-    return all(options.get(name) is None for name in ("position_bias", "softcap", "s_aux"))
+def by_kernels(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    find_seen: Callable[[], SeenKeys | None],
+    scaling: float | None,
+    dropout: float,
+    options: dict[str, Any],
+) -> Tensor | None:
+    """The attention by the kernels, [B, S, H, E]; None where they do not compute the same in less
+    time. `find_seen` is asked last; `options` are transformers' further arguments.
+    """
+    bias = options.get("position_bias")
+    if options.get("softcap") is not None or options.get("s_aux") is not None:
+        return None
+    if not pays(query, key, value, dropout, bias):
+        return None
+    seen = find_seen()
+    if seen is None or (bias is not None and not _every_query_sees(seen, query, key)):
+        return None
+    return attend(query, key, value, seen, scaling, dropout, bias)
+
+
+def _every_query_sees(seen: SeenKeys, query: Tensor, key: Tensor) -> bool:
+    """Whether every query sees a key. Beside a bias "sdpa" hides keys by adding the lowest number,
+    so one that sees none sees all there.
+    """
+    of_first = key.shape[2] - query.shape[2] + 1 if seen.is_causal else key.shape[2]
+    if seen.key_mask is None:
+        return of_first > 0
+    return bool(seen.key_mask[:, : max(of_first, 0)].any(-1).all())
 
 
 def padding_or_sdpa_mask(

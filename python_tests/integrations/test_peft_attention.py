@@ -26,7 +26,8 @@ pytestmark = pytest.mark.backend("cpu")
 
 @pytest.fixture(autouse=True)
 def _pays_from_the_first_score(monkeypatch):
-    monkeypatch.setattr(without_prefix, "PAYS_FROM", 0)
+    for name in ("PAYS_FROM", "PAYS_FROM_WITH_MATRIX"):
+        monkeypatch.setattr(without_prefix, name, 0)
     pelt_kernels.ops.forget_choices()
 
 
@@ -83,8 +84,7 @@ def test_outputs_and_gradients_are_those_of_sdpa(family, padding, batch):
     pair(1)
     assert not _calls()
     found = run(model, inputs)
-    # T5 adds relative positions to its scores.
-    assert bool(_calls()) == (family not in ("t5", "mt5"))
+    assert _calls()
     for name, value in found.items():
         baseline, truth = (each[name] for each in pair(1))
         others = ([each[name] for each in pair(seed)] for seed in range(2, 6))

@@ -5,12 +5,14 @@ compute the same.
 from __future__ import annotations
 
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
 from closeness import assert_close
 from every_method import LORA, PREFIX
 from families import ENCODERS, make_writer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
@@ -34,7 +36,7 @@ def pays_from(monkeypatch):
 
     def pays_from(scores: int) -> None:
         monkeypatch.setattr(without_prefix, "PAYS_FROM", scores)
-        monkeypatch.setattr(without_prefix, "PAYS_FROM_WITH_DROPOUT", scores)
+        monkeypatch.setattr(without_prefix, "PAYS_FROM_WITH_MATRIX", scores)
         forget_choices()
 
     return pays_from
@@ -162,6 +164,38 @@ def test_what_a_mask_lets_queries_see_is_told_by_its_values(mask):
 def test_a_mask_that_shows_other_keys_is_for_sdpa(name):
     query, key = torch.empty(2, 3, 4, 8), torch.empty(2, 3, 6, 8)
     assert sdpa.seen_keys(query, key, four(OTHERS[name]), True) is None
+
+
+@pytest.mark.parametrize("config", (LORA, PARTLY_PREFIX))
+def test_relative_positions_are_added_to_the_scores(randomise, pays_from, config):
+    """T5's, in both stacks; over the encoder they are zeros."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(6, 99, (2, 3, 8), generator=generator)
+    seen = torch.ones(3, 8, dtype=torch.long)
+    seen[1, 5:] = 0
+    batch = {"input_ids": ids[0], "attention_mask": seen, "decoder_input_ids": ids[1]}
+
+    def make(dtype, seed):
+        torch.manual_seed(0)
+        return randomise(get_pelt_model(make_writer("t5").to(dtype), config), seed=seed)
+
+    check(make, batch | {"decoder_attention_mask": seen}, pays_from)
+
+
+def test_a_query_that_sees_no_key_is_sdpas_beside_a_bias(pays_from):
+    """There it sees all, since sdpa hides keys by the lowest number."""
+    pays_from(0)
+    q, k, v = torch.randn(3, 2, 4, 5, 8, generator=torch.Generator().manual_seed(1)).unbind()
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()
+    mask = (causal & torch.tensor([False, True, True, True, True])).expand(2, 1, 5, 5)
+    bias = {"position_bias": torch.randn(1, 4, 5, 5, generator=torch.Generator().manual_seed(2))}
+    module = SimpleNamespace(is_causal=True)
+    for seen, served in ((causal.expand(2, 1, 5, 5), True), (mask, False)):
+        forget_choices()
+        found, _ = sdpa.sdpa_forward(module, q, k, v, seen, **bias)
+        assert bool(calls()) == served
+        expected, _ = sdpa_attention_forward(module, q, k, v, seen, **bias)
+        torch.testing.assert_close(found, expected)
 
 
 def test_without_a_mask_causal_queries_count_from_the_first_key():

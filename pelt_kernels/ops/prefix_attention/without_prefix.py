@@ -18,8 +18,9 @@ from .contract import CONTRACT
 
 DTYPES = (torch.float32, torch.bfloat16)
 # Scores, B·H·S·N, from which the kernels take no longer than PyTorch's attention, forward alone and
-# with backward, on one thread and on two: what benchmarks/plain_attention.py measures.
-PAYS_FROM, PAYS_FROM_WITH_DROPOUT = 1 << 17, 1 << 15
+# with backward, on one thread and on two: what benchmarks/plain_attention.py measures. With dropout
+# or a bias PyTorch makes a matrix of them.
+PAYS_FROM, PAYS_FROM_WITH_MATRIX = 1 << 17, 1 << 15
 
 
 class SeenKeys(NamedTuple):
@@ -41,14 +42,16 @@ def attend(
     seen: SeenKeys,
     scaling: float | None,
     dropout: float,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """The attention by the kernels, [B, S, H, E]."""
+    """The attention by the kernels, [B, S, H, E]; bias [1 | B, 1 | H, S, N] is added to scores."""
     out = prefix_attention(
         query,
         key,
         value,
         key_mask=seen.key_mask,
         is_causal=seen.is_causal,
+        bias=bias,
         scale=scaling,
         dropout_p=dropout,
         backend=None if current_request() else "cpu",
@@ -57,18 +60,27 @@ def attend(
     return out.transpose(1, 2).contiguous()
 
 
-def pays(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
+def pays_from(dropout: float, has_bias: bool) -> int:
+    """The scores B·H·S·N from which the kernels pay."""
+    return PAYS_FROM_WITH_MATRIX if dropout or has_bias else PAYS_FROM
+
+
+def pays(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, bias: Tensor | None = None
+) -> bool:
     """Whether the kernels compute an attention in less time, whichever keys the queries see: query
-    [B, H, S, E], key and value [B, G, N, E].
+    [B, H, S, E], key and value [B, G, N, E], bias [1 | B, 1 | H, S, N].
     """
+    given = [query, key, value, *([] if bias is None else [bias])]
     # First, so that no compiled graph depends on the sizes below.
-    if query.device.type != "cpu" or not is_plain_call(query, key, value):
+    if query.device.type != "cpu" or not is_plain_call(*given):
         return False
     scores = query.shape[:3].numel() * key.shape[2]
     if (
-        scores < (PAYS_FROM_WITH_DROPOUT if dropout else PAYS_FROM)
+        scores < pays_from(dropout, bias is not None)
         or query.dtype not in DTYPES
-        or not query.dtype == key.dtype == value.dtype
+        or any(each.dtype != query.dtype for each in given)
+        or (bias is not None and bias.shape[2:] != (query.shape[2], key.shape[2]))
         or query.shape[-1] != value.shape[-1]
         or query.shape[2] == 1  # a step of generate(), which nobody has measured
     ):
@@ -76,8 +88,9 @@ def pays(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
     request = current_request()
     if request and backend_of(request) != "cpu":
         return False
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    return not _why_not(request or "cpu", query.shape[-1], query.dtype, needs_grad)
+    needs_grad = torch.is_grad_enabled() and any(each.requires_grad for each in given)
+    size, dtype = query.shape[-1], query.dtype
+    return not _why_not(request or "cpu", size, dtype, bias is not None, needs_grad)
 
 
 def is_plain_call(*tensors: Tensor) -> bool:
@@ -88,8 +101,9 @@ def is_plain_call(*tensors: Tensor) -> bool:
 
 
 @cache
-def _why_not(request: str, size: int, dtype: torch.dtype, needs_grad: bool) -> str:
+def _why_not(request: str, size: int, dtype: torch.dtype, has_bias: bool, needs_grad: bool) -> str:
     """Why the kernels do not serve heads of a size; empty if they do."""
     blank = torch.empty(1, 1, 2, size, dtype=dtype)
-    values: list[Any] = [blank, blank, blank, [], [], [], None, None, None, None]
+    bias = torch.empty(1, 1, 2, 2, dtype=dtype) if has_bias else None
+    values: list[Any] = [blank, blank, blank, [], [], [], None, None, None, bias]
     return why_not(request, CONTRACT.bind(values, (False, 1.0, 0.0)), needs_grad)
