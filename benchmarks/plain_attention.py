@@ -1,7 +1,7 @@
 """Attention without a prefix by the kernels beside PyTorch's, as layers call it on a CPU.
 
-    python -m benchmarks.plain_attention [--threads 1,2] [--dtypes float32,bfloat16] [--seconds 0.3]
-                                         [--json benchmarks/results/plain_attention.jsonl]
+    python -m benchmarks.plain_attention [--shapes T5] [--threads 1,2] [--dtypes float32,bfloat16]
+        [--seconds 0.3] [--json benchmarks/results/plain_attention.jsonl]
 
 Both are attention functions of transformers', "sdpa" and, with its thresholds at 0, "pelt_sdpa",
 with the mask that the mask function of each makes. `SHAPES` stand on both sides of the thresholds
@@ -150,8 +150,8 @@ def calls(
 def measure(name: str, is_padded: bool, way: Way, dtype: str, seconds: float) -> Row:
     """A row: the two beside each other."""
     shape = SHAPES[name]
-    threshold = without_prefix.pays_from(way.dropout, shape.has_bias)
-    with mock.patch.multiple(without_prefix, PAYS_FROM=0, PAYS_FROM_WITH_MATRIX=0):
+    threshold = without_prefix.PAYS_FROM_WITH_DROPOUT if way.dropout else without_prefix.PAYS_FROM
+    with mock.patch.multiple(without_prefix, PAYS_FROM=0, PAYS_FROM_WITH_DROPOUT=0):
         samples = interleaved(calls(shape, is_padded, way, DTYPES[dtype]), "cpu", seconds)
     ratios = [ours / theirs for ours, theirs in zip(samples["kernels"], samples["torch"])]
     return {
@@ -225,28 +225,43 @@ def doubtful(rows: Rows) -> list[str]:
     return found
 
 
+def _order(row: Row) -> tuple[tuple[bool, str], int, int, int]:
+    """Of a row in the file."""
+    shapes, dtype = list(SHAPES), list(DTYPES).index(row["dtype"])
+    return processor_order(row), row["threads"], dtype, shapes.index(row["shape"])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table and what speaks against the thresholds; replaces the rows of this kind of
-    processor in a file.
+    processor with the same shapes in a file.
     """
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--shapes", default="", help="those whose names begin so")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--seconds", type=float, default=0.3, help="for each contender of a row")
     parser.add_argument("--json", type=Path, help="file for the rows")
     options = parser.parse_args(arguments)
+    shapes = {name: SHAPES[name] for name in SHAPES if name.startswith(options.shapes)}
+    if not shapes:
+        parser.error(f"--shapes: expected the beginning of one of {'; '.join(SHAPES)}")
     rows: Rows = []
     for threads in map(int, options.threads.split(",")):
         torch.set_num_threads(threads)
         for dtype in options.dtypes.split(","):
-            for name, shape in SHAPES.items():
+            for name, shape in shapes.items():
                 for is_padded in (False, True)[: 1 + (shape.b > 1)]:
                     rows += [measure(name, is_padded, way, dtype, options.seconds) for way in WAYS]
     print(table(rows))
     print("\n".join(doubtful(rows)) or "every threshold holds")
     if options.json:
-        others = kept(options.json, hardware()["kind"], resume=False)
-        write(options.json, sorted(others + rows, key=processor_order))
+        kind = hardware()["kind"]
+        others = [
+            row
+            for row in kept(options.json, kind, resume=True)
+            if row["hardware"]["kind"] != kind or row["shape"] not in shapes
+        ]
+        write(options.json, sorted(others + rows, key=_order))
     return 0
 
 

@@ -48,7 +48,7 @@ def test_the_contenders_are_the_kernels_and_torch(
 
     for module, name in ((sdpa, "sdpa_forward"), (plain_attention, "sdpa_attention_forward")):
         monkeypatch.setattr(module, name, kept(getattr(module, name)))
-    for name in ("PAYS_FROM", "PAYS_FROM_WITH_MATRIX"):
+    for name in ("PAYS_FROM", "PAYS_FROM_WITH_DROPOUT"):
         monkeypatch.setattr(without_prefix, name, 0)
     contenders = plain_attention.calls(shape, is_padded, WAYS[1], torch.float32)
     forget_choices()
@@ -61,7 +61,7 @@ def test_the_contenders_are_the_kernels_and_torch(
 
 def test_shapes_stand_on_both_sides_of_the_thresholds() -> None:
     scores = [shape.scores for shape in SHAPES.values()]
-    for threshold in (without_prefix.PAYS_FROM, without_prefix.PAYS_FROM_WITH_MATRIX):
+    for threshold in (without_prefix.PAYS_FROM, without_prefix.PAYS_FROM_WITH_DROPOUT):
         assert min(scores) < threshold < max(scores)
 
 

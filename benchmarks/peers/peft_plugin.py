@@ -118,13 +118,13 @@ class Acceleration:
         from peft.tuners.tuners_utils import BaseTuner
 
         from pelt_kernels.integrations import peft_lora
-        from pelt_kernels.models import sdpa
+        from pelt_kernels.ops.prefix_attention import without_prefix
 
         # The tests' models are small, and each call shall be an operator's.
         for module, name in (
             (peft_lora, "PAYS_FROM"),
-            (sdpa, "PAYS_FROM"),
-            (sdpa, "PAYS_FROM_WITH_MATRIX"),
+            (without_prefix, "PAYS_FROM"),
+            (without_prefix, "PAYS_FROM_WITH_DROPOUT"),
         ):
             assert getattr(module, name) > 0
             setattr(module, name, 0)

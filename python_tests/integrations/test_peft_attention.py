@@ -26,7 +26,7 @@ pytestmark = pytest.mark.backend("cpu")
 
 @pytest.fixture(autouse=True)
 def _pays_from_the_first_score(monkeypatch):
-    for name in ("PAYS_FROM", "PAYS_FROM_WITH_MATRIX"):
+    for name in ("PAYS_FROM", "PAYS_FROM_WITH_DROPOUT"):
         monkeypatch.setattr(without_prefix, name, 0)
     pelt_kernels.ops.forget_choices()
 

@@ -36,7 +36,7 @@ def pays_from(monkeypatch):
 
     def pays_from(scores: int) -> None:
         monkeypatch.setattr(without_prefix, "PAYS_FROM", scores)
-        monkeypatch.setattr(without_prefix, "PAYS_FROM_WITH_MATRIX", scores)
+        monkeypatch.setattr(without_prefix, "PAYS_FROM_WITH_DROPOUT", scores)
         forget_choices()
 
     return pays_from

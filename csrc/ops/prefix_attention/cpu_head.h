@@ -241,12 +241,20 @@ class Head {
 
   // Adds query s's bias to its scores of a block of columns; a prefix has none.
   void add_bias(int64_t s, const Block& block, float* scores) const {
-    if (!in_.has_bias()) return;
+    const int64_t begin = std::max(block.begin, columns_.prefix), count = block.end - begin;
+    if (!in_.has_bias() || count <= 0) return;
     const int64_t offset = b_ * in_.bias_batch_stride + h_ * in_.bias_head_stride + s * in_.N;
-    const Column* columns = columns_.list.data();
+    const Column* columns = columns_.list.data() + begin;
+    scores += begin - block.begin;
     with_elements<T>(in_.parameter(kBias), [&](const auto* bias) {
-      for (int64_t c = std::max(block.begin, columns_.prefix); c < block.end; ++c) {
-        scores[c - block.begin] += to_float(bias[offset + columns[c].row]);
+      bias += offset;
+      if (columns[count - 1].row - columns[0].row == count - 1) {  // one behind the other
+        bias += columns[0].row;
+        for_vectors(count, [&](int64_t i, auto part) {
+          part.store_to(scores + i, part.load_from(scores + i) + part.load_from(bias + i));
+        });
+      } else {
+        for (int64_t i = 0; i < count; ++i) scores[i] += to_float(bias[columns[i].row]);
       }
     });
   }

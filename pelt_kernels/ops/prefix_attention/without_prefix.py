@@ -18,9 +18,8 @@ from .contract import CONTRACT
 
 DTYPES = (torch.float32, torch.bfloat16)
 # Scores, B·H·S·N, from which the kernels take no longer than PyTorch's attention, forward alone and
-# with backward, on one thread and on two: what benchmarks/plain_attention.py measures. With dropout
-# or a bias PyTorch makes a matrix of them.
-PAYS_FROM, PAYS_FROM_WITH_MATRIX = 1 << 17, 1 << 15
+# with backward, on one thread and on two: what benchmarks/plain_attention.py measures.
+PAYS_FROM, PAYS_FROM_WITH_DROPOUT = 1 << 17, 1 << 15
 
 
 class SeenKeys(NamedTuple):
@@ -60,11 +59,6 @@ def attend(
     return out.transpose(1, 2).contiguous()
 
 
-def pays_from(dropout: float, has_bias: bool) -> int:
-    """The scores B·H·S·N from which the kernels pay."""
-    return PAYS_FROM_WITH_MATRIX if dropout or has_bias else PAYS_FROM
-
-
 def pays(
     query: Tensor, key: Tensor, value: Tensor, dropout: float, bias: Tensor | None = None
 ) -> bool:
@@ -77,7 +71,7 @@ def pays(
         return False
     scores = query.shape[:3].numel() * key.shape[2]
     if (
-        scores < pays_from(dropout, bias is not None)
+        scores < (PAYS_FROM_WITH_DROPOUT if dropout else PAYS_FROM)
         or query.dtype not in DTYPES
         or any(each.dtype != query.dtype for each in given)
         or (bias is not None and bias.shape[2:] != (query.shape[2], key.shape[2]))
