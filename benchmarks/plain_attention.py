@@ -200,7 +200,8 @@ def _table(rows: Rows) -> str:
             row = cells.get((name, padded, way, count))
             line.append("–" if row is None else _cell(row))
         lines.append(f"| {' | '.join(line)} |")
-    return "\n".join([*lines, "", f"{measured_by([rows[0] | {'threads': threads[-1]}])}.", ""])
+    conditions = measured_by([row | {"threads": threads[-1]} for row in rows])
+    return "\n".join([*lines, "", f"{conditions}.", ""])
 
 
 def _cell(row: Row) -> str:
