@@ -48,7 +48,7 @@ REFUSALS: dict[str, dict[str, tuple[Refusal, ...]]] = {
             Refusal(
                 "no mask, and the call has a key mask",
                 cases="unipelt unipelt_minilm unipelt_bert control_prefixes grouped_query dropout"
-                " all_masked_with_prefix offset_view",
+                " all_masked_with_prefix offset_view causal_blocks",
             ),
             Refusal("no mask, and the call has lengths", cases="lengths"),
             Refusal(
