@@ -21,8 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..ops import Prefix, prefix_attention
 from ..ops._arguments import is_recorded
-from ..ops._dispatch import backend_of
-from ..ops.prefix_attention.without_prefix import SeenKeys, attend, pays
+from ..ops.prefix_attention.without_prefix import SeenKeys, attend, is_for_cpu, pays
 from .adapters_layers import names_in
 from .replacement import Accelerated, library_class
 
@@ -96,8 +95,11 @@ class _SelfAttention(Accelerated):
         is_plain = all(each is None for each in others) and not output_attentions
         if module.is_decoder or module.position_embedding_type != "absolute":
             is_plain = False
+        has_prompt = getattr(ForwardContext.get_context(), "prompt_tokens_length", None)
+        if hidden_states.ndim != 3 or has_prompt:
+            is_plain = False
         own = self._own(hidden_states) if is_plain else None
-        if own is None and not (is_plain and self._has_none(hidden_states)):
+        if own is None and not (is_plain and self._has_none()):
             kind: Any = library_class(module)
             return kind.forward(
                 self,
@@ -137,19 +139,17 @@ class _SelfAttention(Accelerated):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float
     ) -> Tensor:
         """The attention to the tokens, [B, S, H, E]."""
-        is_for_cpu = self.pelt_backend is None or backend_of(self.pelt_backend) == "cpu"
-        seen = _seen_keys(mask) if is_for_cpu and pays(q, k, v, dropout) else None
+        by_kernels = is_for_cpu(self.pelt_backend) and pays(q, k, v, dropout)
+        seen = _seen_keys(mask) if by_kernels else None
         if seen is not None:
             return attend(q, k, v, seen, None, dropout)
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return out.transpose(1, 2)
 
-    def _has_none(self, hidden_states: Tensor) -> bool:
+    def _has_none(self) -> bool:
         """Whether no prefix is active here, and each text is there once."""
         layer = self.prefix_tuning
-        setup, context = layer.get_active_setup(), ForwardContext.get_context()
-        if hidden_states.ndim != 3 or getattr(context, "prompt_tokens_length", None):
-            return False
+        setup = layer.get_active_setup()
         if setup is None:
             return True
         has_one = any(name in layer.prefixes for name in setup.flatten())
@@ -160,13 +160,13 @@ class _SelfAttention(Accelerated):
         layer = self.prefix_tuning
         names = names_in(layer.get_active_setup(), layer.prefixes)
         context = ForwardContext.get_context()
-        if len(names) != 1 or context is None or hidden_states.ndim != 3:
+        if len(names) != 1 or context is None:
             return None
         (name,) = names
         keys, values = context.prefix_states[name][layer.location_key][layer.prefixes[name]]
         batch = len(hidden_states)
         is_shared = batch == 1 or (keys.stride(0) == 0 and values.stride(0) == 0)
-        if not is_shared or len(keys) != batch or getattr(context, "prompt_tokens_length", None):
+        if not is_shared or len(keys) != batch:
             return None
         gate = None
         if name in layer.prefix_gates:

@@ -21,7 +21,7 @@ from adapters.methods.prefix_tuning import PrefixTuningLayer
 from torch import nn
 
 from ..ops import LoraBranch, Prefix, gated_adapter, lora_linear, prefix_attention
-from ..ops._dispatch import backend_of
+from ..ops.prefix_attention.without_prefix import is_for_cpu
 from .adapters_attention import ATTENTIONS, POOLS
 from .adapters_layers import BOTTLENECKS, AcceleratedLoraLinear, why_not_adapter, why_not_lora
 from .replacement import Replacement, check_in_memory, library_class
@@ -40,7 +40,7 @@ def replacements(model: nn.Module, backend: str | None) -> list[Replacement]:
     found = list(_found(model))
     if not found:
         return []
-    if backend is None or backend_of(backend) == "cpu":
+    if is_for_cpu(backend):
         found += _plain_attentions(model)
     if not any(each.accelerated in ATTENTIONS.values() for each in found):
         found = [each for each in found if each.accelerated not in POOLS.values()]

@@ -11,7 +11,7 @@ from peft import LoraModel
 from ..models.attachment import Attachment
 from ..models.attention_config import PELT_SDPA, configs_of
 from ..models.sdpa import SDPA
-from ..ops._dispatch import backend_of
+from ..ops.prefix_attention.without_prefix import is_for_cpu
 from .peft_families import why_unknown
 from .replacement import Accelerated, Replacement
 
@@ -68,6 +68,6 @@ def _why_left_alone(base: Any, backend: str | None) -> str:
         return f"its attention is {', '.join(sorted(names))}; {SDPA} is served"
     if base.device.type != "cpu":
         return f"it is on {base.device}; on a CPU its attention is served"
-    if backend is not None and backend_of(backend) != "cpu":
+    if not is_for_cpu(backend):
         return f"its attention is served by the backend cpu, and {backend} was asked for"
     return ""

@@ -24,8 +24,8 @@ from ..models.attention_config import PELT_SDPA
 from ..models.attention_masks import check_mask
 from ..models.sdpa import SDPA
 from ..ops import Prefix, prefix_attention
-from ..ops._dispatch import backend_of
 from ..ops.prefix_attention.weights import attention_weights
+from ..ops.prefix_attention.without_prefix import is_for_cpu
 
 ARGUMENT = "pelt_prefix"  # under which a call's prefixes travel through a model to its attention
 ROW = "pelt_prefix_row"  # of an attention: which of the prefixes is its own
@@ -63,8 +63,6 @@ class PrefixCall:
         self.length, self.pairs = config.num_virtual_tokens, config.num_layers
         self.heads = config.num_attention_heads
         self.backend, self.has_two_stacks, self.relative = backend, has_two_stacks, relative
-        # Layers without a prefix have kernels on a CPU alone.
-        self.is_for_cpu = backend is None or backend_of(backend) == "cpu"
         self.wants_weights = wants_weights
         self.inputs: dict[str, Tensor] = {}
         self.hidden = getattr(encoder, "transform", None)
@@ -175,7 +173,7 @@ def attention_forward(
         if base == "eager":
             function = sys.modules[type(module).__module__].eager_attention_forward
         else:
-            by_kernels = base == SDPA and call is not None and call.is_for_cpu
+            by_kernels = base == SDPA and call is not None and is_for_cpu(call.backend)
             function = AttentionInterface()[PELT_SDPA if by_kernels else base]
         return function(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs

@@ -107,7 +107,7 @@ def run(batch):
 
     def run(model, **kwargs):
         model.zero_grad()
-        out = model(**given, **kwargs)
+        out = model(**given | kwargs)
         loss = (out.logits * torch.linspace(-1, 1, out.logits.numel()).view_as(out.logits)).sum()
         loss.backward()
         grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -135,22 +135,13 @@ def test_outputs_and_gradients_are_the_librarys(name, family, run):
 @pytest.mark.backend("cpu")
 @pytest.mark.parametrize("is_padded", [True, False])
 @pytest.mark.parametrize("name", ["lora", "seq_bn", "unipelt"])
-def test_attention_is_the_kernels_on_a_cpu(name, is_padded, batch, monkeypatch):
+def test_attention_is_the_kernels_on_a_cpu(name, is_padded, run, monkeypatch):
     """Of texts that end early they visit no padding: it is a mask of keys, and no bias."""
     monkeypatch.setattr(without_prefix, "PAYS_FROM", 0)
-    given = {"input_ids": batch["input_ids"]}
-    if is_padded:
-        given["attention_mask"] = batch["attention_mask"].flip(1)
-
-    def results(model):
-        model.zero_grad()
-        logits = model(**given).logits
-        (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits).to(logits)).sum().backward()
-        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        return {"logits": logits.detach()} | grads
+    given = {} if is_padded else {"attention_mask": None}
 
     def pair(model):
-        return results(copy.deepcopy(model).float()), results(model)
+        return run(copy.deepcopy(model).float(), **given), run(model, **given)
 
     def another(seed):
         model = _model(SERVED[name][0])
@@ -173,7 +164,7 @@ def test_attention_is_the_kernels_on_a_cpu(name, is_padded, batch, monkeypatch):
 
     for module in (adapters_attention, without_prefix):
         monkeypatch.setattr(module, "prefix_attention", watched)
-    found = results(model)
+    found = run(model, **given)
     assert len(asked) == 2 and not any(options.get("bias") is not None for options in asked)
     assert all((options["key_mask"] is not None) == is_padded for options in asked)
     others = [another(seed) for seed in range(1, 5)]

@@ -34,6 +34,11 @@ class SeenKeys(NamedTuple):
     is_causal: bool
 
 
+def is_for_cpu(request: str | None) -> bool:
+    """Whether what was asked for, if anything, is the backend that has these kernels."""
+    return not request or backend_of(request) == "cpu"
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -80,7 +85,7 @@ def pays(
     ):
         return False
     request = current_request()
-    if request and backend_of(request) != "cpu":
+    if not is_for_cpu(request):
         return False
     needs_grad = torch.is_grad_enabled() and any(each.requires_grad for each in given)
     size, dtype = query.shape[-1], query.dtype
