@@ -352,7 +352,11 @@ def main() -> None:
     """Rewrites the pages in place, and draws the pictures."""
     for page, found in tables().items():
         page.write_text(rewritten(page.read_text(), found))
-    folder = METHODS.parent
+    draw_pictures(METHODS.parent)
+
+
+def draw_pictures(folder: Path) -> None:
+    """The pictures of the pages, of what has rows."""
     by_task = ({"docstring-match": read(METHODS)} if METHODS.is_file() else {}) | tasks()
     if by_task:
         figures.draw_accuracy(by_task, folder / "accuracy.png")

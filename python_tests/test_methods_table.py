@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny_encoder import tiny_model, toy_files
 
-from benchmarks import methods_table, peft_step, readme
+from benchmarks import methods_table, readme
 from benchmarks.rows import read, write
 
 __all__ = ["tiny_model", "toy_files"]
@@ -25,7 +25,7 @@ def test_rows_are_trained_once_and_stand_beside_each_other(
     page.write_text("<!-- tasks table: begin -->\n<!-- tasks table: end -->\n")
     monkeypatch.setattr(readme, "METHODS", tmp_path / "results" / "methods.jsonl")
     monkeypatch.setattr(readme, "tables", lambda: {page: only_tasks()})
-    monkeypatch.setattr(peft_step, "RESULTS", tmp_path / "none.jsonl")
+    monkeypatch.setattr(readme, "draw_pictures", lambda folder: None)
     common = ["--task", str(toy_files[0]), "--eval", str(toy_files[1]), "--model", str(tiny_model)]
     common += ["--train-examples", "48", "--seeds", "0", "--name", "toy", "--metric", "f1"]
     common += ["--runs", str(tmp_path / "runs"), "--methods", "bitfit,adamix-lora"]

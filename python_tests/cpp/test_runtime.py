@@ -14,7 +14,7 @@ import pytest
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 PARTS = ("runtime", "limits", "module", "device", "counters")
-SOURCES = [HERE / "runtime_test.cu", *(CSRC / "sim" / f"{name}.cpp" for name in PARTS)]
+SOURCES = [CSRC / "sim" / f"{name}.cpp" for name in PARTS]
 TO_PTX = ("-gencode", "arch=compute_80,code=compute_80", "--no-compress")
 
 
@@ -22,9 +22,11 @@ TO_PTX = ("-gencode", "arch=compute_80,code=compute_80", "--no-compress")
 def build(nvcc: Path, compiled: Callable[..., Path]) -> Callable[..., Callable[..., str]]:
     """build(name, *flags)(case): what runtime_test.cu prints, compiled with these flags."""
     command = (nvcc, "-std=c++17", "--cudart=none", f"-I{CSRC}")
+    runtime = compiled("runtime.a", *command, "--lib", *SOURCES)
 
     def build(name: str, *flags: str) -> Callable[..., str]:
-        binary = compiled(f"runtime_test_{name}", *command, *flags, *SOURCES)
+        made_of = (HERE / "runtime_test.cu", runtime)
+        binary = compiled(f"runtime_test_{name}", *command, *flags, *made_of)
 
         def run(case: str) -> str:
             found = subprocess.run([binary, case], capture_output=True, text=True, check=True)

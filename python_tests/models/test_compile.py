@@ -19,10 +19,10 @@ from pelt_kernels.methods import (
 )
 from pelt_kernels.models import get_pelt_model
 
-# One of each method; what the others put together is in `composite-adamix`.
+# One of each method; AdaMix, and what others put together, is in `composite-adamix`.
 STEPS = (
-    "adapter", "lora", "prefix", "unipelt", "adamix", "pst", "control-prefixes", "vlm", "hyperpelt",
-    "bitfit", "composite-adamix", "head", "full",
+    "adapter", "lora", "prefix", "unipelt", "pst", "control-prefixes", "vlm", "hyperpelt", "bitfit",
+    "composite-adamix", "full",
 )  # fmt: skip
 EXPORTED = {
     "unipelt": METHODS["unipelt"],
@@ -37,7 +37,10 @@ def make_model(make_base, randomise, method):
     config = METHODS[method]
     for kind in (LoraConfig, BottleneckAdapterConfig, AdaMixConfig):
         config = with_part_changes(config, kind, dropout=0.1)
-    model = get_pelt_model(make_base(num_hidden_layers=1, dropout=0.1), config)
+    base = make_base(num_hidden_layers=1, dropout=0.1)
+    # transformers notes it in the first forward, and all would be compiled again for it.
+    base.config.problem_type = "single_label_classification"
+    model = get_pelt_model(base, config)
     model.set_progress(0.5)
     return randomise(model, std=0.05).train()
 
@@ -66,20 +69,16 @@ def compare(found, expected, rtol, atol):
 
 @pytest.mark.parametrize("method", STEPS)
 def test_a_training_step_with_dropout_is_one_graph(method, make_base, make_batch, randomise):
+    """Counted, not asked for with fullgraph: where a break is allowed, a read of a drawn seed would
+    split a layer between a gate and its use.
+    """
     model, batch = make_model(make_base, randomise, method), make_batch()
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend="aot_eager")
     found = steps(model, compiled, batch)  # first, as the first forward of a new model
     compare(found, steps(model, model, batch), rtol=1e-5, atol=1e-7)
-
-
-def test_nothing_breaks_the_graph_where_it_might(make_base, make_batch, randomise):
-    """Without fullgraph a read of a drawn seed would split a layer between a gate and its use."""
-    model, batch = make_model(make_base, randomise, "unipelt"), make_batch()
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    found = steps(model, torch.compile(model, backend="aot_eager"), batch)
-    compare(found, steps(model, model, batch), rtol=1e-5, atol=1e-7)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
