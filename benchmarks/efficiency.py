@@ -45,10 +45,10 @@ MODELS = ("minilm", "bert-base", "roberta-large")
 BATCH = {"minilm": 16, "bert-base": 8, "roberta-large": 2}
 # Those that memory holds at a time beside full fine-tuning; who is compared is in one group.
 GROUPS = (
-    ("unipelt", "unipelt-eager", "unipelt-compiled", "adapters-unipelt",
+    ("unipelt", "unipelt-unpadded", "unipelt-eager", "unipelt-compiled", "adapters-unipelt",
      "adapters-unipelt-accelerated"),
-    ("lora", "peft-lora", "peft-lora-accelerated", "adapters-lora", "adapters-lora-accelerated",
-     "bitfit", "head"),
+    ("lora", "lora-unpadded", "peft-lora", "peft-lora-accelerated", "adapters-lora",
+     "adapters-lora-accelerated", "bitfit", "head"),
     ("adapter", "adapters-adapter", "adapters-adapter-accelerated", "prefix", "peft-prefix",
      "adapters-prefix"),
     ("unipelt-ap", "adapters-unipelt-ap", "mam", "adapters-mam"),
@@ -114,11 +114,13 @@ def _able(model: str, names: Sequence[str], options: argparse.Namespace) -> Iter
     """The contenders that can run with a model."""
     writes, has_biases = step_models.MODELS[model].writes, step_models.MODELS[model].has_biases
     for name in names:
-        library, method, _ = CONTENDERS[name]
+        library, method, way = CONTENDERS[name]
         if library == "adapters" and options.adapters is None:
             continue
         if method == "bitfit" and not has_biases:
             continue
+        if writes and way == "unpadded":
+            continue  # a decoder's layers know positions
         if writes and method == "head":
             continue  # its head is the embedding, which belongs to the base model
         if not writes and name == "peft-prefix":

@@ -33,7 +33,7 @@ TITLES = {
     "mam": "mix and match",
 }
 WAYS = {"": "", "eager": ", eager", "compiled": ", torch.compile",
-        "accelerated": ", accelerated"}  # fmt: skip
+        "accelerated": ", accelerated", "unpadded": ", unpadded"}  # fmt: skip
 COLOURS = {"transformers": "#999999", "pelt_kernels": figures.BLUE, "PEFT": "#009E73",
            "adapters": figures.ORANGE}  # fmt: skip
 
@@ -51,6 +51,9 @@ GOALS = (
     Goal("unipelt", "training", "full", 0.60),
     Goal("unipelt", "inference", "full", 1.03),
     Goal("unipelt", "training", "adapters-unipelt", 0.75),
+    Goal("unipelt-unpadded", "training", "full", 0.60),
+    Goal("unipelt-unpadded", "inference", "full", 1.03),
+    Goal("unipelt-unpadded", "training", "adapters-unipelt", 0.75),
     Goal("lora", "training", "peft-lora", 0.97),
     *(
         Goal(method, kind, f"{peer}-{method}", 1.0)

@@ -36,7 +36,8 @@ class Contender(NamedTuple):
         library: transformers, pelt_kernels, PEFT or adapters.
         method: by this project's name.
         way: ``""``; ``eager``, every operator in plain PyTorch; ``compiled``, that under
-            `torch.compile`; ``accelerated``, the library's model by `pelt_kernels.accelerate`.
+            `torch.compile`; ``accelerated``, the library's model by `pelt_kernels.accelerate`;
+            ``unpadded``, layers compute real tokens only (`PeltModel.set_unpadding`).
     """
 
     library: str
@@ -54,6 +55,7 @@ CONTENDERS = {
     "head": Contender("transformers", "head"),
     "bitfit": Contender("pelt_kernels", "bitfit"),
     "lora": Contender("pelt_kernels", "lora"),
+    "lora-unpadded": Contender("pelt_kernels", "lora", "unpadded"),
     "peft-lora": Contender("PEFT", "lora"),
     "peft-lora-accelerated": Contender("PEFT", "lora", "accelerated"),
     "adapters-lora": Contender("adapters", "lora"),
@@ -69,6 +71,7 @@ CONTENDERS = {
     "mam": Contender("pelt_kernels", "mam"),
     "adapters-mam": Contender("adapters", "mam"),
     "unipelt": Contender("pelt_kernels", "unipelt"),
+    "unipelt-unpadded": Contender("pelt_kernels", "unipelt", "unpadded"),
     "unipelt-eager": Contender("pelt_kernels", "unipelt", "eager"),
     "unipelt-compiled": Contender("pelt_kernels", "unipelt", "compiled"),
     "adapters-unipelt": Contender("adapters", "unipelt"),
@@ -98,6 +101,8 @@ def _ours(contender: Contender, base: Any) -> Any:
 
     model = get_pelt_model(base, make_config(contender.method))
     model.set_progress(1.0)
+    if contender.way == "unpadded":
+        model.set_unpadding()
     return torch.compile(model) if contender.way == "compiled" else model
 
 

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ..nn import PrefixAttention
 from ..nn.gate import may_select
+from ..nn.packing import Packing
 from ..ops.prefix_attention.weights import attention_weights
 from ..ops.prefix_attention.without_prefix import SeenKeys
 from .attention_config import PELT, AttentionView
@@ -109,6 +110,9 @@ def attention_forward(
             "the attention implementation 'pelt' cannot be chosen by hand"
         )
     check_mask(attention_mask)
+    packing = state.in_flight.packing if isinstance(state, LayerState) else None
+    if packing is not None:
+        query, key, value = (_unpacked(packing, each) for each in (query, key, value))
     if attention_mask is not None:
         filled = attention_mask.shape[1]
         key, value = key[:, :, :filled], value[:, :, :filled]
@@ -120,10 +124,17 @@ def attention_forward(
     )
     own: LayerPrefix | None = getattr(module, PREFIX_ATTRIBUTE, None)
     if own is not None and isinstance(state, LayerState):
-        return prefixed_attention(own, state, call)
-    if isinstance(state, MixedState) and state.prefixes:
-        return mixed_attention(state, call)
-    return base_attention(call)
+        out, weights = prefixed_attention(own, state, call)
+    elif isinstance(state, MixedState) and state.prefixes:
+        out, weights = mixed_attention(state, call)
+    else:
+        out, weights = base_attention(call)
+    return out if packing is None else packing.pack(out), weights
+
+
+def _unpacked(packing: Packing, heads: Tensor) -> Tensor:
+    """[1, H, T, E] -> [B, H, S, E], a view as an attention makes it."""
+    return packing.unpack(heads.transpose(1, 2)).transpose(1, 2)
 
 
 def prefixed_attention(

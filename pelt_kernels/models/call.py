@@ -13,6 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..nn.packing import Packing
+
+PAYS_UP_TO = 0.95  # tokens of a batch that are no padding: copying them takes some hundredths
 CHECKPOINT = "_gradient_checkpointing_func"  # transformers' name for it, on a layer
 
 
@@ -22,11 +25,13 @@ class Call(threading.local):
     Attributes:
         labels: int64 [B] by name.
         gates: those of this forward, with gradients; None where nothing is made of them.
+        packed: the mask of this forward and the packing by it, which its layers share; or None.
     """
 
     def __init__(self) -> None:
         self.labels: Mapping[str, Tensor] = {}
         self.gates: list[Tensor] | None = None
+        self.packed: tuple[Tensor, Packing | None] | None = None
 
     @contextmanager
     def given(self, labels: Mapping[str, Tensor]) -> Iterator[None]:
@@ -46,6 +51,14 @@ class Call(threading.local):
             yield gates
         finally:
             self.gates = None
+
+    def packing_by(self, mask: Tensor) -> Packing | None:
+        """The packing of this forward's tokens by its mask [B, S], where one pays."""
+        if self.packed is None or self.packed[0] is not mask:
+            packing = Packing.of(mask)
+            pays = packing is not None and packing.share <= PAYS_UP_TO
+            self.packed = mask, packing if pays else None
+        return self.packed[1]
 
     def label(self, name: str, batch: int) -> Tensor:
         """The labels [batch] of a name. Where the batch is a multiple of the call's samples, as in

@@ -159,6 +159,26 @@ def check_own_attention(
             )
 
 
+def check_by_token(who: str, model: PreTrainedModel, stacks: Sequence[Slots], parts: Parts) -> None:
+    """Raises ValueError for layers that cannot do without padding."""
+    reason = ""
+    if not stacks or not all(slots.is_by_token for slots in stacks):
+        reason = f"{type(model).__name__}, whose layers read positions or masks by themselves"
+    elif getattr(model.config, "is_decoder", False):
+        reason = f"{type(model).__name__} as a decoder"
+    elif getattr(model.config, "chunk_size_feed_forward", 0):
+        reason = "chunk_size_feed_forward, which divides sentences of one length"
+    elif parts.vlm is not None or parts.hyper is not None:
+        reason = "a method whose layers choose weights for each sentence"
+    elif any(part.gate_pooling != "masked_mean" for part in parts.gated):
+        reason = "gates that do not pool with masked_mean"
+    if reason:
+        raise ValueError(
+            f"{who}: expected an encoder of the BERT, DistilBERT or ALBERT kind, with any gates "
+            f"pooled over real tokens, got {reason}"
+        )
+
+
 def check_decoder(model: PreTrainedModel, stacks: Sequence[Slots]) -> None:
     """A layer's attention over an encoder has to be known, and a decoder has to be one."""
     config: Any = model.config

@@ -47,6 +47,8 @@ def begin_forward(encoder: nn.Module, args: tuple[Any, ...]) -> None:
     if torch.compiler.is_compiling():
         return
     forwards: Forwards = getattr(encoder, FORWARDS_ATTRIBUTE)
+    if forwards.states:  # which share their call
+        forwards.states[0].call.packed = None  # of an earlier mask, which may be refilled by now
     waiting = []
     for state in forwards.states:
         flight = state.in_flight
@@ -55,6 +57,7 @@ def begin_forward(encoder: nn.Module, args: tuple[Any, ...]) -> None:
             flight.mask is not None
             or flight.prefix_gate is not None
             or flight.ffn_input is not None
+            or flight.packing is not None
         ):
             waiting.append((flight, vars(flight).copy()))
             flight.clear()

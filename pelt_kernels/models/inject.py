@@ -63,6 +63,7 @@ class Injection(Attachment):
         task_adapters: VLM's, of all layers; or None.
         written: what HyperPELT's networks write; or None.
         replacements: which modules of the base model give way to which.
+        packs_tokens: whether layers are given real tokens only.
         call: what a call of the model gives its layers.
     """
 
@@ -90,10 +91,7 @@ class Injection(Attachment):
         self.prefix = make_prefixes(model, self.stacks, parts.prefix, placement)
         self.task_adapters = self._make_task_adapters(placement)
         self.written = self._make_written(placement)
-        self.uses_pelt_attention = any(any(stack.prefixes) for stack in self.stacks) or any(
-            stack.needs_mask and not stack.slots.attention.own_mask for stack in self.stacks
-        )
-        self.views = self.make_views() if self.stacks else []
+        self.set_packing(False)
         self.replacements: list[Replacement] = []
         for stack in self.stacks:
             stand_ins = StandIns(stack.slots, parts, chosen, placement, stack.is_causal)
@@ -106,6 +104,16 @@ class Injection(Attachment):
         placed = {id(replacement.original) for replacement in self.replacements}
         others = [linear for key, linear in chosen.items() if key not in placed]
         self.replacements += branched_linears(model, parts.lora, others)
+
+    def set_packing(self, packs_tokens: bool) -> None:
+        """Whether layers are given real tokens only, from the next `attach` on."""
+        self.packs_tokens = packs_tokens
+        self.uses_pelt_attention = (
+            packs_tokens
+            or any(any(stack.prefixes) for stack in self.stacks)
+            or any(stack.needs_mask and not stack.slots.attention.own_mask for stack in self.stacks)
+        )
+        self.views = self.make_views() if self.stacks else []
 
     def _make_task_adapters(self, placement: dict[str, Any]) -> nn.ModuleList | None:
         """VLM's adapters of all layers; and tells each layer its own."""
@@ -186,15 +194,16 @@ class Injection(Attachment):
                 self.mark(attention, PREFIX_ATTRIBUTE, prefix)
                 self.mark(attention, STATE_ATTRIBUTE, state)
             uses_mask = self.uses_pelt_attention
-            for hook in hooks_of(stack.slots, self.parts, uses_mask, stack.needs_mask):
+            for hook in hooks_of(
+                stack.slots, self.parts, uses_mask, stack.needs_mask, self.packs_tokens
+            ):
                 module = layer.get_submodule(hook.path)
                 self.mark(module, STATE_ATTRIBUTE, state)
-                register = (
-                    module.register_forward_hook
-                    if hook.is_after
-                    else module.register_forward_pre_hook
-                )
-                self.hook(register(hook.call, with_kwargs=hook.takes_kwargs))
+                register: Any = module.register_forward_pre_hook
+                if hook.is_after:
+                    register = module.register_forward_hook
+                options = {"with_kwargs": hook.takes_kwargs, "prepend": hook.is_first}
+                self.hook(register(hook.call, **options))
         notes = StackNotes(stack.layers, self.call)
         self.mark(stack.embeddings, STACK_ATTRIBUTE, notes)
         self.hook(stack.embeddings.register_forward_hook(start_gradient))

@@ -4,6 +4,7 @@ In a BERT layer, with every part; what a method leaves out is the base model's o
 
     module                  what runs there              takes from the state     leaves in it
     (the layer)             check_random_state, before it
+                            pack_tokens, before it                                packing
     attention.self          read_mask, before it                                  mask
       query                 AdaptedLinear                (reads mask)             prefix gate
       key, value            AdaptedLinear                (reads mask)
@@ -14,6 +15,7 @@ In a BERT layer, with every part; what a method leaves out is the base model's o
     output.dense            AdaptedLinear, ExpertLinear  (reads mask)
     output.LayerNorm        AdaptedNorm                  mask, FFN's input
                             or end_layer, before it      mask
+    (the layer)             unpack_tokens, after it      packing
 
 A layer that normalises before its sub-layers ends with the FFN's second Linear: its adapter is in
 the AdaptedLinear there, on the FFN's output before its residual, and end_layer is behind it. An
@@ -27,7 +29,8 @@ use of the layer fills and empties again.
 The modules of a layer do not call each other, so three values travel in the layer's state. Each is
 left by the step that has it and taken, which clears it, by the last that wants it; all within the
 modules of one layer, because transformers checkpoints a layer's forward: hooks of the layer are
-outside of what is computed again, its modules and their hooks inside.
+outside of what is computed again, its modules and their hooks inside. Therefore nothing is packed
+in a layer that is checkpointed.
 
 `PrunedLinear` and `ExpertLoRALinear` need nothing of the state: they stand in a layer as they are.
 So does a `LoRALinear`, which LoRA puts outside of the layers and in models of other families.
@@ -46,6 +49,7 @@ from ..methods import Parts
 from ..nn import ExpertAdapter, FusedLoRALinear, GatedAdapter, LoRALinear
 from ..nn.gate import BRANCH_GATE, GateRule
 from ..nn.original import Original, linear_kind, product
+from ..ops.prefix_attention.without_prefix import is_plain_call
 from .attention_config import PELT
 from .attention_masks import check_mask
 from .layer_state import STATE_ATTRIBUTE, LayerState
@@ -63,12 +67,17 @@ class Hook(NamedTuple):
     call: Callable[..., Any]
     is_after: bool = False
     takes_kwargs: bool = False
+    is_first: bool = False  # among the module's hooks, others' included
 
 
-def hooks_of(slots: Slots, parts: Parts, uses_attention: bool, needs_mask: bool) -> Iterator[Hook]:
+def hooks_of(
+    slots: Slots, parts: Parts, uses_attention: bool, needs_mask: bool, packs: bool
+) -> Iterator[Hook]:
     """The hooks of a layer in the order in which they run."""
     if parts.mixture is not None:
         yield Hook("", check_random_state)
+    if packs:
+        yield Hook("", pack_tokens, takes_kwargs=True)
     own_mask = slots.attention.own_mask
     if own_mask and needs_mask:
         yield Hook(slots.attention.module, READ_OWN_MASK[own_mask])
@@ -85,6 +94,9 @@ def hooks_of(slots: Slots, parts: Parts, uses_attention: bool, needs_mask: bool)
             yield Hook(slots.ffn_out, end_layer, is_after=True)
     if parts.vlm is not None:
         yield Hook("", add_task_adapter, is_after=True)
+    if packs:
+        # Before the hooks by which transformers keeps hidden states.
+        yield Hook("", unpack_tokens, is_after=True, is_first=True)
 
 
 def check_random_state(layer: nn.Module, args: tuple[Any, ...]) -> None:
@@ -98,6 +110,36 @@ def check_random_state(layer: nn.Module, args: tuple[Any, ...]) -> None:
             "AdaMixConfig: expected gradient checkpointing with preserve_rng_state=True (a layer "
             "that is computed again draws the experts of its forward again), got False"
         )
+
+
+def pack_tokens(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook of a layer: it is given the real tokens only, [1, T, D], where that pays."""
+    state: LayerState = getattr(layer, STATE_ATTRIBUTE)
+    state.in_flight.packing = None  # of a forward that was broken off
+    x, *others = args
+    mask = kwargs.get("attention_mask", others[0] if others else None)
+    is_checkpointed = getattr(layer, "gradient_checkpointing", False) and layer.training
+    if mask is None or is_checkpointed or state.skip_below is not None or not is_plain_call(x):
+        return None
+    check_mask(mask)
+    packing = state.call.packing_by(mask)
+    if packing is None:
+        return None
+    state.in_flight.packing = packing
+    return (packing.pack(x), *others), kwargs
+
+
+def unpack_tokens(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Forward hook of a layer: its output [B, S, D], with zeros for padding."""
+    state: LayerState = getattr(layer, STATE_ATTRIBUTE)
+    packing, state.in_flight.packing = state.in_flight.packing, None
+    if packing is None:
+        return output
+    if isinstance(output, tuple):
+        return packing.unpack(output[0]), *output[1:]
+    return packing.unpack(output)
 
 
 def read_mask(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..nn import PrefixAttention, TaskAdapters
+from ..nn.packing import Packing
 from .call import Call
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ class InFlight(threading.local):
 
     def clear(self) -> None:
         """Nothing is in flight."""
-        self.mask: Tensor | None = None
+        self.packing: Packing | None = None
+        self.mask: Tensor | Packing | None = None
         self.prefix_gate: Tensor | None = None
         self.ffn_input: Tensor | None = None
 
@@ -72,16 +74,19 @@ class LayerState:
         self.written_adapter: WrittenAdapter | None = None
 
     @property
-    def mask(self) -> Tensor | None:
-        """The padding mask [B, N] bool of this forward, where a gate needs it."""
+    def mask(self) -> Tensor | Packing | None:
+        """The padding mask [B, N] bool of this forward, where a gate needs it; or the packing of
+        its tokens.
+        """
         return self.in_flight.mask
 
     def leave_mask(self, mask: Tensor | None) -> None:
         """A layer begins: the mask, and no gate from a forward that was broken off."""
-        self.in_flight.mask = mask if self.needs_mask else None
+        packing = self.in_flight.packing
+        self.in_flight.mask = (mask if packing is None else packing) if self.needs_mask else None
         self.in_flight.prefix_gate = None
 
-    def take_mask(self) -> Tensor | None:
+    def take_mask(self) -> Tensor | Packing | None:
         """The layer ends: no mask outlives it."""
         mask, self.in_flight.mask = self.in_flight.mask, None
         return mask

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..methods import MethodConfig, parts_of
 from .allocation import check_size
 from .checkpoint import collapsed, read_adapter, save_adapter, state_entry
+from .checks import check_by_token
 from .formats.peft_writer import write_peft
 from .gate_penalty import penalised_forward
 from .hub import local_folder, push
@@ -118,6 +119,36 @@ class PeltModel(WeightedModel):
                 call = self._injection.call
                 return penalised_forward(self.base_model, parts, call, args, kwargs)
             return self.base_model(*args, **kwargs)
+
+    def set_unpadding(self, is_on: bool = True) -> None:
+        """Has the layers compute real tokens only, from the next forward on, or all that is there.
+
+        Off by default. A batch's attention_mask says which tokens are real; all products, norms,
+        adapters and their gradients of a layer are of these, one sentence behind the other, and
+        attention alone is computed where they stand. Outputs for real tokens and gradients are what
+        they are without, to rounding; random numbers of dropout are others. Hidden states of
+        padding are zeros, so what reads them beside a mask of its own (labels of -100, a pooling by
+        the mask, the first token) sees no difference.
+
+        A forward works as ever where nothing is gained: without an attention_mask or with little
+        padding, under torch.compile and export, in a checkpointed layer, with `skip_below` and with
+        adapter_names. On a GPU the host waits for the mask once in a forward. It belongs to the
+        active adapter, and no file holds it.
+
+        Raises:
+            ValueError: a model whose layers read positions or masks by themselves (T5, ModernBERT,
+                decoders), gates that do not pool with ``masked_mean``, VLM or HyperPELT.
+        """
+        self._check_attached("set_unpadding")
+        injection = self._injection
+        if is_on:
+            stacks = [stack.slots for stack in injection.stacks]
+            parts = parts_of(self.method_config)
+            check_by_token("set_unpadding", self.base_model, stacks, parts)
+        injection.check_detachable("set_unpadding")
+        self._detach()
+        injection.set_packing(is_on)
+        self._attach()
 
     def density(self) -> dict[str, float]:
         """Of each matrix that PST prunes, by its Linear's name, the share that is not 0 now."""

@@ -81,6 +81,8 @@ class Slots:
             thing in a layer; None where norms stand before the sub-layers.
         name: ``encoder`` or ``decoder``.
         is_causal: whether a token sees no later ones, whatever the configuration says.
+        is_by_token: whether a layer, but for its attention function, computes each token by itself
+            and from nothing but its hidden state.
     """
 
     layers: str
@@ -91,6 +93,7 @@ class Slots:
     ffn_norm: str | None = None
     name: str = "encoder"
     is_causal: bool = False
+    is_by_token: bool = False
 
     @property
     def attention(self) -> AttentionSlots:
@@ -173,6 +176,7 @@ BERT = Slots(
     ffn_in=("intermediate.dense",),
     ffn_out="output.dense",
     ffn_norm="output.LayerNorm",
+    is_by_token=True,
 )
 DISTILBERT = Slots(
     layers="transformer.layer",
@@ -181,6 +185,7 @@ DISTILBERT = Slots(
     ffn_in=("ffn.lin1",),
     ffn_out="ffn.lin2",
     ffn_norm="output_layer_norm",
+    is_by_token=True,
 )
 GPT2 = Slots(
     layers="h",
@@ -207,9 +212,11 @@ ALBERT = Slots(
     ffn_in=("ffn",),
     ffn_out="ffn_output",
     ffn_norm="full_layer_layer_norm",
+    is_by_token=True,
 )
 DEBERTA = replace(
     BERT,
+    is_by_token=False,
     attentions=(
         AttentionSlots(
             module="attention.self",
@@ -221,7 +228,11 @@ DEBERTA = replace(
         ),
     ),
 )
-MPNET = replace(BERT, attentions=(_attention("attention.attn", "q k v o", own_mask=ADDED),))
+MPNET = replace(
+    BERT,
+    attentions=(_attention("attention.attn", "q k v o", own_mask=ADDED),),
+    is_by_token=False,
+)
 MODERNBERT = Slots(
     layers="layers",
     embeddings="embeddings",

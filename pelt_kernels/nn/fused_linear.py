@@ -14,6 +14,7 @@ from .experts import Bank, expert_banks
 from .gate import Gate, GateRule
 from .lora_linear import with_branches
 from .original import Original, linear_kind
+from .packing import Packing
 
 
 class LowRank(nn.Module):
@@ -38,7 +39,7 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         self.gate = None if gate_pooling is None else Gate(in_features, gate_pooling, **placement)
 
-    def branch(self, offset: int, mask: Tensor | None) -> LoraBranch:
+    def branch(self, offset: int, mask: Tensor | Packing | None) -> LoraBranch:
         """The branch into the columns from `offset` on."""
         if self.gate is None:
             return LoraBranch(self.lora_a, self.lora_b, offset, self.scale)
@@ -77,7 +78,7 @@ class ExpertLowRank(Bank):
             in_features, out_features, r, sizes, identical_start, **placement
         )
 
-    def branch(self, offset: int, mask: Tensor | None) -> LoraBranch:
+    def branch(self, offset: int, mask: Tensor | Packing | None) -> LoraBranch:
         """The branch of this forward."""
         values, index = self.chosen()
         return LoraBranch(
@@ -126,7 +127,7 @@ class FusedLoRALinear(nn.Module):
     def forward(
         self,
         x: Tensor,
-        mask: Tensor | None = None,
+        mask: Tensor | Packing | None = None,
         *,
         return_gates: bool = False,
         rule: GateRule | None = None,
@@ -135,9 +136,10 @@ class FusedLoRALinear(nn.Module):
         """y [..., Dout]; with return_gates also the values of the gates by name, the branches' by
         their projection's.
 
-        mask is [B, S] bool, True for real tokens, read by gates that pool with ``masked_mean``.
-        With a rule the gates are computed first, and what the rule makes of them are the gates. A
-        branch counts for no row whose gate is below skip_below.
+        mask is [B, S] bool, True for real tokens, read by gates that pool with ``masked_mean``; or
+        the `Packing` of x [1, T, Din], over whose sentences these pool. With a rule the gates are
+        computed first, and what the rule makes of them are the gates. A branch counts for no row
+        whose gate is below skip_below.
         """
         members = cast("dict[str, LowRank]", dict(self.branches.items()))
         branches = {n: member.branch(self.offsets[n], mask) for n, member in members.items()}

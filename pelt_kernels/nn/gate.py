@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..ops import LearnedGate
 from ..ops._arguments import cast_activation
-from ..ops._gate import POOLINGS, learned_gate, pool, quick_row_gates
+from ..ops._gate import POOLINGS, TOKEN, learned_gate, pool, quick_row_gates
+from .packing import Packing
 
 BRANCH_GATE = ""  # the name of a part's own gate among those of its input
 # A gate's name among those of its input, and its value -> what takes the value's place.
@@ -56,29 +57,31 @@ class Gate(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
         nn.init.zeros_(self.bias)
 
-    def learned(self, mask: Tensor | None) -> LearnedGate:
-        """The gate as an operator takes it.
+    def learned(self, mask: Tensor | Packing | None) -> LearnedGate:
+        """The gate as an operator takes it, and as `value_of` does where rows are packed.
 
         Without a mask every row is a real token, so both means are the same.
         """
         pooling = "mean" if mask is None and self.pooling == "masked_mean" else self.pooling
         return LearnedGate(self.weight, self.bias, pooling)
 
-    def mask_for(self, mask: Tensor | None) -> Tensor | None:
-        """The mask, if this gate's pooling reads it."""
-        return mask if self.pooling == "masked_mean" else None
+    def mask_for(self, mask: Tensor | Packing | None) -> Tensor | None:
+        """The mask, if an operator reads it for this gate's pooling."""
+        return mask if self.pooling == "masked_mean" and isinstance(mask, Tensor) else None
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, pooling={self.pooling!r}"
 
 
-def value_of(gate: LearnedGate, x: Tensor, mask: Tensor | None) -> Tensor:
+def value_of(gate: LearnedGate, x: Tensor, mask: Tensor | Packing | None) -> Tensor:
     """The value of a gate of x [..., D] by the operators' formula, composed of PyTorch operations:
     [B], or [B, S] for ``token``; float32, and float64 of a float64 x. It carries gradients.
 
     An operator computes the same on its own read of x; this is for a value that something is done
-    to before it scales a part.
+    to before it scales a part, or of packed sentences, over each of which it pools.
     """
+    if isinstance(mask, Packing):
+        return mask.means(value_of(gate._replace(pooling=TOKEN), x, None))
     x = cast_activation(x)
     x = x.flatten(1, -2) if x.ndim > 3 else x.reshape((1,) * (3 - x.ndim) + x.shape)
     with torch.autocast(x.device.type, enabled=False):

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..ops import gated_adapter
+from ..ops import LearnedGate, gated_adapter
 from .gate import BRANCH_GATE, Gate, GateRule, value_of
+from .packing import Packing
 
 
 class GatedAdapter(nn.Module):
@@ -90,20 +91,24 @@ class GatedAdapter(nn.Module):
         x: Tensor,
         *,
         residual: str | Tensor | None = "input",
-        mask: Tensor | None = None,
+        mask: Tensor | Packing | None = None,
         return_gate: bool = False,
         rule: GateRule | None = None,
         skip_below: float | None = None,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
-        """y [B, S, D]; with return_gate also the gate's value (None without a gate).
+        """y [B, S, D]; with return_gate also the gate's value [B] (None without a gate).
 
-        With a rule the gate is computed first, and what the rule makes of it is the gate. Rows
-        whose gate is below skip_below have their residual as it is (without gradients only).
+        mask is [B, S] bool, True for real tokens; or the `Packing` of x [1, T, D]. With a rule, and
+        of packed sentences, the gate is computed first, and what the rule makes of it is the gate.
+        Rows whose gate is below skip_below have their residual as it is (without gradients only).
         """
         learned = None if self.gate is None else self.gate.learned(mask)
-        ruled = None
-        if rule is not None and learned is not None:
-            ruled = rule(BRANCH_GATE, value_of(learned, x, mask))
+        value: Tensor | None = None
+        gate: LearnedGate | Tensor | None = learned
+        if learned is not None and (rule is not None or isinstance(mask, Packing)):
+            value = value_of(learned, x, mask)
+            value = value if rule is None else rule(BRANCH_GATE, value)
+            gate = mask.over_tokens(value) if isinstance(mask, Packing) else value
         y = gated_adapter(
             x,
             self.w_down,
@@ -112,17 +117,17 @@ class GatedAdapter(nn.Module):
             b_up=self.b_up,
             activation=self.activation,
             scale=self.scale,
-            gate=learned if ruled is None else ruled,
+            gate=gate,
             mask=None if self.gate is None else self.gate.mask_for(mask),
             residual=residual,
             dropout_p=self.dropout if self.training else 0.0,
             skip_below=None if learned is None else skip_below,
-            return_gate=return_gate and ruled is None,
+            return_gate=return_gate and value is None,
         )
-        if ruled is None or not return_gate:
+        if value is None or not return_gate:
             return y
         assert isinstance(y, Tensor)
-        return y, ruled.detach()
+        return y, value.detach()
 
     def extra_repr(self) -> str:
         bottleneck, hidden_size = self.w_down.shape

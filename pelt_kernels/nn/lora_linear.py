@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import LearnedGate, LoraBranch, lora_linear
+from ..ops._gate import TOKEN
 from .beside import add_branches
 from .gate import BRANCH_GATE, Gate, GateRule, may_select, value_of
 from .original import (
@@ -20,6 +21,7 @@ from .original import (
     sizes_of,
     why_not_replaceable,
 )
+from .packing import Packing
 
 
 def with_branches(
@@ -27,7 +29,7 @@ def with_branches(
     x: Tensor,
     branches: Mapping[str, LoraBranch],
     extra_gates: Mapping[str, Gate] | None = None,
-    mask: Tensor | None = None,
+    mask: Tensor | Packing | None = None,
     dropout: float = 0.0,
     rule: GateRule | None = None,
     skip_below: float | None = None,
@@ -37,20 +39,27 @@ def with_branches(
 
     Args:
         linear: holds `original`, `weight` and `bias`.
+        mask: [B, S] bool, True for real tokens; or the `Packing` of x [1, T, D].
         rule: what it makes of a gate's value is the gate.
         skip_below: a branch counts for no row whose gate is below it.
     """
     extra_gates = extra_gates or {}
     gates: dict[str, Tensor] = {}
-    if rule is not None or skip_below is not None:
+    packing, padding = (mask, None) if isinstance(mask, Packing) else (None, mask)
+    if rule is not None or skip_below is not None or packing is not None:
         for name, branch in branches.items():
             if isinstance(branch.gate, LearnedGate):
                 value = value_of(branch.gate, x, mask)
                 gates[name] = value if rule is None else rule(name, value)
-        branches = _with_values(branches, gates, skip_below)
+        branches = _with_values(branches, gates, skip_below, packing)
+    learned = tuple([gate.learned(mask) for gate in extra_gates.values()])
+    if packing is not None:  # each token's own come out of the operator
+        learned = tuple([gate._replace(pooling=TOKEN) for gate in learned])
     y, extra_values, own_values = _with_branches(
-        linear, x, tuple(branches.values()), tuple(extra_gates.values()), mask, dropout
+        linear, x, tuple(branches.values()), learned, padding, dropout
     )
+    if packing is not None:
+        extra_values = tuple([packing.means(value) for value in extra_values])
     values = dict(zip(extra_gates, extra_values))
     if rule is not None:
         values = {name: rule(name, value) for name, value in values.items()}
@@ -60,12 +69,17 @@ def with_branches(
 
 
 def _with_values(
-    branches: Mapping[str, LoraBranch], gates: Mapping[str, Tensor], skip_below: float | None
+    branches: Mapping[str, LoraBranch],
+    gates: Mapping[str, Tensor],
+    skip_below: float | None,
+    packing: Packing | None,
 ) -> dict[str, LoraBranch]:
-    """The branches with these values as their gates. Where it may be asked, one that no row has is
-    left out; a row of another one has 0, because the operator multiplies all rows of x at once: to
-    pick out the rows that keep a branch took from 0.94 to 1.05 of that, where a quarter to three
-    quarters of 32 texts keep it (18 and 128 tokens, D = 384, R = 8, a thread of an AMD EPYC, AVX2).
+    """The branches with these values as their gates, of packed sentences for all their tokens.
+
+    Where it may be asked, one that no row has is left out; a row of another one has 0, because the
+    operator multiplies all rows of x at once: to pick out the rows that keep a branch took from
+    0.94 to 1.05 of that, where a quarter to three quarters of 32 texts keep it (18 and 128 tokens,
+    D = 384, R = 8, a thread of an AMD EPYC, AVX2).
     """
     made = {}
     for name, branch in branches.items():
@@ -75,6 +89,8 @@ def _with_values(
             if may_select(gate) and is_skipped.all():
                 continue
             gate = gate.masked_fill(is_skipped, 0.0)
+        if gate is not None and packing is not None:
+            gate = packing.over_tokens(gate)
         made[name] = branch if gate is None else branch._replace(gate=gate)
     return made
 
@@ -83,20 +99,19 @@ def _with_branches(
     linear: Any,
     x: Tensor,
     branches: Sequence[LoraBranch],
-    extra_gates: Sequence[Gate],
+    learned: tuple[LearnedGate, ...],
     mask: Tensor | None,
     dropout: float,
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...]]:
     """y, the values of the extra gates, and those of the branches' learned gates."""
     original = linear.original
-    if not branches and not extra_gates:
+    if not branches and not learned:
         if not original.is_plain:
             return original(linear, x), (), ()
         return product(x, linear.weight, linear.bias, original.is_transposed), (), ()
-    if not extra_gates and all(branch.gate is None for branch in branches):
+    if not learned and all(branch.gate is None for branch in branches):
         y = _without_gates(linear, x, branches, dropout)
         return y, (), (None,) * len(branches)
-    learned = tuple([gate.learned(mask) for gate in extra_gates])
     read_mask = None
     for each in (*learned, *[branch.gate for branch in branches]):
         if isinstance(each, LearnedGate) and each.pooling == "masked_mean":
@@ -237,7 +252,7 @@ class LoRALinear(nn.Module):
     def forward(
         self,
         x: Tensor,
-        mask: Tensor | None = None,
+        mask: Tensor | Packing | None = None,
         *,
         return_gates: bool = False,
         rule: GateRule | None = None,
@@ -246,9 +261,10 @@ class LoRALinear(nn.Module):
         """y [..., Dout]; with return_gates also the values [B] of the gates by name, of which the
         branch's own is `BRANCH_GATE`.
 
-        mask is [B, S] bool, True for real tokens, read by gates that pool with ``masked_mean``.
-        With a rule the gates are computed first, and what the rule makes of them are the gates. The
-        branch counts for no row whose gate is below skip_below.
+        mask is [B, S] bool, True for real tokens, read by gates that pool with ``masked_mean``; or
+        the `Packing` of x [1, T, Din], over whose sentences these pool. With a rule the gates are
+        computed first, and what the rule makes of them are the gates. The branch counts for no row
+        whose gate is below skip_below.
         """
         if self._has_branch_alone:
             branch = LoraBranch(self.lora_a, self.lora_b, 0, self.alpha / self.r)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-POOLINGS = ("token", "mean", "masked_mean")
+TOKEN = "token"
+POOLINGS = (TOKEN, "mean", "masked_mean")
 _SMALL = 1 << 17  # elements of [T, D]
 
 
