@@ -71,7 +71,7 @@ class Hook(NamedTuple):
 
 
 def hooks_of(
-    slots: Slots, parts: Parts, uses_attention: bool, needs_mask: bool, packs: bool
+    slots: Slots, parts: Parts, uses_attention: bool, needs_mask: bool, packs: bool = False
 ) -> Iterator[Hook]:
     """The hooks of a layer in the order in which they run."""
     if parts.mixture is not None:

@@ -139,7 +139,7 @@ class MixedBatch(Attachment):
         for name, stack in stacks.items():
             injection = self.injections[name]
             uses_attention = injection.uses_pelt_attention
-            own = hooks_of(stack.slots, injection.parts, uses_attention, stack.needs_mask, False)
+            own = hooks_of(stack.slots, injection.parts, uses_attention, stack.needs_mask)
             hooks |= dict.fromkeys(hook for hook in own if hook.call in STEPS)
         attentions = {path for stack in stacks.values() for path in stack.prefixes[row]}
         for path in {hook.path for hook in hooks} | attentions:

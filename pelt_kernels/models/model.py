@@ -132,7 +132,7 @@ class PeltModel(WeightedModel):
 
         A forward works as ever where nothing is gained: without an attention_mask or with little
         padding, under torch.compile and export, in a checkpointed layer, with `skip_below` and with
-        adapter_names. On a GPU the host waits for the mask once in a forward. It belongs to the
+        adapter_names. On a GPU the host waits for the mask in every forward. It belongs to the
         active adapter, and no file holds it.
 
         Raises:

@@ -58,10 +58,13 @@ class Gate(nn.Module):
         nn.init.zeros_(self.bias)
 
     def learned(self, mask: Tensor | Packing | None) -> LearnedGate:
-        """The gate as an operator takes it, and as `value_of` does where rows are packed.
+        """The gate as an operator takes it.
 
-        Without a mask every row is a real token, so both means are the same.
+        Without a mask every row is a real token, so both means are the same. Of packed sentences it
+        is each token's own, which are pooled behind it (`Packing.means`).
         """
+        if isinstance(mask, Packing):
+            return LearnedGate(self.weight, self.bias, TOKEN)
         pooling = "mean" if mask is None and self.pooling == "masked_mean" else self.pooling
         return LearnedGate(self.weight, self.bias, pooling)
 
@@ -78,10 +81,11 @@ def value_of(gate: LearnedGate, x: Tensor, mask: Tensor | Packing | None) -> Ten
     [B], or [B, S] for ``token``; float32, and float64 of a float64 x. It carries gradients.
 
     An operator computes the same on its own read of x; this is for a value that something is done
-    to before it scales a part, or of packed sentences, over each of which it pools.
+    to before it scales a part, and of packed sentences, over each of which `gate`, a token's, is
+    pooled here.
     """
     if isinstance(mask, Packing):
-        return mask.means(value_of(gate._replace(pooling=TOKEN), x, None))
+        return mask.means(value_of(gate, x, None))
     x = cast_activation(x)
     x = x.flatten(1, -2) if x.ndim > 3 else x.reshape((1,) * (3 - x.ndim) + x.shape)
     with torch.autocast(x.device.type, enabled=False):

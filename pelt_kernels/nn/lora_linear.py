@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import LearnedGate, LoraBranch, lora_linear
-from ..ops._gate import TOKEN
 from .beside import add_branches
 from .gate import BRANCH_GATE, Gate, GateRule, may_select, value_of
 from .original import (
@@ -53,8 +52,6 @@ def with_branches(
                 gates[name] = value if rule is None else rule(name, value)
         branches = _with_values(branches, gates, skip_below, packing)
     learned = tuple([gate.learned(mask) for gate in extra_gates.values()])
-    if packing is not None:  # each token's own come out of the operator
-        learned = tuple([gate._replace(pooling=TOKEN) for gate in learned])
     y, extra_values, own_values = _with_branches(
         linear, x, tuple(branches.values()), learned, padding, dropout
     )
