@@ -18,6 +18,7 @@ from tiny_encoder import damage_json, rows, write_tsv
 from transformers import AutoModel
 
 from pelt_kernels.training import Predictor
+from pelt_kernels.training.gate_report.findings import findings
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 
@@ -242,6 +243,24 @@ def test_the_page_stands_alone_and_says_what_was_found(report):
         assert sentence in page.words
     for gate in found["gates"]:
         assert f"{gate['mean']:.2f}" in page.words
+
+
+@pytest.mark.parametrize("low, ending", [
+    (-0.03, "no effect is shown."),
+    (0.01, "no effect that stands out among {count} comparisons."),
+])  # fmt: skip
+def test_why_no_effect_is_shown_fits_the_interval_beside_it(report, low, ending):
+    found = numbers(report)
+    rows = found["ablation"]["rows"]
+    whole = {"value": 0.02, "interval": [low, 0.04], "is_effect": False}
+    for row in rows:
+        row["difference"] = row["loss_difference"] = whole
+    sentences = findings(found)
+    ending = ending.format(count=len(rows))
+    assert sentences["lead"].endswith(ending)
+    assert all(said.endswith(ending) for said in sentences["worth"] if "(95 %" in said)
+    (parts,) = [said for said in sentences["worth"] if said.startswith("The parts")]
+    assert parts.count(ending.removesuffix(".")) == parts.count("without")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")

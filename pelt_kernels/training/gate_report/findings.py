@@ -196,13 +196,24 @@ def _of_row(row: Json, report: Json) -> str:
     on_score = f"{metric} by {points(score['value'])} points (95 % interval {interval(row)})"
     on_loss = f"the loss by {_signed(loss['value'])} ({interval(row, 'loss_difference')})"
     if score["is_effect"] == loss["is_effect"]:
-        both = "effects that are more than noise" if score["is_effect"] else NOT_SHOWN
+        more_than_noise = "effects that are more than noise"
+        both = more_than_noise if score["is_effect"] else _not_shown(report, score, loss)
         return f"{subject} {verb} {on_score} and {on_loss}: {both}."
     if score["is_effect"]:
         return (
             f"{subject} {verb} {on_score}, which is more than noise, and {on_loss}, which is not."
         )
-    return f"{subject} {verb} {on_score}, {NOT_SHOWN}, and {on_loss}, which is more than noise."
+    unshown = _not_shown(report, score)
+    return f"{subject} {verb} {on_score}, {unshown}, and {on_loss}, which is more than noise."
+
+
+def _not_shown(report: Json, *differences: Json) -> str:
+    """Why no effect is shown of a difference whose own interval leaves out 0: it is one of many,
+    of which some do so by chance.
+    """
+    if any(low > 0 or high < 0 for low, high in (each["interval"] for each in differences)):
+        return f"no effect that stands out among {len(report['ablation']['rows'])} comparisons"
+    return NOT_SHOWN
 
 
 def _the(of: str) -> str:
@@ -224,8 +235,9 @@ def _worth(report: Json) -> Iterator[str]:
         parts = "; ".join(
             f"without {_part(row['of'])} {report['metric']} changes by "
             f"{points(row['difference']['value'])} points ({interval(row)}"
-            f"{'' if row['difference']['is_effect'] else ', ' + NOT_SHOWN})"
+            f"{'' if shown else ', ' + _not_shown(report, row['difference'])})"
             for row in removed
+            for shown in [row["difference"]["is_effect"]]
         )
         yield f"The parts: {parts}."
     for row in rows:
