@@ -47,8 +47,8 @@ BATCH = {"minilm": 16, "bert-base": 8, "roberta-large": 2}
 GROUPS = (
     ("unipelt", "unipelt-unpadded", "unipelt-eager", "unipelt-compiled", "adapters-unipelt",
      "adapters-unipelt-accelerated"),
-    ("lora", "lora-unpadded", "peft-lora", "peft-lora-accelerated", "adapters-lora",
-     "adapters-lora-accelerated", "bitfit", "head"),
+    ("lora", "lora-unpadded", "peft-lora", "peft-lora-accelerated", "peft-lora-unpadded",
+     "adapters-lora", "adapters-lora-accelerated", "bitfit", "head"),
     ("adapter", "adapters-adapter", "adapters-adapter-accelerated", "prefix", "peft-prefix",
      "adapters-prefix"),
     ("unipelt-ap", "adapters-unipelt-ap", "mam", "adapters-mam"),

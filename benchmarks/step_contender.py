@@ -37,7 +37,8 @@ class Contender(NamedTuple):
         method: by this project's name.
         way: ``""``; ``eager``, every operator in plain PyTorch; ``compiled``, that under
             `torch.compile`; ``accelerated``, the library's model by `pelt_kernels.accelerate`;
-            ``unpadded``, layers compute real tokens only (`PeltModel.set_unpadding`).
+            ``unpadded``, layers compute real tokens only: by `PeltModel.set_unpadding`, or of
+            another library's model by ``accelerate(unpad=True)``.
     """
 
     library: str
@@ -58,6 +59,7 @@ CONTENDERS = {
     "lora-unpadded": Contender("pelt_kernels", "lora", "unpadded"),
     "peft-lora": Contender("PEFT", "lora"),
     "peft-lora-accelerated": Contender("PEFT", "lora", "accelerated"),
+    "peft-lora-unpadded": Contender("PEFT", "lora", "unpadded"),
     "adapters-lora": Contender("adapters", "lora"),
     "adapters-lora-accelerated": Contender("adapters", "lora", "accelerated"),
     "adapter": Contender("pelt_kernels", "adapter"),
@@ -89,10 +91,10 @@ def make(contender: Contender, base: Any) -> Any:
     if contender.library == "pelt_kernels":
         return _ours(contender, base)
     model = (_peft if contender.library == "PEFT" else _adapters)(contender.method, base)
-    if contender.way == "accelerated":
+    if contender.way:
         import pelt_kernels
 
-        pelt_kernels.accelerate(model)
+        pelt_kernels.accelerate(model, unpad=contender.way == "unpadded")
     return model
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..ops._dispatch import check_name
-from .replacement import Accelerated, Replacement, library_class
+from .replacement import UNPADDING, Accelerated, Replacement, library_class
 from .report import Report, report_of
 
 # The file of each library, by a module of the library's that is loaded wherever a model of it is.
@@ -35,7 +35,7 @@ class _Before(NamedTuple):
     now: type[nn.Module]
 
 
-def accelerate(model: nn.Module, *, backend: str | None = None) -> Report:
+def accelerate(model: nn.Module, *, backend: str | None = None, unpad: bool = False) -> Report:
     """Has the layers of a model that PEFT or AdapterHub's library ``adapters`` made run on this
     project's operators, in place.
 
@@ -47,6 +47,8 @@ def accelerate(model: nn.Module, *, backend: str | None = None) -> Report:
     Args:
         model: a `PeftModel`, or any model with layers of PEFT's or of ``adapters``' in it.
         backend: the backend that its layers ask for; None: the one in force at each call.
+        unpad: the layers of an encoder with PEFT's LoRA compute real tokens only; what differs is
+            said at `PeltModel.set_unpadding`.
 
     Returns:
         which modules are served by which operator, and which are left alone and why;
@@ -55,16 +57,19 @@ def accelerate(model: nn.Module, *, backend: str | None = None) -> Report:
     Raises:
         ValueError: no layer of a known library is in the model; a version of the library that this
             was not tested with; an adapter is merged; the backend is unknown or cannot serve the
-            model. TypeError: the model is no module. Nothing was changed then.
+            model; `unpad` of one whose layers cannot do without padding, or without PEFT's LoRA.
+            TypeError: the model is no module. Nothing was changed then.
     """
-    report, _ = _accelerate(model, backend)
+    report, _ = _accelerate(model, backend, unpad)
     return report
 
 
 @contextmanager
-def accelerated(model: nn.Module, *, backend: str | None = None) -> Iterator[Report]:
+def accelerated(
+    model: nn.Module, *, backend: str | None = None, unpad: bool = False
+) -> Iterator[Report]:
     """`accelerate` for the length of a block; afterwards every module is as it was before it."""
-    report, before = _accelerate(model, backend)
+    report, before = _accelerate(model, backend, unpad)
     try:
         yield report
     finally:
@@ -82,11 +87,13 @@ def restore(model: nn.Module) -> None:
             _become(module, library_class(module), None)
 
 
-def _accelerate(model: nn.Module, backend: str | None) -> tuple[Report, list[_Before]]:
+def _accelerate(model: nn.Module, backend: str | None, unpad: bool) -> tuple[Report, list[_Before]]:
     _check_module("accelerate", model)
     if backend is not None:
         check_name(backend, "accelerate: expected backend as")
     found = _replacements(model, backend)
+    if unpad:
+        found = _unpadded(found)
     before: list[_Before] = []
     try:
         for each in found:
@@ -108,6 +115,20 @@ def _replacements(model: nn.Module, backend: str | None) -> list[Replacement]:
         raise ValueError(
             "accelerate: expected a model with adapters of PEFT's or of the library adapters, got "
             f"{type(model).__name__} with none; make one with peft.get_peft_model or add_adapter"
+        )
+    return found
+
+
+def _unpadded(found: list[Replacement]) -> list[Replacement]:
+    """The replacements of a model whose layers compute real tokens only. Raises ValueError."""
+    if "peft.tuners.lora.layer" in sys.modules:
+        from .peft_unpadding import unpadded
+
+        found = [unpadded(each) for each in found]
+    if not any(each.operator == UNPADDING for each in found):
+        raise ValueError(
+            "accelerate: expected a model with PEFT's LoRA for unpad=True, got one without; leave "
+            "unpad out"
         )
     return found
 

@@ -36,14 +36,20 @@ class AcceleratedLoraModel(Accelerated, LoraModel):
         self.pelt_attention.show_views()
 
     def pelt_detach(self) -> None:
-        """The modules read the model's own configurations."""
-        self.__dict__.pop("pelt_attention").hide_views()
+        """The model keeps nothing of it."""
+        self._take_off(self.__dict__.pop("pelt_attention"))
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         """PEFT's. Without its layers the model keeps nothing of this project either."""
         base = super()._unload_and_optionally_merge(*args, **kwargs)
-        self.pelt_attention.hide_views()
+        self._take_off(self.pelt_attention)
         return base
+
+    @staticmethod
+    def _take_off(attachment: Attachment) -> None:
+        """The modules read the model's own configurations."""
+        attachment.clear()
+        attachment.hide_views()
 
 
 # By which PEFT names the kind of a tuner; a pickle finds the class by its __qualname__.

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+UNPADDING = "unpadding"  # in the place of an operator, of a model whose layers do without padding
+
 
 class Accelerated:
     """The first base of every class that a library's module is given; the library's own class is

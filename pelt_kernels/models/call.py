@@ -25,12 +25,14 @@ class Call(threading.local):
     Attributes:
         labels: int64 [B] by name.
         gates: those of this forward, with gradients; None where nothing is made of them.
+        packs: whether tokens may be packed.
         packed: the mask of this forward and the packing by it, which its layers share; or None.
     """
 
     def __init__(self) -> None:
         self.labels: Mapping[str, Tensor] = {}
         self.gates: list[Tensor] | None = None
+        self.packs = True
         self.packed: tuple[Tensor, Packing | None] | None = None
 
     @contextmanager
@@ -52,8 +54,19 @@ class Call(threading.local):
         finally:
             self.gates = None
 
+    @contextmanager
+    def unpacked(self) -> Iterator[None]:
+        """Inside, the layers compute padding, too."""
+        before, self.packs = self.packs, False
+        try:
+            yield
+        finally:
+            self.packs = before
+
     def packing_by(self, mask: Tensor) -> Packing | None:
         """The packing of this forward's tokens by its mask [B, S], where one pays."""
+        if not self.packs:
+            return None
         if self.packed is None or self.packed[0] is not mask:
             packing = Packing.of(mask)
             pays = packing is not None and packing.share <= PAYS_UP_TO

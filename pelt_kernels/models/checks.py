@@ -159,8 +159,8 @@ def check_own_attention(
             )
 
 
-def check_by_token(who: str, model: PreTrainedModel, stacks: Sequence[Slots], parts: Parts) -> None:
-    """Raises ValueError for layers that cannot do without padding."""
+def why_padded(model: PreTrainedModel, stacks: Sequence[Slots], parts: Parts) -> str:
+    """Why the layers cannot do without padding, as an error says it; empty where they can."""
     reason = ""
     if not stacks or not all(slots.is_by_token for slots in stacks):
         reason = f"{type(model).__name__}, whose layers read positions or masks by themselves"
@@ -172,11 +172,12 @@ def check_by_token(who: str, model: PreTrainedModel, stacks: Sequence[Slots], pa
         reason = "a method whose layers choose weights for each sentence"
     elif any(part.gate_pooling != "masked_mean" for part in parts.gated):
         reason = "gates that do not pool with masked_mean"
-    if reason:
-        raise ValueError(
-            f"{who}: expected an encoder of the BERT, DistilBERT or ALBERT kind, with any gates "
-            f"pooled over real tokens, got {reason}"
-        )
+    if not reason:
+        return ""
+    return (
+        "expected an encoder of the BERT, DistilBERT or ALBERT kind, with any gates pooled over "
+        f"real tokens, got {reason}"
+    )
 
 
 def check_decoder(model: PreTrainedModel, stacks: Sequence[Slots]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..methods import MethodConfig, parts_of
 from .allocation import check_size
 from .checkpoint import collapsed, read_adapter, save_adapter, state_entry
-from .checks import check_by_token
+from .checks import why_padded
 from .formats.peft_writer import write_peft
 from .gate_penalty import penalised_forward
 from .hub import local_folder, push
@@ -130,10 +130,10 @@ class PeltModel(WeightedModel):
         padding are zeros, so what reads them beside a mask of its own (labels of -100, a pooling by
         the mask, the first token) sees no difference.
 
-        A forward works as ever where nothing is gained: without an attention_mask or with little
-        padding, under torch.compile and export, in a checkpointed layer, with `skip_below` and with
-        adapter_names. On a GPU the host waits for the mask in every forward. It belongs to the
-        active adapter, and no file holds it.
+        A forward works as ever where nothing is gained: without an attention_mask, with little
+        padding or with some on the left, under torch.compile and export, in a checkpointed layer,
+        with `skip_below` and with adapter_names. On a GPU the host waits for the mask in every
+        forward. It belongs to the active adapter, and no file holds it.
 
         Raises:
             ValueError: a model whose layers read positions or masks by themselves (T5, ModernBERT,
@@ -143,8 +143,9 @@ class PeltModel(WeightedModel):
         injection = self._injection
         if is_on:
             stacks = [stack.slots for stack in injection.stacks]
-            parts = parts_of(self.method_config)
-            check_by_token("set_unpadding", self.base_model, stacks, parts)
+            why_not = why_padded(self.base_model, stacks, parts_of(self.method_config))
+            if why_not:
+                raise ValueError(f"set_unpadding: {why_not}")
         injection.check_detachable("set_unpadding")
         self._detach()
         injection.set_packing(is_on)

@@ -14,7 +14,7 @@ class Packing(NamedTuple):
     Attributes:
         rows: int64 [T], of the batch's B · S rows.
         sentences: int64 [T], the sentence that each belongs to.
-        counts: int64 [B], how many a sentence has; none has 0.
+        counts: int64 [B], how many a sentence has; its first is one of them.
         width: S.
     """
 
@@ -25,12 +25,13 @@ class Packing(NamedTuple):
 
     @classmethod
     def of(cls, mask: Tensor) -> Packing | None:
-        """By a mask [B, S] bool, True for real tokens; None where a sentence has none."""
-        counts = mask.sum(1)
-        if not bool((counts > 0).all()):
+        """By a mask [B, S] bool, True for real tokens; None where the first of a sentence is none,
+        which many heads read all the same: its hidden state would be 0 for all sentences.
+        """
+        if not bool(mask[:, :1].all()):
             return None
         rows = mask.flatten().nonzero()[:, 0]
-        return cls(rows, rows // mask.shape[1], counts, mask.shape[1])
+        return cls(rows, rows // mask.shape[1], mask.sum(1), mask.shape[1])
 
     @property
     def share(self) -> float:
