@@ -31,7 +31,7 @@ from pelt_kernels.models import PeltModel
 from pelt_kernels.training import Predictor
 from pelt_kernels.training.gate_report.measure import Outcome, Rows
 from pelt_kernels.training.gate_report.source import Source
-from pelt_kernels.training.report import backends_used, versions
+from pelt_kernels.training.machine import backends_used, versions
 from pelt_kernels.training.tasks import Columns, Example
 
 from . import active_table, readme

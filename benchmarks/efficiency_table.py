@@ -110,7 +110,9 @@ def paper_table(rows: Rows) -> str:
 
 
 def _paper_table(rows: Rows) -> str:
-    chosen = {row["contender"]: row for row in rows}
+    of_all = {row["contender"]: row for row in rows}
+    shown = [f"{by}{method}" for method in PAPER for by in ("", "adapters-", "peft-")]
+    chosen = {each: of_all[each] for each in shown if each in of_all}
     stored = stored_title([chosen[method] for method in PAPER if method in chosen])
     titles = ["method", "trained parameters", *stored]
     for kind in KINDS:

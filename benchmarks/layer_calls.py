@@ -3,6 +3,10 @@
     python -m benchmarks.layer_calls [--methods unipelt,frozen] [--rounds 60] [--device cuda]
                                      [--json benchmarks/results/layer_calls.jsonl]
 
+In an environment with the library ``adapters`` (`benchmarks.peers.adapters_environment`) its
+methods are measured instead, ``adapters-unipelt`` and so on; prefixes, which it computes before the
+layers, are not in a layer's figures.
+
 A figure is of one layer: of a model of `MANY` layers less that of one of `FEW`, divided by the
 layers between, so nothing around the layers is in it. ``calls`` are torch's operators and this
 package's, which count once each; those that only make a view are apart, as ``views``. They are
@@ -31,6 +35,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .checkout import ROOT, commit
 from .rows import Rows, read, write
+from .step_contender import CONTENDERS
+from .step_contender import make as make_contender
 
 RESULTS = ROOT / "benchmarks" / "results" / "layer_calls.jsonl"
 FEW, MANY, ROUNDS = 1, 5, 60
@@ -146,8 +152,8 @@ class Steps:
 
 
 def make(method: str, layers: int) -> Any:
-    """A BERT of random weights with a method: a name of the command's, ``frozen``, or ``peft-lora``
-    (PEFT's LoRA on query and value).
+    """A BERT of random weights with a method: a name of the command's, ``frozen``, ``peft-lora``
+    (PEFT's LoRA on query and value), or one of the library ``adapters`` as `step_contender` has it.
     """
     from transformers import BertConfig, BertModel
 
@@ -170,6 +176,8 @@ def make(method: str, layers: int) -> Any:
         import peft
 
         return peft.get_peft_model(base, peft.LoraConfig(target_modules=["query", "value"]))
+    if method in CONTENDERS and CONTENDERS[method].library == "adapters":
+        return make_contender(CONTENDERS[method], base)
     from pelt_kernels import get_pelt_model, make_config
 
     return get_pelt_model(base, make_config(method))
@@ -177,8 +185,11 @@ def make(method: str, layers: int) -> Any:
 
 def usual() -> list[str]:
     """The methods that are measured unless others are asked for."""
-    methods = ["frozen", "unipelt", "adapter", "lora", "prefix"]
-    return [*methods, "peft-lora"] if importlib.util.find_spec("peft") else methods
+    methods = ["unipelt", "adapter", "lora", "prefix"]
+    if importlib.util.find_spec("adapters"):
+        return ["frozen", *(f"adapters-{method}" for method in methods)]
+    peers = ["peft-lora"] if importlib.util.find_spec("peft") else []
+    return ["frozen", *methods, *peers]
 
 
 def _share(difference: float) -> float:
@@ -201,7 +212,7 @@ def _kernels(call: Callable[[], Any]) -> int:
 def measure(methods: Sequence[str], rounds: int, device: str) -> Rows:
     """A row for each method."""
     from pelt_kernels._hardware import hardware
-    from pelt_kernels.training.report import backends_used, versions
+    from pelt_kernels.training.machine import backends_used, versions
 
     contenders = [Contender(method, device) for method in methods]
     rows: Rows = []

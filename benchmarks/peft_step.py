@@ -133,7 +133,7 @@ def measure(what: Configuration, seconds: float, options: argparse.Namespace) ->
 
     import pelt_kernels
     from pelt_kernels.ops._dispatch import forget_choices
-    from pelt_kernels.training.report import backends_used, versions
+    from pelt_kernels.training.machine import backends_used, versions
 
     torch.manual_seed(0)
     begun = time.perf_counter()

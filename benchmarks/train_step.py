@@ -88,7 +88,8 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     from pelt_kernels import get_pelt_model, make_config
     from pelt_kernels._hardware import hardware
     from pelt_kernels.training.base_model import EMBEDDED
-    from pelt_kernels.training.report import backends_used, peak_memory, versions
+    from pelt_kernels.training.machine import backends_used, versions
+    from pelt_kernels.training.report import peak_memory
 
     logging.set_verbosity_error()  # that the head is new is the point
     logging.disable_progress_bar()

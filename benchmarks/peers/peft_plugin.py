@@ -160,7 +160,7 @@ class Acceleration:
 
     def pytest_sessionfinish(self) -> None:
         """What became of the models, as a line of its own beside the outcomes."""
-        from pelt_kernels.training.report import backends_used
+        from pelt_kernels.training.machine import backends_used
 
         file = self.config.getoption("--outcomes")
         if file:

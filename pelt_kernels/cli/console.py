@@ -35,8 +35,8 @@ def errors_in_one_line(debug: bool, in_processes: bool = False) -> Iterator[None
     `in_processes` the command is one of several processes, which have most errors in common.
     """
     from ..ops import BackendError
-    from ..training import Interrupted, RunError, UsageError
-    from ..training.experiment import check_environment
+    from ..training.errors import Interrupted, RunError, UsageError
+    from ..training.machine import check_environment
 
     def interrupt(number: int, _frame: FrameType | None = None) -> None:
         raise Interrupted(number)

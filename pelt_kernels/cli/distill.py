@@ -41,7 +41,7 @@ def distill(
         from ..ops import use_backend
         from ..training.distill import Writer, Writing
         from ..training.distill import distill as write_file
-        from ..training.experiment import computing_device
+        from ..training.machine import computing_device
         from .progress import counting
 
         writing = Writing(model, adapter, task, prefix, max_new_tokens)

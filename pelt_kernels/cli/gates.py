@@ -53,8 +53,8 @@ def gates(
     """
     with errors_in_one_line(debug):
         from ..ops import use_backend
-        from ..training.experiment import computing_device
         from ..training.gate_report import Watch, report_gates
+        from ..training.machine import computing_device
         from ..training.tasks import Columns
 
         console = notes()

@@ -26,7 +26,7 @@ def info(
     with errors_in_one_line(debug):
         from .._hardware import hardware
         from ..ops._native import build_info
-        from ..training.report import versions
+        from ..training.machine import versions
 
         built = {"cuda_kernels_for": build_info().get("cuda_capabilities")}
         able = {operator: _ability(operator, call) for operator, call in _probes().items()}

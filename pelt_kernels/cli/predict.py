@@ -54,7 +54,7 @@ def predict(
     with errors_in_one_line(debug):
         from ..ops import use_backend
         from ..training import Predictor
-        from ..training.experiment import computing_device
+        from ..training.machine import computing_device
         from ..training.predictor import Card
         from ..training.problems import PROBLEMS
         from ..training.tasks import Columns

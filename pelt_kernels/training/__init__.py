@@ -5,17 +5,25 @@ and writes `metrics.json` (`report`). One run (`experiment_run`) is one learning
 its training loop with checkpoints is `run_trainer`. What is learned, classes, scores or sets of
 labels, is a problem (`problems`). Afterwards `predictor` answers texts with the adapter, and
 `adapter_export` writes it as a plain model.
+
+Names below load on first use: a command that only answers, or refuses, loads no Trainer.
 """
 
-from .adapter_export import Exported, export
-from .config import TrainConfig
-from .errors import Interrupted, RunError, UsageError
-from .experiment import is_run, train
-from .experiment_run import Watchers
-from .predictor import Predictor
-from .problems import LabelSet, Prediction, Score
-from .stopping import Stop, stoppable
-from .tasks import Example, Task, load_task
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapter_export import Exported, export
+    from .config import TrainConfig
+    from .errors import Interrupted, RunError, UsageError
+    from .experiment import is_run, train
+    from .experiment_run import Watchers
+    from .predictor import Predictor
+    from .problems import LabelSet, Prediction, Score
+    from .stopping import Stop, stoppable
+    from .tasks import Example, Task, load_task
 
 __all__ = [
     "Example",
@@ -37,3 +45,22 @@ __all__ = [
     "stoppable",
     "train",
 ]
+
+# The ones that load less come first.
+_MODULES = (
+    "errors", "config", "tasks", "problems", "predictor", "adapter_export", "stopping",
+    "experiment_run", "experiment",
+)  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    for module in _MODULES if name in __all__ else ():
+        found = import_module(f".{module}", __name__)
+        if hasattr(found, name):
+            globals()[name] = getattr(found, name)  # the next look-up does not come here
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,8 +12,7 @@ from ..methods import parts_of
 from ..models import FAMILIES, Matrix, matrices_of, save_exported
 from ..models.pruning import pruned_linears
 from ..models.sparse_files import FORMS
-from .config import check_choice
-from .errors import RunError, UsageError, reason
+from .errors import RunError, UsageError, check_choice, reason
 from .predictor import Card, load_tuned
 from .problems import PROBLEMS
 from .storage import replacing, require_writable, share, write_json

@@ -11,7 +11,8 @@ from ..methods import MethodConfig, config_from_options
 from ..ops import BACKENDS
 from .base_model import EMBEDDED
 from .conditioned import conditioned
-from .errors import UsageError, reason
+from .errors import UsageError, check_choice, reason
+from .machine import DEVICES
 from .problems import PROBLEMS
 from .recipes import recipe
 from .records import read_record
@@ -21,7 +22,6 @@ from .text_metrics import load_scorers
 
 FILE = "run.json"
 PRECISIONS = ("fp32", "bf16", "fp16")
-DEVICES = ("auto", "cpu", "cuda")
 CLASS_WEIGHTS = ("none", "balanced")
 # numpy's generator takes no larger seed; the other is far above any count of a run.
 LARGEST_SEED, LARGEST_COUNT = 2**32 - 1, 2**31 - 1
@@ -265,12 +265,6 @@ def numbers(option: str, text: str, kind: type[int] | type[float]) -> tuple[Any,
         return tuple(kind(part) for part in text.split(","))
     except ValueError as error:
         raise UsageError(f"{option}: expected numbers such as 0,1,2, got '{text}'") from error
-
-
-def check_choice(name: str, value: str, known: Sequence[str]) -> None:
-    """Raises UsageError unless the value is known."""
-    if value not in known:
-        raise UsageError(f"{name}: expected one of {', '.join(known)}, got '{value}'")
 
 
 def save_config(config: TrainConfig, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 
 
 class UsageError(ValueError):
@@ -32,6 +33,12 @@ class Interrupted(KeyboardInterrupt):
         SIGTERM.
         """
         return 128 + self.number
+
+
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Raises UsageError unless the value is known."""
+    if value not in known:
+        raise UsageError(f"{name}: expected one of {', '.join(known)}, got '{value}'")
 
 
 def reason(error: BaseException) -> str:

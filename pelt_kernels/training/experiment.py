@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -12,18 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..models import get_pelt_model
-from ..ops import BACKENDS, use_backend
-from ..ops._dispatch import backend_of
+from ..ops import use_backend
 from . import processes
 from .base_model import locate
-from .config import DEVICES, TrainConfig, check_choice, for_problem, save_config
 from .config import FILE as CONFIG_FILE
+from .config import TrainConfig, for_problem, save_config
 from .errors import RunError, UsageError, reason
 from .experiment_run import Run, Watchers, rate_name
 from .lengths import with_lengths
+from .machine import check_environment, computing_device
 from .plots import draw_curves, draw_gates
 from .predictor import Predictor
 from .problems import PROBLEMS
@@ -245,15 +242,6 @@ def tested(run: Run, predictions_path: Path | None) -> dict[str, float]:
     return run.problem.score(examples, answers, run.task.labels)
 
 
-def computing_device(device: str) -> str:
-    """``cpu`` or ``cuda`` for a device out of `config.DEVICES`. Raises UsageError."""
-    check_choice("device", device, DEVICES)
-    has_gpu = torch.cuda.is_available()
-    if device == "cuda" and not has_gpu:
-        raise UsageError("device: cuda was asked for, but torch sees no GPU here")
-    return "cuda" if has_gpu and device != "cpu" else "cpu"
-
-
 def _describe(task: Task, config: TrainConfig, watchers: Watchers) -> None:
     drawn = len(task.train) if config.train_examples is None else config.train_examples
     watchers.say(
@@ -276,13 +264,6 @@ def check_machine(config: TrainConfig) -> None:
             f"batch-size: expected a multiple of {count}, the number of processes that share each "
             f"batch, got {config.batch_size}"
         )
-
-
-def check_environment() -> None:
-    """Raises UsageError where PELT_KERNELS_BACKEND names no backend."""
-    requested = os.environ.get("PELT_KERNELS_BACKEND")
-    if requested:
-        check_choice("PELT_KERNELS_BACKEND", backend_of(requested), tuple(BACKENDS))
 
 
 def check_method(config: TrainConfig, task: Task) -> None:

@@ -21,11 +21,12 @@ from . import processes
 from .config import TrainConfig
 from .encode import Encoded, Form
 from .errors import Interrupted, RunError, UsageError
+from .machine import backends_used
 from .metrics import balanced_weights
 from .predictor import Card
 from .problems import PROBLEMS, Generation, HeadProblem, Problem
 from .records import read_record
-from .report import backends_used, peak_memory, seconds_per_step
+from .report import peak_memory, seconds_per_step
 from .run_trainer import PeltTrainer, check_history, checkpoints, processes_of, read_state
 from .stopping import (
     EarlyStopping,

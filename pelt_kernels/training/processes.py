@@ -30,7 +30,7 @@ LONGEST_WAIT = timedelta(days=30)
 
 def join(device: str) -> None:
     """Meets the other processes that the launcher has started, if there are any; `device` is one of
-    `config.DEVICES`.
+    `machine.DEVICES`.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         PartialState(cpu=device == "cpu")

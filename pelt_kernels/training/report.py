@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import resource
 import sys
 from collections.abc import Iterable
@@ -11,26 +10,14 @@ from statistics import median
 from typing import Any
 
 import torch
-import transformers
 
 from .._hardware import hardware
-from .._version import __version__
-from ..ops import explain
 from . import processes
 from .config import TrainConfig
+from .machine import versions
 from .metrics import summarise
 from .problems import PROBLEMS
 from .tasks import Task
-
-
-def backends_used() -> dict[str, str]:
-    """The backends that served each operator since `forget_choices`, as a request names them: with
-    the form, on a CPU the instruction set.
-    """
-    used: dict[str, dict[str, None]] = {}
-    for choice in explain():
-        used.setdefault(choice.operator, {})[choice.served] = None
-    return {operator: ", ".join(names) for operator, names in used.items()}
 
 
 def peak_memory() -> int:
@@ -45,16 +32,6 @@ def seconds_per_step(history: Iterable[dict[str, Any]]) -> float | None:
     """The median over the log entries; None where no step was timed."""
     laps = [entry["seconds_per_step"] for entry in history if entry.get("seconds_per_step")]
     return median(laps) if laps else None
-
-
-def versions() -> dict[str, str]:
-    """The versions a number depends on."""
-    return {
-        "pelt_kernels": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def metrics(

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from .config import check_choice
-from .errors import UsageError, reason
+from .errors import UsageError, check_choice, reason
 
 
 def check_trackers(names: Sequence[str]) -> None:

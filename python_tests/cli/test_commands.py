@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -198,6 +200,16 @@ def test_info_as_json_has_each_backend_of_each_operator(run: Run, trained: Path)
         assert list(answers) == list(BACKENDS) and answers["eager"] == "yes"
         assert all(answer.startswith(("yes", "no: ")) for answer in answers.values())
     assert found["adapter"]["lora"]["r"] == 8 and "torch" in found["machine"]
+
+
+def test_a_command_that_trains_nothing_loads_no_trainer() -> None:
+    heavy = {"accelerate", "matplotlib", "scipy", "sklearn", "transformers.trainer"}
+    code = (
+        "import sys; from pelt_kernels.cli import main; main(['methods']);"
+        f"sys.exit(', '.join({heavy} & sys.modules.keys()) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "unipelt" in done.stdout, done.stderr
 
 
 def test_fields_of_a_method_are_set_kept_and_resumed(

@@ -20,7 +20,7 @@ from pelt_kernels.cli import choices
 from pelt_kernels.cli.train import train as command
 from pelt_kernels.methods import config_from_options, make_config
 from pelt_kernels.ops import BACKENDS
-from pelt_kernels.training import RunError, TrainConfig, config
+from pelt_kernels.training import RunError, TrainConfig, config, machine
 from pelt_kernels.training.adapter_export import EXPORT_FORMS
 from pelt_kernels.training.compare.presets import PRESETS
 from pelt_kernels.training.problems import PROBLEMS
@@ -89,7 +89,7 @@ def test_choices_and_defaults_of_help_are_those_of_a_run() -> None:
     assert set(get_args(choices.Metric)) == metrics
     assert get_args(choices.ClassWeights) == config.CLASS_WEIGHTS
     assert get_args(choices.Backend) == tuple(BACKENDS)
-    assert get_args(choices.Device) == config.DEVICES
+    assert get_args(choices.Device) == machine.DEVICES
     assert get_args(choices.Precision) == config.PRECISIONS
     assert set(get_args(choices.Form)) == set(EXPORT_FORMS)
     assert get_args(choices.Preset) == tuple(PRESETS)

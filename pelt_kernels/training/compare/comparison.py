@@ -15,10 +15,10 @@ import torch
 from ..._hardware import hardware
 from ..base_model import locate
 from ..errors import Interrupted, RunError, UsageError
-from ..experiment import check_machine, check_method, computing_device
+from ..experiment import check_machine, check_method
 from ..experiment_run import Watchers
+from ..machine import computing_device, versions
 from ..records import read_record
-from ..report import versions
 from ..stopping import rank
 from ..storage import claimed, clear_partial, replacing, require_writable, write_json
 from .parameters import stored_parameters

@@ -16,8 +16,8 @@ from ...methods import parts_of
 from ...models import PeltModel
 from ..errors import UsageError
 from ..experiment import GATE_FILES
+from ..machine import versions
 from ..predictor import Predictor
-from ..report import versions
 from ..storage import replacing, require_writable, write_json
 from ..tasks import CLASSIFICATION, MULTI_LABEL, REGRESSION, Columns, Example
 from . import ablation, comparison, relations
