@@ -5,8 +5,9 @@
 
 A row for each task, number of training examples and method, with the processor and the commit; what
 is not finished is left out. Rows that are there of other tasks, numbers and methods stay, so that a
-comparison can be done piece by piece, under the same settings. Where the runs were done at another
-commit than the one checked out now, `--commit` says which.
+comparison can be done piece by piece, under the same settings; so do rows whose scores are the same
+again, with the commit that first reached them. Where the runs were done at another commit than the
+one checked out now, `--commit` says which.
 """
 
 from __future__ import annotations

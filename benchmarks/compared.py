@@ -31,14 +31,19 @@ def difference(rows: Rows) -> str:
 
 
 def joined(old: Rows, new: Rows) -> Rows:
-    """All rows, a new one in place of an old one of the same cell; tasks and methods in the order
-    in which they first come, fewer training examples before more.
+    """All rows, a new one in place of an old one of the same cell, unless its scores are the same
+    and the old one says at which commit they were reached; tasks and methods in the order in which
+    they first come, fewer training examples before more.
     """
 
     def cell(row: dict[str, Any]) -> tuple[Any, ...]:
         return row["task"], row["train_examples"], row["method"]
 
-    rows = {cell(row): row for row in [*old, *new]}
+    rows = {cell(row): row for row in old}
+    for row in new:
+        before = rows.get(cell(row))
+        if before is None or before["scores"] != row["scores"]:
+            rows[cell(row)] = row
     tasks, methods = (once(row[key] for row in [*old, *new]) for key in ("task", "method"))
 
     def order(row: dict[str, Any]) -> tuple[int, float, int]:

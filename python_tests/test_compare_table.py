@@ -47,6 +47,7 @@ def test_rows_of_two_commands_stand_in_one_table_if_their_settings_agree(
     def row(task: str, count: int | None, method: str, mean: float) -> dict[str, Any]:
         return {
             "task": task, "train_examples": count, "method": method, "mean": mean,
+            "scores": {"0": mean},
             "settings": {"methods": [method], "train_examples": [count], "data_seed": 42},
         }  # fmt: skip
 
@@ -68,6 +69,8 @@ def test_rows_of_two_commands_stand_in_one_table_if_their_settings_agree(
         ("trec", 100, "full", 1), ("trec", 100, "lora", 0.6), ("trec", 500, "lora", 0.8),
         ("trec", None, "lora", 0.9), ("cola", 100, "lora", 0),
     ]  # fmt: skip
+    again = [each | {"commit": "later"} for each in old]
+    assert compared.joined(old, again) == compared.joined(old, [])
     other = new[0] | {"settings": {"data_seed": 43}}
     assert compared.difference([*old, other]) == "data_seed 43 and not 42"
     summary = {name: {} for name in compared.SHARED} | {"settings": {"data_seed": 43}}
