@@ -6,9 +6,9 @@ compiled module nor a GPU, Triton or transformers.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ._lazy import on_first_use
 from ._version import __version__
 
 if TYPE_CHECKING:
@@ -97,16 +97,4 @@ __all__ = [
     "use_backend",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        for layer in ("ops", "methods", "integrations", "models"):  # the first ones load less
-            found = import_module(f".{layer}", __name__)
-            if hasattr(found, name):
-                globals()[name] = getattr(found, name)  # the next look-up does not come here
-                return globals()[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = on_first_use(globals(), ("ops", "methods", "integrations", "models"))

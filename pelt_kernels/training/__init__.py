@@ -11,8 +11,9 @@ Names below load on first use: a command that only answers, or refuses, loads no
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .._lazy import on_first_use
 
 if TYPE_CHECKING:
     from .adapter_export import Exported, export
@@ -46,21 +47,8 @@ __all__ = [
     "train",
 ]
 
-# The ones that load less come first.
 _MODULES = (
     "errors", "config", "tasks", "problems", "predictor", "adapter_export", "stopping",
     "experiment_run", "experiment",
 )  # fmt: skip
-
-
-def __getattr__(name: str) -> Any:
-    for module in _MODULES if name in __all__ else ():
-        found = import_module(f".{module}", __name__)
-        if hasattr(found, name):
-            globals()[name] = getattr(found, name)  # the next look-up does not come here
-            return globals()[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = on_first_use(globals(), _MODULES)
